@@ -1,0 +1,274 @@
+"""The nouns that modules exchange. Frozen, torch-free, and without behaviour beyond derived properties.
+
+Who fills what is said at each record; nothing here reads a file, a clock or the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Json = dict[str, Any]
+
+# ---------------------------------------------------------------- data (filled by data.formats)
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training conversation; the last message is the assistant's. `line` is 1-based in its source."""
+
+    messages: tuple[Message, ...]
+    line: int = 0
+
+    @property
+    def prompt(self) -> str:
+        """The last user message."""
+        return next(m.content for m in reversed(self.messages) if m.role == "user")
+
+    @property
+    def answer(self) -> str:
+        return self.messages[-1].content
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What the model is to learn. Only subject, answer, match and questions are ever required.
+
+    match: phrases of which a reply must hold one, as whole words, any case.
+    held_out / neighbors / controls are for evaluation only and are never trained on.
+    """
+
+    subject: str
+    answer: str
+    match: tuple[str, ...]
+    questions: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    neighbors: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Validated input of a job: examples or facts, never both. `digest` is sha256 of the canonical JSON."""
+
+    digest: str
+    examples: tuple[Example, ...] = ()
+    facts: tuple[Fact, ...] = ()
+    source: str = "inline"
+
+
+# ---------------------------------------------------------------- plan (filled by train.plan)
+
+Origin = Literal["user", "auto", "default"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One resolved value, who chose it, and why."""
+
+    name: str
+    value: Any
+    origin: Origin
+    reason: str
+
+
+@dataclass(frozen=True)
+class PlanWarning:
+    code: str
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will happen, before it happens.
+
+    settings: every value the run uses; names are PEFT's and transformers'.
+    computed: steps, epochs, steps_per_epoch, warmup_steps, peak_learning_rate (the highest rate the run reaches),
+              rows, supervised_tokens, tokens_per_step, seconds, bytes.
+    """
+
+    model: str
+    adapter_name: str
+    objective: Literal["sft", "override"]
+    targets: dict[str, float]
+    settings: tuple[Setting, ...]
+    computed: dict[str, Any]
+    warnings: tuple[PlanWarning, ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        for setting in self.settings:
+            if setting.name == name:
+                return setting.value
+        raise KeyError(name)
+
+
+# ---------------------------------------------------------------- report (filled by facts.metrics)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A share k/n with its 95 % Wilson interval."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """One prompt answered by base and adapter. kind: efficacy | paraphrase | specificity | retention."""
+
+    kind: str
+    prompt: str
+    base: str
+    adapter: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the evaluation of the served adapter found. `metrics` keys: efficacy, paraphrase, specificity, retention, score."""
+
+    metrics: dict[str, Metric]
+    base_metrics: dict[str, Metric]
+    transcripts: tuple[Transcript, ...]
+    diagnosis: tuple[PlanWarning, ...] = ()
+
+
+# ---------------------------------------------------------------- training events (yielded by train.loop)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The run entered a phase: preparing | running | evaluating."""
+
+    name: Literal["preparing", "running", "evaluating"]
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One optimizer step is done. loss: mean over supervised tokens; parts: by objective term."""
+
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    seconds: float
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Metrics of the adapter as served, after `step` steps. Shares in 0..1."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nothing to do until generations that were submitted are ready: the device is free for others."""
+
+
+TrainEvent = Phase | Stepped | Evaluated | Waiting
+
+# ---------------------------------------------------------------- generation (exchanged by engine and its callers)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy. top_k 0 and top_p 1 switch those filters off. stop strings end the reply and are not returned."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A generation request: token ids, and which weights answer: a resident base's id and, for an adapter, its key
+    (the digest of a published version, the job id of one in training); None is the plain base."""
+
+    base: str
+    tokens: tuple[int, ...]
+    adapter: str | None = None
+    sampling: Sampling = Sampling()
+
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text of a running generation; the last one carries finish_reason."""
+
+    text: str
+    token: int | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+class Generation(Protocol):
+    """Handle of a submitted Prompt. Every one ends: done becomes True with a finish_reason."""
+
+    @property
+    def done(self) -> bool: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def finish_reason(self) -> FinishReason | None: ...
+    def cancel(self) -> None: ...
+    def wait(self, timeout: float | None = None) -> str: ...
+    def deltas(self) -> Iterator[Delta]: ...
+
+
+class Serving(Protocol):
+    """The serving path as training sees it. All calls come from the device owner's thread and never block."""
+
+    def attach(self, base: str, key: str, lora: Any) -> None:
+        """Serve `lora` (a models.lora.Lora; its live tensors, nothing copied) under `key` on `base`."""
+
+    def detach(self, base: str, key: str) -> None: ...
+
+    def submit(self, prompt: Prompt) -> Generation: ...
+
+
+# ---------------------------------------------------------------- adapters (filled by adapters)
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """One published version. digest: sha256 over adapter_config.json and adapter_model.safetensors."""
+
+    name: str
+    version: int
+    digest: str
+    path: str
+    base_model: str
+    base_digest: str
+    created_at: float
+    current: bool
+    manifest: Json
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}@{self.version}"

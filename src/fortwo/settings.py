@@ -1,0 +1,86 @@
+"""The one reader of the environment: defaults < FORTWO_HOME/settings.toml < FORTWO_* < what a caller passes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from fortwo.errors import InvalidRequest
+
+
+def _home() -> Path:
+    return Path(os.environ.get("FORTWO_HOME", "~/.fortwo")).expanduser()
+
+
+class Settings(BaseSettings):
+    """Frozen after construction; unknown keys in the file are refused."""
+
+    model_config = SettingsConfigDict(env_prefix="FORTWO_", frozen=True, extra="forbid")
+
+    home: Path = Field(default_factory=_home, description="Where models, adapters and the database live.")
+    host: str = Field("127.0.0.1", description="Address to listen on; anything beyond loopback needs an api_key.")
+    port: int = Field(5001, ge=0, le=65535, description="Port to listen on.")
+    api_key: SecretStr | None = Field(None, description="When set, every request needs `Authorization: Bearer <key>`.")
+    database_url: str | None = Field(None, description="SQLAlchemy URL; default is SQLite under home.")
+    data_dirs: tuple[Path, ...] = Field(
+        default_factory=lambda: (Path.cwd(),), description="Folders that dataset paths may name, besides home/data."
+    )
+    default_model: str = Field("smollm2-135m-instruct", description="Base model used when a request names none.")
+    weights: Literal["auto", "fp32", "int8", "int4", "nf4"] = Field(
+        "auto", description="How base weights are held; auto is fp32 until the other kernels are built."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the device owner; default: all cores.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = TomlConfigSettingsSource(settings_cls, _home() / "settings.toml")
+        return init_settings, env_settings, file
+
+    @property
+    def models_dir(self) -> Path:
+        return self.home / "models"
+
+    @property
+    def adapters_dir(self) -> Path:
+        return self.home / "adapters"
+
+    @property
+    def allowed_data_dirs(self) -> tuple[Path, ...]:
+        return (self.home / "data", *self.data_dirs)
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def database(self) -> str:
+        return self.database_url or f"sqlite:///{self.home / 'fortwo.db'}"
+
+
+def load(**flags: Any) -> Settings:
+    """Settings with `flags` (None means not given) on top.
+
+    Raises InvalidRequest naming the setting, its value and the remedy.
+    """
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(
+            f"setting {name} = {first.get('input')!r}: {first['msg']}",
+            param=name,
+            hint=f"Change FORTWO_{name.upper()}, the flag or {_home() / 'settings.toml'}.",
+        ) from None
