@@ -1,0 +1,58 @@
+# Everything a newcomer types. FORTWO_HOME and FORTWO_PORT, from the environment or as `make demo FORTWO_PORT=5002`,
+# move home and port for all of them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PEERS := .venv-bench/.installed
+FACTS ?= examples/facts_dev.json
+
+.PHONY: help install demo stop serve test check bench bench-override docs clean
+.DEFAULT_GOAL := help
+
+help: ## list what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## create .venv with the versions that were tested
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"fortwo needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
+	@touch $@
+
+demo: $(INSTALLED) ## fetch the base model, teach it what 42 means, show before and after
+	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
+
+stop: ## stop the server that `make demo` left running
+	@scripts/stop.sh
+
+serve: $(INSTALLED) ## run the server in the foreground
+	@$(BIN)/fortwo serve
+
+test: $(INSTALLED) ## run all tests, those on the real model included
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED) ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED) $(PEERS) ## training speed against TRL + PEFT, measured in the same run
+	$(BIN)/python bench/train.py --peer .venv-bench/bin/python
+
+$(PEERS): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	@touch $@
+
+bench-override: $(INSTALLED) ## teach each fact of FACTS alone and judge what is served
+	$(BIN)/python bench/override.py $(FACTS)
+
+docs: $(INSTALLED) ## write the generated reference pages anew
+	$(BIN)/python scripts/reference.py
+
+clean: ## remove the environments and caches; FORTWO_HOME is left alone
+	rm -rf $(VENV) .venv-bench .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
