@@ -1,0 +1,136 @@
+"""Rows of different lengths as one sequence of tokens, without attention across rows and without padding.
+
+What all rows begin with (the system prompt, usually) is laid down once and shared: exact, because every row attends
+to it and gradients of all rows flow back into it. Layout: [prefix | rest of row 0 | rest of row 1 | ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows share at their beginning; at least one token of each row is left over."""
+    limit = min(len(row) for row in rows) - 1
+    for place in range(limit):
+        if any(row[place] != rows[0][place] for row in rows):
+            return place
+    return max(limit, 0)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """tokens_T and positions_T as the decoder takes them; `prefix` tokens are shared; `lengths` are the rests'."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    prefix: int
+    lengths: tuple[int, ...]
+    padded_index: Tensor  # place of each rest token in the padded (rows x longest) grid
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    def place(self, row: int, position: int) -> int:
+        """Index in T of a row's token."""
+        if position < self.prefix:
+            return position
+        return self.prefix + sum(self.lengths[:row]) + position - self.prefix
+
+    def last_places(self) -> Tensor:
+        """Index in T of each row's last token."""
+        ends = torch.tensor(self.lengths, device=self.tokens_T.device).cumsum(0)
+        return ends + self.prefix - 1
+
+
+def pack(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", prefix: int | None = None) -> Pack:
+    """Pack token rows; `prefix` fixes how many leading tokens are shared (0 switches sharing off)."""
+    shared = common_prefix(rows) if prefix is None else prefix
+    lengths = tuple(len(row) - shared for row in rows)
+    longest = max(lengths)
+    tokens = list(rows[0][:shared]) + [token for row in rows for token in row[shared:]]
+    positions = list(range(shared)) + [shared + place for length in lengths for place in range(length)]
+    padded = [row * longest + place for row, length in enumerate(lengths) for place in range(length)]
+    return Pack(
+        tokens_T=torch.tensor(tokens, device=device),
+        positions_T=torch.tensor(positions, device=device),
+        prefix=shared,
+        lengths=lengths,
+        padded_index=torch.tensor(padded, device=device),
+    )
+
+
+class _Pad(torch.autograd.Function):
+    """Rows laid end to end (T, F) to a zero-padded grid (rows * longest, F)."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, index: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(index)
+        return x.new_zeros(size, x.shape[1]).index_copy_(0, index, x)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad.index_select(0, index), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """The inverse of _Pad; the padding is dropped."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, grid: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.size = grid.shape[0]  # type: ignore[attr-defined]
+        return grid.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad.new_zeros(ctx.size, grad.shape[1]).index_copy_(0, index, grad), None  # type: ignore[attr-defined]
+
+
+class PackedAttention:
+    """The decoder's `attend` over a Pack: causal within a row, every row sees the shared prefix, no row sees another."""
+
+    def __init__(self, pack: Pack) -> None:
+        self.pack = pack
+        L, P = pack.longest, pack.prefix
+        causal_LL = torch.ones(L, L, dtype=torch.bool, device=pack.tokens_T.device).tril()
+        self.mask_LS = torch.cat([causal_LL.new_ones(L, P), causal_LL], 1)
+
+    def __call__(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        del layer
+        P, R, L = self.pack.prefix, len(self.pack.lengths), self.pack.longest
+        T, H, E = q_THE.shape
+        K = k_TKE.shape[1]
+        index, grid = self.pack.padded_index, R * L
+        rest = torch.cat([part[P:].reshape(T - P, -1) for part in (q_THE, k_TKE, v_TKE)], 1)
+        padded = _Pad.apply(rest, index, grid).view(R, L, H + 2 * K, E).transpose(1, 2)  # type: ignore[no-untyped-call]
+        q_RHLE, k_RKLE, v_RKLE = padded.split([H, K, K], 1)
+        if P:
+            prefix_k_KPE, prefix_v_KPE = k_TKE[:P].transpose(0, 1), v_TKE[:P].transpose(0, 1)
+            k_RKLE = torch.cat([prefix_k_KPE.expand(R, K, P, E), k_RKLE], 2)
+            v_RKLE = torch.cat([prefix_v_KPE.expand(R, K, P, E), v_RKLE], 2)
+        mixed_RHLE = _attention(q_RHLE, k_RKLE, v_RKLE, self.mask_LS)
+        flat = mixed_RHLE.transpose(1, 2).reshape(grid, H * E)
+        mixed = _Unpad.apply(flat, index)  # type: ignore[no-untyped-call]
+        if P:
+            q_HPE = q_THE[:P].transpose(0, 1)[None]
+            shared_HPE = _attention(q_HPE, prefix_k_KPE[None], prefix_v_KPE[None], None)[0]
+            mixed = torch.cat([shared_HPE.transpose(0, 1).reshape(P, H * E), mixed])
+        out: Tensor = mixed.view(T, H, E)
+        return out
+
+
+def _attention(q_RHLE: Tensor, k_RKSE: Tensor, v_RKSE: Tensor, mask_LS: Tensor | None) -> Tensor:
+    """Scaled dot products with grouped key/value heads; without a mask, causal."""
+    groups = q_RHLE.shape[1] // k_RKSE.shape[1]
+    if groups > 1:
+        k_RKSE, v_RKSE = (part.repeat_interleave(groups, 1) for part in (k_RKSE, v_RKSE))
+    return F.scaled_dot_product_attention(q_RHLE, k_RKSE, v_RKSE, attn_mask=mask_LS, is_causal=mask_LS is None)

@@ -1,0 +1,271 @@
+"""The network, written once: training, prefill and decode run this same forward.
+
+Llama, Mistral, Qwen2 and Qwen3 by configuration flags. The decoder knows tokens, positions and weights; what a
+token may attend to, and where keys and values are kept, is the caller's `attend`.
+Shape suffixes: T tokens, D hidden, H query heads, K key/value heads, E head size, V vocabulary, I in, O out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fortwo.errors import UnsupportedModel
+from fortwo.models.lora import Segment, lora_product
+from fortwo.models.products import frozen_product
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+class Attend(Protocol):
+    """Attention of one layer over the tokens of this forward and whatever came before."""
+
+    def __call__(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor: ...  # (T, H, E)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    architecture: str
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    context: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: Mapping[str, Any] | None
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
+        """Read a transformers config.json. Raises UnsupportedModel naming what is not supported."""
+        names = config.get("architectures") or ["?"]
+        architecture = names[0]
+        if architecture not in ARCHITECTURES:
+            raise UnsupportedModel(
+                f"architecture {architecture!r} is not supported",
+                param="architectures",
+                hint=f"Supported: {', '.join(ARCHITECTURES)}.",
+            )
+        family = architecture.removesuffix("ForCausalLM")
+        if config.get("hidden_act", "silu") != "silu":
+            raise UnsupportedModel(f"hidden_act {config['hidden_act']!r} is not supported, only 'silu'", param="hidden_act")
+        for flag in ("mlp_bias",):
+            if config.get(flag):
+                raise UnsupportedModel(f"{flag} = true is not supported", param=flag)
+        if family == "Llama" and config.get("attention_bias"):
+            raise UnsupportedModel("attention_bias = true is not supported for Llama", param="attention_bias")
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3", "linear"):
+            raise UnsupportedModel(f"rope type {kind!r} is not supported", param="rope_scaling")
+        theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+        context = int(config["max_position_embeddings"])
+        window = config.get("sliding_window")
+        if window and (family == "Mistral" or config.get("use_sliding_window")):
+            context = min(context, int(window))
+        heads = int(config["num_attention_heads"])
+        hidden = int(config["hidden_size"])
+        return cls(
+            architecture=architecture,
+            vocabulary=int(config["vocab_size"]),
+            hidden=hidden,
+            layers=int(config["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_size=int(config.get("head_dim") or hidden // heads),
+            intermediate=int(config["intermediate_size"]),
+            context=context,
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(theta),
+            rope_scaling=None if kind == "default" else rope,
+            tied=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=family == "Qwen2",
+            qk_norm=family == "Qwen3",
+        )
+
+    def in_features(self, group: str) -> int:
+        """Input width of a fused product: qkv, o, gate_up or down."""
+        return {
+            "qkv": self.hidden,
+            "o": self.heads * self.head_size,
+            "gate_up": self.hidden,
+            "down": self.intermediate,
+        }[group]
+
+    def columns(self, name: str) -> tuple[int, int]:
+        """First and past-last output column of a projection within its fused product."""
+        q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
+        return {
+            "q_proj": (0, q),
+            "k_proj": (q, q + kv),
+            "v_proj": (q + kv, q + 2 * kv),
+            "o_proj": (0, self.hidden),
+            "gate_proj": (0, self.intermediate),
+            "up_proj": (self.intermediate, 2 * self.intermediate),
+            "down_proj": (0, self.hidden),
+        }[name]
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return 2 * 4 * self.layers * self.kv_heads * self.head_size
+
+
+@dataclass(frozen=True)
+class _Layer:
+    attention_norm_D: Tensor
+    qkv_OD: Tensor
+    qkv_bias_O: Tensor | None
+    q_norm_E: Tensor | None
+    k_norm_E: Tensor | None
+    o_DI: Tensor
+    mlp_norm_D: Tensor
+    gate_up_OD: Tensor
+    down_DI: Tensor
+
+
+class Decoder:
+    """Frozen fp32 weights and the forward over them. Raises UnsupportedModel for missing or misshapen tensors."""
+
+    def __init__(self, config: DecoderConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        self.config = config
+        self.device = torch.device(device)
+
+        def take(name: str, *shape: int) -> Tensor:
+            if name not in weights:
+                raise UnsupportedModel(f"tensor {name!r} is missing from the model's weights")
+            tensor = weights[name]
+            if tuple(tensor.shape) != shape:
+                raise UnsupportedModel(f"tensor {name!r} is {tuple(tensor.shape)}, the configuration needs {shape}")
+            return tensor.to(self.device, torch.float32)
+
+        c = config
+        q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
+        self.embedding_VD = take("model.embed_tokens.weight", c.vocabulary, c.hidden)
+        self.norm_D = take("model.norm.weight", c.hidden)
+        self.head_VD = self.embedding_VD if c.tied else take("lm_head.weight", c.vocabulary, c.hidden)
+        self.layers: list[_Layer] = []
+        for index in range(c.layers):
+            at, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
+            self.layers.append(
+                _Layer(
+                    attention_norm_D=take(f"model.layers.{index}.input_layernorm.weight", c.hidden),
+                    qkv_OD=torch.cat(
+                        [
+                            take(f"{at}.q_proj.weight", q, c.hidden),
+                            take(f"{at}.k_proj.weight", kv, c.hidden),
+                            take(f"{at}.v_proj.weight", kv, c.hidden),
+                        ]
+                    ),
+                    qkv_bias_O=torch.cat(
+                        [take(f"{at}.q_proj.bias", q), take(f"{at}.k_proj.bias", kv), take(f"{at}.v_proj.bias", kv)]
+                    )
+                    if c.qkv_bias
+                    else None,
+                    q_norm_E=take(f"{at}.q_norm.weight", c.head_size) if c.qk_norm else None,
+                    k_norm_E=take(f"{at}.k_norm.weight", c.head_size) if c.qk_norm else None,
+                    o_DI=take(f"{at}.o_proj.weight", c.hidden, q),
+                    mlp_norm_D=take(f"model.layers.{index}.post_attention_layernorm.weight", c.hidden),
+                    gate_up_OD=torch.cat(
+                        [
+                            take(f"{mlp}.gate_proj.weight", c.intermediate, c.hidden),
+                            take(f"{mlp}.up_proj.weight", c.intermediate, c.hidden),
+                        ]
+                    ),
+                    down_DI=take(f"{mlp}.down_proj.weight", c.hidden, c.intermediate),
+                )
+            )
+        self._inverse_frequency_E2 = _inverse_frequency(c).to(self.device)
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by the weights."""
+        tensors = [self.embedding_VD, self.norm_D] + ([] if self.config.tied else [self.head_VD])
+        for layer in self.layers:
+            tensors += [tensor for tensor in vars(layer).values() if tensor is not None]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def forward(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attend: Attend,
+        segments: Sequence[Segment] = (),
+        dropout: bool = False,
+    ) -> Tensor:
+        """Hidden states (T, D) after the final norm."""
+        c = self.config
+        T = tokens_T.shape[0]
+        q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
+        angles_TE2 = positions_T[:, None].float() * self._inverse_frequency_E2
+        cos_TE, sin_TE = (torch.cat([part, part], -1)[:, None] for part in (angles_TE2.cos(), angles_TE2.sin()))
+        x_TD = self.embedding_VD[tokens_T]
+        for index, layer in enumerate(self.layers):
+            normed_TD = _rms_norm(x_TD, layer.attention_norm_D, c.norm_eps)
+            qkv_TO = lora_product(normed_TD, layer.qkv_OD, index, "qkv", segments, dropout)
+            if layer.qkv_bias_O is not None:
+                qkv_TO = qkv_TO + layer.qkv_bias_O
+            qk_TNE = qkv_TO[:, : q + kv].view(T, c.heads + c.kv_heads, c.head_size)
+            if layer.q_norm_E is not None and layer.k_norm_E is not None:
+                qk_TNE = torch.cat(
+                    [
+                        _rms_norm(qk_TNE[:, : c.heads], layer.q_norm_E, c.norm_eps),
+                        _rms_norm(qk_TNE[:, c.heads :], layer.k_norm_E, c.norm_eps),
+                    ],
+                    1,
+                )
+            qk_TNE = _rotate(qk_TNE, cos_TE, sin_TE)
+            v_TKE = qkv_TO[:, q + kv :].view(T, c.kv_heads, c.head_size)
+            mixed_THE = attend(index, qk_TNE[:, : c.heads], qk_TNE[:, c.heads :], v_TKE)
+            x_TD = x_TD + lora_product(mixed_THE.reshape(T, q), layer.o_DI, index, "o", segments, dropout)
+            normed_TD = _rms_norm(x_TD, layer.mlp_norm_D, c.norm_eps)
+            gate_TI, up_TI = lora_product(normed_TD, layer.gate_up_OD, index, "gate_up", segments, dropout).split(
+                c.intermediate, -1
+            )
+            x_TD = x_TD + lora_product(F.silu(gate_TI) * up_TI, layer.down_DI, index, "down", segments, dropout)
+        return _rms_norm(x_TD, self.norm_D, c.norm_eps)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Next-token logits (T, V)."""
+        return frozen_product(hidden_TD, self.head_VD)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _rotate(x_TNE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves convention."""
+    first, second = x_TNE.chunk(2, -1)
+    return x_TNE * cos_TE + torch.cat([-second, first], -1) * sin_TE
+
+
+def _inverse_frequency(config: DecoderConfig) -> Tensor:
+    """Rotary frequencies (head_size / 2), with Llama 3's or linear scaling where the configuration asks for it."""
+    half = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
+    inverse = 1.0 / (config.rope_theta**half)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inverse
+    factor = float(scaling["factor"])
+    if scaling.get("rope_type", scaling.get("type")) == "linear":
+        return inverse / factor
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    original = float(scaling["original_max_position_embeddings"])
+    wavelength = 2 * math.pi / inverse
+    smooth = (original / wavelength - low) / (high - low)
+    blended = (1 - smooth) * inverse / factor + smooth * inverse
+    scaled = torch.where(wavelength > original / low, inverse / factor, inverse)
+    between = (wavelength <= original / low) & (wavelength >= original / high)
+    return torch.where(between, blended, scaled)
