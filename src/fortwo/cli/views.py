@@ -1,0 +1,118 @@
+"""How things look in a terminal: plans, reports, jobs, models and adapters as Rich tables."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fortwo.records import Json
+
+METRICS = ("efficacy", "paraphrase", "specificity", "retention", "score")
+STATUS_STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow"}
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    shape = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        shape.add_column(column, overflow="fold")
+    return shape
+
+
+def value(thing: Any) -> str:
+    """A value as a person would write it."""
+    if isinstance(thing, bool) or thing is None:
+        return {True: "yes", False: "no", None: "-"}[thing]
+    if isinstance(thing, float):
+        return f"{thing:.4g}"
+    if isinstance(thing, list | tuple):
+        return ", ".join(value(item) for item in thing)
+    if isinstance(thing, dict):
+        return ", ".join(f"{key} {value(item)}" for key, item in thing.items())
+    return str(thing)
+
+
+def size(count: int | None) -> str:
+    """Bytes, in the unit that keeps the figure short."""
+    if count is None:
+        return "-"
+    amount, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, larger
+    return f"{amount:.3g} {unit}" if unit != "B" else f"{count} B"
+
+
+def moment(stamp: float | None) -> str:
+    return "-" if stamp is None else datetime.fromtimestamp(stamp).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def status(word: str) -> Text:
+    return Text(word, style=STATUS_STYLES.get(word, ""))
+
+
+def notes(warnings: list[Json], style: str = "yellow") -> RenderableType:
+    """Warnings and diagnoses: what, and what to do about it."""
+    lines = Text()
+    for warning in warnings:
+        lines.append(f"\n! {warning['message']}", style=style)
+        lines.append(f"\n  {warning['hint']}", style="dim")
+    return lines
+
+
+def plan(body: Json) -> RenderableType:
+    """Every setting with who chose it and why; what follows from them; what looks wrong."""
+    settings = table("setting", "value", "origin", "reason", title=f"Plan: {body['adapter_name']} on {body['model']}")
+    for setting in body["settings"]:
+        style = {"user": "bold", "auto": "cyan"}.get(setting["origin"], "")
+        settings.add_row(
+            setting["name"], value(setting["value"]), Text(setting["origin"], style=style), setting["reason"]
+        )
+    computed = table("computed", "")
+    computed.add_row("objective", f"{body['objective']}, targets {value(body['targets'])}")
+    for name, thing in body["computed"].items():
+        computed.add_row(name, size(thing) if name == "bytes" else value(thing))
+    return Group(settings, "", computed, notes(body["warnings"]))
+
+
+def plan_against_actual(planned: Json, actual: Json) -> Table:
+    """What was computed before the run beside what was measured in it."""
+    rows = table("", "plan", "actual", title="Plan against actual")
+    computed = planned["computed"]
+    for name in [*computed, *(name for name in actual if name not in computed)]:
+        shown = size if name == "bytes" else value
+        rows.add_row(name, shown(computed.get(name)), shown(actual.get(name)))
+    return rows
+
+
+def metrics_line(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {metrics[name]:.2f}" for name in METRICS if name in metrics)
+
+
+def report(body: Json) -> RenderableType:
+    """The four metrics, base against adapter, with transcripts of what was said."""
+    rows = table("metric", "base", "adapter", "95 %", "n", title="Report")
+    for name in METRICS:
+        if name not in body["metrics"]:
+            continue
+        found, base = body["metrics"][name], body["base_metrics"].get(name)
+        interval = f"{found['low']:.2f} to {found['high']:.2f}"
+        rows.add_row(
+            name, "-" if base is None else f"{base['value']:.2f}", f"{found['value']:.2f}", interval, str(found["n"])
+        )
+    said = table("", "kind", "asked", "base said", "adapter said", title="Transcripts")
+    for one in body["transcripts"]:
+        mark = Text("✓", style="green") if one["passed"] else Text("✗", style="red")
+        said.add_row(mark, one["kind"], one["prompt"], one["base"], one["adapter"])
+    return Group(rows, "", said, notes(body["diagnosis"], style="red"))
+
+
+def error(message: str, hint: str | None) -> Text:
+    lines = Text(message, style="red")
+    if hint is not None:
+        lines.append(f"\n{hint}", style="default")
+    return lines
