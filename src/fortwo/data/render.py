@@ -38,8 +38,28 @@ PLAIN_TEMPLATE = (
 )
 """For models that bring no chat template: "User: ...", "Assistant: ...", an answer ends with the model's eos token."""
 
-# First characters that a pre-tokenizer could merge with the template's last one, and some that it could not.
-_OPENINGS = ("a", "Z", "7", " ", "\n", "\n\n", "\t", ".", "'s", ":", "<", "é", "中", "🙂")
+# Contents whose first characters a pre-tokenizer may or may not merge with what the template wrote before them.
+_OPENINGS = (
+    "",
+    " ",
+    "\n",
+    "\n\n",
+    "\t",
+    "a",
+    "Z",
+    "7",
+    " a",
+    "\na",
+    "\n\na",
+    "\ta",
+    ".",
+    "'s",
+    ":",
+    "<",
+    "é",
+    "中",
+    "🙂",
+)
 
 
 class Renderer:
@@ -97,7 +117,7 @@ class Renderer:
 
     def prefix(self) -> list[int]:
         """Tokens that every single-turn conversation without a system message of its own starts with."""
-        prompts = [self.prompt([Message("user", opening + "x")]) for opening in _OPENINGS]
+        prompts = [self.prompt([Message("user", opening)]) for opening in _OPENINGS]
         first, last = min(prompts), max(prompts)
         alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
         return [token for token, _ in alike]
