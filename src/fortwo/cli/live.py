@@ -1,17 +1,19 @@
-"""A job as it goes: one bar with loss and rate, and a line for every other thing that happens."""
+"""A job as it goes, and what came of it: one bar with loss and rate, and a line for every other thing that happens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich.console import Console
+import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from fortwo.cli.views import metrics_line
+from fortwo.cli import views
+from fortwo.cli.client import Client
+from fortwo.cli.terminal import screen
 from fortwo.records import Json
 
 
-def watch(console: Console, events: Iterable[Json]) -> None:
+def _watch(events: Iterable[Json]) -> None:
     """Show events until they end."""
     columns = (
         SpinnerColumn(),
@@ -21,7 +23,7 @@ def watch(console: Console, events: Iterable[Json]) -> None:
         TextColumn("{task.fields[pace]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=screen) as bar:
         task = bar.add_task("queued", total=None, pace="")
         for event in events:
             data = event["data"]
@@ -30,7 +32,32 @@ def watch(console: Console, events: Iterable[Json]) -> None:
                 pace = f"loss {data['loss']:.3f}  rate {data['learning_rate']:.1e}  {speed}"
                 bar.update(task, completed=data["step"], total=data["steps"], pace=pace)
             elif event["type"] == "metrics":
-                console.print(f"step {data['step']}: {metrics_line(data['metrics'])}")
+                screen.print(f"step {data['step']}: {views.metrics_line(data['metrics'])}")
             else:
                 bar.update(task, description=event["type"])
-                console.print(event["message"])
+                screen.print(event["message"])
+
+
+def follow(client: Client, job_id: str) -> None:
+    """Show a job as it goes, then what came of it. Exit status 1 unless it succeeded."""
+    try:
+        _watch(client.events(job_id))
+    except KeyboardInterrupt:
+        screen.print(f"\nThe job goes on. fortwo jobs show {job_id} | fortwo jobs cancel {job_id}")
+        raise typer.Exit(130) from None
+    job = client.get(f"/api/training/jobs/{job_id}")
+    outcome(job)
+    if job["status"] != "succeeded":
+        raise typer.Exit(1)
+
+
+def outcome(job: Json) -> None:
+    if job["report"] is not None:
+        screen.print(views.metrics_line({name: found["value"] for name, found in job["report"]["metrics"].items()}))
+        screen.print(views.notes(job["report"]["diagnosis"], style="red"))
+    if job["error"] is not None:
+        screen.print(views.error(job["error"]["message"], job["error"]["hint"]))
+    if job["adapter"] is not None:
+        made = job["adapter"]
+        ref = made["name"] if job["status"] == "succeeded" else f"{made['name']}@{made['version']}"
+        screen.print(f"Adapter {made['name']}@{made['version']}. Try it: fortwo chat --model {ref}")

@@ -17,8 +17,8 @@ STATUS_STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow"}
 
 def table(*columns: str, title: str | None = None) -> Table:
     shape = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        shape.add_column(column, overflow="fold")
+    for position, column in enumerate(columns):
+        shape.add_column(column, overflow="fold", no_wrap=position == 0)
     return shape
 
 
@@ -26,6 +26,8 @@ def value(thing: Any) -> str:
     """A value as a person would write it."""
     if isinstance(thing, bool) or thing is None:
         return {True: "yes", False: "no", None: "-"}[thing]
+    if isinstance(thing, int):
+        return f"{thing:,}"
     if isinstance(thing, float):
         return f"{thing:.4g}"
     if isinstance(thing, list | tuple):

@@ -1,0 +1,203 @@
+"""What there is: the commands that list, show, load and remove models, adapters and jobs.
+
+The catalog of models is readable without a server; everything else asks the server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fortwo.cli import views
+from fortwo.cli.terminal import connect, screen
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+def _group(help: str) -> typer.Typer:
+    return typer.Typer(help=help, no_args_is_help=True)
+
+
+models = _group("Base models: what there is, what is loaded.")
+adapters = _group("Adapters: what was taught.")
+jobs = _group("Training jobs.")
+
+
+@models.command("list")
+def list_models() -> None:
+    """What can be used, what is on disk, what is loaded."""
+    client = connect()
+    rows = views.table("model", "state", "parameters", "memory", "digest", "source")
+    if client.answers():
+        for one in client.get("/api/models")["models"]:
+            digest = "-" if one["digest"] is None else one["digest"][:12]
+            rows.add_row(
+                one["id"], one["state"], views.value(one["parameters"]), views.size(one["bytes"]), digest, one["source"]
+            )
+    else:
+        from fortwo.models.catalog import Catalog
+        from fortwo.settings import load
+
+        catalog = Catalog(load())
+        for entry in catalog.entries():
+            card = catalog.prepared(entry.id)
+            if card is None:
+                rows.add_row(entry.id, "not fetched", "-", "-", "-", entry.source)
+            else:
+                size = views.size(card.bytes)
+                rows.add_row(entry.id, "on disk", views.value(card.parameters), size, card.digest[:12], entry.source)
+    screen.print(rows)
+
+
+@models.command("add")
+def add_model(
+    id: Annotated[str, typer.Argument(help="What it is to be called.")],
+    path: Annotated[Path, typer.Argument(help="A directory as transformers saves it, or a .gguf file.", exists=True)],
+) -> None:
+    """Add a base model of your own to the catalog; nothing is copied."""
+    from fortwo.models.catalog import Catalog
+    from fortwo.settings import load
+
+    entry = Catalog(load()).add(id, path.resolve())
+    screen.print(f"{entry.id} is in the catalog: {entry.source}")
+
+
+@models.command("fetch")
+def fetch_model(
+    id: Annotated[str | None, typer.Argument(help="Model.", show_default="the default base")] = None,
+) -> None:
+    """Download a base model, verify it and make it ready."""
+    from fortwo.models.catalog import Catalog
+    from fortwo.settings import load
+
+    settings = load()
+    chosen = settings.default_model if id is None else id
+    with _bars() as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done, total=total)
+
+        directory = Catalog(settings).prepare(chosen, progress)
+    screen.print(f"{chosen} is ready in {directory}")
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Progress]:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen) as bars:
+        yield bars
+
+
+@models.command("load")
+def load_model(id: str) -> None:
+    """Load a base model into the server."""
+    connect().post(f"/api/models/{id}/load")
+    screen.print(f"{id} is loaded")
+
+
+@models.command("unload")
+def unload_model(id: str) -> None:
+    """Let go of a base model and of the adapters on it."""
+    connect().post(f"/api/models/{id}/unload")
+    screen.print(f"{id} is unloaded")
+
+
+@adapters.command("list")
+def list_adapters() -> None:
+    """All adapters and their versions."""
+    rows = views.table("adapter", "current", "state", "base", "made", "digest")
+    for one in connect().get("/api/adapters")["adapters"]:
+        made = views.moment(one["created_at"])
+        id = f"{one['name']}@{one['version']}"
+        rows.add_row(id, "✓" if one["current"] else "", one["state"], one["base_model"], made, one["digest"][:12])
+    screen.print(rows)
+
+
+@adapters.command("show")
+def show_adapter(name: str) -> None:
+    """Where an adapter came from: its manifest."""
+    screen.print_json(data=connect().get(f"/api/adapters/{name}"))
+
+
+@adapters.command("load")
+def load_adapter(name: str) -> None:
+    """Load an adapter (and its base, when needed) into the server."""
+    connect().post(f"/api/adapters/{name}/load")
+    screen.print(f"{name} is loaded")
+
+
+@adapters.command("unload")
+def unload_adapter(name: str) -> None:
+    """Let go of an adapter; it stays on disk."""
+    connect().post(f"/api/adapters/{name}/unload")
+    screen.print(f"{name} is unloaded")
+
+
+@adapters.command("delete")
+def delete_adapter(name: str) -> None:
+    """Delete an adapter, or one version as NAME@VERSION."""
+    connect().delete(f"/api/adapters/{name}")
+    screen.print(f"{name} is deleted")
+
+
+@adapters.command("rollback")
+def rollback_adapter(name: str) -> None:
+    """Make the version before the current one current again."""
+    now = connect().post(f"/api/adapters/{name}/rollback")
+    screen.print(f"{name} is now {now['name']}@{now['version']}")
+
+
+@jobs.command("list")
+def list_jobs() -> None:
+    """The jobs, newest first."""
+    rows = views.table("job", "status", "adapter", "step", "created")
+    for job in connect().get("/api/training/jobs")["jobs"]:
+        progress = job["progress"]
+        step = f"{progress['step']}/{progress['steps']}"
+        rows.add_row(
+            job["job_id"], views.status(job["status"]), job["adapter_name"], step, views.moment(job["created_at"])
+        )
+    screen.print(rows)
+
+
+@jobs.command("show")
+def show_job(job_id: str) -> None:
+    """A job; follows it while it runs."""
+    from fortwo.cli.live import follow, outcome
+
+    client = connect()
+    job = client.get(f"/api/training/jobs/{job_id}")
+    if job["finished_at"] is None:
+        follow(client, job_id)
+        return
+    screen.print(f"{job['adapter_name']} on {job['model']}:", views.status(job["status"]))
+    if job["actual"] is not None:
+        screen.print(views.plan_against_actual(job["plan"], job["actual"]))
+    outcome(job)
+
+
+@jobs.command("cancel")
+def cancel_job(job_id: str) -> None:
+    """Stop a job between two steps."""
+    job = connect().post(f"/api/training/jobs/{job_id}/cancel")
+    screen.print(f"{job_id} is {job['status']}")
+
+
+@jobs.command("resume")
+def resume_job(job_id: str) -> None:
+    """Start a job again that failed or was cancelled, and follow it."""
+    from fortwo.cli.live import follow
+
+    client = connect()
+    client.post(f"/api/training/jobs/{job_id}/resume")
+    follow(client, job_id)
