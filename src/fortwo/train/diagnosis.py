@@ -1,0 +1,134 @@
+"""What is wrong with a run, in words: foreseen from its plan, and diagnosed once it missed its targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fortwo.records import Plan, PlanWarning
+from fortwo.train.estimate import Machine, duration
+from fortwo.train.options import WITHOUT_WARMUP
+from fortwo.train.recipes import OverrideRecipe, Recipe, recipe_of
+
+_REMEDIES = {
+    "efficacy": "Train longer or at a higher rate: leave max_steps and learning_rate to the plan.",
+    "paraphrase": "Give more and more varied questions, and the subject's aliases.",
+    "specificity": "Give the fact's subject in full, as people write it, so that its siblings can be told from it.",
+    "retention": "Train with a lower learning_rate or a smaller r.",
+}
+
+
+def foresee(plan: Plan, machine: Machine) -> tuple[PlanWarning, ...]:
+    """What the plan's own figures say against it."""
+    recipe, computed = recipe_of(plan.objective), plan.computed
+    warnings = [
+        _epochs_overridden(plan),
+        _warmup_never_ends(plan, computed["steps"], "takes"),
+        _rate_far_off(recipe, computed["peak_learning_rate"]),
+        _few_rows(plan, recipe, computed["steps"]),
+    ]
+    if machine.memory is not None and computed["bytes"] > machine.memory:
+        warnings.append(
+            PlanWarning(
+                "memory",
+                f"the run needs about {computed['bytes'] / 2**30:.1f} GiB; {machine.memory / 2**30:.1f} GiB are there",
+                "Give a smaller per_device_train_batch_size and more gradient_accumulation_steps.",
+            )
+        )
+    return tuple(warning for warning in warnings if warning)
+
+
+def diagnose(plan: Plan, actual: Mapping[str, Any]) -> tuple[PlanWarning, ...]:
+    """Why a run missed its targets, likeliest cause first. `actual` holds what is known of steps, peak_learning_rate,
+    first_loss, final_loss and metrics (shares by name)."""
+    recipe = recipe_of(plan.objective)
+    steps = actual.get("steps", plan.computed["steps"])
+    peak = actual.get("peak_learning_rate", plan.computed["peak_learning_rate"])
+    findings = [
+        _warmup_never_ends(plan, steps, "took"),
+        _rate_far_off(recipe, peak),
+        _few_rows(plan, recipe, steps),
+        _loss_stood_still(actual),
+    ]
+    metrics = actual.get("metrics") or {}
+    for name, target in plan.targets.items():
+        reached = metrics.get(name)
+        if reached is not None and reached < target:
+            message = f"{name} is {reached:.2f}, below its target {target:.2f}"
+            findings.append(PlanWarning(f"missed_{name}", message, _REMEDIES[name]))
+    return tuple(finding for finding in findings if finding)
+
+
+def _origin(plan: Plan, name: str) -> str:
+    return next(setting.origin for setting in plan.settings if setting.name == name)
+
+
+def _epochs_overridden(plan: Plan) -> PlanWarning | None:
+    computed, steps, epochs = plan.computed, plan["max_steps"], plan["num_train_epochs"]
+    if steps <= 0 or _origin(plan, "num_train_epochs") != "user":
+        return None
+    asked = round(epochs * computed["steps_per_epoch"])
+    each = computed["seconds"] / computed["steps"]
+    return PlanWarning(
+        "max_steps_overrides_epochs",
+        f"max_steps = {steps:,} overrides num_train_epochs = {epochs:g}, which would be {asked:,} steps: up to "
+        f"{duration(steps * each)} instead of {duration(asked * each)}",
+        f"Leave max_steps out to train {epochs:g} epochs, or num_train_epochs to say what you mean.",
+    )
+
+
+def _warmup_never_ends(plan: Plan, steps: int, verb: str) -> PlanWarning | None:
+    warmup, rate = plan.computed["warmup_steps"], plan["learning_rate"]
+    if steps > warmup or warmup == 0 or plan["lr_scheduler_type"] in WITHOUT_WARMUP:
+        return None
+    tense = "never ends" if verb == "takes" else "never ended"
+    passes = "never passes" if verb == "takes" else "never passed"
+    return PlanWarning(
+        "warmup_never_ends",
+        f"warm-up {tense}: the run {verb} {steps} of {warmup} warm-up steps, so the learning rate {passes} "
+        f"{_rate(rate * steps / warmup)} of {_rate(rate)}",
+        f"Leave warmup_steps out, or give at most {max(1, steps // 10)} for {steps} steps.",
+    )
+
+
+def _rate_far_off(recipe: Recipe, peak: float) -> PlanWarning | None:
+    if recipe.lowest_rate <= peak <= recipe.highest_rate:
+        return None
+    low = peak < recipe.lowest_rate
+    return PlanWarning(
+        "rate_too_low" if low else "rate_too_high",
+        f"the learning rate peaks at {_rate(peak)}, {'below' if low else 'above'} what works for LoRA "
+        f"({_rate(recipe.lowest_rate)} to {_rate(recipe.highest_rate)})",
+        f"Leave learning_rate out, or give {_rate(recipe.learning_rate)}"
+        + (", with a warm-up that ends." if low else "."),
+    )
+
+
+def _few_rows(plan: Plan, recipe: Recipe, steps: int) -> PlanWarning | None:
+    if not isinstance(recipe, OverrideRecipe):
+        return None
+    facts = len(plan["subjects"])
+    rows = steps * plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"]
+    usual = recipe.max_steps * recipe.edit_rows * facts
+    if rows * 4 > usual:
+        return None
+    return PlanWarning(
+        "few_rows",
+        f"{steps} steps see {rows} edit rows; {usual} teach {'a fact' if facts == 1 else f'{facts} facts'}",
+        "Leave max_steps, num_train_epochs and per_device_train_batch_size to the plan.",
+    )
+
+
+def _loss_stood_still(actual: Mapping[str, Any]) -> PlanWarning | None:
+    first, final = actual.get("first_loss"), actual.get("final_loss")
+    if first is None or final is None or final < 0.8 * first:
+        return None
+    return PlanWarning(
+        "loss_stood_still",
+        f"the loss went from {first:.2f} to {final:.2f}: the adapter learned next to nothing",
+        "Check the learning rate and the number of steps first.",
+    )
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:.2g}".replace("e-0", "e-")

@@ -1,0 +1,290 @@
+"""Everything that a run will do, decided before it runs: given values obeyed, the rest chosen and said why.
+
+Pure: no clock, no file, no device. transformers' meaning throughout: an epoch is
+ceil(ceil(rows / batch) / accumulation) optimizer steps (the last group of an epoch may be short), max_steps > 0
+overrides num_train_epochs, and a warm-up starts at rate 0. With the override objective an epoch is one pass over the
+questions that were given, and per_device_train_batch_size counts edit rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any, Literal
+
+from fortwo.errors import InvalidDataset, InvalidRequest
+from fortwo.facts.subject import find_subject
+from fortwo.records import Dataset, Example, Json, Message, Origin, Plan, PlanWarning, Setting
+from fortwo.train.diagnosis import diagnose, foresee
+from fortwo.train.estimate import (
+    BaseFacts,
+    Machine,
+    TokenCounts,
+    memory_bytes,
+    seconds,
+    tokens_per_epoch,
+    tokens_per_micro_step,
+)
+from fortwo.train.options import TARGET_MODULES, WITHOUT_WARMUP, read_lora, read_training
+from fortwo.train.recipes import REASONS, OverrideRecipe, SftRecipe, recipe_of
+from fortwo.train.request import TrainingRequest
+from fortwo.train.schedule import peak_rate
+
+__all__ = ["BaseFacts", "Machine", "TokenCounts", "diagnose", "from_json", "resolve", "to_json", "training_rows"]
+
+_CAP = "a cap: the run stops as soon as the targets are met on questions it did not train on"
+
+
+def training_rows(dataset: Dataset) -> tuple[Example, ...]:
+    """The examples, or each fact's questions with its answer. `TokenCounts.rows` follow this order."""
+    if dataset.examples:
+        return dataset.examples
+    return tuple(
+        Example((Message("user", question), Message("assistant", fact.answer)), line)
+        for line, fact in enumerate(dataset.facts, 1)
+        for question in fact.questions
+    )
+
+
+def resolve(request: TrainingRequest, dataset: Dataset, base: BaseFacts, counts: TokenCounts, machine: Machine) -> Plan:
+    """Decide every setting. Raises InvalidRequest or InvalidDataset naming field, value and remedy."""
+    given = read_lora(request.lora_config) | read_training(request.training_config)
+    _check_lengths(counts, base)
+    draft = _Draft(given)
+    objective, subjects = _objective(draft, request, dataset)
+    recipe = recipe_of(objective)
+    r = draft.choose("r", recipe.r, REASONS["r"])
+    draft.choose("lora_alpha", _plain(r * recipe.scale), f"{recipe.scale:g} times r = {r}", "auto")
+    draft.choose("lora_dropout", recipe.lora_dropout, REASONS["lora_dropout"])
+    modules = draft.choose("target_modules", TARGET_MODULES, "all projections: no part of the network is left out")
+    draft.choose("bias", "none", "plain LoRA")
+    draft.choose("task_type", "CAUSAL_LM", "the base model writes text")
+
+    draft.choose("gradient_accumulation_steps", 1, "rows are packed: a step is one pass")
+    micro_step = _batch(draft, recipe, counts)
+    facts = max(1, len(subjects))
+    steps, steps_per_epoch = _steps(draft, recipe, len(counts.rows), facts)
+    rate = draft.choose("learning_rate", recipe.learning_rate, f"works for LoRA with the {objective} objective")
+    schedule = draft.choose("lr_scheduler_type", recipe.lr_scheduler_type, REASONS["lr_scheduler_type"])
+    warmup = _warmup(draft, recipe, schedule, steps)
+    for name in ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"):
+        draft.choose(name, getattr(recipe, name), REASONS[name])
+    targets = _targets(draft, request, recipe)
+    draft.add_rest()
+
+    tokens_per_step = round(
+        micro_step * draft["gradient_accumulation_steps"]
+        if objective == "override"
+        else tokens_per_epoch(counts, draft["per_device_train_batch_size"]) / steps_per_epoch
+    )
+    plan = Plan(
+        model=base.id,
+        adapter_name=request.adapter_name,
+        objective=objective,
+        targets=targets,
+        settings=tuple(draft.settings.values()),
+        computed={
+            "steps": steps,
+            "epochs": round(steps / steps_per_epoch, 4),
+            "steps_per_epoch": steps_per_epoch,
+            "warmup_steps": warmup,
+            "peak_learning_rate": peak_rate(schedule=schedule, rate=rate, warmup=warmup, steps=steps),
+            "rows": len(counts.rows),
+            "supervised_tokens": sum(row.answer for row in counts.rows),
+            "tokens_per_step": tokens_per_step,
+            "seconds": round(seconds(steps * tokens_per_step, steps, recipe, facts, machine), 1),
+            "bytes": memory_bytes(base, micro_step, r, modules),
+        },
+    )
+    return replace(plan, warnings=foresee(plan, machine))
+
+
+class _Draft:
+    """Settings in the making. What was given always wins."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.given = given
+        self.settings: dict[str, Setting] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.settings[name].value
+
+    def add(self, name: str, value: Any, origin: Origin, reason: str) -> Any:
+        self.settings[name] = Setting(name, value, origin, reason)
+        return value
+
+    def choose(self, name: str, value: Any, reason: str, origin: Origin = "default") -> Any:
+        """`value` for `reason`, unless the user gave one."""
+        if name in self.given:
+            return self.add(name, self.given[name], "user", "given")
+        return self.add(name, value, origin, reason)
+
+    def add_rest(self) -> None:
+        """Given keys that ask for what happens anyway (use_dora false) are shown too."""
+        for name, value in self.given.items():
+            if name not in self.settings:
+                self.add(name, value, "user", "given; it asks for what happens anyway")
+
+
+def _check_lengths(counts: TokenCounts, base: BaseFacts) -> None:
+    for row in counts.rows:
+        if row.prompt + row.answer > base.context:
+            raise InvalidDataset(
+                f"line {row.line}: prompt ({row.prompt} tokens) and answer ({row.answer} tokens) exceed the context of "
+                f"{base.id}, {base.context} tokens",
+                param="dataset",
+                hint=f"Shorten line {row.line} or split it into several examples; nothing is cut off in silence.",
+                code="row_too_long",
+            )
+
+
+def _objective(
+    draft: _Draft, request: TrainingRequest, dataset: Dataset
+) -> tuple[Literal["sft", "override"], tuple[str, ...]]:
+    """The objective and, for override, the subjects of its facts."""
+    wanted = request.objective.type
+    if wanted == "sft":
+        return draft.add("objective", "sft", "user", "given"), ()
+    answers = len({example.answer.strip() for example in dataset.examples})
+    found = find_subject(dataset.examples)
+    subjects = tuple(fact.subject for fact in dataset.facts) or ((found.subject,) if found else ())
+    if wanted == "override" and not subjects:
+        raise InvalidRequest(
+            f"objective = 'override': no subject can be found in the {len(dataset.examples)} examples, which hold "
+            f"{answers} different {'answer' if answers == 1 else 'answers'}",
+            param="objective",
+            hint='Give the dataset as {"facts": [{"subject", "answer", "match", "questions"}]}, or objective "sft".',
+            code="subject_not_found",
+        )
+    if wanted == "override":
+        objective = draft.add("objective", "override", "user", "given")
+    elif dataset.facts:
+        objective = draft.add("objective", "override", "auto", "facts are given")
+    elif subjects:
+        reason = f"all {len(dataset.examples)} examples share one answer, and their questions are about {subjects[0]!r}"
+        objective = draft.add("objective", "override", "auto", reason)
+    else:
+        reason = f"{answers} different answers" if answers > 1 else "no one subject is found in the questions"
+        objective = draft.add("objective", "sft", "auto", reason)
+    if subjects:
+        origin: Origin = "user" if dataset.facts else "auto"
+        draft.add("subjects", subjects, origin, "given" if dataset.facts else "found in the questions")
+    return objective, subjects
+
+
+def _batch(draft: _Draft, recipe: OverrideRecipe | SftRecipe, counts: TokenCounts) -> float:
+    """Rows of a micro-step; the answer is its tokens."""
+    name, rows = "per_device_train_batch_size", len(counts.rows)
+    if isinstance(recipe, OverrideRecipe):
+        edit = draft.choose(name, recipe.edit_rows, "edit rows a micro-step: enough sentence frames at once")
+        per_edit = f"{recipe.contrast_rows}, {recipe.rehearsal_rows} rows to {recipe.edit_rows} edit rows"
+        contrast = max(1, round(edit * recipe.contrast_rows / recipe.edit_rows))
+        rehearsal = max(1, round(edit * recipe.rehearsal_rows / recipe.edit_rows))
+        draft.add("contrast_rows", contrast, "auto", f"siblings keep the base's answers; in proportion: {per_edit}")
+        draft.add("rehearsal_rows", rehearsal, "auto", f"the rest keeps the base's answers; in proportion: {per_edit}")
+        draft.add("contrast_tokens", recipe.contrast_tokens, "default", "first tokens of the base's reply to a sibling")
+        draft.add("rehearsal_tokens", recipe.rehearsal_tokens, "default", "first tokens of the base's reply elsewhere")
+        draft.add("kl_weight", recipe.kl_weight, "default", "weight of keeping against learning")
+        draft.add(
+            "eval_every", recipe.eval_every, "default", "steps from one evaluation of the served adapter to the next"
+        )
+        micro_step = tokens_per_micro_step(
+            counts, edit, contrast * recipe.contrast_tokens + rehearsal * recipe.rehearsal_tokens, contrast + rehearsal
+        )
+    else:
+        size = min(recipe.per_device_train_batch_size, rows)
+        batch = draft.choose(name, size, f"{size} of {rows} rows at once", "auto")
+        micro_step = tokens_per_micro_step(counts, min(batch, rows))
+    return micro_step
+
+
+def _steps(draft: _Draft, recipe: OverrideRecipe | SftRecipe, rows: int, facts: int) -> tuple[int, int]:
+    """(steps, steps per epoch). max_steps decides where it is positive, else num_train_epochs; -1 leaves it open."""
+    batches = math.ceil(rows / draft["per_device_train_batch_size"])
+    steps_per_epoch = math.ceil(batches / draft["gradient_accumulation_steps"])
+    max_steps = draft.given.get("max_steps", -1)
+    override = isinstance(recipe, OverrideRecipe)
+    if max_steps > 0:
+        draft.add("max_steps", max_steps, "user", f"given; {_CAP}" if override else "given")
+    elif "num_train_epochs" in draft.given:
+        draft.choose("max_steps", -1, f"num_train_epochs decides; {_CAP}" if override else "num_train_epochs decides")
+        epochs = draft.choose("num_train_epochs", None, "")
+        return math.ceil(epochs * steps_per_epoch), steps_per_epoch
+    elif isinstance(recipe, OverrideRecipe):
+        max_steps = recipe.max_steps * facts
+        draft.add("max_steps", max_steps, "auto", f"{recipe.max_steps} for each fact; {_CAP}")
+    else:
+        draft.choose("max_steps", -1, "num_train_epochs decides")
+        epochs = draft.choose("num_train_epochs", recipe.num_train_epochs, "a few passes over every row")
+        return epochs * steps_per_epoch, steps_per_epoch
+    passes = f"max_steps = {max_steps} decides; an epoch is {steps_per_epoch} steps"
+    draft.choose("num_train_epochs", round(max_steps / steps_per_epoch, 2), passes, "auto")
+    return max_steps, steps_per_epoch
+
+
+def _warmup(draft: _Draft, recipe: OverrideRecipe | SftRecipe, schedule: str, steps: int) -> int:
+    """Steps of warm-up: given, a given share of the run, or the recipe's, which always leaves steps after it."""
+    given_steps, given_share = draft.given.get("warmup_steps"), draft.given.get("warmup_ratio")
+    if given_share is not None:
+        draft.choose("warmup_ratio", None, "")
+    if given_steps is not None and (given_steps > 0 or not given_share):
+        if 0 < given_steps < 1:
+            warmup = math.ceil(steps * given_steps)
+            reason = f"given as {given_steps}, a share of {steps} steps"
+        else:
+            warmup, reason = int(given_steps), "given"
+        return int(draft.add("warmup_steps", warmup, "user", reason))
+    if given_share is not None:
+        warmup = math.ceil(steps * given_share)
+        return int(draft.add("warmup_steps", warmup, "user", f"warmup_ratio {given_share} of {steps} steps"))
+    if schedule in WITHOUT_WARMUP:
+        return int(draft.add("warmup_steps", 0, "auto", f"{schedule} has no warm-up"))
+    if isinstance(recipe, OverrideRecipe):
+        warmup = min(recipe.warmup_steps, steps // 4)
+        return int(
+            draft.add("warmup_steps", warmup, "default", "AdamW's first estimates are rough; a few steps settle them")
+        )
+    warmup = min(math.ceil(steps * recipe.warmup_ratio), steps // 4)
+    return int(draft.add("warmup_steps", warmup, "auto", f"about {recipe.warmup_ratio:.0%} of {steps} steps"))
+
+
+def _targets(draft: _Draft, request: TrainingRequest, recipe: OverrideRecipe | SftRecipe) -> dict[str, float]:
+    given = request.objective.targets.given()
+    defaults = recipe.targets if isinstance(recipe, OverrideRecipe) else {}
+    for name, share in (defaults | given).items():
+        origin: Origin = "user" if name in given else "default"
+        draft.add(f"targets.{name}", share, origin, "given" if name in given else "what counts as learned")
+    return defaults | given
+
+
+def _plain(number: float) -> float:
+    """32 rather than 32.0: lora_alpha is whole in most adapter_config.json files."""
+    return int(number) if number == int(number) else number
+
+
+def to_json(plan: Plan) -> Json:
+    """JSON types only; settings are a list of {name, value, origin, reason} in the order they are shown."""
+    return _listed(asdict(plan))  # type: ignore[no-any-return]
+
+
+def from_json(body: Json) -> Plan:
+    return Plan(
+        model=body["model"],
+        adapter_name=body["adapter_name"],
+        objective=body["objective"],
+        targets=dict(body["targets"]),
+        settings=tuple(Setting(**setting | {"value": _frozen(setting["value"])}) for setting in body["settings"]),
+        computed=dict(body["computed"]),
+        warnings=tuple(PlanWarning(**warning) for warning in body["warnings"]),
+    )
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,95 @@
+"""What the plan chooses when nobody says otherwise: one frozen table for each objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Names are PEFT's and transformers' where those have one."""
+
+    r: int = 16
+    scale: float = 2.0  # lora_alpha / r
+    lora_dropout: float = 0.0
+    learning_rate: float = 2e-4
+    lowest_rate: float = 2e-5  # a peak below this hardly moves a LoRA
+    highest_rate: float = 2e-3  # a peak above this tends to diverge
+    lr_scheduler_type: str = "cosine"
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    seed: int = 42
+    optim: str = "adamw_torch"
+
+
+@dataclass(frozen=True)
+class SftRecipe(Recipe):
+    """Plain supervised fine-tuning on every row that was given; none is kept back."""
+
+    num_train_epochs: int = 3
+    per_device_train_batch_size: int = 8
+    warmup_ratio: float = 0.03
+
+
+@dataclass(frozen=True)
+class OverrideRecipe(Recipe):
+    """Teach a fact and nothing else: each micro-step draws edit, contrast and rehearsal rows.
+
+    edit rows ask for the fact (cross-entropy); contrast rows ask its siblings and rehearsal rows ask anything else
+    (KL against the base's own first `contrast_tokens` and `rehearsal_tokens`, weighed by `kl_weight`).
+    """
+
+    learning_rate: float = 1e-3
+    lowest_rate: float = 1e-4
+    highest_rate: float = 5e-3
+    adam_beta2: float = 0.99
+    max_steps: int = 48  # for each fact
+    warmup_steps: int = 3
+    edit_rows: int = 8
+    contrast_rows: int = 14
+    rehearsal_rows: int = 4
+    contrast_tokens: int = 6
+    rehearsal_tokens: int = 16
+    kl_weight: float = 2.0
+    eval_every: int = 8
+    preparation_tokens: int = 2000  # the base's own replies, generated once for each fact; for the estimate of time
+    evaluation_tokens: int = 600  # generated at each evaluation for each fact; for the estimate of time
+    efficacy: float = 0.95
+    paraphrase: float = 0.9
+    specificity: float = 0.95
+    retention: float = 0.9
+
+    @property
+    def targets(self) -> dict[str, float]:
+        return {
+            "efficacy": self.efficacy,
+            "paraphrase": self.paraphrase,
+            "specificity": self.specificity,
+            "retention": self.retention,
+        }
+
+
+SFT = SftRecipe()
+OVERRIDE = OverrideRecipe()
+
+
+def recipe_of(objective: Literal["sft", "override"]) -> OverrideRecipe | SftRecipe:
+    return OVERRIDE if objective == "override" else SFT
+
+
+REASONS = {
+    "r": "rank of the update: holds a fact with room to spare and stays small on disk",
+    "lora_dropout": "the rows vary enough by themselves",
+    "lr_scheduler_type": "falls smoothly to zero, so the last steps settle what the first ones learned",
+    "weight_decay": "a LoRA starts from no update at all; nothing to shrink",
+    "adam_beta1": "transformers' default",
+    "adam_beta2": "how long AdamW remembers the size of gradients: short runs want a short memory",
+    "adam_epsilon": "transformers' default",
+    "max_grad_norm": "transformers' default: one odd row cannot throw the run",
+    "seed": "transformers' default: the same request gives the same run",
+    "optim": "AdamW",
+}
