@@ -1,0 +1,293 @@
+"""The one owner of the device: a thread that takes turns between requests and a job.
+
+A turn: what other threads asked for, one decode step for all running requests of each base, prefill of those that
+waited, then one micro-step of the job, if nobody is owed time. Every accepted request ends, whatever happens.
+Knows no HTTP, no files and no names of adapters; text is the renderer's, who is next the scheduler's.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fortwo.engine import sampling
+from fortwo.engine.generation import Reply, Speech
+from fortwo.engine.runner import Runner
+from fortwo.engine.scheduler import FairShare, Scheduler, Sequence
+from fortwo.engine.tasks import Task
+from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from fortwo.models.lora import Lora
+from fortwo.records import Delta, FinishReason, Prompt, TrainEvent
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+RUNNING = 32  # requests of one base that decode together
+PREFILL_TOKENS = 1024  # prompt tokens per turn: bounds how long running replies stand still
+POLL_SECONDS = 0.05  # how often a job that waits for something else than requests is asked again
+
+
+@dataclass(eq=False, kw_only=True)
+class _Request(Sequence):
+    reply: Reply
+    sampler: sampling.Sampler
+
+
+@dataclass(eq=False)
+class _Base:
+    id: str
+    runner: Runner
+    speech: Speech
+    scheduler: Scheduler[_Request] = field(default_factory=lambda: Scheduler(RUNNING))
+
+    def leave(self, request: _Request) -> None:
+        self.scheduler.remove(request)
+        self.runner.release(request)
+
+    def end(self, request: _Request, reason: FinishReason, error: str | None = None) -> None:
+        self.leave(request)
+        request.reply.end(reason, error)
+
+
+class Engine:
+    """records.Serving, for any thread. threads: CPU threads of the device owner, None for torch's choice."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
+        self._thread = threading.Thread(target=self._run, name="fortwo-device", daemon=True)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._gate = threading.Lock()  # nothing is accepted after the gate is closed
+        self._closed = False
+        self._stopping = False
+        self._bases: dict[str, _Base] = {}
+        self._tasks: deque[Task[Any]] = deque()
+        self._share = FairShare()
+        self._stalled = False  # the job waits although no request is there: ask it again, but not at once
+
+    # ------------------------------------------------------------ any thread
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Cancel the job and every request, then let the thread end. Calls that were accepted are carried out."""
+        with self._gate:
+            if not self._closed:
+                self._closed = True
+                self._commands.put(self._stop)
+        if self._thread.ident is None:
+            self._run()
+        else:
+            self._thread.join()
+
+    def call(self, fn: Callable[[], T]) -> Future[T]:
+        """Run fn on the device's thread, between two steps."""
+        future: Future[T] = Future()
+
+        def carry_out() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(fn())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        self._post(carry_out)
+        return future
+
+    def add_base(self, id: str, runner: Runner, speech: Speech) -> None:
+        """Serve this base from now on. speech: its renderer."""
+
+        def add() -> None:
+            if id in self._bases:
+                raise Conflict(f"base model {id!r} is already served", param="model")
+            self._bases[id] = _Base(id, runner, speech)
+
+        self.call(add).result()
+
+    def remove_base(self, id: str) -> None:
+        """Raises Conflict while requests run on it."""
+
+        def remove() -> None:
+            if count := len(self._base(id).scheduler):
+                raise Conflict(
+                    f"base model {id!r} answers {count} request(s)", param="model", hint="Try again when they are done."
+                )
+            del self._bases[id]
+
+        self.call(remove).result()
+
+    def attach(self, base: str, key: str, lora: Lora) -> None:
+        """Serve `lora`, its live tensors, under `key`; what `key` named before is replaced."""
+        self.call(lambda: self._base(base).runner.attach(key, lora)).result()
+
+    def detach(self, base: str, key: str) -> None:
+        """Requests that still run on `key` are cancelled."""
+
+        def detach() -> None:
+            home = self._base(base)
+            for request in home.scheduler:
+                if request.adapter == key:
+                    home.end(request, "cancelled")
+            home.runner.detach(key)
+
+        self.call(detach).result()
+
+    def requests(self, base: str, adapter: str | None = None) -> int:
+        """How many requests run or wait on a base, or on one adapter of it."""
+        home = self._base(base)
+        return self.call(lambda: sum(adapter in (None, request.adapter) for request in home.scheduler)).result()
+
+    def submit(self, prompt: Prompt, on_delta: Callable[[Delta], None] | None = None) -> Reply:
+        """Accept a request. on_delta is called on the device's thread and must not block.
+
+        Raises InvalidRequest for a prompt that does not fit, NotFound for weights that are not here, Unavailable.
+        """
+        base = self._base(prompt.base)
+        _check_adapter(base, prompt.adapter)
+        context = base.runner.decoder.config.context
+        room = context - len(prompt.tokens)
+        if not prompt.tokens:
+            raise InvalidRequest("the prompt is empty", param="messages", hint="Send at least one token.")
+        if room < 1:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt.tokens)} tokens; the context of {prompt.base!r} holds {context}, "
+                "the reply included",
+                param="messages",
+                hint="Shorten the messages.",
+            )
+        reply = Reply(prompt, min(room, prompt.sampling.max_tokens), base.speech, on_delta)
+        request = _Request(list(prompt.tokens), prompt.adapter, reply=reply, sampler=sampling.Sampler(prompt.sampling))
+
+        def accept() -> None:
+            try:
+                if self._base(prompt.base) is not base:
+                    raise Conflict(f"base model {prompt.base!r} was loaded anew")
+                _check_adapter(base, prompt.adapter)
+            except (NotFound, Conflict) as gone:  # in the meantime
+                reply.end("error", gone.message)
+            else:
+                base.scheduler.add(request)
+
+        self._post(accept)
+        return reply
+
+    def run_task(self, events: Generator[TrainEvent, None, T], on_event: Callable[[TrainEvent], None]) -> Task[T]:
+        """Advance a job between decode steps; one at a time, in order. on_event is called on the device's thread;
+        what it raises ends the job."""
+        task = Task(events, on_event, wake=lambda: self._commands.put(lambda: None))
+        self._post(lambda: self._tasks.append(task))
+        return task
+
+    def _post(self, command: Callable[[], None]) -> None:
+        if threading.current_thread() is self._thread:
+            command()
+            return
+        with self._gate:
+            if self._closed:
+                raise Unavailable("the server is shutting down", hint="Try again when it is back.")
+            self._commands.put(command)
+
+    def _base(self, id: str) -> _Base:
+        if id not in self._bases:
+            raise NotFound(f"base model {id!r} is not loaded", param="model", hint="Load it first.")
+        return self._bases[id]
+
+    # ------------------------------------------------------------ the device's thread
+
+    def _run(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        while not self._stopping:
+            self._obey()
+            began = time.perf_counter()
+            self._serve()
+            self._share.served(time.perf_counter() - began)
+            self._work()
+        self._end_all()
+
+    @property
+    def _busy(self) -> bool:
+        return any(len(base.scheduler) for base in self._bases.values())
+
+    def _obey(self) -> None:
+        """Do what other threads asked for; when there is nothing else to do, wait for it."""
+        try:
+            if not self._busy and not self._tasks:
+                self._commands.get()()
+            elif not self._busy and self._stalled:
+                self._commands.get(timeout=POLL_SECONDS)()
+            while True:
+                self._commands.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _serve(self) -> None:
+        """One token for every running request; the first one for those admitted now."""
+        for base in list(self._bases.values()):
+            for request in base.scheduler:
+                if request.reply.cancel_requested:
+                    base.end(request, "cancelled")
+            if running := list(base.scheduler.running):
+                _advance(base, running, base.runner.step)
+            if admitted := base.scheduler.admit(PREFILL_TOKENS):
+                _advance(base, admitted, base.runner.prefill)
+
+    def _work(self) -> None:
+        """One micro-step of the job."""
+        if not self._tasks or self._stopping or not self._share.job_may_run(requests=self._busy):
+            return
+        task = self._tasks[0]
+        began = time.perf_counter()
+        task.advance()
+        self._share.worked(time.perf_counter() - began)
+        if task.done:
+            self._tasks.popleft()
+        self._stalled = task.waiting and not task.done and not self._busy
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _end_all(self) -> None:
+        while self._tasks:
+            self._tasks.popleft().end()
+        for base in self._bases.values():
+            for request in base.scheduler:
+                base.end(request, "cancelled")
+
+
+def _check_adapter(base: _Base, key: str | None) -> None:
+    if key is not None and not base.runner.has(key):
+        raise NotFound(f"adapter {key!r} is not loaded on {base.id!r}", param="model", hint="Load it first.")
+
+
+def _advance(base: _Base, requests: list[_Request], forward: Callable[[list[_Request]], Tensor]) -> None:
+    """One token for each request; a failed forward ends all that were in it, a failed row only itself."""
+    try:
+        tokens = sampling.choose(forward(requests), [request.sampler for request in requests])
+    except Exception as error:
+        log.exception("a forward of %d request(s) failed", len(requests))
+        for request in requests:
+            base.end(request, "error", f"{type(error).__name__}: {error}")
+        return
+    for request, token in zip(requests, tokens, strict=True):
+        if token is None:
+            base.end(request, "error", "the model's logits are not numbers (nan or infinite)")
+            continue
+        request.tokens.append(token)
+        try:
+            request.reply.push(token)
+        except Exception as error:
+            log.exception("a token could not be turned into text")
+            request.reply.end("error", f"{type(error).__name__}: {error}")
+        if request.reply.done:
+            base.leave(request)
