@@ -106,7 +106,7 @@ def parameters(table: dict[str, Header]) -> int:
 
 
 def digest(directory: Path, progress: Progress) -> str:
-    """sha256 over the sorted (name, dtype, shape, bytes) of all tensors: of the weights, never of a path or of shards."""
+    """sha256 over the sorted (name, dtype, shape, bytes) of all tensors: the same for any path and any shards."""
     table = headers(directory)
     total = sum(header.end - header.start for header in table.values())
     whole, done = hashlib.sha256(), 0
