@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,17 +51,27 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="5001")] = None,
 ) -> None:
     """Run the server until it is stopped."""
+    from fortwo.server.house import House
+    from fortwo.settings import load
+
+    house = House(load(host=host, port=port))
+
     import uvicorn
 
     from fortwo.server.app import create_app
-    from fortwo.server.house import House
-    from fortwo.server.security import check_binding
-    from fortwo.settings import load
 
-    settings = load(host=host, port=port)
-    check_binding(settings)
-    screen.print(f"fortwo listens on {settings.url} (what it understands: {settings.url}/docs)")
-    uvicorn.run(create_app(House(settings)), host=settings.host, port=settings.port, log_level="warning")
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                url = house.settings.url
+                screen.print(f"fortwo listens on {url}; {url}/docs says what it understands. Ctrl-C ends it.")
+
+    config = uvicorn.Config(create_app(house), host=house.settings.host, port=house.settings.port, log_level="warning")
+    server = Server(config)
+    server.run()
+    if not server.started:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,0 +1,249 @@
+"""The command line against a server that plays a script over real sockets: what is sent, shown, and returned."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fortwo.cli import app
+
+JOB: dict[str, Any] = {
+    "job_id": "j1",
+    "status": "succeeded",
+    "model": "tiny",
+    "adapter_name": "a",
+    "created_at": 0.0,
+    "finished_at": 1.0,
+    "plan": {},
+    "actual": None,
+    "report": None,
+    "adapter": {"name": "a", "version": 2, "digest": "d"},
+    "error": None,
+}
+PLAN: dict[str, Any] = {
+    "model": "tiny",
+    "adapter_name": "a",
+    "objective": "sft",
+    "targets": {},
+    "settings": [{"name": "max_steps", "value": 2500, "origin": "user", "reason": "given"}],
+    "computed": {"steps": 2500, "bytes": 2048},
+    "warnings": [{"code": "epochs_overridden", "message": "max_steps overrides 50 epochs", "hint": "Drop one."}],
+}
+
+
+def event(number: int, type: str, message: str, **data: Any) -> str:
+    body = {"id": number, "type": type, "message": message, "data": data}
+    return f"id: {number}\nevent: {type}\ndata: {json.dumps(body)}\n\n"
+
+
+class Script:
+    """(method, path) -> answers in order, the last again and again; each is (status, JSON or the text of a stream)."""
+
+    def __init__(self) -> None:
+        self.answers: dict[tuple[str, str], list[tuple[int, Any]]] = {}
+        self.asked: list[tuple[str, str, Any, dict[str, str]]] = []
+
+    def on(self, method: str, path: str, *answers: tuple[int, Any]) -> None:
+        self.answers[method, path] = list(answers)
+
+    def body(self, path: str) -> Any:
+        return next(body for _, asked, body, _ in self.asked if asked == path)
+
+
+@pytest.fixture
+def script(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
+    script = Script()
+
+    class Handler(BaseHTTPRequestHandler):
+        def _any(self) -> None:
+            length = int(self.headers.get("Content-Length", 0))
+            body = json.loads(self.rfile.read(length)) if length else None
+            script.asked.append((self.command, self.path, body, dict(self.headers)))
+            answers = script.answers[self.command, self.path]
+            status, answer = answers.pop(0) if len(answers) > 1 else answers[0]
+            payload = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        do_GET = do_POST = do_DELETE = _any
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setenv("FORTWO_PORT", str(server.server_port))
+    yield script
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def run(*words: str | Path, input: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], input=input, env={"COLUMNS": "160"})
+
+
+def rows(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_no_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORTWO_PORT", "9")
+    result = run("jobs", "list")
+    assert result.exit_code == 1
+    assert "No server answers at http://127.0.0.1:9." in result.output
+    assert "fortwo serve" in result.output
+
+
+def test_an_error_of_the_server_is_message_and_hint(script: Script) -> None:
+    error = {"message": "unknown model [x]", "type": "t", "code": "c", "param": "model", "hint": "Known: tiny."}
+    script.on("POST", "/v1/chat/completions", (404, {"error": error}))
+    result = run("chat", "--model", "x", "hello")
+    assert result.exit_code == 1
+    assert result.stderr == "unknown model [x]\nKnown: tiny.\n"
+
+
+def test_what_is_not_fortwo_is_told(script: Script) -> None:
+    script.on("GET", "/api/training/jobs", (502, "<html>"))
+    result = run("jobs", "list")
+    assert result.exit_code == 1
+    assert "answered 502: <html>" in result.stderr
+
+
+def test_api_key_is_sent(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORTWO_API_KEY", "secret")
+    script.on("DELETE", "/api/adapters/a@1", (200, {}))
+    assert run("adapters", "delete", "a@1").exit_code == 0
+    assert script.asked[0][3]["Authorization"] == "Bearer secret"
+
+
+def test_teach_sends_rows_inline_and_shows_what_happens(script: Script, tmp_path: Path) -> None:
+    data = rows(tmp_path, "d.jsonl", '{"prompt": "p", "completion": "c"}\n\n{"prompt": "q", "completion": "c"}\n')
+    config = rows(tmp_path, "c.json", '{"training_config": {"max_steps": 2500}}')
+    script.on("POST", "/api/training/start", (202, {"job_id": "j1", "status": "queued", "plan": PLAN}))
+    step = event(2, "step", "step 1", step=1, steps=2, loss=1.5, learning_rate=1e-3, tokens_per_second=300.0)
+    found = event(3, "metrics", "metrics", step=1, metrics={"efficacy": 1.0, "paraphrase": 0.75})
+    script.on("GET", "/api/training/jobs/j1/events", (200, event(1, "running", "It runs.") + step + found))
+    script.on("GET", "/api/training/jobs/j1", (200, JOB))
+    result = run("teach", data, "--name", "a", "--config", config, "--objective", "sft", "--model", "tiny")
+    assert result.exit_code == 0
+    assert script.body("/api/training/start") == {
+        "adapter_name": "a",
+        "objective": "sft",
+        "model": "tiny",
+        "dataset": {"examples": [{"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": "c"}]},
+        "training_config": {"max_steps": 2500},
+    }
+    for shown in ("max_steps overrides 50 epochs", "It runs.", "efficacy 1.00  paraphrase 0.75", "chat --model a\n"):
+        assert shown in result.output
+
+
+def test_a_broken_event_stream_is_taken_up_where_it_broke(script: Script, tmp_path: Path) -> None:
+    data = rows(tmp_path, "d.json", '[{"subject": "s"}]')
+    script.on("POST", "/api/training/start", (202, {"job_id": "j1", "status": "queued", "plan": PLAN}))
+    script.on(
+        "GET",
+        "/api/training/jobs/j1/events",
+        (200, event(7, "preparing", "One.")),
+        (200, event(8, "running", "Two.")),
+    )
+    script.on("GET", "/api/training/jobs/j1", (200, JOB | {"status": "running"}), (200, JOB))
+    result = run("teach", data, "--name", "a")
+    assert result.exit_code == 0
+    assert script.body("/api/training/start")["dataset"] == {"facts": [{"subject": "s"}]}
+    resumed = [headers for _, path, _, headers in script.asked if path.endswith("/events")][1]
+    assert resumed["Last-Event-ID"] == "7"
+    assert result.output.count("One.") == result.output.count("Two.") == 1
+
+
+def test_a_failed_job_is_exit_status_1_and_names_the_version(script: Script) -> None:
+    error = {
+        "message": "paraphrase 0.2 missed 0.9",
+        "type": "t",
+        "code": "targets_missed",
+        "param": None,
+        "hint": "More.",
+    }
+    script.on("GET", "/api/training/jobs/j1/events", (200, event(1, "failed", "It failed.")))
+    script.on("POST", "/api/training/jobs/j1/resume", (202, {}))
+    script.on("GET", "/api/training/jobs/j1", (200, JOB | {"status": "failed", "error": error}))
+    result = run("jobs", "resume", "j1")
+    assert result.exit_code == 1
+    assert "paraphrase 0.2 missed 0.9\nMore." in result.output
+    assert "chat --model a@2" in result.output
+
+
+def test_plan_shows_value_origin_reason_and_warnings(script: Script, tmp_path: Path) -> None:
+    script.on("POST", "/api/training/plan", (200, PLAN))
+    result = run("plan", rows(tmp_path, "d.json", "[]"))
+    assert result.exit_code == 0
+    assert script.body("/api/training/plan") == {"adapter_name": "plan", "dataset": {"examples": []}}
+    for shown in ("max_steps", "2,500", "user", "given", "2 KiB", "max_steps overrides 50 epochs", "Drop one."):
+        assert shown in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [("d.jsonl", '{"prompt": "p"}\n{oops\n', "d.jsonl:2 is not JSON"), ("d.json", "{oops", "d.json is not JSON")],
+)
+def test_broken_data_is_told_with_its_line(script: Script, tmp_path: Path, name: str, text: str, said: str) -> None:
+    result = run("teach", rows(tmp_path, name, text), "--name", "a")
+    assert result.exit_code == 1
+    assert said in result.stderr.replace("\n", "")
+    assert script.asked == []
+
+
+def test_a_key_given_twice_is_refused(script: Script, tmp_path: Path) -> None:
+    config = rows(tmp_path, "c.json", '{"model": "other"}')
+    result = run("plan", rows(tmp_path, "d.json", "[]"), "--config", config, "--model", "tiny")
+    assert result.exit_code == 1
+    assert "model is given twice" in result.stderr
+
+
+def chunks(*pieces: str) -> str:
+    said = [{"choices": [{"delta": {"content": piece}}]} for piece in pieces]
+    return "".join(f"data: {json.dumps(one)}\n\n" for one in said) + "data: [DONE]\n\n"
+
+
+def test_chat_keeps_the_conversation(script: Script) -> None:
+    script.on("POST", "/v1/chat/completions", (200, chunks("FOR ", "TWO")), (200, chunks("[bold]Again.")))
+    result = run("chat", "--model", "a", "--temperature", "0.5", input="What is 42?\n\nSure?\n")
+    assert result.exit_code == 0
+    assert "FOR TWO\n" in result.output
+    assert "[bold]Again.\n" in result.output
+    last = script.asked[1][2]
+    assert last["temperature"] == 0.5
+    assert [message["content"] for message in last["messages"]] == ["What is 42?", "FOR TWO", "Sure?"]
+
+
+def test_an_error_amid_a_reply_is_told(script: Script) -> None:
+    error = {"message": "The server is closing.", "hint": None, "type": "t", "code": "unavailable", "param": None}
+    script.on("POST", "/v1/chat/completions", (200, f"data: {json.dumps({'error': error})}\n\n"))
+    result = run("chat", "hello")
+    assert result.exit_code == 1
+    assert result.stderr == "The server is closing.\n"
+
+
+def test_models_are_listed_without_a_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORTWO_PORT", "9")
+    result = run("models", "list")
+    assert result.exit_code == 0
+    assert "smollm2-135m-instruct" in result.output
+    assert "not fetched" in result.output
+
+
+def test_serve_refuses_other_machines_without_a_key(home: Path) -> None:
+    result = run("serve", "--host", "0.0.0.0")
+    assert result.exit_code == 1
+    assert "FORTWO_API_KEY" in result.stderr
