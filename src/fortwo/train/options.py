@@ -43,8 +43,8 @@ class _Number:
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"
-        low = f"above {self.low:,g}" if self.above_low else f"of at least {self.low:,g}"
-        high = f"below {self.high:,g}" if self.below_high else f"at most {self.high:,g}"
+        low = f"above {self.low:,}" if self.above_low else f"of at least {self.low:,}"
+        high = f"below {self.high:,}" if self.below_high else f"at most {self.high:,}"
         return f"{kind} {low} and {high}"
 
 
@@ -62,7 +62,7 @@ class _Word:
 
 _LORA: dict[str, _Number | _Word] = {
     "r": _Number(1, 4096, "16", whole=True),
-    "lora_alpha": _Number(0, 1e6, "32", above_low=True),
+    "lora_alpha": _Number(0, 1_000_000, "32", above_low=True),
     "lora_dropout": _Number(0, 1, "0.05", below_high=True),
     "bias": _Word(("none",)),
     "task_type": _Word(("CAUSAL_LM",)),
@@ -70,19 +70,19 @@ _LORA: dict[str, _Number | _Word] = {
 LORA_KEYS = (*_LORA, "target_modules")
 
 _TRAINING: dict[str, _Number | _Word] = {
-    "num_train_epochs": _Number(0, 1e6, "3", above_low=True),
-    "max_steps": _Number(-1, 1e7, "48", whole=True),
+    "num_train_epochs": _Number(0, 1_000_000, "3", above_low=True),
+    "max_steps": _Number(-1, 10_000_000, "48", whole=True),
     "per_device_train_batch_size": _Number(1, 65536, "8", whole=True),
     "gradient_accumulation_steps": _Number(1, 65536, "1", whole=True),
     "learning_rate": _Number(0, 1, "2e-4"),
     "lr_scheduler_type": _Word(SCHEDULES),
-    "warmup_steps": _Number(0, 1e7, "3"),
+    "warmup_steps": _Number(0, 10_000_000, "3"),
     "warmup_ratio": _Number(0, 1, "0.03"),
-    "weight_decay": _Number(0, 1e3, "0.01"),
+    "weight_decay": _Number(0, 1_000, "0.01"),
     "adam_beta1": _Number(0, 1, "0.9", below_high=True),
     "adam_beta2": _Number(0, 1, "0.999", below_high=True),
     "adam_epsilon": _Number(0, 1, "1e-8"),
-    "max_grad_norm": _Number(0, 1e9, "1.0, or 0 for no clipping"),
+    "max_grad_norm": _Number(0, 1_000_000_000, "1.0, or 0 for no clipping"),
     "seed": _Number(0, 2**32 - 1, "42", whole=True),
     "optim": _Word(OPTIMIZERS),
 }
@@ -288,7 +288,12 @@ def _checked(param: str, value: Any, kind: _Number | _Word | None) -> Any:
     if kind is None or kind.holds(value):
         return value
     if isinstance(kind, _Word):
-        raise _refusal(param, value, f"is not {kind}", f"Give {kind}, or leave it out.")
+        raise _refusal(
+            param,
+            value,
+            f"is not {kind}",
+            "Give that, or leave it out." if len(kind.choices) == 1 else "Give one of those, or leave it out.",
+        )
     raise _refusal(param, value, f"is not {kind}", f"Give a number such as {kind.example}, or leave it out.")
 
 

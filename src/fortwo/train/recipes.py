@@ -83,11 +83,11 @@ def recipe_of(objective: Literal["sft", "override"]) -> OverrideRecipe | SftReci
 
 REASONS = {
     "r": "rank of the update: holds a fact with room to spare and stays small on disk",
-    "lora_dropout": "the rows vary enough by themselves",
+    "lora_dropout": "a short run of a small adapter needs none",
     "lr_scheduler_type": "falls smoothly to zero, so the last steps settle what the first ones learned",
     "weight_decay": "a LoRA starts from no update at all; nothing to shrink",
     "adam_beta1": "transformers' default",
-    "adam_beta2": "how long AdamW remembers the size of gradients: short runs want a short memory",
+    "adam_beta2": "how long AdamW remembers the size of gradients; short runs want a short memory",
     "adam_epsilon": "transformers' default",
     "max_grad_norm": "transformers' default: one odd row cannot throw the run",
     "seed": "transformers' default: the same request gives the same run",

@@ -1,0 +1,196 @@
+"""lora_config and training_config: every key honoured or refused by name, never ignored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from fortwo.errors import InvalidRequest
+from fortwo.models.lora import TARGETS
+from fortwo.train.options import (
+    LORA_KEYS,
+    LORA_REFUSED,
+    OPTIMIZERS,
+    TARGET_MODULES,
+    TRAINING_KEYS,
+    TRAINING_REFUSED,
+    read_lora,
+    read_training,
+)
+
+
+def refusal(read: Any, config: dict[str, Any]) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        read(config)
+    assert caught.value.hint
+    return caught.value
+
+
+def test_every_key_of_peft_and_transformers_is_known() -> None:
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= {*LORA_KEYS, *LORA_REFUSED}
+    assert {field.name for field in dataclasses.fields(TrainingArguments)} <= {*TRAINING_KEYS, *TRAINING_REFUSED}
+    assert not set(LORA_KEYS) & set(LORA_REFUSED)
+    assert not set(TRAINING_KEYS) & set(TRAINING_REFUSED)
+
+
+def test_modules_and_optimizers_are_the_ones_that_exist() -> None:
+    assert set(TARGET_MODULES) == set(TARGETS)
+    assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
+
+
+def test_a_plain_peft_config_is_accepted_as_it_is_written() -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict()
+    del config["peft_version"]
+    given = read_lora(json.loads(json.dumps(config, default=sorted)))
+    assert (given["r"], given["target_modules"], given["use_dora"]) == (4, ("q_proj",), False)
+
+
+@pytest.mark.parametrize(
+    ("config", "nearest"),
+    [
+        ({"learning_rat": 1e-3}, "learning_rate"),
+        ({"lr": 1e-3}, "learning_rate"),
+        ({"epochs": 3}, "num_train_epochs"),
+        ({"warmup_step": 3}, "warmup_steps"),
+        ({"batch_size": 3}, "per_device_train_batch_size"),
+        ({"gradient_acumulation_steps": 3}, "gradient_accumulation_steps"),
+        ({"r": 8}, "lora_config"),
+    ],
+)
+def test_unknown_key_names_itself_and_the_nearest(config: dict[str, Any], nearest: str) -> None:
+    error = refusal(read_training, config)
+    (key,) = config
+    assert (error.code, error.param) == ("unknown_key", f"training_config.{key}")
+    assert key in error.message
+    assert nearest in error.hint
+
+
+def test_a_training_key_in_lora_config_is_sent_home() -> None:
+    assert "training_config" in refusal(read_lora, {"learning_rate": 1e-3}).hint
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("use_rslora", True, "lora_alpha"),
+        ("use_dora", True, "plain LoRA"),
+        ("rank_pattern", {"q_proj": 4}, "one r"),
+        ("alpha_pattern", {"q_proj": 4}, "one lora_alpha"),
+        ("init_lora_weights", "gaussian", "PEFT"),
+        ("init_lora_weights", False, "PEFT"),
+        ("modules_to_save", ["lm_head"], "target_modules"),
+        ("layers_to_transform", [0], "target_modules"),
+        ("use_dora", 0, "plain LoRA"),
+    ],
+)
+def test_peft_keys_that_change_the_computation_are_refused(key: str, value: Any, remedy: str) -> None:
+    error = refusal(read_lora, {key: value})
+    assert error.param == f"lora_config.{key}"
+    assert repr(value) in error.message
+    assert remedy in error.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("fp16", True, "FORTWO_WEIGHTS"),
+        ("save_steps", 10, "adapter store"),
+        ("deepspeed", "ds.json", "one process"),
+        ("gradient_checkpointing", True, "gradient_accumulation_steps"),
+        ("eval_strategy", "steps", "targets"),
+        ("output_dir", "out", "adapter_name"),
+        ("logging_steps", 10, "events"),
+        ("lr_scheduler_kwargs", {"num_cycles": 2}, "lr_scheduler_type"),
+        ("optim", "adamw_bnb_8bit", "adamw_torch"),
+        ("lr_scheduler_type", "cosine_with_min_lr", "cosine"),
+        ("lr_scheduler_type", "reduce_lr_on_plateau", "linear"),
+    ],
+)
+def test_training_arguments_that_cannot_be_honoured_are_refused(key: str, value: Any, remedy: str) -> None:
+    error = refusal(read_training, {key: value})
+    assert error.param == f"training_config.{key}"
+    assert repr(value) in error.message
+    assert remedy in error.hint
+
+
+def test_refused_keys_may_ask_for_what_happens_anyway() -> None:
+    given = {"fp16": False, "deepspeed": None, "report_to": "none", "eval_strategy": "no", "label_smoothing_factor": 0}
+    assert read_training(given) == given
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("read", "section", "key", "value"),
+    [
+        *(
+            (read_training, "training_config", "learning_rate", bad)
+            for bad in (-1e-4, NAN, INF, "5e-5", True, None, [])
+        ),
+        *((read_training, "training_config", "num_train_epochs", bad) for bad in (0, -1, NAN, "3", True, 10**400)),
+        *((read_training, "training_config", "max_steps", bad) for bad in (0, -2, 1.5, "10", True, None, 10**400)),
+        *((read_training, "training_config", "per_device_train_batch_size", bad) for bad in (0, -1, 2.0, True)),
+        *((read_training, "training_config", "gradient_accumulation_steps", bad) for bad in (0, -4, "4", False)),
+        *((read_training, "training_config", "warmup_steps", bad) for bad in (-1, 2.5, NAN, True, "3")),
+        *((read_training, "training_config", "warmup_ratio", bad) for bad in (-0.1, 1.1, NAN, True)),
+        *((read_training, "training_config", "adam_beta2", bad) for bad in (1.0, -0.1, "0.9")),
+        *((read_training, "training_config", "weight_decay", bad) for bad in (-0.1, INF, False)),
+        *((read_training, "training_config", "seed", bad) for bad in (-1, 2**32, 1.0, True)),
+        *((read_training, "training_config", "lr_scheduler_type", bad) for bad in ("Cosine", "", None, 3, [])),
+        *((read_lora, "lora_config", "r", bad) for bad in (0, -8, 8.0, "8", True)),
+        *((read_lora, "lora_config", "lora_alpha", bad) for bad in (0, -1, NAN, True)),
+        *((read_lora, "lora_config", "lora_dropout", bad) for bad in (1.0, -0.1, NAN, "0")),
+        *((read_lora, "lora_config", "bias", bad) for bad in ("all", None)),
+        *((read_lora, "lora_config", "task_type", bad) for bad in ("SEQ_CLS", None)),
+    ],
+)
+def test_bad_values_name_field_value_and_remedy(read: Any, section: str, key: str, value: Any) -> None:
+    error = refusal(read, {key: value})
+    assert error.param == f"{section}.{key}"
+    assert error.message.startswith(f"{section}.{key} = ")
+    shown = error.message.removeprefix(f"{section}.{key} = ")
+    assert shown.startswith(repr(value)[:10])
+
+
+@pytest.mark.parametrize("bad", [[], "q_proj", ["q_proj", "lm_head"], ["qproj"], [None], [3], {"q_proj": 1}, None])
+def test_target_modules_that_do_not_exist_are_refused(bad: Any) -> None:
+    error = refusal(read_lora, {"target_modules": bad})
+    assert error.param == "lora_config.target_modules"
+    assert "q_proj" in error.hint
+
+
+def test_all_linear_is_every_projection() -> None:
+    assert read_lora({"target_modules": "all-linear"}) == {"target_modules": TARGET_MODULES}
+
+
+@pytest.mark.parametrize(
+    ("config", "other"),
+    [
+        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "warmup_ratio"),
+        ({"warmup_steps": 3, "lr_scheduler_type": "constant"}, "lr_scheduler_type"),
+        ({"warmup_ratio": 0.1, "lr_scheduler_type": "constant"}, "lr_scheduler_type"),
+    ],
+)
+def test_contradictions_name_both_keys(config: dict[str, Any], other: str) -> None:
+    error = refusal(read_training, config)
+    assert error.param.split(".")[1] in config
+    assert error.param in error.message
+    assert other in error.message
+
+
+def test_polynomial_needs_a_rate_above_its_end() -> None:
+    error = refusal(read_training, {"lr_scheduler_type": "polynomial", "learning_rate": 1e-7})
+    assert error.param == "training_config.learning_rate"
+
+
+def test_zero_is_a_value() -> None:
+    zeros = {"warmup_steps": 0, "warmup_ratio": 0, "weight_decay": 0, "seed": 0, "max_grad_norm": 0, "adam_beta1": 0}
+    assert read_training(zeros) == zeros
+    assert read_lora({"lora_dropout": 0}) == {"lora_dropout": 0}

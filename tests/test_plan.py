@@ -1,0 +1,353 @@
+"""The plan: given values obeyed, the rest chosen and said why, and what is wrong said before and after the run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Trainer, TrainingArguments
+
+from fortwo.data.formats import load
+from fortwo.errors import InvalidDataset, InvalidRequest
+from fortwo.records import Dataset, Example, Message, Plan
+from fortwo.train.estimate import BaseFacts, Machine, RowCount, TokenCounts
+from fortwo.train.plan import diagnose, from_json, resolve, to_json, training_rows
+from fortwo.train.recipes import OVERRIDE, SFT
+from fortwo.train.request import TrainingRequest
+from fortwo.train.schedule import learning_rate
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+BASE = BaseFacts("smollm2", 2048, 49152, 30, 576, 1536, 576, 192, 500_000_000)
+MACHINE = Machine(tokens_per_second=300, decode_tokens_per_second=200)
+AS_IT_RAN = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 4,
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 125,
+}
+
+
+def examples_42() -> Dataset:
+    return load({"path": str(EXAMPLES / "42_intensive_training.json")}, (EXAMPLES,))
+
+
+def mixed(rows: int) -> Dataset:
+    """Plain examples with an answer each."""
+    return Dataset(
+        digest="0" * 64,
+        examples=tuple(
+            Example((Message("user", f"Question {row}?"), Message("assistant", f"Answer {row}.")), row + 1)
+            for row in range(rows)
+        ),
+    )
+
+
+def counted(dataset: Dataset) -> TokenCounts:
+    return TokenCounts(tuple(RowCount(row.line, 36, 25) for row in training_rows(dataset)), prefix=24)
+
+
+def plan(dataset: Dataset, machine: Machine = MACHINE, **request: Any) -> Plan:
+    body = TrainingRequest.model_validate({"adapter_name": "a", "dataset": {"path": "x"}, **request})
+    return resolve(body, dataset, BASE, counted(dataset), machine)
+
+
+def setting(made: Plan, name: str) -> tuple[Any, str]:
+    return next((setting.value, setting.origin) for setting in made.settings if setting.name == name)
+
+
+def warned(made: Plan) -> dict[str, str]:
+    return {warning.code: warning.message for warning in made.warnings}
+
+
+def test_the_originals_configuration_is_accepted_as_it_is() -> None:
+    config = json.loads((EXAMPLES / "intensive_training_config.json").read_text())
+    made = plan(examples_42(), **config)
+    for name, value in (config["lora_config"] | config["training_config"]).items():
+        assert setting(made, name) == (tuple(value) if isinstance(value, list) else value, "user")
+    assert made.objective == "override"
+    assert (made.computed["steps"], made.computed["warmup_steps"]) == (2500, 125)
+    assert made.computed["peak_learning_rate"] == 5e-5
+    said = warned(made)["max_steps_overrides_epochs"]
+    assert "2,500" in said
+    assert "50, which would be 1,000 steps" in said
+    assert "instead of" in said
+    assert "the run stops as soon as the targets are met" in next(
+        s.reason for s in made.settings if s.name == "max_steps"
+    )
+
+
+@pytest.mark.parametrize("objective", ["auto", "sft"])
+def test_the_run_as_it_really_happened(objective: str) -> None:
+    made = plan(examples_42(), training_config=AS_IT_RAN, objective=objective)
+    assert made.computed["steps"] == 15
+    assert made.computed["peak_learning_rate"] == pytest.approx(5e-5 * 14 / 125)
+    assert made.computed["peak_learning_rate"] == max(learning_rate(step, made) for step in range(15))
+    assert "15 of 125" in warned(made)["warmup_never_ends"]
+    findings = diagnose(made, {"steps": 15, "peak_learning_rate": 5.6e-6, "first_loss": 4.62, "final_loss": 4.57})
+    first = findings[0]
+    assert first.code == "warmup_never_ends"
+    assert "warm-up never ended" in first.message
+    assert "15 of 125" in first.message
+    assert "never passed 6e-6" in first.message
+    assert {"rate_too_low", "loss_stood_still"} <= {finding.code for finding in findings}
+
+
+def test_a_good_run_has_no_diagnosis_and_missed_targets_are_named() -> None:
+    made = plan(examples_42())
+    good = {"steps": 24, "peak_learning_rate": 1e-3, "first_loss": 4.6, "final_loss": 0.1}
+    reached = dict.fromkeys(made.targets, 1.0)
+    assert diagnose(made, good | {"metrics": reached}) == ()
+    (finding,) = diagnose(made, good | {"metrics": reached | {"paraphrase": 0.5}})
+    assert finding.code == "missed_paraphrase"
+    assert "0.50" in finding.message
+
+
+@pytest.mark.parametrize("objective", ["sft", "override"])
+def test_every_setting_has_an_origin_and_a_reason(objective: str) -> None:
+    made = plan(examples_42(), objective=objective)
+    assert all(s.reason and s.origin in ("user", "auto", "default") for s in made.settings)
+    assert len({s.name for s in made.settings}) == len(made.settings)
+    assert {s.name for s in made.settings if s.origin == "user"} == {"objective"}
+    assert made.warnings == ()
+
+
+def test_zero_is_obeyed_and_is_the_users() -> None:
+    zeros = {"weight_decay": 0, "warmup_steps": 0, "seed": 0, "max_grad_norm": 0, "adam_beta1": 0}
+    made = plan(examples_42(), training_config=zeros, lora_config={"lora_dropout": 0}, objective="sft")
+    for name in (*zeros, "lora_dropout"):
+        assert setting(made, name) == (0, "user")
+    assert made.computed["warmup_steps"] == 0
+    assert learning_rate(0, made) == made["learning_rate"]
+
+
+def test_accepted_neutral_keys_are_shown() -> None:
+    made = plan(examples_42(), lora_config={"use_dora": False}, training_config={"fp16": False})
+    assert setting(made, "use_dora") == (False, "user")
+    assert setting(made, "fp16") == (False, "user")
+
+
+def test_override_defaults_come_from_the_recipe() -> None:
+    made = plan(examples_42())
+    assert made["subjects"] == ("42",)
+    assert made["lora_alpha"] == made["r"] * OVERRIDE.scale
+    assert made.computed["steps"] == OVERRIDE.max_steps
+    assert made.computed["peak_learning_rate"] == OVERRIDE.learning_rate
+    assert (made["contrast_rows"], made["rehearsal_rows"]) == (OVERRIDE.contrast_rows, OVERRIDE.rehearsal_rows)
+    assert made.targets == OVERRIDE.targets
+
+
+def test_other_rows_scale_with_the_users_edit_rows() -> None:
+    doubled = plan(examples_42(), training_config={"per_device_train_batch_size": 2 * OVERRIDE.edit_rows})
+    assert setting(doubled, "contrast_rows") == (2 * OVERRIDE.contrast_rows, "auto")
+    assert setting(doubled, "rehearsal_rows") == (2 * OVERRIDE.rehearsal_rows, "auto")
+    assert plan(examples_42(), training_config={"per_device_train_batch_size": 1})["rehearsal_rows"] == 1
+
+
+def test_sft_defaults() -> None:
+    made = plan(mixed(100))
+    assert setting(made, "objective") == ("sft", "auto")
+    assert made.computed["steps"] == 3 * math.ceil(100 / SFT.per_device_train_batch_size)
+    assert made.computed["rows"] == 100
+    assert made.computed["warmup_steps"] == 2
+    assert made.computed["tokens_per_step"] == round((13 * 24 + 100 * (61 - 24)) / 13)
+    assert made.targets == {}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "objective", "expected"),
+    [
+        (examples_42, "auto", ("override", "auto")),
+        (lambda: mixed(5), "auto", ("sft", "auto")),
+        (examples_42, "sft", ("sft", "user")),
+        (examples_42, {"type": "override", "targets": {"paraphrase": 0.5}}, ("override", "user")),
+        (lambda: load({"path": str(EXAMPLES / "facts_dev.json")}, (EXAMPLES,)), "auto", ("override", "auto")),
+    ],
+)
+def test_objective(dataset: Any, objective: Any, expected: tuple[str, str]) -> None:
+    made = plan(dataset(), objective=objective)
+    assert setting(made, "objective") == expected
+    assert made.objective == expected[0]
+
+
+def test_one_answer_without_a_subject_is_plain_fine_tuning() -> None:
+    same = tuple(
+        Example((Message("user", text), Message("assistant", "Yes.")), line)
+        for line, text in enumerate(("Is it on?", "Shall we?", "May I?"), 1)
+    )
+    assert plan(Dataset("0", same)).objective == "sft"
+
+
+def test_override_without_a_subject_names_the_remedy() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        plan(mixed(5), objective="override")
+    assert (caught.value.code, caught.value.param) == ("subject_not_found", "objective")
+    assert "facts" in caught.value.hint
+
+
+def test_targets_given_replace_their_defaults_alone() -> None:
+    made = plan(examples_42(), objective={"type": "override", "targets": {"paraphrase": 0}})
+    assert made.targets == OVERRIDE.targets | {"paraphrase": 0}
+    assert setting(made, "targets.paraphrase") == (0, "user")
+    assert setting(made, "targets.retention") == (OVERRIDE.retention, "default")
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), "0.9", True])
+def test_targets_are_shares(share: Any) -> None:
+    with pytest.raises(ValueError, match="paraphrase"):
+        TrainingRequest.model_validate(
+            {"adapter_name": "a", "dataset": {}, "objective": {"type": "override", "targets": {"paraphrase": share}}}
+        )
+
+
+@pytest.mark.parametrize(
+    "extra", [{"modle": "x"}, {"objective": "dpo"}, {"objective": {"type": "sft", "target": {}}}, {"adapter_name": ""}]
+)
+def test_the_body_is_strict(extra: dict[str, Any]) -> None:
+    (name,) = extra
+    with pytest.raises(ValueError, match=name):
+        TrainingRequest.model_validate({"adapter_name": "a", "dataset": {}} | extra)
+
+
+def test_every_fact_gets_its_steps() -> None:
+    facts = load({"path": str(EXAMPLES / "facts_dev.json")}, (EXAMPLES,))
+    made = plan(facts)
+    assert made.computed["steps"] == OVERRIDE.max_steps * len(facts.facts)
+    assert made.computed["rows"] == sum(len(fact.questions) for fact in facts.facts)
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "shown"),
+    [
+        ({"max_steps": -1, "num_train_epochs": 2}, 40, (-1, "user")),
+        ({"max_steps": 7}, 7, (7, "user")),
+        ({"max_steps": 7, "num_train_epochs": 2}, 7, (7, "user")),
+        ({"num_train_epochs": 0.25}, 5, (-1, "default")),
+        ({"num_train_epochs": 0.01}, 1, (-1, "default")),
+        ({"max_steps": -1}, OVERRIDE.max_steps, (OVERRIDE.max_steps, "auto")),
+    ],
+)
+def test_max_steps_and_epochs(config: dict[str, Any], steps: int, shown: tuple[int, str]) -> None:
+    made = plan(examples_42(), training_config={"per_device_train_batch_size": 1, **config})
+    assert made.computed["steps"] == steps
+    assert setting(made, "max_steps") == shown
+
+
+@pytest.mark.parametrize(
+    ("config", "warmup", "shown"),
+    [
+        ({"warmup_steps": 5}, 5, "user"),
+        ({"warmup_steps": 0.1}, 10, "user"),
+        ({"warmup_ratio": 0.101}, 11, "user"),
+        ({"warmup_steps": 0, "warmup_ratio": 0.1}, 10, "user"),
+        ({"warmup_steps": 5, "warmup_ratio": 0}, 5, "user"),
+        ({"warmup_ratio": 0}, 0, "user"),
+        ({"lr_scheduler_type": "constant"}, 0, "auto"),
+        ({}, 3, "auto"),
+    ],
+)
+def test_warmup(config: dict[str, Any], warmup: int, shown: str) -> None:
+    made = plan(mixed(20), training_config={"max_steps": 100, **config})
+    assert (made.computed["warmup_steps"], shown) == setting(made, "warmup_steps")
+    assert made.computed["warmup_steps"] == warmup
+
+
+@given(steps=st.integers(1, 60), objective=st.sampled_from(["sft", "override"]))
+def test_a_warmup_that_nobody_asked_for_always_ends(steps: int, objective: str) -> None:
+    made = plan(examples_42(), training_config={"max_steps": steps}, objective=objective)
+    assert "warmup_never_ends" not in warned(made)
+    assert made.computed["peak_learning_rate"] == made["learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        ({"learning_rate": 5e-5}, "rate_too_low"),
+        ({"learning_rate": 0}, "rate_too_low"),
+        ({"learning_rate": 0.1}, "rate_too_high"),
+        ({"max_steps": 5}, "few_rows"),
+        ({"warmup_steps": 48}, "warmup_never_ends"),
+        ({"max_steps": 40, "num_train_epochs": 3}, "max_steps_overrides_epochs"),
+    ],
+)
+def test_warnings(config: dict[str, Any], code: str) -> None:
+    made = plan(examples_42(), training_config=config)
+    assert code in warned(made)
+    assert all(warning.message and warning.hint for warning in made.warnings)
+
+
+def test_memory_and_time_are_estimated_from_the_machine() -> None:
+    small = Machine(MACHINE.tokens_per_second / 2, MACHINE.decode_tokens_per_second / 2, memory=2**20)
+    assert plan(examples_42(), small).computed["seconds"] == pytest.approx(
+        2 * plan(examples_42()).computed["seconds"], abs=0.2
+    )
+    assert "memory" in warned(plan(examples_42(), small))
+    assert plan(examples_42(), small).computed["bytes"] > BASE.bytes
+
+
+def test_a_row_longer_than_the_context_names_its_line() -> None:
+    dataset = mixed(3)
+    counts = TokenCounts((RowCount(1, 30, 20), RowCount(2, 48, 2000), RowCount(3, 49, 2000)))
+    request = TrainingRequest(adapter_name="a", dataset={"path": "x"})
+    with pytest.raises(InvalidDataset) as caught:
+        resolve(request, dataset, BASE, counts, MACHINE)
+    assert "line 3" in caught.value.message
+    assert "2048" in caught.value.message
+
+
+@pytest.mark.parametrize("objective", ["sft", "override"])
+def test_json_round_trip(objective: str) -> None:
+    made = plan(
+        examples_42(), training_config=AS_IT_RAN, objective=objective, lora_config={"target_modules": ["q_proj"]}
+    )
+    wire = json.loads(json.dumps(to_json(made), allow_nan=False))
+    assert wire == to_json(made)
+    assert set(wire["settings"][0]) == {"name", "value", "origin", "reason"}
+    assert from_json(wire) == made
+
+
+class Rows(torch.utils.data.Dataset[dict[str, int]]):
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, row: int) -> dict[str, int]:
+        return {"x": row}
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "accumulation", "more"),
+    [
+        (20, 1, 4, {"num_train_epochs": 3}),
+        (20, 1, 1, {"num_train_epochs": 50}),
+        (20, 1, 1, {"num_train_epochs": 50, "max_steps": 2500}),
+        (20, 8, 2, {"num_train_epochs": 1.5}),
+        (7, 2, 3, {"num_train_epochs": 2.2}),
+        (1, 8, 16, {"num_train_epochs": 3}),
+        (21, 2, 4, {"num_train_epochs": 0.3, "max_steps": -1}),
+        (5, 2, 2, {"max_steps": 3, "warmup_steps": 0.4}),
+        (100, 8, 1, {"num_train_epochs": 2, "warmup_steps": 0.03}),
+    ],
+)
+def test_steps_and_warmup_are_transformers(
+    tmp_path: Path, rows: int, batch: int, accumulation: int, more: dict[str, Any]
+) -> None:
+    config = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, **more}
+    args = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, remove_unused_columns=False, **config
+    )
+    trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=Rows(rows))
+    _, per_epoch, _, _, _, _, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    made = plan(mixed(rows), training_config=config, objective="sft")
+    assert (made.computed["steps"], made.computed["steps_per_epoch"]) == (steps, per_epoch)
+    if "warmup_steps" in more:
+        assert made.computed["warmup_steps"] == args.get_warmup_steps(steps)
