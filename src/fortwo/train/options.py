@@ -288,12 +288,7 @@ def _checked(param: str, value: Any, kind: _Number | _Word | None) -> Any:
     if kind is None or kind.holds(value):
         return value
     if isinstance(kind, _Word):
-        raise _refusal(
-            param,
-            value,
-            f"is not {kind}",
-            "Give that, or leave it out." if len(kind.choices) == 1 else "Give one of those, or leave it out.",
-        )
+        raise _refusal(param, value, "cannot be honoured", f"Give {kind}, or leave it out.")
     raise _refusal(param, value, f"is not {kind}", f"Give a number such as {kind.example}, or leave it out.")
 
 
