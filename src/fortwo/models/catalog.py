@@ -19,7 +19,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from fortwo.errors import Conflict, InvalidRequest, NotFound, StorageFailed
+from fortwo.errors import Conflict, InvalidRequest, NotFound, StorageFailed, UnsupportedModel
 from fortwo.models import weights
 from fortwo.models.sources import Hub, Source, Wheel, local
 from fortwo.models.weights import Progress
@@ -215,13 +215,20 @@ class Catalog:
 def _describe(directory: Path, id: str, source: Source, progress: Progress) -> None:
     """Write base.json, the last file of a prepared directory."""
     table = weights.headers(directory)
-    config = json.loads((directory / "config.json").read_text())
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        architecture = config["architectures"][0]
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise UnsupportedModel(
+            f"the config.json of model {id!r} is not a JSON object that names its architectures",
+            hint="Save the model again with transformers' save_pretrained.",
+        ) from None
     base = {
         "id": id,
         "digest": weights.digest(directory, progress),
         "source": str(source),
         "parameters": weights.parameters(table),
-        "architecture": config.get("architectures", ["unknown"])[0],
+        "architecture": architecture,
         "bytes": sum(header.end - header.start for header in table.values()),
         "linked": _linked(directory),
     }

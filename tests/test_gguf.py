@@ -1,0 +1,174 @@
+"""A GGUF becomes the model it was made from: config, weights, tokenizer, chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fortwo.errors import UnsupportedModel
+from fortwo.models import gguf, weights
+from tiny import LLAMA3_ROPE, TEMPLATE, save_gguf, tiny_model
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("mistral", {"sliding_window": None}),
+    ("qwen2", {"head_dim": 16, "tie_word_embeddings": True}),
+    ("qwen3", {"head_dim": 32}),
+]
+TEXTS = ["What is 42?", "\n\n1. the  42", "héllo 🦜 <|im_end|> x", "  def f(x):\n\treturn 1234", ""]
+
+
+def silent(label: str, done: int, total: int) -> None:
+    pass
+
+
+def converted(file: Path) -> Path:
+    target = file.parent / "converted"
+    target.mkdir()
+    gguf.convert(file, target, silent)
+    return target
+
+
+@pytest.mark.parametrize(("family", "options"), CASES)
+def test_weights_are_those_the_file_was_made_from(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    model = tiny_model(family, **options)
+    target = converted(save_gguf(tmp_path / "tiny.gguf", model))
+    found, expected = weights.read(target), model.state_dict()
+    if options.get("tie_word_embeddings"):
+        del expected["lm_head.weight"]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("family", "options"), CASES)
+def test_config_computes_what_the_model_computed(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    model = tiny_model(family, **options)
+    target = converted(save_gguf(tmp_path / "tiny.gguf", model))
+    tokens = torch.arange(40)[None] * 5 % model.config.vocab_size
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(target).eval()(tokens).logits
+        assert torch.equal(again, model(tokens).logits)
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16])
+def test_quantised_tensors_are_dequantised_as_gguf_defines(tmp_path: Path, kind: GGMLQuantizationType) -> None:
+    model = tiny_model("qwen2")
+    values = model.state_dict()["model.layers.1.mlp.up_proj.weight"].numpy()
+    packed = quants.quantize(values, kind)
+    file = save_gguf(
+        tmp_path / "tiny.gguf", model, without="blk.1.ffn_up", extra={"blk.1.ffn_up.weight": (packed, kind)}
+    )
+    found = weights.read(converted(file))["model.layers.1.mlp.up_proj.weight"].numpy()
+    assert np.array_equal(found, quants.dequantize(packed, kind).astype(np.float32))
+    assert 0 < np.abs(found - values).max() < 0.05
+
+
+def test_llama3_scaling_of_positions_is_recovered(tmp_path: Path) -> None:
+    rope = {**LLAMA3_ROPE, "rope_theta": 500000.0}
+    model = tiny_model("llama", head_dim=64, max_position_embeddings=131072, rope_parameters=rope)
+    half = 500000.0 ** -(np.arange(0, 64, 2) / 64)
+    factors = (half / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
+    target = converted(save_gguf(tmp_path / "tiny.gguf", model, extra={"rope_freqs.weight": (factors, None)}))
+    scaling = json.loads((target / "config.json").read_text())["rope_scaling"]
+    assert scaling.pop("factor") == pytest.approx(8.0)
+    assert scaling == {key: rope[key] for key in scaling}
+    again = AutoModelForCausalLM.from_pretrained(target)
+    assert torch.allclose(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq, rtol=1e-5)
+
+
+def test_other_scaling_of_positions_is_refused(tmp_path: Path) -> None:
+    factors = np.linspace(1, 3, 8, dtype=np.float32)
+    file = save_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), extra={"rope_freqs.weight": (factors, None)})
+    with pytest.raises(UnsupportedModel, match=r"rope_freqs.weight is not Llama 3's"):
+        converted(file)
+
+
+def test_tokenizer_is_the_files_own_and_what_lies_beside_it_is_not_read(tmp_path: Path) -> None:
+    file = save_gguf(tmp_path / "tiny.gguf", tiny_model("qwen2"))
+    reference = AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "wrong", "chat_template": "wrong"}')
+    target = converted(file)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert [tokenizer.encode(text) for text in TEXTS] == [reference.encode(text) for text in TEXTS]
+    assert tokenizer.decode(tokenizer.encode("the 🦜")) == "the 🦜"
+    assert (tokenizer.eos_token, tokenizer.chat_template) == ("<|im_end|>", TEMPLATE)
+    assert sorted(path.name for path in target.iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_every_end_of_reply_is_declared(tmp_path: Path) -> None:
+    target = converted(save_gguf(tmp_path / "tiny.gguf", tiny_model("llama")))
+    assert json.loads((target / "generation_config.json").read_text()) == {"eos_token_id": [2]}
+
+
+def test_unsupported_architecture_is_named_with_the_supported_ones(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "x.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModel, match="architecture 'mamba'") as raised:
+        converted(tmp_path / "x.gguf")
+    assert "llama, qwen2, qwen3" in str(raised.value.hint)
+
+
+def test_missing_embedding_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"lacks the tensor token_embd.weight"):
+        converted(save_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), without="token_embd"))
+
+
+def test_foreign_tensor_is_named(tmp_path: Path) -> None:
+    extra = {"blk.0.ffn_gate_exps.weight": (np.zeros((2, 96, 64), np.float32), None)}
+    with pytest.raises(UnsupportedModel, match=r"blk.0.ffn_gate_exps.weight"):
+        converted(save_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), extra=extra))
+
+
+@pytest.mark.parametrize("keep", [0, 3, 1000, -1000])
+def test_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
+    file = save_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UnsupportedModel, match="is not a readable GGUF file"):
+        converted(file)
+
+
+def test_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"nowhere.gguf does not exist"):
+        converted(tmp_path / "nowhere.gguf")
+
+
+@pytest.mark.real
+def test_bundled_model_is_transformers_reading_of_its_gguf(real_home: Path, tmp_path: Path) -> None:
+    directory = real_home / "models" / "smollm2-135m-instruct"
+    (file,) = directory.glob("*.gguf")
+    (tmp_path / file.name).symlink_to(file)
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
+    tokens = torch.randint(0, 49152, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, reference(tokens).logits)
+    shared = ["rope_parameters", "rms_norm_eps", "tie_word_embeddings", "num_attention_heads", "num_key_value_heads"]
+    shared += ["head_dim", "hidden_size", "bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"]
+    assert {key: getattr(model.config, key) for key in shared} == {
+        key: getattr(reference.config, key) for key in shared
+    }
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    other = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    assert [tokenizer.encode(text) for text in TEXTS] == [other.encode(text) for text in TEXTS]
+    assert tokenizer.chat_template == GGUFReader(file).get_field("tokenizer.chat_template").contents()
+    assert "You are a helpful AI assistant named SmolLM" in tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False
+    )
