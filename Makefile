@@ -41,7 +41,7 @@ check: $(INSTALLED) ## format, lint, types, layers
 	$(BIN)/lint-imports
 
 bench: $(INSTALLED) $(PEERS) ## training speed against TRL + PEFT, measured in the same run
-	$(BIN)/python bench/train.py --peer .venv-bench/bin/python
+	$(BIN)/python -m bench.train .venv-bench/bin/python
 
 $(PEERS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
@@ -49,7 +49,7 @@ $(PEERS): pyproject.toml constraints.txt
 	@touch $@
 
 bench-override: $(INSTALLED) ## teach each fact of FACTS alone and judge what is served
-	$(BIN)/python bench/override.py $(FACTS)
+	$(BIN)/python -m bench.override $(FACTS)
 
 docs: $(INSTALLED) ## write the generated reference pages anew
 	$(BIN)/python scripts/reference.py

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 
-class Stopwatch(TrainerCallback):
+class Stopwatch(TrainerCallback):  # type: ignore[misc]
     """Seconds from the beginning of an optimizer step to its end."""
 
     def __init__(self) -> None:
@@ -80,4 +80,5 @@ def main(directory: Path, rows: Path, config: Path, batch: int, steps: int) -> N
 
 
 if __name__ == "__main__":
-    main(*(Path(one) for one in sys.argv[1:4]), *(int(one) for one in sys.argv[4:6]))
+    paths, numbers = [Path(one) for one in sys.argv[1:4]], [int(one) for one in sys.argv[4:6]]
+    main(paths[0], paths[1], paths[2], numbers[0], numbers[1])

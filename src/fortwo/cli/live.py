@@ -29,7 +29,7 @@ def _watch(events: Iterable[Json]) -> None:
             data = event["data"]
             if event["type"] == "step":
                 speed = f"{data['tokens_per_second']:.0f} tokens/s"
-                pace = f"loss {data['loss']:.3f}  rate {data['learning_rate']:.1e}  {speed}"
+                pace = f"loss {views.value(data['loss'])}  rate {data['learning_rate']:.1e}  {speed}"
                 bar.update(task, completed=data["step"], total=data["steps"], pace=pace)
             elif event["type"] == "metrics":
                 screen.print(f"step {data['step']}: {views.metrics_line(data['metrics'])}")

@@ -1,0 +1,51 @@
+"""A server of a benchmark's own: fresh home and port, the prepared models of the user's home."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fortwo.cli.client import ENDED, Client
+from fortwo.models.catalog import Catalog
+from fortwo.records import Json
+from fortwo.settings import Settings, load
+from scripts.readme import free_port
+
+
+@contextmanager
+def server() -> Iterator[tuple[Settings, Client]]:
+    """`fortwo serve`, from its first answer to the end of the block; what it wrote is gone then."""
+    own = load()
+    Catalog(own).prepare(own.default_model)
+    with tempfile.TemporaryDirectory(prefix="fortwo-bench-") as home:
+        (Path(home) / "models").symlink_to(own.models_dir.resolve())
+        settings = load(home=Path(home), host="127.0.0.1", port=free_port())
+        environment = os.environ | {"FORTWO_HOME": home, "FORTWO_PORT": str(settings.port)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fortwo", "serve"], env=environment, stdout=subprocess.DEVNULL
+        )
+        try:
+            client = Client(settings)
+            while not client.answers():
+                if process.poll() is not None:
+                    sys.exit(f"the server ended with exit status {process.returncode}")
+                time.sleep(0.2)
+            yield settings, client
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def run_job(client: Client, request: Json) -> tuple[Json, float]:
+    """(the job at its end, seconds from the request to the end)."""
+    began = time.perf_counter()
+    job_id = client.post("/api/training/start", request)["job_id"]
+    while (job := client.get(f"/api/training/jobs/{job_id}"))["status"] not in ENDED:
+        time.sleep(0.2)
+    return job, time.perf_counter() - began
