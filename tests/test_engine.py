@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -383,7 +384,7 @@ def test_running_requests_get_as_much_of_the_device_as_the_job(engine: Engine) -
     reply.wait(20)
     task.cancel()
     during = [count for count in steps if 0 < count < 200]
-    gains = [after - before for before, after in zip(during, during[1:], strict=False)]
+    gains = [after - before for before, after in itertools.pairwise(during)]
     assert all(gain > 1 for gain in gains), "one token for a whole micro-step is not a fair share"
     assert len(steps) < 100
 

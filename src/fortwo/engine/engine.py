@@ -147,6 +147,10 @@ class Engine:
         home = self._base(base)
         return self.call(lambda: sum(adapter in (None, request.adapter) for request in home.scheduler)).result()
 
+    def working(self) -> bool:
+        """Whether a job runs or waits."""
+        return self.call(lambda: bool(self._tasks)).result()
+
     def submit(self, prompt: Prompt, on_delta: Callable[[Delta], None] | None = None) -> Reply:
         """Accept a request. on_delta is called on the device's thread and must not block.
 

@@ -16,7 +16,8 @@ from fortwo.records import Sampling
 
 
 class Sampler:
-    """One request's settings and its stream of random numbers (on the CPU: the same on every device)."""
+    """One request's settings and its stream of random numbers (on the CPU: the same on every device). Any whole
+    number is a seed."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -24,7 +25,7 @@ class Sampler:
         if sampling.seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(sampling.seed)
+            self._generator.manual_seed(sampling.seed % 2**64)
 
     @property
     def greedy(self) -> bool:

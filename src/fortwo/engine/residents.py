@@ -1,0 +1,302 @@
+"""What is in memory: base models and the adapters served on them, loaded on demand and known by digest.
+
+Names (`base`, `adapter`, `adapter@3`) end here; the engine sees base ids and digests. Weights are read outside the
+device's thread, so replies go on while something is loaded. Knows no HTTP and no jobs.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fortwo.adapters import AdapterStore
+from fortwo.data.render import Renderer
+from fortwo.engine.engine import Engine
+from fortwo.engine.runner import Runner
+from fortwo.engine.scheduler import Sequence
+from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound
+from fortwo.models import weights
+from fortwo.models.catalog import Catalog
+from fortwo.models.decoder import Decoder, DecoderConfig
+from fortwo.models.lora import Lora, LoraConfig
+from fortwo.models.weights import Progress
+from fortwo.records import AdapterVersion, Message
+from fortwo.settings import Settings
+
+ROUNDING = 1e-6  # a relative change of the logits below this is no effect
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A base model in memory. bytes: its weights, without the cache."""
+
+    id: str
+    digest: str
+    decoder: Decoder
+    renderer: Renderer
+    bytes: int
+    runner: Runner
+
+
+@dataclass(frozen=True)
+class Target:
+    """Who answers a request. adapter_key: as in records.Prompt; name: as the request said it."""
+
+    resident: Resident
+    adapter_key: str | None
+    name: str
+
+
+@dataclass(frozen=True)
+class ModelState:
+    state: Literal["loading", "loaded"]
+    digest: str | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """base: the resident it is served on."""
+
+    base: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class States:
+    """models by id, adapters by digest; what is not in memory is not listed."""
+
+    models: dict[str, ModelState]
+    adapters: dict[str, AdapterState]
+
+
+class Residents:
+    """Every method is safe from any thread but the device's, and may take as long as the disk."""
+
+    def __init__(self, settings: Settings, catalog: Catalog, store: AdapterStore, engine: Engine) -> None:
+        if settings.weights not in ("auto", "fp32"):
+            raise InvalidRequest(
+                f"weights = {settings.weights!r} is not built yet",
+                param="weights",
+                hint="Set FORTWO_WEIGHTS to auto or fp32.",
+            )
+        self._device = _device(settings.device)
+        self._catalog = catalog
+        self._store = store
+        self._engine = engine
+        self._changing = threading.RLock()  # whoever loads or unloads; readers take the dicts as they are
+        self._loading: str | None = None
+        self._bases: dict[str, Resident] = {}
+        self._adapters: dict[str, AdapterState] = {}
+
+    def resolve(self, model: str) -> Target:
+        """Who answers to this name, loaded if need be. Raises NotFound naming what there is."""
+        if resident := self._bases.get(model):
+            return Target(resident, None, model)
+        ids = self._known()
+        if model in ids:
+            return Target(self.load_base(model), None, model)
+        names = self._store.names()
+        if model.partition("@")[0] not in names:
+            raise NotFound(
+                f"no model {model!r}",
+                param="model",
+                hint=f"Base models: {', '.join(ids)}. Adapters: {', '.join(names) if names else 'none yet'}.",
+            )
+        try:
+            version = self._store.get(model)
+        except NotFound as error:
+            raise NotFound(error.message, param="model", hint=error.hint) from None
+        resident = self._serving(version)
+        if resident is None:
+            with self._changing:
+                version = self.load_adapter(model)
+                resident = self._serving(version)
+        assert resident is not None
+        return Target(resident, version.digest, model)
+
+    def load_base(self, id: str, progress: Progress | None = None) -> Resident:
+        """The base in memory, fetched and converted first if need be; progress as in Catalog.prepare."""
+        with self._changing:
+            if resident := self._bases.get(id):
+                return resident
+            self._loading = id
+            try:
+                directory = self._catalog.prepare(id, progress)
+                card = self._catalog.prepared(id)
+                assert card is not None
+                config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
+                decoder = Decoder(config, weights.read(directory), self._device)
+                resident = Resident(id, card.digest, decoder, Renderer(directory), decoder.bytes, Runner(decoder))
+                self._engine.add_base(id, resident.runner, resident.renderer)
+            finally:
+                self._loading = None
+            self._bases[id] = resident
+            return resident
+
+    def unload_base(self, id: str) -> None:
+        """Forget a base and the adapters on it. Raises Conflict while requests or a job use it."""
+        with self._changing:
+            if id not in self._bases:
+                self._catalog.get(id)
+                raise NotFound(
+                    f"base model {id!r} is not loaded",
+                    param="model",
+                    hint=f"Loaded: {', '.join(self._bases) if self._bases else 'none'}.",
+                )
+            if self._engine.working():
+                raise Conflict(
+                    f"base model {id!r} stays while a job runs", param="model", hint="Wait for the job or cancel it."
+                )
+            self._engine.remove_base(id)
+            del self._bases[id]
+            self._adapters = {key: state for key, state in self._adapters.items() if state.base != id}
+
+    def load_adapter(self, ref: str) -> AdapterVersion:
+        """Serve a published version, on the base it was trained on. Raises InvalidAdapter when it cannot have the
+        effect it was trained for: wrong base, foreign tensors, no effect."""
+        with self._changing:
+            version = self._store.get(ref)
+            if self._serving(version) is not None:
+                return version
+            version, config, tensors = self._store.read(ref)
+            resident = self._base_of(version)
+            decoder = resident.decoder
+            lora = Lora.from_state(LoraConfig.from_peft(config), decoder.config, tensors, decoder.device)
+            _check(version, lora)
+            effect = self._engine.call(lambda: _try_on(resident, version.digest, lora)).result()
+            if not effect >= ROUNDING:
+                raise InvalidAdapter(
+                    f"adapter {version.id!r} changes nothing: on a probe the logits of {resident.id!r} move by "
+                    f"{effect:.1e} of their size",
+                    hint="It was hardly trained; its report and plan say why.",
+                )
+            self._adapters[version.digest] = AdapterState(resident.id, _bytes(lora))
+            return version
+
+    def unload_adapter(self, ref: str) -> None:
+        """Raises Conflict while requests run on it."""
+        with self._changing:
+            version = self._store.get(ref)
+            key, state = version.digest, self._adapters.get(version.digest)
+            if state is None:
+                raise NotFound(f"adapter {version.id!r} is not loaded", param="adapter_name")
+            base = state.base
+
+            def remove() -> None:
+                if count := self._engine.requests(base, key):
+                    raise Conflict(
+                        f"adapter {version.id!r} answers {count} request(s)",
+                        param="adapter_name",
+                        hint="Try again when they are done.",
+                    )
+                self._engine.detach(base, key)
+
+            self._engine.call(remove).result()
+            del self._adapters[key]
+
+    def publish(self, version: AdapterVersion, lora: Lora) -> None:
+        """Serve a version that was just trained and written: its tensors are in memory, nothing is read. If its base
+        has gone in the meantime, it will be loaded when it is asked for."""
+        with self._changing:
+            resident = self._bases.get(version.base_model)
+            if resident is not None and resident.digest == version.base_digest:
+                self._engine.attach(resident.id, version.digest, lora)
+                self._adapters[version.digest] = AdapterState(resident.id, _bytes(lora))
+
+    def states(self) -> States:
+        """What is in memory now, or on its way there."""
+        models = {id: ModelState("loaded", resident.digest, resident.bytes) for id, resident in self._bases.items()}
+        if (loading := self._loading) is not None:
+            models[loading] = ModelState("loading", None, 0)
+        return States(models, dict(self._adapters))
+
+    def _serving(self, version: AdapterVersion) -> Resident | None:
+        """The base that has this version attached, with the weights it was trained on."""
+        state = self._adapters.get(version.digest)
+        resident = None if state is None else self._bases.get(state.base)
+        return resident if resident is not None and resident.digest == version.base_digest else None
+
+    def _known(self) -> list[str]:
+        return [entry.id for entry in self._catalog.entries()]
+
+    def _base_of(self, version: AdapterVersion) -> Resident:
+        """The base with the weights the adapter was trained on; what it is called does not matter."""
+        digests = {id: card.digest if (card := self._catalog.prepared(id)) else None for id in self._known()}
+        digests |= {id: resident.digest for id, resident in self._bases.items()}
+        same = [id for id, digest in digests.items() if digest == version.base_digest]
+        if same:
+            return self.load_base(min(same, key=lambda id: (id not in self._bases, id != version.base_model)))
+        if version.base_model not in digests:
+            raise InvalidAdapter(
+                f"adapter {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}; "
+                f"no base model here has these weights",
+                hint="Add that base: fortwo models add ID PATH",
+            )
+        found = digests[version.base_model]
+        if found is None:
+            resident = self.load_base(version.base_model)
+            if resident.digest == version.base_digest:
+                return resident
+            found = resident.digest
+        raise InvalidAdapter(
+            f"adapter {version.id!r} was trained on weights with digest {version.base_digest}; "
+            f"{version.base_model!r} has digest {found}",
+            hint="Train it again on this base, or add the base it was trained on: fortwo models add ID PATH",
+        )
+
+
+def _check(version: AdapterVersion, lora: Lora) -> None:
+    """Raises InvalidAdapter for tensors that cannot have an effect, or only a bad one."""
+    tensors = lora.state()
+    if not tensors:
+        raise InvalidAdapter(f"adapter {version.id!r} matches no module of its base")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InvalidAdapter(f"tensor {name!r} of adapter {version.id!r} holds nan or infinite values")
+    if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
+        raise InvalidAdapter(
+            f"adapter {version.id!r} changes nothing: lora_B is zero everywhere", hint="It was never trained."
+        )
+
+
+def _try_on(resident: Resident, key: str, lora: Lora) -> float:
+    """Attach the adapter, and how much it moves the logits of a probe, relative to the largest; below ROUNDING it is
+    detached again. On the device's thread."""
+    tokens = resident.renderer.prompt([Message("user", "Hello")])
+    runner = resident.runner
+    rows = [Sequence(list(tokens), None), Sequence(list(tokens), key)]
+    effect = 0.0
+    runner.attach(key, lora)
+    try:
+        plain_V, adapted_V = runner.prefill(rows)
+        effect = float((adapted_V - plain_V).abs().max() / plain_V.abs().max())
+    finally:
+        for row in rows:
+            runner.release(row)
+        if not effect >= ROUNDING:
+            runner.detach(key)
+    return effect
+
+
+def _bytes(lora: Lora) -> int:
+    return sum(tensor.nbytes for tensor in lora.parameters())
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    present = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
+    if not present:
+        raise InvalidRequest(
+            f"device = {name!r} is not on this machine", param="device", hint="Set FORTWO_DEVICE to auto or cpu."
+        )
+    return device
