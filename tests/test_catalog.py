@@ -23,7 +23,7 @@ from fortwo.models import weights
 from fortwo.models.catalog import Catalog
 from fortwo.models.sources import Wheel
 from fortwo.settings import Settings
-from tiny import save_directory, save_gguf, tiny_model
+from tests.tiny import save_directory, save_gguf, tiny_model
 
 BUNDLED = "smollm2-135m-instruct"
 HUB = "codellama-7b-instruct"
@@ -70,6 +70,11 @@ def wheel(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wheel:
 def leftovers(home: Path) -> list[str]:
     """What lies under home/models besides locks."""
     return sorted(path.name for path in (home / "models").iterdir() if path.suffix != ".lock")
+
+
+def written(directory: Path) -> dict[str, tuple[int, int]]:
+    """Which file each name is, and when it was last written to."""
+    return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in directory.iterdir()}
 
 
 def test_entries_are_bundled_then_added(catalog: Catalog, directory: Path, gguf: Path) -> None:
@@ -119,11 +124,14 @@ def test_wheel_is_fetched_verified_and_converted_once(catalog: Catalog, wheel: W
     assert [*dict.fromkeys(label for label, _, _ in heard)] == ["download", "convert", "tokenizer", "checksum"]
     assert all(done <= total for _, done, total in heard)
     assert leftovers(home) == [BUNDLED]
-    before = (path / "base.json").stat()
-    start = time.perf_counter()
-    assert catalog.prepare(BUNDLED) == path
-    assert time.perf_counter() - start < 0.05
-    assert (path / "base.json").stat() == before
+    before = written(path)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert catalog.prepare(BUNDLED) == path
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.02
+    assert written(path) == before
 
 
 def test_card_tells_what_is_prepared(catalog: Catalog, wheel: Wheel, home: Path) -> None:
@@ -215,14 +223,14 @@ print(*dict.fromkeys(labels))
 
 
 def test_directory_is_linked_not_copied(catalog: Catalog, directory: Path) -> None:
-    before = {file.name: file.stat() for file in directory.iterdir()}
+    before = written(directory)
     catalog.add("mine", directory)
     path = catalog.prepare("mine")
     assert (path / "model.safetensors").readlink() == directory / "model.safetensors"
     assert weights.read(path).keys() == weights.read(directory).keys()
     assert (path / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
     assert [file.name for file in path.iterdir() if not file.is_symlink()] == ["base.json"]
-    assert {file.name: file.stat() for file in directory.iterdir()} == before
+    assert written(directory) == before
 
 
 def test_same_weights_elsewhere_have_the_same_digest(catalog: Catalog, directory: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fortwo.errors import UnsupportedModel
 from fortwo.models import gguf, weights
-from tiny import LLAMA3_ROPE, TEMPLATE, save_gguf, tiny_model
+from tests.tiny import LLAMA3_ROPE, TEMPLATE, save_gguf, tiny_model
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
