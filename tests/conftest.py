@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from fortwo.models.catalog import Catalog
@@ -27,3 +28,8 @@ def real_home() -> Path:
     path = Path(given) if given is not None else Path(__file__).parent.parent / ".cache" / "home"
     Catalog(Settings(home=path)).prepare("smollm2-135m-instruct")
     return path
+
+
+# A deadline per example measures the machine, not the code: the first call into torch alone can take longer.
+hypothesis.settings.register_profile("fortwo", deadline=None)
+hypothesis.settings.load_profile("fortwo")
