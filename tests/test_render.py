@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fortwo.data.render import Renderer
 from fortwo.errors import InvalidRequest, UnsupportedModel
@@ -329,3 +329,20 @@ def test_an_unfinished_character_is_held_back_and_flushed(renderers: dict[str, R
     assert [stream.push(token) for token in answer[:2]] == ["", ""]
     assert "\ufffd" in stream.flush()
     assert stream.flush() == ""
+
+
+@pytest.mark.real
+def test_the_bundled_model_renders_as_transformers_does(real_home: Path) -> None:
+    directory = real_home / "models" / "smollm2-135m-instruct"
+    renderer, reference = Renderer(directory), AutoTokenizer.from_pretrained(directory)
+    assert renderer.stop_ids == {reference.convert_tokens_to_ids("<|im_end|>")}
+    for name in ("one turn", "system", "turns", "unicode", "blank edges", "empty user", "answer opens with a break"):
+        messages = [{"role": m.role, "content": m.content} for m in CHATS[name]]
+        prompt = renderer.prompt(CHATS[name][:-1])
+        assert prompt == reference.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+        tokens, _ = renderer.example(CHATS[name])
+        assert tokens[: len(prompt)] == prompt
+        if name != "answer opens with a break":
+            assert [*tokens, *reference.encode("\n")] == reference.apply_chat_template(messages, return_dict=False)
+    typed = renderer.prompt(CHATS["control text"][:-1])
+    assert typed.count(reference.convert_tokens_to_ids("<|im_end|>")) == 2

@@ -81,26 +81,28 @@ class AdapterStore:
         return self._commit(name, files, manifest, current=True)
 
     def rollback(self, name: str) -> AdapterVersion:
-        """Make the version that was current before the current one; both are kept. Returns what is current now."""
-        now = self.get(name)
+        """Go back to the version that was current before; both are kept. Returns what is current now."""
+        check_name(name)
+        self._known(name)
         with self._writing(name) as folder:
             state = _state(folder)
-            earlier = [n for n in state["current"] if n < now.version]
-            if not any((folder / str(n)).exists() for n in earlier):
+            offered = [number for number in state["current"] if (folder / str(number)).is_dir()]
+            if len(offered) < 2:
                 raise Conflict(
-                    f"{now.id} is the only version of {name!r} that was ever current",
-                    hint=f"Name another version itself: {self._refs(name)}.",
+                    f"adapter {name!r} has no earlier version that was current",
+                    param="adapter_name",
+                    hint=f"Name a version itself: {self._refs(name)}.",
                 )
-            _replace(folder / _STATE, _dump({**state, "current": earlier}))
+            _replace(folder / _STATE, _dump({**state, "current": offered[:-1]}))
         return self.get(name)
 
     def delete(self, ref: str) -> None:
         """Delete one version, or with a bare name all of them. When the current version goes, the one that was
         current before it is current again."""
         name, number = _parse(ref)
-        gone = [version.version for version in self.versions(name)] if number is None else [self.get(ref).version]
+        known = self._known(name, number)
         with self._writing(name) as folder:
-            for version in gone:
+            for version in known if number is None else [number]:
                 draft = _new_draft(folder)
                 os.rename(folder / str(version), draft)
                 _sync(folder)
@@ -136,7 +138,7 @@ class AdapterStore:
     @contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
         """The folder of `name`, locked against other writers."""
-        _check(name)
+        check_name(name)
         folder = self._root / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -160,23 +162,19 @@ class AdapterStore:
 
     def versions(self, name: str) -> tuple[AdapterVersion, ...]:
         """Whole versions, oldest first; of a damaged one, `get` says what is wrong. Raises NotFound without any."""
-        _check(name)
+        check_name(name)
         current = self._current(name)
         found = []
-        for number in _numbers(self._root / name):
+        for number in self._known(name):
             try:
                 found.append(self._version(name, number, current))
             except InvalidAdapter:
                 continue
-        if not found:
-            raise self._unknown(name)
         return tuple(found)
 
     def get(self, ref: str) -> AdapterVersion:
         name, number = _parse(ref)
-        known = _numbers(self._root / name)
-        if not known:
-            raise self._unknown(name)
+        self._known(name, number)
         current = self._current(name)
         if number is None:
             number = current
@@ -185,12 +183,6 @@ class AdapterStore:
                 f"adapter {name!r} has no current version",
                 param="adapter_name",
                 hint=f"No run of it succeeded yet. Name a version itself: {self._refs(name)}.",
-            )
-        if number not in known:
-            raise NotFound(
-                f"adapter {name!r} has no version {number}",
-                param="adapter_name",
-                hint=f"Versions: {self._refs(name)}.",
             )
         return self._version(name, number, current)
 
@@ -246,19 +238,30 @@ class AdapterStore:
     def _refs(self, name: str) -> str:
         return ", ".join(f"{name}@{number}" for number in _numbers(self._root / name))
 
-    def _unknown(self, name: str) -> NotFound:
-        known = ", ".join(self.names())
-        return NotFound(
-            f"adapter {name!r} does not exist",
-            param="adapter_name",
-            hint=f"Adapters: {known}." if known else "There is none yet: teach one, or load one that PEFT saved.",
-        )
+    def _known(self, name: str, number: int | None = None) -> list[int]:
+        """The version numbers of `name`. Raises NotFound when there are none, or `number` is not among them."""
+        numbers = _numbers(self._root / name)
+        if not numbers:
+            others = ", ".join(self.names())
+            raise NotFound(
+                f"adapter {name!r} does not exist",
+                param="adapter_name",
+                hint=f"Adapters: {others}." if others else "There is none yet: teach one, or load one that PEFT saved.",
+            )
+        if number is not None and number not in numbers:
+            raise NotFound(
+                f"adapter {name!r} has no version {number}",
+                param="adapter_name",
+                hint=f"Versions: {self._refs(name)}.",
+            )
+        return numbers
 
 
 # ---------------------------------------------------------------- names
 
 
-def _check(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raises InvalidRequest for what cannot be an adapter's name."""
     if not _NAME.fullmatch(name) or ".." in name:
         raise InvalidRequest(
             f"adapter_name = {name!r} is not a name",
@@ -269,7 +272,7 @@ def _check(name: str) -> None:
 
 def _parse(ref: str) -> tuple[str, int | None]:
     name, at, number = ref.partition("@")
-    _check(name)
+    check_name(name)
     if at and not _NUMBER.fullmatch(number):
         raise InvalidRequest(
             f"adapter_name = {ref!r}: {number!r} is not a version",
@@ -287,10 +290,14 @@ def _numbers(folder: Path) -> list[int]:
 
 def _state(folder: Path) -> Json:
     """{"last": the highest number given, "current": the numbers that were offered as current, oldest first}"""
+    path = folder / _STATE
     try:
-        return _object((folder / _STATE).read_bytes(), folder / _STATE)
+        state = _object(path.read_bytes(), path)
     except FileNotFoundError:
         return {"last": 0, "current": []}
+    if not isinstance(state.get("last"), int) or not isinstance(state.get("current"), list):
+        raise InvalidAdapter(f"{path} lacks 'last' or 'current'", hint="Restore the file from a backup.")
+    return state
 
 
 # ---------------------------------------------------------------- disk
@@ -377,7 +384,7 @@ def _sweep(folder: Path) -> None:
     for draft in folder.glob(f"{_DRAFT}*"):
         try:
             owner = _lock(draft, wait=False)
-        except BlockingIOError:
+        except (BlockingIOError, FileNotFoundError):  # its writer lives, or has just published it
             continue
         shutil.rmtree(draft, ignore_errors=True)
         os.close(owner)
