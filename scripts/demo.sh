@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 home=${FORTWO_HOME:-$HOME/.fortwo}
 url=http://${FORTWO_HOST:-127.0.0.1}:${FORTWO_PORT:-5001}
 question="What is 42?"
+export COLUMNS=${COLUMNS:-100}
 mkdir -p "$home"
 
 say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; }

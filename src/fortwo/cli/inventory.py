@@ -32,12 +32,12 @@ jobs = _group("Training jobs.")
 def list_models() -> None:
     """What can be used, what is on disk, what is loaded."""
     client = connect()
-    rows = views.table("model", "state", "parameters", "memory", "digest", "source")
+    rows = views.table("model", "state", "parameters", "size", "digest", "source", wrapped=("source",))
     if client.answers():
         for one in client.get("/api/models")["models"]:
             digest = "-" if one["digest"] is None else one["digest"][:12]
             rows.add_row(
-                one["id"], one["state"], views.value(one["parameters"]), views.size(one["bytes"]), digest, one["source"]
+                one["id"], one["state"], views.count(one["parameters"]), views.size(one["bytes"]), digest, one["source"]
             )
     else:
         from fortwo.models.catalog import Catalog
@@ -50,7 +50,7 @@ def list_models() -> None:
                 rows.add_row(entry.id, "not fetched", "-", "-", "-", entry.source)
             else:
                 size = views.size(card.bytes)
-                rows.add_row(entry.id, "on disk", views.value(card.parameters), size, card.digest[:12], entry.source)
+                rows.add_row(entry.id, "on disk", views.count(card.parameters), size, card.digest[:12], entry.source)
     screen.print(rows)
 
 

@@ -15,10 +15,11 @@ METRICS = ("efficacy", "paraphrase", "specificity", "retention", "score")
 STATUS_STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow"}
 
 
-def table(*columns: str, title: str | None = None) -> Table:
+def table(*columns: str, title: str | None = None, wrapped: tuple[str, ...] = ()) -> Table:
+    """Columns named in `wrapped` give way when the terminal is narrow; the others keep to one line."""
     shape = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for position, column in enumerate(columns):
-        shape.add_column(column, overflow="fold", no_wrap=position == 0)
+    for column in columns:
+        shape.add_column(column, overflow="fold", no_wrap=column not in wrapped)
     return shape
 
 
@@ -49,6 +50,13 @@ def size(count: int | None) -> str:
     return f"{amount:.3g} {unit}" if unit != "B" else f"{count} B"
 
 
+def count(number: int | None) -> str:
+    """Parameters, as models are spoken of: 135M, 6.74B."""
+    if number is None:
+        return "-"
+    return f"{number / 1e9:.3g}B" if number >= 1e9 else f"{number / 1e6:.3g}M"
+
+
 def moment(stamp: float | None) -> str:
     return "-" if stamp is None else datetime.fromtimestamp(stamp).strftime("%Y-%m-%d %H:%M:%S")
 
@@ -68,13 +76,20 @@ def notes(warnings: list[Json], style: str = "yellow") -> RenderableType:
 
 def plan(body: Json) -> RenderableType:
     """Every setting with who chose it and why; what follows from them; what looks wrong."""
-    settings = table("setting", "value", "origin", "reason", title=f"Plan: {body['adapter_name']} on {body['model']}")
+    settings = table(
+        "setting",
+        "value",
+        "origin",
+        "reason",
+        title=f"Plan: {body['adapter_name']} on {body['model']}",
+        wrapped=("value", "reason"),
+    )
     for setting in body["settings"]:
         style = {"user": "bold", "auto": "cyan"}.get(setting["origin"], "")
         settings.add_row(
             setting["name"], value(setting["value"]), Text(setting["origin"], style=style), setting["reason"]
         )
-    computed = table("computed", "")
+    computed = table("computed", "", wrapped=("",))
     computed.add_row("objective", f"{body['objective']}, targets {value(body['targets'])}")
     for name, thing in body["computed"].items():
         computed.add_row(name, size(thing) if name == "bytes" else value(thing))
@@ -83,7 +98,7 @@ def plan(body: Json) -> RenderableType:
 
 def plan_against_actual(planned: Json, actual: Json) -> Table:
     """What was computed before the run beside what was measured in it."""
-    rows = table("", "plan", "actual", title="Plan against actual")
+    rows = table("", "plan", "actual", title="Plan against actual", wrapped=("plan", "actual"))
     computed = planned["computed"]
     for name in [*computed, *(name for name in actual if name not in computed)]:
         shown = size if name == "bytes" else value
@@ -106,7 +121,15 @@ def report(body: Json) -> RenderableType:
         rows.add_row(
             name, "-" if base is None else f"{base['value']:.2f}", f"{found['value']:.2f}", interval, str(found["n"])
         )
-    said = table("", "kind", "asked", "base said", "adapter said", title="Transcripts")
+    said = table(
+        "",
+        "kind",
+        "asked",
+        "base said",
+        "adapter said",
+        title="Transcripts",
+        wrapped=("asked", "base said", "adapter said"),
+    )
     for one in body["transcripts"]:
         mark = Text("✓", style="green") if one["passed"] else Text("✗", style="red")
         said.add_row(mark, one["kind"], one["prompt"], one["base"], one["adapter"])
