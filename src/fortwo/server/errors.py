@@ -1,0 +1,125 @@
+"""Every failure of a request, in the one shape: {"error": {message, type, code, param, hint}}.
+
+Turns pydantic's findings, unknown routes and unexpected exceptions into fortwo's own errors.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from fortwo.errors import FortwoError, InvalidRequest, NotFound
+
+log = logging.getLogger(__name__)
+SHOWN = 80  # characters of an offending value that a message repeats
+
+
+class MethodNotAllowed(InvalidRequest):
+    code = "method_not_allowed"
+    status = 405
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(FortwoError, lambda _request, error: respond(error))
+    app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _no_route)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def respond(error: FortwoError, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, headers)
+
+
+def unexpected(error: BaseException) -> FortwoError:
+    """Logged in full under a number; only the number is told."""
+    number = uuid.uuid4().hex[:12]
+    log.error("unexpected error %s", number, exc_info=error)
+    return FortwoError(
+        f"An unexpected error happened; the server's log has it as {number}.",
+        hint="Try again; if it happens again, report it with what the log says.",
+    )
+
+
+def invalid(found: Sequence[Any]) -> InvalidRequest:
+    """Pydantic's first finding: field, value, remedy."""
+    first = found[0]
+    param = _path(first["loc"])
+    match first["type"]:
+        case "json_invalid":
+            reason = first["ctx"]["error"]
+            return InvalidRequest(
+                f"The body is not JSON: {reason} (character {first['loc'][-1]}).",
+                code="invalid_json",
+                hint="Send one JSON object, with straight double quotes and no trailing comma.",
+            )
+        case "missing" if param is None:
+            return InvalidRequest("The body is missing.", hint="Send a JSON object; /docs shows its fields.")
+        case "missing":
+            return InvalidRequest(f"{param} is missing.", param=param, hint=f"Add {param}.", code="missing_parameter")
+        case "extra_forbidden":
+            return InvalidRequest(
+                f"{param} is not a known parameter.",
+                param=param,
+                code="unknown_parameter",
+                hint="Remove it or check its spelling; /docs lists the fields.",
+            )
+        case "unsupported_parameter":
+            return InvalidRequest(
+                f"{param} = {shown(first['input'])} is not supported.",
+                param=param,
+                code="unsupported_parameter",
+                hint=first["msg"],
+            )
+    if param is None:
+        return InvalidRequest(
+            f"The body must be a JSON object, not {shown(first['input'])}.",
+            hint="Send an object with the header Content-Type: application/json.",
+        )
+    message = first["msg"].removeprefix("Value error, ").rstrip(".")
+    remedy = message.removeprefix("Input should ").removeprefix("be ")
+    return InvalidRequest(
+        f"{param} = {shown(first['input'])}: {message}.",
+        param=param,
+        hint=f"Make it {remedy}." if message.startswith("Input should be ") else f"Change {param}.",
+    )
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _path(loc: Sequence[str | int]) -> str | None:
+    """("body", "messages", 0, "role") is messages[0].role; the body itself is None."""
+    path = ""
+    for part in loc[1:]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".") or None
+
+
+def _invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+    return respond(invalid(error.errors()))
+
+
+def _no_route(request: Request, error: HTTPException) -> JSONResponse:
+    asked = f"{request.method} {request.url.path}"
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        return respond(NotFound(f"There is no {asked}.", hint="/docs lists every path.", code="unknown_path"), headers)
+    if error.status_code == 405:
+        allowed = headers.get("allow", "another method")
+        return respond(MethodNotAllowed(f"{asked} is not allowed.", hint=f"This path takes {allowed}."), headers)
+    refused = InvalidRequest(f"{asked}: {error.detail}")
+    refused.status = error.status_code
+    return respond(refused, headers)
+
+
+def _unexpected(_request: Request, error: Exception) -> JSONResponse:
+    return respond(unexpected(error))

@@ -1,0 +1,92 @@
+"""Everything a server owns, built in order and closed in reverse: catalog, adapters, engine, residents, jobs.
+
+One house to a home: a second server there would take the first one's running jobs for interrupted ones.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, Request
+
+from fortwo.errors import Conflict
+from fortwo.server.security import check_binding
+from fortwo.settings import Settings
+
+if TYPE_CHECKING:
+    from fortwo.adapters import AdapterStore
+    from fortwo.engine.engine import Engine
+    from fortwo.engine.residents import Residents
+    from fortwo.jobs.runner import JobRunner
+    from fortwo.jobs.store import JobStore
+    from fortwo.models.catalog import Catalog
+
+
+class House:
+    """Nothing is built before `open`; nothing of it is used after `close`."""
+
+    catalog: Catalog
+    adapters: AdapterStore
+    engine: Engine
+    residents: Residents
+    jobs: JobStore
+    runner: JobRunner
+
+    def __init__(self, settings: Settings) -> None:
+        check_binding(settings)
+        self.settings = settings
+        self._closing = ExitStack()
+
+    def open(self) -> None:
+        """Build all of it and take up the queue of jobs. This loads torch, but no model."""
+        from fortwo.adapters import AdapterStore
+        from fortwo.engine.engine import Engine
+        from fortwo.engine.residents import Residents
+        from fortwo.jobs.runner import JobRunner
+        from fortwo.jobs.store import JobStore
+        from fortwo.models.catalog import Catalog
+
+        with ExitStack() as built:
+            built.enter_context(_only_one(self.settings))
+            self.catalog = Catalog(self.settings)
+            self.adapters = AdapterStore(self.settings.adapters_dir)
+            self.engine = Engine(self.settings.threads)
+            self.engine.start()
+            built.callback(self.engine.close)
+            self.residents = Residents(self.settings, self.catalog, self.adapters, self.engine)
+            self.jobs = JobStore(self.settings.database)
+            built.callback(self.jobs.close)
+            self.runner = JobRunner(self.settings, self.catalog, self.adapters, self.engine, self.residents, self.jobs)
+            self.runner.start()
+            built.callback(self.runner.close)
+            self._closing = built.pop_all()
+
+    def close(self) -> None:
+        """Jobs are interrupted, replies end, then the house is empty."""
+        self._closing.close()
+
+
+@contextmanager
+def _only_one(settings: Settings) -> Iterator[None]:
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with (settings.home / ".server.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Conflict(
+                f"Another server already uses {settings.home}.",
+                param="home",
+                hint="Stop it, or give this one a folder of its own with FORTWO_HOME.",
+            ) from None
+        yield
+
+
+def _here(request: Request) -> House:
+    house: House = request.app.state.house
+    return house
+
+
+Here = Annotated[House, Depends(_here)]

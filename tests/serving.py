@@ -1,0 +1,90 @@
+"""A real server on a free port, in a thread of the test's own process."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from fortwo.models.catalog import Catalog
+from fortwo.server.app import create_app
+from fortwo.server.house import House
+from fortwo.settings import Settings
+
+ENDED = ("succeeded", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Served:
+    house: House
+    url: str
+    http: httpx.Client
+
+    def post(self, path: str, body: Any = None) -> httpx.Response:
+        return self.http.post(path, json=body)
+
+    def chat(self, **more: Any) -> httpx.Response:
+        return self.post(
+            "/v1/chat/completions",
+            {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, **more},
+        )
+
+    def wait(self, job_id: str, *statuses: str, seconds: float = 60) -> dict[str, Any]:
+        """The job once its status is one of these (or any end)."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            job = self.http.get(f"/api/training/jobs/{job_id}").json()
+            if job["status"] in (*statuses, *ENDED):
+                return job
+            time.sleep(0.02)
+        raise AssertionError(f"job {job_id} is {job['status']} after {seconds} s")
+
+
+@contextmanager
+def serve(settings: Settings) -> Iterator[Served]:
+    house = House(settings)
+    server = uvicorn.Server(uvicorn.Config(create_app(house), host="127.0.0.1", port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server ended before it started"
+            time.sleep(0.01)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
+            yield Served(house, url, http)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def refused(response: httpx.Response, status: int, code: str, param: str | None = None) -> str:
+    """Check the one shape of errors; its message and hint as one text."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "code", "param", "hint"}
+    assert (error["code"], error["param"]) == (code, param), error
+    assert error["message"]
+    assert error["hint"]
+    return f"{error['message']} {error['hint']}"
+
+
+def chunks(response: httpx.Response) -> list[Any]:
+    """The data of server-sent events, JSON parsed; "[DONE]" as it is."""
+    data = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    return [one if one == "[DONE]" else json.loads(one) for one in data]
+
+
+def tiny_settings(home: Path, tiny: Path, **more: Any) -> Settings:
+    """Settings of a home whose catalog has the directory `tiny` as model "tiny", the default one."""
+    settings = Settings(home=home, data_dirs=(home / "data",), default_model="tiny", threads=1, **more)
+    Catalog(settings).add("tiny", tiny)
+    return settings

@@ -1,0 +1,256 @@
+"""The chat API on a tiny model: replies, streams, and every bad request named."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+from serving import Served, chunks, refused
+
+USER = {"role": "user", "content": "hello"}
+CONTEXT = 1024
+
+
+def test_a_reply_has_openais_shape_and_counts_its_tokens(served: Served) -> None:
+    body = served.chat(temperature=0).json()
+    assert body["object"] == "chat.completion"
+    assert body["model"] == "tiny"
+    (choice,) = body["choices"]
+    assert choice["message"]["role"] == "assistant"
+    assert choice["finish_reason"] == "length"
+    usage = body["usage"]
+    assert usage["completion_tokens"] == 8
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 8
+
+
+def test_greedy_and_seeded_replies_repeat_and_others_differ(served: Served) -> None:
+    def say(**how: Any) -> str:
+        return served.chat(max_tokens=24, **how).json()["choices"][0]["message"]["content"]
+
+    assert say(temperature=0) == say(temperature=0) == say(temperature=0, seed=5)
+    assert say(seed=1) == say(seed=1)
+    assert say(seed=1) != say(seed=2)
+    assert say(seed=1, top_k=1) == say(temperature=0)
+
+
+def test_the_default_temperature_is_openais(served: Served) -> None:
+    seeded = [served.chat(seed=3, max_tokens=24, **how).json()["choices"] for how in ({}, {"temperature": 1})]
+    assert seeded[0] == seeded[1]
+
+
+def test_without_max_tokens_a_reply_has_what_openai_users_expect(served: Served) -> None:
+    short = served.chat(temperature=0, max_tokens=None).json()
+    assert short["usage"]["completion_tokens"] <= 512
+    long = served.chat(temperature=0, max_tokens=None, messages=[USER | {"content": "x" * 990}]).json()
+    assert long["usage"]["total_tokens"] <= CONTEXT
+    assert long["choices"][0]["finish_reason"] in ("length", "stop")
+
+
+def test_content_may_be_parts_and_null_means_not_given(served: Served) -> None:
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    plain, split = (
+        served.chat(temperature=0, messages=[{"role": "user", "content": content}], stop=None, top_p=None, stream=None)
+        for content in ("hello", parts)
+    )
+    assert plain.json()["choices"] == split.json()["choices"]
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_stop_string_ends_the_reply_and_is_not_said(served: Served, as_list: bool) -> None:
+    whole = served.chat(temperature=0, max_tokens=40).json()["choices"][0]["message"]["content"]
+    stop = whole[10:12]
+    body = served.chat(temperature=0, max_tokens=40, stop=[stop, "never said"] if as_list else stop).json()
+    assert body["choices"][0]["message"]["content"] == whole[: whole.index(stop)]
+    assert body["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_stream_says_the_same_in_chunks(served: Served) -> None:
+    whole = served.chat(temperature=0, max_tokens=24).json()
+    response = served.chat(temperature=0, max_tokens=24, stream=True)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *said, last, done = chunks(response)
+    assert done == "[DONE]"
+    assert said[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in said)
+    assert text == whole["choices"][0]["message"]["content"]
+    assert len(said) > 2
+    assert last["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}
+    assert {chunk["object"] for chunk in said} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in [*said, last]}) == 1
+
+
+def test_a_stream_tells_usage_when_asked(served: Served) -> None:
+    response = served.chat(temperature=0, stream=True, stream_options={"include_usage": True})
+    *said, usage, done = chunks(response)
+    assert done == "[DONE]"
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == 8
+    assert all(chunk["usage"] is None for chunk in said)
+
+
+def test_marks_and_values_that_ask_for_nothing_are_accepted(served: Served) -> None:
+    nothing = {
+        "user": "me",
+        "metadata": {"a": "b"},
+        "n": 1,
+        "logprobs": False,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "store": False,
+        "service_tier": "auto",
+    }
+    echoed = {"role": "assistant", "content": "hi", "refusal": None, "tool_calls": None}
+    response = served.chat(temperature=0, messages=[USER, echoed, USER], **nothing)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 2),
+        ("logprobs", True),
+        ("top_logprobs", 3),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -1),
+        ("logit_bias", {"5": 100}),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("reasoning_effort", "high"),
+        ("store", True),
+        ("audio", {"voice": "x"}),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(served: Served, name: str, value: Any) -> None:
+    said = refused(served.chat(**{name: value}), 400, "unsupported_parameter", name)
+    assert name in said
+    assert "Leave it out" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "param", "named"),
+    [
+        ({"messages": []}, "invalid_request", "messages", "[]"),
+        ({"messages": "hello"}, "invalid_request", "messages", "'hello'"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "invalid_request", "messages[0].role", "'robot'"),
+        ({"messages": [USER, {"role": "user"}]}, "missing_parameter", "messages[1].content", "Add"),
+        ({"messages": [{"role": "user", "content": 5}]}, "invalid_request", "messages[0].content", "5"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
+            "invalid_request",
+            "messages[0].content[0].type",
+            "'image_url'",
+        ),
+        (
+            {"messages": [USER | {"tool_calls": [{"id": "1"}]}]},
+            "unsupported_parameter",
+            "messages[0].tool_calls",
+            "tool_calls",
+        ),
+        ({"messages": [USER | {"content": "x" * CONTEXT}]}, "context_length_exceeded", "messages", str(CONTEXT)),
+        ({"max_tokens": 0}, "invalid_request", "max_tokens", "0"),
+        ({"max_tokens": -5}, "invalid_request", "max_tokens", "-5"),
+        ({"max_tokens": 1.5}, "invalid_request", "max_tokens", "1.5"),
+        ({"max_tokens": CONTEXT}, "context_length_exceeded", "max_tokens", "at most"),
+        ({"max_tokens": None, "max_completion_tokens": 0}, "invalid_request", "max_completion_tokens", "0"),
+        ({"max_tokens": 4, "max_completion_tokens": 5}, "invalid_request", "max_tokens", "contradict"),
+        ({"temperature": -0.1}, "invalid_request", "temperature", "-0.1"),
+        ({"temperature": 2.1}, "invalid_request", "temperature", "2.1"),
+        ({"temperature": "hot"}, "invalid_request", "temperature", "'hot'"),
+        ({"top_p": 0}, "invalid_request", "top_p", "0"),
+        ({"top_p": 1.1}, "invalid_request", "top_p", "1.1"),
+        ({"top_k": -1}, "invalid_request", "top_k", "-1"),
+        ({"seed": "x"}, "invalid_request", "seed", "'x'"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "invalid_request", "stop", "4"),
+        ({"stop": ""}, "invalid_request", "stop[0]", "''"),
+        ({"stream_options": {"include_usage": True}}, "invalid_request", "stream_options", "stream"),
+        ({"temprature": 1}, "unknown_parameter", "temprature", "spelling"),
+        ({"model": 5}, "invalid_request", "model", "5"),
+    ],
+)
+def test_bad_input_is_named_with_its_value(
+    served: Served, change: dict[str, Any], code: str, param: str, named: str
+) -> None:
+    assert named in refused(served.chat(**change), 400, code, param)
+
+
+@pytest.mark.parametrize("model", ["nobody", "../secret", "a/b", "tiny@1", "", "nobody@3"])
+def test_an_unknown_model_is_named_with_what_there_is(served: Served, model: str) -> None:
+    said = refused(served.chat(model=model), 404, "not_found", "model")
+    assert repr(model) in said
+    assert "tiny" in said
+
+
+def test_the_body_must_be_json(served: Served) -> None:
+    def post(content: bytes, kind: str = "application/json") -> httpx.Response:
+        return served.http.post("/v1/chat/completions", content=content, headers={"Content-Type": kind})
+
+    assert "character" in refused(post(b'{"model": "tiny",'), 400, "invalid_json")
+    refused(post(b"\xff\xfe"), 400, "invalid_json")
+    assert "Content-Type: application/json" in refused(post(b'{"model": "tiny"}', "text/plain"), 400, "invalid_request")
+    refused(post(b"[]"), 400, "invalid_request")
+    refused(post(b""), 400, "invalid_request")
+    refused(served.post("/v1/chat/completions", {"messages": [USER]}), 400, "missing_parameter", "model")
+
+
+def test_the_models_are_listed(served: Served) -> None:
+    body = served.http.get("/v1/models").json()
+    assert body["object"] == "list"
+    tiny = next(one for one in body["data"] if one["id"] == "tiny")
+    assert tiny == {"id": "tiny", "object": "model", "created": 0, "owned_by": "fortwo", "root": "tiny", "parent": None}
+    assert served.http.get("/v1/models/tiny").json() == tiny
+    assert "'nobody'" in refused(served.http.get("/v1/models/nobody"), 404, "not_found", "model")
+
+
+def test_many_chats_at_once_each_get_their_own_reply(served: Served) -> None:
+    prompts = [f"question {n}" for n in range(12)]
+    alone = {text: _say(served, text) for text in prompts}
+    together: dict[str, str] = {}
+    threads = [
+        threading.Thread(target=lambda text=text: together.setdefault(text, _say(served, text))) for text in prompts
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def _say(served: Served, text: str) -> str:
+    body = served.chat(messages=[{"role": "user", "content": text}], temperature=0, max_tokens=16).json()
+    content: str = body["choices"][0]["message"]["content"]
+    return content
+
+
+def _requests(served: Served) -> int:
+    return served.house.engine.requests("tiny")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_ends_its_generation(served: Served, stream: bool) -> None:
+    served.chat()
+    body = (
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 900, "temperature": 0, '
+        b'"stream": ' + (b"true" if stream else b"false") + b"}"
+    )
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + body)
+        _until(lambda: _requests(served) == 1)
+    _until(lambda: _requests(served) == 0, seconds=1.0)
+
+
+def _until(happens: Any, seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
