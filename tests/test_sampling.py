@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.engine.sampling import Sampler, choose
+from fortwo.engine.sampling import Sampler, _nucleus, choose
 from fortwo.records import Sampling
 
 PROBABILITIES = [0.05, 0.4, 0.1, 0.3, 0.15]
@@ -59,8 +59,26 @@ def test_top_p_keeps_the_fewest_that_hold_it(top_p: float, kept: set[int]) -> No
     assert set(draws(top_p=top_p)) == kept
 
 
+@given(st.integers(0, 1000), st.floats(0, 0.999), st.sampled_from([0.01, 1.0, 20.0]))
+def test_the_nucleus_is_the_shortest_beginning_of_the_sorted_tokens(seed: int, top_p: float, spread: float) -> None:
+    logits = spread * torch.randn(200, generator=torch.Generator().manual_seed(seed))
+    weights = torch.softmax(logits.double(), -1)
+    total, expected = 0.0, []
+    for token in weights.argsort(descending=True, stable=True).tolist():
+        expected.append(token)
+        total += float(weights[token])
+        if total >= top_p:
+            break
+    assert _nucleus(weights, top_p).tolist() == expected
+
+
 def test_top_p_counts_what_top_k_left_over() -> None:
     assert set(draws(top_k=2, top_p=0.5)) == {1}  # 0.4 of 0.7 is more than half
+
+
+@pytest.mark.parametrize("vocabulary", [3, 7, 49, 49152])
+def test_a_tiny_top_p_among_equals_keeps_one(vocabulary: int) -> None:
+    assert len(_nucleus(torch.softmax(torch.zeros(vocabulary).double(), -1), 1e-12)) == 1
 
 
 def test_impossible_tokens_are_never_drawn() -> None:

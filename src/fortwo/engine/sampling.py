@@ -39,14 +39,23 @@ class Sampler:
             scaled_V = _keep(scaled_V, scaled_V.topk(settings.top_k).indices)
         weights_V = torch.softmax(scaled_V, -1)
         if settings.top_p < 1:
-            sorted_V, order_V = weights_V.sort(descending=True, stable=True)
-            before_V = sorted_V.cumsum(-1) - sorted_V
-            before_V[0] = -1  # the likeliest always stays, whatever top_p is
-            kept = order_V[before_V < settings.top_p]
-            weights_V = _keep(weights_V, kept, 0.0)
+            weights_V = _keep(weights_V, _nucleus(weights_V, settings.top_p), 0.0)
         up_to_V = weights_V.cumsum(-1)
         point = torch.rand((), generator=self._generator, dtype=torch.float64).to(up_to_V.device) * up_to_V[-1]
         return int(torch.searchsorted(up_to_V, point, right=True))
+
+
+def _nucleus(weights_V: Tensor, top_p: float) -> Tensor:
+    """The fewest tokens that hold top_p together, at least one.
+
+    All tokens below (1 - top_p) / V hold less than 1 - top_p together, so none of them is in: only the rest is sorted
+    (from half of that bound on, which leaves rounding no say).
+    """
+    possible = (weights_V >= (1 - top_p) / (2 * len(weights_V))).nonzero().squeeze(-1)
+    sorted_N, order_N = weights_V[possible].sort(descending=True, stable=True)
+    before_N = sorted_N.cumsum(-1) - sorted_N
+    before_N[0] = -1
+    return possible[order_N[before_N < top_p]]
 
 
 def _keep(values_V: Tensor, kept: Tensor, rest: float = -math.inf) -> Tensor:
