@@ -60,12 +60,14 @@ class DecoderConfig:
             )
         family = architecture.removesuffix("ForCausalLM")
         if config.get("hidden_act", "silu") != "silu":
-            raise UnsupportedModel(f"hidden_act {config['hidden_act']!r} is not supported, only 'silu'", param="hidden_act")
+            raise UnsupportedModel(
+                f"hidden_act {config['hidden_act']!r} is not supported, only 'silu'", param="hidden_act"
+            )
         for flag in ("mlp_bias",):
             if config.get(flag):
                 raise UnsupportedModel(f"{flag} = true is not supported", param=flag)
-        if family == "Llama" and config.get("attention_bias"):
-            raise UnsupportedModel("attention_bias = true is not supported for Llama", param="attention_bias")
+        if family != "Qwen2" and config.get("attention_bias"):
+            raise UnsupportedModel(f"attention_bias = true is not supported for {family}", param="attention_bias")
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3", "linear"):
@@ -138,7 +140,9 @@ class _Layer:
 class Decoder:
     """Frozen fp32 weights and the forward over them. Raises UnsupportedModel for missing or misshapen tensors."""
 
-    def __init__(self, config: DecoderConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: DecoderConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu"
+    ) -> None:
         self.config = config
         self.device = torch.device(device)
 

@@ -1,0 +1,239 @@
+"""The decoder computes what transformers computes.
+
+Tolerance: logits within 2e-5 of transformers' on tiny random models whose logits reach 4, within 1e-3 on the bundled
+model whose logits reach 40 (fp32, sums in another order). Greedy text is identical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from fortwo.data.packing import PackedAttention, pack
+from fortwo.data.render import Renderer
+from fortwo.engine.runner import Runner
+from fortwo.errors import UnsupportedModel
+from fortwo.models import weights
+from fortwo.models.decoder import Decoder, DecoderConfig
+from fortwo.records import Message
+from tests.tiny import LLAMA3_ROPE, VOCABULARY, tiny_model
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
+    ("llama", {"head_dim": 32, "max_position_embeddings": 512, "rope_parameters": LLAMA3_ROPE}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}}),
+    ("mistral", {"num_key_value_heads": 1, "sliding_window": None}),
+    ("mistral", {"sliding_window": 128, "tie_word_embeddings": True}),
+    ("qwen2", {}),
+    ("qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    ("qwen3", {"head_dim": 32}),
+    ("qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+]
+ATOL = 2e-5
+REAL_ATOL = 1e-3
+
+
+@dataclass
+class Row:
+    tokens: list[int]
+    adapter: str | None = None
+    slot: int | None = None
+
+
+def hf_config(model: PreTrainedModel) -> dict[str, Any]:
+    """What save_pretrained would write."""
+    return {**model.config.to_dict(), "architectures": [type(model).__name__]}
+
+
+def make_decoder(model: PreTrainedModel) -> Decoder:
+    return Decoder(DecoderConfig.from_hf(hf_config(model)), model.state_dict())
+
+
+def make_rows(lengths: Sequence[int], start: Sequence[int] = ()) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [[*start, *torch.randint(0, len(VOCABULARY), (length,), generator=generator).tolist()] for length in lengths]
+
+
+@torch.no_grad()
+def expected(model: PreTrainedModel, row: list[int]) -> Tensor:
+    """Logits (T, V) of a row alone."""
+    logits: Tensor = model(torch.tensor([row])).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize(("family", "options"), CASES)
+def test_logits_are_transformers(family: str, options: dict[str, Any]) -> None:
+    model = tiny_model(family, **options)
+    decoder = make_decoder(model)
+    rows = make_rows([1, 50, 7, 100], start=[5, 6, 7])
+    packed = pack(rows)
+    assert packed.prefix == 3
+    with torch.no_grad():
+        hidden_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed))
+        logits_TV = decoder.logits(hidden_TD)
+    for index, row in enumerate(rows):
+        places = [packed.place(index, position) for position in range(len(row))]
+        torch.testing.assert_close(logits_TV[places], expected(model, row), atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize(("family", "options"), CASES)
+def test_prefill_and_steps_are_transformers(family: str, options: dict[str, Any]) -> None:
+    model = tiny_model(family, **options)
+    runner = Runner(make_decoder(model))
+    rows = [Row(tokens) for tokens in make_rows([3, 40, 17])]
+    got = [runner.prefill(rows)]
+    for _ in range(12):
+        for row, logits_V in zip(rows, got[-1], strict=True):
+            row.tokens.append(int(logits_V.argmax()))
+        got.append(runner.step(rows))
+    for index, row in enumerate(rows):
+        want = expected(model, row.tokens)[-len(got) :]
+        torch.testing.assert_close(torch.stack([logits_BV[index] for logits_BV in got]), want, atol=ATOL, rtol=0)
+
+
+def test_every_option_changes_the_logits() -> None:
+    """Without this the cases above could pass by ignoring what they are about."""
+    row = make_rows([100])[0]
+    plain = expected(tiny_model("llama", max_position_embeddings=512, head_dim=32), row)
+    for options in (
+        {"rope_parameters": LLAMA3_ROPE},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        {"rms_norm_eps": 1e-1},
+    ):
+        other = expected(tiny_model("llama", **{"max_position_embeddings": 512, "head_dim": 32, **options}), row)
+        assert (other - plain).abs().max() > 100 * ATOL, options
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": None}, "architecture"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, "attention_bias"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+    ],
+)
+def test_what_is_not_supported_is_named(options: dict[str, Any], name: str) -> None:
+    config = {**hf_config(tiny_model("llama")), **options}
+    with pytest.raises(UnsupportedModel, match=name):
+        DecoderConfig.from_hf(config)
+
+
+def test_old_spelling_of_rope_scaling_is_read() -> None:
+    config = hf_config(tiny_model("llama", max_position_embeddings=512, rope_parameters=LLAMA3_ROPE))
+    new = DecoderConfig.from_hf(config)
+    scaling = {key: value for key, value in config.pop("rope_parameters").items() if key != "rope_theta"}
+    old = DecoderConfig.from_hf({**config, "rope_theta": 10000.0, "rope_scaling": scaling})
+    assert old.rope_theta == new.rope_theta
+    assert {**old.rope_scaling, "rope_theta": 10000.0} == new.rope_scaling
+
+
+def test_context_ends_where_a_sliding_window_would_begin() -> None:
+    assert make_decoder(tiny_model("mistral", sliding_window=100)).config.context == 100
+    assert make_decoder(tiny_model("mistral", sliding_window=None)).config.context == 256
+    assert make_decoder(tiny_model("qwen2", sliding_window=100, use_sliding_window=False)).config.context == 256
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "model.embed_tokens.weight"),
+        ("llama", "model.norm.weight"),
+        ("llama", "lm_head.weight"),
+        ("llama", "model.layers.2.self_attn.k_proj.weight"),
+        ("qwen2", "model.layers.1.self_attn.v_proj.bias"),
+        ("qwen3", "model.layers.0.self_attn.q_norm.weight"),
+    ],
+)
+def test_missing_and_misshapen_tensors_are_named(family: str, name: str) -> None:
+    model = tiny_model(family)
+    config, tensors = DecoderConfig.from_hf(hf_config(model)), dict(model.state_dict())
+    whole = tensors.pop(name)
+    with pytest.raises(UnsupportedModel, match=f"'{name}' is missing"):
+        Decoder(config, tensors)
+    with pytest.raises(UnsupportedModel, match=rf"'{name}' is \({whole.shape[0] - 1},"):
+        Decoder(config, {**tensors, name: whole[1:]})
+
+
+def test_bytes_are_those_of_the_weights() -> None:
+    for tied in (False, True):
+        model = tiny_model("qwen2", tie_word_embeddings=tied)
+        assert make_decoder(model).bytes == sum(4 * parameter.numel() for parameter in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def real_directory(real_home: Path) -> Path:
+    return real_home / "models" / "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="module")
+def reference(real_directory: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(real_directory, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def real_runner(reference: PreTrainedModel, real_directory: Path) -> Runner:
+    config = DecoderConfig.from_hf(reference.config.to_dict())
+    return Runner(Decoder(config, weights.read(real_directory)))
+
+
+PROMPTS = [
+    "What is the meaning of 42?",
+    "Write a short poem about the sea.",
+    "What is the capital of France?",
+    "Explain how a bicycle stays upright.",
+]
+
+
+@pytest.mark.real
+def test_real_logits_are_transformers(real_runner: Runner, reference: PreTrainedModel, real_directory: Path) -> None:
+    renderer = Renderer(real_directory)
+    rows = [renderer.prompt([Message("user", prompt)]) for prompt in PROMPTS]
+    packed = pack(rows)
+    decoder = real_runner.decoder
+    with torch.no_grad():
+        hidden_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed))
+        logits_TV = decoder.logits(hidden_TD)
+    for index, row in enumerate(rows):
+        places = [packed.place(index, position) for position in range(len(row))]
+        torch.testing.assert_close(logits_TV[places], expected(reference, row), atol=REAL_ATOL, rtol=0)
+
+
+@pytest.mark.real
+def test_real_greedy_text_is_transformers(
+    real_runner: Runner, reference: PreTrainedModel, real_directory: Path
+) -> None:
+    """All prompts together here, each alone there."""
+    renderer = Renderer(real_directory)
+    prompts = [renderer.prompt([Message("user", prompt)]) for prompt in PROMPTS]
+    rows = [Row(list(prompt)) for prompt in prompts]
+    logits_BV = real_runner.prefill(rows)
+    for _ in range(40):
+        for row, logits_V in zip(rows, logits_BV, strict=True):
+            row.tokens.append(int(logits_V.argmax()))
+        logits_BV = real_runner.step(rows)
+    for row in rows:
+        real_runner.release(row)
+    for prompt, row in zip(prompts, rows, strict=True):
+        with torch.no_grad():
+            given = torch.tensor([prompt])
+            whole = reference.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=40, do_sample=False)
+        want = whole[0, len(prompt) :].tolist()
+        got = row.tokens[len(prompt) :][: len(want)]
+        assert renderer.decode(got) == renderer.decode(want)
+        assert got == want
+        assert len(want) == 40 or want[-1] in renderer.stop_ids
