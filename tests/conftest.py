@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+from serving import Served, serve, tiny_settings
+from tiny import save_directory
 
 from fortwo.models.catalog import Catalog
 from fortwo.settings import Settings
@@ -33,3 +36,26 @@ def real_home() -> Path:
 # A deadline per example measures the machine, not the code: the first call into torch alone can take longer.
 hypothesis.settings.register_profile("fortwo", deadline=None)
 hypothesis.settings.load_profile("fortwo")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory: Llama, random, two layers, with a byte-level tokenizer and a context of 1024."""
+    return save_directory(tmp_path_factory.mktemp("tiny"), num_hidden_layers=2, max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="session")
+def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A running server whose default model is `tiny`. Its home is shared: take names that no other test takes."""
+    settings = tiny_settings(tmp_path_factory.mktemp("served"), tiny)
+    with serve(settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def live(real_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A running server with the bundled real model and a home of its own."""
+    home = tmp_path_factory.mktemp("live")
+    (home / "models").symlink_to(real_home / "models")
+    with serve(Settings(home=home)) as server:
+        yield server
