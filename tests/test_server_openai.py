@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -239,11 +240,12 @@ def test_a_client_that_hangs_up_ends_its_generation(served: Served, stream: bool
     began = time.monotonic()
     assert served.chat(temperature=0, max_tokens=900).json()["usage"]["completion_tokens"] == 900
     whole = time.monotonic() - began
-    body = (
-        b'{"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 900, "temperature": 0, '
-        b'"stream": ' + (b"true" if stream else b"false") + b"}"
+    asked = {"model": "tiny", "messages": [USER], "max_tokens": 900, "temperature": 0, "stream": stream}
+    body = json.dumps(asked).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     host, port = served.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + body)

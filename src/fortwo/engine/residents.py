@@ -184,7 +184,11 @@ class Residents:
             version = self._store.get(ref)
             key, state = version.digest, self._adapters.get(version.digest)
             if state is None:
-                raise NotFound(f"adapter {version.id!r} is not loaded", param="adapter_name")
+                raise NotFound(
+                    f"adapter {version.id!r} is not loaded",
+                    param="adapter_name",
+                    hint="GET /api/adapters says which are.",
+                )
             base = state.base
 
             def remove() -> None:

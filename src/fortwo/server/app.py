@@ -29,8 +29,8 @@ def create_app(house: House) -> FastAPI:
         lifespan=life,
     )
     app.state.house = house
-    app.add_middleware(Guard, settings=house.settings)
     errors.install(app)
+    app.add_middleware(Guard, settings=house.settings)
     app.include_router(native.router)
     app.include_router(openai.router)
     app.include_router(vllm.router)

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fortwo.errors import FortwoError, InvalidRequest, NotFound
 
@@ -30,7 +31,29 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(FortwoError, lambda _request, error: respond(error))
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _no_route)  # type: ignore[arg-type]
-    app.add_exception_handler(Exception, _unexpected)
+    app.add_middleware(Unexpected)
+
+
+class Unexpected:
+    """ASGI middleware: an exception that nobody foresaw is answered, and the connection stays usable."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if started or scope["type"] != "http":
+                raise
+            await respond(unexpected(error))(scope, receive, send)
 
 
 def respond(error: FortwoError, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -114,12 +137,8 @@ def _no_route(request: Request, error: HTTPException) -> JSONResponse:
     if error.status_code == 404:
         return respond(NotFound(f"There is no {asked}.", hint="/docs lists every path.", code="unknown_path"), headers)
     if error.status_code == 405:
-        allowed = headers.get("allow", "another method")
+        allowed = headers.get("Allow", "another method")
         return respond(MethodNotAllowed(f"{asked} is not allowed.", hint=f"This path takes {allowed}."), headers)
     refused = InvalidRequest(f"{asked}: {error.detail}")
     refused.status = error.status_code
     return respond(refused, headers)
-
-
-def _unexpected(_request: Request, error: Exception) -> JSONResponse:
-    return respond(unexpected(error))

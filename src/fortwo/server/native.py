@@ -52,13 +52,14 @@ def adapters(house: Here) -> Json:
 def adapter(house: Here, name: str) -> Json:
     """`manifest` is that of the version named, else of the current one, else null."""
     bare, at, _ = name.partition("@")
+    named = house.adapters.get(name) if at else None
     versions = house.adapters.versions(bare)
     current = next((version for version in versions if version.current), None)
-    named = house.adapters.get(name) if at else current
+    shown = current if named is None else named
     return {
         "name": bare,
         "current": None if current is None else current.version,
-        "manifest": None if named is None else named.manifest,
+        "manifest": None if shown is None else shown.manifest,
         "versions": [version_body(house, version) for version in versions],
     }
 

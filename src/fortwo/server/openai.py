@@ -178,9 +178,13 @@ class Listener:
         while True:
             delta = await self._heard.get()
             if delta.finish_reason == "error":
-                raise FortwoError(f"The generation failed: {delta.error}")
+                raise FortwoError(
+                    f"The generation failed: {delta.error}.", hint="Ask again; the server's log has more."
+                )
             if delta.finish_reason == "cancelled":
-                raise Unavailable("The reply was cut off: its model is being unloaded or the server stops.")
+                raise Unavailable(
+                    "The reply was cut off: its model was unloaded or the server stops.", hint="Ask again."
+                )
             yield delta
             if delta.finish_reason is not None:
                 return

@@ -6,6 +6,7 @@ What vLLM keeps in memory only, fortwo also keeps in its store: a loaded adapter
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -65,9 +66,10 @@ def _allowed(house: House, path: str) -> Path:
     """The directory itself, links resolved; a client may not look around on this machine."""
     allowed = house.settings.allowed_data_dirs
     for folder in allowed:
-        directory = (folder / path).resolve()
-        if directory.is_relative_to(folder.resolve()) and directory.is_dir():
-            return directory
+        with suppress(OSError, ValueError, RuntimeError):  # name too long, NUL, loop of links
+            directory = (folder / path).resolve()
+            if directory.is_relative_to(folder.resolve()) and directory.is_dir():
+                return directory
     raise InvalidRequest(
         f"lora_path = {path!r} is not a directory in {', '.join(str(folder) for folder in allowed)}.",
         param="lora_path",

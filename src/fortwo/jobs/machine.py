@@ -1,0 +1,54 @@
+"""What this machine does with a base model: from a short matrix product, until a job has shown it.
+
+The factors are the share of that product's speed which training and batched decoding reached when they were measured
+(docs/benchmarks.md); an estimate of time, not a promise.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from fortwo.train.plan import Machine
+
+if TYPE_CHECKING:
+    import torch
+
+    from fortwo.models.decoder import Decoder
+
+TRAINING, DECODING = 0.7, 0.35
+SIZE = 1024
+
+
+def look(decoder: Decoder, seen: float | None) -> Machine:
+    """On the device's thread. seen: tokens a second that the last job trained on this base."""
+    parameters = decoder.bytes / 4
+    operations = _operations_per_second(decoder.device)
+    return Machine(
+        tokens_per_second=TRAINING * operations / (4 * parameters) if seen is None else seen,
+        decode_tokens_per_second=DECODING * operations / (2 * parameters),
+        memory=_memory(decoder.device),
+    )
+
+
+def _operations_per_second(device: torch.device) -> float:
+    import torch
+
+    from fortwo.models.products import product
+
+    square = torch.ones(SIZE, SIZE, device=device)
+    fastest = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        product(square, square)[0, 0].item()
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2 * SIZE**3 / fastest
+
+
+def _memory(device: torch.device) -> int:
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

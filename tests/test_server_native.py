@@ -1,0 +1,220 @@
+"""Models and adapters over HTTP, and vLLM's two calls: states, versions, reports, and refusals by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from serving import Served, refused, serve, tiny_settings
+
+from fortwo.models.lora import Lora, LoraConfig
+from fortwo.records import AdapterVersion
+
+CONFIG = LoraConfig(r=2, alpha=4)
+
+
+def trained(served: Served, seed: int) -> Lora:
+    """A LoRA that changes what `tiny` says."""
+    lora = Lora.init(CONFIG, served.house.residents.load_base("tiny").decoder.config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in lora.parameters():
+        tensor.data += 0.3 * torch.randn(tensor.shape, generator=generator)
+    return lora
+
+
+def publish(served: Served, name: str, seed: int = 0, *, current: bool = True, **manifest: Any) -> AdapterVersion:
+    base = served.house.residents.load_base("tiny")
+    return served.house.adapters.publish(
+        name,
+        trained(served, seed).state(),
+        CONFIG.to_peft("tiny"),
+        {"base_model": "tiny", "base_digest": base.digest, **manifest},
+        current=current,
+    )
+
+
+def say(served: Served, model: str) -> str:
+    body = served.chat(model=model, temperature=0, max_tokens=16).json()
+    content: str = body["choices"][0]["message"]["content"]
+    return content
+
+
+# ---------------------------------------------------------------- models
+
+
+def test_models_go_from_not_fetched_to_loaded_and_back(tiny: Path, tmp_path: Path) -> None:
+    with serve(tiny_settings(tmp_path, tiny)) as served:
+
+        def model(id: str) -> Any:
+            return next(one for one in served.http.get("/api/models").json()["models"] if one["id"] == id)
+
+        assert model("codellama-7b-instruct")["state"] == "not fetched"
+        fresh = model("tiny")
+        assert (fresh["state"], fresh["digest"], fresh["origin"]) == ("not fetched", None, "user")
+        loaded = served.post("/api/models/tiny/load").json()
+        assert loaded["state"] == "loaded"
+        assert loaded["bytes"] == served.house.residents.load_base("tiny").bytes
+        assert len(loaded["digest"]) == 64
+        assert model("tiny") == loaded
+        assert served.post("/api/models/tiny/unload").json()["state"] == "on disk"
+        assert say(served, "tiny")
+        assert model("tiny")["state"] == "loaded"
+
+
+def test_unknown_models_are_named(served: Served) -> None:
+    for path in ("load", "unload"):
+        assert "'nobody'" in refused(served.post(f"/api/models/nobody/{path}"), 404, "not_found", "model")
+    refused(served.post("/api/models/smollm2-135m-instruct/unload"), 404, "not_found", "model")
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def test_an_adapter_is_served_by_name_and_by_version(served: Served) -> None:
+    first, second = publish(served, "two-voices", 1), publish(served, "two-voices", 2)
+    assert (
+        say(served, "two-voices") == say(served, "two-voices@2") != say(served, "two-voices@1") != say(served, "tiny")
+    )
+    listed = {one["id"]: one for one in served.http.get("/v1/models").json()["data"]}
+    assert {"two-voices", "two-voices@1", "two-voices@2"} <= listed.keys()
+    assert (listed["two-voices"]["root"], listed["two-voices"]["parent"]) == ("tiny", "tiny")
+    assert listed["two-voices"]["created"] == int(second.created_at)
+    rows = {(one["version"], one["current"]) for one in _rows(served, "two-voices")}
+    assert rows == {(1, False), (2, True)}
+    back = served.post("/api/adapters/two-voices/rollback").json()
+    assert (back["version"], back["digest"]) == (1, first.digest)
+    assert say(served, "two-voices") == say(served, "two-voices@1")
+    refused(served.post("/api/adapters/two-voices/rollback"), 409, "conflict", "adapter_name")
+
+
+def _rows(served: Served, name: str) -> list[Any]:
+    return [one for one in served.http.get("/api/adapters").json()["adapters"] if one["name"] == name]
+
+
+def test_an_adapter_is_loaded_and_unloaded(served: Served) -> None:
+    publish(served, "loads")
+    assert _rows(served, "loads")[0]["state"] == "on disk"
+    loaded = served.post("/api/adapters/loads/load").json()
+    assert loaded["state"] == "loaded"
+    assert loaded["bytes"] > 0
+    assert served.post("/api/adapters/loads@1/unload").json()["state"] == "on disk"
+    refused(served.post("/api/adapters/loads/unload"), 404, "not_found", "adapter_name")
+
+
+def test_one_adapter_with_its_versions_and_manifest(served: Served) -> None:
+    publish(served, "shown", 1, dataset_digest="abc")
+    publish(served, "shown", 2, current=False)
+    body = served.http.get("/api/adapters/shown").json()
+    assert (body["name"], body["current"], body["manifest"]["dataset_digest"]) == ("shown", 1, "abc")
+    assert [one["version"] for one in body["versions"]] == [1, 2]
+    assert served.http.get("/api/adapters/shown@2").json()["manifest"]["version"] == 2
+    publish(served, "never-current", current=False)
+    body = served.http.get("/api/adapters/never-current").json()
+    assert (body["current"], body["manifest"]) == (None, None)
+
+
+def test_an_adapter_is_deleted_a_version_at_a_time_or_whole(served: Served) -> None:
+    publish(served, "gone", 1)
+    publish(served, "gone", 2)
+    assert served.http.delete("/api/adapters/gone@2").json() == {"name": "gone@2", "deleted": True}
+    assert [one["version"] for one in _rows(served, "gone")] == [1]
+    served.http.delete("/api/adapters/gone")
+    refused(served.http.delete("/api/adapters/gone"), 404, "not_found", "adapter_name")
+    refused(served.chat(model="gone"), 404, "not_found", "model")
+
+
+def test_the_report_is_the_latest_versions_or_the_named_ones(served: Served) -> None:
+    for number in (1, 2):
+        publish(served, "told", number, current=number == 1, report={"n": number}, plan={"p": number}, actual={})
+    report = served.http.get("/api/adapters/told/report").json()
+    assert report == {"name": "told", "version": 2, "report": {"n": 2}, "plan": {"p": 2}, "actual": {}}
+    first = served.http.get("/api/adapters/told/report", params={"version": 1}).json()
+    assert first["report"] == {"n": 1}
+    assert served.http.get("/api/adapters/told@1/report").json() == first
+    publish(served, "untold")
+    assert "untold@1" in refused(served.http.get("/api/adapters/untold/report"), 404, "not_found", "name")
+    refused(served.http.get("/api/adapters/told/report", params={"version": 9}), 404, "not_found", "adapter_name")
+    refused(served.http.get("/api/adapters/told/report", params={"version": 0}), 400, "invalid_request", "version")
+
+
+@pytest.mark.parametrize("name", ["nobody", "nobody@3"])
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", ""), ("DELETE", ""), ("GET", "/report"), ("POST", "/load"), ("POST", "/unload")]
+)
+def test_an_unknown_adapter_is_named(served: Served, name: str, method: str, path: str) -> None:
+    assert "'nobody'" in refused(
+        served.http.request(method, f"/api/adapters/{name}{path}"), 404, "not_found", "adapter_name"
+    )
+
+
+@pytest.mark.parametrize("name", ["a..b", ".hidden", "a@b", "a@0", "sp ace"])
+def test_a_name_that_is_none_is_refused(served: Served, name: str) -> None:
+    for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/load")):
+        said = refused(
+            served.http.request(method, f"/api/adapters/{name}{path}"), 400, "invalid_request", "adapter_name"
+        )
+        assert repr(name) in said
+
+
+def test_a_version_that_is_not_there_is_named(served: Served) -> None:
+    publish(served, "one-only")
+    assert "one-only@1" in refused(served.chat(model="one-only@2"), 404, "not_found", "model")
+    refused(served.post("/api/adapters/one-only@2/load"), 404, "not_found", "adapter_name")
+
+
+# ---------------------------------------------------------------- vLLM
+
+
+def peft_directory(served: Served, folder: str, base: str = "tiny", seed: int = 5, strength: float = 1.0) -> Path:
+    """What PEFT would save, in a folder the server allows."""
+    directory = served.house.settings.home / "data" / folder
+    directory.mkdir(parents=True)
+    config = CONFIG.to_peft(base)
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    state = {name: (tensor * strength).contiguous() for name, tensor in trained(served, seed).state().items()}
+    save_file(state, directory / "adapter_model.safetensors")
+    return directory
+
+
+def load(served: Served, name: str, path: str | Path, **more: Any) -> Any:
+    return served.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path), **more})
+
+
+def test_vllms_clients_load_and_unload_an_adapter(served: Served) -> None:
+    directory = peft_directory(served, "from-peft", base="SomeOrg/Tiny")
+    response = load(served, "from-peft", directory)
+    assert response.status_code == 200
+    assert response.text == "Success: LoRA adapter 'from-peft' added successfully."
+    assert say(served, "from-peft") != say(served, "tiny")
+    refused(load(served, "from-peft", directory), 409, "conflict", "lora_name")
+    assert load(served, "from-peft", "from-peft", load_inplace=True).status_code == 200
+    assert _rows(served, "from-peft")[-1]["version"] == 2
+    response = served.post("/v1/unload_lora_adapter", {"lora_name": "from-peft"})
+    assert response.text == "Success: LoRA adapter 'from-peft' removed successfully."
+    assert _rows(served, "from-peft")[-1]["state"] == "on disk"
+    refused(served.post("/v1/unload_lora_adapter", {"lora_name": "from-peft"}), 404, "not_found", "adapter_name")
+
+
+def test_what_cannot_be_served_is_not_kept(served: Served) -> None:
+    silent = peft_directory(served, "silent", strength=0.0)
+    said = refused(load(served, "silent", silent), 400, "invalid_adapter")
+    assert "changes nothing" in said
+    homeless = peft_directory(served, "homeless", base="unheard/of")
+    assert "unheard/of" in refused(load(served, "homeless", homeless), 400, "invalid_adapter", "lora_path")
+    (broken := peft_directory(served, "broken")).joinpath("adapter_model.safetensors").write_bytes(b"no")
+    assert "adapter_model.safetensors" in refused(load(served, "broken", broken), 400, "invalid_adapter")
+    names = {one["name"] for one in served.http.get("/api/adapters").json()["adapters"]}
+    assert not names & {"silent", "homeless", "broken"}
+
+
+def test_only_allowed_folders_and_names_are_taken(served: Served, tmp_path: Path) -> None:
+    for path in (tmp_path, "../..", "/etc", "nowhere", "a\0b"):
+        said = refused(load(served, "outside", path), 400, "invalid_request", "lora_path")
+        assert "FORTWO_DATA_DIRS" in said
+    refused(load(served, "tiny", tmp_path), 400, "invalid_request", "adapter_name")
+    refused(load(served, "../x", tmp_path), 400, "invalid_request", "adapter_name")
+    refused(load(served, "", tmp_path), 400, "invalid_request", "lora_name")

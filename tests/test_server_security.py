@@ -1,0 +1,133 @@
+"""Who may talk to the server, and that every failure has one shape."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import Served, refused, serve, tiny_settings
+
+from fortwo.errors import Conflict, InvalidRequest
+from fortwo.server.house import House
+from fortwo.server.security import is_loopback
+from fortwo.settings import Settings
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com", ""])
+def test_beyond_loopback_a_key_is_needed(tmp_path: Path, host: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        House(Settings(home=tmp_path, host=host))
+    assert caught.value.param == "host"
+    assert "FORTWO_API_KEY" in (caught.value.hint or "")
+    House(Settings(home=tmp_path, host=host, api_key="secret"))
+
+
+def test_an_empty_key_is_no_key(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="empty"):
+        House(Settings(home=tmp_path, api_key=""))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "LOCALHOST", "::1", "[::1]"])
+def test_loopback_is_known_in_all_its_spellings(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["localhost.evil.com", "127.0.0.1.nip.io", "evil.com", "", "1", "::2"])
+def test_what_only_looks_like_loopback_is_not(host: str) -> None:
+    assert not is_loopback(host)
+
+
+def test_with_a_key_everything_but_health_needs_it(tiny: Path, tmp_path: Path) -> None:
+    with serve(tiny_settings(tmp_path, tiny, api_key="s3cret")) as served:
+        assert served.http.get("/healthz").json() == {"status": "ok"}
+        for header in (None, "", "s3cret", "Bearer", "Bearer wrong", "Bearer s3cre", "Basic s3cret", "Bearer ключ"):
+            headers = {} if header is None else {"Authorization": header.encode()}
+            for path in ("/v1/models", "/api/models", "/docs", "/openapi.json", "/nowhere"):
+                response = served.http.get(path, headers=headers)
+                refused(response, 401, "invalid_api_key")
+                assert response.headers["www-authenticate"] == "Bearer"
+        for header in ("Bearer s3cret", "bearer s3cret"):
+            assert served.http.get("/v1/models", headers={"Authorization": header}).status_code == 200
+        foreign = {"Authorization": "Bearer s3cret", "Host": "my.site", "Origin": "https://my.site"}
+        assert served.http.get("/v1/models", headers=foreign).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.com"},
+        {"Host": "evil.com:5001"},
+        {"Host": ""},
+        {"Host": "127.0.0.1@evil.com"},
+        {"Origin": "https://evil.com"},
+        {"Origin": "null"},
+        {"Origin": ""},
+        {"Origin": "http://[bad"},
+        {"Host": "127.0.0.1", "Origin": "http://127.0.0.1.evil.com"},
+    ],
+)
+def test_another_sites_page_is_refused(served: Served, headers: dict[str, str]) -> None:
+    for method, path in (("GET", "/api/models"), ("POST", "/api/models/tiny/load"), ("GET", "/healthz")):
+        refused(served.http.request(method, path, headers=headers), 403, "foreign_site")
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Host": "localhost:5001"}, {"Host": "[::1]:5001"}, {"Origin": "http://localhost:3000"}]
+)
+def test_pages_and_tools_of_this_machine_are_served(served: Served, headers: dict[str, str]) -> None:
+    assert served.http.get("/api/models", headers=headers).status_code == 200
+
+
+def test_unknown_paths_and_methods_have_the_one_shape(served: Served) -> None:
+    assert "/nowhere" in refused(served.http.get("/nowhere"), 404, "unknown_path")
+    assert "/api/adapters/x/../y" in refused(served.http.get("/api/adapters/x%2F..%2Fy"), 404, "unknown_path")
+    response = served.http.delete("/v1/models")
+    assert "GET" in refused(response, 405, "method_not_allowed")
+    assert response.headers["allow"] == "GET"
+
+
+def test_the_unexpected_is_told_by_number_and_logged_in_full(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def explode() -> None:
+        raise RuntimeError("kaboom")
+
+    monkeypatch.setattr(served.house.catalog, "entries", explode)
+    with caplog.at_level(logging.ERROR):
+        said = refused(served.http.get("/api/models"), 500, "internal_error")
+    assert "kaboom" not in said
+    record = next(record for record in caplog.records if record.name == "fortwo.server.errors")
+    assert record.args is not None
+    assert str(record.args[0]) in said
+    assert "kaboom" in caplog.text
+
+
+def test_what_the_server_understands_is_documented(served: Served) -> None:
+    paths = served.http.get("/openapi.json").json()["paths"]
+    assert {"/v1/chat/completions", "/api/training/start", "/healthz", "/v1/load_lora_adapter"} <= paths.keys()
+    assert "swagger" in served.http.get("/docs").text
+
+
+def test_a_home_has_one_server(served: Served) -> None:
+    second = House(served.house.settings)
+    with pytest.raises(Conflict) as caught:
+        second.open()
+    assert str(served.house.settings.home) in caught.value.message
+    second.close()
+
+
+def test_a_reply_that_the_engines_end_cuts_off_says_so(tiny: Path, tmp_path: Path) -> None:
+    ends: list[httpx.Response] = []
+    with serve(tiny_settings(tmp_path, tiny)) as served:
+        served.chat()
+        thread = threading.Thread(target=lambda: ends.append(served.chat(max_tokens=900)))
+        thread.start()
+        while not served.house.engine.requests("tiny"):
+            pass
+        served.house.engine.close()
+        thread.join()
+        refused(ends[0], 503, "unavailable")
+        refused(served.chat(), 503, "unavailable")
