@@ -33,3 +33,25 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_commands_share_a_shell_a_home_and_a_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "out"
+    page = tmp_path / "page.md"
+    page.write_text(
+        f"```bash run\nport=5001\n```\n\n```bash run\necho $port $FORTWO_PORT > {out}; test -d $FORTWO_HOME\n```\n"
+    )
+    assert readme.main(page) == 0
+    port, setting = out.read_text().split()
+    assert port == setting != "5001"
+
+
+def test_a_command_that_fails_fails_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    page = tmp_path / "page.md"
+    page.write_text(f"```bash run\nfalse | true\ntouch {tmp_path / 'reached'}\n```\n")
+    assert readme.main(page) != 0
+    assert not (tmp_path / "reached").exists()
+    page.write_text("no commands\n")
+    assert readme.main(page) != 0

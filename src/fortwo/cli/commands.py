@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fortwo.cli.client import Client
     from fortwo.records import Json
 
+SHUTDOWN_SECONDS = 5  # how long replies and event streams may go on once the server is told to end
+
 app = typer.Typer(
     cls=Commands,
     help="Teach a local language model one thing, prove that it learned it, and chat with it.",
@@ -67,11 +69,23 @@ def serve(
                 url = house.settings.url
                 screen.print(f"fortwo listens on {url}; {url}/docs says what it understands. Ctrl-C ends it.")
 
-    config = uvicorn.Config(create_app(house), host=house.settings.host, port=house.settings.port, log_level="warning")
-    server = Server(config)
-    server.run()
-    if not server.started:
-        raise typer.Exit(1)
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().shutdown(sockets)
+            house.close()  # here, because uvicorn ends the process by the signal that it got
+
+    config = uvicorn.Config(
+        create_app(house),
+        host=house.settings.host,
+        port=house.settings.port,
+        log_level="warning",
+        lifespan="off",  # the house is opened here, where its errors are shown as such
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
+    house.open()
+    try:
+        Server(config).run()
+    finally:
+        house.close()
 
 
 @app.command()
