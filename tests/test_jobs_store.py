@@ -58,6 +58,15 @@ def test_turns_go_by_arrival_and_a_resumed_job_goes_to_the_end(store: JobStore) 
     assert len(store.jobs(limit=1)) == 1
 
 
+def test_the_newest_run_of_a_base_says_how_fast_it_was(store: JobStore) -> None:
+    assert store.last_actual("tiny") is None
+    for started, pace in ((2.0, 20), (3.0, 30), (1.0, 10)):
+        store.update(create(store).id, started_at=started, actual={"tokens_per_second": pace})
+    create(store)
+    assert store.last_actual("tiny") == {"tokens_per_second": 30}
+    assert store.last_actual("other") is None
+
+
 def test_a_change_and_its_event_are_both_written_or_neither(store: JobStore) -> None:
     job = create(store)
     assert store.update(job.id, Note("preparing", "go"), when=["queued"], status="preparing", started_at=5.0)

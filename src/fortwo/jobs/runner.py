@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1  # how late the news of a job may be
+RETRY_SECONDS = 1.0
 CANCEL_SECONDS = 10.0  # how long `cancel` waits for the micro-step under way
 
 _DATASET = TypeAdapter(Dataset)
@@ -83,8 +84,7 @@ class JobRunner:
 
     def start(self) -> None:
         """Fail what ran when the last server died, then take up what was queued."""
-        for job_id in self._store.mark_interrupted():
-            log.warning("job %s was interrupted; it can be resumed", job_id)
+        self._store.mark_interrupted()
         self._thread.start()
 
     def close(self) -> None:
@@ -167,14 +167,10 @@ class JobRunner:
         model = self._settings.default_model if request.model is None else request.model
         resident = self._residents.load_base(model)
         base = plans.BaseFacts.of(resident.id, resident.decoder.config, resident.bytes)
-        seen = self._tokens_per_second(model)
+        last = self._store.last_actual(model)
+        seen = None if last is None else last["tokens_per_second"]
         machine = self._engine.call(lambda: look(resident.decoder, seen)).result()
         return dataset, plans.resolve(request, dataset, base, _count(resident.renderer, dataset), machine)
-
-    def _tokens_per_second(self, model: str) -> float | None:
-        """As the last job on this base trained."""
-        done = [job.actual["tokens_per_second"] for job in self._store.jobs() if job.model == model and job.actual]
-        return done[0] if done else None
 
     # ------------------------------------------------------------ the runner's own thread
 
@@ -182,15 +178,15 @@ class JobRunner:
         while not self._closing:
             self._wake.clear()
             try:
+                self._store.mark_interrupted()
                 job = self._store.next_queued()
                 if job is not None:
                     self._take(job)
                     continue
-            except Exception:  # the database: the queue must outlive it
-                log.exception("a job's outcome could not be written")
-                self._wake.wait(1.0)
-                continue
-            self._wake.wait()
+                self._wake.wait()
+            except Exception:  # the database refuses: the queue outlives it, and what it lost is told when it can be
+                log.exception("the database refuses")
+                self._wake.wait(RETRY_SECONDS)
 
     def _take(self, job: Job) -> None:
         """One job, from its turn to its end."""
@@ -282,12 +278,13 @@ class JobRunner:
 
 
 class _Diary:
-    """Writes the events of a run as rows, and how far it is into the job."""
+    """Writes the events of a run as rows, and into the job how far it is and what it took so far."""
 
     def __init__(self, store: JobStore, job: Job) -> None:
         self._store = store
         self._job = job
         self._progress = dict(job.progress)
+        self._actual: Json = {"steps": 0, "seconds": 0.0, "tokens": 0, "peak_learning_rate": 0.0}
 
     def write(self, event: TrainEvent) -> None:
         match event:
@@ -295,16 +292,32 @@ class _Diary:
                 message = event.detail if event.detail else f"{event.name.capitalize()}."
                 self._store.update(self._job.id, Note(event.name, message), status=event.name)
             case Stepped():
+                self._count(event)
                 data = _finite(asdict(event)) | {"tokens_per_second": event.tokens / event.seconds}
                 message = f"Step {event.step}/{event.steps}: loss {event.loss:.4g}, rate {event.learning_rate:.3g}"
-                self._advance(Note("step", message, data))
+                self._advance(Note("step", message, data), actual=_finite(self._actual))
             case Evaluated():
                 shares = "  ".join(f"{name} {share:.2f}" for name, share in event.metrics.items())
                 self._advance(Note("metrics", f"Step {event.step}: {shares}", _finite(asdict(event))))
 
-    def _advance(self, note: Note) -> None:
+    def _count(self, event: Stepped) -> None:
+        seconds, tokens = self._actual["seconds"] + event.seconds, self._actual["tokens"] + event.tokens
+        self._actual = (
+            {"first_loss": event.loss}
+            | self._actual
+            | {
+                "steps": event.step,
+                "seconds": seconds,
+                "tokens": tokens,
+                "tokens_per_second": tokens / seconds,
+                "peak_learning_rate": max(self._actual["peak_learning_rate"], event.learning_rate),
+                "final_loss": event.loss,
+            }
+        )
+
+    def _advance(self, note: Note, **more: Json) -> None:
         self._progress |= {name: note.data[name] for name in self._progress.keys() & note.data.keys()}
-        self._store.update(self._job.id, note, progress=self._progress)
+        self._store.update(self._job.id, note, progress=self._progress, **more)
 
 
 def check_free(name: str, catalog: Catalog) -> None:

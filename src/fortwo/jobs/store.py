@@ -30,7 +30,7 @@ ENDED: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
 ACTIVE: tuple[Status, ...] = ("preparing", "running", "evaluating")
 
 INTERRUPTED: Json = {
-    "message": "The server stopped while this job ran.",
+    "message": "This job was interrupted: the server stopped while it ran.",
     "type": "server_error",
     "code": "interrupted",
     "param": None,
@@ -208,6 +208,12 @@ class JobStore:
         with Session(self._engine) as session:
             row = session.scalars(query).first()
             return None if row is None else _job(row)
+
+    def last_actual(self, model: str) -> Json | None:
+        """What the newest run on this base really took."""
+        query = select(JobRow.actual).where(JobRow.model == model, JobRow.actual.is_not(None))
+        with Session(self._engine) as session:
+            return session.scalars(query.order_by(JobRow.started_at.desc()).limit(1)).first()
 
     def update(self, job_id: str, note: Note | None = None, *, when: Iterable[Status] = (), **changes: Any) -> bool:
         """Change fields of a job and append an event, both or neither.
