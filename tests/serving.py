@@ -51,6 +51,7 @@ class Served:
 @contextmanager
 def serve(settings: Settings) -> Iterator[Served]:
     house = House(settings)
+    house.open()
     server = uvicorn.Server(uvicorn.Config(create_app(house), host="127.0.0.1", port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -64,6 +65,7 @@ def serve(settings: Settings) -> Iterator[Served]:
     finally:
         server.should_exit = True
         thread.join()
+        house.close()
 
 
 def refused(response: httpx.Response, status: int, code: str, param: str | None = None) -> str:

@@ -92,10 +92,10 @@ def test_the_real_model_answers_and_stops_by_itself(live: Served) -> None:
 @pytest.mark.real
 def test_the_real_model_remembers_the_conversation(live: Served) -> None:
     messages: list[ChatCompletionMessageParam] = [
-        {"role": "user", "content": "My name is Ada."},
-        {"role": "assistant", "content": "Hello Ada! How can I help you?"},
-        {"role": "user", "content": "What is my name?"},
+        *FRANCE,
+        {"role": "assistant", "content": "The capital of France is Paris."},
+        {"role": "user", "content": "And of Germany?"},
     ]
     with connect(live) as client:
         reply = client.chat.completions.create(model=REAL, messages=messages, temperature=0, max_tokens=24)
-        assert "Ada" in (reply.choices[0].message.content or "")
+        assert "Berlin" in (reply.choices[0].message.content or "")

@@ -315,7 +315,7 @@ class _Diary:
             }
         )
 
-    def _advance(self, note: Note, **more: Json) -> None:
+    def _advance(self, note: Note, **more: Any) -> None:
         self._progress |= {name: note.data[name] for name in self._progress.keys() & note.data.keys()}
         self._store.update(self._job.id, note, progress=self._progress, **more)
 
