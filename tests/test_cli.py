@@ -235,6 +235,48 @@ def test_an_error_amid_a_reply_is_told(script: Script) -> None:
     assert result.stderr == "The server is closing.\n"
 
 
+def test_report_shows_metrics_transcripts_and_plan_against_actual(script: Script) -> None:
+    def metric(value: float) -> dict[str, float]:
+        return {"value": value, "n": 12, "low": value - 0.2, "high": value}
+
+    warning = {"code": "c", "message": "the warm-up never ended", "hint": "Lower warmup_steps."}
+    found = {
+        "metrics": {"paraphrase": metric(0.75)},
+        "base_metrics": {"paraphrase": metric(0.25)},
+        "transcripts": [
+            {"kind": "paraphrase", "prompt": "[42]?", "base": "A number.", "adapter": "TWO", "passed": True}
+        ],
+        "diagnosis": [warning],
+    }
+    body = {"name": "a", "version": 2, "report": found, "plan": PLAN, "actual": {"steps": 2400, "final_loss": 0.125}}
+    script.on("GET", "/api/adapters/a@2/report", (200, body))
+    result = run("report", "a@2")
+    assert result.exit_code == 0
+    lines = [" ".join(line.split()) for line in result.output.splitlines()]
+    assert "paraphrase 0.25 0.75 0.55 to 0.75 12" in lines
+    assert "✓ paraphrase [42]? A number. TWO" in lines
+    assert "steps 2,500 2,400" in lines
+    assert "final_loss - 0.125" in lines
+    assert "! the warm-up never ended" in lines
+
+
+def test_a_job_that_ended_is_shown_not_followed(script: Script) -> None:
+    script.on("GET", "/api/training/jobs/j1", (200, JOB | {"plan": PLAN, "actual": {"steps": 7}}))
+    result = run("jobs", "show", "j1")
+    assert result.exit_code == 0
+    assert "a on tiny: succeeded" in result.output
+    assert "2,500" in result.output
+    assert [path for _, path, _, _ in script.asked] == ["/api/training/jobs/j1"]
+
+
+def test_a_detached_job_is_not_followed(script: Script, tmp_path: Path) -> None:
+    script.on("POST", "/api/training/start", (202, {"job_id": "j1", "status": "queued", "plan": PLAN}))
+    result = run("teach", rows(tmp_path, "d.json", "[]"), "--name", "a", "--detach")
+    assert result.exit_code == 0
+    assert "fortwo jobs show j1" in result.output
+    assert len(script.asked) == 1
+
+
 def test_models_are_listed_without_a_server(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORTWO_PORT", "9")
     result = run("models", "list")
