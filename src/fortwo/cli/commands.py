@@ -78,7 +78,6 @@ def serve(
         host=house.settings.host,
         port=house.settings.port,
         log_level="warning",
-        lifespan="off",  # the house is opened here, where its errors are shown as such
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     house.open()
