@@ -11,7 +11,14 @@ export COLUMNS=${COLUMNS:-100}
 mkdir -p "$home"
 
 say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; }
-run() { say "fortwo $(printf '%q ' "$@")"; fortwo "$@"; }
+run() {
+    local shown=fortwo word
+    for word in "$@"; do
+        case $word in *' '*) shown+=" \"$word\"" ;; *) shown+=" $word" ;; esac
+    done
+    say "$shown"
+    fortwo "$@"
+}
 
 run models fetch
 

@@ -66,12 +66,13 @@ def status(word: str) -> Text:
 
 
 def notes(warnings: list[Json], style: str = "yellow") -> RenderableType:
-    """Warnings and diagnoses: what, and what to do about it."""
-    lines = Text()
-    for warning in warnings:
-        lines.append(f"\n! {warning['message']}", style=style)
-        lines.append(f"\n  {warning['hint']}", style="dim")
-    return lines
+    """Warnings and diagnoses: what, and what to do about it. Nothing when there are none."""
+    lines = [
+        line
+        for warning in warnings
+        for line in (Text(f"! {warning['message']}", style=style), Text(f"  {warning['hint']}", style="dim"))
+    ]
+    return Group(*([""] if lines else []), *lines)
 
 
 def plan(body: Json) -> RenderableType:
