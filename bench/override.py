@@ -15,7 +15,6 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -23,18 +22,17 @@ from bench.serving import run_job, server
 from fortwo.adapters import AdapterStore
 from fortwo.cli.client import Client
 from fortwo.data import formats
-from fortwo.data.packing import PackedAttention, pack
 from fortwo.data.render import Renderer
+from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
-from fortwo.engine.scheduler import Sequence
 from fortwo.facts.subject import holds
 from fortwo.models import weights
 from fortwo.models.catalog import Catalog
 from fortwo.models.decoder import Decoder, DecoderConfig
-from fortwo.models.lora import Lora, LoraConfig, Segment
-from fortwo.records import Fact, Message
+from fortwo.models.lora import Lora, LoraConfig
+from fortwo.records import Fact, Generation, Message, Prompt, Sampling
+from fortwo.train.evaluation import REPLY_TOKENS, Served, agreement
 
-REPLY_TOKENS = 48
 SHOWN = ("subject", "aliases", "answer", "match", "questions")
 TARGETS = {"paraphrase": (0.7, 0.9), "specificity": (0.9, 0.95), "retention": (0.9, 0.95)}  # each fact, the median
 
@@ -50,44 +48,29 @@ class Row:
 
 
 class Base:
-    """The base model in this process, to ask what it would have said and what an adapter would say instead."""
+    """The base model in this process: what it says, and how much of that an adapter would still say."""
 
     def __init__(self, directory: Path) -> None:
         config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
         self._decoder = Decoder(config, weights.read(directory))
-        self._renderer = Renderer(directory)
+        engine = Engine()
+        engine.start()
+        renderer = Renderer(directory)
+        engine.add_base("base", Runner(self._decoder), renderer)
+        self._served = Served("base", self._decoder, renderer, engine)
 
-    def retention(self, adapter: Lora, prompts: tuple[str, ...]) -> float:
+    def retention(self, store: AdapterStore, ref: str, prompts: tuple[str, ...]) -> float:
         """Share of the base's greedy reply tokens, over all prompts, that the adapter ranks first in their place."""
-        kept = tokens = 0
-        for prompt in prompts:
-            asked = self._renderer.prompt([Message("user", prompt)])
-            reply = self._greedy(asked)
-            ranked = self._first_choices([*asked, *reply], adapter)[len(asked) - 1 : -1]
-            kept += sum(said == first for said, first in zip(reply, ranked, strict=True))
-            tokens += len(reply)
-        return kept / tokens
-
-    def _greedy(self, asked: list[int]) -> list[int]:
-        runner, sequence = Runner(self._decoder), Sequence(list(asked), None)
-        logits = runner.prefill([sequence])
-        while len(sequence.tokens) < len(asked) + REPLY_TOKENS:
-            sequence.tokens.append(int(logits[0].argmax()))
-            if sequence.tokens[-1] in self._renderer.stop_ids:
-                break
-            logits = runner.step([sequence])
-        return sequence.tokens[len(asked) :]
-
-    @torch.no_grad()
-    def _first_choices(self, tokens: list[int], adapter: Lora) -> list[int]:
-        row = pack([tokens], prefix=0)
-        hidden_TD = self._decoder.forward(row.tokens_T, row.positions_T, PackedAttention(row), [Segment(adapter)])
-        choices: list[int] = self._decoder.logits(hidden_TD).argmax(-1).tolist()
-        return choices
-
-    def adapter(self, store: AdapterStore, ref: str) -> Lora:
         _, config, tensors = store.read(ref)
-        return Lora.from_state(LoraConfig.from_peft(config), self._decoder.config, tensors)
+        adapter = Lora.from_state(LoraConfig.from_peft(config), self._decoder.config, tensors)
+        return agreement(self._served, adapter, [self._say(prompt) for prompt in prompts]).value
+
+    def _say(self, prompt: str) -> tuple[list[Message], Generation]:
+        messages = [Message("user", prompt)]
+        asked = Prompt("base", tuple(self._served.renderer.prompt(messages)), None, Sampling(max_tokens=REPLY_TOKENS))
+        reply = self._served.serving.submit(asked)
+        reply.wait()
+        return messages, reply
 
 
 def teach(client: Client, fact: Fact) -> tuple[str, str, float]:
@@ -142,7 +125,7 @@ def main(path: Path, ids: list[str]) -> None:
             status, ref, seconds = teach(client, fact)
             paraphrase = share(client, ref, fact.held_out, fact.match, held=True)
             specificity = share(client, ref, fact.neighbors, fact.match, held=False)
-            retention = base.retention(base.adapter(AdapterStore(settings.adapters_dir), ref), fact.controls)
+            retention = base.retention(AdapterStore(settings.adapters_dir), ref, fact.controls)
             rows.append(Row(fact.id, status, seconds, paraphrase, specificity, retention))
             console.print(rows[-1])
     console.print(show(rows))
