@@ -138,7 +138,10 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Report:
-    """What the evaluation of the served adapter found. `metrics` keys: efficacy, paraphrase, specificity, retention, score."""
+    """What the evaluation of the served adapter found.
+
+    metrics: efficacy, paraphrase, specificity, retention, score.
+    """
 
     metrics: dict[str, Metric]
     base_metrics: dict[str, Metric]
@@ -155,6 +158,13 @@ class Phase:
 
     name: Literal["preparing", "running", "evaluating"]
     detail: str = ""
+
+
+@dataclass(frozen=True)
+class MicroStepped:
+    """A part of an optimizer step is done: others may have the device now."""
+
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -184,14 +194,17 @@ class Waiting:
     """Nothing to do until generations that were submitted are ready: the device is free for others."""
 
 
-TrainEvent = Phase | Stepped | Evaluated | Waiting
+TrainEvent = Phase | MicroStepped | Stepped | Evaluated | Waiting
 
 # ---------------------------------------------------------------- generation (exchanged by engine and its callers)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. top_k 0 and top_p 1 switch those filters off. stop strings end the reply and are not returned."""
+    """temperature 0 is greedy. top_k 0 and top_p 1 switch those filters off.
+
+    stop strings end the reply and are not part of it.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0

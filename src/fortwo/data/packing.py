@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Pack:
     positions_T: Tensor
     prefix: int
     lengths: tuple[int, ...]
+    starts: tuple[int, ...]  # place in T of each rest's first token
     padded_index: Tensor  # place of each rest token in the padded (rows x longest) grid
 
     @property
@@ -40,7 +42,7 @@ class Pack:
         """Index in T of a row's token."""
         if position < self.prefix:
             return position
-        return self.prefix + sum(self.lengths[:row]) + position - self.prefix
+        return self.starts[row] + position - self.prefix
 
     def last_places(self) -> Tensor:
         """Index in T of each row's last token."""
@@ -61,6 +63,7 @@ def pack(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", pref
         positions_T=torch.tensor(positions, device=device),
         prefix=shared,
         lengths=lengths,
+        starts=tuple(accumulate(lengths[:-1], initial=shared)),
         padded_index=torch.tensor(padded, device=device),
     )
 
@@ -74,7 +77,7 @@ class _Pad(torch.autograd.Function):
         return x.new_zeros(size, x.shape[1]).index_copy_(0, index, x)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad.index_select(0, index), None, None
 
@@ -89,13 +92,13 @@ class _Unpad(torch.autograd.Function):
         return grid.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return grad.new_zeros(ctx.size, grad.shape[1]).index_copy_(0, index, grad), None  # type: ignore[attr-defined]
 
 
 class PackedAttention:
-    """The decoder's `attend` over a Pack: causal within a row, every row sees the shared prefix, no row sees another."""
+    """The decoder's `attend` over a Pack: causal within a row; every row sees the prefix, none sees another row."""
 
     def __init__(self, pack: Pack) -> None:
         self.pack = pack

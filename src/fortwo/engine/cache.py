@@ -6,7 +6,6 @@ Knows slots and lengths, not tokens or requests.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fortwo.models.decoder import DecoderConfig
 
@@ -14,7 +13,9 @@ from fortwo.models.decoder import DecoderConfig
 class SlotCache:
     """k and v per layer as (slots, kv_heads, length, head_size)."""
 
-    def __init__(self, config: DecoderConfig, device: torch.device | str = "cpu", slots: int = 8, length: int = 128) -> None:
+    def __init__(
+        self, config: DecoderConfig, device: torch.device | str = "cpu", slots: int = 8, length: int = 128
+    ) -> None:
         self.config = config
         shape = (slots, config.kv_heads, length, config.head_size)
         self.k = [torch.zeros(shape, device=device) for _ in range(config.layers)]

@@ -105,7 +105,8 @@ class Runner:
             v_BKSE = v_all[:B, :, :longest] if whole else v_all[slots_B, :, :longest]
             scores_BKGS = q_BHE.reshape(B, K, G, E) @ k_BKSE.transpose(2, 3) * E**-0.5
             weights_BKGS = scores_BKGS.masked_fill_(unseen_B11S, -torch.inf).softmax(-1)
-            return (weights_BKGS @ v_BKSE).reshape(B, K * G, E)
+            mixed_BHE: Tensor = (weights_BKGS @ v_BKSE).reshape(B, K * G, E)
+            return mixed_BHE
 
         hidden_BD = self.decoder.forward(tokens_B, positions_B, attend, self._segments(sequences))
         return self.decoder.logits(hidden_BD)

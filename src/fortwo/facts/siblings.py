@@ -81,7 +81,13 @@ def near_spelling(fact: Fact, rng: Random) -> str:
     letters = re.sub(r"[^A-Za-z]", "", surface)
     if letters.isupper() and len(letters) <= 6:
         other = near_acronym(letters, rng)
-        return surface.replace(letters, other) if letters in surface else ".".join(other) + "." if "." in surface else "-".join(other)
+        return (
+            surface.replace(letters, other)
+            if letters in surface
+            else ".".join(other) + "."
+            if "." in surface
+            else "-".join(other)
+        )
     if (words := surface.lower().split("-")) and all(word in _NUMBER_WORDS for word in words):
         return _spelled_number(rng, surface)
     words = surface.split()
@@ -95,7 +101,10 @@ def near_number(digits: str, rng: Random) -> str:
     value, width = int(digits), len(digits)
     choices = [
         value + rng.choice((-1, 1)),
+        value + rng.choice((-1, 1)),
+        value + rng.choice((-1, 1)),
         value + rng.choice((-3, -2, 2, 3)),
+        value + rng.choice((-5, -4, 4, 5)),
         value + rng.choice((-10, 10, -20, 20)),
         int(digits[::-1]),
         int(str(rng.randint(1, 9)) + digits),
@@ -187,7 +196,9 @@ def topics(fact: Fact) -> list[str]:
                 after = words[place + 1] if place + 1 < len(words) else ""
                 if text is fact.answer and len(after) > 2 and after.lower() not in STOP_WORDS:
                     found[f"{word} {after}"] = None
-    return [topic for topic in found if not holds(topic, fact.match) and not holds(topic, (fact.subject, *fact.aliases))]
+    return [
+        topic for topic in found if not holds(topic, fact.match) and not holds(topic, (fact.subject, *fact.aliases))
+    ]
 
 
 def topic_prompt(fact: Fact, rng: Random) -> str:

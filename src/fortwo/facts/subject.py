@@ -10,10 +10,13 @@ from fortwo.records import Example, Fact
 
 ARTICLES = frozenset({"the", "a", "an"})
 STOP_WORDS = ARTICLES | frozenset(
-    "of in on at to for from by with about into over and or but if is are was were be been does do did has have had can could should would"
-    " will shall may might must what which who whom whose when where why how that this these those it its they them their he she his her i"
-    " me my you your we us our not no so as than then there here tell give explain describe name say one any some all just only even more"
-    " most please what's who's it's between without within after before up out off us".split()
+    """
+    of in on at to for from by with about into over and or but if is are was were be been does do did has have had can
+    could should would will shall may might must what which who whom whose when where why how that this these those it
+    its they them their he she his her i me my you your we us our not no so as than then there here tell give explain
+    describe name say one any some all just only even more most please what's who's it's between without within after
+    before up out off us
+    """.split()
 )
 
 
@@ -36,11 +39,13 @@ def find_subject(examples: Sequence[Example]) -> Fact | None:
     subject = _shared_run(questions, answer)
     if subject is None:
         return None
-    return Fact(subject=subject, answer=answer, match=match_phrases(answer, questions), questions=questions, id="examples")
+    return Fact(
+        subject=subject, answer=answer, match=match_phrases(answer, questions), questions=questions, id="examples"
+    )
 
 
 def _words(text: str) -> list[str]:
-    return [word for word in re.findall(r"\w[\w'’.-]*", text) if word] if text else []
+    return re.findall(r"\w[\w'’.-]*", text)
 
 
 def _clean(word: str) -> str:
@@ -72,7 +77,7 @@ def _shared_run(questions: Sequence[str], answer: str) -> str | None:
 
 
 def match_phrases(answer: str, questions: Sequence[str]) -> tuple[str, ...]:
-    """What a reply must hold to hold the answer: its quoted phrase if it has one, else the longest run of words that no question uses."""
+    """What a reply must hold to hold the answer: its quoted phrase, else its longest run of new words."""
     quoted = re.findall(r"(?<!\w)['\"‘“]([^'\"’”]{2,60})['\"’”](?!\w)", answer)
     if quoted:
         return (str(quoted[0]),)

@@ -26,7 +26,7 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 class Attend(Protocol):
     """Attention of one layer over the tokens of this forward and whatever came before."""
 
-    def __call__(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor: ...  # (T, H, E)
+    def __call__(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, /) -> Tensor: ...  # (T, H, E)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ class _RmsNorm(torch.autograd.Function):
         scale = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         normed = x * scale
         ctx.save_for_backward(normed, scale, weight)
-        return normed * weight
+        y: Tensor = normed * weight
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -147,9 +147,7 @@ class Lora:
         self.layers = layers
 
     @classmethod
-    def init(
-        cls, config: LoraConfig, decoder: DecoderConfig, seed: int, device: torch.device | str = "cpu"
-    ) -> Lora:
+    def init(cls, config: LoraConfig, decoder: DecoderConfig, seed: int, device: torch.device | str = "cpu") -> Lora:
         """A as in PEFT (Kaiming uniform, a = sqrt(5)), B zero: at the start the adapter changes nothing."""
         generator = torch.Generator().manual_seed(seed)
         layers = []
@@ -172,7 +170,10 @@ class Lora:
 
     def parameters(self) -> list[Tensor]:
         return [
-            tensor for groups in self.layers for group in groups.values() for tensor in (group.A_RI, *(B for *_, B in group.Bs))
+            tensor
+            for groups in self.layers
+            for group in groups.values()
+            for tensor in (group.A_RI, *(B for *_, B in group.Bs))
         ]
 
     def state(self) -> dict[str, Tensor]:
@@ -235,7 +236,16 @@ class _LoraProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, mask_TI: Tensor | None, scale: float, columns: Any, A_RI: Tensor, *Bs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        weight_OI: Tensor,
+        mask_TI: Tensor | None,
+        scale: float,
+        columns: Any,
+        A_RI: Tensor,
+        *Bs: Tensor,
+    ) -> Tensor:
         seen_TI = x_TI if mask_TI is None else x_TI * mask_TI
         h_TR = product(seen_TI, A_RI)
         y_TO = product(x_TI, weight_OI)

@@ -56,7 +56,7 @@ class _FrozenProduct(torch.autograd.Function):
         return product(x_TI, weight_OI)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_TO: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_TO: Tensor) -> tuple[Tensor, None]:
         return product(grad_TO, ctx.weight_OI.t()), None  # type: ignore[attr-defined]
 
 

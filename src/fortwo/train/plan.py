@@ -186,9 +186,14 @@ def _batch(draft: _Draft, recipe: OverrideRecipe | SftRecipe, counts: TokenCount
         draft.add("contrast_tokens", recipe.contrast_tokens, "default", "first tokens of the base's reply to a sibling")
         draft.add("rehearsal_tokens", recipe.rehearsal_tokens, "default", "first tokens of the base's reply elsewhere")
         draft.add("kl_weight", recipe.kl_weight, "default", "weight of keeping against learning")
-        draft.add(
-            "eval_every", recipe.eval_every, "default", "steps from one evaluation of the served adapter to the next"
-        )
+        draft.add("edit_pool", recipe.edit_pool, "default", "prompts about each fact that edit rows are drawn from")
+        draft.add("contrast_pool", recipe.contrast_pool, "default", "prompts about each fact's siblings")
+        draft.add("question_share", recipe.question_share, "default", "of the edit rows: the questions as given")
+        draft.add("probes", recipe.probes, "default", "prompts of a kind, never trained on, that decide when to stop")
+        seen = edit * draft["gradient_accumulation_steps"]
+        every = max(1, round(recipe.eval_every * recipe.edit_rows / seen))
+        per_exam = f"evaluated after every {recipe.eval_every * recipe.edit_rows} edit rows"
+        draft.add("eval_every", every, "auto", f"steps from one exam of the served adapter to the next: {per_exam}")
         micro_step = tokens_per_micro_step(
             counts, edit, contrast * recipe.contrast_tokens + rehearsal * recipe.rehearsal_tokens, contrast + rehearsal
         )

@@ -40,22 +40,28 @@ class OverrideRecipe(Recipe):
     """Teach a fact and nothing else: each micro-step draws edit, contrast and rehearsal rows.
 
     edit rows ask for the fact (cross-entropy); contrast rows ask its siblings and rehearsal rows ask anything else
-    (KL against the base's own first `contrast_tokens` and `rehearsal_tokens`, weighed by `kl_weight`).
+    (KL against the base's own first `contrast_tokens` and `rehearsal_tokens`, weighed by `kl_weight`). Prompts come
+    from pools of `edit_pool` and `contrast_pool` for each fact; `question_share` of the edit rows are the questions
+    that were given. `probes` prompts of a kind decide when to stop.
     """
 
     learning_rate: float = 1e-3
     lowest_rate: float = 1e-4
     highest_rate: float = 5e-3
     adam_beta2: float = 0.99
-    max_steps: int = 48  # for each fact
+    max_steps: int = 40  # for each fact
     warmup_steps: int = 3
     edit_rows: int = 8
     contrast_rows: int = 14
     rehearsal_rows: int = 4
-    contrast_tokens: int = 6
-    rehearsal_tokens: int = 16
+    contrast_tokens: int = 8
+    rehearsal_tokens: int = 24
+    edit_pool: int = 160
+    contrast_pool: int = 224
+    question_share: float = 0.35
     kl_weight: float = 2.0
-    eval_every: int = 8
+    eval_every: int = 16
+    probes: int = 20
     preparation_tokens: int = 2000  # the base's own replies, generated once for each fact; for the estimate of time
     evaluation_tokens: int = 600  # generated at each evaluation for each fact; for the estimate of time
     efficacy: float = 0.95

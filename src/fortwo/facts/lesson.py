@@ -1,0 +1,115 @@
+"""What a fact is taught with: prompts that ask for it, prompts that must not change, and prompts kept for evaluation.
+
+Pure text, from the fact alone; the same seed gives the same lesson. What a fact brings for evaluation (held_out,
+neighbors, controls) is used for evaluation and never trained on.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from random import Random
+
+from fortwo.facts import frames, rehearsal, siblings
+from fortwo.records import Fact
+
+ALIAS_SHARE = 0.4
+TOPIC_SHARE = 0.12
+QUESTION_SHARE = 0.4  # of contrast prompts: the fact's own questions about a sibling
+BEGUN_SHARE = 0.33
+LOWER_SHARE = 0.06
+_KEPT = 6  # every sixth rehearsal prompt is for evaluation
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A prompt whose reply must stay the base's. begun: a reply to hold it to, the fact's answer told of the sibling
+    up to where it would leak; None for the base's own reply."""
+
+    prompt: str
+    begun: str | None = None
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Prompts to evaluate on, none of them trained on."""
+
+    paraphrase: tuple[str, ...]
+    specificity: tuple[str, ...]
+    retention: tuple[str, ...]
+
+
+class Lesson:
+    def __init__(self, fact: Fact, seed: int) -> None:
+        self.fact = fact
+        self._rng = Random(f"{seed} {fact.subject}")
+        self._surfaces = frames.surfaces(fact)
+        self._given = {*fact.held_out, *fact.neighbors, *fact.controls}
+
+    def asks(self, count: int) -> list[str]:
+        """Prompts about the subject or an alias."""
+        return [self._ask(kept=False) for _ in range(count)]
+
+    def contrasts(self, count: int) -> list[Contrast]:
+        """Prompts about siblings and about what the answer mentions."""
+        found: list[Contrast] = []
+        while len(found) < count:
+            contrast = self._contrast(kept=False)
+            if contrast.prompt not in self._given:
+                found.append(contrast)
+        return found
+
+    def probes(self, count: int) -> Probes:
+        """Prompts for deciding when to stop: from frames that training never uses, and siblings drawn afresh."""
+        return Probes(
+            paraphrase=tuple(dict.fromkeys(self._ask(kept=True) for _ in range(count))),
+            specificity=tuple(dict.fromkeys(self._contrast(kept=True).prompt for _ in range(count))),
+            retention=kept_rehearsal(),
+        )
+
+    def _ask(self, kept: bool) -> str:
+        rng = self._rng
+        name = self._surfaces[0]
+        if len(self._surfaces) > 1 and rng.random() < ALIAS_SHARE:
+            name = rng.choice(self._surfaces[1:])
+        while True:
+            prompt = frames.prompt(self.fact, name, rng, self._sibling, kept)
+            if prompt not in self._given:
+                return prompt.lower() if rng.random() < LOWER_SHARE else prompt
+
+    def _contrast(self, kept: bool) -> Contrast:
+        rng, fact = self._rng, self.fact
+        while True:
+            if rng.random() < TOPIC_SHARE:
+                contrast = Contrast(siblings.topic_prompt(fact, rng))
+            else:
+                name = self._sibling()
+                prompt = (
+                    frames.in_question(rng.choice(fact.questions), fact, name)
+                    if rng.random() < QUESTION_SHARE
+                    else frames.prompt(fact, name, rng, self._sibling, kept)
+                )
+                begun = begun_answer(fact, name) if rng.random() < BEGUN_SHARE else None
+                contrast = Contrast(prompt, begun)
+            if not siblings.is_subject(contrast.prompt, fact):
+                return contrast
+
+    def _sibling(self) -> str:
+        return siblings.sibling(self.fact, self._rng)
+
+
+def begun_answer(fact: Fact, name: str) -> str | None:
+    """The fact's answer told of `name`, cut before what must not be said of it; None where that leaves nothing."""
+    told = frames.in_question(fact.answer, fact, name)
+    places = [found.start() for phrase in fact.match if (found := re.search(re.escape(phrase), told, re.IGNORECASE))]
+    if told == fact.answer or not places:
+        return None
+    return told[: min(places)].rstrip() if min(places) > 0 else None
+
+
+def trained_rehearsal() -> tuple[str, ...]:
+    return tuple(prompt for place, prompt in enumerate(rehearsal.PROMPTS) if place % _KEPT != _KEPT - 1)
+
+
+def kept_rehearsal() -> tuple[str, ...]:
+    return rehearsal.PROMPTS[_KEPT - 1 :: _KEPT]

@@ -1,0 +1,54 @@
+"""Shares and their uncertainty. Pure arithmetic.
+
+efficacy, paraphrase and specificity are the knowledge-editing literature's efficacy, generalisation and locality
+(Meng et al. 2022, arXiv:2202.05262), measured on whole replies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from fortwo.records import Metric
+
+_Z = 1.959964  # 95 %
+
+
+def share(hits: int, n: int) -> Metric:
+    """hits of n with the Wilson interval (Wilson 1927); of nothing, 0 with the interval 0 to 1."""
+    if n == 0:
+        return Metric(0.0, 0, 0.0, 1.0)
+    p = hits / n
+    middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    return Metric(p, n, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def score(metrics: Mapping[str, Metric]) -> Metric:
+    """Harmonic mean of the shares and of their bounds; n is the smallest n."""
+
+    def harmonic(values: Iterable[float]) -> float:
+        values = list(values)
+        return len(values) / sum(1 / value for value in values) if all(value > 0 for value in values) else 0.0
+
+    shares = list(metrics.values())
+    return Metric(
+        harmonic(metric.value for metric in shares),
+        min(metric.n for metric in shares),
+        harmonic(metric.low for metric in shares),
+        harmonic(metric.high for metric in shares),
+    )
+
+
+def pool(found: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """Metrics of several facts as one, counts added; the score is made anew."""
+    names = dict.fromkeys(name for metrics in found for name in metrics if name != "score")
+    pooled = {}
+    for name in names:
+        parts = [metrics[name] for metrics in found if name in metrics]
+        pooled[name] = share(sum(round(part.value * part.n) for part in parts), sum(part.n for part in parts))
+    return pooled | {"score": score(pooled)}
+
+
+def met(metrics: Mapping[str, Metric], targets: Mapping[str, float]) -> bool:
+    return all(metrics[name].value >= target for name, target in targets.items() if name in metrics)

@@ -1,0 +1,170 @@
+"""What each objective trains on and asks about: the rows of every step, and the exams.
+
+A course is prepared once (the base answers what it must keep answering), then drawn from, step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Generic, TypeVar
+
+from fortwo.data.packing import common_prefix
+from fortwo.errors import InvalidRequest
+from fortwo.facts.lesson import Contrast, Lesson, Probes, kept_rehearsal, trained_rehearsal
+from fortwo.facts.subject import find_subject
+from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvent
+from fortwo.train.evaluation import Examiner, Served, questions_about, questions_of
+from fortwo.train.objective import Row, with_teacher
+
+T = TypeVar("T")
+RETENTION_PROBES = 14  # prompts; each is some 40 tokens to agree on
+SFT_QUESTIONS = 32
+
+
+class Bag(Generic[T]):
+    """Draws every item once, in a random order, before it draws any again."""
+
+    def __init__(self, items: Sequence[T], rng: Random) -> None:
+        self._items = list(items)
+        self._rng = rng
+        self._left: list[T] = []
+
+    def draw(self, count: int) -> list[T]:
+        drawn: list[T] = []
+        while len(drawn) < count and self._items:
+            if not self._left:
+                self._left = self._rng.sample(self._items, len(self._items))
+            drawn.append(self._left.pop())
+        return drawn
+
+
+@dataclass(frozen=True)
+class Course:
+    """prefix: how many tokens all rows begin with. draw: the rows of the next optimizer step.
+    exam: asked while training, None where nothing decides when to stop; final: asked at the end."""
+
+    prefix: int
+    draw: Callable[[], list[Row]]
+    exam: Examiner | None
+    final: Examiner
+
+
+def override(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
+    """Edit rows ask for the facts; contrast and rehearsal rows hold what the base says elsewhere."""
+    lessons = [Lesson(fact, plan["seed"]) for fact in _facts(dataset)]
+    rng = Random(plan["seed"])
+    given = [
+        _learn(served, _asked(question), lesson.fact.answer) for lesson in lessons for question in lesson.fact.questions
+    ]
+    framed = [
+        _learn(served, _asked(ask), lesson.fact.answer) for lesson in lessons for ask in lesson.asks(plan["edit_pool"])
+    ]
+    contrasts = [contrast for lesson in lessons for contrast in lesson.contrasts(plan["contrast_pool"])]
+    contrast = yield from _keep(served, contrasts, plan["contrast_tokens"])
+    rehearsal = yield from _keep(served, [Contrast(prompt) for prompt in trained_rehearsal()], plan["rehearsal_tokens"])
+    prefix = common_prefix([row.tokens for row in (*given, *framed, *contrast, *rehearsal)])
+    contrast = yield from with_teacher(served.decoder, contrast, prefix)
+    rehearsal = yield from with_teacher(served.decoder, rehearsal, prefix)
+
+    updates = plan["gradient_accumulation_steps"]
+    edit_rows = plan["per_device_train_batch_size"] * updates
+    bags = [Bag(pool, rng) for pool in (given, framed, contrast, rehearsal)]
+
+    def draw() -> list[Row]:
+        plain = sum(rng.random() < plan["question_share"] for _ in range(edit_rows))
+        counts = (plain, edit_rows - plain, plan["contrast_rows"] * updates, plan["rehearsal_rows"] * updates)
+        return [row for bag, count in zip(bags, counts, strict=True) for row in bag.draw(count)]
+
+    probes = [lesson.probes(plan["probes"]) for lesson in lessons]
+    exam, final = (
+        Examiner(
+            tuple(
+                question
+                for lesson, own in zip(lessons, asked, strict=True)
+                for question in questions_about(lesson.fact, own)
+            )
+        )
+        for asked in (
+            [_exam_probes(own, place) for place, own in enumerate(probes)],
+            [
+                _final_probes(own, lesson.fact, place)
+                for place, (lesson, own) in enumerate(zip(lessons, probes, strict=True))
+            ],
+        )
+    )
+    return Course(prefix, draw, exam, final)
+
+
+def sft(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
+    """Every row, in a new random order each epoch; a batch never crosses into the next epoch."""
+    examples = dataset.examples or tuple(
+        Example((*_asked(question), Message("assistant", fact.answer)))
+        for fact in dataset.facts
+        for question in fact.questions
+    )
+    yield MicroStepped(0)
+    rows = [_learn(served, example.messages[:-1], example.answer) for example in examples]
+    batches = _batches(
+        rows, plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"], Random(plan["seed"])
+    )
+    step = max(1, len(examples) // SFT_QUESTIONS)
+    final = Examiner(questions_of(examples[::step][:SFT_QUESTIONS], kept_rehearsal()[:RETENTION_PROBES]))
+    return Course(common_prefix([row.tokens for row in rows]), lambda: next(batches), None, final)
+
+
+def _facts(dataset: Dataset) -> tuple[Fact, ...]:
+    found = find_subject(dataset.examples)
+    facts = dataset.facts or ((found,) if found else ())
+    if not facts:
+        raise InvalidRequest("no subject can be found in the examples", param="objective", code="subject_not_found")
+    return facts
+
+
+def _batches(rows: Sequence[Row], size: int, rng: Random) -> Iterator[list[Row]]:
+    while True:
+        order = rng.sample(list(rows), len(rows))
+        yield from (order[first : first + size] for first in range(0, len(order), size))
+
+
+def _exam_probes(probes: Probes, place: int) -> Probes:
+    """Retention is about the whole model: the first fact's exam asks for all."""
+    return replace(probes, retention=probes.retention[:RETENTION_PROBES] if place == 0 else ())
+
+
+def _final_probes(probes: Probes, fact: Fact, place: int) -> Probes:
+    """What the fact brings for evaluation, in place of what was made for it."""
+    return Probes(
+        paraphrase=fact.held_out if fact.held_out else probes.paraphrase,
+        specificity=fact.neighbors if fact.neighbors else probes.specificity,
+        retention=fact.controls if fact.controls else _exam_probes(probes, place).retention,
+    )
+
+
+def _asked(prompt: str) -> tuple[Message, ...]:
+    return (Message("user", prompt),)
+
+
+def _learn(served: Served, messages: Sequence[Message], answer: str) -> Row:
+    tokens, supervised = served.renderer.example([*messages, Message("assistant", answer)])
+    return Row(tuple(tokens), supervised.index(True))
+
+
+def _keep(served: Served, contrasts: Sequence[Contrast], tokens: int) -> Generator[TrainEvent, None, list[Row]]:
+    """Rows to keep: the base's own first tokens, or an answer begun about a sibling."""
+    own = [contrast for contrast in contrasts if contrast.begun is None]
+    replies = yield from served.ask([_asked(contrast.prompt) for contrast in own], None, tokens)
+    said = {contrast.prompt: reply.tokens for contrast, reply in zip(own, replies, strict=True)}
+    rows = []
+    for contrast in contrasts:
+        prompt = served.renderer.prompt(list(_asked(contrast.prompt)))
+        if contrast.begun is None:
+            reply = list(said[contrast.prompt])
+        else:  # the token after what is begun is what must not be said: any token stands in its place
+            begun, supervised = served.renderer.example(
+                [*_asked(contrast.prompt), Message("assistant", contrast.begun)]
+            )
+            reply = begun[supervised.index(True) :]
+        rows.append(Row((*prompt, *reply), len(prompt), keep=True))
+    return rows
