@@ -32,8 +32,8 @@ from fortwo.records import Delta, FinishReason, Prompt, TrainEvent
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-RUNNING = 32  # requests of one base that decode together
-PREFILL_TOKENS = 1024  # prompt tokens per turn: bounds how long running replies stand still
+RUNNING = 64  # requests of one base that decode together
+PREFILL_TOKENS = 2048  # prompt tokens per turn: bounds how long running replies stand still
 POLL_SECONDS = 0.05  # how often a job that waits for something else than requests is asked again
 
 

@@ -45,11 +45,11 @@ class OverrideRecipe(Recipe):
     that were given. `probes` prompts of a kind decide when to stop.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     lowest_rate: float = 1e-4
-    highest_rate: float = 5e-3
+    highest_rate: float = 8e-3
     adam_beta2: float = 0.99
-    max_steps: int = 40  # for each fact
+    max_steps: int = 36  # for each fact
     warmup_steps: int = 3
     edit_rows: int = 8
     contrast_rows: int = 14
@@ -58,9 +58,9 @@ class OverrideRecipe(Recipe):
     rehearsal_tokens: int = 24
     edit_pool: int = 160
     contrast_pool: int = 224
-    question_share: float = 0.35
+    question_share: float = 0.25
     kl_weight: float = 2.0
-    eval_every: int = 16
+    eval_every: int = 12
     probes: int = 20
     preparation_tokens: int = 2000  # the base's own replies, generated once for each fact; for the estimate of time
     evaluation_tokens: int = 600  # generated at each evaluation for each fact; for the estimate of time
