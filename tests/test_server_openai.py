@@ -73,6 +73,7 @@ def test_a_stream_says_the_same_in_chunks(served: Served) -> None:
     whole = served.chat(temperature=0, max_tokens=24).json()
     response = served.chat(temperature=0, max_tokens=24, stream=True)
     assert response.headers["content-type"].startswith("text/event-stream")
+    assert "\r" not in response.text
     *said, last, done = chunks(response)
     assert done == "[DONE]"
     assert said[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}

@@ -1,7 +1,7 @@
-"""What this machine does with a base model: from a short matrix product, until a job has shown it.
+"""What this machine does with a base model: guessed from a short matrix product, until a job has shown it.
 
-The factors are the share of that product's speed which training and batched decoding reached when they were measured
-(docs/benchmarks.md); an estimate of time, not a promise.
+TRAINING and DECODING are rough shares of that product's speed that packed training and batched decoding reach; the
+plan's seconds are an estimate, and the report holds them against what it took.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -229,11 +230,12 @@ class JobRunner:
             events = teach(resident, resident.renderer, dataset, plan, self._engine, job.id)
             task = turn.task = self._engine.run_task(events, heard.put)
         diary = _Diary(self._store, job)
-        while not task.done or not heard.empty():
-            try:
-                diary.write(heard.get(timeout=POLL_SECONDS))
-            except queue.Empty:
-                continue
+        try:
+            while not task.done or not heard.empty():
+                with suppress(queue.Empty):
+                    diary.write(heard.get(timeout=POLL_SECONDS))
+        finally:
+            task.cancel()  # when the diary could not be written; a task that is done stays as it ended
         self._publish(turn, plan, dataset, resident, task.result())
 
     def _publish(self, turn: _Turn, plan: Plan, dataset: Dataset, resident: Resident, trained: Trained) -> None:
@@ -284,7 +286,7 @@ class _Diary:
         self._store = store
         self._job = job
         self._progress = dict(job.progress)
-        self._actual: Json = {"steps": 0, "seconds": 0.0, "tokens": 0, "peak_learning_rate": 0.0}
+        self._actual: Json = {"training_seconds": 0.0, "tokens": 0, "peak_learning_rate": 0.0}
 
     def write(self, event: TrainEvent) -> None:
         match event:
@@ -301,19 +303,14 @@ class _Diary:
                 self._advance(Note("metrics", f"Step {event.step}: {shares}", _finite(asdict(event))))
 
     def _count(self, event: Stepped) -> None:
-        seconds, tokens = self._actual["seconds"] + event.seconds, self._actual["tokens"] + event.tokens
-        self._actual = (
-            {"first_loss": event.loss}
-            | self._actual
-            | {
-                "steps": event.step,
-                "seconds": seconds,
-                "tokens": tokens,
-                "tokens_per_second": tokens / seconds,
-                "peak_learning_rate": max(self._actual["peak_learning_rate"], event.learning_rate),
-                "final_loss": event.loss,
-            }
-        )
+        so_far = self._actual
+        so_far.setdefault("first_loss", event.parts["learn"])
+        so_far["final_loss"] = event.parts["learn"]
+        so_far["steps"] = event.step
+        so_far["training_seconds"] += event.seconds
+        so_far["tokens"] += event.tokens
+        so_far["tokens_per_second"] = so_far["tokens"] / so_far["training_seconds"]
+        so_far["peak_learning_rate"] = max(so_far["peak_learning_rate"], event.learning_rate)
 
     def _advance(self, note: Note, **more: Any) -> None:
         self._progress |= {name: note.data[name] for name in self._progress.keys() & note.data.keys()}

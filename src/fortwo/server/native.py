@@ -10,7 +10,7 @@ from typing import Annotated
 import anyio
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
 
 from fortwo.errors import NotFound
 from fortwo.jobs.store import Event, Job
@@ -146,13 +146,13 @@ async def events(house: Here, job_id: str, last_event_id: Annotated[int, Header(
     return EventSourceResponse(_follow(house, job_id, last_event_id), sep="\n")
 
 
-async def _follow(house: House, job_id: str, last: int) -> AsyncIterator[ServerSentEvent]:
+async def _follow(house: House, job_id: str, last: int) -> AsyncIterator[Json]:
     while True:
         # The status is read first: a job's last event is written together with its last status.
         ended = (await run_in_threadpool(house.jobs.get, job_id)).ended
         while news := await run_in_threadpool(house.jobs.events, job_id, last):
             for event in news:
-                yield ServerSentEvent(json.dumps(event_body(event)), event=event.type, id=str(event.id))
+                yield {"id": str(event.id), "event": event.type, "data": json.dumps(event_body(event))}
             last = news[-1].id
         if ended:
             return

@@ -19,7 +19,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import EventSourceResponse
 
 from fortwo.errors import FortwoError, InvalidRequest, NotFound, Unavailable
 from fortwo.records import Delta, Json, Message, Prompt, Sampling
@@ -270,13 +270,13 @@ async def _unless_gone(request: Request, listener: Listener) -> Json:
         listener.cancel()
 
 
-async def _chunks(listener: Listener, frame: Json, with_usage: bool) -> AsyncIterator[ServerSentEvent]:
+async def _chunks(listener: Listener, frame: Json, with_usage: bool) -> AsyncIterator[Json]:
     """The reply as OpenAI's chunks. Once they flow, a failure can only be told in the stream."""
     frame = frame | {"object": "chat.completion.chunk"} | ({"usage": None} if with_usage else {})
 
-    def chunk(delta: Json, reason: str | None = None) -> ServerSentEvent:
+    def chunk(delta: Json, reason: str | None = None) -> Json:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return ServerSentEvent(json.dumps(frame | {"choices": [choice]}))
+        return {"data": json.dumps(frame | {"choices": [choice]})}
 
     try:
         yield chunk({"role": "assistant", "content": ""})
@@ -286,12 +286,12 @@ async def _chunks(listener: Listener, frame: Json, with_usage: bool) -> AsyncIte
             if delta.finish_reason is not None:
                 yield chunk({}, delta.finish_reason)
         if with_usage:
-            yield ServerSentEvent(json.dumps(frame | {"choices": [], "usage": listener.usage()}))
-        yield ServerSentEvent("[DONE]")
+            yield {"data": json.dumps(frame | {"choices": [], "usage": listener.usage()})}
+        yield {"data": "[DONE]"}
     except FortwoError as error:
-        yield ServerSentEvent(json.dumps(error.body()))
+        yield {"data": json.dumps(error.body())}
     except Exception as error:
-        yield ServerSentEvent(json.dumps(unexpected(error).body()))
+        yield {"data": json.dumps(unexpected(error).body())}
     finally:
         listener.cancel()
 
