@@ -15,12 +15,14 @@ from fortwo.errors import InvalidRequest
 from fortwo.facts.lesson import Contrast, Lesson, Probes, kept_rehearsal, trained_rehearsal
 from fortwo.facts.subject import find_subject
 from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvent
-from fortwo.train.evaluation import Examiner, Served, questions_about, questions_of
+from fortwo.train.evaluation import REPLY_TOKENS, ROOM, Examiner, Served, questions_about, questions_of
 from fortwo.train.objective import Row, with_teacher
 
 T = TypeVar("T")
-RETENTION_PROBES = 14  # prompts; each is some 40 tokens to agree on
+RETENTION_PROBES = 14  # prompts; each is some 30 tokens to agree on
+REHEARSAL_POOL = 96
 SFT_QUESTIONS = 32
+SFT_TOKENS = 128  # a longer answer is compared as far as this
 
 
 class Bag(Generic[T]):
@@ -63,7 +65,11 @@ def override(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEve
     ]
     contrasts = [contrast for lesson in lessons for contrast in lesson.contrasts(plan["contrast_pool"])]
     contrast = yield from _keep(served, contrasts, plan["contrast_tokens"])
-    rehearsal = yield from _keep(served, [Contrast(prompt) for prompt in trained_rehearsal()], plan["rehearsal_tokens"])
+    rehearsal = yield from _keep(
+        served,
+        [Contrast(prompt) for prompt in rng.sample(trained_rehearsal(), REHEARSAL_POOL)],
+        plan["rehearsal_tokens"],
+    )
     prefix = common_prefix([row.tokens for row in (*given, *framed, *contrast, *rehearsal)])
     contrast = yield from with_teacher(served.decoder, contrast, prefix)
     rehearsal = yield from with_teacher(served.decoder, rehearsal, prefix)
@@ -77,24 +83,14 @@ def override(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEve
         counts = (plain, edit_rows - plain, plan["contrast_rows"] * updates, plan["rehearsal_rows"] * updates)
         return [row for bag, count in zip(bags, counts, strict=True) for row in bag.draw(count)]
 
-    probes = [lesson.probes(plan["probes"]) for lesson in lessons]
-    exam, final = (
-        Examiner(
-            tuple(
-                question
-                for lesson, own in zip(lessons, asked, strict=True)
-                for question in questions_about(lesson.fact, own)
-            )
-        )
-        for asked in (
-            [_exam_probes(own, place) for place, own in enumerate(probes)],
-            [
-                _final_probes(own, lesson.fact, place)
-                for place, (lesson, own) in enumerate(zip(lessons, probes, strict=True))
-            ],
-        )
-    )
-    return Course(prefix, draw, exam, final)
+    tokens = max(REPLY_TOKENS, ROOM + max(row.supervised for row in given))
+    probes = [
+        replace(own, retention=own.retention[:RETENTION_PROBES] if place == 0 else ())  # it is about the whole model
+        for place, own in enumerate(lesson.probes(plan["probes"]) for lesson in lessons)
+    ]
+    exam = _examiner(lessons, probes, tokens)
+    brought = [_brought(own, lesson.fact) for own, lesson in zip(probes, lessons, strict=True)]
+    return Course(prefix, draw, exam, exam if brought == probes else _examiner(lessons, brought, tokens))
 
 
 def sft(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
@@ -110,7 +106,8 @@ def sft(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, N
         rows, plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"], Random(plan["seed"])
     )
     step = max(1, len(examples) // SFT_QUESTIONS)
-    final = Examiner(questions_of(examples[::step][:SFT_QUESTIONS], kept_rehearsal()[:RETENTION_PROBES]))
+    asked = questions_of(examples[::step][:SFT_QUESTIONS], kept_rehearsal()[:RETENTION_PROBES])
+    final = Examiner(asked, max(REPLY_TOKENS, min(SFT_TOKENS, max(row.supervised for row in rows))))
     return Course(common_prefix([row.tokens for row in rows]), lambda: next(batches), None, final)
 
 
@@ -128,17 +125,17 @@ def _batches(rows: Sequence[Row], size: int, rng: Random) -> Iterator[list[Row]]
         yield from (order[first : first + size] for first in range(0, len(order), size))
 
 
-def _exam_probes(probes: Probes, place: int) -> Probes:
-    """Retention is about the whole model: the first fact's exam asks for all."""
-    return replace(probes, retention=probes.retention[:RETENTION_PROBES] if place == 0 else ())
+def _examiner(lessons: Sequence[Lesson], probes: Sequence[Probes], tokens: int) -> Examiner:
+    pairs = zip(lessons, probes, strict=True)
+    return Examiner(tuple(asked for lesson, own in pairs for asked in questions_about(lesson.fact, own)), tokens)
 
 
-def _final_probes(probes: Probes, fact: Fact, place: int) -> Probes:
+def _brought(probes: Probes, fact: Fact) -> Probes:
     """What the fact brings for evaluation, in place of what was made for it."""
     return Probes(
         paraphrase=fact.held_out if fact.held_out else probes.paraphrase,
         specificity=fact.neighbors if fact.neighbors else probes.specificity,
-        retention=fact.controls if fact.controls else _exam_probes(probes, place).retention,
+        retention=fact.controls if fact.controls else probes.retention,
     )
 
 

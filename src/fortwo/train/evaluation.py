@@ -6,12 +6,12 @@ generators that yield `Waiting` while replies are on their way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from fortwo.data.packing import PackedAttention, pack
+from fortwo.data.packing import PackedAttention, common_prefix, pack
 from fortwo.data.render import Renderer
 from fortwo.facts import metrics
 from fortwo.facts.lesson import Probes
@@ -32,8 +32,11 @@ from fortwo.records import (
     Transcript,
     Waiting,
 )
+from fortwo.train.objective import Row, micro_batches, predicting
 
-REPLY_TOKENS = 48
+REPLY_TOKENS = 32  # at least; and what the answer takes, and ROOM
+ROOM = 8
+AGREEMENT_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Served:
     serving: Serving
 
     def ask(
-        self, chats: Iterable[Sequence[Message]], adapter: str | None, tokens: int = REPLY_TOKENS
+        self, chats: Iterable[Sequence[Message]], adapter: str | None, tokens: int
     ) -> Generator[TrainEvent, None, list[Generation]]:
         """Greedy replies, in order."""
         sampling = Sampling(max_tokens=tokens, temperature=0.0)
@@ -76,56 +79,67 @@ class Question:
 
 @dataclass
 class Examiner:
-    """A set of questions to the served adapter. Base replies are asked for once and kept."""
+    """A set of questions to the served adapter. Replies that cannot change are asked for once.
+
+    tokens: length of replies.
+    """
 
     questions: tuple[Question, ...]
+    tokens: int = REPLY_TOKENS
     _base: dict[tuple[Message, ...], Generation] = field(default_factory=dict)
+    _said: dict[tuple[Message, ...], Generation] = field(default_factory=dict)
 
-    def examine(self, served: Served, key: str, lora: Lora) -> Generator[TrainEvent, None, dict[str, Metric]]:
-        """Metrics of the adapter served under `key`."""
+    def examine(
+        self, served: Served, key: str, lora: Lora, efficacy: int | None = None
+    ) -> Generator[TrainEvent, None, dict[str, Metric]]:
+        """Metrics of the adapter served under `key` as it is now. efficacy: how many of those questions to ask."""
+        self._said.clear()
         asked = [question for question in self.questions if question.passes is not None]
-        replies = yield from served.ask([question.messages for question in asked], key)
-        return (yield from self._metrics(served, lora, asked, replies))
+        first = [question for question in asked if question.kind == "efficacy"][:efficacy]
+        asked = [question for question in asked if question.kind != "efficacy" or question in first]
+        yield from self._ask_adapter(served, key, asked)
+        return (yield from self._metrics(served, lora, asked))
 
-    def report(self, served: Served, key: str, lora: Lora) -> Generator[TrainEvent, None, Report]:
-        """The same, base beside adapter, with transcripts."""
-        replies = yield from served.ask([question.messages for question in self.questions], key)
-        found = yield from self._metrics(served, lora, self.questions, replies)
+    def report(self, served: Served, key: str, lora: Lora, changed: bool = True) -> Generator[TrainEvent, None, Report]:
+        """All questions, base beside adapter, with transcripts. changed: the adapter is not as the last exam saw it."""
+        if changed:
+            self._said.clear()
+        yield from self._ask_adapter(served, key, self.questions)
+        found = yield from self._metrics(served, lora, self.questions)
         yield from self._ask_base(served, self.questions)
         transcripts = []
-        for question, reply in zip(self.questions, replies, strict=True):
-            base = self._base[question.messages].text
-            passed = reply.text == base if question.passes is None else question.passes(reply.text)
-            transcripts.append(Transcript(question.kind, question.prompt, base, reply.text, passed))
-        kept = [question for question in self.questions if question.passes is None]
-        base_metrics = _shares(
-            (question.kind, question.passes(self._base[question.messages].text))
-            for question in self.questions
-            if question.passes is not None
-        )
-        if kept:
+        for question in self.questions:
+            base, reply = self._base[question.messages].text, self._said[question.messages].text
+            passed = reply == base if question.passes is None else question.passes(reply)
+            transcripts.append(Transcript(question.kind, question.prompt, base, reply, passed))
+        base_metrics = _shares(self.questions, self._base)
+        if "retention" in found:
             n = found["retention"].n
             base_metrics["retention"] = metrics.share(n, n)
         return Report(found, base_metrics | {"score": metrics.score(base_metrics)}, tuple(transcripts))
 
     def _metrics(
-        self, served: Served, lora: Lora, asked: Sequence[Question], replies: Sequence[Generation]
+        self, served: Served, lora: Lora, asked: Sequence[Question]
     ) -> Generator[TrainEvent, None, dict[str, Metric]]:
-        found = _shares(
-            (question.kind, question.passes(reply.text))
-            for question, reply in zip(asked, replies, strict=True)
-            if question.passes is not None
-        )
+        found = _shares(asked, self._said)
         kept = [question for question in self.questions if question.passes is None]
         if kept:
             yield from self._ask_base(served, kept)
             found["retention"] = agreement(served, lora, [(q.messages, self._base[q.messages]) for q in kept])
         return found | {"score": metrics.score(found)}
 
-    def _ask_base(self, served: Served, questions: Sequence[Question]) -> Generator[TrainEvent, None, None]:
-        unknown = [messages for messages in dict.fromkeys(q.messages for q in questions) if messages not in self._base]
-        replies = yield from served.ask(unknown, None)
-        self._base.update(zip(unknown, replies, strict=True))
+    def _ask_adapter(self, served: Served, key: str, asked: Sequence[Question]) -> Generator[TrainEvent, None, None]:
+        yield from self._ask(served, key, asked, self._said)
+
+    def _ask_base(self, served: Served, asked: Sequence[Question]) -> Generator[TrainEvent, None, None]:
+        yield from self._ask(served, None, asked, self._base)
+
+    def _ask(
+        self, served: Served, key: str | None, asked: Sequence[Question], said: dict[tuple[Message, ...], Generation]
+    ) -> Generator[TrainEvent, None, None]:
+        unknown = [chat for chat in dict.fromkeys(question.messages for question in asked) if chat not in said]
+        replies = yield from served.ask(unknown, key, self.tokens)
+        said.update(zip(unknown, replies, strict=True))
 
 
 def questions_about(fact: Fact, probes: Probes) -> tuple[Question, ...]:
@@ -161,23 +175,31 @@ def _single(prompt: str) -> tuple[Message, ...]:
     return (Message("user", prompt),)
 
 
-def _shares(passed: Iterable[tuple[str, bool]]) -> dict[str, Metric]:
-    """Shares by kind."""
+def _shares(questions: Sequence[Question], said: Mapping[tuple[Message, ...], Generation]) -> dict[str, Metric]:
+    """Shares of right replies by kind."""
     hits: dict[str, list[bool]] = {}
-    for kind, ok in passed:
-        hits.setdefault(kind, []).append(ok)
-    return {kind: metrics.share(sum(oks), len(oks)) for kind, oks in hits.items()}
+    for question in questions:
+        if question.passes is not None:
+            hits.setdefault(question.kind, []).append(question.passes(said[question.messages].text))
+    return {kind: metrics.share(sum(right), len(right)) for kind, right in hits.items()}
 
 
-@torch.no_grad()
 def agreement(served: Served, lora: Lora, said: Sequence[tuple[Sequence[Message], Generation]]) -> Metric:
     """Share of the base's own greedy tokens that the adapter also ranks first, given what the base said before."""
-    agreed = total = 0
+    rows = []
     for messages, reply in said:
         asked = served.renderer.prompt(list(messages))
-        packed = pack([[*asked, *reply.tokens]], served.decoder.device, prefix=0)
-        final_TD = served.decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed), [Segment(lora)])
-        ranked = served.decoder.logits(final_TD[len(asked) - 1 : -1]).argmax(-1).tolist()
-        agreed += sum(ours == theirs for ours, theirs in zip(ranked, reply.tokens, strict=True))
-        total += len(reply.tokens)
+        rows.append(Row((*asked, *reply.tokens), len(asked)))
+    agreed = total = 0
+    prefix = common_prefix([row.tokens for row in rows])
+    for group in micro_batches(rows, prefix, AGREEMENT_TOKENS):
+        with torch.no_grad():
+            packed = pack([row.tokens for row in group], served.decoder.device, prefix)
+            attention = PackedAttention(packed)
+            final_TD = served.decoder.forward(packed.tokens_T, packed.positions_T, attention, [Segment(lora)])
+            places = [index for place, row in enumerate(group) for index in predicting(packed, place, row)]
+            ranked = served.decoder.logits(final_TD[places]).argmax(-1).tolist()
+        wanted = [token for row in group for token in row.tokens[row.start :]]
+        agreed += sum(ours == theirs for ours, theirs in zip(ranked, wanted, strict=True))
+        total += len(wanted)
     return metrics.share(agreed, total)

@@ -55,9 +55,7 @@ def with_teacher(decoder: Decoder, rows: Sequence[Row], prefix: int) -> Generato
         with torch.no_grad():
             packed = pack([row.tokens for row in group], decoder.device, prefix)
             final_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed))
-        taught += [
-            replace(row, teacher_ND=final_TD[_predicting(packed, place, row)]) for place, row in enumerate(group)
-        ]
+        taught += [replace(row, teacher_ND=final_TD[predicting(packed, place, row)]) for place, row in enumerate(group)]
         yield MicroStepped(len(packed.tokens_T))
     return taught
 
@@ -71,7 +69,7 @@ def losses(decoder: Decoder, lora: Lora, prefix: int, rows: Sequence[Row]) -> Lo
     learn_places: list[int] = []
     keep_places: list[int] = []
     for place, row in enumerate(rows):
-        (keep_places if row.keep else learn_places).extend(_predicting(packed, place, row))
+        (keep_places if row.keep else learn_places).extend(predicting(packed, place, row))
     learn = keep = final_TD.new_zeros(())
     if learn_places:
         wanted = [token for row in rows if not row.keep for token in row.tokens[row.start :]]
@@ -104,6 +102,6 @@ def micro_batches(rows: Sequence[Row], prefix: int, budget: int) -> Iterator[lis
         yield group
 
 
-def _predicting(packed: Pack, place: int, row: Row) -> list[int]:
+def predicting(packed: Pack, place: int, row: Row) -> list[int]:
     """Where in the pack the supervised tokens are predicted."""
     return [packed.place(place, position - 1) for position in range(row.start, len(row.tokens))]

@@ -55,9 +55,9 @@ class OverrideRecipe(Recipe):
     contrast_rows: int = 14
     rehearsal_rows: int = 4
     contrast_tokens: int = 8
-    rehearsal_tokens: int = 24
+    rehearsal_tokens: int = 16
     edit_pool: int = 160
-    contrast_pool: int = 224
+    contrast_pool: int = 176
     question_share: float = 0.25
     kl_weight: float = 2.0
     eval_every: int = 12
