@@ -169,7 +169,7 @@ def _train(
         stepped = yield from _step(served.decoder, lora, course, plan, optimizer, clock, step, rate)
         losses_seen.append(stepped.parts["learn"])
         yield stepped
-        if course.exam is not None and _due(step, steps, plan["eval_every"]):
+        if course.exam is not None and (step % plan["eval_every"] == 0 or step == steps):
             found = yield from course.exam.examine(served, key, lora, EXAM_QUESTIONS)
             yield Evaluated(step, {name: metric.value for name, metric in found.items()})
             best.offer(found["score"].value, step, parameters)
@@ -186,11 +186,6 @@ def _train(
         "first_loss": losses_seen[0],
         "final_loss": losses_seen[-1],
     }
-
-
-def _due(step: int, steps: int, every: int) -> bool:
-    """Whether to examine after this step; the first exam comes when there is something to see."""
-    return step == steps or (step % every == 0 and step >= 2 * every)
 
 
 def _step(
@@ -215,7 +210,7 @@ def _step(
             yield MicroStepped(tokens)
         began = time.perf_counter()
         found = losses(decoder, lora, course.prefix, batch)
-        total = found.learn / max(1, learn_over) + plan_keep_weight(plan) * found.keep / max(1, keep_over)
+        total = found.learn / max(1, learn_over) + _keep_weight(plan) * found.keep / max(1, keep_over)
         total.backward()
         learn += float(found.learn.detach()) / max(1, learn_over)
         keep += float(found.keep.detach()) / max(1, keep_over)
@@ -224,7 +219,7 @@ def _step(
     began = time.perf_counter()
     limit = plan["max_grad_norm"] if plan["max_grad_norm"] > 0 else math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-    loss = learn + plan_keep_weight(plan) * keep
+    loss = learn + _keep_weight(plan) * keep
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise TrainingFailed(
             f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g} at a learning rate of {rate:g}",
@@ -250,7 +245,7 @@ def _step(
     )
 
 
-def plan_keep_weight(plan: Plan) -> float:
+def _keep_weight(plan: Plan) -> float:
     """Weight of keeping against learning; nothing is kept in plain fine-tuning."""
     return float(plan["kl_weight"]) if plan.objective == "override" else 0.0
 

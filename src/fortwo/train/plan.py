@@ -66,7 +66,7 @@ def resolve(request: TrainingRequest, dataset: Dataset, base: BaseFacts, counts:
     facts = max(1, len(subjects))
     steps, steps_per_epoch = _steps(draft, recipe, len(counts.rows), facts)
     rate = draft.choose("learning_rate", recipe.learning_rate, f"works for LoRA with the {objective} objective")
-    schedule = draft.choose("lr_scheduler_type", recipe.lr_scheduler_type, REASONS["lr_scheduler_type"])
+    schedule = _schedule(draft, recipe)
     warmup = _warmup(draft, recipe, schedule, steps)
     for name in ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"):
         draft.choose(name, getattr(recipe, name), REASONS[name])
@@ -226,6 +226,21 @@ def _steps(draft: _Draft, recipe: OverrideRecipe | SftRecipe, rows: int, facts: 
     passes = f"max_steps = {max_steps} decides; an epoch is {steps_per_epoch} steps"
     draft.choose("num_train_epochs", round(max_steps / steps_per_epoch, 2), passes, "auto")
     return max_steps, steps_per_epoch
+
+
+def _schedule(draft: _Draft, recipe: OverrideRecipe | SftRecipe) -> str:
+    """Its name, and how often it starts anew: a run that may stop early is at rest at each of its exams."""
+    if isinstance(recipe, OverrideRecipe) and draft.settings["max_steps"].origin == "auto":
+        reason = "at rest at each exam; goes on from the full rate where targets are missed"
+        schedule = draft.choose("lr_scheduler_type", "cosine_with_restarts", reason, "auto")
+        if draft.settings["lr_scheduler_type"].origin == "auto":
+            cycles = draft["max_steps"] // draft["eval_every"]
+            draft.add("num_cycles", cycles, "auto", f"one for each {draft['eval_every']} steps to an exam")
+            return str(schedule)
+    else:
+        schedule = draft.choose("lr_scheduler_type", recipe.lr_scheduler_type, REASONS["lr_scheduler_type"])
+    draft.add("num_cycles", 1, "default", "transformers' default")
+    return str(schedule)
 
 
 def _warmup(draft: _Draft, recipe: OverrideRecipe | SftRecipe, schedule: str, steps: int) -> int:

@@ -30,6 +30,7 @@ def learning_rate(step: int, plan: Plan) -> float:
         rate=plan["learning_rate"],
         warmup=plan.computed["warmup_steps"],
         steps=plan.computed["steps"],
+        cycles=plan["num_cycles"],
     )
 
 
@@ -38,7 +39,8 @@ def peak_rate(*, schedule: str, rate: float, warmup: int, steps: int) -> float:
     return rate_at(min(warmup, steps - 1), schedule=schedule, rate=rate, warmup=warmup, steps=steps)
 
 
-def rate_at(step: int, *, schedule: str, rate: float, warmup: int, steps: int) -> float:
+def rate_at(step: int, *, schedule: str, rate: float, warmup: int, steps: int, cycles: int = 1) -> float:
+    """cycles: transformers' num_cycles, how often cosine_with_restarts falls to zero."""
     if schedule == "constant":
         return rate
     if step < warmup:
@@ -50,7 +52,7 @@ def rate_at(step: int, *, schedule: str, rate: float, warmup: int, steps: int) -
         case "cosine":
             return rate * (0.5 * (1.0 + math.cos(math.pi * 0.5 * 2.0 * progress)))
         case "cosine_with_restarts":
-            return rate * (0.5 * (1.0 + math.cos(math.pi * (progress % 1.0))))
+            return rate * (0.5 * (1.0 + math.cos(math.pi * ((cycles * progress) % 1.0))))
         case "polynomial":
             return rate * (((rate - POLYNOMIAL_END) * (1 - progress) + POLYNOMIAL_END) / rate)
         case "constant_with_warmup":
