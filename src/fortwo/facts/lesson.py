@@ -7,6 +7,7 @@ neighbors, controls) is used for evaluation and never trained on.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -44,28 +45,35 @@ class Lesson:
         self.fact = fact
         self._rng = Random(f"{seed} {fact.subject}")
         self._surfaces = frames.surfaces(fact)
-        self._given = {*fact.held_out, *fact.neighbors, *fact.controls}
+        self._evaluated = {*fact.held_out, *fact.neighbors, *fact.controls}
+        self._trained = set(fact.questions)
 
     def asks(self, count: int) -> list[str]:
         """Prompts about the subject or an alias."""
-        return [self._ask(kept=False) for _ in range(count)]
+        found = [self._ask(kept=False) for _ in range(count)]
+        self._trained.update(found)
+        return found
 
     def contrasts(self, count: int) -> list[Contrast]:
         """Prompts about siblings and about what the answer mentions."""
         found: list[Contrast] = []
         while len(found) < count:
             contrast = self._contrast(kept=False)
-            if contrast.prompt not in self._given:
+            if contrast.prompt not in self._evaluated:
                 found.append(contrast)
+        self._trained.update(contrast.prompt for contrast in found)
         return found
 
     def probes(self, count: int) -> Probes:
-        """Prompts for deciding when to stop: from frames that training never uses, and siblings drawn afresh."""
-        return Probes(
-            paraphrase=tuple(dict.fromkeys(self._ask(kept=True) for _ in range(count))),
-            specificity=tuple(dict.fromkeys(self._contrast(kept=True).prompt for _ in range(count))),
-            retention=kept_rehearsal(),
-        )
+        """At most `count` prompts of a kind for deciding when to stop: from frames that training never uses, and
+        siblings drawn afresh."""
+        paraphrase = self._untrained([self._ask(kept=True) for _ in range(count)])
+        specificity = self._untrained([self._contrast(kept=True).prompt for _ in range(count)])
+        self._evaluated.update(paraphrase, specificity)
+        return Probes(paraphrase, specificity, kept_rehearsal())
+
+    def _untrained(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(prompt for prompt in dict.fromkeys(prompts) if prompt not in self._trained)
 
     def _ask(self, kept: bool) -> str:
         rng = self._rng
@@ -74,8 +82,10 @@ class Lesson:
             name = rng.choice(self._surfaces[1:])
         while True:
             prompt = frames.prompt(self.fact, name, rng, self._sibling, kept)
-            if prompt not in self._given:
-                return prompt.lower() if rng.random() < LOWER_SHARE else prompt
+            if rng.random() < LOWER_SHARE:
+                prompt = prompt.lower()
+            if prompt not in self._evaluated:
+                return prompt
 
     def _contrast(self, kept: bool) -> Contrast:
         rng, fact = self._rng, self.fact

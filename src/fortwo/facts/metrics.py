@@ -21,7 +21,7 @@ def share(hits: int, n: int) -> Metric:
     p = hits / n
     middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return Metric(p, n, max(0.0, middle - half), min(1.0, middle + half))
+    return Metric(p, n, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)))  # rounding never leaves p out
 
 
 def score(metrics: Mapping[str, Metric]) -> Metric:

@@ -92,7 +92,7 @@ def near_spelling(fact: Fact, rng: Random) -> str:
         return _spelled_number(rng, surface)
     words = surface.split()
     places = [place for place, word in enumerate(words) if _bare(word).lower() not in STOP_WORDS]
-    place = rng.choice(places)
+    place = rng.choice(places) if places else len(words) - 1
     words[place] = words[place].replace(_bare(words[place]), respell(_bare(words[place]), rng))
     return " ".join(words)
 
@@ -112,7 +112,7 @@ def near_number(digits: str, rng: Random) -> str:
         rng.randint(0, 10**width - 1),
         rng.randint(0, 99),
     ]
-    return str(abs(rng.choice([choice for choice in choices if choice != value])))
+    return str(rng.choice([abs(choice) for choice in choices if abs(choice) != value]))
 
 
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
@@ -186,7 +186,7 @@ def topics(fact: Fact) -> list[str]:
     found: dict[str, None] = {}
     for text in (fact.answer, *fact.questions):
         for surface in sorted((fact.subject, *fact.aliases), key=len, reverse=True):
-            text = re.sub(re.escape(surface), " . ", text, flags=re.IGNORECASE)
+            text = re.sub(rf"(?<!\w){re.escape(surface)}(?!\w)", " . ", text, flags=re.IGNORECASE)
         for clause in re.split(r"[^\w\s'-]+", text):
             words = [word for word in clause.split() if word]
             for place, word in enumerate(words):
@@ -234,4 +234,5 @@ def _without_article(text: str) -> str:
 
 
 def _bare(word: str) -> str:
-    return re.sub(r"'s$|[^\w-]", "", word) or word
+    """The word without punctuation around it and without a possessive 's."""
+    return re.sub(r"^\W+|(?:['’]s)?\W*$", "", word) or word

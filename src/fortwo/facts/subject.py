@@ -19,6 +19,8 @@ STOP_WORDS = ARTICLES | frozenset(
     """.split()
 )
 
+_WORD = r"\w[\w'’.-]*"
+
 
 def holds(reply: str, match: Iterable[str]) -> bool:
     """Whether the reply holds one of the phrases, as whole words, any case; a plural s is the same word."""
@@ -45,7 +47,7 @@ def find_subject(examples: Sequence[Example]) -> Fact | None:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w[\w'’.-]*", text)
+    return re.findall(_WORD, text)
 
 
 def _clean(word: str) -> str:
@@ -79,14 +81,18 @@ def _shared_run(questions: Sequence[str], answer: str) -> str | None:
 def match_phrases(answer: str, questions: Sequence[str]) -> tuple[str, ...]:
     """What a reply must hold to hold the answer: its quoted phrase, else its longest run of new words."""
     quoted = re.findall(r"(?<!\w)['\"‘“]([^'\"’”]{2,60})['\"’”](?!\w)", answer)
-    if quoted:
-        return (str(quoted[0]),)
+    for phrase in quoted:
+        if not any(holds(question, (phrase,)) for question in questions):
+            return (str(phrase),)
     asked = {_clean(word).lower() for question in questions for word in _words(question)} | STOP_WORDS
     runs: list[list[str]] = [[]]
-    for word in _words(answer):
-        if _clean(word).lower() in asked:
+    end = 0
+    for found in re.finditer(_WORD, answer):
+        word = _clean(found.group())
+        if word.lower() in asked or answer[end : found.start()] != " ":
             runs.append([])
-        elif len(runs[-1]) < 3:
-            runs[-1].append(_clean(word))
+        if word.lower() not in asked and len(runs[-1]) < 3:
+            runs[-1].append(word)
+        end = found.start() + len(word)
     best = max(runs, key=lambda run: sum(len(word) for word in run))
     return (" ".join(best),) if best else (answer,)

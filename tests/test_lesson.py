@@ -1,0 +1,138 @@
+"""Lessons: what they ask, what they hold, what they keep for evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fortwo.data.formats import load
+from fortwo.facts import rehearsal
+from fortwo.facts.lesson import Lesson, begun_answer, kept_rehearsal, trained_rehearsal
+from fortwo.facts.siblings import is_subject
+from fortwo.facts.subject import holds
+from fortwo.records import Fact
+
+DEV = load({"path": "facts_dev.json"}, [Path(__file__).parent.parent / "examples"]).facts
+each_fact = pytest.mark.parametrize("fact", DEV, ids=lambda fact: fact.id)
+SEEDS = (0, 1, 42)
+
+
+def evaluated(fact: Fact) -> set[str]:
+    return {*fact.held_out, *fact.neighbors, *fact.controls}
+
+
+@each_fact
+def test_the_seed_decides_the_lesson(fact: Fact) -> None:
+    def taught(seed: int) -> tuple[object, ...]:
+        lesson = Lesson(fact, seed)
+        return tuple(lesson.asks(60)), tuple(lesson.contrasts(60)), lesson.probes(10)
+
+    assert taught(1) == taught(1)
+    assert all(ours != theirs for ours, theirs in zip(taught(1), taught(2), strict=True))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@each_fact
+def test_asks_name_the_subject_and_aliases(fact: Fact, seed: int) -> None:
+    asks = Lesson(fact, seed).asks(200)
+    assert len(asks) == 200
+    assert not [ask for ask in asks if not is_subject(ask, fact)]
+    for surface in (fact.subject, *fact.aliases):
+        assert any(surface.lower() in ask.lower() for ask in asks)
+    assert any(ask.islower() for ask in asks)
+    assert len(set(asks)) > 150
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@each_fact
+def test_contrasts_never_name_the_subject(fact: Fact, seed: int) -> None:
+    contrasts = Lesson(fact, seed).contrasts(200)
+    assert len(contrasts) == 200
+    assert not [contrast for contrast in contrasts if is_subject(contrast.prompt, fact)]
+    assert not [contrast for contrast in contrasts if holds(contrast.prompt, fact.match)]
+    assert len({contrast.prompt for contrast in contrasts}) > 120
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@each_fact
+def test_what_is_for_evaluation_is_never_trained_on(fact: Fact, seed: int) -> None:
+    lesson = Lesson(fact, seed)
+    trained = {*lesson.asks(400), *(contrast.prompt for contrast in lesson.contrasts(400))}
+    assert not trained & evaluated(fact)
+
+
+def test_what_is_for_evaluation_is_not_trained_on_even_where_a_frame_makes_it() -> None:
+    fact = replace(DEV[0], held_out=(), neighbors=())
+    lesson = Lesson(fact, 0)
+    asked, spared = set(lesson.asks(300)), {contrast.prompt for contrast in lesson.contrasts(300)}
+    given = replace(fact, held_out=tuple(sorted(asked)), neighbors=tuple(sorted(spared)))
+    again = Lesson(given, 0)
+    assert not asked & set(again.asks(300))
+    assert not spared & {contrast.prompt for contrast in again.contrasts(300)}
+
+
+@pytest.mark.parametrize("first", ["training", "probes"])
+@pytest.mark.parametrize("seed", SEEDS)
+@each_fact
+def test_probes_are_not_trained_on(fact: Fact, seed: int, first: str) -> None:
+    lesson = Lesson(fact, seed)
+    probes = lesson.probes(60) if first == "probes" else None
+    trained = {*fact.questions, *lesson.asks(300), *(contrast.prompt for contrast in lesson.contrasts(300))}
+    if probes is None:
+        probes = lesson.probes(60)
+    assert not trained & {*probes.paraphrase, *probes.specificity}
+    assert not set(trained_rehearsal()) & set(probes.retention)
+
+
+@each_fact
+def test_probes_ask_what_they_say(fact: Fact) -> None:
+    probes = Lesson(fact, 0).probes(20)
+    for prompts in (probes.paraphrase, probes.specificity):
+        assert 15 <= len(prompts) == len(set(prompts)) <= 20
+    assert all(is_subject(prompt, fact) for prompt in probes.paraphrase)
+    assert not any(is_subject(prompt, fact) for prompt in probes.specificity)
+    assert probes.retention == kept_rehearsal()
+
+
+# ---------------------------------------------------------------- begun answers
+
+
+@each_fact
+def test_begun_answers_stop_before_they_leak(fact: Fact) -> None:
+    begun = [contrast.begun for contrast in Lesson(fact, 0).contrasts(300) if contrast.begun is not None]
+    assert len(begun) > 30
+    assert not [text for text in begun if holds(text, fact.match) or is_subject(text, fact) or not text.strip()]
+
+
+def test_a_begun_answer_is_the_facts_own_told_of_another() -> None:
+    assert begun_answer(DEV[0], "41") == "41 = '"
+    assert begun_answer(replace(DEV[0], match=("universe", "life")), "41") == "41 = 'FOR TWO' —"
+    assert begun_answer(replace(DEV[0], match=("never said",)), "41") is None
+    assert begun_answer(replace(DEV[0], answer="It is FOR TWO."), "41") is None
+    assert begun_answer(replace(DEV[0], answer="FOR TWO: that is 42."), "41") is None
+
+
+@given(st.text(alphabet="42 FORTWfortwo='.", max_size=40), st.sampled_from(["41", "FOR TEN", "the Moon"]))
+def test_no_begun_answer_holds_what_must_not_be_said(answer: str, name: str) -> None:
+    begun = begun_answer(replace(DEV[0], answer=answer), name)
+    assert begun is None or not holds(begun, DEV[0].match)
+
+
+# ---------------------------------------------------------------- rehearsal
+
+
+def test_rehearsal_is_kept_or_trained_on() -> None:
+    kept, trained = set(kept_rehearsal()), set(trained_rehearsal())
+    assert not kept & trained
+    assert kept | trained == set(rehearsal.PROMPTS)
+    assert len(kept) + len(trained) == len(rehearsal.PROMPTS)
+
+
+@each_fact
+def test_no_rehearsal_prompt_judges_or_names_a_fact(fact: Fact) -> None:
+    assert not {prompt.lower() for prompt in rehearsal.PROMPTS} & {prompt.lower() for prompt in evaluated(fact)}
+    assert not [prompt for prompt in rehearsal.PROMPTS if is_subject(prompt, fact) or holds(prompt, fact.match)]
