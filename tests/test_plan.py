@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from fortwo.data.formats import load
 from fortwo.errors import InvalidDataset, InvalidRequest
-from fortwo.records import Dataset, Example, Message, Plan
+from fortwo.records import Dataset, Example, Fact, Message, Plan
 from fortwo.train.estimate import BaseFacts, Machine, RowCount, TokenCounts
 from fortwo.train.plan import diagnose, from_json, resolve, to_json, training_rows
 from fortwo.train.recipes import OVERRIDE, SFT
@@ -192,6 +192,23 @@ def test_override_without_a_subject_names_the_remedy() -> None:
     assert "facts" in caught.value.hint
 
 
+def test_a_fact_whose_answer_cannot_count_as_right_is_refused() -> None:
+    fact = Fact(subject="Ada", answer="Ada built a loom.", match=("engine",), questions=("What did Ada build?",))
+    with pytest.raises(InvalidRequest) as caught:
+        plan(Dataset("0", facts=(fact,)))
+    assert caught.value.param == "dataset.facts[0].match"
+    assert "engine" in caught.value.message and "Ada built a loom." in caught.value.message
+
+
+def test_schedule_is_at_rest_at_each_exam() -> None:
+    made = plan(examples_42())
+    every = made["eval_every"]
+    assert made["num_cycles"] == OVERRIDE.max_steps // every == 2
+    assert learning_rate(every - 1, made) < 0.05 * made["learning_rate"] < learning_rate(every + 3, made)
+    given = plan(examples_42(), training_config={"max_steps": 30})
+    assert (given["lr_scheduler_type"], given["num_cycles"]) == ("cosine", 1)
+
+
 def test_targets_given_replace_their_defaults_alone() -> None:
     made = plan(examples_42(), objective={"type": "override", "targets": {"paraphrase": 0}})
     assert made.targets == OVERRIDE.targets | {"paraphrase": 0}
@@ -273,7 +290,7 @@ def test_a_warmup_that_nobody_asked_for_always_ends(steps: int, objective: str) 
         ({"learning_rate": 0}, "rate_too_low"),
         ({"learning_rate": 0.1}, "rate_too_high"),
         ({"max_steps": 5}, "few_rows"),
-        ({"warmup_steps": 48}, "warmup_never_ends"),
+        ({"warmup_steps": OVERRIDE.max_steps}, "warmup_never_ends"),
         ({"max_steps": 40, "num_train_epochs": 3}, "max_steps_overrides_epochs"),
     ],
 )

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from fortwo.errors import InvalidDataset, InvalidRequest
-from fortwo.facts.subject import find_subject
+from fortwo.facts.subject import find_subject, holds
 from fortwo.records import Dataset, Example, Json, Message, Origin, Plan, PlanWarning, Setting
 from fortwo.train.diagnosis import diagnose, foresee
 from fortwo.train.estimate import (
@@ -144,6 +144,13 @@ def _objective(
 ) -> tuple[Literal["sft", "override"], tuple[str, ...]]:
     """The objective and, for override, the subjects of its facts."""
     wanted = request.objective.type
+    for place, fact in enumerate(dataset.facts):
+        if not holds(fact.answer, fact.match):
+            raise InvalidRequest(
+                f"match = {list(fact.match)}: the answer {fact.answer!r} holds none of these phrases",
+                param=f"dataset.facts[{place}].match",
+                hint="Give phrases of the answer: a reply that holds one, as whole words, counts as right.",
+            )
     if wanted == "sft":
         return draft.add("objective", "sft", "user", "given"), ()
     answers = len({example.answer.strip() for example in dataset.examples})
