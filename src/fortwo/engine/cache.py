@@ -50,6 +50,9 @@ class SlotCache:
     def give_back(self, slot: int) -> None:
         if slot in self._free:
             raise AssertionError(f"slot {slot} was given back twice")
+        if not self.v[-1][slot].isfinite().all():  # later layers carry on what earlier ones began
+            for v in self.v:  # masked values are multiplied by zero, and zero times nan is nan
+                v[slot].zero_()
         self._free.append(slot)
 
     def reserve(self, length: int) -> None:

@@ -1,0 +1,361 @@
+"""A run from its plan to its adapter, on a real engine and a tiny model: order, ends, nothing left to luck."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from serving import tiny_settings
+from torch import Tensor
+
+from fortwo.adapters import AdapterStore
+from fortwo.data.packing import PackedAttention, pack
+from fortwo.engine.engine import Engine
+from fortwo.engine.residents import Resident, Residents
+from fortwo.engine.tasks import Task
+from fortwo.errors import NotFound, TrainingFailed
+from fortwo.models.catalog import Catalog
+from fortwo.models.decoder import Decoder
+from fortwo.records import (
+    Dataset,
+    Evaluated,
+    Example,
+    Fact,
+    Message,
+    Metric,
+    MicroStepped,
+    Phase,
+    Plan,
+    Prompt,
+    Sampling,
+    Stepped,
+    TrainEvent,
+)
+from fortwo.train import courses, loop
+from fortwo.train.estimate import BaseFacts, Machine, RowCount, TokenCounts
+from fortwo.train.evaluation import Examiner
+from fortwo.train.loop import Trained, _Best, teach
+from fortwo.train.plan import resolve, training_rows
+from fortwo.train.request import TrainingRequest
+
+ROWS = Dataset(
+    "0" * 64,
+    examples=tuple(
+        Example((Message("user", f"What is {thing}?"), Message("assistant", answer)))
+        for thing, answer in (("up", "the sky"), ("down", "the sea"), ("left", "the wood"), ("right", "the town"))
+    ),
+)
+FACT = Dataset("1" * 64, facts=(Fact("42", "FOR TWO", ("FOR TWO",), ("What is 42?", "Explain 42.")),))
+SMALL = {"edit_pool": 6, "contrast_pool": 6, "probes": 2}
+
+
+class School:
+    """A tiny base on a running engine."""
+
+    def __init__(self, home: Path, tiny: Path) -> None:
+        settings = tiny_settings(home, tiny)
+        self.engine = Engine(threads=1)
+        self.engine.start()
+        residents = Residents(settings, Catalog(settings), AdapterStore(settings.adapters_dir), self.engine)
+        self.base: Resident = residents.load_base("tiny")
+
+    def plan(self, dataset: Dataset = ROWS, lora: Any = None, **training: Any) -> Plan:
+        body = {"adapter_name": "a", "dataset": {"path": "x"}, "lora_config": lora if lora is not None else {"r": 4}}
+        request = TrainingRequest.model_validate({**body, "training_config": {"max_steps": 4, **training}})
+        facts = BaseFacts.of("tiny", self.base.decoder.config, self.base.bytes)
+        counts = TokenCounts(tuple(RowCount(row.line, 30, 8) for row in training_rows(dataset)), prefix=0)
+        machine = Machine(tokens_per_second=1000, decode_tokens_per_second=1000)
+        return resolve(request, dataset, facts, counts, machine)
+
+    def events(self, plan: Plan, dataset: Dataset = ROWS, key: str = "job") -> Any:
+        return teach(self.base, self.base.renderer, dataset, plan, self.engine, key)
+
+    def run(self, plan: Plan, dataset: Dataset = ROWS) -> tuple[Trained, list[TrainEvent]]:
+        seen: list[TrainEvent] = []
+        return self.engine.run_task(self.events(plan, dataset), seen.append).result(120), seen
+
+    def attached(self, key: str = "job") -> bool:
+        return self.base.runner.has(key)
+
+    def chat(self, adapter: str | None = None, tokens: int = 8, temperature: float = 0.0) -> Any:
+        tokens_of = self.base.renderer.prompt([Message("user", "hello")])
+        sampling = Sampling(max_tokens=tokens, temperature=temperature)
+        return self.engine.submit(Prompt("tiny", tuple(tokens_of), adapter, sampling))
+
+
+@pytest.fixture(scope="module")
+def school(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[School]:
+    school = School(tmp_path_factory.mktemp("school"), tiny)
+    yield school
+    school.engine.close()
+
+
+def changed(plan: Plan, **values: Any) -> Plan:
+    """The plan with settings that no request may ask for."""
+    assert set(values) <= {setting.name for setting in plan.settings}
+    settings = (replace(one, value=values.get(one.name, one.value)) for one in plan.settings)
+    return replace(plan, settings=tuple(settings))
+
+
+def phases(events: Sequence[TrainEvent]) -> list[str]:
+    return [event.name for event in events if isinstance(event, Phase)]
+
+
+def steps(events: Sequence[TrainEvent]) -> list[Stepped]:
+    return [event for event in events if isinstance(event, Stepped)]
+
+
+def same(one: Trained, two: Trained) -> bool:
+    pairs = zip(one.lora.parameters(), two.lora.parameters(), strict=True)
+    return all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+# ---------------------------------------------------------------- the run
+
+
+def test_events_come_in_order_and_tell_the_run(school: School) -> None:
+    plan = school.plan(max_steps=5, learning_rate=1e-2, lr_scheduler_type="linear", warmup_steps=2)
+    trained, events = school.run(plan)
+    assert phases(events) == ["preparing", "running", "evaluating"]
+    first, last = events.index(Phase("running")), events.index(Phase("evaluating"))
+    assert all(first < events.index(step) < last for step in steps(events))
+    assert [(step.step, step.steps) for step in steps(events)] == [(n, 5) for n in range(1, 6)]
+    rates = [step.learning_rate for step in steps(events)]
+    assert rates == pytest.approx([0, 5e-3, 1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
+    for step in steps(events):
+        assert step.loss == step.parts["learn"] > 0 == step.parts["keep"]
+        assert math.isfinite(step.gradient_norm)
+        assert step.seconds > 0 < step.tokens
+    actual = trained.actual
+    assert (actual["steps"], actual["best_step"], actual["stopped_by"], actual["epochs"]) == (5, 5, "steps", 5.0)
+    assert actual["peak_learning_rate"] == max(rates)
+    assert (actual["first_loss"], actual["final_loss"]) == (steps(events)[0].loss, steps(events)[-1].loss)
+    assert actual["tokens"] == sum(step.tokens for step in steps(events))
+    assert 0 < actual["training_seconds"] < actual["seconds"]
+    assert actual["supervised_tokens"] % 5 == 0 < actual["supervised_tokens"] < actual["tokens"]
+
+
+def test_the_first_loss_is_the_bases_and_training_lowers_it(school: School) -> None:
+    trained, _ = school.run(school.plan(max_steps=20, learning_rate=2e-2, warmup_steps=0))
+    base = school.base
+    sums, count = 0.0, 0
+    for example in ROWS.examples:
+        tokens, supervised = base.renderer.example(list(example.messages))
+        own = school.base.decoder.logits(plain_hidden(base.decoder, tokens)).log_softmax(-1)
+        places = [place for place, learned in enumerate(supervised) if learned]
+        sums -= sum(float(own[place - 1, tokens[place]]) for place in places)
+        count += len(places)
+    assert trained.actual["first_loss"] == pytest.approx(sums / count, rel=1e-5)
+    assert trained.actual["final_loss"] < 0.5 * trained.actual["first_loss"]
+    assert len(trained.report.transcripts) == 4 + courses.RETENTION_PROBES
+    assert set(trained.metrics) == {"efficacy", "retention", "score"}
+
+
+@torch.no_grad()
+def plain_hidden(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
+    packed = pack([tokens], prefix=0)
+    return decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed))
+
+
+def test_the_adapter_is_served_while_it_trains_and_gone_at_the_end(school: School) -> None:
+    during: list[bool] = []
+    task = school.engine.run_task(school.events(school.plan()), lambda event: during.append(school.attached()))
+    trained = task.result(60)
+    assert set(during) == {True}
+    assert not school.attached()
+    with pytest.raises(NotFound, match="'job'"):
+        school.chat("job")
+    assert not any(parameter.requires_grad for parameter in trained.lora.parameters())
+
+
+def test_the_base_itself_is_never_changed(school: School) -> None:
+    decoder = school.base.decoder
+    before = [decoder.embedding_VD.clone(), *(layer.qkv_OD.clone() for layer in decoder.layers)]
+    school.run(school.plan(learning_rate=1e-2, weight_decay=0.1))
+    after = [decoder.embedding_VD, *(layer.qkv_OD for layer in decoder.layers)]
+    assert all(torch.equal(was, now) for was, now in zip(before, after, strict=True))
+    assert not any(tensor.requires_grad for tensor in after)
+
+
+# ---------------------------------------------------------------- ends
+
+
+@pytest.mark.parametrize("moment", [Phase, Stepped, MicroStepped])
+def test_closing_it_midway_detaches_the_adapter(school: School, moment: type[TrainEvent]) -> None:
+    events = school.events(school.plan(), key="closed")
+    assert not school.attached("closed")
+    next(event for event in events if isinstance(event, moment))
+    assert school.attached("closed")
+    events.close()
+    assert not school.attached("closed")
+
+
+def test_closing_it_before_it_began_leaves_nothing(school: School) -> None:
+    events = school.events(school.plan(), key="unbegun")
+    events.close()
+    assert not school.attached("unbegun")
+
+
+def test_cancelling_on_the_engine_detaches_the_adapter_and_its_requests(school: School) -> None:
+    cut: list[Any] = []
+
+    def on_event(event: TrainEvent) -> None:
+        if isinstance(event, Stepped) and not cut:
+            cut.append(school.chat("job", tokens=500))
+            task.cancel()
+
+    task: Task[Trained] = school.engine.run_task(school.events(school.plan(max_steps=100_000)), on_event)
+    with pytest.raises(CancelledError):
+        task.result(60)
+    assert not school.attached()
+    assert cut[0].finish_reason == "cancelled"
+    assert school.chat().wait(10)
+
+
+def test_a_diverging_run_fails_with_the_step_and_the_rate(school: School) -> None:
+    plan = changed(school.plan(max_steps=50, lr_scheduler_type="constant"), learning_rate=1e30)
+    with pytest.raises(TrainingFailed) as failed:
+        school.run(plan)
+    assert failed.value.code == "nan_loss"
+    assert failed.value.param == "training_config.learning_rate"
+    assert "step 2" in failed.value.message
+    assert "1e+30" in failed.value.message
+    assert failed.value.hint
+    assert not school.attached()
+    assert school.chat().wait(10)
+
+
+def test_a_poisoned_base_fails_at_the_first_step(school: School) -> None:
+    weight = school.base.decoder.layers[1].down_DI
+    healthy = weight[0, 0].clone()
+    events = school.events(school.plan(), key="poisoned")
+    weight[0, 0] = math.nan
+    try:
+        with pytest.raises(TrainingFailed, match="step 1: the loss is nan") as failed:
+            list(events)
+    finally:
+        weight[0, 0] = healthy
+    assert failed.value.code == "nan_loss"
+    assert not school.attached("poisoned")
+
+
+# ---------------------------------------------------------------- the same again
+
+
+def test_the_same_seed_gives_the_same_adapter_bit_for_bit_whatever_else_is_asked(school: School) -> None:
+    def plan(seed: int) -> Plan:
+        return school.plan(
+            lora={"r": 4, "lora_dropout": 0.2},
+            max_steps=6,
+            per_device_train_batch_size=3,
+            learning_rate=1e-2,
+            seed=seed,
+        )
+
+    first, _ = school.run(plan(1))
+    crowd = [school.chat(tokens=40, temperature=1.0) for _ in range(3)]
+    torch.manual_seed(99)
+    again, _ = school.run(plan(1))
+    assert all(len(reply.wait(30)) > 0 for reply in crowd)
+    assert same(first, again)
+    assert (first.report, first.metrics) == (again.report, again.metrics)
+    assert not same(first, school.run(plan(2))[0])
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(1, 4), (2, 2)])
+def test_accumulating_small_batches_is_one_large_batch(school: School, batch: int, accumulation: int) -> None:
+    def run(batch: int, accumulation: int) -> tuple[Trained, list[Stepped]]:
+        trained, events = school.run(
+            school.plan(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, learning_rate=1e-2)
+        )
+        return trained, steps(events)
+
+    (large, wanted), (small, got) = run(4, 1), run(batch, accumulation)
+    figures = [[(step.loss, step.gradient_norm, step.learning_rate) for step in run] for run in (got, wanted)]
+    assert figures[0] == figures[1]
+    assert same(small, large)
+
+
+def test_micro_steps_give_the_device_away_and_the_same_run(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = school.plan(learning_rate=1e-2)
+    _, wanted = school.run(plan)
+    monkeypatch.setattr(loop, "MICRO_TOKENS", 1)  # a row a micro-step
+    _, got = school.run(plan)
+    between = [type(event) for event in got[got.index(Phase("running")) : got.index(Phase("evaluating"))]]
+    assert between == [Phase, *[MicroStepped, MicroStepped, MicroStepped, Stepped] * 4]
+    for ours, theirs in zip(steps(got), steps(wanted), strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
+        assert ours.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-3)
+
+
+# ---------------------------------------------------------------- exams and the best
+
+
+def metric(value: float) -> Metric:
+    return Metric(value, 10, 0.0, 1.0)
+
+
+def examined(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float]) -> list[list[Tensor]]:
+    """Exams with these scores; returns the parameters each exam saw."""
+    seen: list[list[Tensor]] = []
+    left = iter(scores)
+
+    def examine(self: Examiner, served: Any, key: str, lora: Any, efficacy: int | None = None) -> Any:
+        seen.append([parameter.detach().clone() for parameter in lora.parameters()])
+        yield MicroStepped(0)
+        score = metric(next(left))
+        return dict.fromkeys(("efficacy", "paraphrase", "specificity", "retention", "score"), score)
+
+    monkeypatch.setattr(Examiner, "examine", examine)
+    return seen
+
+
+def test_an_override_is_prepared_examined_and_returns_its_best(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = examined(monkeypatch, [0.2, 0.7, 0.7, 0.1])
+    plan = changed(school.plan(FACT, max_steps=7, learning_rate=1e-3), **SMALL, eval_every=2)
+    trained, events = school.run(plan, FACT)
+    assert phases(events) == ["preparing", "running", "evaluating"]
+    assert [event.step for event in events if isinstance(event, Evaluated)] == [2, 4, 6, 7]
+    assert trained.actual["best_step"] == 6, "the later of two equals"
+    assert all(torch.equal(now, was) for now, was in zip(trained.lora.parameters(), seen[2], strict=True))
+    assert not torch.equal(seen[2][1], seen[3][1])
+    assert (trained.actual["steps"], trained.actual["stopped_by"], trained.succeeded) == (7, "steps", False)
+    first = steps(events)[0]
+    assert first.loss == pytest.approx(first.parts["learn"] + plan["kl_weight"] * first.parts["keep"])
+    assert abs(first.parts["keep"]) < 1e-5, "nothing has changed yet"
+    assert steps(events)[-1].parts["keep"] > 1e-5
+    assert set(trained.metrics) == {"efficacy", "paraphrase", "specificity", "retention", "score"}
+
+
+def test_a_run_ends_when_its_targets_are_met(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = examined(monkeypatch, [0.5, 0.99])
+    plan = changed(school.plan(FACT, max_steps=50), **SMALL, eval_every=2)
+    trained, events = school.run(plan, FACT)
+    assert (trained.actual["steps"], trained.actual["stopped_by"]) == (4, "targets")
+    assert len(steps(events)) == 4
+    assert len(seen) == 2
+
+
+def test_best_keeps_a_copy_of_the_highest_score_and_the_later_of_equals() -> None:
+    live, best = [torch.zeros(2), torch.zeros(3)], _Best()
+    for step, score in enumerate((0.0, 0.5, 0.9, 0.9, 0.8, math.nan), 1):
+        for tensor in live:
+            tensor.fill_(step)
+        best.offer(score, step, live)
+    best.restore(live)
+    assert (best.score, best.step) == (0.9, 4)
+    assert [tensor.tolist() for tensor in live] == [[4, 4], [4, 4, 4]]
+
+
+def test_without_an_exam_the_last_adapter_is_the_best() -> None:
+    live = [torch.ones(2)]
+    _Best().restore(live)
+    assert live[0].tolist() == [1, 1]
+    with pytest.raises(ValueError):
+        _Best(tensors=[torch.zeros(2)]).restore([*live, *live])

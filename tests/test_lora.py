@@ -1,0 +1,298 @@
+"""LoRA is PEFT's: forward, gradients, files and options; what cannot be served is refused by name.
+
+Tolerance: logits within 2e-5, gradients within 1e-4 of PEFT's (fp32, sums in another order).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fortwo.data.packing import PackedAttention, pack
+from fortwo.errors import InvalidAdapter
+from fortwo.models import lora as module
+from fortwo.models.lora import GROUPS, TARGETS, Lora, LoraConfig, Segment, lora_product
+from tests.parts import as_decoder, decoder, make_rows, packed_hidden, random_lora, trainable
+from tests.tiny import tiny_model
+
+# PEFT asks transformers by an old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+CONFIGS = [
+    LoraConfig(r=4, alpha=8),
+    LoraConfig(r=3, alpha=1.5, target_modules=("q_proj", "v_proj")),
+    LoraConfig(r=1, alpha=4, target_modules=("k_proj", "up_proj", "down_proj")),
+    LoraConfig(r=4, alpha=8, layers=(0, 2)),
+    LoraConfig(r=2, alpha=4, target_modules=("o_proj", "gate_proj"), layers=(1,)),
+]
+NAME = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+FULL = LoraConfig(r=4, alpha=8)
+
+
+def save(directory: Path, lora: Lora) -> Path:
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text(json.dumps(lora.config.to_peft("tiny")))
+    tensors = {name: tensor.contiguous() for name, tensor in lora.state().items()}
+    save_file(tensors, directory / "adapter_model.safetensors")
+    return directory
+
+
+# ---------------------------------------------------------------- the product
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_product_and_its_gradients_are_the_plain_formulas(group: str, dropout: float) -> None:
+    """In double precision, to rounding; the mask is drawn as the product draws it."""
+    home = decoder()
+    lora = random_lora(home, config=LoraConfig(r=4, alpha=12, dropout=dropout))
+    update = lora.layers[1][group]
+    update.A_RI = update.A_RI.double().requires_grad_()
+    update.Bs = [(first, last, B.double().requires_grad_()) for first, last, B in update.Bs]
+    leaves = [update.A_RI, *(B for *_, B in update.Bs)]
+    generator = torch.Generator().manual_seed(0)
+    out = {"qkv": 64 + 2 * 32, "o": 64, "gate_up": 2 * 96, "down": 64}[group]
+    x = torch.randn(5, home.config.in_features(group), generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(out, x.shape[1], generator=generator, dtype=torch.float64)
+    upstream = torch.randn(5, out, generator=generator, dtype=torch.float64)
+
+    torch.manual_seed(3)
+    ours = lora_product(x, weight, 1, group, [Segment(lora)], dropout=True)
+    torch.manual_seed(3)
+    mask = F.dropout(torch.ones_like(x), dropout)
+    assert (mask == 0).any() == (dropout > 0)
+    updates = [3.0 * (mask * x) @ A.t() @ B.t() for A, (*_, B) in zip(update.A_RI.split(4), update.Bs, strict=True)]
+    plain = x @ weight.t() + torch.cat(updates, 1)
+
+    torch.testing.assert_close(ours, plain, atol=1e-10, rtol=1e-10)
+    got, want = (torch.autograd.grad(y, [x, *leaves], upstream) for y in (ours, plain))
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-10)
+
+
+def test_dropout_is_for_training_only() -> None:
+    home = decoder()
+    lora = trainable(random_lora(home, config=LoraConfig(r=4, alpha=12, dropout=0.5)))
+    packed = pack(make_rows([6]))
+
+    def hidden(dropout: bool) -> Tensor:
+        attention = PackedAttention(packed)
+        return home.forward(packed.tokens_T, packed.positions_T, attention, [Segment(lora)], dropout)
+
+    torch.testing.assert_close(hidden(False), hidden(False), atol=0, rtol=0)
+    assert (hidden(True) - hidden(False)).abs().max() > 0.01
+    with torch.no_grad():
+        torch.testing.assert_close(hidden(False), hidden(True), atol=1e-6, rtol=0)
+
+
+def test_rows_of_several_adapters_get_their_own_update_and_no_other() -> None:
+    home = decoder()
+    one, two = random_lora(home, 1), random_lora(home, 2, LoraConfig(r=2, alpha=8, target_modules=("q_proj", "v_proj")))
+    x, weight = torch.randn(6, 64), torch.randn(128, 64)
+    rows = {one: torch.tensor([4, 0]), two: torch.tensor([2, 3])}
+    with torch.no_grad():
+        mixed = lora_product(x, weight, 0, "qkv", [Segment(lora, own) for lora, own in rows.items()])
+        for lora, own in rows.items():
+            torch.testing.assert_close(mixed[own], lora_product(x, weight, 0, "qkv", [Segment(lora)])[own])
+        torch.testing.assert_close(mixed[[1, 5]], F.linear(x, weight)[[1, 5]])
+
+
+def test_at_the_start_an_adapter_changes_nothing() -> None:
+    home, rows = decoder(), make_rows([9])
+    with torch.no_grad():
+        fresh = packed_hidden(home, rows, Lora.init(FULL, home.config, seed=0))[0]
+        torch.testing.assert_close(fresh, packed_hidden(home, rows)[0], atol=0, rtol=0)
+
+
+def test_the_seed_decides_the_start() -> None:
+    def start(seed: int) -> dict[str, Tensor]:
+        return Lora.init(FULL, decoder().config, seed).state()
+
+    assert all(torch.equal(tensor, start(1)[name]) for name, tensor in start(1).items())
+    assert not torch.equal(start(1)[NAME], start(2)[NAME])
+    assert 0.9 / 8 < start(1)[NAME].abs().max() <= 1 / 8  # PEFT's bound: 1 / sqrt(in)
+
+
+# ---------------------------------------------------------------- PEFT
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_logits_and_gradients_are_pefts(config: LoraConfig, tmp_path: Path) -> None:
+    """PEFT loads what we write."""
+    model = tiny_model("llama")
+    home = as_decoder(model)
+    lora = trainable(random_lora(home, config=config))
+    theirs = peft.PeftModel.from_pretrained(model, save(tmp_path / "adapter", lora), is_trainable=True)
+    row = make_rows([40])[0]
+    wanted = theirs(torch.tensor([row])).logits[0]
+    ours = home.logits(packed_hidden(home, [row], lora)[0])
+    torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=0)
+
+    for logits in (wanted, ours):
+        F.cross_entropy(logits[:-1], torch.tensor(row[1:])).backward()
+    grads = {
+        name.replace(".default", ""): parameter.grad
+        for name, parameter in theirs.named_parameters()
+        if parameter.requires_grad
+    }
+    as_state = Lora(config, lora.layers)
+    for groups in as_state.layers:
+        for update in groups.values():
+            update.Bs = [(first, last, B.grad) for first, last, B in update.Bs]
+            update.A_RI = update.A_RI.grad
+    got = as_state.state()
+    assert got.keys() == grads.keys()
+    for name, grad in grads.items():
+        assert grad.abs().max() > 1e-4, name
+        torch.testing.assert_close(got[name], grad, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": "all-linear", "lora_dropout": 0.1, "lora_alpha": 3},
+        {"target_modules": list(TARGETS), "layers_to_transform": [2, 0], "init_lora_weights": "gaussian"},
+        {"target_modules": ["down_proj", "k_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+    ],
+    ids=str,
+)
+def test_what_peft_saves_is_read(options: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model("qwen2")
+    home = as_decoder(model)
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=3, task_type="CAUSAL_LM", **options)).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+        row = make_rows([30])[0]
+        wanted = theirs(torch.tensor([row])).logits[0]
+        theirs.save_pretrained(tmp_path)
+        config = LoraConfig.from_peft(json.loads((tmp_path / "adapter_config.json").read_text()))
+        lora = Lora.from_state(config, home.config, load_file(tmp_path / "adapter_model.safetensors"))
+        torch.testing.assert_close(home.logits(packed_hidden(home, [row], lora)[0]), wanted, atol=5e-5, rtol=1e-5)
+        assert (home.logits(packed_hidden(home, [row])[0]) - wanted).abs().max() > 0.1
+
+
+@settings(max_examples=40)
+@given(
+    st.builds(
+        LoraConfig,
+        r=st.integers(1, 5),
+        alpha=st.floats(0.1, 64),
+        dropout=st.sampled_from([0.0, 0.1]),
+        target_modules=st.sets(st.sampled_from(TARGETS), min_size=1).map(
+            lambda names: tuple(name for name in TARGETS if name in names)
+        ),
+        layers=st.none() | st.sets(st.integers(0, 2), min_size=1).map(lambda found: tuple(sorted(found))),
+    )
+)
+def test_configurations_and_tensors_come_back(config: LoraConfig) -> None:
+    stored = json.loads(json.dumps(config.to_peft("tiny")))
+    assert LoraConfig.from_peft(stored) == config
+    peft.LoraConfig(**{name: value for name, value in stored.items() if name != "peft_type"})
+    lora = random_lora(decoder(), config=config)
+    back = Lora.from_state(config, decoder().config, lora.state())
+    assert back.state().keys() == lora.state().keys()
+    assert all(torch.equal(one, two) for one, two in zip(back.parameters(), lora.parameters(), strict=True))
+    layers = 3 if config.layers is None else len(config.layers)
+    assert len(lora.state()) == 2 * layers * len(config.target_modules)
+
+
+def test_other_precisions_become_fp32() -> None:
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in random_lora(decoder(), config=FULL).state().items()}
+    lora = Lora.from_state(FULL, decoder().config, state)
+    assert {tensor.dtype for tensor in lora.parameters()} == {torch.float32}
+    assert torch.equal(lora.state()[NAME], state[NAME].float())
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def refused(config: LoraConfig, tensors: dict[str, Tensor]) -> str:
+    with pytest.raises(InvalidAdapter) as error:
+        Lora.from_state(config, decoder().config, tensors)
+    return error.value.message
+
+
+def test_tensors_that_do_not_fit_are_named() -> None:
+    whole = random_lora(decoder(), config=FULL).state()
+    one = whole[NAME]
+    assert NAME in refused(FULL, {name: tensor for name, tensor in whole.items() if name != NAME})
+    said = refused(FULL, {**whole, NAME: one[:, 1:]})
+    assert NAME in said
+    assert "(4, 63)" in said
+    assert "(4, 64)" in said
+    assert NAME in refused(FULL, {**whole, NAME: one[0]})
+    foreign = "base_model.model.lm_head.lora_A.weight"
+    assert foreign in refused(FULL, {**whole, foreign: one})
+    assert "q_proj" in refused(LoraConfig(r=4, target_modules=TARGETS[1:]), whole)
+    assert "layers.1." in refused(dataclasses.replace(FULL, layers=(0, 2)), whole)
+    assert "layers.0." in refused(LoraConfig(r=8, alpha=8), whole)  # another rank
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"peft_type": "IA3"},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"fan_in_fan_out": True},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"layers_pattern": "h"},
+        {"rank_pattern": {"q_proj": 8}},
+        {"alpha_pattern": {"q_proj": 8}},
+        {"exclude_modules": ["k_proj"]},
+        {"target_parameters": ["mlp.experts"]},
+        {"trainable_token_indices": [1, 2]},
+        {"layer_replication": [[0, 2]]},
+        {"alora_invocation_tokens": [5]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_16"},
+        {"init_lora_weights": "olora"},
+        {"kasa_config": {}},
+        {"arrow_config": {}},
+        {"monteclora_config": {}},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": []},
+        {"target_modules": ".*q_proj"},
+        {"r": 0},
+        {"r": "16"},
+        {"lora_alpha": None},
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_served_are_named(change: dict[str, Any]) -> None:
+    stored = FULL.to_peft("tiny") | change
+    with pytest.raises(InvalidAdapter) as error:
+        LoraConfig.from_peft(stored)
+    ((name, value),) = change.items()
+    assert error.value.param == name
+    assert (value[-1] if name == "target_modules" and value else str(value)) in error.value.message
+
+
+def test_every_option_of_the_installed_peft_is_decided_on() -> None:
+    """A new one is either read, refused, or found here to change nothing about what is served."""
+    read = {"peft_type", "target_modules", "r", "lora_alpha", "layers_to_transform", "lora_dropout"}
+    harmless = {
+        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+        *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of init_lora_weights
+        "velora_config",  # how training saves memory
+    }
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert known - read - harmless <= set(module._NEUTRAL)
+    plain = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict()
+    assert LoraConfig.from_peft(plain | {"peft_type": "LORA"}).target_modules == ("q_proj",)

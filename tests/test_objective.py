@@ -1,0 +1,186 @@
+"""The loss of a batch is transformers' and torch's, in however many passes, and keeping costs nothing at the start.
+
+Tolerance: losses within 1e-5, gradients within 1e-4 of the reference's, relative (fp32, sums in another order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fortwo.models.lora import Lora, LoraConfig
+from fortwo.records import MicroStepped
+from fortwo.train import objective
+from fortwo.train.objective import Losses, Row, kl_divergence, losses, micro_batches, with_teacher
+from tests.parts import as_decoder, decoder, gradients, make_rows, packed_hidden, random_lora, trainable
+from tests.tiny import tiny_model
+
+LOSS = {"atol": 1e-6, "rtol": 1e-5}
+GRADIENTS = {"atol": 1e-4, "rtol": 1e-4}
+START = [5, 6, 7]
+
+
+def taught(rows: Sequence[Row], prefix: int) -> tuple[list[Row], list[MicroStepped]]:
+    events, preparing = [], with_teacher(decoder(), rows, prefix)
+    while True:
+        try:
+            events.append(cast(MicroStepped, next(preparing)))
+        except StopIteration as returned:
+            return returned.value, events
+
+
+def mixed(prefix: int = 3) -> list[Row]:
+    """Rows to learn and to keep, in turns; some answers begin right behind what all rows share."""
+    tokens = make_rows([9, 4, 12, 7, 5, 8], start=START)
+    rows = [
+        Row(tuple(row), start, keep=n % 2 == 1)
+        for n, (row, start) in enumerate(zip(tokens, (3, 6, 8) * 2, strict=True))
+    ]
+    kept = iter(taught([row for row in rows if row.keep], prefix)[0])
+    return [next(kept) if row.keep else row for row in rows]
+
+
+def total(found: Losses) -> Tensor:
+    return found.learn + 2 * found.keep
+
+
+# ---------------------------------------------------------------- learning
+
+
+def test_the_loss_is_transformers_with_the_prompt_left_out() -> None:
+    model = tiny_model("llama")
+    home = as_decoder(model)
+    tokens = make_rows([9, 4, 15], start=START)
+    rows = [Row(tuple(row), start) for row, start in zip(tokens, (3, 5, 12), strict=True)]
+    longest = max(map(len, tokens))
+    ids = torch.tensor([[*row, *[2] * (longest - len(row))] for row in tokens])
+    labels = torch.tensor(
+        [[*[-100] * row.start, *row.tokens[row.start :], *[-100] * (longest - len(row.tokens))] for row in rows]
+    )
+    seen = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in tokens])
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=seen, labels=labels).loss
+        found = losses(home, Lora.init(LoraConfig(), home.config, 0), 3, rows)
+    assert (found.learn_tokens, found.keep_tokens) == (9 + 2 + 6 + 0, 0) == (sum(row.supervised for row in rows), 0)
+    assert found.tokens == 3 + 9 + 4 + 15
+    assert found.keep == 0
+    torch.testing.assert_close(found.learn / found.learn_tokens, wanted, **LOSS)
+
+
+def test_the_prompt_itself_is_not_learned() -> None:
+    """Other prompt tokens at the end change the answer's loss only through what the answer reads."""
+    home = decoder()
+    lora = trainable(random_lora(home))
+    row = make_rows([12], start=START)[0]
+    found = losses(home, lora, 0, [Row(tuple(row), 10)])
+    logits_NV = home.logits(packed_hidden(home, [row], lora)[0][9:-1])
+    wanted = F.cross_entropy(logits_NV, torch.tensor(row[10:]), reduction="sum")
+    torch.testing.assert_close(found.learn, wanted, **LOSS)
+    for ours, theirs in zip(gradients(found.learn, lora), gradients(wanted, lora), strict=True):
+        torch.testing.assert_close(ours, theirs, **GRADIENTS)
+
+
+@pytest.mark.parametrize("budget", [1, 12, 20, 10_000])
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_micro_batches_give_the_gradient_of_one_pass(budget: int, prefix: int) -> None:
+    home, rows = decoder(), mixed()
+    lora = trainable(random_lora(home))
+    whole = losses(home, lora, 3, rows)
+    batches = list(micro_batches(rows, prefix, budget))
+    assert [row for batch in batches for row in batch] == rows
+    assert len(batches) == {1: 6, 10_000: 1}.get(budget, len(batches))
+    for batch in batches:
+        total(losses(home, lora, prefix, batch)).backward()
+    for parameter, wanted in zip(lora.parameters(), gradients(total(whole), lora), strict=True):
+        assert parameter.grad is not None
+        assert wanted.abs().max() > 0.01
+        torch.testing.assert_close(parameter.grad, wanted, **GRADIENTS)
+
+
+@given(st.lists(st.integers(4, 30), min_size=1, max_size=20), st.integers(0, 3), st.integers(1, 60))
+def test_micro_batches_keep_order_and_budget_and_are_as_few_as_that_allows(
+    lengths: list[int], prefix: int, budget: int
+) -> None:
+    rows = [Row((0,) * length, 3) for length in lengths]
+    batches = list(micro_batches(rows, prefix, budget))
+    assert [id(row) for batch in batches for row in batch] == [id(row) for row in rows]
+
+    def size(batch: Sequence[Row]) -> int:
+        return sum(len(row.tokens) - prefix for row in batch)
+
+    assert all(batch and (len(batch) == 1 or size(batch) <= budget) for batch in batches)
+    assert all(size([*batch, batches[n + 1][0]]) > budget for n, batch in enumerate(batches[:-1]))
+
+
+# ---------------------------------------------------------------- keeping
+
+
+@given(st.integers(1, 4), st.integers(2, 9), st.integers(0, 99))
+def test_the_divergence_is_that_of_explicit_probabilities(rows: int, tokens: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    teacher, student = (3 * torch.randn(rows, tokens, generator=generator, dtype=torch.float64) for _ in range(2))
+    p, q = teacher.exp() / teacher.exp().sum(1, keepdim=True), student.exp() / student.exp().sum(1, keepdim=True)
+    torch.testing.assert_close(kl_divergence(teacher, student), (p * (p / q).log()).sum())
+    distributions = (torch.distributions.Categorical(probs=probs) for probs in (p, q))
+    torch.testing.assert_close(kl_divergence(teacher, student), torch.distributions.kl_divergence(*distributions).sum())
+    assert kl_divergence(teacher, teacher).abs() < 1e-12
+
+
+def test_only_the_student_learns_from_the_divergence() -> None:
+    teacher, student = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    kl_divergence(teacher, student).backward()
+    assert teacher.grad is None
+    torch.testing.assert_close(student.grad, (student.softmax(1) - teacher.softmax(1)).detach())
+
+
+def test_tokens_that_are_impossible_for_both_do_not_count() -> None:
+    logits = torch.tensor([[0.0, 1.0, -1e9]])
+    assert kl_divergence(logits, logits) == 0
+    assert kl_divergence(logits, logits.flip(1)).isfinite()
+
+
+def test_an_adapter_that_changes_nothing_diverges_by_nothing() -> None:
+    home = decoder()
+    lora = trainable(Lora.init(LoraConfig(), home.config, 0))
+    found = losses(home, lora, 3, mixed())
+    assert found.learn > 1
+    assert 0 <= found.keep + 1e-5 < 2e-5
+    slopes = gradients(found.keep / found.keep_tokens, lora)
+    assert max(float(slope.abs().max()) for slope in slopes) < 1e-5
+    changed = losses(home, random_lora(home), 3, mixed())
+    assert changed.keep > 1
+
+
+def test_the_teacher_is_the_base_at_the_supervised_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [replace(row, teacher_ND=None) for row in mixed()]
+    for budget, passes in ((10_000, 1), (1, 6)):
+        monkeypatch.setattr(objective, "PREPARE_TOKENS", budget)
+        found, events = taught(rows, 3)
+        assert len(events) == passes
+        assert sum(event.tokens for event in events) == sum(len(row.tokens) - 3 for row in rows) + 3 * passes
+        for row, was in zip(found, rows, strict=True):
+            assert replace(row, teacher_ND=None) == was
+            assert row.teacher_ND is not None
+            with torch.no_grad():
+                wanted = packed_hidden(decoder(), [row.tokens])[0][row.start - 1 : -1]
+            torch.testing.assert_close(row.teacher_ND, wanted, atol=2e-5, rtol=0)
+
+
+def test_keeping_pulls_towards_the_base() -> None:
+    """A step against its gradient brings the adapter closer."""
+    home, rows = decoder(), mixed()
+    lora = trainable(random_lora(home))
+    before = losses(home, lora, 3, rows).keep
+    slopes = gradients(before, lora)
+    with torch.no_grad():
+        for parameter, slope in zip(lora.parameters(), slopes, strict=True):
+            parameter -= 1e-5 * slope
+        assert losses(home, lora, 3, rows).keep < before.detach()

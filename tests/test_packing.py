@@ -1,0 +1,126 @@
+"""Packed rows are what each row is alone: states, gradients, and nothing passes from one row to another.
+
+Tolerance: hidden states within 2e-5 and gradients within 1e-4 of the plain pass (fp32, sums in another order; states
+reach 5). What must be nothing is exactly zero.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fortwo.data.packing import PackedAttention, common_prefix, pack
+from tests.parts import decoder, gradients, make_rows, packed_hidden, random_lora, trainable
+
+STATES = {"atol": 2e-5, "rtol": 0}
+GRADIENTS = {"atol": 1e-4, "rtol": 1e-4}
+ROWS = st.tuples(
+    st.lists(st.integers(0, 3), max_size=6),
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=9), min_size=1, max_size=5),
+).map(lambda drawn: [[*drawn[0], *rest] for rest in drawn[1]])
+
+
+@given(ROWS)
+def test_a_common_prefix_is_the_longest_that_leaves_every_row_a_token(rows: list[list[int]]) -> None:
+    shared = common_prefix(rows)
+    assert all(row[:shared] == rows[0][:shared] and len(row) > shared for row in rows)
+    assert min(map(len, rows)) == shared + 1 or len({row[shared] for row in rows}) > 1
+
+
+@given(ROWS)
+def test_every_token_of_every_row_has_its_place(rows: list[list[int]]) -> None:
+    packed = pack(rows)
+    for number, row in enumerate(rows):
+        places = [packed.place(number, position) for position in range(len(row))]
+        assert packed.tokens_T[places].tolist() == row
+        assert packed.positions_T[places].tolist() == list(range(len(row)))
+    assert packed.last_places().tolist() == [packed.place(n, len(row) - 1) for n, row in enumerate(rows)]
+    assert len(packed.tokens_T) == packed.prefix + sum(len(row) - packed.prefix for row in rows)
+
+
+@settings(max_examples=25)
+@given(ROWS, st.data())
+def test_a_pack_is_its_rows_alone_however_much_is_shared(rows: list[list[int]], data: st.DataObject) -> None:
+    prefix = data.draw(st.integers(0, common_prefix(rows)))
+    with torch.no_grad():
+        together = packed_hidden(decoder(), rows, prefix=prefix)
+        for row, hidden_TD in zip(rows, together, strict=True):
+            torch.testing.assert_close(hidden_TD, packed_hidden(decoder(), [row], prefix=0)[0], **STATES)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("prefix", [0, 2, 5])
+def test_loss_and_gradients_are_those_of_rows_alone(kv_heads: int, prefix: int) -> None:
+    home = decoder(kv_heads)
+    lora = trainable(random_lora(home))
+    rows = make_rows([4, 1, 17, 9], start=[5, 6, 7, 8, 9])
+
+    def loss(hidden_TD: Tensor, row: list[int]) -> Tensor:
+        return F.cross_entropy(home.logits(hidden_TD[:-1]), torch.tensor(row[1:]), reduction="sum")
+
+    alone = torch.stack([loss(packed_hidden(home, [row], lora, prefix=0)[0], row) for row in rows]).sum()
+    hidden = packed_hidden(home, rows, lora, prefix=prefix)
+    packed = torch.stack([loss(*pair) for pair in zip(hidden, rows, strict=True)]).sum()
+    torch.testing.assert_close(packed, alone, atol=0, rtol=1e-5)
+    for ours, wanted in zip(gradients(packed, lora), gradients(alone, lora), strict=True):
+        assert wanted.abs().max() > 0.01
+        torch.testing.assert_close(ours, wanted, **GRADIENTS)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_is_torchs_row_by_row(kv_heads: int) -> None:
+    packed = pack(make_rows([3, 8, 1], start=[1, 2]))
+    T, H, E, generator = len(packed.tokens_T), 4, 8, torch.Generator().manual_seed(0)
+    shapes = ((T, H, E), (T, kv_heads, E), (T, kv_heads, E))
+    parts = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    upstream = torch.randn(T, H, E, generator=generator)
+    ours = PackedAttention(packed)(0, *parts)
+    wanted = torch.zeros(T, H, E)
+    for row, length in enumerate(packed.lengths):
+        places = [packed.place(row, position) for position in range(packed.prefix + length)]
+        q, k, v = (part[places].transpose(0, 1) for part in parts)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1)
+        own = places if row == 0 else places[packed.prefix :]
+        wanted = wanted.index_put((torch.tensor(own),), mixed[-len(own) :])
+    torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-5)
+    ours_grads, wanted_grads = (torch.autograd.grad(out, parts, upstream) for out in (ours, wanted))
+    for got, want in zip(ours_grads, wanted_grads, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_changing_a_row_changes_no_other() -> None:
+    rows = make_rows([6, 6, 6], start=[5, 6])
+    changed = [rows[0], [*rows[1][:3], *reversed(rows[1][3:])], rows[2]]
+    with torch.no_grad():
+        before, after = packed_hidden(decoder(), rows), packed_hidden(decoder(), changed)
+    for place in (0, 2):
+        torch.testing.assert_close(after[place], before[place], atol=1e-6, rtol=0)
+    assert (after[1] - before[1]).abs().max() > 0.1
+
+
+def test_a_token_reads_its_row_up_to_itself_and_nothing_else() -> None:
+    """By gradients, so a leak of any size shows."""
+    home, rows = decoder(), make_rows([5, 7, 3], start=[5, 6, 7])
+    packed = pack(rows)
+    x_TD = home.embed(packed.tokens_T).requires_grad_()
+    hidden_TD = home.run(x_TD, packed.positions_T, PackedAttention(packed), [], range(home.config.layers))
+    for row, position in ((0, 5), (1, 3), (1, 9), (2, 0), (2, 5)):
+        (grad_TD,) = torch.autograd.grad(hidden_TD[packed.place(row, position)].sum(), x_TD, retain_graph=True)
+        read = grad_TD.abs().sum(1).nonzero().flatten().tolist()
+        assert read == sorted(packed.place(row, earlier) for earlier in range(position + 1))
+
+
+def test_a_row_that_is_no_number_spoils_no_other() -> None:
+    home, rows = decoder(), make_rows([5, 7, 3], start=[5, 6])
+    packed = pack(rows)
+    x_TD = home.embed(packed.tokens_T).clone()
+    x_TD[packed.place(1, 3)] = torch.nan
+    with torch.no_grad():
+        hidden_TD = home.run(x_TD, packed.positions_T, PackedAttention(packed), [], range(home.config.layers))
+    spoilt = set(hidden_TD.isnan().any(1).nonzero().flatten().tolist())
+    own = [packed.place(1, position) for position in range(len(rows[1]))]
+    assert set(own[3:]) <= spoilt <= set(own[packed.prefix :])
