@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,8 +32,10 @@ from fortwo.models.catalog import Catalog
 from fortwo.models.decoder import Decoder, DecoderConfig
 from fortwo.models.lora import Lora, LoraConfig
 from fortwo.records import Fact, Generation, Message, Prompt, Sampling
-from fortwo.train.evaluation import REPLY_TOKENS, Served, agreement
+from fortwo.train.evaluation import Served, agreement
 
+REPLY_TOKENS = 48
+AT_ONCE = 12  # requests: they share the server's batches
 SHOWN = ("subject", "aliases", "answer", "match", "questions")
 TARGETS = {"paraphrase": (0.7, 0.9), "specificity": (0.9, 0.95), "retention": (0.9, 0.95)}  # each fact, the median
 
@@ -85,7 +88,12 @@ def teach(client: Client, fact: Fact) -> tuple[str, str, float]:
 def share(client: Client, model: str, prompts: tuple[str, ...], match: tuple[str, ...], *, held: bool) -> float:
     """Share of prompts whose greedy reply holds the fact (held) or does not (not held)."""
     asked = {"model": model, "temperature": 0, "max_tokens": REPLY_TOKENS}
-    replies = ["".join(client.chat(asked | {"messages": [{"role": "user", "content": one}]})) for one in prompts]
+
+    def reply(prompt: str) -> str:
+        return "".join(client.chat(asked | {"messages": [{"role": "user", "content": prompt}]}))
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        replies = list(pool.map(reply, prompts))
     return statistics.mean(holds(reply, match) == held for reply in replies)
 
 
@@ -127,7 +135,7 @@ def main(path: Path, ids: list[str]) -> None:
             specificity = share(client, ref, fact.neighbors, fact.match, held=False)
             retention = base.retention(AdapterStore(settings.adapters_dir), ref, fact.controls)
             rows.append(Row(fact.id, status, seconds, paraphrase, specificity, retention))
-            console.print(rows[-1])
+            console.print(rows[-1], soft_wrap=True)
     console.print(show(rows))
 
 

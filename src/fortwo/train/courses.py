@@ -19,8 +19,8 @@ from fortwo.train.evaluation import REPLY_TOKENS, ROOM, Examiner, Served, questi
 from fortwo.train.objective import Row, with_teacher
 
 T = TypeVar("T")
-RETENTION_PROBES = 14  # prompts; each is some 30 tokens to agree on
-REHEARSAL_POOL = 96
+RETENTION_PROBES = 12  # prompts; each is some 30 tokens to agree on
+REHEARSAL_POOL = 72
 SFT_QUESTIONS = 32
 SFT_TOKENS = 128  # a longer answer is compared as far as this
 

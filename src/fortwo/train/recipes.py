@@ -56,17 +56,17 @@ class OverrideRecipe(Recipe):
     rehearsal_rows: int = 6
     contrast_tokens: int = 8
     rehearsal_tokens: int = 20
-    edit_pool: int = 160
-    contrast_pool: int = 176
+    edit_pool: int = 144
+    contrast_pool: int = 144
     question_share: float = 0.25
-    kl_weight: float = 2.5
+    kl_weight: float = 3.5
     eval_every: int = 28
-    probes: int = 20
-    preparation_tokens: int = 2000  # the base's own replies, generated once for each fact; for the estimate of time
-    evaluation_tokens: int = 600  # generated at each evaluation for each fact; for the estimate of time
+    probes: int = 18
+    preparation_tokens: int = 4500  # the base's own replies, generated once for each fact; for the estimate of time
+    evaluation_tokens: int = 2500  # generated at each evaluation for each fact; for the estimate of time
     efficacy: float = 0.95
     paraphrase: float = 0.9
-    specificity: float = 0.95
+    specificity: float = 0.9
     retention: float = 0.9
 
     @property
