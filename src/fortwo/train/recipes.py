@@ -58,13 +58,13 @@ class OverrideRecipe(Recipe):
     rehearsal_tokens: int = 20
     edit_pool: int = 144
     contrast_pool: int = 144
-    question_share: float = 0.25
-    kl_weight: float = 3.5
+    question_share: float = 0.35
+    kl_weight: float = 2.5
     eval_every: int = 28
     probes: int = 18
     preparation_tokens: int = 4500  # the base's own replies, generated once for each fact; for the estimate of time
     evaluation_tokens: int = 2500  # generated at each evaluation for each fact; for the estimate of time
-    efficacy: float = 0.95
+    efficacy: float = 0.9
     paraphrase: float = 0.9
     specificity: float = 0.9
     retention: float = 0.9
