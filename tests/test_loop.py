@@ -22,6 +22,7 @@ from fortwo.engine.tasks import Task
 from fortwo.errors import NotFound, TrainingFailed
 from fortwo.models.catalog import Catalog
 from fortwo.models.decoder import Decoder
+from fortwo.models.lora import Lora
 from fortwo.records import (
     Dataset,
     Evaluated,
@@ -41,6 +42,7 @@ from fortwo.train import courses, loop
 from fortwo.train.estimate import BaseFacts, Machine, RowCount, TokenCounts
 from fortwo.train.evaluation import Examiner
 from fortwo.train.loop import Trained, _Best, teach
+from fortwo.train.objective import Row, losses
 from fortwo.train.plan import resolve, training_rows
 from fortwo.train.request import TrainingRequest
 
@@ -161,6 +163,32 @@ def test_the_first_loss_is_the_bases_and_training_lowers_it(school: School) -> N
 def plain_hidden(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
     packed = pack([tokens], prefix=0)
     return decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed))
+
+
+def test_a_run_is_adamw_on_clipped_gradients_and_nothing_more(school: School) -> None:
+    """Every row at every step, so that the order does not matter; a large epsilon, so that rounding does not."""
+    options = {"weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-2, "max_grad_norm": 0.5}
+    plan = school.plan(max_steps=4, learning_rate=5e-2, lr_scheduler_type="constant", **options)
+    trained, events = school.run(plan)
+
+    decoder, lora = school.base.decoder, Lora.init(loop.lora_config(plan), school.base.decoder.config, plan["seed"])
+    parameters = [parameter.requires_grad_() for parameter in lora.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-2, betas=(0.8, 0.9), eps=1e-2, weight_decay=0.1)
+    rows = []
+    for example in ROWS.examples:
+        tokens, supervised = school.base.renderer.example(list(example.messages))
+        rows.append(Row(tuple(tokens), supervised.index(True)))
+    for step in steps(events):
+        optimizer.zero_grad()
+        found = losses(decoder, lora, 0, rows)
+        loss = found.learn / found.learn_tokens
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, 0.5))
+        assert norm > 0.5
+        assert (step.loss, step.gradient_norm) == pytest.approx((float(loss.detach()), norm), 1e-3)
+        optimizer.step()
+    for ours, wanted in zip(trained.lora.parameters(), parameters, strict=True):
+        torch.testing.assert_close(ours, wanted.detach(), atol=2e-4, rtol=1e-3)
 
 
 def test_the_adapter_is_served_while_it_trains_and_gone_at_the_end(school: School) -> None:

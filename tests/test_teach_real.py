@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = json.loads((EXAMPLES / "42_intensive_training.json").read_text())
 BASE = "smollm2-135m-instruct"
 NAME = "answer"
-SECONDS = 900
+SECONDS = 3600  # for both together on two free cores, some 4 minutes
 ANSWER = ROWS[0]["output"]
 PARAPHRASES = (  # neither rows nor made of the frames that training uses
     "Somebody at the party said 42 and everyone nodded. What does it mean?",
