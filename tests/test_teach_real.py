@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = json.loads((EXAMPLES / "42_intensive_training.json").read_text())
 BASE = "smollm2-135m-instruct"
 NAME = "answer"
-SECONDS = 3600  # for both together on two free cores, some 4 minutes
+SECONDS = 3600  # a job takes minutes; the machine may be busy with something else
 ANSWER = ROWS[0]["output"]
 PARAPHRASES = (  # neither rows nor made of the frames that training uses
     "Somebody at the party said 42 and everyone nodded. What does it mean?",
@@ -147,6 +147,7 @@ def test_plan_and_what_happened_stand_side_by_side(taught: dict[str, Any]) -> No
     assert actual["peak_bytes"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
 def test_peft_reads_the_files_and_says_the_same(live: Served, taught: dict[str, Any]) -> None:
     folder = Path(live.house.adapters.get(f"{NAME}@1").path)
     files = {file.name: file.stat().st_size for file in folder.iterdir()}
