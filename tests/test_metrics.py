@@ -89,3 +89,11 @@ def test_targets_are_met_by_the_value_alone() -> None:
     assert met(metrics, {"efficacy": 0.0, "retention": 0.0})
     assert met(metrics, {})
     assert met(metrics, {"specificity": 1.0})  # nothing of that kind was asked
+
+
+def test_a_margin_asks_for_part_of_what_is_left() -> None:
+    found = {"paraphrase": share(18, 20)}
+    assert met(found, {"paraphrase": 0.9})
+    assert not met(found, {"paraphrase": 0.9}, margin=0.5)
+    assert met({"paraphrase": share(20, 20)}, {"paraphrase": 0.9}, margin=0.5)
+    assert met(found, {"paraphrase": 0}, margin=0.5)

@@ -50,5 +50,8 @@ def pool(found: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
     return pooled | {"score": score(pooled)}
 
 
-def met(metrics: Mapping[str, Metric], targets: Mapping[str, float]) -> bool:
-    return all(metrics[name].value >= target for name, target in targets.items() if name in metrics)
+def met(metrics: Mapping[str, Metric], targets: Mapping[str, float], margin: float = 0.0) -> bool:
+    """Whether every share reaches its target, raised by `margin` of what is left to 1."""
+    return all(
+        metrics[name].value >= target + margin * (1 - target) for name, target in targets.items() if name in metrics
+    )

@@ -33,7 +33,7 @@ from fortwo.train.schedule import peak_rate
 
 __all__ = ["BaseFacts", "Machine", "TokenCounts", "diagnose", "from_json", "resolve", "to_json", "training_rows"]
 
-_CAP = "a cap: the run stops as soon as the targets are met on questions it did not train on"
+_CAP = "a cap: the run stops once an exam on prompts it did not train on is passed well above the targets"
 
 
 def training_rows(dataset: Dataset) -> tuple[Example, ...]:
