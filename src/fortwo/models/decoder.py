@@ -119,10 +119,6 @@ class DecoderConfig:
             "down_proj": (0, self.hidden),
         }[name]
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return 2 * 4 * self.layers * self.kv_heads * self.head_size
-
 
 @dataclass(frozen=True)
 class _Layer:
