@@ -457,3 +457,24 @@ def test_a_cancelled_job_cleans_up_and_the_next_one_runs(engine: Engine) -> None
         first.result(5)
     assert stopped.is_set()
     assert second.result(5) == "done"
+
+
+def test_only_the_device_thread_computes_with_several_cpu_threads() -> None:
+    """Also threads that come later, whatever order they first use torch in."""
+
+    def threads() -> int:
+        torch.ones(4).sum()
+        return torch.get_num_threads()
+
+    found: list[int] = []
+    engine = Engine(threads=2)
+    engine.start()
+    try:
+        other = threading.Thread(target=lambda: found.append(threads()))
+        other.start()
+        other.join()
+        assert engine.call(threads).result(5) == 2
+        assert [*found, threads()] == [1, 1]
+        assert engine.call(threads).result(5) == 2
+    finally:
+        engine.close()

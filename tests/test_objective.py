@@ -19,7 +19,7 @@ from torch import Tensor
 from fortwo.models.lora import Lora, LoraConfig
 from fortwo.records import MicroStepped
 from fortwo.train import objective
-from fortwo.train.objective import Losses, Row, kl_divergence, losses, micro_batches, with_teacher
+from fortwo.train.objective import Losses, Row, head_loss, losses, micro_batches, with_teacher
 from tests.parts import as_decoder, decoder, gradients, make_rows, packed_hidden, random_lora, trainable
 from tests.tiny import tiny_model
 
@@ -120,7 +120,35 @@ def test_micro_batches_keep_order_and_budget_and_are_as_few_as_that_allows(
     assert all(size([*batch, batches[n + 1][0]]) > budget for n, batch in enumerate(batches[:-1]))
 
 
+@pytest.mark.parametrize("head_bytes", [1, 4 * 40 * 3, 1 << 30])
+def test_the_head_in_chunks_is_the_head_in_one_piece(monkeypatch: pytest.MonkeyPatch, head_bytes: int) -> None:
+    """Value and gradient, of tokens and of a teacher's hidden states; the plain formulas are torch's."""
+    monkeypatch.setattr(objective, "HEAD_BYTES", head_bytes)
+    torch.manual_seed(0)
+    hidden, head, teacher = torch.randn(10, 6), torch.randn(40, 6), torch.randn(10, 6)
+    tokens = torch.randint(0, 40, (10,))
+
+    def plain(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        log_q = F.log_softmax(hidden @ head.T, -1)
+        if target.dim() == 1:
+            return F.nll_loss(log_q, target, reduction="sum")
+        return F.kl_div(log_q, F.log_softmax(target @ head.T, -1), reduction="sum", log_target=True)
+
+    for target in (tokens, teacher):
+        ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+        found, wanted = head_loss(ours, head, target), plain(theirs, target)
+        torch.testing.assert_close(found, wanted)
+        (3 * found).backward()
+        (3 * wanted).backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 # ---------------------------------------------------------------- keeping
+
+
+def kl_divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """Of logits: what a head that changes nothing makes of them."""
+    return head_loss(student, torch.eye(student.shape[1], dtype=student.dtype), teacher)
 
 
 @given(st.integers(1, 4), st.integers(2, 9), st.integers(0, 99))

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _MALLOC_OPTIONS = ((-8, 1), (-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20))  # arenas, mmap and trim thresholds, padding
 T = TypeVar("T")
 
+CORES = torch.get_num_threads()  # before an engine takes them
 RUNNING = 64  # requests of one base that decode together
 PREFILL_TOKENS = 2048  # prompt tokens per turn: bounds how long running replies stand still
 POLL_SECONDS = 0.05  # how often a job that waits for something else than requests is asked again
@@ -65,7 +66,8 @@ class Engine:
     """records.Serving, for any thread. threads: CPU threads of the device owner, None for torch's choice."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self._threads = threads
+        self._threads = threads or CORES
+        self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fortwo-device", daemon=True)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate = threading.Lock()  # nothing is accepted after the gate is closed
@@ -79,7 +81,11 @@ class Engine:
     # ------------------------------------------------------------ any thread
 
     def start(self) -> None:
+        """From here on the device's thread is the only one that computes with several CPU threads: where a second one
+        does, OpenMP has more threads than cores and puts them to sleep between operations, 20,000 times a step."""
         self._thread.start()
+        self._ready.wait()
+        torch.set_num_threads(1)
 
     def close(self) -> None:
         """Cancel the job and every request, then let the thread end. Calls that were accepted are carried out."""
@@ -212,8 +218,9 @@ class Engine:
 
     def _run(self) -> None:
         _keep_freed_memory()
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
+        torch.get_num_threads()  # a thread's first call takes the process's number and would undo the next line later
+        torch.set_num_threads(self._threads)
+        self._ready.set()
         while not self._stopping:
             self._obey()
             began = time.perf_counter()

@@ -272,7 +272,7 @@ class _LoraProduct(torch.autograd.Function):
             grad_Bs.append((h_TR[:, rank].t() @ grad_TO_part).t().mul_(ctx.scale))
         grad_h_TR.mul_(ctx.scale)
         seen_TI = x_TI if ctx.mask_TI is None else x_TI * ctx.mask_TI
-        grad_A_RI = grad_h_TR.t() @ seen_TI
+        grad_A_RI = product(grad_h_TR.t(), seen_TI.t())
         if not ctx.needs_input_grad[0]:
             return (None, None, None, None, None, grad_A_RI, *grad_Bs)
         grad_x_TI = product(grad_TO, ctx.weight_OI.t())

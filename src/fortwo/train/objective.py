@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,11 @@ from torch import Tensor
 from fortwo.data.packing import Pack, PackedAttention, pack
 from fortwo.models.decoder import Decoder
 from fortwo.models.lora import Lora, Segment
+from fortwo.models.products import product
 from fortwo.records import MicroStepped, TrainEvent
 
 PREPARE_TOKENS = 1024
+HEAD_BYTES = 24 << 20  # of logits at once
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,51 @@ def losses(decoder: Decoder, lora: Lora, prefix: int, rows: Sequence[Row]) -> Lo
     learn = keep = final_TD.new_zeros(())
     if learn_places:
         wanted = [token for row in rows if not row.keep for token in row.tokens[row.start :]]
-        logits_NV = decoder.logits(final_TD[learn_places])
-        learn = F.cross_entropy(logits_NV, torch.tensor(wanted, device=decoder.device), reduction="sum")
+        wanted_N = torch.tensor(wanted, device=decoder.device)
+        learn = head_loss(final_TD[learn_places], decoder.head_VD, wanted_N)
     if keep_places:
         teacher_ND = torch.cat([row.teacher_ND for row in rows if row.teacher_ND is not None])
-        keep = kl_divergence(decoder.logits(teacher_ND), decoder.logits(final_TD[keep_places]))
+        keep = head_loss(final_TD[keep_places], decoder.head_VD, teacher_ND)
     return Losses(learn, keep, len(learn_places), len(keep_places), len(packed.tokens_T))
 
 
-def kl_divergence(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
-    """Sum over rows of KL(teacher || student), from logits. Only the student gets a gradient."""
-    with torch.no_grad():
-        log_p_NV = F.log_softmax(teacher_NV, -1)
-    return F.kl_div(F.log_softmax(student_NV, -1), log_p_NV, reduction="sum", log_target=True)
+class _HeadLoss(torch.autograd.Function):
+    """Loss and gradient in one go, a chunk of rows at a time: the logits of all rows are never there together
+    (Hsu et al. 2024, arXiv:2410.10989)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target: Tensor) -> Tensor:
+        rows = max(1, HEAD_BYTES // (4 * len(head_VD)))
+        total, gradients = hidden_ND.new_zeros(()), []
+        for chunk_ND, wanted in zip(hidden_ND.split(rows), target.split(rows), strict=True):
+            log_q_NV = F.log_softmax(product(chunk_ND, head_VD), -1)
+            if wanted.dim() == 1:
+                places = torch.arange(len(wanted), device=wanted.device), wanted
+                total -= log_q_NV[places].sum()
+                slope_NV = log_q_NV.exp_()
+                slope_NV[places] -= 1
+            else:
+                log_p_NV = F.log_softmax(product(wanted, head_VD), -1)
+                p_NV = log_p_NV.exp()
+                total += torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV)).sum()
+                slope_NV = log_q_NV.exp_().sub_(p_NV)
+            gradients.append(product(slope_NV, head_VD.t()))
+        ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return grad * gradient_ND, None, None
+
+
+def head_loss(hidden_ND: Tensor, head_VD: Tensor, target: Tensor) -> Tensor:
+    """Sum over rows of what the head's distribution loses against a target; hidden_ND gets the gradient.
+
+    Cross-entropy where the target is tokens (N,); KL(target || here) where it is the teacher's hidden states (N, D).
+    """
+    loss: Tensor = _HeadLoss.apply(hidden_ND, head_VD, target)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def micro_batches(rows: Sequence[Row], prefix: int, budget: int) -> Iterator[list[Row]]:
