@@ -23,25 +23,31 @@ SIZE = 1024
 
 def look(decoder: Decoder, seen: float | None) -> Machine:
     """On the device's thread. seen: tokens a second that the last job trained on this base."""
+    from fortwo.models.products import multiplies_bf16
+
     parameters = decoder.bytes / 4
-    operations = _operations_per_second(decoder.device)
+    bf16 = multiplies_bf16(decoder.device)
+    operations = _operations_per_second(decoder.device, bf16=False)
+    trained = _operations_per_second(decoder.device, bf16)
     return Machine(
-        tokens_per_second=TRAINING * operations / (4 * parameters) if seen is None else seen,
+        tokens_per_second=TRAINING * trained / (4 * parameters) if seen is None else seen,
         decode_tokens_per_second=DECODING * operations / (2 * parameters),
         memory=_memory(decoder.device),
+        bf16=bf16,
     )
 
 
-def _operations_per_second(device: torch.device) -> float:
+def _operations_per_second(device: torch.device, bf16: bool) -> float:
     import torch
 
     from fortwo.models.products import product
 
     square = torch.ones(SIZE, SIZE, device=device)
+    weight = square.bfloat16() if bf16 else square
     fastest = float("inf")
     for _ in range(3):
         began = time.perf_counter()
-        product(square, square)[0, 0].item()
+        product(square, weight)[0, 0].item()
         fastest = min(fastest, time.perf_counter() - began)
     return 2 * SIZE**3 / fastest
 

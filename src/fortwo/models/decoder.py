@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -187,6 +188,22 @@ class Decoder:
                 )
             )
         self._inverse_frequency_E2 = _inverse_frequency(c).to(self.device)
+
+    def in_bf16(self) -> Decoder:
+        """The same network with bf16 products, to train on; what is between the products stays fp32."""
+        other = copy(self)
+        other.head_VD = self.head_VD.bfloat16()
+        other.layers = [
+            replace(
+                layer,
+                qkv_OD=layer.qkv_OD.bfloat16(),
+                o_DI=layer.o_DI.bfloat16(),
+                gate_up_OD=layer.gate_up_OD.bfloat16(),
+                down_DI=layer.down_DI.bfloat16(),
+            )
+            for layer in self.layers
+        ]
+        return other
 
     @property
     def bytes(self) -> int:

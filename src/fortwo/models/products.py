@@ -43,7 +43,12 @@ def _cpu_product() -> Product:
 
 
 def product(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-    """x @ weight.T; x (rows, in), weight (out, in), either may be a transposed view. No gradient: see lora."""
+    """x @ weight.T; x (rows, in), weight (out, in), either may be a transposed view. No gradient: see lora.
+
+    A bf16 weight is multiplied in bf16 and summed in fp32; the result has the type of x.
+    """
+    if weight_OI.dtype == torch.bfloat16:
+        return F.linear(x_TI.bfloat16(), weight_OI).to(x_TI.dtype)
     if x_TI.device.type == "cpu" and x_TI.dtype == torch.float32 and x_TI.numel():
         return _cpu_product()(x_TI, weight_OI)
     return F.linear(x_TI, weight_OI)
@@ -66,3 +71,11 @@ def frozen_product(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
         y: Tensor = _FrozenProduct.apply(x_TI, weight_OI)  # type: ignore[no-untyped-call]
         return y
     return product(x_TI, weight_OI)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16 products; without them they are slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

@@ -14,6 +14,7 @@ from fortwo.data.packing import common_prefix
 from fortwo.errors import InvalidRequest
 from fortwo.facts.lesson import Contrast, Lesson, Probes, kept_rehearsal, trained_rehearsal
 from fortwo.facts.subject import find_subject
+from fortwo.models.decoder import Decoder
 from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvent
 from fortwo.train.evaluation import REPLY_TOKENS, ROOM, Examiner, Served, questions_about, questions_of
 from fortwo.train.objective import Row, with_teacher
@@ -53,8 +54,11 @@ class Course:
     final: Examiner
 
 
-def override(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
-    """Edit rows ask for the facts; contrast and rehearsal rows hold what the base says elsewhere."""
+def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
+    """Edit rows ask for the facts; contrast and rehearsal rows hold what the base says elsewhere.
+
+    decoder: what the run trains on; it is the teacher too, so that an adapter without effect loses nothing.
+    """
     lessons = [Lesson(fact, plan["seed"]) for fact in _facts(dataset)]
     rng = Random(plan["seed"])
     given = [
@@ -71,8 +75,8 @@ def override(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEve
         plan["rehearsal_tokens"],
     )
     prefix = common_prefix([row.tokens for row in (*given, *framed, *contrast, *rehearsal)])
-    contrast = yield from with_teacher(served.decoder, contrast, prefix)
-    rehearsal = yield from with_teacher(served.decoder, rehearsal, prefix)
+    contrast = yield from with_teacher(decoder, contrast, prefix)
+    rehearsal = yield from with_teacher(decoder, rehearsal, prefix)
 
     updates = plan["gradient_accumulation_steps"]
     edit_rows = plan["per_device_train_batch_size"] * updates
@@ -93,13 +97,14 @@ def override(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEve
     return Course(prefix, draw, exam, exam if brought == probes else _examiner(lessons, brought, tokens))
 
 
-def sft(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
+def sft(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
     """Every row, in a new random order each epoch; a batch never crosses into the next epoch."""
     examples = dataset.examples or tuple(
         Example((*_asked(question), Message("assistant", fact.answer)))
         for fact in dataset.facts
         for question in fact.questions
     )
+    del decoder
     yield MicroStepped(0)
     rows = [_learn(served, example.messages[:-1], example.answer) for example in examples]
     batches = _batches(

@@ -75,11 +75,13 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine does with this base: tokens trained and tokens generated a second; memory None is unknown."""
+    """What this machine does with this base: tokens trained and tokens generated a second; memory None is unknown.
+    bf16: it has instructions for bf16 products."""
 
     tokens_per_second: float
     decode_tokens_per_second: float
     memory: int | None = None
+    bf16: bool = False
 
 
 def tokens_per_micro_step(counts: TokenCounts, rows: int, kept_tokens: int = 0, kept_rows: int = 0) -> float:
@@ -104,12 +106,13 @@ def seconds(tokens: int, steps: int, recipe: Recipe, facts: int, machine: Machin
     return tokens / machine.tokens_per_second + generated / machine.decode_tokens_per_second
 
 
-def memory_bytes(base: BaseFacts, micro_step: float, r: int, modules: Sequence[str]) -> int:
-    """Base weights, the adapter with its gradient and AdamW's moments, and what backward needs of one micro-step."""
+def memory_bytes(base: BaseFacts, micro_step: float, r: int, modules: Sequence[str], bf16: bool) -> int:
+    """Base weights (bf16: and a copy of half the size), the adapter with its gradient and AdamW's moments, and what backward needs of one micro-step."""
     adapter = base.layers * r * sum(sum(base.shape(module)) for module in modules)
     activations = base.layers * (6 * base.hidden + 2 * base.q + 2 * base.kv + 4 * base.intermediate)
     logits = base.vocabulary / 2  # logits and their gradient, on the quarter of all tokens that is supervised
-    return base.bytes + round(FLOAT * (4 * adapter + micro_step * (activations + logits)))
+    weights = base.bytes + (base.bytes // 2 if bf16 else 0)
+    return weights + round(FLOAT * (4 * adapter + micro_step * (activations + logits)))
 
 
 def duration(seconds: float) -> str:

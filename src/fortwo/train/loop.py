@@ -40,7 +40,7 @@ from fortwo.train.objective import losses, micro_batches
 from fortwo.train.schedule import learning_rate
 
 MICRO_TOKENS = 512  # bounds how long a micro-step holds the device
-EARLY_MARGIN = 0.5  # an exam is small: before the last step it must be passed by half of what is left to 1
+EARLY_MARGIN = 0.25  # an exam is small: before the last step it must be passed by half of what is left to 1
 EXAM_QUESTIONS = 10  # training questions in an exam; the report asks them all
 
 
@@ -101,21 +101,23 @@ def teach(
     Yields TrainEvents; `Waiting` while replies are on their way. Raises TrainingFailed (code nan_loss) when the loss
     is no number any more. The adapter is detached from `serving` at the end, however the run ends.
     """
-    decoder = base.decoder
+    decoder = base.decoder.in_bf16() if plan["bf16"] else base.decoder
     torch.manual_seed(plan["seed"])
     lora = Lora.init(lora_config(plan), decoder.config, plan["seed"], decoder.device)
     parameters = lora.parameters()
-    served = Served(base.id, decoder, renderer, serving)
+    served = Served(base.id, base.decoder, renderer, serving)
     serving.attach(base.id, key, lora)
     try:
         clock = _Clock()
         yield Phase(
             "preparing", "The base answers what it must keep answering." if plan.objective == "override" else ""
         )
-        course = yield from (courses.override if plan.objective == "override" else courses.sft)(served, dataset, plan)
+        course = yield from (courses.override if plan.objective == "override" else courses.sft)(
+            served, decoder, dataset, plan
+        )
         prepared = time.perf_counter() - clock.began
         yield Phase("running")
-        actual = yield from _train(served, lora, course, plan, key, clock)
+        actual = yield from _train(served, decoder, lora, course, plan, key, clock)
         yield Phase("evaluating")
         seen = course.final is course.exam and actual["best_step"] == actual["steps"]
         report = yield from course.final.report(served, key, lora, changed=not seen)
@@ -145,7 +147,7 @@ def lora_config(plan: Plan) -> LoraConfig:
 
 
 def _train(
-    served: Served, lora: Lora, course: courses.Course, plan: Plan, key: str, clock: _Clock
+    served: Served, decoder: Decoder, lora: Lora, course: courses.Course, plan: Plan, key: str, clock: _Clock
 ) -> Generator[TrainEvent, None, dict[str, Any]]:
     """All steps, with exams; leaves the best adapter in `lora`. Returns what happened."""
     parameters = lora.parameters()
@@ -167,7 +169,7 @@ def _train(
         peak = max(peak, rate)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        stepped = yield from _step(served.decoder, lora, course, plan, optimizer, clock, step, rate)
+        stepped = yield from _step(decoder, lora, course, plan, optimizer, clock, step, rate)
         losses_seen.append(stepped.parts["learn"])
         yield stepped
         if course.exam is not None and (step % plan["eval_every"] == 0 or step == steps):

@@ -60,7 +60,18 @@ class _Word:
         return quoted[0] if len(quoted) == 1 else "one of " + ", ".join(quoted)
 
 
-_LORA: dict[str, _Number | _Word] = {
+@dataclass(frozen=True)
+class _Flag:
+    def holds(self, value: Any) -> bool:
+        return isinstance(value, bool)
+
+    def __str__(self) -> str:
+        return "true or false"
+
+
+_Kind = _Number | _Word | _Flag
+
+_LORA: dict[str, _Kind] = {
     "r": _Number(1, 4096, "16", whole=True),
     "lora_alpha": _Number(0, 1_000_000, "32", above_low=True),
     "lora_dropout": _Number(0, 1, "0.05", below_high=True),
@@ -69,7 +80,7 @@ _LORA: dict[str, _Number | _Word] = {
 }
 LORA_KEYS = (*_LORA, "target_modules")
 
-_TRAINING: dict[str, _Number | _Word] = {
+_TRAINING: dict[str, _Kind] = {
     "num_train_epochs": _Number(0, 1_000_000, "3", above_low=True),
     "max_steps": _Number(-1, 10_000_000, "48", whole=True),
     "per_device_train_batch_size": _Number(1, 65536, "8", whole=True),
@@ -85,6 +96,7 @@ _TRAINING: dict[str, _Number | _Word] = {
     "max_grad_norm": _Number(0, 1_000_000_000, "1.0, or 0 for no clipping"),
     "seed": _Number(0, 2**32 - 1, "42", whole=True),
     "optim": _Word(OPTIMIZERS),
+    "bf16": _Flag(),
 }
 TRAINING_KEYS = tuple(_TRAINING)
 
@@ -129,8 +141,8 @@ _PEFT_REFUSED = (
 
 _TRANSFORMERS_REFUSED = (
     _Refused(
-        "bf16 fp16 bf16_full_eval fp16_full_eval tf32 fp16_opt_level fp16_backend half_precision_backend",
-        "Precision follows how the base weights are held: set FORTWO_WEIGHTS when starting the server.",
+        "fp16 bf16_full_eval fp16_full_eval tf32 fp16_opt_level fp16_backend half_precision_backend",
+        "Leave it out and give bf16: training multiplies in bf16 or fp32, serving in fp32.",
     ),
     _Refused(
         "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs "
@@ -284,10 +296,10 @@ def _nearest(key: str, honoured: tuple[str, ...], refused: Mapping[str, _Refused
     return (close or difflib.get_close_matches(key, honoured, 1, 0.0))[0]
 
 
-def _checked(param: str, value: Any, kind: _Number | _Word | None) -> Any:
+def _checked(param: str, value: Any, kind: _Kind | None) -> Any:
     if kind is None or kind.holds(value):
         return value
-    if isinstance(kind, _Word):
+    if isinstance(kind, _Word | _Flag):
         raise _refusal(param, value, "cannot be honoured", f"Give {kind}, or leave it out.")
     raise _refusal(param, value, f"is not {kind}", f"Give a number such as {kind.example}, or leave it out.")
 
