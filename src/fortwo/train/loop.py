@@ -211,7 +211,7 @@ def _step(
             yield MicroStepped(tokens)
         began = time.perf_counter()
         found = losses(decoder, lora, course.prefix, batch)
-        total = found.learn / max(1, learn_over) + _keep_weight(plan) * found.keep / max(1, keep_over)
+        total = found.learn / max(1, learn_over) + course.keep_weight * found.keep / max(1, keep_over)
         total.backward()
         learn += float(found.learn.detach()) / max(1, learn_over)
         keep += float(found.keep.detach()) / max(1, keep_over)
@@ -220,7 +220,7 @@ def _step(
     began = time.perf_counter()
     limit = plan["max_grad_norm"] if plan["max_grad_norm"] > 0 else math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-    loss = learn + _keep_weight(plan) * keep
+    loss = learn + course.keep_weight * keep
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise TrainingFailed(
             f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g} at a learning rate of {rate:g}",
@@ -244,11 +244,6 @@ def _step(
         seconds=seconds,
         parts={"learn": learn, "keep": keep},
     )
-
-
-def _keep_weight(plan: Plan) -> float:
-    """Weight of keeping against learning; nothing is kept in plain fine-tuning."""
-    return float(plan["kl_weight"]) if plan.objective == "override" else 0.0
 
 
 def peak_bytes(device: torch.device) -> int:
