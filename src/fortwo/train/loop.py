@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fortwo.data.render import Renderer
-from fortwo.errors import TrainingFailed
 from fortwo.facts import metrics
 from fortwo.models.decoder import Decoder
 from fortwo.models.lora import Lora, LoraConfig
@@ -35,7 +34,7 @@ from fortwo.records import (
     TrainEvent,
 )
 from fortwo.train import courses
-from fortwo.train.evaluation import Served
+from fortwo.train.evaluation import Served, diverged
 from fortwo.train.objective import losses, micro_batches
 from fortwo.train.schedule import learning_rate
 
@@ -99,7 +98,8 @@ def teach(
     """Train by `plan` and evaluate what is served under `key`.
 
     Yields TrainEvents; `Waiting` while replies are on their way. Raises TrainingFailed (code nan_loss) when the loss
-    is no number any more. The adapter is detached from `serving` at the end, however the run ends.
+    or the adapter's logits are no numbers any more. The adapter is detached from `serving` at the end, however the run
+    ends.
     """
     decoder = base.decoder
     torch.manual_seed(plan["seed"])
@@ -222,11 +222,8 @@ def _step(
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
     loss = learn + course.keep_weight * keep
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise TrainingFailed(
-            f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g} at a learning rate of {rate:g}",
-            param="training_config.learning_rate",
-            hint="Lower learning_rate or leave it to the plan; check the rows for text that is no language.",
-            code="nan_loss",
+        raise diverged(
+            f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g} at a learning rate of {rate:g}"
         )
     optimizer.step()
     optimizer.zero_grad()
