@@ -66,7 +66,7 @@ def adapter(house: Here, name: str) -> Json:
 
 @router.delete("/adapters/{name}", tags=["adapters"], summary="Delete an adapter, or one version as name@version")
 def delete_adapter(house: Here, name: str) -> Json:
-    house.adapters.delete(name)
+    house.residents.delete_adapter(name)
     return {"name": name, "deleted": True}
 
 
