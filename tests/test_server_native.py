@@ -160,6 +160,18 @@ def test_the_report_is_the_latest_versions_or_the_named_ones(served: Served) -> 
     refused(served.http.get("/api/adapters/told/report", params={"version": 0}), 400, "invalid_request", "version")
 
 
+def test_an_adapter_whose_versions_are_all_damaged_is_named_with_the_remedy(served: Served) -> None:
+    for seed in (1, 2):
+        manifest = Path(publish(served, "damaged", seed, report={}, plan={}, actual={}).path) / "manifest.json"
+        manifest.write_text("{")
+    said = refused(served.http.get("/api/adapters/damaged/report"), 400, "invalid_adapter", "name")
+    assert "'damaged'" in said
+    assert "train it again" in said
+    assert str(manifest) in refused(served.http.get("/api/adapters/damaged@2/report"), 400, "invalid_adapter")
+    assert served.http.get("/api/adapters/damaged").json()["versions"] == []
+    assert served.http.delete("/api/adapters/damaged").status_code == 200
+
+
 @pytest.mark.parametrize("name", ["nobody", "nobody@3"])
 @pytest.mark.parametrize(
     ("method", "path"), [("GET", ""), ("DELETE", ""), ("GET", "/report"), ("POST", "/load"), ("POST", "/unload")]
