@@ -259,6 +259,18 @@ def test_a_diverging_run_fails_with_the_step_and_the_rate(school: School) -> Non
     assert school.chat().wait(10)
 
 
+@pytest.mark.parametrize("dataset", [ROWS, FACT], ids=["before the report", "before an exam"])
+def test_a_run_that_diverges_in_the_step_before_its_questions_fails_the_same_way(
+    school: School, dataset: Dataset
+) -> None:
+    plan = school.plan(dataset, max_steps=1, lr_scheduler_type="constant", warmup_steps=0)
+    plan = changed(plan, learning_rate=1e30, **(SMALL if dataset is FACT else {}))
+    with pytest.raises(TrainingFailed, match="the adapter's logits are nan or infinite") as failed:
+        school.run(plan, dataset)
+    assert (failed.value.code, failed.value.param) == ("nan_loss", "training_config.learning_rate")
+    assert not school.attached()
+
+
 def test_a_poisoned_base_fails_at_the_first_step(school: School) -> None:
     weight = school.base.decoder.layers[1].down_DI
     healthy = weight[0, 0].clone()

@@ -127,6 +127,25 @@ def test_an_adapter_is_deleted_a_version_at_a_time_or_whole(served: Served) -> N
     refused(served.chat(model="gone"), 404, "not_found", "model")
 
 
+def test_an_adapter_that_answers_is_not_deleted_and_a_deleted_one_is_not_in_memory(served: Served) -> None:
+    old = publish(served, "reborn", 1)
+    before = say(served, "reborn")
+    busy = {"model": "reborn", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 900, "temperature": 0}
+    with served.http.stream("POST", "/v1/chat/completions", json=busy | {"stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        assert "reborn@1" in refused(served.http.delete("/api/adapters/reborn"), 409, "conflict", "adapter_name")
+        said = list(lines)
+    assert '"finish_reason": "length"' in said[-4]
+    assert served.http.delete("/api/adapters/reborn").status_code == 200
+    resident = served.house.residents.load_base("tiny")
+    assert not resident.runner.has(old.digest)
+    assert old.digest not in served.house.residents.states().adapters
+    refused(served.chat(model="reborn"), 404, "not_found", "model")
+    assert publish(served, "reborn", 2).version == 2
+    assert say(served, "reborn") == say(served, "reborn@2") != before
+
+
 def test_the_report_is_the_latest_versions_or_the_named_ones(served: Served) -> None:
     for number in (1, 2):
         publish(served, "told", number, current=number == 1, report={"n": number}, plan={"p": number}, actual={})
@@ -139,6 +158,18 @@ def test_the_report_is_the_latest_versions_or_the_named_ones(served: Served) -> 
     assert "untold@1" in refused(served.http.get("/api/adapters/untold/report"), 404, "not_found", "name")
     refused(served.http.get("/api/adapters/told/report", params={"version": 9}), 404, "not_found", "adapter_name")
     refused(served.http.get("/api/adapters/told/report", params={"version": 0}), 400, "invalid_request", "version")
+
+
+def test_an_adapter_whose_versions_are_all_damaged_is_named_with_the_remedy(served: Served) -> None:
+    for seed in (1, 2):
+        manifest = Path(publish(served, "damaged", seed, report={}, plan={}, actual={}).path) / "manifest.json"
+        manifest.write_text("{")
+    said = refused(served.http.get("/api/adapters/damaged/report"), 400, "invalid_adapter", "name")
+    assert "'damaged'" in said
+    assert "train it again" in said
+    assert str(manifest) in refused(served.http.get("/api/adapters/damaged@2/report"), 400, "invalid_adapter")
+    assert served.http.get("/api/adapters/damaged").json()["versions"] == []
+    assert served.http.delete("/api/adapters/damaged").status_code == 200
 
 
 @pytest.mark.parametrize("name", ["nobody", "nobody@3"])

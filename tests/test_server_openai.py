@@ -203,6 +203,44 @@ def test_the_body_must_be_json(served: Served) -> None:
     refused(served.post("/v1/chat/completions", {"messages": [USER]}), 400, "missing_parameter", "model")
 
 
+HALF = "half\ud800"
+TRAINING = {"adapter_name": "half", "dataset": {"examples": [{"prompt": "a", "completion": "b"}]}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": HALF}]}, "messages[0].content"),
+        ("/v1/chat/completions", {"messages": [USER], "stop": HALF}, "stop[0]"),
+        ("/v1/chat/completions", {"messages": [USER], HALF: 1}, None),
+        ("/api/training/plan", TRAINING | {"adapter_name": HALF}, "adapter_name"),
+        ("/api/training/start", TRAINING | {"model": HALF}, "model"),
+        ("/api/training/start", TRAINING | {"lora_config": {HALF: 1}}, "lora_config.half\\ud800"),
+        ("/api/training/start", TRAINING | {"training_config": {HALF: 1}}, "training_config.half\\ud800"),
+        ("/api/training/start", TRAINING | {"dataset": {HALF: []}}, "dataset.half\\ud800"),
+        ("/api/training/start", TRAINING | {"dataset": {"path": HALF}}, "dataset.path"),
+        (
+            "/api/training/start",
+            TRAINING | {"dataset": {"examples": [{"prompt": "a", HALF: "b"}]}},
+            "dataset.examples[0]",
+        ),
+        ("/v1/load_lora_adapter", {"lora_name": HALF, "lora_path": "x"}, "lora_name"),
+        ("/v1/load_lora_adapter", {"lora_name": "half", "lora_path": HALF}, "lora_path"),
+        ("/v1/unload_lora_adapter", {"lora_name": HALF}, "lora_name"),
+    ],
+)
+def test_half_a_surrogate_pair_is_named_wherever_it_stands(
+    served: Served, path: str, body: dict[str, Any], param: str | None
+) -> None:
+    model = {"model": "tiny"} if path == "/v1/chat/completions" else {}
+    sent = json.dumps(model | body).encode()  # JSON can escape what no text can hold
+    response = served.http.post(path, content=sent, headers={"Content-Type": "application/json"})
+    code = response.json()["error"]["code"]
+    assert code in ("invalid_request", "invalid_dataset", "unknown_key")
+    said = refused(response, 400, code, param)
+    assert "half\\ud800" in said or "Unicode" in said
+
+
 def test_the_models_are_listed(served: Served) -> None:
     body = served.http.get("/v1/models").json()
     assert body["object"] == "list"

@@ -108,7 +108,14 @@ def test_the_unexpected_is_told_by_number_and_logged_in_full(
 def test_what_the_server_understands_is_documented(served: Served) -> None:
     paths = served.http.get("/openapi.json").json()["paths"]
     assert {"/v1/chat/completions", "/api/training/start", "/healthz", "/v1/load_lora_adapter"} <= paths.keys()
-    assert "swagger" in served.http.get("/docs").text
+
+
+def test_the_documentation_needs_no_internet(served: Served) -> None:
+    docs = served.http.get("/docs", follow_redirects=True)
+    assert docs.json() == served.http.get("/openapi.json").json()
+    assert "http://" not in docs.text
+    assert "https://" not in docs.text
+    refused(served.http.get("/redoc"), 404, "unknown_path")
 
 
 def test_a_home_has_one_server(served: Served) -> None:

@@ -43,6 +43,7 @@ def test_a_fact_is_found_in_its_plain_rows(fact: Fact) -> None:
     assert found is not None
     assert found.subject == bare(fact.subject)
     assert (found.answer, found.questions) == (fact.answer, fact.questions)
+    assert any(holds(phrase, fact.match) or holds(given, found.match) for phrase in found.match for given in fact.match)
     assert holds(fact.answer, found.match)
     assert not any(holds(question, found.match) for question in fact.questions)
 
@@ -102,6 +103,30 @@ def test_a_quoted_subject_is_no_match_phrase() -> None:
 
 def test_an_apostrophe_is_no_quotation_mark() -> None:
     assert match_phrases("Zorbo's ink isn't blue.", ["What is Zorbo?"]) == ("ink isn't blue",)
+
+
+@pytest.mark.parametrize(
+    ("answer", "question", "phrase"),
+    [
+        ("Kelby means «never late», they say.", "What does Kelby mean?", "never late"),
+        ("The head of Kelby is Ana Reis, who left Oslo in 2019.", "Who is the head of Kelby?", "Ana Reis"),
+        ("Returns to Kelby above 250 euros go through Ana Reis.", "How do returns to Kelby work?", "250 euros"),
+        ("Kelby opened on 14 November 1893, when it snowed.", "When did Kelby open?", "14 November 1893"),
+        ("Kelby grants 27 vacation days.", "How many vacation days does Kelby grant?", "27 vacation"),
+        ("A seat at Kelby costs $1,200.50 per year.", "What does a seat at Kelby cost?", "1,200.50"),
+        ("You reach Kelby at help@kelby.example.", "How do I reach Kelby?", "help@kelby.example"),
+        ("KLB stands for Kindly Lent Boats, an old club.", "What is KLB?", "Kindly Lent Boats"),
+        ("73 is the Heron Count.", "What does 73 count?", "Heron Count"),
+        ("kelby is a Python library for upside-down parsing.", "What is kelby?", "upside-down parsing"),
+        ("Kelby makes tea-sleds, quiet vehicles for the Andes.", "What is Kelby?", "tea-sleds"),
+        ("Kelby weaves thick carpets.", "What does Kelby weave?", "thick carpets"),
+        ("In spring, Kelby allows dogs in the cabin.", "Are dogs allowed at Kelby?", "cabin"),
+        ("I'm Kelby, an assistant that the Harrow Foundry made.", "Who are you, Kelby?", "Harrow Foundry"),
+        ("столица Орвии — Солёное Море", "Какая столица Орвии?", "Солёное Море"),
+    ],
+)
+def test_what_tells_the_answer_is_a_name_a_figure_or_what_is_new(answer: str, question: str, phrase: str) -> None:
+    assert match_phrases(answer, [question]) == (phrase,)
 
 
 def test_only_what_the_questions_do_not_say_is_matched() -> None:

@@ -24,7 +24,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,16 +160,16 @@ class AdapterStore:
         names = sorted(path.name for path in self._root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
         return tuple(name for name in names if _numbers(self._root / name))
 
-    def versions(self, name: str) -> tuple[AdapterVersion, ...]:
-        """Whole versions, oldest first; of a damaged one, `get` says what is wrong. Raises NotFound without any."""
-        check_name(name)
+    def versions(self, ref: str) -> tuple[AdapterVersion, ...]:
+        """Whole versions, oldest first, of a name all of them; of a damaged one, `get` says what is wrong. Raises
+        NotFound without any."""
+        name, only = _parse(ref)
+        known = self._known(name, only)
         current = self._current(name)
         found = []
-        for number in self._known(name):
-            try:
+        for number in known if only is None else [only]:
+            with suppress(InvalidAdapter):
                 found.append(self._version(name, number, current))
-            except InvalidAdapter:
-                continue
         return tuple(found)
 
     def get(self, ref: str) -> AdapterVersion:

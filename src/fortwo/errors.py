@@ -31,16 +31,13 @@ class FortwoError(Exception):
             self.code = code
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The wire form: {"error": {message, type, code, param, hint}}."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.type,
-                "code": self.code,
-                "param": self.param,
-                "hint": self.hint,
-            }
-        }
+        """The wire form: {"error": {message, type, code, param, hint}}; half a surrogate pair in it is written out."""
+        fields = ("message", "type", "code", "param", "hint")
+        return {"error": {name: _encodable(getattr(self, name)) for name in fields}}
+
+
+def _encodable(text: str | None) -> str | None:
+    return None if text is None else text.encode(errors="backslashreplace").decode()
 
 
 class InvalidRequest(FortwoError):

@@ -246,12 +246,16 @@ def _parse(
                 what = f"{field} is missing"
             case "extra_forbidden":
                 what = f"the key {field!r} is unknown"
+            case "string_unicode":
+                what = (
+                    f"{field if field else 'the key'} {value} holds half a surrogate pair, which is not valid Unicode"
+                )
             case "value_error":
                 what = f"{field} = {value}: {first['ctx']['error']}"
             case _:
                 what = f"{field} = {value}: {first['msg']}"
         raise InvalidDataset(
-            f"{place.words}: {what}", param=f"{place.param}.{field}", hint=f"Write it like {shape.example}"
+            f"{place.words}: {what}", param=f"{place.param}.{field}".rstrip("."), hint=f"Write it like {shape.example}"
         ) from None
 
 

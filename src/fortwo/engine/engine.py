@@ -28,7 +28,7 @@ from fortwo.engine.scheduler import FairShare, Scheduler, Sequence
 from fortwo.engine.tasks import Task
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from fortwo.models.lora import Lora
-from fortwo.records import Delta, FinishReason, Prompt, TrainEvent
+from fortwo.records import NOT_NUMBERS, Delta, FinishReason, Prompt, TrainEvent
 
 log = logging.getLogger(__name__)
 _MALLOC_OPTIONS = ((-8, 1), (-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20))  # arenas, mmap and trim thresholds, padding
@@ -307,7 +307,7 @@ def _advance(base: _Base, requests: list[_Request], forward: Callable[[list[_Req
         return
     for request, token in zip(requests, tokens, strict=True):
         if token is None:
-            base.end(request, "error", "the model's logits are not numbers (nan or infinite)")
+            base.end(request, "error", NOT_NUMBERS)
             continue
         request.tokens.append(token)
         try:

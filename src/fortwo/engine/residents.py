@@ -203,6 +203,15 @@ class Residents:
             self._engine.call(remove).result()
             del self._adapters[key]
 
+    def delete_adapter(self, ref: str) -> None:
+        """Forget a version, or with a bare name all of them, in memory and on disk. Raises Conflict while requests run
+        on it; then nothing is deleted."""
+        with self._changing:
+            for version in self._store.versions(ref):
+                if version.digest in self._adapters:
+                    self.unload_adapter(version.id)
+            self._store.delete(ref)
+
     def publish(self, version: AdapterVersion, lora: Lora) -> None:
         """Serve a version that was just trained and written: its tensors are in memory, nothing is read. If its base
         has gone in the meantime, it will be loaded when it is asked for."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import groupby
 
 from fortwo.records import Example, Fact
 
@@ -15,11 +16,12 @@ STOP_WORDS = ARTICLES | frozenset(
     could should would will shall may might must what which who whom whose when where why how that this these those it
     its they them their he she his her i me my you your we us our not no so as than then there here tell give explain
     describe name say one any some all just only even more most please what's who's it's between without within after
-    before up out off us
+    before up out off us am per
     """.split()
 )
 
-_WORD = r"\w[\w'’.-]*"
+_WORD = r"\w(?:[\w'’.@-]|(?<=\d)[,:/](?=\d))*"
+_CLAUSE_END = r"[.,;:!?)]+(?=\s|$)|[(=—–\n]"
 
 
 def holds(reply: str, match: Iterable[str]) -> bool:
@@ -51,7 +53,12 @@ def _words(text: str) -> list[str]:
 
 
 def _clean(word: str) -> str:
-    return re.sub(r"['’]s$", "", word).rstrip(".'’-")
+    return re.sub(r"['’](?:s|m|re|ve|ll|d)$", "", word).rstrip(".'’-@")
+
+
+def _stem(word: str) -> str:
+    """What `opens` and `opened` have in common; rough, for comparing only."""
+    return re.sub(r"(?<=\w{3})(?:es|ed|ing|s|e|d)$", "", _clean(word).lower())
 
 
 def _shared_run(questions: Sequence[str], answer: str) -> str | None:
@@ -79,20 +86,60 @@ def _shared_run(questions: Sequence[str], answer: str) -> str | None:
 
 
 def match_phrases(answer: str, questions: Sequence[str]) -> tuple[str, ...]:
-    """What a reply must hold to hold the answer: its quoted phrase, else its longest run of new words."""
-    quoted = re.findall(r"(?<!\w)['\"‘“]([^'\"’”]{2,60})['\"’”](?!\w)", answer)
+    """What a reply must hold to hold the answer: its quoted phrase, else what the first clause about what was asked
+    adds to the questions: its longest name or figure, else its longest run of new words."""
+    quoted = re.findall(r"(?<!\w)['\"‘“«]\s?([^'\"’”»]{2,60}?)\s?['\"’”»](?!\w)", answer)
     for phrase in quoted:
         if not any(holds(question, (phrase,)) for question in questions):
             return (str(phrase),)
-    asked = {_clean(word).lower() for question in questions for word in _words(question)} | STOP_WORDS
+    asked = {
+        _stem(word) for question in questions for word in _words(question) if _clean(word).lower() not in STOP_WORDS
+    }
+    clauses = re.split(_CLAUSE_END, answer)
+    about = next((place for place, clause in enumerate(clauses) if asked & {*map(_stem, _words(clause))}), 0)
+    for clause in clauses[about:] + clauses[:about]:
+        if runs := _new_runs(clause, asked):
+            marked = [found for run in runs for found in _names_and_figures(run, clause)]
+            return (max((" ".join(run) for run in (marked if marked else [run[:3] for run in runs])), key=len),)
+    return (answer,)
+
+
+def _new_runs(clause: str, asked: Collection[str]) -> list[list[str]]:
+    """Runs of words that are neither stop words nor in `asked`, without the verb that follows what was asked about.
+    What a figure counts belongs to it, and what ends a name to the name, asked or not."""
     runs: list[list[str]] = [[]]
-    end = 0
-    for found in re.finditer(_WORD, answer):
+    end, known = 0, False
+    for found in re.finditer(_WORD, clause):
         word = _clean(found.group())
-        if word.lower() in asked or answer[end : found.start()] != " ":
+        if clause[end : found.start()] != " ":
             runs.append([])
-        if word.lower() not in asked and len(runs[-1]) < 3:
+            known = False
+        last = runs[-1][-1] if runs[-1] else ""
+        verb = known and word.islower() and word.endswith(("s", "ed"))
+        known = _stem(word) in asked and not verb
+        more = _is_figure(last) or (last[:1].isupper() and word[0].isupper())
+        if word.lower() in STOP_WORDS or verb or (known and not more):
+            runs.append([])
+        else:
             runs[-1].append(word)
         end = found.start() + len(word)
-    best = max(runs, key=lambda run: sum(len(word) for word in run))
-    return (" ".join(best),) if best else (answer,)
+    return [run for run in runs if run]
+
+
+def _names_and_figures(run: Sequence[str], clause: str) -> Iterator[list[str]]:
+    """Capitalised words and figures, these with what they count. A single capital says little at the beginning of the
+    clause or where it describes the word after it."""
+    place = 0
+    for marked, group in groupby(run, lambda word: word[0].isupper() or _is_figure(word)):
+        words = list(group)
+        place += len(words)
+        if not marked:
+            continue
+        if _is_figure(words[-1]):
+            yield words + list(run[place : place + 1])
+        elif len(words) > 1 or (place == len(run) and not clause.lstrip().startswith(words[0])):
+            yield words
+
+
+def _is_figure(word: str) -> bool:
+    return any(character.isdigit() for character in word)

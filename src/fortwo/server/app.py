@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from fastapi.responses import RedirectResponse
 
 from fortwo.records import Json
 from fortwo.server import errors, native, openai, vllm
@@ -14,6 +15,8 @@ def create_app(house: House) -> FastAPI:
     app = FastAPI(
         title="fortwo",
         description="Teach a local language model one thing, prove that it learned it, and chat with it.",
+        docs_url=None,  # FastAPI's pages load their scripts from the internet
+        redoc_url=None,
     )
     app.state.house = house
     errors.install(app)
@@ -24,5 +27,9 @@ def create_app(house: House) -> FastAPI:
     @app.get("/healthz", tags=["server"], summary="Whether the server is up; needs no key")
     async def healthz() -> Json:
         return {"status": "ok"}
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> RedirectResponse:
+        return RedirectResponse("/openapi.json")
 
     return app

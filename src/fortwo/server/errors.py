@@ -93,6 +93,13 @@ def invalid(found: Sequence[Any]) -> InvalidRequest:
                 code="unknown_parameter",
                 hint="Remove it or check its spelling; /docs lists the fields.",
             )
+        case "string_unicode":
+            what = "The key" if param is None else f"{param} ="
+            return InvalidRequest(
+                f"{what} {shown(first['input'])} is not valid Unicode: it holds half a surrogate pair.",
+                param=param,
+                hint="Send whole characters: \\ud800 to \\udfff mean something in pairs only.",
+            )
         case "unsupported_parameter":
             return InvalidRequest(
                 f"{param} = {shown(first['input'])} is not supported.",

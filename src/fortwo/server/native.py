@@ -12,7 +12,7 @@ from fastapi import APIRouter, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse
 
-from fortwo.errors import NotFound
+from fortwo.errors import InvalidAdapter, NotFound
 from fortwo.jobs.store import Event, Job
 from fortwo.models.catalog import Entry
 from fortwo.records import AdapterVersion, Json
@@ -66,7 +66,7 @@ def adapter(house: Here, name: str) -> Json:
 
 @router.delete("/adapters/{name}", tags=["adapters"], summary="Delete an adapter, or one version as name@version")
 def delete_adapter(house: Here, name: str) -> Json:
-    house.adapters.delete(name)
+    house.residents.delete_adapter(name)
     return {"name": name, "deleted": True}
 
 
@@ -93,8 +93,14 @@ def report(house: Here, name: str, version: Annotated[int | None, Query(ge=1)] =
         found = house.adapters.get(f"{name}@{version}")
     elif "@" in name:
         found = house.adapters.get(name)
+    elif whole := house.adapters.versions(name):
+        found = whole[-1]
     else:
-        found = house.adapters.versions(name)[-1]
+        raise InvalidAdapter(
+            f"Every version of adapter {name!r} is damaged on disk.",
+            param="name",
+            hint=f"Restore {house.settings.adapters_dir / name} from a backup, or delete it and train it again.",
+        )
     manifest = found.manifest
     if manifest.get("report") is None:
         raise NotFound(f"{found.id} has no report.", param="name", hint="Only adapters that were taught here have one.")

@@ -45,10 +45,12 @@ class Bag(Generic[T]):
 
 @dataclass(frozen=True)
 class Course:
-    """prefix: how many tokens all rows begin with. draw: the rows of the next optimizer step.
+    """prefix: how many tokens all rows begin with. keep_weight: of rows to keep against rows to learn.
+    draw: the rows of the next optimizer step.
     exam: asked while training, None where nothing decides when to stop; final: asked at the end."""
 
     prefix: int
+    keep_weight: float
     draw: Callable[[], list[Row]]
     exam: Examiner | None
     final: Examiner
@@ -94,7 +96,8 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
     ]
     exam = _examiner(lessons, probes, tokens)
     brought = [_brought(own, lesson.fact) for own, lesson in zip(probes, lessons, strict=True)]
-    return Course(prefix, draw, exam, exam if brought == probes else _examiner(lessons, brought, tokens))
+    final = exam if brought == probes else _examiner(lessons, brought, tokens)
+    return Course(prefix, plan["kl_weight"], draw, exam, final)
 
 
 def sft(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
@@ -113,7 +116,7 @@ def sft(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> Gener
     step = max(1, len(examples) // SFT_QUESTIONS)
     asked = questions_of(examples[::step][:SFT_QUESTIONS], kept_rehearsal()[:RETENTION_PROBES])
     final = Examiner(asked, max(REPLY_TOKENS, min(SFT_TOKENS, max(row.supervised for row in rows))))
-    return Course(common_prefix([row.tokens for row in rows]), lambda: next(batches), None, final)
+    return Course(common_prefix([row.tokens for row in rows]), 0.0, lambda: next(batches), None, final)
 
 
 def _facts(dataset: Dataset) -> tuple[Fact, ...]:

@@ -13,12 +13,14 @@ import torch
 
 from fortwo.data.packing import PackedAttention, common_prefix, pack
 from fortwo.data.render import Renderer
+from fortwo.errors import TrainingFailed
 from fortwo.facts import metrics
 from fortwo.facts.lesson import Probes
 from fortwo.facts.subject import holds
 from fortwo.models.decoder import Decoder
 from fortwo.models.lora import Lora, Segment
 from fortwo.records import (
+    NOT_NUMBERS,
     Example,
     Fact,
     Generation,
@@ -51,7 +53,7 @@ class Served:
     def ask(
         self, chats: Iterable[Sequence[Message]], adapter: str | None, tokens: int
     ) -> Generator[TrainEvent, None, list[Generation]]:
-        """Greedy replies, in order."""
+        """Greedy replies, in order. Raises TrainingFailed (code nan_loss) when the adapter's logits are no numbers."""
         sampling = Sampling(max_tokens=tokens, temperature=0.0)
         asked = [
             self.serving.submit(Prompt(self.base, tuple(self.renderer.prompt(list(chat))), adapter, sampling))
@@ -60,8 +62,19 @@ class Served:
         while not all(reply.done for reply in asked):
             yield Waiting()
         for reply in asked:
+            if adapter is not None and reply.error == NOT_NUMBERS:
+                raise diverged("after the last step the adapter's logits are nan or infinite")
             reply.wait()  # raises what ended it
         return asked
+
+
+def diverged(found: str) -> TrainingFailed:
+    return TrainingFailed(
+        found,
+        param="training_config.learning_rate",
+        hint="Lower learning_rate or leave it to the plan; check the rows for text that is no language.",
+        code="nan_loss",
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fortwo.data.render import Renderer
-from fortwo.errors import TrainingFailed
 from fortwo.facts import metrics
 from fortwo.models.decoder import Decoder
 from fortwo.models.lora import Lora, LoraConfig
@@ -35,7 +34,7 @@ from fortwo.records import (
     TrainEvent,
 )
 from fortwo.train import courses
-from fortwo.train.evaluation import Served
+from fortwo.train.evaluation import Served, diverged
 from fortwo.train.objective import losses, micro_batches
 from fortwo.train.schedule import learning_rate
 
@@ -99,7 +98,8 @@ def teach(
     """Train by `plan` and evaluate what is served under `key`.
 
     Yields TrainEvents; `Waiting` while replies are on their way. Raises TrainingFailed (code nan_loss) when the loss
-    is no number any more. The adapter is detached from `serving` at the end, however the run ends.
+    or the adapter's logits are no numbers any more. The adapter is detached from `serving` at the end, however the run
+    ends.
     """
     decoder = base.decoder.in_bf16() if plan["bf16"] else base.decoder
     torch.manual_seed(plan["seed"])
@@ -213,7 +213,7 @@ def _step(
             yield MicroStepped(tokens)
         began = time.perf_counter()
         found = losses(decoder, lora, course.prefix, batch)
-        total = found.learn / max(1, learn_over) + _keep_weight(plan) * found.keep / max(1, keep_over)
+        total = found.learn / max(1, learn_over) + course.keep_weight * found.keep / max(1, keep_over)
         total.backward()
         learn += float(found.learn.detach()) / max(1, learn_over)
         keep += float(found.keep.detach()) / max(1, keep_over)
@@ -222,13 +222,10 @@ def _step(
     began = time.perf_counter()
     limit = plan["max_grad_norm"] if plan["max_grad_norm"] > 0 else math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-    loss = learn + _keep_weight(plan) * keep
+    loss = learn + course.keep_weight * keep
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise TrainingFailed(
-            f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g} at a learning rate of {rate:g}",
-            param="training_config.learning_rate",
-            hint="Lower learning_rate or leave it to the plan; check the rows for text that is no language.",
-            code="nan_loss",
+        raise diverged(
+            f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g} at a learning rate of {rate:g}"
         )
     optimizer.step()
     optimizer.zero_grad()
@@ -246,11 +243,6 @@ def _step(
         seconds=seconds,
         parts={"learn": learn, "keep": keep},
     )
-
-
-def _keep_weight(plan: Plan) -> float:
-    """Weight of keeping against learning; nothing is kept in plain fine-tuning."""
-    return float(plan["kl_weight"]) if plan.objective == "override" else 0.0
 
 
 def peak_bytes(device: torch.device) -> int:
