@@ -113,7 +113,8 @@ def put(frame: str, name: str, *others: str) -> str:
     text = frame.replace("{S}", name)
     for mark, other in zip(("{A}", "{B}"), others, strict=False):
         text = text.replace(mark, other)
-    return text[0].upper() + text[1:] if frame.startswith(("{S}", "{A}")) and " " in name else text
+    first = others[0] if frame.startswith("{A}") else name
+    return text[0].upper() + text[1:] if frame.startswith(("{S}", "{A}")) and " " in first else text
 
 
 def in_question(question: str, fact: Fact, name: str) -> str:

@@ -184,7 +184,8 @@ _TOPIC_FRAMES = (
 def topics(fact: Fact) -> list[str]:
     """What the answer and the questions talk about, without the subject: single words and neighbouring pairs."""
     found: dict[str, None] = {}
-    for text in (fact.answer, *fact.questions):
+    for source in (fact.answer, *fact.questions):
+        text = source
         for surface in sorted((fact.subject, *fact.aliases), key=len, reverse=True):
             text = re.sub(rf"(?<!\w){re.escape(surface)}(?!\w)", " . ", text, flags=re.IGNORECASE)
         for clause in re.split(r"[^\w\s'-]+", text):
@@ -194,7 +195,7 @@ def topics(fact: Fact) -> list[str]:
                     continue
                 found[word.strip("'")] = None
                 after = words[place + 1] if place + 1 < len(words) else ""
-                if text is fact.answer and len(after) > 2 and after.lower() not in STOP_WORDS:
+                if source is fact.answer and len(after) > 2 and after.lower() not in STOP_WORDS:
                     found[f"{word} {after}"] = None
     return [
         topic for topic in found if not holds(topic, fact.match) and not holds(topic, (fact.subject, *fact.aliases))

@@ -45,22 +45,22 @@ class OverrideRecipe(Recipe):
     that were given. `probes` prompts of a kind decide when to stop.
     """
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     lowest_rate: float = 1e-4
     highest_rate: float = 8e-3
     adam_beta2: float = 0.99
-    max_steps: int = 80  # for each fact
+    max_steps: int = 56  # for each fact
     warmup_steps: int = 3
-    edit_rows: int = 8
-    contrast_rows: int = 12
+    edit_rows: int = 6
+    contrast_rows: int = 14
     rehearsal_rows: int = 6
     contrast_tokens: int = 8
-    rehearsal_tokens: int = 20
+    rehearsal_tokens: int = 28
     edit_pool: int = 144
     contrast_pool: int = 144
     question_share: float = 0.35
     kl_weight: float = 2.5
-    eval_every: int = 40
+    eval_every: int = 28
     probes: int = 18
     preparation_tokens: int = 4500  # the base's own replies, generated once for each fact; for the estimate of time
     evaluation_tokens: int = 2500  # generated at each evaluation for each fact; for the estimate of time
