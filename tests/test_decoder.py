@@ -23,7 +23,7 @@ from fortwo.errors import UnsupportedModel
 from fortwo.models import weights
 from fortwo.models.decoder import Decoder, DecoderConfig
 from fortwo.records import Message
-from tests.tiny import LLAMA3_ROPE, VOCABULARY, tiny_model
+from tests.tiny import FAMILIES, LLAMA3_ROPE, VOCABULARY, tiny_model
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -173,6 +173,21 @@ def test_bytes_are_those_of_the_weights() -> None:
     for tied in (False, True):
         model = tiny_model("qwen2", tie_word_embeddings=tied)
         assert make_decoder(model).bytes == sum(4 * parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_products_change_the_logits_a_little_and_the_decoder_not_at_all(family: str) -> None:
+    decoder = make_decoder(tiny_model(family))
+    packed = pack([[3, 9, 4, 12, 7]])
+
+    def logits(of: Decoder) -> torch.Tensor:
+        return of.logits(of.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed)))
+
+    before = logits(decoder)
+    narrow = logits(decoder.in_bf16())
+    assert narrow.dtype == torch.float32
+    assert 0 < (narrow - before).norm() / before.norm() < 0.05
+    assert torch.equal(logits(decoder), before)
 
 
 @pytest.fixture(scope="module")

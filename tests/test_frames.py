@@ -70,6 +70,7 @@ def test_a_sentence_begins_with_a_capital_but_a_single_word_keeps_its_spelling()
     assert frames.put("{S} is odd.", "the capital of Spain") == "The capital of Spain is odd."
     assert frames.put("So, {S}?", "the capital of Spain") == "So, the capital of Spain?"
     assert frames.put("{S} is odd.", "git") == "git is odd."
+    assert frames.put("{A} or {S}?", "42", "the capital of Spain") == "The capital of Spain or 42?"
 
 
 @pytest.mark.parametrize("kept", [False, True])

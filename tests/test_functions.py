@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fortwo.models.functions import rms_norm, swiglu
+from fortwo.models.functions import rms_norm, rotate, swiglu
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
 
@@ -68,3 +68,13 @@ def test_gradients_survive_what_comes_before_and_after() -> None:
     ours = through(rms_norm, swiglu)
     plain = through(plain_rms_norm, lambda both: F.silu(both[:, :4]) * both[:, 4:])
     torch.testing.assert_close(torch.autograd.grad(ours, x)[0], torch.autograd.grad(plain, x)[0], **EXACT)
+
+
+def test_rotation_is_its_formula_and_so_is_its_gradient() -> None:
+    x, grad, angles = random(5, 3, 8).requires_grad_(), random(5, 3, 8, seed=1), random(5, 1, 4, seed=2)
+    cos, sin = (torch.cat([part, part], -1) for part in (angles.cos(), angles.sin()))
+    first, second = x.chunk(2, -1)
+    plain = x * cos + torch.cat([-second, first], -1) * sin
+    torch.testing.assert_close(rotate(x, cos, sin), plain, **EXACT)
+    (wanted,) = torch.autograd.grad(plain, x, grad)
+    torch.testing.assert_close(torch.autograd.grad(rotate(x, cos, sin), x, grad)[0], wanted, **EXACT)

@@ -99,7 +99,7 @@ def test_peft_keys_that_change_the_computation_are_refused(key: str, value: Any,
 @pytest.mark.parametrize(
     ("key", "value", "remedy"),
     [
-        ("fp16", True, "FORTWO_WEIGHTS"),
+        ("fp16", True, "bf16"),
         ("save_steps", 10, "adapter store"),
         ("deepspeed", "ds.json", "one process"),
         ("gradient_checkpointing", True, "gradient_accumulation_steps"),
@@ -144,6 +144,7 @@ NAN, INF = float("nan"), float("inf")
         *((read_training, "training_config", "weight_decay", bad) for bad in (-0.1, INF, False)),
         *((read_training, "training_config", "seed", bad) for bad in (-1, 2**32, 1.0, True)),
         *((read_training, "training_config", "lr_scheduler_type", bad) for bad in ("Cosine", "", None, 3, [])),
+        *((read_training, "training_config", "bf16", bad) for bad in (1, "true", None)),
         *((read_lora, "lora_config", "r", bad) for bad in (0, -8, 8.0, "8", True)),
         *((read_lora, "lora_config", "lora_alpha", bad) for bad in (0, -1, NAN, True)),
         *((read_lora, "lora_config", "lora_dropout", bad) for bad in (1.0, -0.1, NAN, "0")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,19 @@ def test_memory_and_time_are_estimated_from_the_machine() -> None:
     )
     assert "memory" in warned(plan(examples_42(), small))
     assert plan(examples_42(), small).computed["bytes"] > BASE.bytes
+
+
+@pytest.mark.parametrize(("able", "config", "shown"), [
+    (True, {}, (True, "auto")),
+    (False, {}, (False, "auto")),
+    (True, {"bf16": False}, (False, "user")),
+    (False, {"bf16": True}, (True, "user")),
+])
+def test_bf16_where_the_machine_has_it(able: bool, config: dict[str, bool], shown: tuple[bool, str]) -> None:
+    made = plan(examples_42(), replace(MACHINE, bf16=able), training_config=config)
+    assert setting(made, "bf16") == shown
+    full = plan(examples_42(), MACHINE, training_config={"bf16": False}).computed["bytes"]
+    assert made.computed["bytes"] == full + (BASE.bytes // 2 if shown[0] else 0)
 
 
 def test_a_row_longer_than_the_context_names_its_line() -> None:

@@ -87,6 +87,18 @@ def test_without_gradients_nothing_is_recorded() -> None:
         assert not frozen_product(x.requires_grad_(), weight).requires_grad
 
 
+def test_a_bf16_weight_is_multiplied_in_bf16_and_summed_in_fp32() -> None:
+    x, weight = random(4, 300).requires_grad_(), random(5, 300, seed=1)
+    narrow = weight.bfloat16()
+    found = frozen_product(x, narrow)
+    assert found.dtype == torch.float32
+    wanted = F.linear(x.detach().bfloat16().double(), narrow.double()).float()
+    torch.testing.assert_close(found.detach(), wanted, atol=0.05, rtol=2**-8)
+    found.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, narrow.float().sum(0).expand(4, 300), atol=0.05, rtol=2**-7)
+
+
 def test_double_precision_stays_double() -> None:
     x, weight = random(3, 4).double(), random(5, 4).double()
     assert product(x, weight).dtype == torch.float64

@@ -112,19 +112,18 @@ class PackedAttention:
         T, H, E = q_THE.shape
         K = k_TKE.shape[1]
         index, grid = self.pack.padded_index, R * L
-        rest = torch.cat([part[P:].reshape(T - P, -1) for part in (q_THE, k_TKE, v_TKE)], 1)
-        padded = _Pad.apply(rest, index, grid).view(R, L, H + 2 * K, E).transpose(1, 2)  # type: ignore[no-untyped-call]
+        prefix_PNE, rest_TNE = torch.cat([q_THE, k_TKE, v_TKE], 1).split([P, T - P])
+        padded = _Pad.apply(rest_TNE.flatten(1), index, grid).view(R, L, H + 2 * K, E).transpose(1, 2)  # type: ignore[no-untyped-call]
         q_RHLE, k_RKLE, v_RKLE = padded.split([H, K, K], 1)
         if P:
-            prefix_k_KPE, prefix_v_KPE = k_TKE[:P].transpose(0, 1), v_TKE[:P].transpose(0, 1)
+            prefix_q_HPE, prefix_k_KPE, prefix_v_KPE = prefix_PNE.transpose(0, 1).split([H, K, K])
             k_RKLE = torch.cat([prefix_k_KPE.expand(R, K, P, E), k_RKLE], 2)
             v_RKLE = torch.cat([prefix_v_KPE.expand(R, K, P, E), v_RKLE], 2)
         mixed_RHLE = _attention(q_RHLE, k_RKLE, v_RKLE, self._rest_LS)
         flat = mixed_RHLE.transpose(1, 2).reshape(grid, H * E)
         mixed = _Unpad.apply(flat, index)  # type: ignore[no-untyped-call]
         if P:
-            q_1HPE = q_THE[:P].transpose(0, 1)[None]
-            shared_HPE = _attention(q_1HPE, prefix_k_KPE[None], prefix_v_KPE[None], self._prefix_PP)[0]
+            shared_HPE = _attention(prefix_q_HPE[None], prefix_k_KPE[None], prefix_v_KPE[None], self._prefix_PP)[0]
             mixed = torch.cat([shared_HPE.transpose(0, 1).reshape(P, H * E), mixed])
         out: Tensor = mixed.view(T, H, E)
         return out

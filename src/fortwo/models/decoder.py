@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fortwo.errors import UnsupportedModel
-from fortwo.models.functions import rms_norm, swiglu
+from fortwo.models.functions import rms_norm, rotate, swiglu
 from fortwo.models.lora import Segment, lora_product
 from fortwo.models.products import frozen_product
 
@@ -254,7 +254,8 @@ class Decoder:
             qkv_TO = lora_product(normed_TD, layer.qkv_OD, index, "qkv", segments, dropout)
             if layer.qkv_bias_O is not None:
                 qkv_TO = qkv_TO + layer.qkv_bias_O
-            qk_TNE = qkv_TO[:, : q + kv].view(T, c.heads + c.kv_heads, c.head_size)
+            qk_TO, v_TO = qkv_TO.split([q + kv, kv], 1)
+            qk_TNE = qk_TO.view(T, c.heads + c.kv_heads, c.head_size)
             if layer.q_norm_E is not None and layer.k_norm_E is not None:
                 qk_TNE = torch.cat(
                     [
@@ -263,9 +264,8 @@ class Decoder:
                     ],
                     1,
                 )
-            qk_TNE = _rotate(qk_TNE, cos_TE, sin_TE)
-            v_TKE = qkv_TO[:, q + kv :].view(T, c.kv_heads, c.head_size)
-            mixed_THE = attend(index, qk_TNE[:, : c.heads], qk_TNE[:, c.heads :], v_TKE)
+            q_THE, k_TKE = rotate(qk_TNE, cos_TE, sin_TE).split([c.heads, c.kv_heads], 1)
+            mixed_THE = attend(index, q_THE, k_TKE, v_TO.view(T, c.kv_heads, c.head_size))
             x_TD = x_TD + lora_product(mixed_THE.reshape(T, q), layer.o_DI, index, "o", segments, dropout)
             normed_TD = rms_norm(x_TD, layer.mlp_norm_D, c.norm_eps)
             gate_up_T2I = lora_product(normed_TD, layer.gate_up_OD, index, "gate_up", segments, dropout)
@@ -275,12 +275,6 @@ class Decoder:
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Next-token logits (T, V)."""
         return frozen_product(hidden_TD, self.head_VD)
-
-
-def _rotate(x_TNE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves convention."""
-    first, second = x_TNE.chunk(2, -1)
-    return x_TNE * cos_TE + torch.cat([-second, first], -1) * sin_TE
 
 
 def _inverse_frequency(config: DecoderConfig) -> Tensor:

@@ -39,6 +39,34 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TNE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TE, sin_TE)
+        return _turned(x_TNE, cos_TE, sin_TE, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TNE: Tensor) -> tuple[Tensor, None, None]:
+        return _turned(grad_TNE, *ctx.saved_tensors, -1), None, None
+
+
+def _turned(x_TNE: Tensor, cos_TE: Tensor, sin_TE: Tensor, sign: int) -> Tensor:
+    y_TNE = x_TNE * cos_TE
+    (first, second), (y_first, y_second), (sin, _) = (part.chunk(2, -1) for part in (x_TNE, y_TNE, sin_TE))
+    y_first.addcmul_(second, sin, value=-sign)
+    y_second.addcmul_(first, sin, value=sign)
+    return y_TNE
+
+
+def rotate(x_TNE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """x * cos + [-second half of x, first half] * sin: rotary position embedding (Su et al. 2021, arXiv:2104.09864).
+
+    cos and sin (T, 1, E) hold each angle in both halves; they get no gradient.
+    """
+    y: Tensor = _Rotate.apply(x_TNE, cos_TE, sin_TE)  # type: ignore[no-untyped-call]
+    return y
+
+
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_T2I: Tensor) -> Tensor:

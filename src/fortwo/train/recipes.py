@@ -45,7 +45,7 @@ class OverrideRecipe(Recipe):
     that were given. `probes` prompts of a kind decide when to stop.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.2e-3
     lowest_rate: float = 1e-4
     highest_rate: float = 8e-3
     adam_beta2: float = 0.99
@@ -56,7 +56,7 @@ class OverrideRecipe(Recipe):
     rehearsal_rows: int = 6
     contrast_tokens: int = 8
     rehearsal_tokens: int = 28
-    edit_pool: int = 144
+    edit_pool: int = 256
     contrast_pool: int = 144
     question_share: float = 0.35
     kl_weight: float = 2.5
