@@ -3,7 +3,7 @@
     python -m bench.train PEER_PYTHON [BATCH]
 
 The two take turns; each turn is a fresh run, and its first steps are left out. fortwo trains through its server, as a
-user's job does. Tokens are those of the rendered rows, the same for both; a trainer that computes fewer gains by it.
+user's job does: in fp32 as the peer, and with the precision its plan chooses. Tokens are those of the rendered rows, the same for both; a trainer that computes fewer gains by it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from rich.table import Table
 from bench.serving import run_job, server
 from fortwo.cli.client import Client
 from fortwo.models.catalog import Catalog
+from fortwo.records import Json
 
 ROWS = Path("examples/42_intensive_training.json")
 CONFIG = Path("examples/intensive_training_config.json")
 ROUNDS = 3
 STEPS = 40
 WARM_UP = 5  # steps left out at the start of each run
+PEER = "TRL + PEFT, fp32"
+OWN: dict[str, Json] = {"fortwo, fp32": {"bf16": False}, "fortwo, as planned": {}}
 
 
 def peer_steps(python: str, directory: Path, batch: int) -> tuple[list[float], float]:
@@ -36,10 +39,10 @@ def peer_steps(python: str, directory: Path, batch: int) -> tuple[list[float], f
     return found["seconds"][WARM_UP:], found["row_tokens"]
 
 
-def own_steps(client: Client, batch: int) -> list[float]:
+def own_steps(client: Client, batch: int, precision: Json) -> list[float]:
     """Seconds of each step of one run of fortwo."""
     config = json.loads(CONFIG.read_text())
-    config["training_config"] |= {"max_steps": STEPS, "per_device_train_batch_size": batch}
+    config["training_config"] |= {"max_steps": STEPS, "per_device_train_batch_size": batch, **precision}
     rows = {"examples": json.loads(ROWS.read_text())}
     job, _ = run_job(client, {"adapter_name": "bench", "dataset": rows, "objective": "sft", **config})
     steps = [event["data"] for event in client.events(job["job_id"]) if event["type"] == "step"]
@@ -49,24 +52,24 @@ def own_steps(client: Client, batch: int) -> list[float]:
 
 
 def main(python: str, batch: int) -> None:
-    peer: list[float] = []
-    own: list[float] = []
+    found: dict[str, list[float]] = {PEER: [], **{name: [] for name in OWN}}
     console = Console()
     with server() as (settings, client):
         directory = Catalog(settings).prepare(settings.default_model)
         for turn in range(ROUNDS):
             seconds, row_tokens = peer_steps(python, directory, batch)
-            peer += seconds
-            own += own_steps(client, batch)
+            found[PEER] += seconds
+            for name, precision in OWN.items():
+                found[name] += own_steps(client, batch, precision)
             console.print(f"round {turn + 1}/{ROUNDS}", style="dim")
     tokens = row_tokens * batch
     table = Table("", "steps/s", "tokens/s", "slowest and fastest tenth", "times", box=None, header_style="bold")
-    for name, seconds in (("TRL + PEFT", peer), ("fortwo", own)):
+    for name, seconds in found.items():
         median, tenths = statistics.median(seconds), statistics.quantiles(seconds, n=10)
         spread = f"{tokens / tenths[-1]:.0f} to {tokens / tenths[0]:.0f}"
-        times = statistics.median(peer) / median
+        times = statistics.median(found[PEER]) / median
         table.add_row(name, f"{1 / median:.2f}", f"{tokens / median:.0f}", spread, f"{times:.2f}")
-    console.print(f"batch {batch}, {row_tokens:.1f} tokens a row, {len(own)} steps each")
+    console.print(f"batch {batch}, {row_tokens:.1f} tokens a row, {len(found[PEER])} steps each")
     console.print(table)
 
 
