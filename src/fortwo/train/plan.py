@@ -33,8 +33,6 @@ from fortwo.train.schedule import peak_rate
 
 __all__ = ["BaseFacts", "Machine", "TokenCounts", "diagnose", "from_json", "resolve", "to_json", "training_rows"]
 
-_BF16 = "this processor multiplies bf16 faster than fp32; serving stays fp32"
-_FP32 = "this processor has no instructions for bf16 products"
 _CAP = "a cap: the run stops once an exam on prompts it did not train on is passed well above the targets"
 
 
@@ -72,7 +70,7 @@ def resolve(request: TrainingRequest, dataset: Dataset, base: BaseFacts, counts:
     warmup = _warmup(draft, recipe, schedule, steps)
     for name in ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"):
         draft.choose(name, getattr(recipe, name), REASONS[name])
-    bf16 = draft.choose("bf16", machine.bf16, _BF16 if machine.bf16 else _FP32, "auto")
+    bf16 = draft.choose("bf16", machine.bf16, REASONS["bf16"], "auto")
     targets = _targets(draft, request, recipe)
     draft.add_rest()
 

@@ -98,4 +98,5 @@ REASONS = {
     "max_grad_norm": "transformers' default: one odd row cannot throw the run",
     "seed": "transformers' default: the same request gives the same run",
     "optim": "AdamW",
+    "bf16": "on where the device has instructions for bf16 products; sums and serving stay fp32",
 }
