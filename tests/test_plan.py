@@ -310,12 +310,15 @@ def test_memory_and_time_are_estimated_from_the_machine() -> None:
     assert plan(examples_42(), small).computed["bytes"] > BASE.bytes
 
 
-@pytest.mark.parametrize(("able", "config", "shown"), [
-    (True, {}, (True, "auto")),
-    (False, {}, (False, "auto")),
-    (True, {"bf16": False}, (False, "user")),
-    (False, {"bf16": True}, (True, "user")),
-])
+@pytest.mark.parametrize(
+    ("able", "config", "shown"),
+    [
+        (True, {}, (True, "auto")),
+        (False, {}, (False, "auto")),
+        (True, {"bf16": False}, (False, "user")),
+        (False, {"bf16": True}, (True, "user")),
+    ],
+)
 def test_bf16_where_the_machine_has_it(able: bool, config: dict[str, bool], shown: tuple[bool, str]) -> None:
     made = plan(examples_42(), replace(MACHINE, bf16=able), training_config=config)
     assert setting(made, "bf16") == shown
