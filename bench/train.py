@@ -3,7 +3,8 @@
     python -m bench.train PEER_PYTHON [BATCH]
 
 The two take turns; each turn is a fresh run, and its first steps are left out. fortwo trains through its server, as a
-user's job does: in fp32 as the peer, and with the precision its plan chooses. Tokens are those of the rendered rows, the same for both; a trainer that computes fewer gains by it.
+user's job does: in fp32 as the peer, and with the precision its plan chooses. Tokens are those of the rendered rows,
+the same for both; a trainer that computes fewer gains by it.
 """
 
 from __future__ import annotations

@@ -107,7 +107,8 @@ def seconds(tokens: int, steps: int, recipe: Recipe, facts: int, machine: Machin
 
 
 def memory_bytes(base: BaseFacts, micro_step: float, r: int, modules: Sequence[str], bf16: bool) -> int:
-    """Base weights (bf16: and a copy of half the size), the adapter with its gradient and AdamW's moments, and what backward needs of one micro-step."""
+    """Base weights (bf16: and a copy of half the size), the adapter with its gradient and AdamW's moments, and what
+    backward needs of one micro-step."""
     adapter = base.layers * r * sum(sum(base.shape(module)) for module in modules)
     activations = base.layers * (6 * base.hidden + 2 * base.q + 2 * base.kv + 4 * base.intermediate)
     logits = base.vocabulary / 2  # logits and their gradient, on the quarter of all tokens that is supervised
