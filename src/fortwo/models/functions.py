@@ -47,7 +47,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TNE: Tensor) -> tuple[Tensor, None, None]:
-        return _turned(grad_TNE, *ctx.saved_tensors, -1), None, None
+        cos_TE, sin_TE = ctx.saved_tensors
+        return _turned(grad_TNE, cos_TE, sin_TE, -1), None, None
 
 
 def _turned(x_TNE: Tensor, cos_TE: Tensor, sin_TE: Tensor, sign: int) -> Tensor:

@@ -76,6 +76,6 @@ def frozen_product(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bf16 products; without them they are slower than fp32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
