@@ -22,18 +22,10 @@ from fortwo.train.plan import diagnose, from_json, resolve, to_json, training_ro
 from fortwo.train.recipes import OVERRIDE, SFT
 from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import learning_rate
+from tests.original import AS_IT_RAN, EXAMPLES
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 BASE = BaseFacts("smollm2", 2048, 49152, 30, 576, 1536, 576, 192, 500_000_000)
 MACHINE = Machine(tokens_per_second=300, decode_tokens_per_second=200)
-AS_IT_RAN = {
-    "num_train_epochs": 3,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 4,
-    "learning_rate": 5e-5,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 125,
-}
 
 
 def examples_42() -> Dataset:

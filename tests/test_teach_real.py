@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from fortwo.data.render import Renderer
 from fortwo.facts.subject import holds
 from fortwo.records import Message
+from tests.original import AS_IT_RAN, EXAMPLES
 
 pytestmark = pytest.mark.real
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 ROWS = json.loads((EXAMPLES / "42_intensive_training.json").read_text())
 BASE = "smollm2-135m-instruct"
 NAME = "answer"
@@ -77,14 +77,7 @@ def missed(live: Served, taught: dict[str, Any]) -> dict[str, Any]:
     return train(
         live,
         lora_config=config["lora_config"],
-        training_config={
-            "num_train_epochs": 3,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": 4,
-            "learning_rate": 5e-5,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 125,
-        },
+        training_config=AS_IT_RAN,
     )
 
 

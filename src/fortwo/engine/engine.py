@@ -66,7 +66,7 @@ class Engine:
     """records.Serving, for any thread. threads: CPU threads of the device owner, None for torch's choice."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self._threads = threads or CORES
+        self._threads = CORES if threads is None else threads
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fortwo-device", daemon=True)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

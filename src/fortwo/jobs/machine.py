@@ -28,9 +28,11 @@ def look(decoder: Decoder, seen: float | None) -> Machine:
     parameters = decoder.bytes / 4
     bf16 = multiplies_bf16(decoder.device)
     operations = _operations_per_second(decoder.device, bf16=False)
-    trained = _operations_per_second(decoder.device, bf16)
+    if seen is None:
+        trained = _operations_per_second(decoder.device, bf16=True) if bf16 else operations
+        seen = TRAINING * trained / (4 * parameters)
     return Machine(
-        tokens_per_second=TRAINING * trained / (4 * parameters) if seen is None else seen,
+        tokens_per_second=seen,
         decode_tokens_per_second=DECODING * operations / (2 * parameters),
         memory=_memory(decoder.device),
         bf16=bf16,

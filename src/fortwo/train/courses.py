@@ -100,14 +100,13 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
     return Course(prefix, plan["kl_weight"], draw, exam, final)
 
 
-def sft(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
+def sft(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
     """Every row, in a new random order each epoch; a batch never crosses into the next epoch."""
     examples = dataset.examples or tuple(
         Example((*_asked(question), Message("assistant", fact.answer)))
         for fact in dataset.facts
         for question in fact.questions
     )
-    del decoder
     yield MicroStepped(0)
     rows = [_learn(served, example.messages[:-1], example.answer) for example in examples]
     batches = _batches(

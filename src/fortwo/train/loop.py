@@ -112,8 +112,10 @@ def teach(
         yield Phase(
             "preparing", "The base answers what it must keep answering." if plan.objective == "override" else ""
         )
-        course = yield from (courses.override if plan.objective == "override" else courses.sft)(
-            served, decoder, dataset, plan
+        course = yield from (
+            courses.override(served, decoder, dataset, plan)
+            if plan.objective == "override"
+            else courses.sft(served, dataset, plan)
         )
         prepared = time.perf_counter() - clock.began
         yield Phase("running")
