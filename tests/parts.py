@@ -50,7 +50,7 @@ def packed_hidden(
     """Hidden states (T, D) of each row, from one pass."""
     packed = pack(rows, prefix=prefix)
     segments = [] if lora is None else [Segment(lora)]
-    hidden_TD = home.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed), segments)
+    hidden_TD = home.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, home.config), segments)
     return [hidden_TD[[packed.place(n, at) for at in range(len(row))]] for n, row in enumerate(rows)]
 
 

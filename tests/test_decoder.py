@@ -78,7 +78,7 @@ def test_logits_are_transformers(family: str, options: dict[str, Any]) -> None:
     packed = pack(rows)
     assert packed.prefix == 3
     with torch.no_grad():
-        hidden_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed))
+        hidden_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config))
         logits_TV = decoder.logits(hidden_TD)
     for index, row in enumerate(rows):
         places = [packed.place(index, position) for position in range(len(row))]
@@ -181,7 +181,7 @@ def test_bf16_products_change_the_logits_a_little_and_the_decoder_not_at_all(fam
     packed = pack([[3, 9, 4, 12, 7]])
 
     def logits(of: Decoder) -> torch.Tensor:
-        return of.logits(of.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed)))
+        return of.logits(of.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, of.config)))
 
     before = logits(decoder)
     narrow = logits(decoder.in_bf16())
@@ -221,7 +221,7 @@ def test_real_logits_are_transformers(real_runner: Runner, reference: PreTrained
     packed = pack(rows)
     decoder = real_runner.decoder
     with torch.no_grad():
-        hidden_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed))
+        hidden_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config))
         logits_TV = decoder.logits(hidden_TD)
     for index, row in enumerate(rows):
         places = [packed.place(index, position) for position in range(len(row))]

@@ -1,42 +1,81 @@
-"""Gradients written by hand are autograd's on the plain formula: in double precision, to rounding."""
+"""The kernels are the plain formulas, forward and backward: in fp32 to rounding, in bf16 to its eight bits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fortwo.models.functions import rms_norm, rotate, swiglu
+from fortwo.models import kernels
+from fortwo.models.functions import add_norm, cross_entropy, divergence, rms_norm, rotate, swiglu
 
-EXACT = {"atol": 1e-12, "rtol": 1e-12}
+TYPES = [torch.float32, torch.bfloat16]
+SIZES = [3, 16, 100]  # below a vector, a vector, several and a rest
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 2e-2}
+    torch.testing.assert_close(got.double(), want, **tolerance)
 
 
-def test_rms_norm_is_its_formula_and_so_is_its_gradient() -> None:
-    weight = random(16, seed=1)
-    for shape in ((7, 16), (5, 3, 16)):  # hidden states, and heads
-        for eps in (1e-6, 0.5):
-            x, grad = random(*shape).requires_grad_(), random(*shape, seed=2)
-            ours, plain = rms_norm(x, weight, eps), plain_rms_norm(x, weight, eps)
-            torch.testing.assert_close(ours, plain, **EXACT)
-            (wanted,) = torch.autograd.grad(plain, x, grad)
-            torch.testing.assert_close(torch.autograd.grad(ours, x, grad)[0], wanted, **EXACT)
+def same(function: Callable[..., Tensor], inputs: list[Tensor], dtypes: list[torch.dtype], dtype: torch.dtype) -> None:
+    """`function` of the inputs as `dtypes`, and its gradients, are those in double precision."""
+    exact = [one.to(to).double().requires_grad_() for one, to in zip(inputs, dtypes, strict=True)]
+    fast = [one.to(to).requires_grad_() for one, to in zip(inputs, dtypes, strict=True)]
+    want, got = function(*exact), function(*fast)
+    close(got.detach(), want.detach(), dtype)
+    upstream = random(*want.shape, seed=9).to(dtype)
+    wanted = torch.autograd.grad(want, exact, upstream.double())
+    found = torch.autograd.grad(got, fast, upstream.to(got.dtype))
+    for ours, plain, to in zip(found, wanted, dtypes, strict=True):
+        assert ours.dtype == to
+        close(ours, plain, dtype)
 
 
-def test_rms_norm_leaves_its_input_and_the_gradient_alone() -> None:
-    """It works in place inside; residual streams read the same tensors."""
-    x, weight, grad = random(4, 8).requires_grad_(), random(8, seed=1), random(4, 8, seed=2)
-    before = x.detach().clone(), weight.clone(), grad.clone()
-    rms_norm(x, weight, 1e-6).backward(grad)
-    for was, now in zip(before, (x.detach(), weight, grad), strict=True):
-        assert torch.equal(was, now)
+def test_the_kernels_are_compiled_here() -> None:
+    assert kernels.usable(torch.empty(0), torch.empty(0, dtype=torch.bfloat16))
+    assert not kernels.usable(torch.empty(0, dtype=torch.float64))
+    assert not kernels.usable(torch.empty(0, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_add_norm(size: int, dtype: torch.dtype) -> None:
+    x, y, weight = random(7, size), random(7, size, seed=1), random(size, seed=2)
+
+    def both(x: Tensor, y: Tensor) -> Tensor:
+        to = dtype if x.dtype == torch.float32 else x.dtype
+        total, normed = add_norm(x, y, weight.to(x.dtype), 1e-3, to)
+        assert normed.dtype == to
+        return total * 2 + normed  # both outputs have a say in the gradient
+
+    same(both, [x, y], [torch.float32, dtype], dtype)
+
+
+def test_a_sum_is_exactly_a_sum_and_nothing_is_changed_in_place() -> None:
+    x, y, weight = random(5, 20).float(), random(5, 20, seed=1).float(), torch.ones(20)
+    before = x.clone(), y.clone()
+    total, _ = add_norm(x, y, weight, 1e-6, torch.float32)
+    assert torch.equal(total, x + y)
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rms_norm_of_hidden_states_and_of_heads(dtype: torch.dtype) -> None:
+    weight = random(16, seed=1).float()
+    for shape in ((7, 16), (5, 3, 16)):
+        x = random(*shape)
+        plain = x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 0.5) * weight.double()
+        close(rms_norm(x.to(dtype), weight, 0.5), plain, dtype)
+        same(lambda x: rms_norm(x, weight.to(torch.promote_types(x.dtype, torch.float32)), 0.5), [x], [dtype], dtype)
 
 
 def test_rms_norm_of_nothing_is_nothing() -> None:
@@ -48,33 +87,73 @@ def test_rms_norm_of_nothing_is_nothing() -> None:
     assert x.grad.isfinite().all()
 
 
-def test_swiglu_is_its_formula_and_so_is_its_gradient() -> None:
-    both, grad = random(6, 20).requires_grad_(), random(6, 10, seed=1)
-    gate, up = both[:, :10], both[:, 10:]
-    plain = gate * torch.sigmoid(gate) * up
-    torch.testing.assert_close(swiglu(both), plain, **EXACT)
-    (wanted,) = torch.autograd.grad(plain, both, grad)
-    torch.testing.assert_close(torch.autograd.grad(swiglu(both), both, grad)[0], wanted, **EXACT)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_swiglu(size: int, dtype: torch.dtype) -> None:
+    both = 3 * random(6, 2 * size)
+    gate, up = both.chunk(2, -1)
+    torch.testing.assert_close(swiglu(both), gate * torch.sigmoid(gate) * up)
+    same(swiglu, [both], [dtype], dtype)
 
 
-def test_gradients_survive_what_comes_before_and_after() -> None:
-    """In a graph: a view goes in, a transposed gradient comes back."""
-    x = random(8, 6).requires_grad_()
-    weight = random(4, seed=1)
-
-    def through(norm: object, gated: object) -> Tensor:
-        return (norm(gated(x.t()[:, :8]), weight, 1e-5).t() ** 2).sum()  # type: ignore[operator]
-
-    ours = through(rms_norm, swiglu)
-    plain = through(plain_rms_norm, lambda both: F.silu(both[:, :4]) * both[:, 4:])
-    torch.testing.assert_close(torch.autograd.grad(ours, x)[0], torch.autograd.grad(plain, x)[0], **EXACT)
+def test_swiglu_of_extremes() -> None:
+    both = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4, 1.0, 1.0, 1.0, 1.0, 1.0]])
+    torch.testing.assert_close(swiglu(both), torch.tensor([[0.0, 0.0, 0.0, 100.0, 1e4]]), atol=1e-30, rtol=0)
 
 
-def test_rotation_is_its_formula_and_so_is_its_gradient() -> None:
-    x, grad, angles = random(5, 3, 8).requires_grad_(), random(5, 3, 8, seed=1), random(5, 1, 4, seed=2)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", [2, 16, 64])
+def test_rotation_turns_the_first_heads_and_leaves_the_rest(size: int, dtype: torch.dtype) -> None:
+    x, angles = random(5, 4, size), random(5, size // 2, seed=2)
     cos, sin = (torch.cat([part, part], -1) for part in (angles.cos(), angles.sin()))
-    first, second = x.chunk(2, -1)
-    plain = x * cos + torch.cat([-second, first], -1) * sin
-    torch.testing.assert_close(rotate(x, cos, sin), plain, **EXACT)
-    (wanted,) = torch.autograd.grad(plain, x, grad)
-    torch.testing.assert_close(torch.autograd.grad(rotate(x, cos, sin), x, grad)[0], wanted, **EXACT)
+    first, second = x[:, :3].chunk(2, -1)
+    plain = x[:, :3] * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    close(rotate(x.to(dtype), 3, cos.float(), sin.float()), torch.cat([plain, x[:, 3:]], 1), dtype)
+
+    def turned(x: Tensor) -> Tensor:
+        to = torch.promote_types(x.dtype, torch.float32)
+        return rotate(x, 3, cos.to(to), sin.to(to))
+
+    same(turned, [x], [dtype], dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_cross_entropy_and_its_gradient(size: int, dtype: torch.dtype) -> None:
+    logits, tokens = (8 * random(5, size)).to(dtype), torch.tensor([0, 1, 2, size - 1, 0])
+    exact = logits.double().requires_grad_()
+    want = F.cross_entropy(exact, tokens, reduction="none")
+    (slope,) = torch.autograd.grad(want.sum(), exact)
+    for given in (logits.double(), logits):  # the plain formula, and the kernel
+        loss, gradient = cross_entropy(given.clone(), tokens)
+        close(loss, want.detach(), dtype)
+        close(gradient, slope, dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_divergence_and_its_gradient(size: int, dtype: torch.dtype) -> None:
+    logits, wanted = (4 * random(5, size)).to(dtype), (4 * random(5, size, seed=1)).to(dtype)
+    exact = logits.double().requires_grad_()
+    p = torch.softmax(wanted.double(), -1)
+    want = (p * (p.log() - F.log_softmax(exact, -1))).sum(-1)
+    (slope,) = torch.autograd.grad(want.sum(), exact)
+    for given, other in ((logits.double(), wanted.double()), (logits, wanted)):
+        loss, gradient = divergence(given.clone(), other)
+        close(loss, want.detach(), dtype)
+        close(gradient, slope, dtype)
+    same_loss, nothing = divergence(wanted.clone(), wanted)
+    assert same_loss.abs().max() < 1e-6
+    assert nothing.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
+    """A run that diverges must be seen."""
+    x = torch.ones(3, 32, dtype=torch.float32)
+    x[1, 5] = torch.nan
+    _, normed = add_norm(x, None, torch.ones(32), 1e-6, dtype)
+    assert normed.isnan().any(1).tolist() == [False, True, False]
+    assert swiglu(x.to(dtype)).isnan().any(1).tolist() == [False, True, False]
+    loss, _ = cross_entropy(x.to(dtype), torch.tensor([0, 0, 0]))
+    assert loss.isnan().tolist() == [False, True, False]

@@ -162,7 +162,7 @@ def test_the_first_loss_is_the_bases_and_training_lowers_it(school: School) -> N
 @torch.no_grad()
 def plain_hidden(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
     packed = pack([tokens], prefix=0)
-    return decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed))
+    return decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config))
 
 
 def test_a_run_is_adamw_on_clipped_gradients_and_nothing_more(school: School) -> None:

@@ -86,7 +86,7 @@ def test_dropout_is_for_training_only() -> None:
     packed = pack(make_rows([6]))
 
     def hidden(dropout: bool) -> Tensor:
-        attention = PackedAttention(packed)
+        attention = PackedAttention(packed, home.config)
         return home.forward(packed.tokens_T, packed.positions_T, attention, [Segment(lora)], dropout)
 
     torch.testing.assert_close(hidden(False), hidden(False), atol=0, rtol=0)

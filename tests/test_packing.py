@@ -6,6 +6,8 @@ reach 5). What must be nothing is exactly zero.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fortwo.data.packing import PackedAttention, common_prefix, pack
+from fortwo.models import kernels
 from tests.parts import decoder, gradients, make_rows, packed_hidden, random_lora, trainable
 
 STATES = {"atol": 2e-5, "rtol": 0}
@@ -52,33 +55,19 @@ def test_a_pack_is_its_rows_alone_however_much_is_shared(rows: list[list[int]], 
             torch.testing.assert_close(hidden_TD, packed_hidden(decoder(), [row], prefix=0)[0], **STATES)
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize(("start", "lengths"), [([1, 2], [3, 8, 1]), ([], [5, 40, 17]), ([*range(9)], [70])])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("prefix", [0, 2, 5])
-def test_loss_and_gradients_are_those_of_rows_alone(kv_heads: int, prefix: int) -> None:
-    home = decoder(kv_heads)
-    lora = trainable(random_lora(home))
-    rows = make_rows([4, 1, 17, 9], start=[5, 6, 7, 8, 9])
-
-    def loss(hidden_TD: Tensor, row: list[int]) -> Tensor:
-        return F.cross_entropy(home.logits(hidden_TD[:-1]), torch.tensor(row[1:]), reduction="sum")
-
-    alone = torch.stack([loss(packed_hidden(home, [row], lora, prefix=0)[0], row) for row in rows]).sum()
-    hidden = packed_hidden(home, rows, lora, prefix=prefix)
-    packed = torch.stack([loss(*pair) for pair in zip(hidden, rows, strict=True)]).sum()
-    torch.testing.assert_close(packed, alone, atol=0, rtol=1e-5)
-    for ours, wanted in zip(gradients(packed, lora), gradients(alone, lora), strict=True):
-        assert wanted.abs().max() > 0.01
-        torch.testing.assert_close(ours, wanted, **GRADIENTS)
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_is_torchs_row_by_row(kv_heads: int) -> None:
-    packed = pack(make_rows([3, 8, 1], start=[1, 2]))
+def test_attention_is_torchs_row_by_row(kv_heads: int, start: list[int], lengths: list[int], kernel: bool) -> None:
+    packed = pack(make_rows(lengths, start=start), prefix=len(start))
+    attention = PackedAttention(packed, replace(decoder().config, heads=4, kv_heads=kv_heads))
+    assert kernels.usable(torch.empty(0)), "the kernels cannot be compiled here"
     T, H, E, generator = len(packed.tokens_T), 4, 8, torch.Generator().manual_seed(0)
     shapes = ((T, H, E), (T, kv_heads, E), (T, kv_heads, E))
     parts = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
     upstream = torch.randn(T, H, E, generator=generator)
-    ours = PackedAttention(packed)(0, *parts)
+    qkv = torch.cat(parts, 1)
+    ours = attention(0, qkv) if kernel else attention.plain(qkv)
     wanted = torch.zeros(T, H, E)
     for row, length in enumerate(packed.lengths):
         places = [packed.place(row, position) for position in range(packed.prefix + length)]
@@ -107,7 +96,7 @@ def test_a_token_reads_its_row_up_to_itself_and_nothing_else() -> None:
     home, rows = decoder(), make_rows([5, 7, 3], start=[5, 6, 7])
     packed = pack(rows)
     x_TD = home.embed(packed.tokens_T).requires_grad_()
-    hidden_TD = home.run(x_TD, packed.positions_T, PackedAttention(packed), [], range(home.config.layers))
+    hidden_TD = home.run(x_TD, packed.positions_T, PackedAttention(packed, home.config), [], range(home.config.layers))
     for row, position in ((0, 5), (1, 3), (1, 9), (2, 0), (2, 5)):
         (grad_TD,) = torch.autograd.grad(hidden_TD[packed.place(row, position)].sum(), x_TD, retain_graph=True)
         read = grad_TD.abs().sum(1).nonzero().flatten().tolist()
@@ -120,7 +109,9 @@ def test_a_row_that_is_no_number_spoils_no_other() -> None:
     x_TD = home.embed(packed.tokens_T).clone()
     x_TD[packed.place(1, 3)] = torch.nan
     with torch.no_grad():
-        hidden_TD = home.run(x_TD, packed.positions_T, PackedAttention(packed), [], range(home.config.layers))
+        hidden_TD = home.run(
+            x_TD, packed.positions_T, PackedAttention(packed, home.config), [], range(home.config.layers)
+        )
     spoilt = set(hidden_TD.isnan().any(1).nonzero().flatten().tolist())
     own = [packed.place(1, position) for position in range(len(rows[1]))]
     assert set(own[3:]) <= spoilt <= set(own[packed.prefix :])

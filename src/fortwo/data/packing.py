@@ -6,12 +6,17 @@ to it and gradients of all rows flow back into it. Layout: [prefix | rest of row
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fortwo.models import kernels
+from fortwo.models.decoder import DecoderConfig
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
@@ -68,65 +73,66 @@ def pack(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", pref
     )
 
 
-class _Pad(torch.autograd.Function):
-    """Rows laid end to end (T, F) to a zero-padded grid (rows * longest, F)."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, index: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(index)
-        return x.new_zeros(size, x.shape[1]).index_copy_(0, index, x)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (index,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad.index_select(0, index), None, None
-
-
-class _Unpad(torch.autograd.Function):
-    """The inverse of _Pad; the padding is dropped."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, grid: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.size = grid.shape[0]  # type: ignore[attr-defined]
-        return grid.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad.new_zeros(ctx.size, grad.shape[1]).index_copy_(0, index, grad), None  # type: ignore[attr-defined]
-
-
 class PackedAttention:
     """The decoder's `attend` over a Pack: causal within a row; every row sees the prefix, none sees another row."""
 
-    def __init__(self, pack: Pack) -> None:
+    def __init__(self, pack: Pack, config: DecoderConfig) -> None:
         self.pack = pack
+        self._heads = config.heads, config.kv_heads
         device = pack.tokens_T.device
-        self._rest_LS = _causal(pack.longest, pack.prefix, device)
-        self._prefix_PP = _causal(pack.prefix, 0, device)
+        self._rows = torch.tensor([pack.starts, pack.lengths])
+        self._masks = functools.cache(
+            lambda: (_causal(pack.longest, pack.prefix, device), _causal(pack.prefix, 0, device))
+        )
 
-    def __call__(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+    def __call__(self, layer: int, qkv_TNE: Tensor) -> Tensor:
         del layer
+        if kernels.usable(qkv_TNE):
+            mixed: Tensor = _Attention.apply(qkv_TNE, self.pack.prefix, self._rows, *self._heads)  # type: ignore[no-untyped-call]
+            return mixed
+        return self.plain(qkv_TNE)
+
+    def plain(self, qkv_TNE: Tensor) -> Tensor:
+        """The same with torch's operations, on a padded grid."""
         P, R, L = self.pack.prefix, len(self.pack.lengths), self.pack.longest
-        T, H, E = q_THE.shape
-        K = k_TKE.shape[1]
+        (H, K), (T, _, E) = self._heads, qkv_TNE.shape
         index, grid = self.pack.padded_index, R * L
-        prefix_PNE, rest_TNE = torch.cat([q_THE, k_TKE, v_TKE], 1).split([P, T - P])
-        padded = _Pad.apply(rest_TNE.flatten(1), index, grid).view(R, L, H + 2 * K, E).transpose(1, 2)  # type: ignore[no-untyped-call]
-        q_RHLE, k_RKLE, v_RKLE = padded.split([H, K, K], 1)
+        rest_mask_LS, prefix_mask_PP = self._masks()
+        prefix_PNE, rest_TNE = qkv_TNE.split([P, T - P])
+        padded = rest_TNE.new_zeros(grid, (H + 2 * K) * E).index_copy(0, index, rest_TNE.flatten(1))
+        q_RHLE, k_RKLE, v_RKLE = padded.view(R, L, H + 2 * K, E).transpose(1, 2).split([H, K, K], 1)
         if P:
             prefix_q_HPE, prefix_k_KPE, prefix_v_KPE = prefix_PNE.transpose(0, 1).split([H, K, K])
             k_RKLE = torch.cat([prefix_k_KPE.expand(R, K, P, E), k_RKLE], 2)
             v_RKLE = torch.cat([prefix_v_KPE.expand(R, K, P, E), v_RKLE], 2)
-        mixed_RHLE = _attention(q_RHLE, k_RKLE, v_RKLE, self._rest_LS)
-        flat = mixed_RHLE.transpose(1, 2).reshape(grid, H * E)
-        mixed = _Unpad.apply(flat, index)  # type: ignore[no-untyped-call]
+        mixed_RHLE = _attention(q_RHLE, k_RKLE, v_RKLE, rest_mask_LS)
+        mixed_TF = mixed_RHLE.transpose(1, 2).reshape(grid, H * E).index_select(0, index)
         if P:
-            shared_HPE = _attention(prefix_q_HPE[None], prefix_k_KPE[None], prefix_v_KPE[None], self._prefix_PP)[0]
-            mixed = torch.cat([shared_HPE.transpose(0, 1).reshape(P, H * E), mixed])
-        out: Tensor = mixed.view(T, H, E)
-        return out
+            shared_HPE = _attention(prefix_q_HPE[None], prefix_k_KPE[None], prefix_v_KPE[None], prefix_mask_PP)[0]
+            mixed_TF = torch.cat([shared_HPE.transpose(0, 1).reshape(P, H * E), mixed_TF])
+        return mixed_TF.view(T, H, E)
+
+
+class _Attention(torch.autograd.Function):
+    """The kernel over [prefix | rest of row 0 | rest of row 1 | ...]; rows_2R: where each rest starts, and its length."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_TNE: Tensor, prefix: int, rows_2R: Tensor, heads: int, kv_heads: int) -> Tensor:
+        qkv_TNE = qkv_TNE.contiguous()
+        T, _, E = qkv_TNE.shape
+        mixed_THE = qkv_TNE.new_empty(T, heads, E)
+        lse_TH = qkv_TNE.new_empty(T, heads, dtype=torch.float32)
+        ctx.shape = (prefix, rows_2R.shape[1], rows_2R[0], rows_2R[1], heads, kv_heads, E)
+        kernels.call("attention", qkv_TNE.dtype, *ctx.shape, qkv_TNE, mixed_THE, lse_TH)
+        ctx.save_for_backward(qkv_TNE, lse_TH)
+        return mixed_THE
+
+    @staticmethod
+    def backward(ctx: Any, grad_THE: Tensor) -> Any:
+        qkv_TNE, lse_TH = ctx.saved_tensors
+        grad_TNE = torch.empty_like(qkv_TNE)
+        kernels.call("attention_backward", qkv_TNE.dtype, *ctx.shape, qkv_TNE, lse_TH, grad_THE.contiguous(), grad_TNE)
+        return grad_TNE, None, None, None, None
 
 
 def _causal(length: int, before: int, device: torch.device) -> Tensor:

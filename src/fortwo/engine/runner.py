@@ -68,14 +68,17 @@ class Runner:
         )
         all_slots = torch.tensor(slots, device=device)
         rest_positions = packed.positions_T[P:]
-        attention = PackedAttention(packed)
+        attention = PackedAttention(packed, self.decoder.config)
 
-        def attend(layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor) -> Tensor:
+        heads = [self.decoder.config.heads] + 2 * [self.decoder.config.kv_heads]
+
+        def attend(layer: int, qkv_TNE: Tensor) -> Tensor:
+            _, k_TKE, v_TKE = qkv_TNE.split(heads, 1)
             for stored, new_TKE in ((self.cache.k[layer], k_TKE), (self.cache.v[layer], v_TKE)):
                 stored[slot_index, :, rest_positions] = new_TKE[P:]
                 if P:
                     stored[all_slots, :, :P] = new_TKE[:P].transpose(0, 1)
-            return attention(layer, q_THE, k_TKE, v_TKE)
+            return attention(layer, qkv_TNE)
 
         hidden_TD = self.decoder.forward(
             packed.tokens_T, packed.positions_T, attend, self._segments(sequences[:1], whole=True)
@@ -97,7 +100,8 @@ class Runner:
         B, K, G, E = len(slots), c.kv_heads, c.heads // c.kv_heads, c.head_size
         unseen_B11S = (torch.arange(longest, device=device) > positions_B[:, None])[:, None, None]
 
-        def attend(layer: int, q_BHE: Tensor, k_BKE: Tensor, v_BKE: Tensor) -> Tensor:
+        def attend(layer: int, qkv_BNE: Tensor) -> Tensor:
+            q_BHE, k_BKE, v_BKE = qkv_BNE.split([K * G, K, K], 1)
             k_all, v_all = self.cache.k[layer], self.cache.v[layer]
             k_all[slots_B, :, positions_B] = k_BKE
             v_all[slots_B, :, positions_B] = v_BKE

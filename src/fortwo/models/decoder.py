@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fortwo.errors import UnsupportedModel
-from fortwo.models.functions import rms_norm, rotate, swiglu
+from fortwo.models.functions import add_norm, rms_norm, rotate, swiglu
 from fortwo.models.lora import Segment, lora_product
 from fortwo.models.products import frozen_product
 
@@ -25,9 +25,12 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 
 
 class Attend(Protocol):
-    """Attention of one layer over the tokens of this forward and whatever came before."""
+    """Attention of one layer over the tokens of this forward and whatever came before.
 
-    def __call__(self, layer: int, q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, /) -> Tensor: ...  # (T, H, E)
+    qkv (T, H + 2K, E): query heads, key heads, value heads. The result is (T, H, E).
+    """
+
+    def __call__(self, layer: int, qkv_TNE: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -245,32 +248,28 @@ class Decoder:
         """Carry what the first of `layers` reads (T, D) to what comes after the last of them (T, D)."""
         c = self.config
         T = x_TD.shape[0]
-        q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
+        heads = c.heads + 2 * c.kv_heads
         angles_TE2 = positions_T[:, None].float() * self._inverse_frequency_E2
-        cos_TE, sin_TE = (torch.cat([part, part], -1)[:, None] for part in (angles_TE2.cos(), angles_TE2.sin()))
+        cos_TE, sin_TE = (torch.cat([part, part], -1) for part in (angles_TE2.cos(), angles_TE2.sin()))
+        update_TD: Tensor | None = None
         for index in layers:
             layer = self.layers[index]
-            normed_TD = rms_norm(x_TD, layer.attention_norm_D, c.norm_eps)
+            dtype = layer.qkv_OD.dtype
+            x_TD, normed_TD = add_norm(x_TD, update_TD, layer.attention_norm_D, c.norm_eps, dtype)
             qkv_TO = lora_product(normed_TD, layer.qkv_OD, index, "qkv", segments, dropout)
             if layer.qkv_bias_O is not None:
-                qkv_TO = qkv_TO + layer.qkv_bias_O
-            qk_TO, v_TO = qkv_TO.split([q + kv, kv], 1)
-            qk_TNE = qk_TO.view(T, c.heads + c.kv_heads, c.head_size)
+                qkv_TO = qkv_TO + layer.qkv_bias_O.to(dtype)
+            qkv_TNE = qkv_TO.view(T, heads, c.head_size)
             if layer.q_norm_E is not None and layer.k_norm_E is not None:
-                qk_TNE = torch.cat(
-                    [
-                        rms_norm(qk_TNE[:, : c.heads], layer.q_norm_E, c.norm_eps),
-                        rms_norm(qk_TNE[:, c.heads :], layer.k_norm_E, c.norm_eps),
-                    ],
-                    1,
-                )
-            q_THE, k_TKE = rotate(qk_TNE, cos_TE, sin_TE).split([c.heads, c.kv_heads], 1)
-            mixed_THE = attend(index, q_THE, k_TKE, v_TO.view(T, c.kv_heads, c.head_size))
-            x_TD = x_TD + lora_product(mixed_THE.reshape(T, q), layer.o_DI, index, "o", segments, dropout)
-            normed_TD = rms_norm(x_TD, layer.mlp_norm_D, c.norm_eps)
+                q_THE, k_TKE, v_TKE = qkv_TNE.split([c.heads, c.kv_heads, c.kv_heads], 1)
+                q_THE = rms_norm(q_THE, layer.q_norm_E, c.norm_eps)
+                qkv_TNE = torch.cat([q_THE, rms_norm(k_TKE, layer.k_norm_E, c.norm_eps), v_TKE], 1)
+            mixed_THE = attend(index, rotate(qkv_TNE, c.heads + c.kv_heads, cos_TE, sin_TE))
+            update_TD = lora_product(mixed_THE.reshape(T, -1), layer.o_DI, index, "o", segments, dropout)
+            x_TD, normed_TD = add_norm(x_TD, update_TD, layer.mlp_norm_D, c.norm_eps, dtype)
             gate_up_T2I = lora_product(normed_TD, layer.gate_up_OD, index, "gate_up", segments, dropout)
-            x_TD = x_TD + lora_product(swiglu(gate_up_T2I), layer.down_DI, index, "down", segments, dropout)
-        return x_TD
+            update_TD = lora_product(swiglu(gate_up_T2I), layer.down_DI, index, "down", segments, dropout)
+        return x_TD if update_TD is None else x_TD + update_TD
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Next-token logits (T, V)."""

@@ -1,6 +1,7 @@
-"""Small operations of the decoder with gradients written by hand: fewer passes over memory than autograd's own.
+"""Small operations of the decoder with gradients: on the CPU by kernels in C, each in one pass over memory.
 
-Each is equal to the plain formula in its docstring; the tests hold them to it.
+Elsewhere, and in other types of number, they are the plain formulas below; the tests hold the kernels to them. Weights,
+cos and sin are frozen and get no gradient.
 """
 
 from __future__ import annotations
@@ -11,83 +12,129 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fortwo.models import kernels
 
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        normed = x * scale
-        ctx.save_for_backward(normed, scale, weight)
-        y: Tensor = normed * weight
-        return y
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        normed, scale, weight = ctx.saved_tensors
-        weighted = grad * weight
-        along = torch.linalg.vecdot(weighted, normed).unsqueeze(-1).div_(-normed.shape[-1])
-        return weighted.addcmul_(normed, along).mul_(scale), None, None
+def add_norm(
+    x_TD: Tensor, y_TD: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """s = x + y (y None: s = x), and s / sqrt(mean(s^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019,
+    arXiv:1910.07467) as `dtype`, which is y's too."""
+    if x_TD.dtype == torch.float32 and kernels.usable(x_TD, weight_D, torch.empty(0, dtype=dtype)):
+        found: tuple[Tensor, Tensor] = _AddNorm.apply(x_TD, y_TD, weight_D, eps, dtype)  # type: ignore[no-untyped-call]
+        return found
+    sum_TD = x_TD if y_TD is None else x_TD + y_TD
+    scale_T1 = torch.rsqrt(sum_TD.square().mean(-1, keepdim=True) + eps)
+    return sum_TD, (sum_TD * scale_T1 * weight_D).to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467).
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    _, normed = add_norm(x.reshape(-1, x.shape[-1]).to(weight.dtype), None, weight, eps, x.dtype)
+    return normed.view(x.shape)
 
-    The weight is frozen and gets no gradient.
-    """
-    y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-    return y
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, y_TD: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        x_TD = x_TD.contiguous()
+        sum_TD = x_TD if y_TD is None else torch.empty_like(x_TD)
+        scale_T, normed_TD = x_TD.new_empty(len(x_TD)), x_TD.new_empty(x_TD.shape, dtype=dtype)
+        y_TD = None if y_TD is None else y_TD.contiguous()
+        kernels.call("add_norm", dtype, *x_TD.shape, x_TD, y_TD, weight_D, float(eps), sum_TD, normed_TD, scale_T)
+        ctx.save_for_backward(sum_TD, scale_T, weight_D)
+        ctx.added = y_TD is not None
+        return (sum_TD if ctx.added else x_TD.view_as(x_TD)), normed_TD
+
+    @staticmethod
+    def backward(ctx: Any, along_TD: Tensor, grad_TD: Tensor) -> Any:
+        sum_TD, scale_T, weight_D = ctx.saved_tensors
+        grad_x_TD = torch.empty_like(sum_TD)
+        grad_y_TD = torch.empty_like(grad_TD) if ctx.added else None
+        grad_TD, along_TD = grad_TD.contiguous(), along_TD.contiguous()
+        arguments = (sum_TD, scale_T, weight_D, grad_TD, along_TD, grad_x_TD, grad_y_TD)
+        kernels.call("add_norm_backward", grad_TD.dtype, *sum_TD.shape, *arguments)
+        return grad_x_TD, grad_y_TD, None, None, None
+
+
+def rotate(x_TNE: Tensor, turned: int, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """x * cos + [-second half of x, first half] * sin for the first `turned` heads: rotary position embedding (Su et al.
+    2021, arXiv:2104.09864). The other heads are left as they are. cos and sin (T, E) hold each angle in both halves."""
+    if kernels.usable(x_TNE, cos_TE):
+        y: Tensor = _Rotate.apply(x_TNE, turned, cos_TE, sin_TE)  # type: ignore[no-untyped-call]
+        return y
+    turn_TNE, rest_TNE = x_TNE.split([turned, x_TNE.shape[1] - turned], 1)
+    first, second = turn_TNE.chunk(2, -1)
+    half_TNE = torch.cat([-second, first], -1)
+    return torch.cat([(turn_TNE * cos_TE[:, None] + half_TNE * sin_TE[:, None]).to(x_TNE.dtype), rest_TNE], 1)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TNE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TNE: Tensor, turned: int, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TE, sin_TE)
-        return _turned(x_TNE, cos_TE, sin_TE, 1)
+        ctx.turned = turned
+        return _turned(x_TNE, turned, cos_TE, sin_TE, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, grad_TNE: Tensor) -> tuple[Tensor, None, None]:
-        cos_TE, sin_TE = ctx.saved_tensors
-        return _turned(grad_TNE, cos_TE, sin_TE, -1), None, None
+    def backward(ctx: Any, grad_TNE: Tensor) -> Any:
+        return _turned(grad_TNE, ctx.turned, *ctx.saved_tensors, -1.0), None, None, None
 
 
-def _turned(x_TNE: Tensor, cos_TE: Tensor, sin_TE: Tensor, sign: int) -> Tensor:
-    y_TNE = x_TNE * cos_TE
-    (first, second), (y_first, y_second), (sin, _) = (part.chunk(2, -1) for part in (x_TNE, y_TNE, sin_TE))
-    y_first.addcmul_(second, sin, value=-sign)
-    y_second.addcmul_(first, sin, value=sign)
+def _turned(x_TNE: Tensor, turned: int, cos_TE: Tensor, sin_TE: Tensor, sign: float) -> Tensor:
+    x_TNE = x_TNE.contiguous()
+    y_TNE = torch.empty_like(x_TNE)
+    T, N, E = x_TNE.shape
+    kernels.call("rotate", x_TNE.dtype, T, N, turned, E, x_TNE, cos_TE, sin_TE, sign, y_TNE)
     return y_TNE
 
 
-def rotate(x_TNE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """x * cos + [-second half of x, first half] * sin: rotary position embedding (Su et al. 2021, arXiv:2104.09864).
-
-    cos and sin (T, 1, E) hold each angle in both halves; they get no gradient.
-    """
-    y: Tensor = _Rotate.apply(x_TNE, cos_TE, sin_TE)  # type: ignore[no-untyped-call]
-    return y
+def swiglu(gate_up_T2I: Tensor) -> Tensor:
+    """silu(gate) * up, of gate and up side by side (Shazeer 2020, arXiv:2002.05202)."""
+    if kernels.usable(gate_up_T2I):
+        y: Tensor = _SwiGlu.apply(gate_up_T2I)  # type: ignore[no-untyped-call]
+        return y
+    gate_TI, up_TI = gate_up_T2I.chunk(2, -1)
+    return F.silu(gate_TI) * up_TI
 
 
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_T2I: Tensor) -> Tensor:
-        gate_TI, up_TI = gate_up_T2I.chunk(2, -1)
-        activated_TI = F.silu(gate_TI)
-        ctx.save_for_backward(gate_up_T2I, activated_TI)
-        return activated_TI * up_TI
+        gate_up_T2I = gate_up_T2I.contiguous()
+        T, I = gate_up_T2I.shape[0], gate_up_T2I.shape[1] // 2  # noqa: E741
+        y_TI = gate_up_T2I.new_empty(T, I)
+        kernels.call("swiglu", y_TI.dtype, T, I, gate_up_T2I, y_TI)
+        ctx.save_for_backward(gate_up_T2I)
+        return y_TI
 
     @staticmethod
     def backward(ctx: Any, grad_TI: Tensor) -> Tensor:
-        gate_up_T2I, activated_TI = ctx.saved_tensors
-        gate_TI, up_TI = gate_up_T2I.chunk(2, -1)
+        (gate_up_T2I,) = ctx.saved_tensors
         grad_T2I = torch.empty_like(gate_up_T2I)
-        grad_gate_TI, grad_up_TI = grad_T2I.chunk(2, -1)
-        torch.mul(grad_TI, activated_TI, out=grad_up_TI)
-        torch.ops.aten.silu_backward(grad_TI * up_TI, gate_TI, grad_input=grad_gate_TI)
+        kernels.call("swiglu_backward", grad_TI.dtype, *grad_TI.shape, gate_up_T2I, grad_TI.contiguous(), grad_T2I)
         return grad_T2I
 
 
-def swiglu(gate_up_T2I: Tensor) -> Tensor:
-    """silu(gate) * up, of gate and up side by side (Shazeer 2020, arXiv:2002.05202)."""
-    y: Tensor = _SwiGlu.apply(gate_up_T2I)  # type: ignore[no-untyped-call]
-    return y
+def cross_entropy(logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row against a token (N,), and the gradient of their sum (N, V). The logits may be overwritten."""
+    if kernels.usable(logits_NV):
+        loss_N = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
+        kernels.call("cross_entropy", logits_NV.dtype, *logits_NV.shape, logits_NV, tokens_N, loss_N)
+        return loss_N, logits_NV
+    slope_NV = torch.softmax(logits_NV, -1)
+    slope_NV[torch.arange(len(tokens_N), device=tokens_N.device), tokens_N] -= 1
+    return F.cross_entropy(logits_NV, tokens_N, reduction="none"), slope_NV
+
+
+def divergence(logits_NV: Tensor, wanted_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(softmax(wanted) || softmax(logits)) of each row (N,), and the gradient of their sum (N, V). The logits may be overwritten."""
+    if kernels.usable(logits_NV, wanted_NV):
+        loss_N = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
+        kernels.call("divergence", logits_NV.dtype, *logits_NV.shape, logits_NV, wanted_NV, loss_N)
+        return loss_N, logits_NV
+    log_q_NV, log_p_NV = F.log_softmax(logits_NV, -1), F.log_softmax(wanted_NV, -1)
+    p_NV = log_p_NV.exp()
+    return torch.linalg.vecdot(p_NV, log_p_NV - log_q_NV), log_q_NV.exp() - p_NV

@@ -236,7 +236,8 @@ class Segment:
 class _LoraProduct(torch.autograd.Function):
     """y = x W' + scale * (d x A') B' for one fused product, with gradients for x, A and every B.
 
-    d is a dropout mask already divided by the keep share, or None.
+    d is a dropout mask already divided by the keep share, or None. All products are in x's type; the Bs are laid out
+    as one matrix (out, all ranks), zero outside their columns, so that each product is one.
     """
 
     @staticmethod
@@ -250,29 +251,29 @@ class _LoraProduct(torch.autograd.Function):
         A_RI: Tensor,
         *Bs: Tensor,
     ) -> Tensor:
+        r = Bs[0].shape[1]
+        ctx.dtype, A_RI = A_RI.dtype, A_RI.to(x_TI.dtype)
+        B_OR = x_TI.new_zeros(len(weight_OI), len(A_RI))
+        for place, ((first, last), B_Or) in enumerate(zip(columns, Bs, strict=True)):
+            torch.mul(B_Or, scale, out=B_OR[first:last, place * r : (place + 1) * r])
         seen_TI = x_TI if mask_TI is None else x_TI * mask_TI
         h_TR = product(seen_TI, A_RI)
-        y_TO = product(x_TI, weight_OI)
-        r = Bs[0].shape[1]
-        for place, ((first, last), B_Or) in enumerate(zip(columns, Bs, strict=True)):
-            y_TO[:, first:last].addmm_(h_TR[:, place * r : (place + 1) * r], B_Or.t(), alpha=scale)
-        ctx.save_for_backward(x_TI, h_TR, A_RI, *Bs)
-        ctx.weight_OI, ctx.mask_TI, ctx.scale, ctx.columns = weight_OI, mask_TI, scale, columns
+        y_TO = product(x_TI, weight_OI).addmm_(h_TR, B_OR.t())
+        ctx.save_for_backward(x_TI, h_TR, A_RI, B_OR)
+        ctx.weight_OI, ctx.mask_TI, ctx.scale, ctx.columns, ctx.r = weight_OI, mask_TI, scale, columns, r
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> Any:
-        x_TI, h_TR, A_RI, *Bs = ctx.saved_tensors
-        r = Bs[0].shape[1]
-        grad_h_TR = torch.empty_like(h_TR)
-        grad_Bs = []
-        for place, ((first, last), B_Or) in enumerate(zip(ctx.columns, Bs, strict=True)):
-            grad_TO_part, rank = grad_TO[:, first:last], slice(place * r, (place + 1) * r)
-            grad_h_TR[:, rank] = grad_TO_part @ B_Or
-            grad_Bs.append((h_TR[:, rank].t() @ grad_TO_part).t().mul_(ctx.scale))
-        grad_h_TR.mul_(ctx.scale)
+        x_TI, h_TR, A_RI, B_OR = ctx.saved_tensors
+        grad_h_TR = product(grad_TO, B_OR.t())
+        grad_B_OR = product(grad_TO.t(), h_TR.t())
+        grad_Bs = [
+            grad_B_OR[first:last, place * ctx.r : (place + 1) * ctx.r].to(ctx.dtype) * ctx.scale
+            for place, (first, last) in enumerate(ctx.columns)
+        ]
         seen_TI = x_TI if ctx.mask_TI is None else x_TI * ctx.mask_TI
-        grad_A_RI = product(grad_h_TR.t(), seen_TI.t())
+        grad_A_RI = product(grad_h_TR.t(), seen_TI.t()).to(ctx.dtype)
         if not ctx.needs_input_grad[0]:
             return (None, None, None, None, None, grad_A_RI, *grad_Bs)
         grad_x_TI = product(grad_TO, ctx.weight_OI.t())

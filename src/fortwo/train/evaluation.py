@@ -208,7 +208,7 @@ def agreement(served: Served, lora: Lora, said: Sequence[tuple[Sequence[Message]
     for group in micro_batches(rows, prefix, AGREEMENT_TOKENS):
         with torch.no_grad():
             packed = pack([row.tokens for row in group], served.decoder.device, prefix)
-            attention = PackedAttention(packed)
+            attention = PackedAttention(packed, served.decoder.config)
             final_TD = served.decoder.forward(packed.tokens_T, packed.positions_T, attention, [Segment(lora)])
             places = [index for place, row in enumerate(group) for index in predicting(packed, place, row)]
             ranked = served.decoder.logits(final_TD[places]).argmax(-1).tolist()

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.data.packing import Pack, PackedAttention, pack
 from fortwo.models.decoder import Decoder
+from fortwo.models.functions import cross_entropy, divergence
 from fortwo.models.lora import Lora, Segment
 from fortwo.models.products import product
 from fortwo.records import MicroStepped, TrainEvent
@@ -57,7 +57,7 @@ def with_teacher(decoder: Decoder, rows: Sequence[Row], prefix: int) -> Generato
     for group in micro_batches(rows, prefix, PREPARE_TOKENS):
         with torch.no_grad():
             packed = pack([row.tokens for row in group], decoder.device, prefix)
-            final_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed))
+            final_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config))
         taught += [replace(row, teacher_ND=final_TD[predicting(packed, place, row)]) for place, row in enumerate(group)]
         yield MicroStepped(len(packed.tokens_T))
     return taught
@@ -67,7 +67,7 @@ def losses(decoder: Decoder, lora: Lora, prefix: int, rows: Sequence[Row]) -> Lo
     """One pass over rows that share their first `prefix` tokens."""
     packed = pack([row.tokens for row in rows], decoder.device, prefix)
     final_TD = decoder.forward(
-        packed.tokens_T, packed.positions_T, PackedAttention(packed), [Segment(lora)], dropout=True
+        packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config), [Segment(lora)], dropout=True
     )
     learn_places: list[int] = []
     keep_places: list[int] = []
@@ -90,21 +90,16 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target: Tensor) -> Tensor:
-        rows = max(1, HEAD_BYTES // (4 * len(head_VD)))
+        rows = max(1, HEAD_BYTES // (head_VD.element_size() * len(head_VD)))
         total, gradients = hidden_ND.new_zeros(()), []
         for chunk_ND, wanted in zip(hidden_ND.split(rows), target.split(rows), strict=True):
-            log_q_NV = F.log_softmax(product(chunk_ND, head_VD), -1)
+            logits_NV = product(chunk_ND.to(head_VD.dtype), head_VD)
             if wanted.dim() == 1:
-                places = torch.arange(len(wanted), device=wanted.device), wanted
-                total -= log_q_NV[places].sum()
-                slope_NV = log_q_NV.exp_()
-                slope_NV[places] -= 1
+                loss_N, slope_NV = cross_entropy(logits_NV, wanted)
             else:
-                log_p_NV = F.log_softmax(product(wanted, head_VD), -1)
-                p_NV = log_p_NV.exp()
-                total += torch.linalg.vecdot(p_NV, log_p_NV.sub_(log_q_NV)).sum()
-                slope_NV = log_q_NV.exp_().sub_(p_NV)
-            gradients.append(product(slope_NV, head_VD.t()))
+                loss_N, slope_NV = divergence(logits_NV, product(wanted.to(head_VD.dtype), head_VD))
+            total += loss_N.sum()
+            gradients.append(product(slope_NV, head_VD.t()).to(hidden_ND.dtype))
         ctx.save_for_backward(torch.cat(gradients))
         return total
 

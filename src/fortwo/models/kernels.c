@@ -1,0 +1,124 @@
+/* What torch does in several passes over memory, in one: the small operations between the matrix products, forward and backward.
+   Plain C with GCC's vector types; compiled for the machine it runs on (kernels.py). */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define SERIAL 16384 /* elements below which one thread is faster than two */
+#define BLOCK 16     /* queries of one head whose scores are there together */
+#define WIDTH 16
+#define PAD(n) (((n) + WIDTH - 1) / WIDTH * WIDTH)
+
+typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef uint16_t bf16;
+
+static inline float from_bf16(bf16 x) {
+    union { uint32_t bits; float value; } all = {(uint32_t)x << 16};
+    return all.value;
+}
+
+static inline bf16 to_bf16(float x) { /* to the nearest, ties to even */
+    union { float value; uint32_t bits; } all = {x};
+    return (all.bits + 0x7fff + (all.bits >> 16 & 1)) >> 16;
+}
+
+/* e^x to 2 units in the last place, without a branch, so that loops over it become vectors. */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1;
+    union { int32_t bits; float value; } power = {((int32_t)n + 127) << 23};
+    return p * power.value;
+}
+
+/* The first n of `seen` scores become their softmax, the rest zero. Returns the logarithm of the sum. */
+static inline float softmax(float *scores, long n, long seen) {
+    float top = scores[0], sum = 0;
+    for (long s = 1; s < n; s++) top = scores[s] > top ? scores[s] : top;
+    for (long s = 0; s < n; s++) {
+        scores[s] = exponential(scores[s] - top);
+        sum += scores[s];
+    }
+    for (long s = 0; s < n; s++) scores[s] *= 1 / sum;
+    for (long s = n; s < seen; s++) scores[s] = 0;
+    return logf(sum) + top;
+}
+
+static inline float *allocate(long floats) { return calloc(floats, sizeof(float)); }
+
+/* c[m][n] (+)= sum over k of a[m * a_row + k * a_column] * b[k * b_row + n], for `rows` x `vectors` of the result at once. */
+static inline __attribute__((always_inline)) void tile(int rows, int vectors, long K, const float *a, long a_row, long a_column,
+                                                       const float *b, long b_row, float *c, long c_row, int add) {
+    vector sums[4][4];
+    for (int m = 0; m < rows; m++)
+        for (int n = 0; n < vectors; n++) sums[m][n] = add ? *(vector *)(c + m * c_row + n * WIDTH) : (vector){0};
+    for (long k = 0; k < K; k++)
+        for (int n = 0; n < vectors; n++) {
+            vector right = *(const vector *)(b + k * b_row + n * WIDTH);
+            for (int m = 0; m < rows; m++) sums[m][n] += a[m * a_row + k * a_column] * right;
+        }
+    for (int m = 0; m < rows; m++)
+        for (int n = 0; n < vectors; n++) *(vector *)(c + m * c_row + n * WIDTH) = sums[m][n];
+}
+
+/* A small product; N is a multiple of WIDTH. */
+static void multiply(long M, long N, long K, const float *a, long a_row, long a_column, const float *b, long b_row, float *c,
+                     long c_row, int add) {
+    for (long n = 0; n < N;) {
+        int wide = N - n >= 4 * WIDTH;
+        for (long m = 0; m < M;) {
+            const float *left = a + m * a_row;
+            float *to = c + m * c_row + n;
+            if (M - m >= 4) {
+                if (wide) tile(4, 4, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
+                else tile(4, 1, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
+                m += 4;
+            } else {
+                if (wide) tile(1, 4, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
+                else tile(1, 1, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
+                m++;
+            }
+        }
+        n += wide ? 4 * WIDTH : WIDTH;
+    }
+}
+
+#define ROW_SUMS                                                                                                         \
+    static inline float NAME(highest)(const element *row, long V) {                                                      \
+        float top = LOAD(row[0]);                                                                                        \
+        for (long v = 1; v < V; v++) top = LOAD(row[v]) > top ? LOAD(row[v]) : top;                                      \
+        return top;                                                                                                      \
+    }                                                                                                                    \
+    static inline float NAME(mass)(const element *row, long V, float top) {                                              \
+        float sum = 0;                                                                                                   \
+        for (long v = 0; v < V; v++) sum += exponential(LOAD(row[v]) - top);                                             \
+        return sum;                                                                                                      \
+    }
+
+#define element float
+#define NAME(kernel) kernel##_float32
+#define LOAD(x) (x)
+#define STORE(x) (x)
+ROW_SUMS
+#include "kernels.h"
+#undef element
+#undef NAME
+#undef LOAD
+#undef STORE
+
+#define element bf16
+#define NAME(kernel) kernel##_bfloat16
+#define LOAD from_bf16
+#define STORE to_bf16
+ROW_SUMS
+#include "kernels.h"

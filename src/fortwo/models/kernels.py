@@ -1,0 +1,92 @@
+"""Kernels in C for the CPU, compiled for this machine the first time they are needed.
+
+Where there is no C compiler, or on another device or another type of number, `usable` says so and `functions` computes
+the same with torch. The library lies in __pycache__, as Python's own compiled files do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h"))
+_COMPILE = (
+    *("cc", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
+)
+_TYPES = (torch.float32, torch.bfloat16)
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors."""
+    return all(tensor.device.type == "cpu" and tensor.dtype in _TYPES for tensor in tensors) and _library() is not None
+
+
+def call(kernel: str, element: torch.dtype, *arguments: Tensor | float | int | None) -> None:
+    """Run a kernel. Tensors are passed by address and must be contiguous; None is an absent one."""
+    _kernel(kernel, element)(
+        *(
+            ctypes.c_void_p(argument.data_ptr())
+            if isinstance(argument, Tensor)
+            else ctypes.c_float(argument)
+            if isinstance(argument, float)
+            else ctypes.c_long(argument)
+            if argument is not None
+            else None
+            for argument in arguments
+        )
+    )
+
+
+@cache
+def _kernel(name: str, element: torch.dtype) -> Any:
+    function = getattr(_library(), f"{name}_{str(element).removeprefix('torch.')}")
+    function.restype = None
+    return function
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled library; None, with a warning, where it cannot be had."""
+    try:
+        return ctypes.CDLL(str(_compiled()))  # OpenMP is torch's: it is loaded already, under the same name
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
+        log.warning("no C kernels, torch's own operations take their place: %s", said)
+        return None
+
+
+def _compiled() -> Path:
+    sources = b"".join(source.read_bytes() for source in _SOURCES)
+    digest = hashlib.sha256(sources + " ".join(_COMPILE).encode() + _processor()).hexdigest()[:16]
+    home = Path(__file__).with_name("__pycache__")
+    if not os.access(home if home.exists() else home.parent, os.W_OK):
+        home = Path(tempfile.mkdtemp(prefix="fortwo-"))
+    library = home / f"kernels-{digest}.so"
+    if not library.exists():
+        home.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home) as beside:
+            built = Path(beside) / library.name
+            subprocess.run([*_COMPILE, "-o", built, _SOURCES[0], "-lm"], check=True, capture_output=True, text=True)
+            built.replace(library)
+    return library
+
+
+def _processor() -> bytes:
+    """What tells one kind of processor from another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return b""
+    return b"".join(sorted({line for line in lines if line.startswith((b"model name", b"flags"))}))
