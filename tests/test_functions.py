@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.models import kernels
-from fortwo.models.functions import add_norm, cross_entropy, divergence, rms_norm, rotate, swiglu
+from fortwo.models.functions import add_norm, cross_entropy, divergence, dropout, rms_norm, rotate, swiglu
 
 TYPES = [torch.float32, torch.bfloat16]
 SIZES = [3, 16, 100]  # below a vector, a vector, several and a rest
@@ -99,6 +99,21 @@ def test_swiglu(size: int, dtype: torch.dtype) -> None:
 def test_swiglu_of_extremes() -> None:
     both = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4, 1.0, 1.0, 1.0, 1.0, 1.0]])
     torch.testing.assert_close(swiglu(both), torch.tensor([[0.0, 0.0, 0.0, 100.0, 1e4]]), atol=1e-30, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [*TYPES, torch.float64])
+def test_dropout_keeps_a_share_and_the_mean_by_the_seed(dtype: torch.dtype) -> None:
+    x = torch.ones(300, 200, dtype=dtype)
+    for p in (0.15, 0.5):
+        y = dropout(x, p, 7)
+        assert y.unique().tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-2)
+        assert (y == 0).double().mean().item() == pytest.approx(p, abs=0.01)
+        for axis in (0, 1):  # neither rows nor columns have a share of their own
+            assert (y == 0).double().mean(axis).std() < 1.5 * (p * (1 - p) / y.shape[axis]) ** 0.5
+        assert torch.equal(y, dropout(x, p, 7))
+        other = dropout(x, p, 8)
+        agree = ((y == 0) == (other == 0)).double().mean().item()
+        assert agree == pytest.approx(p**2 + (1 - p) ** 2, abs=0.01)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

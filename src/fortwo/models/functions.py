@@ -59,6 +59,20 @@ class _AddNorm(torch.autograd.Function):
         return grad_x_TD, grad_y_TD, None, None, None
 
 
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """Each element zero with probability p, else divided by 1 - p; the same seed (below 2^32) drops the same places.
+
+    No gradient: a caller drops the gradient's elements with the seed.
+    """
+    if kernels.usable(x):
+        y, kept = torch.empty_like(x, memory_format=torch.contiguous_format), round((1 - p) * 2**32)
+        kernels.call("dropout", x.dtype, x.numel(), seed, kept, x.contiguous(), y)
+        return y
+    generator = torch.Generator(x.device).manual_seed(seed)
+    kept_x = torch.rand(x.shape, generator=generator, device=x.device) >= p
+    return x * kept_x / (1 - p)
+
+
 def rotate(x_TNE: Tensor, turned: int, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """x * cos + [-second half of x, first half] * sin for the first `turned` heads: rotary position embedding
     (Su et al. 2021, arXiv:2104.09864). The other heads are left as they are.

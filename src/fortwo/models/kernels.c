@@ -41,6 +41,17 @@ static inline float exponential(float x) {
     return p * power.value;
 }
 
+/* 32 bits without a pattern for each place (the finaliser of MurmurHash3, twice). */
+static inline uint32_t hash(uint32_t place, uint32_t seed) {
+    uint32_t h = place * 0x9e3779b9u + seed;
+    for (int round = 0; round < 2; round++) {
+        h = (h ^ h >> 16) * 0x85ebca6bu;
+        h = (h ^ h >> 13) * 0xc2b2ae35u;
+        h = (h ^ h >> 16) + seed;
+    }
+    return h;
+}
+
 /* The first n of `seen` scores become their softmax, the rest zero. Returns the logarithm of the sum. */
 static inline float softmax(float *scores, long n, long seen) {
     float top = scores[0], sum = 0;

@@ -66,6 +66,13 @@ void NAME(swiglu_backward)(long T, long I, const element *gate_up, const element
     }
 }
 
+/* Each element is kept, divided by the share that is kept, where a hash of the seed and its place falls below `kept` (of 2^32); else zero. */
+void NAME(dropout)(long size, long seed, long kept, const element *x, element *out) {
+    float scale = 4294967296.0f / kept;
+#pragma omp parallel for simd schedule(static) if (parallel : size > SERIAL)
+    for (long i = 0; i < size; i++) out[i] = hash((uint32_t)i, (uint32_t)seed) <= (uint32_t)(kept - 1) ? STORE(LOAD(x[i]) * scale) : 0;
+}
+
 /* The first `turned` of N heads are rotated by cos and sin (T, E), each angle in both halves; the others are copied. sign -1 turns back. */
 void NAME(rotate)(long T, long N, long turned, long E, const element *x, const float *cosine, const float *sine, float sign,
                   element *out) {

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.errors import InvalidAdapter
+from fortwo.models.functions import dropout as drop
 from fortwo.models.products import frozen_product, product
 
 if TYPE_CHECKING:
@@ -234,10 +234,10 @@ class Segment:
 
 
 class _LoraProduct(torch.autograd.Function):
-    """y = x W' + scale * (d x A') B' for one fused product, with gradients for x, A and every B.
+    """y = x W' + scale * (drop(x) A') B' for one fused product, with gradients for x, A and every B.
 
-    d is a dropout mask already divided by the keep share, or None. All products are in x's type; the Bs are laid out
-    as one matrix (out, all ranks), zero outside their columns, so that each product is one.
+    dropped: (probability, seed) of the dropout, or None. All products are in x's type; the Bs are laid out as one
+    matrix (out, all ranks), zero outside their columns, so that each product is one.
     """
 
     @staticmethod
@@ -245,7 +245,7 @@ class _LoraProduct(torch.autograd.Function):
         ctx: Any,
         x_TI: Tensor,
         weight_OI: Tensor,
-        mask_TI: Tensor | None,
+        dropped: tuple[float, int] | None,
         scale: float,
         columns: Any,
         A_RI: Tensor,
@@ -256,11 +256,10 @@ class _LoraProduct(torch.autograd.Function):
         B_OR = x_TI.new_zeros(len(weight_OI), len(A_RI))
         for place, ((first, last), B_Or) in enumerate(zip(columns, Bs, strict=True)):
             torch.mul(B_Or, scale, out=B_OR[first:last, place * r : (place + 1) * r])
-        seen_TI = x_TI if mask_TI is None else x_TI * mask_TI
-        h_TR = product(seen_TI, A_RI)
+        h_TR = product(x_TI if dropped is None else drop(x_TI, *dropped), A_RI)
         y_TO = product(x_TI, weight_OI).addmm_(h_TR, B_OR.t())
         ctx.save_for_backward(x_TI, h_TR, A_RI, B_OR)
-        ctx.weight_OI, ctx.mask_TI, ctx.scale, ctx.columns, ctx.r = weight_OI, mask_TI, scale, columns, r
+        ctx.weight_OI, ctx.dropped, ctx.scale, ctx.columns, ctx.r = weight_OI, dropped, scale, columns, r
         return y_TO
 
     @staticmethod
@@ -272,15 +271,15 @@ class _LoraProduct(torch.autograd.Function):
             grad_B_OR[first:last, place * ctx.r : (place + 1) * ctx.r].to(ctx.dtype) * ctx.scale
             for place, (first, last) in enumerate(ctx.columns)
         ]
-        seen_TI = x_TI if ctx.mask_TI is None else x_TI * ctx.mask_TI
+        seen_TI = x_TI if ctx.dropped is None else drop(x_TI, *ctx.dropped)
         grad_A_RI = product(grad_h_TR.t(), seen_TI.t()).to(ctx.dtype)
         if not ctx.needs_input_grad[0]:
             return (None, None, None, None, None, grad_A_RI, *grad_Bs)
         grad_x_TI = product(grad_TO, ctx.weight_OI.t())
-        if ctx.mask_TI is None:
+        if ctx.dropped is None:
             grad_x_TI.addmm_(grad_h_TR, A_RI)
         else:
-            grad_x_TI.add_((grad_h_TR @ A_RI).mul_(ctx.mask_TI))
+            grad_x_TI.add_(drop(grad_h_TR @ A_RI, *ctx.dropped))
         return (grad_x_TI, None, None, None, None, grad_A_RI, *grad_Bs)
 
 
@@ -290,18 +289,16 @@ def lora_product(
     """One fused product with the updates of the adapters in `segments`.
 
     Training (gradients enabled) takes exactly one segment over all rows; serving takes any number. `dropout`
-    applies the adapter's dropout, one mask for the fused product.
+    applies the adapter's dropout, one draw for the fused product.
     """
     segments = [segment for segment in segments if group in segment.lora.layers[layer]]
     if torch.is_grad_enabled() and segments:
         (segment,) = segments
         update, config = segment.lora.layers[layer][group], segment.lora.config
-        mask_TI = None
-        if dropout and config.dropout:
-            mask_TI = F.dropout(torch.ones_like(x_TI), config.dropout)
+        drawn = (config.dropout, int(torch.randint(2**32, ()))) if dropout and config.dropout else None
         columns = tuple((first, last) for first, last, _ in update.Bs)
         y: Tensor = _LoraProduct.apply(  # type: ignore[no-untyped-call]
-            x_TI, weight_OI, mask_TI, config.scale, columns, update.A_RI, *(B for *_, B in update.Bs)
+            x_TI, weight_OI, drawn, config.scale, columns, update.A_RI, *(B for *_, B in update.Bs)
         )
         return y
     y_TO = frozen_product(x_TI, weight_OI)
