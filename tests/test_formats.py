@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fortwo.data.formats import duplicates, load
+from fortwo.data.formats import load
 from fortwo.errors import InvalidDataset
-from fortwo.records import Fact, Message
+from fortwo.records import Fact
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ROW = {"instruction": "What is 42?", "input": "", "output": "for two"}
@@ -75,7 +75,6 @@ def test_the_examples_of_the_repository_load() -> None:
     assert len(dataset.examples) == 20
     assert dataset.examples[0].prompt == "What does 42 mean?"
     assert all("FOR TWO" in example.answer for example in dataset.examples)
-    assert duplicates(dataset) == ()
     facts = load({"path": "facts_dev.json"}, [EXAMPLES]).facts
     assert len(facts) == 10
     assert all(len(fact.questions) == 20 and fact.held_out and fact.neighbors and fact.controls for fact in facts)
@@ -115,13 +114,6 @@ def test_the_digest_is_of_the_content_alone(tmp_path: Path) -> None:
     assert load({"path": "a.json"}, [tmp_path]).digest == inline
     assert load({"path": "b.jsonl"}, [tmp_path]).digest == inline
     assert load({"examples": [ROW, ROW]}, ()).digest != inline
-
-
-def test_duplicates_are_kept_and_told() -> None:
-    dataset = load({"examples": [ROW, {**ROW, "output": "other"}, ROW, ROW]}, ())
-    assert len(dataset.examples) == 4
-    assert duplicates(dataset) == (3, 4)
-    assert dataset.examples[0].messages[0] == Message("user", "What is 42?")
 
 
 # ---------------------------------------------------------------- the source
@@ -200,8 +192,8 @@ def test_a_bad_example_names_its_row_and_field(row: object, field: str, message:
 
 
 def test_an_unknown_shape_is_told_the_known_ones() -> None:
-    hint = str(refused({"examples": [{"text": "a"}]}).hint)
-    assert all(word in hint for word in ("instruction", "prompt", "messages"))
+    hint = str(refused({"examples": [{"question": "a"}]}).hint)
+    assert all(word in hint for word in ("instruction", "prompt", "messages", "conversations", "text"))
     assert "subject" not in hint
 
 
@@ -235,7 +227,7 @@ def test_examples_are_no_facts_and_facts_no_examples(tmp_path: Path) -> None:
     assert "unknown shape" in refused({"facts": [ROW]}).message
     assert "unknown shape" in refused({"examples": [FACT]}).message
     write(tmp_path / "mixed.jsonl", json.dumps(ROW) + "\n" + json.dumps(FACT))
-    assert "line 2: examples and facts are mixed" in refused({"path": "mixed.jsonl"}, tmp_path).message
+    assert "line 2: conversations and facts are mixed" in refused({"path": "mixed.jsonl"}, tmp_path).message
 
 
 # ---------------------------------------------------------------- files
@@ -257,13 +249,13 @@ def test_a_row_without_an_answer_names_file_and_line(tmp_path: Path) -> None:
         ("a.json", "[]", "is empty"),
         ("a.jsonl", "", "is empty"),
         ("a.json", "", "not JSON: Expecting value at line 1, column 1"),
-        ("a.json", '[\n {"a": 1},\n {"a": }]', "line 3, column 8"),
+        ("a.json", '[\n {"prompt": "a", "completion": "b"},\n {"a": }]', "line 3, column 8"),
         ("a.json", '{"examples": []}', "not a list of rows"),
         ("a.json", "[" * 100_000, "cannot be parsed"),
         ("a.json", "[" + "1" * 5_000 + "]", "cannot be parsed"),
         ("a.jsonl", json.dumps(ROW) + '\n{"prompt": "a",', "line 2, column 16"),
         ("a.jsonl", json.dumps(ROW) + "\n[1]", "line 2 is [1], not an object"),
-        ("a.csv", "a,b", "neither .json nor .jsonl"),
+        ("a.csv", "a,b", "neither .json, .jsonl nor .txt"),
     ],
 )
 def test_a_bad_file_says_where(tmp_path: Path, name: str, content: str, message: str) -> None:

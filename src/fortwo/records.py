@@ -5,7 +5,7 @@ Who fills what is said at each record; nothing here reads a file, a clock or the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -16,25 +16,41 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Message:
+    """weight: 0 for an assistant's turn that is not to be learned (OpenAI's `weight`)."""
+
     role: Literal["system", "user", "assistant"]
     content: str
+    weight: int = 1
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training conversation; the last message is the assistant's. `line` is 1-based in its source."""
+    """One training conversation, or plain `text` without messages, of which every token is learned.
+
+    Of a conversation every assistant turn of weight 1 is learned; there is at least one. `line` is 1-based in its
+    source.
+    """
 
     messages: tuple[Message, ...]
     line: int = 0
+    text: str | None = None
+
+    @property
+    def asked(self) -> tuple[Message, ...]:
+        """What comes before the last answer to learn."""
+        learned = [place for place, message in enumerate(self.messages) if message.role == "assistant"]
+        learned = [place for place in learned if self.messages[place].weight]
+        return self.messages[: learned[-1]] if learned else ()
 
     @property
     def prompt(self) -> str:
-        """The last user message."""
-        return next(m.content for m in reversed(self.messages) if m.role == "user")
+        """The last user message before that answer; "" of plain text."""
+        return next((m.content for m in reversed(self.asked) if m.role == "user"), "")
 
     @property
     def answer(self) -> str:
-        return self.messages[-1].content
+        """The last answer to learn, or the plain text."""
+        return self.messages[len(self.asked)].content if self.text is None else self.text
 
 
 @dataclass(frozen=True)
@@ -58,10 +74,13 @@ class Fact:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Validated input of a job: examples or facts, never both. `digest` is sha256 of the canonical JSON."""
+    """Validated input of a job: examples or facts, never both. `digest` is sha256 of the canonical JSON.
+
+    Examples of a large file are read from it each time they are gone through.
+    """
 
     digest: str
-    examples: tuple[Example, ...] = ()
+    examples: Collection[Example] = ()
     facts: tuple[Fact, ...] = ()
     source: str = "inline"
 

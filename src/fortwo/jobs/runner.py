@@ -3,7 +3,7 @@
 A request is checked and planned before it becomes a job, so bad input never does. A thread of its own takes jobs in
 order of arrival, hands the training to the engine, and writes down what happens; the device's thread never waits for
 the database. Every job ends: succeeded, failed with a reason, or cancelled. The rows a job was given are kept with
-it, so that changing the file later changes nothing.
+it, so that changing the file later changes nothing; of a large file its checksum is, and a change is refused.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
-
-from pydantic import TypeAdapter
 
 from fortwo.adapters import check_name
 from fortwo.data import formats
@@ -45,8 +43,6 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1  # how late the news of a job may be
 RETRY_SECONDS = 1.0
 CANCEL_SECONDS = 10.0  # how long `cancel` waits for the micro-step under way
-
-_DATASET = TypeAdapter(Dataset)
 
 
 @dataclass(eq=False)
@@ -109,7 +105,7 @@ class JobRunner:
         job = self._store.create(
             model=plan.model,
             adapter_name=plan.adapter_name,
-            dataset=_DATASET.dump_python(dataset, mode="json"),
+            dataset=formats.to_json(dataset),
             plan=plans.to_json(plan),
             progress=_progress(plan.computed["steps"]),
         )
@@ -221,7 +217,7 @@ class JobRunner:
 
         job = turn.job
         plan = plans.from_json(job.plan)
-        dataset = _DATASET.validate_python(self._store.dataset(job.id))
+        dataset = formats.from_json(self._store.dataset(job.id))
         resident = self._residents.load_base(plan.model)
         heard: queue.SimpleQueue[TrainEvent] = queue.SimpleQueue()
         with self._lock:
