@@ -113,7 +113,7 @@ class Plan:
 
     settings: every value the run uses; names are PEFT's and transformers'.
     computed: steps, epochs, steps_per_epoch, warmup_steps, peak_learning_rate (the highest rate the run reaches),
-              rows, supervised_tokens, tokens_per_step, seconds, bytes.
+              rows, validation_rows (if any are held back), row_tokens, supervised_tokens, tokens_per_step, seconds, bytes.
     """
 
     model: str
@@ -156,16 +156,26 @@ class Transcript:
 
 
 @dataclass(frozen=True)
+class EvalLoss:
+    """Mean cross-entropy over the supervised tokens of the rows that are held back, after `step` steps."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What the evaluation of the served adapter found.
 
-    metrics: efficacy, paraphrase, specificity, retention, score.
+    metrics: efficacy, paraphrase, specificity, retention, score. eval_losses: of rows held back, the base's first (step
+    0); empty where none are.
     """
 
     metrics: dict[str, Metric]
     base_metrics: dict[str, Metric]
     transcripts: tuple[Transcript, ...]
     diagnosis: tuple[PlanWarning, ...] = ()
+    eval_losses: tuple[EvalLoss, ...] = ()
 
 
 # ---------------------------------------------------------------- training events (yielded by train.loop)
@@ -202,10 +212,12 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Metrics of the adapter as served, after `step` steps. Shares in 0..1."""
+    """Metrics of the adapter as served, after `step` steps. Shares in 0..1; and eval_loss of the rows held back, where
+    there are any."""
 
     step: int
     metrics: dict[str, float]
+    eval_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,7 @@ def _inline(kind: str, value: object) -> Iterator[tuple[Place, object]]:
 # ---------------------------------------------------------------- rows
 
 
-def validated(
-    rows: Iterable[tuple[Place, object]], source: str, shapes: tuple[Shape, ...]
-) -> Iterator[Example | Fact]:
+def validated(rows: Iterable[tuple[Place, object]], source: str, shapes: tuple[Shape, ...]) -> Iterator[Example | Fact]:
     """What the rows mean: all conversations, in whatever shape, or all plain text, or all facts."""
     first: Shape | None = None
     for place, row in rows:

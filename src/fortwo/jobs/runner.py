@@ -26,12 +26,11 @@ from fortwo.jobs.store import INTERRUPTED, Job, JobStore, Note, Status
 from fortwo.records import Dataset, Evaluated, Json, Phase, Plan, PlanWarning, Stepped, TrainEvent
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
-from fortwo.train.estimate import RowCount
 from fortwo.train.request import TrainingRequest
+from fortwo.train.survey import survey
 
 if TYPE_CHECKING:
     from fortwo.adapters import AdapterStore
-    from fortwo.data.render import Renderer
     from fortwo.engine.engine import Engine
     from fortwo.engine.residents import Resident, Residents
     from fortwo.engine.tasks import Task
@@ -167,7 +166,8 @@ class JobRunner:
         last = self._store.last_actual(model)
         seen = None if last is None else last["tokens_per_second"]
         machine = self._engine.call(lambda: look(resident.decoder, seen)).result()
-        return dataset, plans.resolve(request, dataset, base, _count(resident.renderer, dataset), machine)
+        counts, suspicions = survey(resident.renderer, plans.training_rows(dataset))
+        return dataset, plans.resolve(request, dataset, base, counts, machine, suspicions)
 
     # ------------------------------------------------------------ the runner's own thread
 
@@ -238,7 +238,10 @@ class JobRunner:
         """Keep what was found, then the adapter; only one that met its targets becomes current."""
         job = turn.job
         metrics = {name: metric.value for name, metric in trained.report.metrics.items()}
-        diagnosis = () if trained.succeeded else plans.diagnose(plan, {**trained.actual, "metrics": metrics})
+        evals = [(one.step, one.loss) for one in trained.report.eval_losses]
+        found = {**trained.actual, "metrics": metrics, "eval_losses": evals}
+        proven = trained.succeeded and bool(plan.targets)  # where nothing had to be reached, what was seen is told
+        diagnosis = () if proven else plans.diagnose(plan, found)
         actual = _finite(trained.actual)
         report = _finite(asdict(replace(trained.report, diagnosis=diagnosis)))
         self._store.update(job.id, actual=actual, report=report)
@@ -295,7 +298,8 @@ class _Diary:
                 message = f"Step {event.step}/{event.steps}: loss {event.loss:.4g}, rate {event.learning_rate:.3g}"
                 self._advance(Note("step", message, data), actual=_finite(self._actual))
             case Evaluated():
-                shares = "  ".join(f"{name} {share:.2f}" for name, share in event.metrics.items())
+                loss = [] if event.eval_loss is None else [f"eval_loss {event.eval_loss:.4g}"]
+                shares = "  ".join([*(f"{name} {share:.2f}" for name, share in event.metrics.items()), *loss])
                 self._advance(Note("metrics", f"Step {event.step}: {shares}", _finite(asdict(event))))
 
     def _count(self, event: Stepped) -> None:
@@ -320,15 +324,6 @@ def check_free(name: str, catalog: Catalog) -> None:
         raise InvalidRequest(
             f"adapter_name = {name!r} is the id of a base model.", param="adapter_name", hint="Choose another name."
         )
-
-
-def _count(renderer: Renderer, dataset: Dataset) -> plans.TokenCounts:
-    """Tokens of every row as it will be rendered."""
-    rows = []
-    for example in plans.training_rows(dataset):
-        tokens, supervised = renderer.example(example.messages)
-        rows.append(RowCount(example.line, len(tokens) - sum(supervised), sum(supervised)))
-    return plans.TokenCounts(tuple(rows), len(renderer.prefix()))
 
 
 def _progress(steps: int) -> Json:
