@@ -71,6 +71,10 @@ class Fact:
     controls: tuple[str, ...] = ()
     id: str = ""
 
+    def examples(self, line: int) -> tuple[Example, ...]:
+        """Each question with the answer."""
+        return tuple(Example((Message("user", ask), Message("assistant", self.answer)), line) for ask in self.questions)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -113,7 +117,8 @@ class Plan:
 
     settings: every value the run uses; names are PEFT's and transformers'.
     computed: steps, epochs, steps_per_epoch, warmup_steps, peak_learning_rate (the highest rate the run reaches),
-              rows, validation_rows (if any are held back), row_tokens, supervised_tokens, tokens_per_step, seconds, bytes.
+              rows, validation_rows (where some are held back), row_tokens (min, median, mean, max), supervised_tokens,
+              tokens_per_step, seconds, bytes.
     """
 
     model: str

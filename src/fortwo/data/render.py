@@ -134,6 +134,23 @@ class Renderer:
         """Text of generated tokens, control tokens left out."""
         return self._backend.decode(list(tokens), skip_special_tokens=True)
 
+    def spell(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, control tokens written out: for people to see, never to be encoded again."""
+        return self._backend.decode(list(tokens), skip_special_tokens=False)
+
+    def turns(self, messages: Sequence[Message], tokens: Sequence[int]) -> list[int]:
+        """Where the turn of each message ends in a row of `rows`, as far as the template lets one tell."""
+        ends: list[int] = []
+        for end in range(1, len(messages) + 1):
+            try:
+                begun = self._encode(self._render(messages[:end], generation=False))
+            except InvalidRequest:  # templates that want an answer to every question
+                break
+            if list(tokens[: len(begun)]) != begun[: len(tokens)]:
+                break
+            ends.append(min(len(begun), len(tokens)))
+        return ends
+
     def stream(self) -> Detokenizer:
         return Detokenizer(self)
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.facts.subject import find_subject, holds
-from fortwo.records import Dataset, Example, Json, Message, Origin, Plan, PlanWarning, Setting
+from fortwo.records import Dataset, Example, Json, Origin, Plan, PlanWarning, Setting
 from fortwo.train.diagnosis import diagnose, foresee
 from fortwo.train.estimate import (
     BaseFacts,
@@ -44,11 +44,7 @@ def training_rows(dataset: Dataset) -> Collection[Example]:
     """The examples, or each fact's questions with its answer. `TokenCounts.rows` follow this order."""
     if dataset.examples:
         return dataset.examples
-    return tuple(
-        Example((Message("user", question), Message("assistant", fact.answer)), line)
-        for line, fact in enumerate(dataset.facts, 1)
-        for question in fact.questions
-    )
+    return tuple(example for line, fact in enumerate(dataset.facts, 1) for example in fact.examples(line))
 
 
 def resolve(
