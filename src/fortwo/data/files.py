@@ -159,7 +159,8 @@ class _Window:
             except (ValueError, RecursionError) as found:  # a number of thousands of digits, nesting without end
                 raise _unparsable(self._path, self.line, found) from None
             else:
-                if end < len(self._text) or self._ended:
+                # A number may go on behind the window.
+                if self._ended or self._text[end : end + 1] in (" ", "\t", "\r", "\n", ",", "]"):
                     self.advance(end - self._at)
                     return value
             if self._ended and error is not None:

@@ -18,7 +18,9 @@ import itertools
 import json
 import re
 import secrets
+import string
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from jinja2.exceptions import TemplateError
@@ -39,27 +41,7 @@ PLAIN_TEMPLATE = (
 """For models that bring no chat template: "User: ...", "Assistant: ...", an answer ends with the model's eos token."""
 
 # Contents whose first characters a pre-tokenizer may or may not merge with what the template wrote before them.
-_OPENINGS = (
-    "",
-    " ",
-    "\n",
-    "\n\n",
-    "\t",
-    "a",
-    "Z",
-    "7",
-    " a",
-    "\na",
-    "\n\na",
-    "\ta",
-    ".",
-    "'s",
-    ":",
-    "<",
-    "é",
-    "中",
-    "🙂",
-)
+_OPENINGS = ("", "\n\n", " a", "\na", "\n\na", "\ta", "'s", "é", "中", "🙂", *string.printable)
 
 
 class Renderer:
@@ -156,6 +138,10 @@ class Renderer:
 
     def prefix(self) -> list[int]:
         """Tokens that every single-turn conversation without a system message of its own starts with."""
+        return list(self._prefix)
+
+    @cached_property
+    def _prefix(self) -> list[int]:
         prompts = [self.prompt([Message("user", opening)]) for opening in _OPENINGS]
         first, last = min(prompts), max(prompts)
         alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
