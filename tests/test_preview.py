@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from serving import Served, refused
 from typer.testing import CliRunner, Result
@@ -52,6 +53,7 @@ def test_segments_are_the_rows_tokens(tiny: Path) -> None:
 
 
 def test_the_server_shows_the_first_rows_and_reads_no_others(served: Served) -> None:
+    served.house.catalog.prepare("tiny")
     rows = [CHAT, {"prompt": "p", "completion": "c"}, {"bad": 1}]
     body = served.post("/api/data/preview", {"dataset": {"examples": rows}, "rows": 2}).json()
     assert (body["model"], body["context"], [row["line"] for row in body["rows"]]) == ("tiny", 1024, [1, 2])
@@ -65,14 +67,16 @@ def test_the_server_shows_the_first_rows_and_reads_no_others(served: Served) -> 
 
 
 def test_a_bad_preview_is_named(served: Served) -> None:
-    def ask(**change: object) -> object:
+    served.house.catalog.prepare("tiny")
+
+    def ask(**change: object) -> httpx.Response:
         return served.post("/api/data/preview", {"dataset": {"examples": [CHAT]}} | change)
 
-    refused(ask(model="nobody"), 404, "not_found", "id")  # type: ignore[arg-type]
-    refused(ask(rows=0), 400, "invalid_request", "rows")  # type: ignore[arg-type]
-    refused(ask(row=1), 400, "unknown_parameter", "row")  # type: ignore[arg-type]
-    refused(ask(dataset={"path": "/etc/passwd"}), 400, "invalid_dataset", "dataset.path")  # type: ignore[arg-type]
-    said = refused(ask(model="codellama-7b-instruct"), 404, "not_found", "model")  # type: ignore[arg-type]
+    refused(ask(model="nobody"), 404, "not_found", "model")
+    refused(ask(rows=0), 400, "invalid_request", "rows")
+    refused(ask(row=1), 400, "unknown_parameter", "row")
+    refused(ask(dataset={"path": "/etc/passwd"}), 400, "invalid_dataset", "dataset.path")
+    said = refused(ask(model="codellama-7b-instruct"), 404, "not_found", "model")
     assert "models fetch codellama-7b-instruct" in said
 
 

@@ -57,7 +57,9 @@ def preview(spec: object, allowed_dirs: Sequence[Path], catalog: Catalog, model:
     """
     card = catalog.prepared(catalog.get(model).id)
     if card is None:
-        raise NotFound(f"Model {model!r} is not on disk.", param="model", hint=f"Run: fortwo models fetch {model}")
+        raise NotFound(
+            f"Model {model!r} is not ready on disk.", param="model", hint=f"Run: fortwo models fetch {model}"
+        )
     from fortwo.data.render import Renderer
 
     renderer, context = Renderer(card.directory), context_of(card.directory)
