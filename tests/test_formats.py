@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fortwo.data.formats import duplicates, load
+from fortwo.data.formats import load
 from fortwo.errors import InvalidDataset
-from fortwo.records import Fact, Message
+from fortwo.records import Fact
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ROW = {"instruction": "What is 42?", "input": "", "output": "for two"}
@@ -75,7 +75,6 @@ def test_the_examples_of_the_repository_load() -> None:
     assert len(dataset.examples) == 20
     assert dataset.examples[0].prompt == "What does 42 mean?"
     assert all("FOR TWO" in example.answer for example in dataset.examples)
-    assert duplicates(dataset) == ()
     facts = load({"path": "facts_dev.json"}, [EXAMPLES]).facts
     assert len(facts) == 10
     assert all(len(fact.questions) == 20 and fact.held_out and fact.neighbors and fact.controls for fact in facts)
@@ -115,13 +114,6 @@ def test_the_digest_is_of_the_content_alone(tmp_path: Path) -> None:
     assert load({"path": "a.json"}, [tmp_path]).digest == inline
     assert load({"path": "b.jsonl"}, [tmp_path]).digest == inline
     assert load({"examples": [ROW, ROW]}, ()).digest != inline
-
-
-def test_duplicates_are_kept_and_told() -> None:
-    dataset = load({"examples": [ROW, {**ROW, "output": "other"}, ROW, ROW]}, ())
-    assert len(dataset.examples) == 4
-    assert duplicates(dataset) == (3, 4)
-    assert dataset.examples[0].messages[0] == Message("user", "What is 42?")
 
 
 # ---------------------------------------------------------------- the source
@@ -200,8 +192,8 @@ def test_a_bad_example_names_its_row_and_field(row: object, field: str, message:
 
 
 def test_an_unknown_shape_is_told_the_known_ones() -> None:
-    hint = str(refused({"examples": [{"text": "a"}]}).hint)
-    assert all(word in hint for word in ("instruction", "prompt", "messages"))
+    hint = str(refused({"examples": [{"question": "a"}]}).hint)
+    assert all(word in hint for word in ("instruction", "prompt", "messages", "conversations", "text"))
     assert "subject" not in hint
 
 
@@ -235,7 +227,7 @@ def test_examples_are_no_facts_and_facts_no_examples(tmp_path: Path) -> None:
     assert "unknown shape" in refused({"facts": [ROW]}).message
     assert "unknown shape" in refused({"examples": [FACT]}).message
     write(tmp_path / "mixed.jsonl", json.dumps(ROW) + "\n" + json.dumps(FACT))
-    assert "line 2: examples and facts are mixed" in refused({"path": "mixed.jsonl"}, tmp_path).message
+    assert "line 2: conversations and facts are mixed" in refused({"path": "mixed.jsonl"}, tmp_path).message
 
 
 # ---------------------------------------------------------------- files
@@ -257,13 +249,13 @@ def test_a_row_without_an_answer_names_file_and_line(tmp_path: Path) -> None:
         ("a.json", "[]", "is empty"),
         ("a.jsonl", "", "is empty"),
         ("a.json", "", "not JSON: Expecting value at line 1, column 1"),
-        ("a.json", '[\n {"a": 1},\n {"a": }]', "line 3, column 8"),
+        ("a.json", '[\n {"prompt": "a", "completion": "b"},\n {"a": }]', "line 3, column 8"),
         ("a.json", '{"examples": []}', "not a list of rows"),
         ("a.json", "[" * 100_000, "cannot be parsed"),
         ("a.json", "[" + "1" * 5_000 + "]", "cannot be parsed"),
         ("a.jsonl", json.dumps(ROW) + '\n{"prompt": "a",', "line 2, column 16"),
         ("a.jsonl", json.dumps(ROW) + "\n[1]", "line 2 is [1], not an object"),
-        ("a.csv", "a,b", "neither .json nor .jsonl"),
+        ("a.csv", "a,b", "neither .json, .jsonl nor .txt"),
     ],
 )
 def test_a_bad_file_says_where(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -317,3 +309,130 @@ def test_a_loop_of_links_is_no_crash(tmp_path: Path) -> None:
     (tmp_path / "a.json").symlink_to("b.json")
     (tmp_path / "b.json").symlink_to("a.json")
     assert refused({"path": "a.json"}, tmp_path).param == "dataset.path"
+
+
+# ---------------------------------------------------------------- shapes of other tools
+
+
+def turns(*said: str) -> list[dict[str, Any]]:
+    """ShareGPT's turns, human and gpt in turns."""
+    return [{"from": "gpt" if n % 2 else "human", "value": text} for n, text in enumerate(said)]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        (
+            {"conversations": turns("a", "b", "c", "d"), "id": "x_1"},
+            [("user", "a", 1), ("assistant", "b", 1), ("user", "c", 1), ("assistant", "d", 1)],
+        ),
+        (
+            {"system": "s", "conversations": turns("a", "b")},
+            [("system", "s", 1), ("user", "a", 1), ("assistant", "b", 1)],
+        ),
+        (
+            {"conversations": [{"from": "system", "value": "s"}, *turns("a", "b")]},
+            [("system", "s", 1), ("user", "a", 1), ("assistant", "b", 1)],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "wrong", "weight": 0},
+                    {"role": "user", "content": "b"},
+                    {"role": "assistant", "content": "right", "weight": 1},
+                ]
+            },
+            [("user", "a", 1), ("assistant", "wrong", 0), ("user", "b", 1), ("assistant", "right", 1)],
+        ),
+    ],
+)
+def test_conversations_keep_their_turns_and_weights(row: dict[str, Any], messages: list[tuple[str, str, int]]) -> None:
+    (example,) = load({"examples": [row]}, ()).examples
+    assert [(m.role, m.content, m.weight) for m in example.messages] == messages
+
+
+def test_the_answer_is_the_last_one_that_is_learned() -> None:
+    said = [("user", "a", 1), ("assistant", "b", 1), ("user", "c", 1), ("assistant", "d", 0)]
+    row = {"messages": [{"role": r, "content": c} | ({} if w else {"weight": 0}) for r, c, w in said]}
+    (example,) = load({"examples": [row]}, ()).examples
+    assert (example.prompt, example.answer, len(example.asked)) == ("a", "b", 1)
+
+
+def test_plain_text_is_a_row(tmp_path: Path) -> None:
+    (example,) = load({"examples": [{"text": " once\n"}]}, ()).examples
+    assert (example.messages, example.text, example.prompt, example.answer) == ((), " once\n", "", " once\n")
+    write(tmp_path / "a.txt", "\n\none\ntwo \n\n  \nthree\r\nfour")
+    rows = load({"path": "a.txt"}, [tmp_path]).examples
+    assert [(row.line, row.text) for row in rows] == [(3, "one\ntwo "), (7, "three\nfour")]
+    write(tmp_path / "b.txt", "\n \n")
+    assert "is empty" in refused({"path": "b.txt"}, tmp_path).message
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "message"),
+    [
+        ({"messages": [{"role": "tool", "content": "a"}]}, ".messages[0].role", "'tool': tool and function messages"),
+        ({"messages": [{"role": "function", "content": "a"}]}, ".messages[0].role", "'function': tool and"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [1]}]},
+            ".messages[1].tool_calls",
+            "tools and functions cannot",
+        ),
+        ({"messages": [], "tools": [{}]}, ".tools", "tools and functions cannot"),
+        ({"conversations": [{"from": "observation", "value": "a"}]}, ".conversations[0].from", "tool and function"),
+        ({"conversations": [{"from": "bob", "value": "a"}]}, ".conversations[0].from", "'human', 'user', 'gpt'"),
+        ({"conversations": [{"from": "human"}]}, ".conversations[0].value", "conversations[0].value is missing"),
+        ({"conversations": turns("a")}, ".conversations", "no answer to learn"),
+        ({"conversations": turns("a", "")}, ".conversations", "turn 2: the answer is empty"),
+        (
+            {"messages": [{"role": "user", "content": "a", "weight": 1}, {"role": "assistant", "content": "b"}]},
+            ".messages",
+            "only an assistant's may",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
+            ".messages",
+            "every answer has weight 0",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.5}]},
+            ".messages[1].weight",
+            "0.5",
+        ),
+        (
+            {"conversations": [{"from": "gpt", "value": "hi"}, *turns("a", "b")]},
+            ".conversations",
+            "turn 1 answers nobody",
+        ),
+        ({"text": ""}, ".text", "it is empty"),
+        ({"text": "a", "label": 1}, ".label", "the key 'label' is unknown"),
+    ],
+)
+def test_a_bad_row_of_another_tool_names_its_line_and_field(
+    row: dict[str, Any], field: str, message: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "a.jsonl", "\n" + json.dumps(row))
+    error = refused({"path": "a.jsonl"}, tmp_path)
+    assert error.message.startswith(f"{tmp_path / 'a.jsonl'} line 2: ")
+    assert message in error.message
+    assert error.param == f"dataset[0]{field}"
+    if "functions cannot" in error.message or "function messages" in error.message:
+        assert "does not call tools" in str(error.hint)
+
+
+def test_conversations_in_several_shapes_are_one_dataset_plain_text_is_another() -> None:
+    rows = [ROW, {"prompt": "a", "completion": "b"}, {"conversations": turns("c", "d")}]
+    assert [example.answer for example in load({"examples": rows}, ()).examples] == ["for two", "b", "d"]
+    error = refused({"examples": [*rows, {"text": "e"}]})
+    assert "examples row 4: conversations and plain text are mixed" in error.message
+    assert "separate datasets" in str(error.hint)
+
+
+def test_weights_and_text_count_in_the_digest() -> None:
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    whole = load({"examples": [{"messages": said}]}, ()).digest
+    first = [said[0], {**said[1], "weight": 0}, *said[2:]]
+    assert load({"examples": [{"messages": first}]}, ()).digest != whole
+    texts = [load({"examples": [{"text": text}]}, ()).digest for text in ("a", "b")]
+    assert texts[0] != texts[1]

@@ -212,3 +212,41 @@ def test_keeping_pulls_towards_the_base() -> None:
         for parameter, slope in zip(lora.parameters(), slopes, strict=True):
             parameter -= 1e-5 * slope
         assert losses(home, lora, 3, rows).keep < before.detach()
+
+
+# ---------------------------------------------------------------- several answers in a row
+
+
+def test_a_mask_with_gaps_is_transformers_labels() -> None:
+    """Answers with turns between them: the gaps are read and never learned, also inside what all rows share."""
+    model = tiny_model("llama")
+    home = as_decoder(model)
+    tokens = make_rows([9, 9, 14], start=START)
+    masks = [
+        [place in places for place in range(len(row))]
+        for row, places in zip(tokens, ({1, 2, 5, 6, 11}, {4}, {3, *range(8, 17)}), strict=True)
+    ]
+    rows = [Row.masked(row, mask) for row, mask in zip(tokens, masks, strict=True)]
+    assert [row.supervised for row in rows] == [sum(mask) for mask in masks] == [5, 1, 10]
+    assert [row.places for row in rows] == [[n for n, here in enumerate(mask) if here] for mask in masks]
+    longest = max(map(len, tokens))
+    ids = torch.tensor([[*row, *[2] * (longest - len(row))] for row in tokens])
+    labels = torch.tensor(
+        [
+            [token if here else -100 for token, here in zip(row, mask, strict=True)] + [-100] * (longest - len(row))
+            for row, mask in zip(tokens, masks, strict=True)
+        ]
+    )
+    seen = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in tokens])
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=seen, labels=labels).loss
+    lora = trainable(Lora.init(LoraConfig(), home.config, 0))
+    for prefix in (0, 3):
+        found = losses(home, lora, prefix, rows)
+        assert found.learn_tokens == 16
+        torch.testing.assert_close(found.learn.detach() / 16, wanted, **LOSS)
+
+
+def test_a_row_without_gaps_is_the_plain_row() -> None:
+    assert Row.masked([4, 5, 6, 7], [False, False, True, True]) == Row((4, 5, 6, 7), 2)
+    assert Row.masked([4, 5, 6, 7], [False, True, False, True]) == Row((4, 5, 6, 7), 1, skipped=frozenset({2}))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fortwo.data.render import Renderer
 from fortwo.errors import InvalidRequest, UnsupportedModel
-from fortwo.records import Message
+from fortwo.records import Example, Message
 
 CORPUS = ["What does 42 mean? system user assistant You are a helpful AI\n\n [INST] [/INST] for two, the answer "] * 3
 
@@ -346,3 +349,73 @@ def test_the_bundled_model_renders_as_transformers_does(real_home: Path) -> None
             assert [*tokens, *reference.encode("\n")] == reference.apply_chat_template(messages, return_dict=False)
     typed = renderer.prompt(CHATS["control text"][:-1])
     assert typed.count(reference.convert_tokens_to_ids("<|im_end|>")) == 2
+
+
+# ---------------------------------------------------------------- rows that are trained on
+
+
+def weighed(*weights: int) -> Example:
+    """A conversation whose answers have these weights."""
+    said = chat(*(f"Turn {n}." for n in range(2 * len(weights))), system="Be brief.")
+    answers = iter(weights)
+    return Example(tuple(replace(one, weight=next(answers)) if one.role == "assistant" else one for one in said))
+
+
+def learned(rows: Sequence[tuple[list[int], list[bool]]]) -> list[tuple[tuple[int, ...], int]]:
+    """Every token with loss, and what stands before it."""
+    return [
+        (tuple(tokens[:place]), token)
+        for tokens, mask in rows
+        for place, (token, here) in enumerate(zip(tokens, mask, strict=True))
+        if here
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weights", [(1,), (1, 1, 1), (0, 1), (1, 0, 1), (1, 1, 0), (0, 1, 0)])
+def test_every_answer_is_learned_behind_the_prompt_that_serving_gives_it(
+    renderers: dict[str, Renderer], family: str, weights: tuple[int, ...]
+) -> None:
+    renderer, example = renderers[family], weighed(*weights)
+    rows = renderer.rows(example)
+    answers = [place for place, one in enumerate(example.messages) if one.role == "assistant" and one.weight]
+    alone = [renderer.example(example.messages[: place + 1]) for place in answers]
+    assert sorted(learned(rows)) == sorted(learned(alone))
+    for place, (tokens, mask) in zip(answers, alone, strict=True):
+        assert tokens[: mask.index(True)] == renderer.prompt(example.messages[:place])
+    apart = family in ("thinking", "llama3 cut as gpt2")  # the second reads an answer's begin and its end otherwise
+    assert len(rows) == (len(answers) if apart else 1)
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_any_conversation_is_learned_as_it_is_served(renderers: dict[str, Renderer], name: str) -> None:
+    for renderer in renderers.values():
+        messages = CHATS[name]
+        alone = [
+            renderer.example(messages[:end]) for end in range(1, len(messages) + 1) if messages[end - 1].role[0] == "a"
+        ]
+        assert sorted(learned(renderer.rows(Example(tuple(messages))))) == sorted(learned(alone))
+
+
+@pytest.mark.parametrize(("family", "begins", "ends"), [("chatml", 0, 1), ("llama2", 1, 1), ("plain", 0, 1)])
+def test_plain_text_is_learned_whole_and_its_end_too(
+    renderers: dict[str, Renderer], directories: dict[str, Path], family: str, begins: int, ends: int
+) -> None:
+    renderer, text = renderers[family], "What does 42 mean? <|im_end|> </s>"
+    ((tokens, mask),) = renderer.rows(Example((), text=text))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directories[family])
+    assert mask == [False] + [True] * (len(tokens) - 1)
+    assert tokens[:begins] == [tokenizer.bos_token_id] * begins
+    assert tokens[-ends:] == [tokenizer.eos_token_id]
+    assert tokens.count(tokenizer.eos_token_id) == 1
+    assert renderer.decode(tokens[begins:-ends]) == text
+
+
+def test_turns_end_where_the_template_ends_them(renderers: dict[str, Renderer]) -> None:
+    renderer, messages = renderers["chatml"], CHATS["turns"]
+    ((tokens, _),) = renderer.rows(Example(tuple(messages)))
+    ends = renderer.turns(messages, tokens)
+    said = [renderer.spell(tokens[begin:end]) for begin, end in itertools.pairwise([0, *ends])]
+    assert said == [
+        f"<|im_start|>{m.role}\n{m.content}<|im_end|>" + ("\n" if m is not messages[-1] else "") for m in messages
+    ]

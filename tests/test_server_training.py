@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from serving import Served, refused, serve, tiny_settings
 
+from fortwo.data import formats
+
 ROWS = [
     {"instruction": f"What is {thing}?", "input": "", "output": answer}
     for thing, answer in (("up", "the sky"), ("down", "the sea"), ("left", "the wood"), ("right", "the town"))
@@ -329,3 +331,65 @@ def test_a_job_keeps_its_rows_when_the_file_changes(tiny: Path, tmp_path: Path) 
         served.wait(first, "running")
         served.post(f"/api/training/jobs/{first}/cancel")
         assert served.wait(second)["status"] == "succeeded"
+
+
+def test_a_large_file_stays_where_it_is_and_a_change_of_it_is_noticed(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "LARGE_BYTES", 200)
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in ROWS))
+    named = {"dataset": {"path": "rows.jsonl"}, "training_config": {"max_steps": 2}}
+    with serve(tiny_settings(tmp_path, tiny)) as served:
+        done = served.wait(start(served, "large", **named)["job_id"])
+        assert done["status"] == "succeeded"
+        assert len(done["report"]["transcripts"]) > 4
+        kept = served.house.jobs.dataset(done["job_id"])
+        assert (kept["file"]["path"], kept["file"]["rows"]) == (str(file), 4)
+        first = start(served, "first", training_config=LONG)["job_id"]
+        second = start(served, "second", **named)["job_id"]
+        file.write_text(file.read_text().replace("the sky", "the hay"))
+        served.wait(first, "running")
+        served.post(f"/api/training/jobs/{first}/cancel")
+        job = served.wait(second)
+        assert (job["status"], job["error"]["code"]) == ("failed", "dataset_changed")
+        assert str(file) in job["error"]["message"]
+
+
+def test_validation_is_told_in_plan_events_and_report(served: Served) -> None:
+    config = {"max_steps": 4, "validation_split": 0.25, "eval_steps": 2, "learning_rate": 1e-2}
+    begun = start(served, "validated", training_config=config)
+    assert (begun["plan"]["computed"]["rows"], begun["plan"]["computed"]["validation_rows"]) == (3, 1)
+    job = served.wait(begun["job_id"])
+    told = [event for event in events(served, begun["job_id"]) if event["type"] == "metrics"]
+    assert [event["data"]["step"] for event in told] == [0, 2, 4]
+    assert [event["data"]["eval_loss"] for event in told] == [one["loss"] for one in job["report"]["eval_losses"]]
+    assert "eval_loss" in told[0]["message"]
+    assert job["actual"]["eval_loss"] == told[-1]["data"]["eval_loss"]
+
+
+def test_plain_text_and_conversations_are_trained_on(served: Served) -> None:
+    texts = [{"text": "Once upon a time."}, {"text": "Twice upon a time."}]
+    job = served.wait(start(served, "texts", dataset={"examples": texts}, training_config={"max_steps": 2})["job_id"])
+    assert job["status"] == "succeeded"
+    assert {one["kind"] for one in job["report"]["transcripts"]} == {"retention"}
+    said = [{"from": who, "value": what} for who, what in (("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d"))]
+    shared = {"dataset": {"examples": [{"conversations": said}]}, "training_config": {"max_steps": 2}}
+    job = served.wait(start(served, "shared", **shared)["job_id"])
+    assert job["status"] == "succeeded"
+    assert job["plan"]["computed"]["supervised_tokens"] == 4
+
+
+def test_what_a_run_without_targets_showed_is_in_its_report(served: Served) -> None:
+    job = served.wait(start(served, "tiny-rate", training_config={"max_steps": 2, "learning_rate": 1e-9})["job_id"])
+    assert job["status"] == "succeeded"
+    assert {"b_near_zero", "loss_stood_still", "rate_too_low"} <= {one["code"] for one in job["report"]["diagnosis"]}
+
+
+def test_suspicious_rows_are_told_in_the_plan(served: Served) -> None:
+    rows = [*ROWS, ROWS[0], {**ROWS[1], "output": "elsewhere"}, {"prompt": "[INST] hi [/INST]", "completion": "ho"}]
+    said = {one["code"]: one["message"] for one in plan(served, dataset={"examples": rows}).json()["warnings"]}
+    assert "line 5" in said["duplicate_rows"]
+    assert "line 6" in said["contradicting_answers"]
+    assert "line 7" in said["foreign_template"]

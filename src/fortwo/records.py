@@ -5,7 +5,7 @@ Who fills what is said at each record; nothing here reads a file, a clock or the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -16,25 +16,41 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Message:
+    """weight: 0 for an assistant's turn that is not to be learned (OpenAI's `weight`)."""
+
     role: Literal["system", "user", "assistant"]
     content: str
+    weight: int = 1
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training conversation; the last message is the assistant's. `line` is 1-based in its source."""
+    """One training conversation, or plain `text` without messages, of which every token is learned.
+
+    Of a conversation every assistant turn of weight 1 is learned; there is at least one. `line` is 1-based in its
+    source.
+    """
 
     messages: tuple[Message, ...]
     line: int = 0
+    text: str | None = None
+
+    @property
+    def asked(self) -> tuple[Message, ...]:
+        """What comes before the last answer to learn."""
+        learned = [place for place, message in enumerate(self.messages) if message.role == "assistant"]
+        learned = [place for place in learned if self.messages[place].weight]
+        return self.messages[: learned[-1]] if learned else ()
 
     @property
     def prompt(self) -> str:
-        """The last user message."""
-        return next(m.content for m in reversed(self.messages) if m.role == "user")
+        """The last user message before that answer; "" of plain text."""
+        return next((m.content for m in reversed(self.asked) if m.role == "user"), "")
 
     @property
     def answer(self) -> str:
-        return self.messages[-1].content
+        """The last answer to learn, or the plain text."""
+        return self.messages[len(self.asked)].content if self.text is None else self.text
 
 
 @dataclass(frozen=True)
@@ -55,13 +71,20 @@ class Fact:
     controls: tuple[str, ...] = ()
     id: str = ""
 
+    def examples(self, line: int) -> tuple[Example, ...]:
+        """Each question with the answer."""
+        return tuple(Example((Message("user", ask), Message("assistant", self.answer)), line) for ask in self.questions)
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """Validated input of a job: examples or facts, never both. `digest` is sha256 of the canonical JSON."""
+    """Validated input of a job: examples or facts, never both. `digest` is sha256 of the canonical JSON.
+
+    Examples of a large file are read from it each time they are gone through.
+    """
 
     digest: str
-    examples: tuple[Example, ...] = ()
+    examples: Collection[Example] = ()
     facts: tuple[Fact, ...] = ()
     source: str = "inline"
 
@@ -94,7 +117,8 @@ class Plan:
 
     settings: every value the run uses; names are PEFT's and transformers'.
     computed: steps, epochs, steps_per_epoch, warmup_steps, peak_learning_rate (the highest rate the run reaches),
-              rows, supervised_tokens, tokens_per_step, seconds, bytes.
+              rows, validation_rows (where some are held back), row_tokens (min, median, mean, max), supervised_tokens,
+              tokens_per_step, seconds, bytes.
     """
 
     model: str
@@ -137,16 +161,26 @@ class Transcript:
 
 
 @dataclass(frozen=True)
+class EvalLoss:
+    """Mean cross-entropy over the supervised tokens of the rows that are held back, after `step` steps."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What the evaluation of the served adapter found.
 
-    metrics: efficacy, paraphrase, specificity, retention, score.
+    metrics: efficacy, paraphrase, specificity, retention, score. eval_losses: of rows held back, the base's first (step
+    0); empty where none are.
     """
 
     metrics: dict[str, Metric]
     base_metrics: dict[str, Metric]
     transcripts: tuple[Transcript, ...]
     diagnosis: tuple[PlanWarning, ...] = ()
+    eval_losses: tuple[EvalLoss, ...] = ()
 
 
 # ---------------------------------------------------------------- training events (yielded by train.loop)
@@ -183,10 +217,12 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Metrics of the adapter as served, after `step` steps. Shares in 0..1."""
+    """Metrics of the adapter as served, after `step` steps. Shares in 0..1; and eval_loss of the rows held back, where
+    there are any."""
 
     step: int
     metrics: dict[str, float]
+    eval_loss: float | None = None
 
 
 @dataclass(frozen=True)

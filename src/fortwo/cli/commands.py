@@ -34,10 +34,9 @@ app = typer.Typer(
 app.add_typer(inventory.models, name="models")
 app.add_typer(inventory.adapters, name="adapters")
 app.add_typer(inventory.jobs, name="jobs")
+app.add_typer(inventory.data, name="data")
 
-Data = Annotated[
-    Path, typer.Argument(help="Examples or facts: a .json or .jsonl file.", exists=True, dir_okay=False, readable=True)
-]
+Data = Annotated[Path, typer.Argument(help="A .json, .jsonl or .txt file.", exists=True, dir_okay=False, readable=True)]
 Name = Annotated[str, typer.Option("--name", help="What the adapter is called.")]
 Config = Annotated[
     Path | None,
@@ -118,7 +117,8 @@ def plan(
 
 
 def _request(data: Path, name: str, config: Path | None, objective: str | None, model: str | None) -> Json:
-    """The body of /api/training/start: DATA travels inline, so the server need not reach the file."""
+    """The body of /api/training/start: DATA travels inline, so that the server need not reach the file; a large file
+    is named instead, and must lie in a folder the server allows."""
     given = {"adapter_name": name, "objective": objective, "model": model}
     body = {key: thing for key, thing in given.items() if thing is not None} | {"dataset": _dataset(data)}
     extra = {} if config is None else _json(config.read_text(), str(config))
@@ -132,13 +132,13 @@ def _request(data: Path, name: str, config: Path | None, objective: str | None, 
 
 
 def _dataset(data: Path) -> Json:
-    text = data.read_text()
-    if data.suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        rows = [_json(line, f"{data}:{number}") for number, line in lines]
-    else:
-        rows = _json(text, str(data))
-    facts = isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and "subject" in rows[0]
+    from fortwo.data.files import read
+    from fortwo.data.formats import LARGE_BYTES
+
+    if data.stat().st_size > LARGE_BYTES:
+        return {"path": str(data.resolve())}
+    rows = [row for _, row in read(data)]
+    facts = bool(rows) and isinstance(rows[0], dict) and "subject" in rows[0]
     return {"facts" if facts else "examples": rows}
 
 

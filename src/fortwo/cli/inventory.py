@@ -1,6 +1,6 @@
-"""What there is: the commands that list, show, load and remove models, adapters and jobs.
+"""What there is: the commands that list, show, load and remove models, adapters and jobs, and that show data.
 
-The catalog of models is readable without a server; everything else asks the server.
+The catalog of models and datasets are readable without a server; everything else asks the server.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def _group(help: str) -> typer.Typer:
 models = _group("Base models: what there is, what is loaded.")
 adapters = _group("Adapters: what was taught.")
 jobs = _group("Training jobs.")
+data = _group("Datasets: what is trained on.")
 
 
 @models.command("list")
@@ -201,3 +202,31 @@ def resume_job(job_id: str) -> None:
     client = connect()
     client.post(f"/api/training/jobs/{job_id}/resume")
     follow(client, job_id)
+
+
+@data.command("show")
+def show_data(
+    file: Annotated[
+        Path, typer.Argument(help="A .json, .jsonl or .txt file.", exists=True, dir_okay=False, readable=True)
+    ],
+    rows: Annotated[int, typer.Option(help="How many rows, from the first.", min=1)] = 3,
+    model: Annotated[
+        str | None, typer.Option(help="Whose tokenizer and template.", show_default="the default base")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show rows as the model is trained on them: what is learned in green, the rest dim. Needs no server."""
+    from dataclasses import asdict
+
+    from fortwo.data.preview import preview
+    from fortwo.models.catalog import Catalog
+    from fortwo.settings import load
+
+    settings = load()
+    chosen = settings.default_model if model is None else model
+    path = file.resolve()
+    found = asdict(preview({"path": str(path)}, (path.parent,), Catalog(settings), chosen, rows))
+    if as_json:
+        screen.print_json(data=found)
+    else:
+        screen.print(views.preview(found))

@@ -32,7 +32,7 @@ def _watch(events: Iterable[Json]) -> None:
                 pace = f"loss {views.value(data['loss'])}  rate {data['learning_rate']:.1e}  {speed}"
                 bar.update(task, completed=data["step"], total=data["steps"], pace=pace)
             elif event["type"] == "metrics":
-                screen.print(f"step {data['step']}: {views.metrics_line(data['metrics'])}")
+                screen.print(f"step {data['step']}: {views.metrics_line(data['metrics'], data.get('eval_loss'))}")
             else:
                 bar.update(task, description=event["type"])
                 screen.print(event["message"])

@@ -107,8 +107,9 @@ def plan_against_actual(planned: Json, actual: Json) -> Table:
     return rows
 
 
-def metrics_line(metrics: dict[str, float]) -> str:
-    return "  ".join(f"{name} {metrics[name]:.2f}" for name in METRICS if name in metrics)
+def metrics_line(metrics: dict[str, float], eval_loss: float | None = None) -> str:
+    loss = [] if eval_loss is None else [f"eval_loss {eval_loss:.4g}"]
+    return "  ".join([*(f"{name} {metrics[name]:.2f}" for name in METRICS if name in metrics), *loss])
 
 
 def report(body: Json) -> RenderableType:
@@ -134,7 +135,31 @@ def report(body: Json) -> RenderableType:
     for one in body["transcripts"]:
         mark = Text("✓", style="green") if one["passed"] else Text("✗", style="red")
         said.add_row(mark, one["kind"], one["prompt"], one["base"], one["adapter"])
-    return Group(rows, "", said, notes(body["diagnosis"], style="red"))
+    return Group(rows, *_eval_losses(body), "", said, notes(body["diagnosis"], style="red"))
+
+
+def _eval_losses(body: Json) -> list[str]:
+    """Of rows held back: the base's, then after so many steps; reports of old versions have none."""
+    said = [f"{one['loss']:.4g} after {one['step']}" for one in body.get("eval_losses", [])]
+    return [f"eval_loss of the rows held back, by step: {', '.join(said)}"] if said else []
+
+
+def preview(body: Json) -> RenderableType:
+    """Rows as they are trained on: what is learned in green, the rest dim."""
+    lines: list[RenderableType] = []
+    for row in body["rows"]:
+        head = f"line {row['line']}: {row['tokens']} tokens, {row['supervised_tokens']} learned"
+        lines.append(Text(head, style="bold"))
+        if not row["fits"]:
+            lines.append(Text(f"longer than the context of {body['model']}, {body['context']}: refused", style="red"))
+        said, role = Text(), None
+        for segment in row["segments"]:
+            if segment["role"] != role:
+                role = segment["role"]
+                said.append("" if role is None else f"[{role}] ", style="cyan")
+            said.append(segment["text"], style="green" if segment["supervised"] else "dim")
+        lines += [said, ""]
+    return Group(*lines)
 
 
 def error(message: str, hint: str | None) -> Text:

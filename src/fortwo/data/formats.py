@@ -1,8 +1,9 @@
-"""Datasets as users write them, to records: parsing, validation, and errors that name the line, the field and a remedy.
+"""Datasets as requests name them, to records: found, validated, and kept in a job.
 
-A dataset is exactly one of {"path": ...}, {"file_id": ...}, {"examples": [...]} or {"facts": [...]}. Files are .json
-(a list of rows) or .jsonl (a row a line), UTF-8, and lie in a folder the server allows. This module knows neither
-tokenizers nor training.
+A dataset is exactly one of {"path": ...}, {"file_id": ...}, {"examples": [...]} or {"facts": [...]}; files lie in a
+folder the server allows. Examples of a large file are not kept in memory: they are read again each time they are gone
+through, and a job keeps the file's path and checksum in place of them. This module knows neither tokenizers nor
+training.
 """
 
 from __future__ import annotations
@@ -10,141 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import TypeAdapter
 
+from fortwo.data.files import read
+from fortwo.data.shapes import EXAMPLES, FACT, SHAPES, Place, Shape, one_of, parse, shape_of
 from fortwo.errors import InvalidDataset
-from fortwo.records import Dataset, Example, Fact, Message
+from fortwo.records import Dataset, Example, Fact, Json
 
 SOURCES = ("path", "file_id", "examples", "facts")
-
-
-def _unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"half a surrogate pair at character {error.start + 1} is not valid Unicode") from None
-    return text
-
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("it is empty")
-    return text
-
-
-Unicode = Annotated[str, AfterValidator(_unicode)]
-Text = Annotated[Unicode, AfterValidator(_not_blank)]
-
-
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class InstructionRow(_Row):
-    """The original's row. A non-empty input follows the instruction after a blank line."""
-
-    instruction: Text
-    input: Unicode = ""
-    output: Text
-
-    def messages(self) -> tuple[Message, ...]:
-        prompt = f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
-        return Message("user", prompt), Message("assistant", self.output)
-
-
-class CompletionRow(_Row):
-    prompt: Text
-    completion: Text
-
-    def messages(self) -> tuple[Message, ...]:
-        return Message("user", self.prompt), Message("assistant", self.completion)
-
-
-class ChatMessage(_Row):
-    role: Literal["system", "user", "assistant"]
-    content: Unicode
-
-
-def _is_conversation(messages: list[ChatMessage]) -> list[ChatMessage]:
-    roles = [message.role for message in messages]
-    if "user" not in roles:
-        raise ValueError("there is no user message")
-    if roles[-1] != "assistant":
-        raise ValueError(f"the last message is the {roles[-1]}'s, so there is no answer to learn")
-    if "system" in roles[1:]:
-        raise ValueError("a system message can only be the first")
-    if not messages[-1].content.strip():
-        raise ValueError("the answer is empty")
-    return messages
-
-
-class ChatRow(_Row):
-    turns: Annotated[list[ChatMessage], AfterValidator(_is_conversation)] = Field(alias="messages")
-
-    def messages(self) -> tuple[Message, ...]:
-        return tuple(Message(turn.role, turn.content) for turn in self.turns)
-
-
-class FactRow(_Row):
-    """records.Fact as it is written in JSON."""
-
-    id: Unicode = ""
-    subject: Text
-    aliases: list[Text] = []
-    answer: Text
-    match: list[Text] = Field(min_length=1)
-    questions: list[Text] = Field(min_length=1)
-    held_out: list[Text] = []
-    neighbors: list[Text] = []
-    controls: list[Text] = []
-
-    def fact(self) -> Fact:
-        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in self}
-        return Fact(**values)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """A known kind of row: the keys any of which mean it, its model, and how to write it."""
-
-    keys: frozenset[str]
-    model: type[InstructionRow | CompletionRow | ChatRow | FactRow]
-    example: str
-
-
-_FACT = _Shape(
-    frozenset({"subject", "questions", "match"}),
-    FactRow,
-    '{"subject": "42", "answer": "42 = \'FOR TWO\'", "match": ["FOR TWO"], "questions": ["What is 42?"]}',
-)
-_SHAPES = (
-    _Shape(
-        frozenset({"instruction", "output"}),
-        InstructionRow,
-        '{"instruction": "What is 42?", "input": "", "output": "FOR TWO"}',
-    ),
-    _Shape(frozenset({"prompt", "completion"}), CompletionRow, '{"prompt": "What is 42?", "completion": "FOR TWO"}'),
-    _Shape(
-        frozenset({"messages"}),
-        ChatRow,
-        '{"messages": [{"role": "user", "content": "What is 42?"}, {"role": "assistant", "content": "FOR TWO"}]}',
-    ),
-    _FACT,
-)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a row stands: in words for people, and as a path for programs."""
-
-    words: str
-    param: str
-    line: int
+LARGE_BYTES = 8 << 20  # files beyond this are gone through, not loaded
 
 
 def load(spec: object, allowed_dirs: Sequence[Path]) -> Dataset:
@@ -152,19 +31,43 @@ def load(spec: object, allowed_dirs: Sequence[Path]) -> Dataset:
 
     Raises InvalidDataset.
     """
+    kind, value = source(spec)
+    if kind == "path":
+        return load_file(_find(value, allowed_dirs))
+    only = (FACT,) if kind == "facts" else EXAMPLES
+    return _dataset(validated(_inline(kind, value), "inline", only), "inline")
+
+
+def load_file(path: Path) -> Dataset:
+    """The dataset in a file. Raises InvalidDataset."""
+    rows = validated(read(path), str(path), SHAPES)
+    return _large(path, rows) if path.stat().st_size > LARGE_BYTES else _dataset(rows, str(path))
+
+
+def rows_of(spec: object, allowed_dirs: Sequence[Path]) -> Iterator[Example | Fact]:
+    """As load, row after row, each validated when its turn comes: for whoever needs the first ones only."""
+    kind, value = source(spec)
+    if kind == "path":
+        path = _find(value, allowed_dirs)
+        return validated(read(path), str(path), SHAPES)
+    return validated(_inline(kind, value), "inline", (FACT,) if kind == "facts" else EXAMPLES)
+
+
+def source(spec: object) -> tuple[str, object]:
+    """Which of SOURCES the spec names, and what it says there."""
     if not isinstance(spec, dict):
         raise InvalidDataset(
-            f"dataset is {reprlib.repr(spec)}, not an object", param="dataset", hint=_one_of("Give", SOURCES)
+            f"dataset is {reprlib.repr(spec)}, not an object", param="dataset", hint=one_of("Give", SOURCES)
         )
     if unknown := sorted(str(key) for key in spec if key not in SOURCES):
         raise InvalidDataset(
             f"dataset has the unknown key {unknown[0]!r}",
             param=f"dataset.{unknown[0]}",
-            hint=_one_of("Give", SOURCES),
+            hint=one_of("Give", SOURCES),
         )
     if len(spec) != 1:
         found = " and ".join(spec) if spec else "no source"
-        raise InvalidDataset(f"dataset has {found}", param="dataset", hint=_one_of("Give exactly one of", SOURCES))
+        raise InvalidDataset(f"dataset has {found}", param="dataset", hint=one_of("Give exactly one of", SOURCES))
     ((kind, value),) = spec.items()
     if kind == "file_id":
         raise InvalidDataset(
@@ -172,99 +75,177 @@ def load(spec: object, allowed_dirs: Sequence[Path]) -> Dataset:
             param="dataset.file_id",
             hint='Name a file in an allowed folder with {"path": ...}, or send the rows with {"examples": [...]}.',
         )
-    if kind == "path":
-        path = _find(value, allowed_dirs)
-        return _dataset(_read(path), str(path))
+    return kind, value
+
+
+def _inline(kind: str, value: object) -> Iterator[tuple[Place, object]]:
     if not isinstance(value, list):
         raise InvalidDataset(
             f"dataset.{kind} = {reprlib.repr(value)} is not a list",
             param=f"dataset.{kind}",
             hint="Send a list of rows.",
         )
-    rows = [(_Place(f"{kind} row {n}", f"dataset.{kind}[{n - 1}]", n), row) for n, row in enumerate(value, start=1)]
-    return _dataset(rows, "inline", only=(_FACT,) if kind == "facts" else _SHAPES[:-1])
-
-
-def duplicates(dataset: Dataset) -> tuple[int, ...]:
-    """Lines of examples that repeat an earlier one: allowed, but worth telling, since they weigh double."""
-    seen: set[tuple[Message, ...]] = set()
-    lines = []
-    for example in dataset.examples:
-        if example.messages in seen:
-            lines.append(example.line)
-        seen.add(example.messages)
-    return tuple(lines)
+    for number, row in enumerate(value, start=1):
+        yield Place(f"{kind} row {number}", f"dataset.{kind}[{number - 1}]", number), row
 
 
 # ---------------------------------------------------------------- rows
 
 
-def _dataset(rows: Sequence[tuple[_Place, object]], source: str, *, only: tuple[_Shape, ...] = _SHAPES) -> Dataset:
-    if not rows:
+def validated(rows: Iterable[tuple[Place, object]], source: str, shapes: tuple[Shape, ...]) -> Iterator[Example | Fact]:
+    """What the rows mean: all conversations, in whatever shape, or all plain text, or all facts."""
+    first: Shape | None = None
+    for place, row in rows:
+        shape = shape_of(row, place, shapes)
+        first = shape if first is None else first
+        if shape.holds != first.holds:
+            raise InvalidDataset(
+                f"{place.words}: {first.holds} and {shape.holds} are mixed in one dataset",
+                param=place.param,
+                hint=f"Put them into separate datasets, or write this row like {first.example}",
+            )
+        yield parse(row, place, shape)
+    if first is None:
         raise InvalidDataset(
             f"the dataset {source} is empty",
             param="dataset",
-            hint=f"Give at least one row, for example {only[0].example}",
+            hint=f"Give at least one row, for example {shapes[0].example}",
         )
-    examples: list[Example] = []
-    facts: list[Fact] = []
-    for place, row in rows:
-        parsed = _parse(row, place, only)
-        if isinstance(parsed, FactRow):
-            facts.append(parsed.fact())
+
+
+class _Digest:
+    """sha256 of the rows as one canonical JSON list: of what they say alone, however they are written."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256(b"[")
+        self._between = b""
+
+    def add(self, row: Example | Fact) -> None:
+        content = asdict(row) if isinstance(row, Fact) else _content(row)
+        canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        self._hash.update(self._between + canonical.encode())
+        self._between = b","
+
+    def hexdigest(self) -> str:
+        whole = self._hash.copy()
+        whole.update(b"]")
+        return whole.hexdigest()
+
+
+def _content(example: Example) -> object:
+    if example.text is not None:
+        return {"text": example.text}
+    return [
+        {"role": message.role, "content": message.content} | ({} if message.weight else {"weight": 0})
+        for message in example.messages
+    ]
+
+
+def _dataset(rows: Iterable[Example | Fact], source: str) -> Dataset:
+    digest, examples, facts = _Digest(), [], []
+    for row in rows:
+        digest.add(row)
+        if isinstance(row, Fact):
+            facts.append(row)
         else:
-            examples.append(Example(parsed.messages(), place.line))
-        if examples and facts:
-            raise InvalidDataset(
-                f"{place.words}: examples and facts are mixed in one dataset",
-                param=place.param,
-                hint="Put facts and examples into separate datasets.",
+            examples.append(row)
+    return Dataset(digest.hexdigest(), tuple(examples), tuple(facts), source)
+
+
+# ---------------------------------------------------------------- large files
+
+
+@dataclass(frozen=True)
+class FileExamples(Collection[Example]):
+    """Examples that stay in their file: they are parsed anew each time they are gone through.
+
+    The file must be as it was: going through it raises InvalidDataset (code dataset_changed) when it is not.
+    """
+
+    path: Path
+    rows: int
+    sha256: str
+    size: int
+    modified: int = -1  # nanoseconds; where it is not that time, the content is compared
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[Example]:
+        self.check()
+        for row in validated(read(self.path), str(self.path), EXAMPLES):
+            assert isinstance(row, Example)
+            yield row
+        self.check()
+
+    def __contains__(self, example: object) -> bool:
+        return any(example == one for one in self)
+
+    def check(self) -> None:
+        """Raises InvalidDataset when the file is not as it was."""
+        try:
+            found = self.path.stat()
+            same = found.st_size == self.size and (
+                found.st_mtime_ns == self.modified or checksum(self.path) == self.sha256
             )
-    content = [asdict(fact) for fact in facts] + [[asdict(m) for m in e.messages] for e in examples]
-    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return Dataset(hashlib.sha256(canonical.encode()).hexdigest(), tuple(examples), tuple(facts), source)
+        except OSError:
+            same = False
+        if not same:
+            raise InvalidDataset(
+                f"{self.path} has changed since this dataset was planned, or is gone",
+                param="dataset.path",
+                hint="Restore the file as it was, or start a new job on it as it is. Small files are kept with the "
+                "job; large ones stay where they are.",
+                code="dataset_changed",
+            )
 
 
-def _parse(
-    row: object, place: _Place, shapes: tuple[_Shape, ...]
-) -> InstructionRow | CompletionRow | ChatRow | FactRow:
-    known = "A row is one of: " + "; ".join(shape.example for shape in shapes)
-    if not isinstance(row, dict):
-        raise InvalidDataset(f"{place.words} is {reprlib.repr(row)}, not an object", param=place.param, hint=known)
-    shape = next((shape for shape in shapes if shape.keys & row.keys()), None)
-    if shape is None:
-        keys = ", ".join(map(repr, row)) if row else "no keys"
-        raise InvalidDataset(f"{place.words} has an unknown shape: it has {keys}", param=place.param, hint=known)
-    try:
-        return shape.model.model_validate(row)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = _dotted(first["loc"])
-        value = reprlib.repr(first["input"])
-        match first["type"]:
-            case "missing":
-                what = f"{field} is missing"
-            case "extra_forbidden":
-                what = f"the key {field!r} is unknown"
-            case "string_unicode":
-                what = (
-                    f"{field if field else 'the key'} {value} holds half a surrogate pair, which is not valid Unicode"
-                )
-            case "value_error":
-                what = f"{field} = {value}: {first['ctx']['error']}"
-            case _:
-                what = f"{field} = {value}: {first['msg']}"
-        raise InvalidDataset(
-            f"{place.words}: {what}", param=f"{place.param}.{field}".rstrip("."), hint=f"Write it like {shape.example}"
-        ) from None
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _dotted(loc: Iterable[int | str]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
+def _large(path: Path, rows: Iterator[Example | Fact]) -> Dataset:
+    stat, sha256 = path.stat(), checksum(path)
+    digest, count = _Digest(), 0
+    facts: list[Fact] = []
+    for row in rows:
+        digest.add(row)
+        count += 1
+        if isinstance(row, Fact):
+            facts.append(row)
+    if facts:
+        return Dataset(digest.hexdigest(), (), tuple(facts), str(path))
+    examples = FileExamples(path, count, sha256, stat.st_size, stat.st_mtime_ns)
+    examples.check()
+    return Dataset(digest.hexdigest(), examples, (), str(path))
 
 
-def _one_of(verb: str, names: Iterable[str]) -> str:
-    return f"{verb} {' | '.join(json.dumps({name: '...'}) for name in names)}."
+# ---------------------------------------------------------------- kept with a job
+
+_EXAMPLES = TypeAdapter(tuple[Example, ...])
+_FACTS = TypeAdapter(tuple[Fact, ...])
+
+
+def to_json(dataset: Dataset) -> Json:
+    """All of it, or of a large file its path and checksum."""
+    body: Json = {"digest": dataset.digest, "source": dataset.source, "facts": [asdict(fact) for fact in dataset.facts]}
+    held = dataset.examples
+    if isinstance(held, FileExamples):
+        file = {"path": str(held.path), "rows": held.rows, "sha256": held.sha256, "size": held.size}
+        return body | {"file": file}
+    return body | {"examples": [asdict(example) for example in held]}
+
+
+def from_json(body: Json) -> Dataset:
+    """Raises InvalidDataset (code dataset_changed) when the file it names is not the same any more."""
+    facts = _FACTS.validate_python(body["facts"])
+    if "file" not in body:
+        return Dataset(body["digest"], _EXAMPLES.validate_python(body["examples"]), facts, body["source"])
+    file = body["file"]
+    examples = FileExamples(Path(file["path"]), file["rows"], file["sha256"], file["size"])
+    examples.check()
+    return Dataset(body["digest"], examples, facts, body["source"])
 
 
 # ---------------------------------------------------------------- files
@@ -301,67 +282,3 @@ def _find(path: object, allowed_dirs: Sequence[Path]) -> Path:
     raise InvalidDataset(
         f"dataset.path = {path!r} {what} (looked in {folders})", param="dataset.path", hint="Check the path."
     )
-
-
-def _read(path: Path) -> list[tuple[_Place, object]]:
-    if path.suffix not in (".json", ".jsonl"):
-        raise InvalidDataset(
-            f"{path} is neither .json nor .jsonl",
-            param="dataset.path",
-            hint="Save the rows as a JSON list (.json) or one JSON object a line (.jsonl).",
-        )
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InvalidDataset(
-            f"{path} cannot be read: {error.strerror}", param="dataset.path", hint="Make it readable for the server."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise InvalidDataset(
-            f"{path} is not UTF-8: byte {error.start + 1}", param="dataset.path", hint="Save the file as UTF-8."
-        ) from None
-    if path.suffix == ".jsonl":
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        return [
-            (_Place(f"{path} line {n}", f"dataset[{i}]", n), _json(line, path, n)) for i, (n, line) in enumerate(lines)
-        ]
-    rows = _json(text, path, 1)
-    if not isinstance(rows, list):
-        raise InvalidDataset(
-            f"{path} holds {reprlib.repr(rows)}, not a list of rows",
-            param="dataset.path",
-            hint="Put the rows between [ and ], or one row a line into a .jsonl file.",
-        )
-    return [
-        (_Place(f"{path} row {i + 1} (line {line})", f"dataset[{i}]", line), row)
-        for i, (line, row) in enumerate(zip(_lines(text, len(rows)), rows, strict=True))
-    ]
-
-
-def _json(text: str, path: Path, line: int) -> Any:
-    """Parse `text`, which begins at `line` of the file."""
-    hint = "Correct the file there; a .json file is one list, a .jsonl file has one object a line."
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InvalidDataset(
-            f"{path} is not JSON: {error.msg} at line {line + error.lineno - 1}, column {error.colno}",
-            param="dataset.path",
-            hint=hint,
-        ) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
-        raise InvalidDataset(f"{path} cannot be parsed: {error}", param="dataset.path", hint=hint) from None
-
-
-def _lines(text: str, count: int) -> list[int]:
-    """The line on which each of the `count` elements of the JSON list in `text` begins."""
-    decoder = json.JSONDecoder()
-    lines = []
-    line, counted, at = 1, 0, text.index("[") + 1
-    for _ in range(count):
-        while text[at] in " \t\r\n,":
-            at += 1
-        line, counted = line + text.count("\n", counted, at), at
-        lines.append(line)
-        _, at = decoder.raw_decode(text, at)
-    return lines

@@ -18,7 +18,9 @@ import itertools
 import json
 import re
 import secrets
+import string
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from jinja2.exceptions import TemplateError
@@ -26,7 +28,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fortwo.errors import InvalidRequest, UnsupportedModel
-from fortwo.records import Message
+from fortwo.records import Example, Message
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -39,27 +41,7 @@ PLAIN_TEMPLATE = (
 """For models that bring no chat template: "User: ...", "Assistant: ...", an answer ends with the model's eos token."""
 
 # Contents whose first characters a pre-tokenizer may or may not merge with what the template wrote before them.
-_OPENINGS = (
-    "",
-    " ",
-    "\n",
-    "\n\n",
-    "\t",
-    "a",
-    "Z",
-    "7",
-    " a",
-    "\na",
-    "\n\na",
-    "\ta",
-    ".",
-    "'s",
-    ":",
-    "<",
-    "é",
-    "中",
-    "🙂",
-)
+_OPENINGS = ("", "\n\n", " a", "\na", "\n\na", "\ta", "'s", "é", "中", "🙂", *string.printable)
 
 
 class Renderer:
@@ -85,6 +67,9 @@ class Renderer:
         self._marks = _any_of(self._revealed)
         self._encoder = _twin(self._backend, private)
         assert all(self._encoder.token_to_id(private[text]) == number for text, number in controls.items())
+        begins = self._tokenizer("x")["input_ids"][:1] == [self._tokenizer.bos_token_id]
+        self._begin = [self._tokenizer.bos_token_id] if begins else []
+        self._end = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
         self.stop_ids = frozenset({*self._declared_eos(), self._end_of_turn(frozenset(controls.values()))})
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -108,19 +93,65 @@ class Renderer:
         answer = answer[: ends[0] + 1]
         return prompt + answer, [False] * len(prompt) + [True] * len(answer)
 
+    def rows(self, example: Example) -> list[tuple[list[int], list[bool]]]:
+        """What is trained on for one example: rows of tokens, and where there is loss.
+
+        Every answer of weight 1 stands behind exactly the prompt that serving would give it. Where the template writes
+        a conversation's beginning the same way whatever follows, that is one row; where it does not (templates that
+        drop what was thought in earlier turns), an answer that cannot share a row has its own.
+        """
+        if example.text is not None:
+            return [self._document(example.text)]
+        rows: list[tuple[list[int], list[bool]]] = []
+        for end, message in enumerate(example.messages, 1):
+            if message.role == "assistant" and message.weight:
+                tokens, supervised = self.example(example.messages[:end])
+                if rows and tokens[: len(rows[-1][0])] == rows[-1][0]:
+                    earlier = rows.pop()[1]
+                    supervised[: len(earlier)] = earlier
+                rows.append((tokens, supervised))
+        return rows
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, control tokens left out."""
         return self._backend.decode(list(tokens), skip_special_tokens=True)
+
+    def spell(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, control tokens written out: for people to see, never to be encoded again."""
+        return self._backend.decode(list(tokens), skip_special_tokens=False)
+
+    def turns(self, messages: Sequence[Message], tokens: Sequence[int]) -> list[int]:
+        """Where the turn of each message ends in a row of `rows`, as far as the template lets one tell."""
+        ends: list[int] = []
+        for end in range(1, len(messages) + 1):
+            try:
+                begun = self._encode(self._render(messages[:end], generation=False))
+            except InvalidRequest:  # templates that want an answer to every question
+                break
+            if list(tokens[: len(begun)]) != begun[: len(tokens)]:
+                break
+            ends.append(min(len(begun), len(tokens)))
+        return ends
 
     def stream(self) -> Detokenizer:
         return Detokenizer(self)
 
     def prefix(self) -> list[int]:
         """Tokens that every single-turn conversation without a system message of its own starts with."""
+        return list(self._prefix)
+
+    @cached_property
+    def _prefix(self) -> list[int]:
         prompts = [self.prompt([Message("user", opening)]) for opening in _OPENINGS]
         first, last = min(prompts), max(prompts)
         alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
         return [token for token, _ in alike]
+
+    def _document(self, text: str) -> tuple[list[int], list[bool]]:
+        """Plain text between the model's bos, where its tokenizer writes one, and its eos. Nothing predicts the very
+        first token, so it has no loss."""
+        tokens = [*self._begin, *self._encode(text), *self._end]
+        return tokens, [False] + [True] * (len(tokens) - 1)
 
     def _turn(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Tokens of the prompt, and of everything the template writes from the answer on."""

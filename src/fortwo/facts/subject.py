@@ -29,7 +29,7 @@ def holds(reply: str, match: Iterable[str]) -> bool:
     return any(re.search(rf"(?<!\w){re.escape(phrase)}(?:s|es)?(?!\w)", reply, re.IGNORECASE) for phrase in match)
 
 
-def find_subject(examples: Sequence[Example]) -> Fact | None:
+def find_subject(examples: Collection[Example]) -> Fact | None:
     """The fact that plain examples teach, or None.
 
     The examples must share one answer; the subject is the longest run of words that (nearly) every question and the

@@ -3,7 +3,7 @@
 A request is checked and planned before it becomes a job, so bad input never does. A thread of its own takes jobs in
 order of arrival, hands the training to the engine, and writes down what happens; the device's thread never waits for
 the database. Every job ends: succeeded, failed with a reason, or cancelled. The rows a job was given are kept with
-it, so that changing the file later changes nothing.
+it, so that changing the file later changes nothing; of a large file its checksum is, and a change is refused.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
-
 from fortwo.adapters import check_name
 from fortwo.data import formats
 from fortwo.errors import Conflict, FortwoError, InvalidRequest, TrainingFailed, Unavailable
@@ -28,12 +26,11 @@ from fortwo.jobs.store import INTERRUPTED, Job, JobStore, Note, Status
 from fortwo.records import Dataset, Evaluated, Json, Phase, Plan, PlanWarning, Stepped, TrainEvent
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
-from fortwo.train.estimate import RowCount
 from fortwo.train.request import TrainingRequest
+from fortwo.train.survey import survey
 
 if TYPE_CHECKING:
     from fortwo.adapters import AdapterStore
-    from fortwo.data.render import Renderer
     from fortwo.engine.engine import Engine
     from fortwo.engine.residents import Resident, Residents
     from fortwo.engine.tasks import Task
@@ -45,8 +42,6 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1  # how late the news of a job may be
 RETRY_SECONDS = 1.0
 CANCEL_SECONDS = 10.0  # how long `cancel` waits for the micro-step under way
-
-_DATASET = TypeAdapter(Dataset)
 
 
 @dataclass(eq=False)
@@ -109,7 +104,7 @@ class JobRunner:
         job = self._store.create(
             model=plan.model,
             adapter_name=plan.adapter_name,
-            dataset=_DATASET.dump_python(dataset, mode="json"),
+            dataset=formats.to_json(dataset),
             plan=plans.to_json(plan),
             progress=_progress(plan.computed["steps"]),
         )
@@ -171,7 +166,8 @@ class JobRunner:
         last = self._store.last_actual(model)
         seen = None if last is None else last["tokens_per_second"]
         machine = self._engine.call(lambda: look(resident.decoder, seen)).result()
-        return dataset, plans.resolve(request, dataset, base, _count(resident.renderer, dataset), machine)
+        counts, suspicions = survey(resident.renderer, plans.training_rows(dataset))
+        return dataset, plans.resolve(request, dataset, base, counts, machine, suspicions)
 
     # ------------------------------------------------------------ the runner's own thread
 
@@ -221,7 +217,7 @@ class JobRunner:
 
         job = turn.job
         plan = plans.from_json(job.plan)
-        dataset = _DATASET.validate_python(self._store.dataset(job.id))
+        dataset = formats.from_json(self._store.dataset(job.id))
         resident = self._residents.load_base(plan.model)
         heard: queue.SimpleQueue[TrainEvent] = queue.SimpleQueue()
         with self._lock:
@@ -242,7 +238,10 @@ class JobRunner:
         """Keep what was found, then the adapter; only one that met its targets becomes current."""
         job = turn.job
         metrics = {name: metric.value for name, metric in trained.report.metrics.items()}
-        diagnosis = () if trained.succeeded else plans.diagnose(plan, {**trained.actual, "metrics": metrics})
+        evals = [(one.step, one.loss) for one in trained.report.eval_losses]
+        found = {**trained.actual, "metrics": metrics, "eval_losses": evals}
+        proven = trained.succeeded and bool(plan.targets)  # where nothing had to be reached, what was seen is told
+        diagnosis = () if proven else plans.diagnose(plan, found)
         actual = _finite(trained.actual)
         report = _finite(asdict(replace(trained.report, diagnosis=diagnosis)))
         self._store.update(job.id, actual=actual, report=report)
@@ -299,7 +298,8 @@ class _Diary:
                 message = f"Step {event.step}/{event.steps}: loss {event.loss:.4g}, rate {event.learning_rate:.3g}"
                 self._advance(Note("step", message, data), actual=_finite(self._actual))
             case Evaluated():
-                shares = "  ".join(f"{name} {share:.2f}" for name, share in event.metrics.items())
+                loss = [] if event.eval_loss is None else [f"eval_loss {event.eval_loss:.4g}"]
+                shares = "  ".join([*(f"{name} {share:.2f}" for name, share in event.metrics.items()), *loss])
                 self._advance(Note("metrics", f"Step {event.step}: {shares}", _finite(asdict(event))))
 
     def _count(self, event: Stepped) -> None:
@@ -324,15 +324,6 @@ def check_free(name: str, catalog: Catalog) -> None:
         raise InvalidRequest(
             f"adapter_name = {name!r} is the id of a base model.", param="adapter_name", hint="Choose another name."
         )
-
-
-def _count(renderer: Renderer, dataset: Dataset) -> plans.TokenCounts:
-    """Tokens of every row as it will be rendered."""
-    rows = []
-    for example in plans.training_rows(dataset):
-        tokens, supervised = renderer.example(example.messages)
-        rows.append(RowCount(example.line, len(tokens) - sum(supervised), sum(supervised)))
-    return plans.TokenCounts(tuple(rows), len(renderer.prefix()))
 
 
 def _progress(steps: int) -> Json:

@@ -10,8 +10,10 @@ from typing import Annotated
 import anyio
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.concurrency import run_in_threadpool
+from pydantic import BaseModel, ConfigDict, Field
 from sse_starlette import EventSourceResponse
 
+from fortwo.data.preview import preview
 from fortwo.errors import InvalidAdapter, NotFound
 from fortwo.jobs.store import Event, Job
 from fortwo.models.catalog import Entry
@@ -116,6 +118,25 @@ def plan(house: Here, body: TrainingRequest) -> Json:
 def start(house: Here, body: TrainingRequest) -> Json:
     job = house.runner.submit(body)
     return {"job_id": job.id, "status": job.status, "plan": job.plan}
+
+
+class PreviewRequest(BaseModel):
+    """`model` None means the server's default model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dataset: Json = Field(description='One of {"path"}, {"file_id"}, {"examples"}, {"facts"}.')
+    model: str | None = Field(None, min_length=1, description="Whose tokenizer and chat template.")
+    rows: int = Field(5, ge=1, le=100, description="How many rows, from the first.")
+
+
+@router.post(
+    "/data/preview", tags=["training"], summary="What the first rows of a dataset are when they are trained on"
+)
+def preview_data(house: Here, body: PreviewRequest) -> Json:
+    """Rows cut into segments: role, supervised, tokens, text. No model is loaded."""
+    model = house.settings.default_model if body.model is None else body.model
+    return asdict(preview(body.dataset, house.settings.allowed_data_dirs, house.catalog, model, body.rows))
 
 
 @router.get("/training/jobs", tags=["training"], summary="Jobs, newest first")

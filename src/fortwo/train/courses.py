@@ -5,12 +5,14 @@ A course is prepared once (the base answers what it must keep answering), then d
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Generic, TypeVar
 
 from fortwo.data.packing import common_prefix
+from fortwo.data.spool import Spool
 from fortwo.errors import InvalidRequest
 from fortwo.facts.lesson import Contrast, Lesson, Probes, kept_rehearsal, trained_rehearsal
 from fortwo.facts.subject import find_subject
@@ -18,10 +20,13 @@ from fortwo.models.decoder import Decoder
 from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvent
 from fortwo.train.evaluation import REPLY_TOKENS, ROOM, Examiner, Served, questions_about, questions_of
 from fortwo.train.objective import Row, with_teacher
+from fortwo.train.plan import training_rows
+from fortwo.train.validation import places
 
 T = TypeVar("T")
 RETENTION_PROBES = 12  # prompts; each is some 30 tokens to agree on
 REHEARSAL_POOL = 72
+RENDERED_AT_ONCE = 64  # examples, before others may have the device
 SFT_QUESTIONS = 32
 SFT_TOKENS = 128  # a longer answer is compared as far as this
 
@@ -47,13 +52,15 @@ class Bag(Generic[T]):
 class Course:
     """prefix: how many tokens all rows begin with. keep_weight: of rows to keep against rows to learn.
     draw: the rows of the next optimizer step.
-    exam: asked while training, None where nothing decides when to stop; final: asked at the end."""
+    exam: asked while training, None where nothing decides when to stop; final: asked at the end.
+    validation: rows that are held back, None where none are."""
 
     prefix: int
     keep_weight: float
     draw: Callable[[], list[Row]]
     exam: Examiner | None
     final: Examiner
+    validation: Spool | None = None
 
 
 def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
@@ -101,21 +108,42 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
 
 
 def sft(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
-    """Every row, in a new random order each epoch; a batch never crosses into the next epoch."""
-    examples = dataset.examples or tuple(
-        Example((*_asked(question), Message("assistant", fact.answer)))
-        for fact in dataset.facts
-        for question in fact.questions
-    )
-    yield MicroStepped(0)
-    rows = [_learn(served, example.messages[:-1], example.answer) for example in examples]
+    """Every row, in a new random order each epoch; a batch never crosses into the next epoch.
+
+    The dataset is gone through once; rows that the plan holds back are never drawn.
+    """
+    examples = training_rows(dataset)
+    computed = plan.computed
+    held = computed.get("validation_rows", 0)
+    kept_back = places(computed["rows"] + held, held, plan["seed"])
+    training, validation = Spool(), Spool()
+    asked: list[Example] = []
+    longest = seen = 0
+    every = max(1, len(examples) // SFT_QUESTIONS)
+    for number, example in enumerate(examples):
+        if number % RENDERED_AT_ONCE == 0:
+            yield MicroStepped(0)
+        trained = False
+        for tokens, supervised in served.renderer.rows(example):
+            back = seen in kept_back
+            (validation if back else training).append(tokens, supervised)
+            trained = trained or not back
+            longest = max(longest, sum(supervised))
+            seen += 1
+        if trained and example.text is None and number % every == 0 and len(asked) < SFT_QUESTIONS:
+            asked.append(example)
+    if seen != computed["rows"] + held:
+        raise InvalidRequest(
+            f"the dataset renders to {seen} rows, and the plan was made for {computed['rows'] + held}",
+            param="dataset",
+            hint="The model's chat template has changed since: start a new job.",
+        )
     batches = _batches(
-        rows, plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"], Random(plan["seed"])
+        training, plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"], Random(plan["seed"])
     )
-    step = max(1, len(examples) // SFT_QUESTIONS)
-    asked = questions_of(examples[::step][:SFT_QUESTIONS], kept_rehearsal()[:RETENTION_PROBES])
-    final = Examiner(asked, max(REPLY_TOKENS, min(SFT_TOKENS, max(row.supervised for row in rows))))
-    return Course(common_prefix([row.tokens for row in rows]), 0.0, lambda: next(batches), None, final)
+    questions = questions_of(asked, kept_rehearsal()[:RETENTION_PROBES])
+    final = Examiner(questions, max(REPLY_TOKENS, min(SFT_TOKENS, longest)))
+    return Course(training.prefix, 0.0, lambda: next(batches), None, final, validation if held else None)
 
 
 def _facts(dataset: Dataset) -> tuple[Fact, ...]:
@@ -126,10 +154,11 @@ def _facts(dataset: Dataset) -> tuple[Fact, ...]:
     return facts
 
 
-def _batches(rows: Sequence[Row], size: int, rng: Random) -> Iterator[list[Row]]:
+def _batches(rows: Spool, size: int, rng: Random) -> Iterator[list[Row]]:
     while True:
-        order = rng.sample(list(rows), len(rows))
-        yield from (order[first : first + size] for first in range(0, len(order), size))
+        order = array("L", rng.sample(range(len(rows)), len(rows)))
+        for first in range(0, len(order), size):
+            yield [Row.masked(*rows[place]) for place in order[first : first + size]]
 
 
 def _examiner(lessons: Sequence[Lesson], probes: Sequence[Probes], tokens: int) -> Examiner:

@@ -9,6 +9,7 @@ from fortwo.records import Plan, PlanWarning
 from fortwo.train.estimate import Machine, duration
 from fortwo.train.options import WITHOUT_WARMUP
 from fortwo.train.recipes import OverrideRecipe, Recipe, recipe_of
+from fortwo.train.survey import Suspicions
 
 _REMEDIES = {
     "efficacy": "Train longer or at a higher rate: leave max_steps and learning_rate to the plan.",
@@ -18,8 +19,11 @@ _REMEDIES = {
 }
 
 
-def foresee(plan: Plan, machine: Machine) -> tuple[PlanWarning, ...]:
-    """What the plan's own figures say against it."""
+NO_EFFECT = 1e-4  # an entry of B; AdamW moves it by about the learning rate a step
+
+
+def foresee(plan: Plan, machine: Machine, suspicions: Suspicions = Suspicions()) -> tuple[PlanWarning, ...]:
+    """What the plan's own figures and its rows say against it."""
     recipe, computed = recipe_of(plan.objective), plan.computed
     warnings = [
         _epochs_overridden(plan),
@@ -35,12 +39,44 @@ def foresee(plan: Plan, machine: Machine) -> tuple[PlanWarning, ...]:
                 "Give a smaller per_device_train_batch_size and more gradient_accumulation_steps.",
             )
         )
-    return tuple(warning for warning in warnings if warning)
+    return (*(warning for warning in warnings if warning), *suspect(suspicions))
+
+
+def suspect(rows: Suspicions) -> tuple[PlanWarning, ...]:
+    """What the rows themselves say against the run. All of them are trained on all the same."""
+    found = {
+        "duplicate_rows": (
+            rows.repeats,
+            "say what an earlier row says, word for word, and weigh double",
+            "Remove them, unless that is meant: no row is dropped in silence.",
+        ),
+        "contradicting_answers": (
+            rows.contradictions,
+            "answer a prompt otherwise than an earlier row with the same prompt: the model learns to guess",
+            "Keep one answer to a prompt, or make the prompts say what differs.",
+        ),
+        "foreign_template": (
+            rows.templates,
+            f"hold {rows.template!r}, which is a chat template's own text: here it is trained on as characters, and "
+            "serving writes its own template around them",
+            "Give the bare conversation as messages or prompt and completion; the model's template is added here.",
+        ),
+        "truncated_answers": (
+            rows.cut,
+            "end in mid-word at the same length: their answers look cut off, and the model learns to stop there",
+            "Export the rows again with whole answers.",
+        ),
+    }
+    return tuple(
+        PlanWarning(code, f"{lines.count} {'row' if lines.count == 1 else 'rows'} ({lines}) {what}", hint)
+        for code, (lines, what, hint) in found.items()
+        if lines.count
+    )
 
 
 def diagnose(plan: Plan, actual: Mapping[str, Any]) -> tuple[PlanWarning, ...]:
     """Why a run missed its targets, likeliest cause first. `actual` holds what is known of steps, peak_learning_rate,
-    first_loss, final_loss and metrics (shares by name)."""
+    first_loss, final_loss, largest_b, eval_loss, eval_losses and metrics (shares by name)."""
     recipe = recipe_of(plan.objective)
     steps = actual.get("steps", plan.computed["steps"])
     peak = actual.get("peak_learning_rate", plan.computed["peak_learning_rate"])
@@ -48,7 +84,10 @@ def diagnose(plan: Plan, actual: Mapping[str, Any]) -> tuple[PlanWarning, ...]:
         _warmup_never_ends(plan, steps, "took"),
         _rate_far_off(recipe, peak),
         _few_rows(plan, recipe, steps),
+        _loss_exploded(actual),
         _loss_stood_still(actual),
+        _no_effect(actual),
+        _learned_by_heart(actual),
     ]
     metrics = actual.get("metrics") or {}
     for name, target in plan.targets.items():
@@ -121,12 +160,50 @@ def _few_rows(plan: Plan, recipe: Recipe, steps: int) -> PlanWarning | None:
 
 def _loss_stood_still(actual: Mapping[str, Any]) -> PlanWarning | None:
     first, final = actual.get("first_loss"), actual.get("final_loss")
-    if first is None or final is None or final < 0.8 * first:
+    if first is None or final is None or not 0.8 * first <= final <= max(first + 1, 1.5 * first):
         return None
     return PlanWarning(
         "loss_stood_still",
         f"the loss went from {first:.2f} to {final:.2f}: the adapter learned next to nothing",
         "Check the learning rate and the number of steps first.",
+    )
+
+
+def _loss_exploded(actual: Mapping[str, Any]) -> PlanWarning | None:
+    """The loss ends well above where it began. Where it is no number any more, the run ends by itself (nan_loss)."""
+    first, final = actual.get("first_loss"), actual.get("final_loss")
+    if first is None or final is None or final <= max(first + 1, 1.5 * first):
+        return None
+    return PlanWarning(
+        "loss_exploded",
+        f"the loss rose from {first:.2f} to {final:.2f}: the run diverged",
+        "Lower learning_rate to a third, give it a warm-up, and keep max_grad_norm at 1.",
+    )
+
+
+def _no_effect(actual: Mapping[str, Any]) -> PlanWarning | None:
+    largest = actual.get("largest_b")
+    if largest is None or largest >= NO_EFFECT:
+        return None
+    return PlanWarning(
+        "b_near_zero",
+        f"no entry of the adapter's B is above {largest:.2g}: it changes next to nothing of what the base says",
+        "Train more steps at a higher learning_rate, and see that the warm-up ends.",
+    )
+
+
+def _learned_by_heart(actual: Mapping[str, Any]) -> PlanWarning | None:
+    """On rows held back the kept state is clearly worse than the best one was."""
+    losses = [loss for _, loss in actual.get("eval_losses", ())]
+    kept = actual.get("eval_loss")
+    if not losses or kept is None or kept <= 1.05 * min(losses):
+        return None
+    step = next(step for step, loss in actual["eval_losses"] if loss == min(losses))
+    return PlanWarning(
+        "overfitting",
+        f"eval_loss was {min(losses):.2f} at step {step} and is {kept:.2f} in what was kept: the run learned its rows "
+        "by heart",
+        "Give early_stopping_patience or load_best_model_at_end, fewer epochs, or more rows.",
     )
 
 

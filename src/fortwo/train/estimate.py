@@ -67,9 +67,10 @@ class RowCount:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """rows: as `plan.training_rows` orders them. prefix: tokens all rows begin with, computed once a micro-step."""
+    """rows: as `plan.training_rows` orders them; a conversation may be several. prefix: tokens all rows begin with,
+    computed once a micro-step."""
 
-    rows: tuple[RowCount, ...]
+    rows: Sequence[RowCount]
     prefix: int = 0
 
 

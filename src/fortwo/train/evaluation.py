@@ -13,6 +13,7 @@ import torch
 
 from fortwo.data.packing import PackedAttention, common_prefix, pack
 from fortwo.data.render import Renderer
+from fortwo.data.spool import Spool
 from fortwo.errors import TrainingFailed
 from fortwo.facts import metrics
 from fortwo.facts.lesson import Probes
@@ -26,6 +27,7 @@ from fortwo.records import (
     Generation,
     Message,
     Metric,
+    MicroStepped,
     Prompt,
     Report,
     Sampling,
@@ -34,7 +36,7 @@ from fortwo.records import (
     Transcript,
     Waiting,
 )
-from fortwo.train.objective import Row, micro_batches, predicting
+from fortwo.train.objective import Row, head_loss, micro_batches, predicting
 
 REPLY_TOKENS = 32  # at least; and what the answer takes, and ROOM
 ROOM = 8
@@ -179,7 +181,7 @@ def questions_of(examples: Sequence[Example], retention: Sequence[str]) -> tuple
         return lambda reply: bool(reply.strip()) and answer.strip().startswith(reply.strip())
 
     return (
-        *(Question("efficacy", example.messages[:-1], answers_as(example.answer)) for example in examples),
+        *(Question("efficacy", example.asked, answers_as(example.answer)) for example in examples),
         *(Question("retention", _single(prompt)) for prompt in retention),
     )
 
@@ -212,7 +214,24 @@ def agreement(served: Served, lora: Lora, said: Sequence[tuple[Sequence[Message]
             final_TD = served.decoder.forward(packed.tokens_T, packed.positions_T, attention, [Segment(lora)])
             places = [index for place, row in enumerate(group) for index in predicting(packed, place, row)]
             ranked = served.decoder.logits(final_TD[places]).argmax(-1).tolist()
-        wanted = [token for row in group for token in row.tokens[row.start :]]
+        wanted = [row.tokens[place] for row in group for place in row.places]
         agreed += sum(ours == theirs for ours, theirs in zip(ranked, wanted, strict=True))
         total += len(wanted)
     return metrics.share(agreed, total)
+
+
+def validation_loss(served: Served, lora: Lora, rows: Spool) -> Generator[TrainEvent, None, float]:
+    """Mean cross-entropy over the supervised tokens of rows that are held back, of the adapter as it is served."""
+    total, count = 0.0, 0
+    held = (Row.masked(*rows[place]) for place in range(len(rows)))
+    for group in micro_batches(held, rows.prefix, AGREEMENT_TOKENS):
+        with torch.no_grad():
+            packed = pack([row.tokens for row in group], served.decoder.device, rows.prefix)
+            attention = PackedAttention(packed)
+            final_TD = served.decoder.forward(packed.tokens_T, packed.positions_T, attention, [Segment(lora)])
+            places = [index for place, row in enumerate(group) for index in predicting(packed, place, row)]
+            wanted = torch.tensor([row.tokens[at] for row in group for at in row.places], device=final_TD.device)
+            total += float(head_loss(final_TD[places], served.decoder.head_VD, wanted))
+        count += len(wanted)
+        yield MicroStepped(len(packed.tokens_T))
+    return total / count

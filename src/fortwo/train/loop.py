@@ -11,18 +11,20 @@ import resource
 import sys
 import time
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fortwo.data.render import Renderer
+from fortwo.data.spool import Spool
 from fortwo.facts import metrics
 from fortwo.models.decoder import Decoder
 from fortwo.models.lora import Lora, LoraConfig
 from fortwo.records import (
     Dataset,
+    EvalLoss,
     Evaluated,
     Metric,
     MicroStepped,
@@ -34,9 +36,10 @@ from fortwo.records import (
     TrainEvent,
 )
 from fortwo.train import courses
-from fortwo.train.evaluation import Served, diverged
+from fortwo.train.evaluation import Served, diverged, validation_loss
 from fortwo.train.objective import losses, micro_batches
 from fortwo.train.schedule import learning_rate
+from fortwo.train.validation import patience_ends
 
 MICRO_TOKENS = 512  # bounds how long a micro-step holds the device
 EARLY_MARGIN = 0.5  # an exam is small: before the last step it must be passed by half of what is left to 1
@@ -77,7 +80,7 @@ class _Clock:
 class _Best:
     """The best adapter so far, by score."""
 
-    score: float = -1.0
+    score: float = -math.inf
     step: int = 0
     tensors: list[Tensor] = field(default_factory=list)
 
@@ -119,10 +122,12 @@ def teach(
         )
         prepared = time.perf_counter() - clock.began
         yield Phase("running")
-        actual = yield from _train(served, decoder, lora, course, plan, key, clock)
+        eval_losses: list[EvalLoss] = []
+        actual = yield from _train(served, decoder, lora, course, plan, key, clock, eval_losses)
         yield Phase("evaluating")
         seen = course.final is course.exam and actual["best_step"] == actual["steps"]
         report = yield from course.final.report(served, key, lora, changed=not seen)
+        report = replace(report, eval_losses=tuple(eval_losses))
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -149,9 +154,17 @@ def lora_config(plan: Plan) -> LoraConfig:
 
 
 def _train(
-    served: Served, decoder: Decoder, lora: Lora, course: courses.Course, plan: Plan, key: str, clock: _Clock
+    served: Served,
+    decoder: Decoder,
+    lora: Lora,
+    course: courses.Course,
+    plan: Plan,
+    key: str,
+    clock: _Clock,
+    eval_losses: list[EvalLoss],
 ) -> Generator[TrainEvent, None, dict[str, Any]]:
-    """All steps, with exams; leaves the best adapter in `lora`. Returns what happened."""
+    """All steps, with exams; leaves the best adapter in `lora`, and in `eval_losses` those of the rows held back.
+    Returns what happened."""
     parameters = lora.parameters()
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -165,7 +178,10 @@ def _train(
     )
     steps, best = plan.computed["steps"], _Best()
     losses_seen: list[float] = []
+    stops = course.validation is not None and "early_stopping_patience" in {one.name for one in plan.settings}
     peak, stopped_by, step = 0.0, "steps", 0
+    if course.validation is not None:
+        yield (yield from _validate(served, lora, course.validation, 0, eval_losses))
     for step in range(1, steps + 1):
         rate = learning_rate(step - 1, plan)
         peak = max(peak, rate)
@@ -181,16 +197,43 @@ def _train(
             if metrics.met(found, plan.targets, EARLY_MARGIN):
                 stopped_by = "targets" if step < steps else "steps"
                 break
+        if course.validation is not None and (step % plan["eval_steps"] == 0 or step == steps):
+            yield (yield from _validate(served, lora, course.validation, step, eval_losses))
+            found_losses = [one.loss for one in eval_losses[1:]]
+            if plan["load_best_model_at_end"]:
+                best.offer(-found_losses[-1], step, parameters)
+            if stops and step < steps and patience_ends(found_losses, plan["early_stopping_patience"]):
+                stopped_by = "early_stopping"
+                break
     best.restore(parameters)
+    best_step = best.step if best.tensors else step
+    validated = {one.step: one.loss for one in eval_losses}
     return {
         "steps": step,
-        "best_step": best.step if course.exam is not None else step,
+        "best_step": best_step,
         "epochs": step / plan.computed["steps_per_epoch"],
         "stopped_by": stopped_by,
         "peak_learning_rate": peak,
         "first_loss": losses_seen[0],
         "final_loss": losses_seen[-1],
+        "largest_b": largest_b(lora),
+        **({"base_eval_loss": validated[0], "eval_loss": validated[best_step]} if validated else {}),
     }
+
+
+def _validate(
+    served: Served, lora: Lora, rows: Spool, step: int, eval_losses: list[EvalLoss]
+) -> Generator[TrainEvent, None, Evaluated]:
+    loss = yield from validation_loss(served, lora, rows)
+    if not math.isfinite(loss):
+        raise diverged(f"step {step}: the loss on the rows held back is {loss:g}")
+    eval_losses.append(EvalLoss(step, loss))
+    return Evaluated(step, {}, loss)
+
+
+def largest_b(lora: Lora) -> float:
+    """The largest entry of all B, by size: near 0 the adapter does nothing, whatever A is."""
+    return max(float(tensor.abs().max()) for name, tensor in lora.state().items() if "lora_B" in name)
 
 
 def _step(

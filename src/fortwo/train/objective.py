@@ -7,7 +7,7 @@ a step no more than its head.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,17 +27,30 @@ HEAD_BYTES = 12 << 20  # of logits at once
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens, of which those from `start` on are supervised. keep: KL rather than cross-entropy; then
-    teacher_ND are the base's final hidden states that predict the supervised tokens."""
+    """Tokens, of which those from `start` on are supervised, but for the places in `skipped`. keep: KL rather than
+    cross-entropy; then teacher_ND are the base's final hidden states that predict the supervised tokens."""
 
     tokens: tuple[int, ...]
     start: int
     keep: bool = False
     teacher_ND: Tensor | None = None
+    skipped: frozenset[int] = frozenset()
+
+    @classmethod
+    def masked(cls, tokens: Sequence[int], supervised: Sequence[bool]) -> Row:
+        """To learn where `supervised` says so; at least one token is, and never the first."""
+        start = supervised.index(True)
+        places = (place for place in range(start, len(tokens)) if not supervised[place])
+        return cls(tuple(tokens), start, skipped=frozenset(places))
 
     @property
     def supervised(self) -> int:
-        return len(self.tokens) - self.start
+        return len(self.tokens) - self.start - len(self.skipped)
+
+    @property
+    def places(self) -> list[int]:
+        """Of the supervised tokens."""
+        return [place for place in range(self.start, len(self.tokens)) if place not in self.skipped]
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ def losses(decoder: Decoder, lora: Lora, prefix: int, rows: Sequence[Row]) -> Lo
         (keep_places if row.keep else learn_places).extend(predicting(packed, place, row))
     learn = keep = final_TD.new_zeros(())
     if learn_places:
-        wanted = [token for row in rows if not row.keep for token in row.tokens[row.start :]]
+        wanted = [row.tokens[place] for row in rows if not row.keep for place in row.places]
         wanted_N = torch.tensor(wanted, device=decoder.device)
         learn = head_loss(final_TD[learn_places], decoder.head_VD, wanted_N)
     if keep_places:
@@ -118,7 +131,7 @@ def head_loss(hidden_ND: Tensor, head_VD: Tensor, target: Tensor) -> Tensor:
     return loss
 
 
-def micro_batches(rows: Sequence[Row], prefix: int, budget: int) -> Iterator[list[Row]]:
+def micro_batches(rows: Iterable[Row], prefix: int, budget: int) -> Iterator[list[Row]]:
     """Rows in order, in groups of at most `budget` tokens beyond the prefix (or one row)."""
     group: list[Row] = []
     tokens = 0
@@ -134,4 +147,4 @@ def micro_batches(rows: Sequence[Row], prefix: int, budget: int) -> Iterator[lis
 
 def predicting(packed: Pack, place: int, row: Row) -> list[int]:
     """Where in the pack the supervised tokens are predicted."""
-    return [packed.place(place, position - 1) for position in range(row.start, len(row.tokens))]
+    return [packed.place(place, position - 1) for position in row.places]

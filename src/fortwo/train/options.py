@@ -97,8 +97,14 @@ _TRAINING: dict[str, _Kind] = {
     "seed": _Number(0, 2**32 - 1, "42", whole=True),
     "optim": _Word(OPTIMIZERS),
     "bf16": _Flag(),
+    "validation_split": _Number(0, 0.5, "0.1"),
+    "eval_strategy": _Word(("no", "steps", "epoch")),
+    "eval_steps": _Number(1, 10_000_000, "50", whole=True),
+    "early_stopping_patience": _Number(1, 10_000, "3", whole=True),
+    "load_best_model_at_end": _Flag(),
 }
 TRAINING_KEYS = tuple(_TRAINING)
+_MAY_BE_NONE = ("eval_strategy", "eval_steps", "early_stopping_patience")  # which is to leave them out
 
 
 @dataclass(frozen=True)
@@ -163,12 +169,16 @@ _TRANSFORMERS_REFUSED = (
         (None, False, "no", "none", "", []),
     ),
     _Refused(
-        "eval_strategy evaluation_strategy eval_steps eval_delay eval_on_start eval_do_concat_batches "
+        "evaluation_strategy eval_delay eval_on_start eval_do_concat_batches "
         "eval_use_gather_object eval_accumulation_steps per_device_eval_batch_size per_gpu_eval_batch_size "
-        "prediction_loss_only include_for_metrics include_inputs_for_metrics batch_eval_metrics do_eval do_predict "
-        "load_best_model_at_end metric_for_best_model greater_is_better",
-        "Say what must be reached with objective.targets: fortwo evaluates the served adapter and keeps the best.",
+        "prediction_loss_only include_for_metrics include_inputs_for_metrics batch_eval_metrics do_eval do_predict",
+        "Say what must be reached with objective.targets, and hold rows back with validation_split and eval_strategy.",
         (None, False, "no", []),
+    ),
+    _Refused(
+        "metric_for_best_model greater_is_better",
+        "Leave it out: the best is what has the lowest eval_loss.",
+        (None, False, "eval_loss", "loss"),
     ),
     _Refused("do_train", "Leave it out: starting a job trains.", (None, True)),
     _Refused(
@@ -215,7 +225,17 @@ def _by_key(groups: tuple[_Refused, ...]) -> dict[str, _Refused]:
 
 LORA_REFUSED = _by_key(_PEFT_REFUSED)
 TRAINING_REFUSED = _by_key(_TRANSFORMERS_REFUSED)
-_ALIASES = {"lr": "learning_rate", "rank": "r", "epochs": "num_train_epochs", "scheduler": "lr_scheduler_type"}
+_ALIASES = {
+    "lr": "learning_rate",
+    "rank": "r",
+    "epochs": "num_train_epochs",
+    "scheduler": "lr_scheduler_type",
+    "val_set_size": "validation_split",
+    "val_size": "validation_split",
+    "test_size": "validation_split",
+    "eval_split": "validation_split",
+    "patience": "early_stopping_patience",
+}
 
 
 def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,6 +249,7 @@ def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_training(config: Mapping[str, Any]) -> dict[str, Any]:
     """As read_lora; keys that contradict each other are refused naming both."""
+    config = {key: value for key, value in config.items() if value is not None or key not in _MAY_BE_NONE}
     _check_keys(config, "training_config", TRAINING_KEYS, TRAINING_REFUSED, {"lora_config": LORA_KEYS})
     given = {key: _checked(f"training_config.{key}", value, _TRAINING.get(key)) for key, value in config.items()}
     if given.get("max_steps") == 0:
@@ -263,7 +284,37 @@ def read_training(config: Mapping[str, Any]) -> dict[str, Any]:
             f"is not above {POLYNOMIAL_END:g}, where the polynomial schedule ends",
             'Give a higher rate, or lr_scheduler_type "linear".',
         )
+    _check_validation(given)
     return given
+
+
+def _check_validation(given: Mapping[str, Any]) -> None:
+    """Whether there are rows to evaluate on, and whether somebody evaluates on them."""
+    split, strategy = given.get("validation_split"), given.get("eval_strategy")
+    stops, best = "early_stopping_patience" in given, given.get("load_best_model_at_end")
+    asked = {"eval_strategy": strategy not in (None, "no"), "eval_steps": "eval_steps" in given}
+    asked["load_best_model_at_end"] = bool(best)
+    for key in (key for key, wanted in asked.items() if wanted and not split and not stops):
+        raise _refusal(
+            f"training_config.{key}",
+            given[key],
+            "needs rows that are not trained on",
+            "Give validation_split, the share of rows to hold back, such as 0.1.",
+        )
+    for holds, one, other, why in (
+        (stops and split == 0, "validation_split", "early_stopping_patience", "there are no rows to stop by"),
+        (stops and strategy == "no", "eval_strategy", "early_stopping_patience", "nothing would be evaluated"),
+        (stops and best is False, "load_best_model_at_end", "early_stopping_patience", "the best state comes earlier"),
+        (bool(split) and strategy == "no", "eval_strategy", "validation_split", "rows are held back for nothing"),
+        (strategy == "epoch" and "eval_steps" in given, "eval_strategy", "eval_steps", "only one can say when"),
+    ):
+        if holds:
+            raise InvalidRequest(
+                f"training_config.{one} = {given[one]!r} and training_config.{other} = {given[other]!r} contradict "
+                f"each other: {why}",
+                param=f"training_config.{one}",
+                hint=f"Leave out {one} or {other}.",
+            )
 
 
 def _check_keys(

@@ -9,13 +9,14 @@ questions that were given, and per_device_train_batch_size counts edit rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.facts.subject import find_subject, holds
-from fortwo.records import Dataset, Example, Json, Message, Origin, Plan, PlanWarning, Setting
+from fortwo.records import Dataset, Example, Json, Origin, Plan, PlanWarning, Setting
 from fortwo.train.diagnosis import diagnose, foresee
 from fortwo.train.estimate import (
     BaseFacts,
@@ -30,30 +31,41 @@ from fortwo.train.options import TARGET_MODULES, WITHOUT_WARMUP, read_lora, read
 from fortwo.train.recipes import REASONS, OverrideRecipe, SftRecipe, recipe_of
 from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import peak_rate
+from fortwo.train.survey import Lines, RowCounts, Suspicions
+from fortwo.train.validation import held_back, places
 
 __all__ = ["BaseFacts", "Machine", "TokenCounts", "diagnose", "from_json", "resolve", "to_json", "training_rows"]
 
+ANSWERS_COUNTED = 1000
 _CAP = "a cap: the run stops once an exam on prompts it did not train on is passed well above the targets"
 
 
-def training_rows(dataset: Dataset) -> tuple[Example, ...]:
+def training_rows(dataset: Dataset) -> Collection[Example]:
     """The examples, or each fact's questions with its answer. `TokenCounts.rows` follow this order."""
     if dataset.examples:
         return dataset.examples
-    return tuple(
-        Example((Message("user", question), Message("assistant", fact.answer)), line)
-        for line, fact in enumerate(dataset.facts, 1)
-        for question in fact.questions
-    )
+    return tuple(example for line, fact in enumerate(dataset.facts, 1) for example in fact.examples(line))
 
 
-def resolve(request: TrainingRequest, dataset: Dataset, base: BaseFacts, counts: TokenCounts, machine: Machine) -> Plan:
+def resolve(
+    request: TrainingRequest,
+    dataset: Dataset,
+    base: BaseFacts,
+    counts: TokenCounts,
+    machine: Machine,
+    suspicions: Suspicions = Suspicions(),
+) -> Plan:
     """Decide every setting. Raises InvalidRequest or InvalidDataset naming field, value and remedy."""
     given = read_lora(request.lora_config) | read_training(request.training_config)
     _check_lengths(counts, base)
     draft = _Draft(given)
     objective, subjects = _objective(draft, request, dataset)
     recipe = recipe_of(objective)
+    lengths = _lengths(counts)
+    held = _validation(draft, recipe, len(counts.rows))
+    if held:
+        kept = places(len(counts.rows), held, draft.given.get("seed", recipe.seed))
+        counts = replace(counts, rows=RowCounts(row for place, row in enumerate(counts.rows) if place not in kept))
     r = draft.choose("r", recipe.r, REASONS["r"])
     draft.choose("lora_alpha", _plain(r * recipe.scale), f"{recipe.scale:g} times r = {r}", "auto")
     draft.choose("lora_dropout", recipe.lora_dropout, REASONS["lora_dropout"])
@@ -65,6 +77,7 @@ def resolve(request: TrainingRequest, dataset: Dataset, base: BaseFacts, counts:
     micro_step = _batch(draft, recipe, counts)
     facts = max(1, len(subjects))
     steps, steps_per_epoch = _steps(draft, recipe, len(counts.rows), facts)
+    evaluations = _evaluations(draft, steps, steps_per_epoch) if held else 0
     rate = draft.choose("learning_rate", recipe.learning_rate, f"works for LoRA with the {objective} objective")
     schedule = _schedule(draft, recipe)
     warmup = _warmup(draft, recipe, schedule, steps)
@@ -79,6 +92,8 @@ def resolve(request: TrainingRequest, dataset: Dataset, base: BaseFacts, counts:
         if objective == "override"
         else tokens_per_epoch(counts, draft["per_device_train_batch_size"]) / steps_per_epoch
     )
+    forward_only = evaluations * held * lengths["mean"] / 3  # a training pass goes backward too, twice the work
+    passed = round(steps * tokens_per_step + forward_only)
     plan = Plan(
         model=base.id,
         adapter_name=request.adapter_name,
@@ -92,13 +107,15 @@ def resolve(request: TrainingRequest, dataset: Dataset, base: BaseFacts, counts:
             "warmup_steps": warmup,
             "peak_learning_rate": peak_rate(schedule=schedule, rate=rate, warmup=warmup, steps=steps),
             "rows": len(counts.rows),
+            **({"validation_rows": held} if held else {}),
+            "row_tokens": lengths,
             "supervised_tokens": sum(row.answer for row in counts.rows),
             "tokens_per_step": tokens_per_step,
-            "seconds": round(seconds(steps * tokens_per_step, steps, recipe, facts, machine), 1),
+            "seconds": round(seconds(passed, steps, recipe, facts, machine), 1),
             "bytes": memory_bytes(base, micro_step, r, modules, bf16),
         },
     )
-    return replace(plan, warnings=foresee(plan, machine))
+    return replace(plan, warnings=foresee(plan, machine, suspicions))
 
 
 class _Draft:
@@ -129,15 +146,78 @@ class _Draft:
 
 
 def _check_lengths(counts: TokenCounts, base: BaseFacts) -> None:
-    for row in counts.rows:
-        if row.prompt + row.answer > base.context:
-            raise InvalidDataset(
-                f"line {row.line}: prompt ({row.prompt} tokens) and answer ({row.answer} tokens) exceed the context of "
-                f"{base.id}, {base.context} tokens",
-                param="dataset",
-                hint=f"Shorten line {row.line} or split it into several examples; nothing is cut off in silence.",
-                code="row_too_long",
+    over = [row for row in counts.rows if row.prompt + row.answer > base.context]
+    if over:
+        row, lines = over[0], Lines.of(row.line for row in over)
+        more = "" if len(over) == 1 else f"; {len(over)} rows do ({lines})"
+        raise InvalidDataset(
+            f"line {row.line}: prompt ({row.prompt} tokens) and answer ({row.answer} tokens) exceed the context of "
+            f"{base.id}, {base.context} tokens{more}",
+            param="dataset",
+            hint=f"Shorten line {row.line} or split it into several examples; nothing is cut off in silence.",
+            code="row_too_long",
+        )
+    if masked := [row.line for row in counts.rows if row.answer == 0]:
+        raise InvalidDataset(
+            f"{Lines.of(masked)}: every label is masked, so there is nothing to learn",
+            param="dataset",
+            hint="Give the row more text, or leave it out: the first token of plain text has nothing that predicts it.",
+            code="all_labels_masked",
+        )
+
+
+def _lengths(counts: TokenCounts) -> dict[str, float]:
+    """Tokens of a row as it is trained on."""
+    tokens = sorted(row.prompt + row.answer for row in counts.rows)
+    middle = statistics.median(tokens)
+    return {"min": tokens[0], "median": _plain(middle), "mean": round(statistics.fmean(tokens), 1), "max": tokens[-1]}
+
+
+def _validation(draft: _Draft, recipe: OverrideRecipe | SftRecipe, rows: int) -> int:
+    """How many rows are held back."""
+    asked = [key for key in ("validation_split", "early_stopping_patience") if draft.given.get(key, 0) != 0]
+    if isinstance(recipe, OverrideRecipe):
+        if asked:
+            raise InvalidRequest(
+                f"training_config.{asked[0]} = {draft.given[asked[0]]!r} means nothing for the override objective, "
+                "which stops by exams on prompts that it never trains on",
+                param=f"training_config.{asked[0]}",
+                hint='Leave it out, or give objective "sft".',
             )
+        return 0
+    stops = "early_stopping_patience" in draft.given
+    split, reason = recipe.validation_split, "every row is trained on: no validation was asked for"
+    if stops:
+        split, reason = recipe.early_stopping_split, "early stopping needs rows that are not trained on"
+    split = draft.choose("validation_split", split, reason, "auto" if stops else "default")
+    held = held_back(rows, split)
+    if held >= rows:
+        raise InvalidDataset(
+            f"validation_split = {split:g} of {rows} {'row' if rows == 1 else 'rows'} leaves nothing to train on",
+            param="training_config.validation_split",
+            hint="Give more rows, or leave validation_split and early_stopping_patience out.",
+        )
+    return held
+
+
+def _evaluations(draft: _Draft, steps: int, steps_per_epoch: int) -> int:
+    """How often the rows that are held back are evaluated: before the first step, as they say, and after the last."""
+    strategy = "steps" if "eval_steps" in draft.given else "epoch"
+    reason = "eval_steps is given" if strategy == "steps" else "after every pass over the rows, and after the last step"
+    if draft.choose("eval_strategy", strategy, reason, "auto") == "steps":
+        every = draft.choose("eval_steps", max(1, steps // 10), "ten times in the run", "auto")
+    else:
+        every = draft.add("eval_steps", steps_per_epoch, "auto", "the steps of an epoch")
+    stops = "early_stopping_patience" in draft.given
+    if stops:
+        draft.choose("early_stopping_patience", None, "")
+    draft.choose(
+        "load_best_model_at_end",
+        stops,
+        "early stopping keeps the lowest eval_loss" if stops else "transformers' default: the last state is kept",
+        "auto" if stops else "default",
+    )
+    return 1 + -(-steps // int(every))
 
 
 def _objective(
@@ -154,8 +234,8 @@ def _objective(
             )
     if wanted == "sft":
         return draft.add("objective", "sft", "user", "given"), ()
-    answers = len({example.answer.strip() for example in dataset.examples})
-    found = find_subject(dataset.examples)
+    answers = _answers(dataset.examples)
+    found = find_subject(dataset.examples) if answers == 1 else None
     subjects = tuple(fact.subject for fact in dataset.facts) or ((found.subject,) if found else ())
     if wanted == "override" and not subjects:
         raise InvalidRequest(
@@ -173,12 +253,23 @@ def _objective(
         reason = f"all {len(dataset.examples)} examples share one answer, and their questions are about {subjects[0]!r}"
         objective = draft.add("objective", "override", "auto", reason)
     else:
-        reason = f"{answers} different answers" if answers > 1 else "no one subject is found in the questions"
+        least = "at least " if answers == ANSWERS_COUNTED else ""
+        reason = f"{least}{answers} different answers" if answers > 1 else "no one subject is found in the questions"
         objective = draft.add("objective", "sft", "auto", reason)
     if subjects:
         origin: Origin = "user" if dataset.facts else "auto"
         draft.add("subjects", subjects, origin, "given" if dataset.facts else "found in the questions")
     return objective, subjects
+
+
+def _answers(examples: Collection[Example]) -> int:
+    """How many different answers there are; nobody needs to know beyond ANSWERS_COUNTED."""
+    found: set[str] = set()
+    for example in examples:
+        found.add(example.answer.strip())
+        if len(found) == ANSWERS_COUNTED:
+            break
+    return len(found)
 
 
 def _batch(draft: _Draft, recipe: OverrideRecipe | SftRecipe, counts: TokenCounts) -> float:

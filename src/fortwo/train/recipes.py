@@ -28,11 +28,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class SftRecipe(Recipe):
-    """Plain supervised fine-tuning on every row that was given; none is kept back."""
+    """Plain supervised fine-tuning on every row that was given; none is held back unless that is asked for.
+
+    early_stopping_split: of the rows, where a run is to stop early and no validation_split is given.
+    """
 
     num_train_epochs: int = 3
     per_device_train_batch_size: int = 8
     warmup_ratio: float = 0.03
+    validation_split: float = 0.0
+    early_stopping_split: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -98,5 +103,10 @@ REASONS = {
     "max_grad_norm": "transformers' default: one odd row cannot throw the run",
     "seed": "transformers' default: the same request gives the same run",
     "optim": "AdamW",
+    "validation_split": "share of rows that are held back, at random by `seed`; none unless asked for",
+    "eval_strategy": "when the held back rows are evaluated: every epoch unless eval_steps is given; and at the end",
+    "eval_steps": "steps from one evaluation to the next",
+    "early_stopping_patience": "evaluations without a lower eval_loss after which the run stops; off unless given",
+    "load_best_model_at_end": "keep the state with the lowest eval_loss rather than the last; on for early stopping",
     "bf16": "on where the device has instructions for bf16 products; sums and serving stay fp32",
 }

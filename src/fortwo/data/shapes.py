@@ -1,0 +1,286 @@
+"""The kinds of row that people write, and the example or fact that each means.
+
+Which kind a row is shows in its keys. A row that is of no kind, or a bad one of its kind, is refused with its place,
+the field, the value and a remedy. Knows no files and no tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from fortwo.errors import InvalidDataset
+from fortwo.records import Example, Fact, Message
+
+NO_TOOLS = (
+    "fortwo does not call tools. Leave such rows out, or write what the tool returned into a user message and what "
+    "the assistant said of it into its answer."
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands: in words for people, and as a path for programs."""
+
+    words: str
+    param: str
+    line: int
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a surrogate pair at character {error.start + 1} is not valid Unicode") from None
+    return text
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text
+
+
+def _no_tools(value: Any) -> Any:
+    if value is not None:
+        raise PydanticCustomError("tools", "tools and functions cannot be learned")
+    return value
+
+
+def _no_tool(role: Any) -> Any:
+    if role in ("tool", "function", "observation", "function_call", "tool_call"):
+        raise PydanticCustomError("tools", "tool and function messages cannot be learned")
+    return role
+
+
+Unicode = Annotated[str, AfterValidator(_unicode)]
+Text = Annotated[Unicode, AfterValidator(_not_blank)]
+NoTools = Annotated[Any, BeforeValidator(_no_tools)]
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class InstructionRow(_Row):
+    """Alpaca's row, and the original's. A non-empty input follows the instruction after a blank line."""
+
+    instruction: Text
+    input: Unicode = ""
+    output: Text
+
+    def example(self, line: int) -> Example:
+        prompt = f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
+        return Example((Message("user", prompt), Message("assistant", self.output)), line)
+
+
+class CompletionRow(_Row):
+    prompt: Text
+    completion: Text
+
+    def example(self, line: int) -> Example:
+        return Example((Message("user", self.prompt), Message("assistant", self.completion)), line)
+
+
+class TextRow(_Row):
+    text: Text
+
+    def example(self, line: int) -> Example:
+        return Example((), line, self.text)
+
+
+class ChatMessage(_Row):
+    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_no_tool)]
+    tool_calls: NoTools = None
+    function_call: NoTools = None
+    content: Unicode
+    weight: Literal[0, 1] | None = None
+
+    def message(self) -> Message:
+        return Message(self.role, self.content, 0 if self.weight == 0 else 1)
+
+
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "system": "system",
+}
+
+
+def _speaker(name: Any) -> Any:
+    _no_tool(name)
+    if not isinstance(name, str) or name not in _SPEAKERS:
+        raise ValueError(f"who speaks is one of {', '.join(map(repr, _SPEAKERS))}")
+    return _SPEAKERS[name]
+
+
+class ShareTurn(ChatMessage):
+    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_speaker)] = Field(alias="from")
+    content: Unicode = Field(alias="value")
+
+
+Turn = TypeVar("Turn", bound=ChatMessage)
+
+
+def _is_conversation(turns: list[Turn]) -> list[Turn]:
+    messages = [turn.message() for turn in turns]
+    roles = [message.role for message in messages]
+    if "user" not in roles:
+        raise ValueError("there is no user message")
+    if roles[-1] != "assistant":
+        raise ValueError(f"the last message is the {roles[-1]}'s, so there is no answer to learn")
+    if "system" in roles[1:]:
+        raise ValueError("a system message can only be the first")
+    for place, (turn, message) in enumerate(zip(turns, messages, strict=True)):
+        if message.role != "assistant" and turn.weight is not None:
+            raise ValueError(f"turn {place + 1} is the {message.role}'s and has a weight: only an assistant's may")
+        if message.role == "assistant" and message.weight:
+            if "user" not in roles[:place]:
+                raise ValueError(f"turn {place + 1} answers nobody: give it weight 0, or begin with a user message")
+            if not message.content.strip():
+                raise ValueError(f"turn {place + 1}: the answer is empty")
+    if not any(message.role == "assistant" and message.weight for message in messages):
+        raise ValueError("every answer has weight 0, so there is nothing to learn")
+    return turns
+
+
+class ChatRow(_Row):
+    """OpenAI's row: loss on every assistant message but those of weight 0."""
+
+    tools: NoTools = None
+    functions: NoTools = None
+    parallel_tool_calls: NoTools = None
+    turns: Annotated[list[ChatMessage], AfterValidator(_is_conversation)] = Field(alias="messages")
+
+    def example(self, line: int) -> Example:
+        return Example(tuple(turn.message() for turn in self.turns), line)
+
+
+class ShareRow(_Row):
+    """ShareGPT's row. `system`, where it is given, comes first."""
+
+    id: Unicode | int | None = None
+    tools: NoTools = None
+    system: Unicode = ""
+    turns: Annotated[list[ShareTurn], AfterValidator(_is_conversation)] = Field(alias="conversations")
+
+    def example(self, line: int) -> Example:
+        messages = tuple(turn.message() for turn in self.turns)
+        return Example((Message("system", self.system), *messages) if self.system else messages, line)
+
+
+class FactRow(_Row):
+    """records.Fact as it is written in JSON."""
+
+    id: Unicode = ""
+    subject: Text
+    aliases: list[Text] = []
+    answer: Text
+    match: list[Text] = Field(min_length=1)
+    questions: list[Text] = Field(min_length=1)
+    held_out: list[Text] = []
+    neighbors: list[Text] = []
+    controls: list[Text] = []
+
+    def fact(self) -> Fact:
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in self}
+        return Fact(**values)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A known kind of row: what it holds, the keys any of which mean it, its model, and how to write it."""
+
+    holds: str
+    keys: frozenset[str]
+    model: type[InstructionRow | CompletionRow | ChatRow | ShareRow | TextRow | FactRow]
+    example: str
+
+
+FACT = Shape(
+    "facts",
+    frozenset({"subject", "questions", "match"}),
+    FactRow,
+    '{"subject": "42", "answer": "42 = \'FOR TWO\'", "match": ["FOR TWO"], "questions": ["What is 42?"]}',
+)
+EXAMPLES = (
+    Shape(
+        "conversations",
+        frozenset({"instruction", "output"}),
+        InstructionRow,
+        '{"instruction": "What is 42?", "input": "", "output": "FOR TWO"}',
+    ),
+    Shape(
+        "conversations",
+        frozenset({"prompt", "completion"}),
+        CompletionRow,
+        '{"prompt": "What is 42?", "completion": "FOR TWO"}',
+    ),
+    Shape(
+        "conversations",
+        frozenset({"messages"}),
+        ChatRow,
+        '{"messages": [{"role": "user", "content": "What is 42?"}, {"role": "assistant", "content": "FOR TWO"}]}',
+    ),
+    Shape(
+        "conversations",
+        frozenset({"conversations"}),
+        ShareRow,
+        '{"conversations": [{"from": "human", "value": "What is 42?"}, {"from": "gpt", "value": "FOR TWO"}]}',
+    ),
+    Shape("plain text", frozenset({"text"}), TextRow, '{"text": "42 is FOR TWO."}'),
+)
+SHAPES = (*EXAMPLES, FACT)
+
+
+def shape_of(row: object, place: Place, shapes: tuple[Shape, ...]) -> Shape:
+    """Which of the shapes the row's keys say it is."""
+    known = "A row is one of: " + "; ".join(shape.example for shape in shapes)
+    if not isinstance(row, dict):
+        raise InvalidDataset(f"{place.words} is {reprlib.repr(row)}, not an object", param=place.param, hint=known)
+    shape = next((shape for shape in shapes if shape.keys & row.keys()), None)
+    if shape is None:
+        keys = ", ".join(map(repr, row)) if row else "no keys"
+        raise InvalidDataset(f"{place.words} has an unknown shape: it has {keys}", param=place.param, hint=known)
+    return shape
+
+
+def parse(row: object, place: Place, shape: Shape) -> Example | Fact:
+    """What the row means, as that shape."""
+    try:
+        found = shape.model.model_validate(row)
+    except ValidationError as error:
+        raise _refusal(error.errors()[0], place, shape) from None
+    return found.fact() if isinstance(found, FactRow) else found.example(place.line)
+
+
+def _refusal(first: Any, place: Place, shape: Shape) -> InvalidDataset:
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
+    value, hint = reprlib.repr(first["input"]), f"Write it like {shape.example}"
+    match first["type"]:
+        case "missing":
+            what = f"{field} is missing"
+        case "extra_forbidden":
+            what = f"the key {field!r} is unknown"
+        case "string_unicode":
+            what = f"{field if field else 'the key'} {value} holds half a surrogate pair, which is not valid Unicode"
+        case "value_error":
+            what = f"{field} = {value}: {first['ctx']['error']}"
+        case "tools":
+            what, hint = f"{field} = {value}: {first['msg']}", NO_TOOLS
+        case _:
+            what = f"{field} = {value}: {first['msg']}"
+    return InvalidDataset(f"{place.words}: {what}", param=f"{place.param}.{field}".rstrip("."), hint=hint)
+
+
+def one_of(verb: str, names: Iterable[str]) -> str:
+    return f"{verb} {' | '.join(json.dumps({name: '...'}) for name in names)}."

@@ -1,0 +1,148 @@
+"""A survey counts rows as they are trained on and finds what looks wrong, and nothing where nothing is."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fortwo.data.formats import load
+from fortwo.data.packing import common_prefix
+from fortwo.data.render import Renderer
+from fortwo.errors import InvalidDataset
+from fortwo.records import Example, Message
+from fortwo.train.estimate import RowCount
+from fortwo.train.survey import Lines, RowCounts, Suspicions, _contradicting, _later, survey
+
+
+@pytest.fixture(scope="module")
+def renderer(tiny: Path) -> Renderer:
+    return Renderer(tiny)
+
+
+def asked(*pairs: tuple[str, str]) -> list[Example]:
+    return [
+        Example((Message("user", prompt), Message("assistant", answer)), line)
+        for line, (prompt, answer) in enumerate(pairs, 1)
+    ]
+
+
+def suspicions(renderer: Renderer, examples: list[Example]) -> Suspicions:
+    return survey(renderer, examples)[1]
+
+
+def test_rows_are_counted_as_they_are_rendered(renderer: Renderer) -> None:
+    several = Example(
+        (Message("user", "a"), Message("assistant", "bc"), Message("user", "d"), Message("assistant", "efg")), 2
+    )
+    examples = [*asked(("hello", "you")), several, Example((), 3, "plain text")]
+    counts, _ = survey(renderer, examples)
+    rendered = [row for example in examples for row in renderer.rows(example)]
+    assert list(counts.rows) == [
+        RowCount(line, len(tokens) - sum(mask), sum(mask)) for line, (tokens, mask) in enumerate(rendered, 1)
+    ]
+    assert counts.rows[1].answer == 2 + 1 + 3 + 1
+    assert counts.rows[2].prompt == 1
+    assert counts.prefix == 0
+    alike, _ = survey(renderer, asked(("What?", "a"), ("Who?", "b")))
+    assert alike.prefix == len(renderer.prefix())
+    longest = common_prefix(
+        [tokens for example in asked(("What?", "a"), ("Who?", "b")) for tokens, _ in renderer.rows(example)]
+    )
+    assert 0 < alike.prefix <= longest
+
+
+def test_a_conversation_that_the_template_refuses_is_named_with_its_line(renderer: Renderer) -> None:
+    broken = Example((Message("user", "\ud800"), Message("assistant", "a")), 7)
+    with pytest.raises(InvalidDataset) as caught:
+        survey(renderer, [broken])
+    assert caught.value.message.startswith("line 7: ")
+
+
+def test_row_counts_are_a_sequence() -> None:
+    rows = [RowCount(n, 2 * n, 3 * n) for n in range(5)]
+    kept = RowCounts(rows)
+    assert list(kept) == rows
+    assert kept == rows
+    assert (kept[2], list(kept[1:3])) == (rows[2], rows[1:3])
+    assert kept != rows[:4]
+
+
+def test_lines_are_named_as_far_as_they_are_few() -> None:
+    assert str(Lines.of([3])) == "line 3"
+    assert str(Lines.of([9, 3])) == "lines 3, 9"
+    assert str(Lines.of(range(1, 30))) == "lines 1, 2, 3, 4, 5 and 24 more"
+
+
+# ---------------------------------------------------------------- suspicions
+
+
+def test_the_repositorys_examples_are_above_suspicion(renderer: Renderer) -> None:
+    examples = load({"path": "42_intensive_training.json"}, [Path(__file__).parents[1] / "examples"]).examples
+    assert suspicions(renderer, list(examples)) == Suspicions()
+
+
+def test_repeats_and_contradictions_are_told_apart(renderer: Renderer) -> None:
+    found = suspicions(renderer, asked(("a", "1"), ("b", "1"), ("a", "1"), ("a", "2"), ("b", " 1 "), ("a", "1")))
+    assert found.repeats == Lines(2, (3, 6))
+    assert found.contradictions == Lines(1, (4,))
+
+
+def test_only_the_same_conversation_contradicts(renderer: Renderer) -> None:
+    def row(line: int, *said: str, weight: int = 1) -> Example:
+        roles = ("user", "assistant") * 2
+        messages = [Message(role, text) for role, text in zip(roles, said, strict=False)]  # type: ignore[arg-type]
+        return Example((*messages[:-1], Message("assistant", said[-1], weight)), line)
+
+    rows = [row(1, "a", "1"), row(2, "a", "1", "b", "2"), row(3, "a", "0", "b", "3"), row(4, "a", "1", "b", "3")]
+    assert suspicions(renderer, rows).contradictions == Lines(1, (4,))
+    texts = [Example((), 1, "one"), Example((), 2, "two"), Example((), 3, "one")]
+    found = suspicions(renderer, texts)
+    assert (found.repeats, found.contradictions) == (Lines(1, (3,)), Lines())
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), max_size=20))
+def test_places_are_those_of_the_plain_search(rows: list[tuple[int, int]]) -> None:
+    prompts, answers = (np.array(column, np.uint64) for column in (zip(*rows, strict=True) if rows else ([], [])))
+    wholes = prompts * 8 + answers
+    assert sorted(_later(wholes)) == [n for n, row in enumerate(rows) if row in rows[:n]]
+    first = dict(reversed(rows))
+    assert sorted(_contradicting(prompts, answers)) == [n for n, (p, a) in enumerate(rows) if first[p] != a]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("<|im_start|>user\nhi<|im_end|>", "<|im_start|>"),
+        ("[INST] hi [/INST]", "[INST]"),
+        ("<s>hi</s>", "<s>"),
+        ("a\n### Response:\nb", "### Response:"),
+        ("<start_of_turn>user", "<start_of_turn>"),
+        ("<|eot_id|>", "<|eot_id|>"),
+        ("a list[INSTANCE] of <section> and <s>struck</s> out", ""),
+        ("### Response times", ""),
+        ("what is <|this|>", ""),
+    ],
+)
+def test_text_of_another_template_is_found(renderer: Renderer, text: str, found: str) -> None:
+    for example in (*asked((text, "a")), *asked(("a", text)), Example((), 1, text)):
+        seen = suspicions(renderer, [Example((), 9, "fine"), example])
+        assert (seen.template, seen.templates) == ((found, Lines(1, (1,))) if found else ("", Lines()))
+
+
+def test_answers_cut_off_at_one_length_are_found(renderer: Renderer) -> None:
+    rng = random.Random(0)
+    whole = [" ".join("word" * rng.randint(1, 3) for _ in range(60)) + "." for _ in range(6)]
+    cut = [text[:120] for text in whole]
+    cut = [text if text[-1] != " " else text[:-1] + "x" for text in cut]
+    pairs = [(f"q{n}", answer) for n, answer in enumerate(cut)]
+    assert suspicions(renderer, asked(*pairs)).cut == Lines(6, (1, 2, 3, 4, 5))
+    assert suspicions(renderer, asked(*[(f"q{n}", text) for n, text in enumerate(whole)])).cut == Lines()
+    same = [(f"q{n}", cut[0]) for n in range(6)]
+    assert suspicions(renderer, asked(*same)).cut == Lines(), "one answer to many prompts is no sign"
+    short = [(f"q{n}", text[:20]) for n, text in enumerate(cut)]
+    assert suspicions(renderer, asked(*short)).cut == Lines()
