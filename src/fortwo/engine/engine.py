@@ -207,16 +207,16 @@ class Engine:
         """
         base = self._base(prompt.base)
         _check_adapter(base, prompt.adapter)
-        context = base.runner.cache.longest
-        room = context - len(prompt.tokens)
+        context, bound = base.runner.decoder.config.context, base.runner.cache.longest
+        room = bound - len(prompt.tokens)
         if not prompt.tokens:
             raise InvalidRequest("the prompt is empty", param="messages", hint="Send at least one token.")
         if room < 1:
             raise InvalidRequest(
-                f"the prompt has {len(prompt.tokens)} tokens; the context of {prompt.base!r} holds {context}, "
-                "the reply included",
+                f"the prompt has {len(prompt.tokens)} tokens; the {'cache' if bound < context else 'context'} of "
+                f"{prompt.base!r} holds {bound}, the reply included",
                 param="messages",
-                hint="Shorten the messages.",
+                hint=f"Shorten the messages{', or raise FORTWO_CACHE_MB' if bound < context else ''}.",
             )
         reply = Reply(prompt, min(room, prompt.sampling.max_tokens), base.speech, on_delta)
         request = _Request(list(prompt.tokens), prompt.adapter, reply=reply, sampler=sampling.Sampler(prompt.sampling))
