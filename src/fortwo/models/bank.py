@@ -19,7 +19,9 @@ from fortwo.models.lora import Lora, LoraConfig, LoraGroup, Segment, Update
 if TYPE_CHECKING:
     from fortwo.models.decoder import DecoderConfig
 
-GROWTH = 8  # adapters for which room is made at once
+ROOM = 64  # adapters for which room is made at once on the CPU, where memory that was never touched costs nothing
+ROOM_ELSEWHERE = 8
+SPARE = 16  # adapters that have gone whose memory may stay
 PADDING_COST = 0.05  # milliseconds a step: a row of padding in the batched product (r = 16, the bundled model)
 APART_COST = 2.5  # an adapter with products of its own; about that much, too, the batched ones of the first adapter
 
@@ -43,6 +45,8 @@ class Bank:
         self.config = config
         self.keys: list[str] = []
         self._room = 0
+        self._step = ROOM if torch.device(device).type == "cpu" else ROOM_ELSEWHERE
+        self._touched = 0  # places that were ever filled
         empty = Lora.init(config, decoder, seed=0)
         self.layers: list[dict[str, _Stack]] = [
             {
@@ -58,9 +62,10 @@ class Bank:
     def add(self, key: str, lora: Lora) -> None:
         """Copy the adapter's tensors to the end of the stacks."""
         if len(self.keys) == self._room:
-            self._resize(self._room + (GROWTH if self._room else 1))
+            self._resize(self._room + self._step)
         place = len(self.keys)
         self.keys.append(key)
+        self._touched = max(self._touched, len(self.keys))
         with torch.no_grad():
             for stacks, groups in zip(self.layers, lora.layers, strict=True):
                 for name, stack in stacks.items():
@@ -75,8 +80,8 @@ class Bank:
             tensor[place] = tensor[last]
         self.keys[place] = self.keys[last]
         self.keys.pop()
-        if len(self.keys) + 2 * GROWTH <= self._room:
-            self._resize(len(self.keys))
+        if self._touched - len(self.keys) > SPARE:
+            self._resize(-(-len(self.keys) // self._step) * self._step)
 
     def lora(self, key: str) -> Lora:
         """The adapter as views of the stacks, until the next change of the bank."""
@@ -114,7 +119,7 @@ class Bank:
 
     def _resize(self, room: int) -> None:
         def resized(old: Tensor) -> Tensor:
-            new = old.new_zeros(room, *old.shape[1:])
+            new = old.new_empty(room, *old.shape[1:])
             new[: len(self.keys)] = old[: len(self.keys)]
             return new
 
@@ -122,7 +127,7 @@ class Bank:
             for stack in stacks.values():
                 stack.A_NRI = resized(stack.A_NRI)
                 stack.Bs = [(first, last, resized(B_NrO)) for first, last, B_NrO in stack.Bs]
-        self._room = room
+        self._room, self._touched = room, len(self.keys)
 
 
 class Stacked:
