@@ -65,7 +65,7 @@ class _Base:
     def decode(self) -> None:
         """One token for every request whose prompt is computed."""
         for request in self.scheduler.decoding:  # oldest first
-            while request.slot is not None and not self.runner.extend(request):
+            while request.slot is not None and self._finds_room(request, self.runner.extend) is False:
                 self.preempt(self.scheduler.running[-1])
         if decoding := self.scheduler.decoding:
             _advance(self, decoding, lambda: self.runner.step(decoding))
@@ -82,17 +82,28 @@ class _Base:
         budget = PROMPT_TOKENS_BESIDE if scheduler.decoding else PROMPT_TOKENS
         while scheduler.waiting and scheduler.admits(self.runner.unread(scheduler.waiting[0]), budget):
             request = scheduler.waiting[0]
-            if not self.runner.open(request):
+            found = self._finds_room(request, self.runner.open)
+            if found is False:
                 break
-            scheduler.start()
-            if request.slot is not None and not request.reply.tokens:
-                request.reply.cached_tokens = request.slot.length
+            if found:
+                scheduler.start()
+                if request.slot is not None and not request.reply.tokens:
+                    request.reply.cached_tokens = request.slot.length
         reading = scheduler.reading
         lengths = shares([request.unread for request in reading], budget)
         parts = [(request, length) for request, length in zip(reading, lengths, strict=True) if length]
         if parts:
             requests, lengths = [request for request, _ in parts], [length for _, length in parts]
             _advance(self, requests, lambda: self.runner.prefill(requests, lengths))
+
+    def _finds_room(self, request: _Request, find: Callable[[_Request], bool]) -> bool | None:
+        """Whether the cache has room for the request; None when looking for it failed, which ends the request."""
+        try:
+            return find(request)
+        except Exception as error:
+            log.exception("no memory for a request of %d tokens", len(request.tokens))
+            self.end(request, "error", f"{type(error).__name__}: {error}")
+            return None
 
     def check_idle(self) -> None:
         """Nothing of the cache is taken when nobody is there."""

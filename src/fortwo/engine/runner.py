@@ -6,6 +6,7 @@ The runner knows tensors and slots; who runs when is the scheduler's business.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import Protocol
@@ -19,6 +20,8 @@ from fortwo.engine.cache import Cache, Pool, Slot
 from fortwo.models.bank import Banks
 from fortwo.models.decoder import Decoder
 from fortwo.models.lora import Lora, Segment, Update
+
+log = logging.getLogger(__name__)
 
 
 class Running(Protocol):
@@ -87,9 +90,13 @@ class Runner:
         """Give the sequence's slot back. keep: what it held serves others that begin alike."""
         if sequence.slot is not None:
             slot, sequence.slot = sequence.slot, None
-            if keep:
-                self._keep(slot, sequence)
-            self.cache.give_back(slot)
+            try:
+                if keep:
+                    self._keep(slot, sequence)
+            except RuntimeError:  # no memory for it: the next one that begins alike is only slower
+                log.exception("a prefix could not be kept")
+            finally:
+                self.cache.give_back(slot)
 
     def _keep(self, slot: Slot, sequence: Running) -> None:
         if slot.root == self._roots.get(sequence.adapter):  # the adapter is still the one that computed it
@@ -112,8 +119,9 @@ class Runner:
         logits: dict[int, Tensor] = {}
         for places in _prefill_groups(sequences, lengths):
             group, parts = [sequences[place] for place in places], [lengths[place] for place in places]
-            fresh = all(_is_whole(sequence, length) for sequence, length in zip(group, parts, strict=True))
-            hidden_ND = self._prefill_whole(group) if fresh else self._prefill_parts(group, parts)
+            whole = all(_is_whole(sequence, length) for sequence, length in zip(group, parts, strict=True))
+            even = len(parts) * max(parts) <= 2 * sum(parts)  # the grid of a pack is as wide as its longest row
+            hidden_ND = self._prefill_whole(group) if whole and even else self._prefill_parts(group, parts)
             done = []
             for row, (place, sequence, length) in enumerate(zip(places, group, parts, strict=True)):
                 slot = _slot(sequence)
