@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from fortwo.adapters import AdapterStore
 from fortwo.engine import residents as module
 from fortwo.engine.engine import Engine
 from fortwo.engine.residents import Residents, States
-from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound
+from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
 from fortwo.models.catalog import Catalog
 from fortwo.models.lora import Lora, LoraConfig
 from fortwo.records import AdapterVersion, Json, Message, Phase, Prompt, Sampling
@@ -40,8 +41,8 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class House:
     """One home, and a server's inside over it."""
 
-    def __init__(self, home: Path, **settings: str) -> None:
-        self.settings = Settings(home=home, **settings)  # type: ignore[arg-type]
+    def __init__(self, home: Path, **settings: Any) -> None:
+        self.settings = Settings(home=home, **settings)
         self.catalog = Catalog(self.settings)
         self.store = AdapterStore(self.settings.adapters_dir)
         self.engine = Engine(threads=1)
@@ -74,8 +75,9 @@ class House:
 
 
 @pytest.fixture
-def house(home: Path, directories: dict[str, Path]) -> Iterator[House]:
-    house = House(home)
+def house(home: Path, directories: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[House]:
+    """Settings may be given as the fixture's parameter."""
+    house = House(home, **getattr(request, "param", {}))
     house.catalog.add("tiny", directories["tiny"])
     yield house
     house.engine.close()
@@ -329,3 +331,47 @@ def test_a_hand_over_after_its_base_has_gone_is_loaded_when_asked_for(house: Hou
     house.residents.publish(version, lora)
     assert house.residents.states() == States({}, {})
     assert house.ask("pet") == expected
+
+
+# ---------------------------------------------------------------- how many
+
+
+def loaded(house: House) -> set[str]:
+    states = house.residents.states().adapters
+    return {name for name in house.store.names() if house.store.get(name).digest in states}
+
+
+def fill(house: House, *names: str) -> None:
+    for seed, name in enumerate(names):
+        house.store_only(name, house.lora(seed=seed))
+
+
+@pytest.mark.parametrize("house", [{"max_adapters": 2}], indirect=True)
+def test_the_adapter_that_was_asked_for_least_recently_gives_way(house: House) -> None:
+    fill(house, "one", "two", "three")
+    replies = {name: house.ask(name) for name in ("one", "two")}
+    assert house.ask("one") == replies["one"]
+    house.residents.resolve("three")
+    assert loaded(house) == {"one", "three"}
+    assert house.ask("two") == replies["two"]
+    assert loaded(house) == {"two", "three"}
+
+
+@pytest.mark.parametrize("house", [{"max_adapters": 1}], indirect=True)
+def test_an_adapter_that_answers_never_gives_way(house: House) -> None:
+    fill(house, "one", "two")
+    target = house.residents.resolve("one")
+    running = house.engine.submit(
+        Prompt("tiny", (5, 6, 7), target.adapter_key, Sampling(max_tokens=200, temperature=1, seed=1))
+    )
+    with pytest.raises(Unavailable, match="two@1") as refused:
+        house.residents.resolve("two")
+    assert "FORTWO_MAX_ADAPTERS" in str(refused.value.hint)
+    trained = house.lora(seed=7)
+    version = house.store_only("trained", trained)
+    house.residents.publish(version, trained)  # a job does not fail for it
+    assert loaded(house) == {"one"}
+    running.cancel()
+    running.wait(10)
+    house.residents.publish(version, trained)
+    assert loaded(house) == {"trained"}

@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fortwo.engine import runner as module
-from fortwo.engine.cache import SlotCache
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence as Running
 from fortwo.models.lora import Lora, LoraConfig
@@ -27,11 +25,11 @@ LORAS: dict[str, Lora] = {
 }
 
 
-@pytest.fixture
-def runner() -> Runner:
+@pytest.fixture(params=[False, True], ids=["live", "frozen"])
+def runner(request: pytest.FixtureRequest) -> Runner:
     runner = Runner(decoder())
     for key, lora in LORAS.items():
-        runner.attach(key, lora)
+        runner.attach(key, lora, frozen=request.param)
     return runner
 
 
@@ -50,6 +48,7 @@ def check(sequences: Sequence[Running], logits_BV: Tensor) -> None:
 def step(runner: Runner, sequences: Sequence[Running], token: int = 9) -> None:
     for sequence in sequences:
         sequence.tokens.append(token)
+        assert runner.extend(sequence)
     check(sequences, runner.step(sequences))
 
 
@@ -71,44 +70,48 @@ def test_prefill_and_steps_are_the_whole_pass_of_each_row_alone(
     assert all((one - two).abs().max() > 0.05 for n, one in enumerate(apart) for two in apart[:n])
 
 
-def test_large_prefills_are_split_and_answered_in_order(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PREFILL_TOKENS", 16)
-    running = sequences([9, 3, 8, 40, 2, 2], adapters=" a a a")
-    groups = module._prefill_groups(running)
-    assert sorted(place for group in groups for place in group) == list(range(6))
-    for group in groups:
-        assert len({running[place].adapter for place in group}) == 1
-        assert len(group) == 1 or sum(len(running[place].tokens) for place in group) <= 16
-    check(running, runner.prefill(running))
+def places(sequences: Sequence[Running]) -> list[tuple[int, int]]:
+    """(capacity, row) of each."""
+    return [(sequence.slot.capacity, sequence.slot.row) for sequence in sequences if sequence.slot is not None]
 
 
-def test_slots_are_used_again_and_what_they_held_is_not_seen(runner: Runner) -> None:
+def test_rows_are_used_again_and_what_they_held_is_not_seen(runner: Runner) -> None:
     first = sequences([60, 50, 40])
     runner.prefill(first)
-    assert [sequence.slot for sequence in first] == [0, 1, 2]
+    assert places(first) == [(128, 0), (128, 1), (128, 2)]
     runner.release(first[1])
     assert (first[1].slot, runner.cache.used) == (None, 2)
     (second,) = sequences([4], adapters="a")
     check([second], runner.prefill([second]))
-    assert second.slot == 1
+    assert places([second]) == [(128, 1)]
     for _ in range(3):
         step(runner, [first[0], second, first[2]])
     runner.release(first[1])  # it has no slot: nothing happens
     assert runner.cache.used == 3
 
 
+def test_holes_are_closed_by_the_next_step(runner: Runner) -> None:
+    running = sequences([3, 20, 5, 9, 30], adapters="ab")
+    runner.prefill(running)
+    for gone in (1, 0):
+        runner.release(running.pop(gone))
+        step(runner, running)
+    assert sorted(places(running)) == [(128, 0), (128, 1), (128, 2)]
+
+
 def test_what_a_broken_adapter_left_in_a_slot_harms_nobody(runner: Runner) -> None:
     """Masked values are multiplied by zero, and zero times nan is nan."""
-    runner.attach("nan", random_lora(decoder(), 4))
-    for tensor in runner._loras["nan"].parameters():
+    broken_lora = random_lora(decoder(), 4)
+    for tensor in broken_lora.parameters():
         tensor.fill_(torch.nan)
+    runner.attach("nan", broken_lora, frozen=True)
     (broken,) = sequences([60], adapters="a")
     broken.adapter = "nan"
     assert runner.prefill([broken]).isnan().all()
     runner.release(broken)
     running = sequences([4, 50])
     runner.prefill(running)
-    assert running[0].slot == 0
+    assert places(running)[0] == (128, 0)
     step(runner, running)
 
 
@@ -119,19 +122,14 @@ def test_steps_take_any_slots_in_any_order(runner: Runner) -> None:
         step(runner, [running[place] for place in places])
 
 
-def test_growth_in_slots_and_length_keeps_what_was_there() -> None:
+def test_a_sequence_that_outgrows_its_row_moves_to_a_larger_one() -> None:
     runner = Runner(decoder())
-    runner.cache = SlotCache(decoder().config, slots=2, length=4)
-    running = sequences([3, 2])
+    running = sequences([126, 127, 128, 5])
     runner.prefill(running)
-    before = runner.cache.k[0].shape
-    later = sequences([30, 6, 5], start=[11])
-    check(later, runner.prefill(later))
-    assert (runner.cache.slots, runner.cache.length) == (8, 32)
-    assert before == (2, 2, 4, 16)
-    for _ in range(6):
-        step(runner, [*later, *running])
-    assert runner.cache.length == 64
+    assert places(running) == [(128, 0), (128, 1), (256, 0), (128, 2)]
+    for _ in range(3):
+        step(runner, running)
+    assert sorted(places(running)) == [(128, 0), (256, 0), (256, 1), (256, 2)]
 
 
 def test_a_row_runs_to_the_end_of_the_context() -> None:
@@ -139,7 +137,8 @@ def test_a_row_runs_to_the_end_of_the_context() -> None:
     check([row], runner.prefill([row]))
     for _ in range(3):
         step(runner, [row])
-    assert len(row.tokens) == runner.cache.length == decoder().config.context
+    assert places([row]) == [(256, 0)]
+    assert len(row.tokens) == runner.cache.longest == decoder().config.context
 
 
 def test_comings_and_goings_at_random(runner: Runner) -> None:
@@ -160,7 +159,7 @@ def test_comings_and_goings_at_random(runner: Runner) -> None:
         dice.shuffle(running)
         if running:
             step(runner, running, dice.randrange(262))
-        assert runner.cache.used == len(running) == len({sequence.slot for sequence in running})
+        assert runner.cache.used == len(running) == len({*places(running)})
 
 
 def test_live_tensors_are_served_and_a_detached_adapter_is_gone(runner: Runner) -> None:
@@ -180,35 +179,3 @@ def test_live_tensors_are_served_and_a_detached_adapter_is_gone(runner: Runner) 
     runner.detach("live")
     runner.detach("live")
     assert not runner.has("live")
-
-
-# ---------------------------------------------------------------- the cache
-
-
-def test_the_lowest_free_slot_is_taken_and_none_twice() -> None:
-    cache = SlotCache(decoder().config, slots=3)
-    assert [cache.take() for _ in range(3)] == [0, 1, 2]
-    cache.give_back(2)
-    cache.give_back(0)
-    assert [cache.take(), cache.take()] == [0, 2]
-    assert cache.take() == 3
-    assert (cache.slots, cache.used) == (6, 4)
-
-
-def test_a_slot_given_back_twice_is_a_mistake_that_shows() -> None:
-    cache = SlotCache(decoder().config)
-    slot = cache.take()
-    cache.give_back(slot)
-    with pytest.raises(AssertionError, match=f"slot {slot} "):
-        cache.give_back(slot)
-
-
-def test_length_doubles_up_to_the_context() -> None:
-    cache = SlotCache(decoder().config, length=100)
-    cache.reserve(100)
-    assert cache.length == 100
-    cache.reserve(101)
-    assert cache.length == 200
-    cache.reserve(201)
-    assert cache.length == decoder().config.context == 256
-    assert cache.bytes == 2 * 3 * 8 * 2 * 256 * 16 * 4

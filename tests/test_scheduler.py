@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.engine.scheduler import FairShare, Scheduler, Sequence
+from fortwo.engine.cache import Slot
+from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, shares
 
 
 def waiting(*lengths: int, limit: int = 32) -> tuple[Scheduler[Sequence], list[Sequence]]:
@@ -14,46 +15,85 @@ def waiting(*lengths: int, limit: int = 32) -> tuple[Scheduler[Sequence], list[S
     return scheduler, sequences
 
 
+def turn(scheduler: Scheduler[Sequence], budget: int) -> dict[int, int]:
+    """Admit and compute as the engine does; how many tokens of which request (by its number of tokens)."""
+    while scheduler.waiting and scheduler.admits(scheduler.waiting[0].unread, budget):
+        scheduler.waiting[0].slot = Slot(0, 0)
+        scheduler.start()
+    reading = scheduler.reading
+    computed = {}
+    for sequence, length in zip(reading, shares([one.unread for one in reading], budget), strict=True):
+        assert sequence.slot is not None
+        sequence.slot.length += length
+        if length:
+            computed[len(sequence.tokens)] = length
+    return computed
+
+
 def test_requests_run_in_order_of_arrival_up_to_the_limit() -> None:
-    scheduler, sequences = waiting(1, 1, 1, limit=2)
-    assert scheduler.admit(100) == sequences[:2]
-    assert scheduler.admit(100) == []
+    scheduler, sequences = waiting(2, 3, 4, limit=2)
+    assert turn(scheduler, 100) == {2: 2, 3: 3}
+    assert turn(scheduler, 100) == {}
     scheduler.remove(sequences[0])
-    assert scheduler.admit(100) == [sequences[2]]
+    assert turn(scheduler, 100) == {4: 4}
     assert scheduler.running == sequences[1:]
 
 
-def test_a_turn_prefills_no_more_than_its_budget() -> None:
-    scheduler, sequences = waiting(6, 4, 1)
-    assert scheduler.admit(10) == sequences[:2]
-    assert scheduler.admit(10) == sequences[2:]
+def test_who_is_read_but_for_one_token_decodes() -> None:
+    scheduler, (first, second) = waiting(5, 1)
+    turn(scheduler, 4)
+    assert (scheduler.decoding, scheduler.reading) == ([first, second], [])
+    first.tokens += [0, 0]
+    assert (scheduler.decoding, scheduler.reading) == ([second], [first])
 
 
-def test_a_prompt_over_the_budget_is_admitted_alone_and_not_overtaken() -> None:
-    scheduler, sequences = waiting(1, 50, 1)
-    assert [scheduler.admit(10) for _ in range(3)] == [[sequences[0]], [sequences[1]], [sequences[2]]]
+def test_a_long_prompt_takes_several_turns_and_short_ones_pass_it() -> None:
+    scheduler, _ = waiting(100, 10, 90, 11)
+    assert turn(scheduler, 40) == {100: 30, 10: 10}  # the next long one must wait, and nobody passes who waits
+    assert turn(scheduler, 40) == {100: 40}
+    assert turn(scheduler, 40) == {100: 30, 90: 10}
+    assert turn(scheduler, 40) == {90: 29, 11: 11}
+
+
+def test_who_is_preempted_is_the_next_to_run() -> None:
+    scheduler, (first, second, third) = waiting(2, 2, 2, limit=2)
+    turn(scheduler, 10)
+    scheduler.preempt(second)
+    assert (scheduler.running, list(scheduler.waiting)) == ([first], [second, third])
 
 
 def test_a_request_leaves_from_wherever_it_is() -> None:
-    scheduler, (first, second) = waiting(1, 1, limit=1)
-    scheduler.admit(10)
+    scheduler, (first, second) = waiting(2, 2, limit=1)
+    turn(scheduler, 10)
     for sequence in scheduler:
         scheduler.remove(sequence)
     assert len(scheduler) == 0
     assert (first in scheduler.running, second in scheduler.waiting) == (False, False)
 
 
-@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 5), st.integers(1, 50))
+@given(st.lists(st.integers(1, 60), max_size=20), st.integers(1, 50))
+def test_shares_are_within_the_budget_and_the_first_always_goes_on(unread: list[int], budget: int) -> None:
+    taken = shares(unread, budget)
+    assert sum(taken) <= budget
+    assert all(0 <= one <= all_ for one, all_ in zip(taken, unread, strict=True))
+    assert sum(0 < one < all_ for one, all_ in zip(taken, unread, strict=True)) <= 1, "one prompt is cut at most"
+    if unread:
+        assert taken[0] >= min(unread[0], (budget + 1) // 2)
+
+
+@given(st.lists(st.integers(2, 60), max_size=30), st.integers(1, 5), st.integers(1, 50))
 def test_everybody_gets_a_turn_and_the_bounds_hold(lengths: list[int], limit: int, budget: int) -> None:
     scheduler, sequences = waiting(*lengths, limit=limit)
     order: list[Sequence] = []
-    while len(scheduler):
-        admitted = scheduler.admit(budget)
+    for _ in range(10_000):
+        if not len(scheduler):
+            break
+        assert sum(turn(scheduler, budget).values()) <= budget
         assert len(scheduler.running) <= limit
-        assert len(admitted) <= 1 or sum(len(sequence.tokens) for sequence in admitted) <= budget
-        order += admitted
-        scheduler.remove(scheduler.running[0])
-    assert order == sequences
+        for sequence in [one for one in scheduler.running if one.unread <= 1]:
+            scheduler.remove(sequence)
+            order.append(sequence)
+    assert sorted(map(id, order)) == sorted(map(id, sequences))
 
 
 def test_a_job_waits_until_requests_had_the_device_as_long_as_it_had() -> None:

@@ -34,6 +34,10 @@ class Settings(BaseSettings):
         "auto", description="How base weights are held; auto is fp32 until the other kernels are built."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    cache_mb: int | None = Field(
+        None, ge=1, description="MiB for keys and values, for each base; default: an eighth of the device's memory."
+    )
+    max_adapters: int = Field(64, ge=1, description="Adapters in memory at once; the least recently used gives way.")
     threads: int | None = Field(None, ge=1, description="CPU threads of the device owner; default: all cores.")
 
     @classmethod

@@ -1,71 +1,242 @@
-"""Keys and values of running sequences: one slot a sequence, grown by doubling, both in slots and in length.
+"""Keys and values of running sequences and of prefixes kept for the next ones, together within a bound of memory.
 
-Knows slots and lengths, not tokens or requests.
+A sequence lies in one row of a pool of rows of equal capacity, and moves to a larger one when it outgrows it. The rows
+that decode together are brought side by side, so that attention reads them in place: one view a pool, no gather.
+Knows slots, lengths and blocks, not tokens or requests.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 
+from fortwo.engine.prefixes import BLOCK, Prefixes
 from fortwo.models.decoder import DecoderConfig
 
+SMALLEST = 128  # tokens of the smallest row; the others are its doubles
 
-class SlotCache:
-    """k and v per layer as (slots, kv_heads, length, head_size)."""
 
-    def __init__(
-        self, config: DecoderConfig, device: torch.device | str = "cpu", slots: int = 8, length: int = 128
-    ) -> None:
-        self.config = config
-        shape = (slots, config.kv_heads, length, config.head_size)
+@dataclass(eq=False)
+class Slot:
+    """Where a sequence lies: a row of the pool of this capacity. length: tokens whose keys and values it holds;
+    root: what its prefixes are kept under, None for never."""
+
+    capacity: int
+    row: int
+    length: int = 0
+    root: int | None = None
+
+
+class Pool:
+    """k and v per layer as (rows, kv_heads, capacity, head_size); slots: who lies in each row."""
+
+    def __init__(self, config: DecoderConfig, capacity: int, device: torch.device | str) -> None:
+        shape = (0, config.kv_heads, capacity, config.head_size)
+        self.capacity = capacity
         self.k = [torch.zeros(shape, device=device) for _ in range(config.layers)]
         self.v = [torch.zeros(shape, device=device) for _ in range(config.layers)]
-        self._free = list(range(slots))
-
-    @property
-    def slots(self) -> int:
-        return self.k[0].shape[0]
-
-    @property
-    def length(self) -> int:
-        return self.k[0].shape[2]
+        self.slots: list[Slot | None] = []
 
     @property
     def used(self) -> int:
-        return self.slots - len(self._free)
+        return sum(slot is not None for slot in self.slots)
+
+    @property
+    def spare(self) -> int:
+        return len(self.slots) - self.used
+
+    def take(self) -> Slot:
+        """The lowest free row."""
+        slot = Slot(self.capacity, self.slots.index(None))
+        self.slots[slot.row] = slot
+        return slot
+
+    def resize(self, rows: int) -> None:
+        """Have this many rows, at least those in use."""
+        self.gather([slot for slot in self.slots if slot is not None])
+        kept = min(rows, len(self.slots))
+        for tensors in (self.k, self.v):
+            for layer, old in enumerate(tensors):
+                new = old.new_empty(rows, *old.shape[1:])
+                new[:kept] = old[:kept]
+                new[kept:] = 0  # what is masked is multiplied by zero, and zero times nan is nan
+                tensors[layer] = new
+        self.slots = self.slots[:kept] + [None] * (rows - kept)
+
+    def gather(self, slots: list[Slot]) -> None:
+        """Bring these to the lowest rows, by as few moves as possible."""
+        wanted = set(map(id, slots))
+        rows = iter([row for row in range(len(slots)) if id(self.slots[row]) not in wanted])
+        for slot in slots:
+            if slot.row >= len(slots):
+                self._swap(slot, next(rows))
+
+    def _swap(self, slot: Slot, row: int) -> None:
+        other, came_from = self.slots[row], slot.row
+        length = max(slot.length, 0 if other is None else other.length)
+        for tensor in self.k + self.v:
+            here, there = tensor[row, :, :length], tensor[came_from, :, :length]
+            if other is None:
+                here.copy_(there)
+            else:
+                held = here.clone()
+                here.copy_(there)
+                there.copy_(held)
+        self.slots[row], self.slots[came_from], slot.row = slot, other, row
+        if other is not None:
+            other.row = came_from
+
+
+class Cache:
+    """bound: how many tokens fit, spare rows and kept prefixes included; None for as many as come."""
+
+    def __init__(self, config: DecoderConfig, device: torch.device | str = "cpu", bound: int | None = None) -> None:
+        self.prefixes = Prefixes()
+        self.pools: dict[int, Pool] = {}
+        self._config = config
+        self._device = device
+        self._bound = bound
+
+    @staticmethod
+    def bytes_per_token(config: DecoderConfig) -> int:
+        return 2 * 4 * config.layers * config.kv_heads * config.head_size
+
+    @property
+    def longest(self) -> int:
+        """The most tokens a sequence may have here."""
+        return self._config.context if self._bound is None else min(self._config.context, self._bound)
+
+    @property
+    def used(self) -> int:
+        """Slots taken."""
+        return sum(pool.used for pool in self.pools.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens there is memory for now."""
+        return sum(pool.capacity * len(pool.slots) for pool in self.pools.values()) + self.prefixes.tokens
 
     @property
     def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.k + self.v)
+        return self.tokens * self.bytes_per_token(self._config)
 
-    def take(self) -> int:
-        """The lowest free slot."""
-        if not self._free:
-            self._free = list(range(self.slots, 2 * self.slots))
-            self._grow(2 * self.slots, self.length)
-        slot = min(self._free)
-        self._free.remove(slot)
-        return slot
+    def take(self, length: int) -> Slot | None:
+        """A slot with room for `length` tokens; None where the bound leaves no room for it."""
+        capacity = SMALLEST
+        while capacity < length:
+            capacity *= 2
+        capacity = min(capacity, self.longest)
+        if length > capacity:
+            return None
+        pool = self.pools.get(capacity)
+        if pool is None:
+            pool = self.pools[capacity] = Pool(self._config, capacity, self._device)
+        if not pool.spare:
+            rows = max(1, len(pool.slots) // 2)
+            if not self._fits(rows * capacity):
+                rows = 1
+                if not self._make_room(capacity):
+                    return None
+            pool.resize(len(pool.slots) + rows)
+        return pool.take()
 
-    def give_back(self, slot: int) -> None:
-        if slot in self._free:
-            raise AssertionError(f"slot {slot} was given back twice")
-        if not self.v[-1][slot].isfinite().all():  # later layers carry on what earlier ones began
-            for v in self.v:  # masked values are multiplied by zero, and zero times nan is nan
-                v[slot].zero_()
-        self._free.append(slot)
+    def grow(self, slot: Slot, length: int) -> bool:
+        """Make room in `slot` for `length` tokens; False, and nothing changed, where the bound leaves none."""
+        if length <= slot.capacity:
+            return True
+        larger = self.take(length)
+        if larger is None:
+            return False
+        old, new = self.pools[slot.capacity], self.pools[larger.capacity]
+        for source, target in zip(old.k + old.v, new.k + new.v, strict=True):
+            target[larger.row, :, : slot.length] = source[slot.row, :, : slot.length]
+        self.give_back(slot)
+        slot.capacity, slot.row = larger.capacity, larger.row
+        new.slots[slot.row] = slot
+        return True
 
-    def reserve(self, length: int) -> None:
-        """Make room for sequences of `length` tokens."""
-        if length > self.length:
-            grown = self.length
-            while grown < length:
-                grown *= 2
-            self._grow(self.slots, min(grown, max(self.config.context, length)))
+    def give_back(self, slot: Slot) -> None:
+        pool = self.pools[slot.capacity]
+        if pool.slots[slot.row] is not slot:
+            raise AssertionError(f"{slot} was given back twice")
+        if not pool.v[-1][slot.row].isfinite().all():  # later layers carry on what earlier ones began
+            for v in pool.v:  # see resize
+                v[slot.row].zero_()
+        pool.slots[slot.row] = None
 
-    def _grow(self, slots: int, length: int) -> None:
-        for tensors in (self.k, self.v):
-            for layer, old in enumerate(tensors):
-                new = old.new_zeros(slots, old.shape[1], length, old.shape[3])
-                new[: old.shape[0], :, : old.shape[2]] = old
-                tensors[layer] = new
+    def together(self, slots: Iterable[Slot]) -> list[tuple[Pool, list[Slot]]]:
+        """Bring slots side by side: for each pool those of its rows 0, 1, ..., in this order."""
+        by_capacity: dict[int, list[Slot]] = {}
+        for slot in slots:
+            by_capacity.setdefault(slot.capacity, []).append(slot)
+        parts = []
+        for capacity, members in sorted(by_capacity.items()):
+            pool = self.pools[capacity]
+            pool.gather(members)
+            parts.append((pool, sorted(members, key=lambda slot: slot.row)))
+        return parts
+
+    # ------------------------------------------------------------ prefixes
+
+    def keep(self, slot: Slot, tokens: list[int]) -> None:
+        """Keep what the slot holds, in whole blocks, for sequences that begin alike. tokens: the sequence's."""
+        if slot.root is None:
+            return
+        pool = self.pools[slot.capacity]
+        keys = self.prefixes.keys(slot.root, tokens[: slot.length])
+        for place, key in enumerate(keys):
+            if key in self.prefixes:
+                continue
+            if not self._fits(BLOCK):
+                self._trim()
+            if not self._fits(BLOCK) and not self.prefixes.evict(spared=keys):
+                break
+            block = slice(place * BLOCK, (place + 1) * BLOCK)
+            k_LKSE, v_LKSE = (torch.stack([layer[slot.row, :, block] for layer in both]) for both in (pool.k, pool.v))
+            self.prefixes.add(slot.root, key, torch.stack([k_LKSE, v_LKSE]))
+        self.prefixes.touch(keys)
+
+    def recall(self, slot: Slot, tokens: list[int]) -> None:
+        """Fill an empty slot with the longest prefix of `tokens` that is kept; at least one token is left over."""
+        if slot.root is None or not (found := self.prefixes.match(slot.root, tokens[:-1])):
+            return
+        both = torch.cat(self.prefixes.blocks(found), 3)
+        slot.length = both.shape[3]
+        pool = self.pools[slot.capacity]
+        for stored, found_LKSE in zip((pool.k, pool.v), both, strict=True):
+            for tensor, found_KSE in zip(stored, found_LKSE, strict=True):
+                tensor[slot.row, :, : slot.length] = found_KSE
+
+    # ------------------------------------------------------------ the bound
+
+    def check_idle(self) -> None:
+        """Raises AssertionError for slots that are taken although nothing runs."""
+        taken = [slot for pool in self.pools.values() for slot in pool.slots if slot is not None]
+        if taken:
+            raise AssertionError(f"no request runs, but {len(taken)} slot(s) of the cache are taken: {taken}")
+
+    def clear(self) -> None:
+        """Forget everything and free its memory."""
+        self.pools.clear()
+        self.prefixes = Prefixes()
+
+    def _fits(self, tokens: int) -> bool:
+        return self._bound is None or self.tokens + tokens <= self._bound
+
+    def _trim(self) -> None:
+        """Free the spare rows of pools that have more of them than others."""
+        for pool in self.pools.values():
+            if pool.spare > pool.used:
+                pool.resize(pool.used)
+
+    def _make_room(self, tokens: int) -> bool:
+        """Free spare rows, then the prefixes that were used least recently, until this many tokens fit."""
+        for pool in self.pools.values():
+            if not self._fits(tokens) and pool.spare:
+                pool.resize(pool.used)
+        while not self._fits(tokens):
+            if not self.prefixes.evict():
+                return False
+        return True

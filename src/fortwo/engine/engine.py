@@ -1,7 +1,7 @@
 """The one owner of the device: a thread that takes turns between requests and a job.
 
-A turn: what other threads asked for, one decode step for all running requests of each base, prefill of those that
-waited, then one micro-step of the job, if nobody is owed time. Every accepted request ends, whatever happens.
+A turn: what other threads asked for, one decode step for all running requests of each base, a part of the prompts of
+those that waited, then one micro-step of the job, if nobody is owed time. Every accepted request ends, come what may.
 Knows no HTTP, no files and no names of adapters; text is the renderer's, who is next the scheduler's.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from fortwo.engine import sampling
 from fortwo.engine.generation import Reply, Speech
 from fortwo.engine.runner import Runner
-from fortwo.engine.scheduler import FairShare, Scheduler, Sequence
+from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, shares
 from fortwo.engine.tasks import Task
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from fortwo.models.lora import Lora
@@ -36,7 +36,8 @@ T = TypeVar("T")
 
 CORES = torch.get_num_threads()  # before an engine takes them
 RUNNING = 64  # requests of one base that decode together
-PREFILL_TOKENS = 2048  # prompt tokens per turn: bounds how long running replies stand still
+PROMPT_TOKENS = 2048  # of prompts that are computed in a turn
+PROMPT_TOKENS_BESIDE = 256  # the same while replies run: bounds how long they stand still
 POLL_SECONDS = 0.05  # how often a job that waits for something else than requests is asked again
 
 
@@ -60,6 +61,57 @@ class _Base:
     def end(self, request: _Request, reason: FinishReason, error: str | None = None) -> None:
         self.leave(request)
         request.reply.end(reason, error)
+
+    def decode(self) -> None:
+        """One token for every request whose prompt is computed."""
+        for request in self.scheduler.decoding:  # oldest first
+            while request.slot is not None and self._finds_room(request, self.runner.extend) is False:
+                self.preempt(self.scheduler.running[-1])
+        if decoding := self.scheduler.decoding:
+            _advance(self, decoding, lambda: self.runner.step(decoding))
+
+    def preempt(self, request: _Request) -> None:
+        """The cache is full: the request gives its slot back and is computed again when there is room."""
+        log.info("the cache is full: a request of %d tokens waits again", len(request.tokens))
+        self.runner.release(request, keep=False)
+        self.scheduler.preempt(request)
+
+    def read(self) -> None:
+        """A part of the prompts; the first token for those that are computed wholly now."""
+        scheduler = self.scheduler
+        budget = PROMPT_TOKENS_BESIDE if scheduler.decoding else PROMPT_TOKENS
+        while scheduler.waiting and scheduler.admits(self.runner.unread(scheduler.waiting[0]), budget):
+            request = scheduler.waiting[0]
+            found = self._finds_room(request, self.runner.open)
+            if found is False:
+                break
+            if found:
+                scheduler.start()
+                if request.slot is not None and not request.reply.tokens:
+                    request.reply.cached_tokens = request.slot.length
+        reading = scheduler.reading
+        lengths = shares([request.unread for request in reading], budget)
+        parts = [(request, length) for request, length in zip(reading, lengths, strict=True) if length]
+        if parts:
+            requests, lengths = [request for request, _ in parts], [length for _, length in parts]
+            _advance(self, requests, lambda: self.runner.prefill(requests, lengths))
+
+    def _finds_room(self, request: _Request, find: Callable[[_Request], bool]) -> bool | None:
+        """Whether the cache has room for the request; None when looking for it failed, which ends the request."""
+        try:
+            return find(request)
+        except Exception as error:
+            log.exception("no memory for a request of %d tokens", len(request.tokens))
+            self.end(request, "error", f"{type(error).__name__}: {error}")
+            return None
+
+    def check_idle(self) -> None:
+        """Nothing of the cache is taken when nobody is there."""
+        try:
+            self.runner.cache.check_idle()
+        except AssertionError:
+            log.exception("the cache of %s is emptied", self.id)
+            self.runner.cache.clear()
 
 
 class Engine:
@@ -134,9 +186,9 @@ class Engine:
 
         self.call(remove).result()
 
-    def attach(self, base: str, key: str, lora: Lora) -> None:
-        """Serve `lora`, its live tensors, under `key`; what `key` named before is replaced."""
-        self.call(lambda: self._base(base).runner.attach(key, lora)).result()
+    def attach(self, base: str, key: str, lora: Lora, *, frozen: bool = False) -> None:
+        """Serve `lora` under `key`; what `key` named before is replaced. frozen: as in Runner.attach."""
+        self.call(lambda: self._base(base).runner.attach(key, lora, frozen=frozen)).result()
 
     def detach(self, base: str, key: str) -> None:
         """Requests that still run on `key` are cancelled."""
@@ -166,16 +218,16 @@ class Engine:
         """
         base = self._base(prompt.base)
         _check_adapter(base, prompt.adapter)
-        context = base.runner.decoder.config.context
-        room = context - len(prompt.tokens)
+        context, bound = base.runner.decoder.config.context, base.runner.cache.longest
+        room = bound - len(prompt.tokens)
         if not prompt.tokens:
             raise InvalidRequest("the prompt is empty", param="messages", hint="Send at least one token.")
         if room < 1:
             raise InvalidRequest(
-                f"the prompt has {len(prompt.tokens)} tokens; the context of {prompt.base!r} holds {context}, "
-                "the reply included",
+                f"the prompt has {len(prompt.tokens)} tokens; the {'cache' if bound < context else 'context'} of "
+                f"{prompt.base!r} holds {bound}, the reply included",
                 param="messages",
-                hint="Shorten the messages.",
+                hint=f"Shorten the messages{', or raise FORTWO_CACHE_MB' if bound < context else ''}.",
             )
         reply = Reply(prompt, min(room, prompt.sampling.max_tokens), base.speech, on_delta)
         request = _Request(list(prompt.tokens), prompt.adapter, reply=reply, sampler=sampling.Sampler(prompt.sampling))
@@ -246,15 +298,16 @@ class Engine:
             return
 
     def _serve(self) -> None:
-        """One token for every running request; the first one for those admitted now."""
+        """One token for every running request; a part of the prompts of the others."""
         for base in list(self._bases.values()):
             for request in base.scheduler:
                 if request.reply.cancel_requested:
                     base.end(request, "cancelled")
-            if running := list(base.scheduler.running):
-                _advance(base, running, base.runner.step)
-            if admitted := base.scheduler.admit(PREFILL_TOKENS):
-                _advance(base, admitted, base.runner.prefill)
+            if len(base.scheduler):
+                base.decode()
+                base.read()
+            if not len(base.scheduler):
+                base.check_idle()
 
     def _work(self) -> None:
         """One micro-step of the job."""
@@ -296,10 +349,13 @@ def _check_adapter(base: _Base, key: str | None) -> None:
         raise NotFound(f"adapter {key!r} is not loaded on {base.id!r}", param="model", hint="Load it first.")
 
 
-def _advance(base: _Base, requests: list[_Request], forward: Callable[[list[_Request]], Tensor]) -> None:
-    """One token for each request; a failed forward ends all that were in it, a failed row only itself."""
+def _advance(base: _Base, requests: list[_Request], forward: Callable[[], Tensor]) -> None:
+    """One token for each request that is computed wholly then; a failed forward ends all that were in it, a failed
+    row only itself."""
     try:
-        tokens = sampling.choose(forward(requests), [request.sampler for request in requests])
+        logits_BV = forward()
+        requests = [request for request in requests if request.unread == 0]
+        tokens = sampling.choose(logits_BV, [request.sampler for request in requests])
     except Exception as error:
         log.exception("a forward of %d request(s) failed", len(requests))
         for request in requests:

@@ -72,7 +72,8 @@ def _overlap(text: str, stop: str) -> int:
 class Reply:
     """records.Generation. `tokens` are all that were generated, a closing stop token included; `text` is without it.
 
-    room: how many tokens fit, by max_tokens and the context. on_delta is called on the engine's thread; when it
+    cached_tokens: how many of the prompt's were not computed, since the cache had them. room: how many tokens fit, by
+    max_tokens and the context. on_delta is called on the engine's thread; when it
     fails, nobody is listening any more and the reply is cancelled.
     """
 
@@ -86,6 +87,7 @@ class Reply:
         self.prompt = prompt
         self.error: str | None = None
         self.cancel_requested = False
+        self.cached_tokens = 0
         self._room = room
         self._detokenizer = speech.stream()
         self._stop_ids = speech.stop_ids

@@ -7,22 +7,24 @@ device's thread, so replies go on while something is loaded. Knows no HTTP and n
 from __future__ import annotations
 
 import json
+import os
 import threading
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 import torch
 
 from fortwo.adapters import AdapterStore
+from fortwo.data.packing import PackedAttention, pack
 from fortwo.data.render import Renderer
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
-from fortwo.engine.scheduler import Sequence
-from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound
+from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
 from fortwo.models import weights
 from fortwo.models.catalog import Catalog
 from fortwo.models.decoder import Decoder, DecoderConfig
-from fortwo.models.lora import Lora, LoraConfig
+from fortwo.models.lora import Lora, LoraConfig, Segment
 from fortwo.models.weights import Progress
 from fortwo.records import AdapterVersion, Message
 from fortwo.settings import Settings
@@ -92,6 +94,10 @@ class Residents:
         self._loading: str | None = None
         self._bases: dict[str, Resident] = {}
         self._adapters: dict[str, AdapterState] = {}
+        self._asked: dict[str, int] = {}  # when each adapter was asked for last, by its digest
+        self._now = count()
+        self._most = settings.max_adapters
+        self._cache_bytes = _cache_bytes(settings.cache_mb, self._device)
 
     def resolve(self, model: str) -> Target:
         """Who answers to this name, loaded if need be. Raises NotFound naming what there is."""
@@ -117,6 +123,7 @@ class Residents:
                 version = self.load_adapter(model)
                 resident = self._serving(version)
         assert resident is not None
+        self._asked[version.digest] = next(self._now)
         return Target(resident, version.digest, model)
 
     def load_base(self, id: str, progress: Progress | None = None) -> Resident:
@@ -131,7 +138,8 @@ class Residents:
                 assert card is not None
                 config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
                 decoder = Decoder(config, weights.read(directory), self._device)
-                resident = Resident(id, card.digest, decoder, Renderer(directory), decoder.bytes, Runner(decoder))
+                runner = Runner(decoder, self._cache_bytes)
+                resident = Resident(id, card.digest, decoder, Renderer(directory), decoder.bytes, runner)
                 self._engine.add_base(id, resident.runner, resident.renderer)
             finally:
                 self._loading = None
@@ -155,6 +163,7 @@ class Residents:
             self._engine.remove_base(id)
             del self._bases[id]
             self._adapters = {key: state for key, state in self._adapters.items() if state.base != id}
+            self._asked = {key: self._asked[key] for key in self._adapters}
 
     def load_adapter(self, ref: str) -> AdapterVersion:
         """Serve a published version, on the base it was trained on. Raises InvalidAdapter when it cannot have the
@@ -168,14 +177,20 @@ class Residents:
             decoder = resident.decoder
             lora = Lora.from_state(LoraConfig.from_peft(config), decoder.config, tensors, decoder.device)
             _check(version, lora)
-            effect = self._engine.call(lambda: _try_on(resident, version.digest, lora)).result()
+            effect = self._engine.call(lambda: _effect(resident, lora)).result()
             if not effect >= ROUNDING:
                 raise InvalidAdapter(
                     f"adapter {version.id!r} changes nothing: on a probe the logits of {resident.id!r} move by "
                     f"{effect:.1e} of their size",
                     hint="It was hardly trained; its report and plan say why.",
                 )
-            self._adapters[version.digest] = AdapterState(resident.id, _bytes(lora))
+            if not self._make_room():
+                raise Unavailable(
+                    f"adapter {version.id!r} cannot be loaded: all {self._most} adapters in memory answer requests",
+                    param="model",
+                    hint="Try again when some are done, or raise FORTWO_MAX_ADAPTERS.",
+                )
+            self._attach(resident, version, lora)
             return version
 
     def unload_adapter(self, ref: str) -> None:
@@ -189,19 +204,12 @@ class Residents:
                     param="adapter_name",
                     hint="GET /api/adapters says which are.",
                 )
-            base = state.base
-
-            def remove() -> None:
-                if count := self._engine.requests(base, key):
-                    raise Conflict(
-                        f"adapter {version.id!r} answers {count} request(s)",
-                        param="adapter_name",
-                        hint="Try again when they are done.",
-                    )
-                self._engine.detach(base, key)
-
-            self._engine.call(remove).result()
-            del self._adapters[key]
+            if requests := self._drop(key, state.base):
+                raise Conflict(
+                    f"adapter {version.id!r} answers {requests} request(s)",
+                    param="adapter_name",
+                    hint="Try again when they are done.",
+                )
 
     def delete_adapter(self, ref: str) -> None:
         """Forget a version, or with a bare name all of them, in memory and on disk. Raises Conflict while requests run
@@ -214,12 +222,12 @@ class Residents:
 
     def publish(self, version: AdapterVersion, lora: Lora) -> None:
         """Serve a version that was just trained and written: its tensors are in memory, nothing is read. If its base
-        has gone in the meantime, it will be loaded when it is asked for."""
+        has gone in the meantime, or every adapter in memory answers, it will be loaded when it is asked for."""
         with self._changing:
             resident = self._bases.get(version.base_model)
-            if resident is not None and resident.digest == version.base_digest:
-                self._engine.attach(resident.id, version.digest, lora)
-                self._adapters[version.digest] = AdapterState(resident.id, _bytes(lora))
+            fits = version.digest in self._adapters or self._make_room()
+            if fits and resident is not None and resident.digest == version.base_digest:
+                self._attach(resident, version, lora)
 
     def states(self) -> States:
         """What is in memory now, or on its way there."""
@@ -227,6 +235,32 @@ class Residents:
         if (loading := self._loading) is not None:
             models[loading] = ModelState("loading", None, 0)
         return States(models, dict(self._adapters))
+
+    def _attach(self, resident: Resident, version: AdapterVersion, lora: Lora) -> None:
+        self._engine.attach(resident.id, version.digest, lora, frozen=True)
+        self._asked[version.digest] = next(self._now)
+        self._adapters[version.digest] = AdapterState(resident.id, _bytes(lora))
+
+    def _make_room(self) -> bool:
+        """Forget the adapters that were asked for least recently and answer nothing, until one more fits."""
+        for key in sorted(self._adapters, key=lambda key: self._asked[key]):
+            if len(self._adapters) < self._most:
+                break
+            self._drop(key, self._adapters[key].base)
+        return len(self._adapters) < self._most
+
+    def _drop(self, key: str, base: str) -> int:
+        """Forget an adapter unless requests run on it; how many do."""
+
+        def detach() -> int:
+            requests = self._engine.requests(base, key)
+            if not requests:
+                self._engine.detach(base, key)
+            return requests
+
+        if not (requests := self._engine.call(detach).result()):
+            del self._adapters[key], self._asked[key]
+        return requests
 
     def _serving(self, version: AdapterVersion) -> Resident | None:
         """The base that has this version attached, with the weights it was trained on."""
@@ -277,27 +311,30 @@ def _check(version: AdapterVersion, lora: Lora) -> None:
         )
 
 
-def _try_on(resident: Resident, key: str, lora: Lora) -> float:
-    """Attach the adapter, and how much it moves the logits of a probe, relative to the largest; below ROUNDING it is
-    detached again. On the device's thread."""
-    tokens = resident.renderer.prompt([Message("user", "Hello")])
-    runner = resident.runner
-    rows = [Sequence(list(tokens), None), Sequence(list(tokens), key)]
-    effect = 0.0
-    runner.attach(key, lora)
-    try:
-        plain_V, adapted_V = runner.prefill(rows)
-        effect = float((adapted_V - plain_V).abs().max() / plain_V.abs().max())
-    finally:
-        for row in rows:
-            runner.release(row)
-        if not effect >= ROUNDING:
-            runner.detach(key)
-    return effect
+@torch.no_grad()
+def _effect(resident: Resident, lora: Lora) -> float:
+    """How much the adapter moves the logits of a probe, relative to the largest. On the device's thread."""
+    decoder, tokens = resident.decoder, resident.renderer.prompt([Message("user", "Hello")])
+    packed = pack([tokens, tokens], decoder.device, prefix=0)
+    adapted_rows = torch.arange(len(tokens), 2 * len(tokens), device=decoder.device)
+    hidden_TD = decoder.forward(
+        packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config), [Segment(lora, adapted_rows)]
+    )
+    plain_V, adapted_V = decoder.logits(hidden_TD[packed.last_places()])
+    return float((adapted_V - plain_V).abs().max() / plain_V.abs().max())
 
 
 def _bytes(lora: Lora) -> int:
     return sum(tensor.nbytes for tensor in lora.parameters())
+
+
+def _cache_bytes(megabytes: int | None, device: torch.device) -> int:
+    """Memory for keys and values: what is set, or an eighth of what the device or the machine has."""
+    if megabytes is not None:
+        return megabytes << 20
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) // 8
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
 
 
 def _device(name: str) -> torch.device:

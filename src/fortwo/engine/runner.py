@@ -1,4 +1,4 @@
-"""Forwards of the serving path: prefill new sequences, then one token for every running one.
+"""Forwards of the serving path: the prompts of new sequences, a part at a time, then one token for every running one.
 
 Rows of the plain base and of any adapters share one forward; each row gets its own adapter's update and no other.
 The runner knows tensors and slots; who runs when is the scheduler's business.
@@ -6,145 +6,288 @@ The runner knows tensors and slots; who runs when is the scheduler's business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.data.packing import PackedAttention, pack
-from fortwo.engine.cache import SlotCache
+from fortwo.engine.cache import Cache, Pool, Slot
+from fortwo.models.bank import Banks
 from fortwo.models.decoder import Decoder
-from fortwo.models.lora import Lora, Segment
+from fortwo.models.lora import Lora, Segment, Update
 
-PREFILL_TOKENS = 2048
+log = logging.getLogger(__name__)
 
 
 class Running(Protocol):
-    """What the runner needs of a sequence. tokens: prompt and reply so far. slot: None until prefilled."""
+    """What the runner needs of a sequence. tokens: prompt and reply so far. slot: None until it is opened."""
 
     tokens: list[int]
     adapter: str | None
-    slot: int | None
+    slot: Slot | None
 
 
 class Runner:
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
-        self.cache = SlotCache(decoder.config, decoder.device)
-        self._loras: dict[str, Lora] = {}
+    """bound: bytes of memory for keys and values, None for as many as come."""
 
-    def attach(self, key: str, lora: Lora) -> None:
-        self._loras[key] = lora
+    def __init__(self, decoder: Decoder, bound: int | None = None) -> None:
+        self.decoder = decoder
+        self._heads = [decoder.config.heads, decoder.config.kv_heads, decoder.config.kv_heads]
+        tokens = None if bound is None else bound // Cache.bytes_per_token(decoder.config)
+        self.cache = Cache(decoder.config, decoder.device, tokens)
+        self._live: dict[str, Lora] = {}
+        self._banks = Banks(decoder.config, decoder.device)
+        self._numbers = count(1)
+        self._roots: dict[str | None, int] = {None: 0}  # whose keys and values may be kept for others
+
+    # ------------------------------------------------------------ adapters
+
+    def attach(self, key: str, lora: Lora, *, frozen: bool = False) -> None:
+        """Serve `lora` under `key`. frozen: it will not change any more, so its tensors are copied beside the other
+        frozen ones, and prefixes are kept for it; else its live tensors are used, and nothing outlives a reply."""
+        self.detach(key)
+        if frozen:
+            self._banks.add(key, lora)
+            self._roots[key] = next(self._numbers)
+        else:
+            self._live[key] = lora
 
     def detach(self, key: str) -> None:
-        self._loras.pop(key, None)
+        self._live.pop(key, None)
+        self._banks.remove(key)
+        if (root := self._roots.pop(key, None)) is not None:
+            self.cache.prefixes.forget(root)
 
     def has(self, key: str) -> bool:
-        return key in self._loras
+        return key in self._live or key in self._banks
+
+    # ------------------------------------------------------------ slots
+
+    def unread(self, sequence: Running) -> int:
+        """How many tokens of a waiting sequence will have to be computed."""
+        tokens, root = sequence.tokens, self._roots.get(sequence.adapter)
+        return len(tokens) - (0 if root is None else self.cache.prefixes.length(root, tokens[:-1]))
+
+    def open(self, sequence: Running) -> bool:
+        """Give the sequence a slot that holds what is already known of its beginning; False where there is no room."""
+        slot = self.cache.take(min(len(sequence.tokens) + 1, self.cache.longest))
+        if slot is None:
+            return False
+        slot.root = self._roots.get(sequence.adapter)
+        self.cache.recall(slot, sequence.tokens)
+        sequence.slot = slot
+        return True
+
+    def extend(self, sequence: Running) -> bool:
+        """Make room for the sequence's last token; False where there is none."""
+        return self.cache.grow(_slot(sequence), len(sequence.tokens))
+
+    def release(self, sequence: Running, *, keep: bool = True) -> None:
+        """Give the sequence's slot back. keep: what it held serves others that begin alike."""
+        if sequence.slot is not None:
+            slot, sequence.slot = sequence.slot, None
+            try:
+                if keep:
+                    self._keep(slot, sequence)
+            except RuntimeError:  # no memory for it: the next one that begins alike is only slower
+                log.exception("a prefix could not be kept")
+            finally:
+                self.cache.give_back(slot)
+
+    def _keep(self, slot: Slot, sequence: Running) -> None:
+        if slot.root == self._roots.get(sequence.adapter):  # the adapter is still the one that computed it
+            self.cache.keep(slot, sequence.tokens)
+
+    # ------------------------------------------------------------ forwards
 
     @torch.no_grad()
-    def prefill(self, sequences: Sequence[Running]) -> Tensor:
-        """Give each sequence a slot and run its tokens. Next-token logits (len(sequences), V), in order."""
-        logits: list[Tensor | None] = [None] * len(sequences)
-        for places in _prefill_groups(sequences):
-            group = [sequences[place] for place in places]
-            for place, row in zip(places, self._prefill_group(group), strict=True):
-                logits[place] = row
-        return torch.stack([row for row in logits if row is not None])
+    def prefill(self, sequences: Sequence[Running], lengths: Sequence[int] | None = None) -> Tensor:
+        """Compute the next `lengths` tokens of each sequence (None: all that are left), opening those that are not.
 
-    def _prefill_group(self, sequences: Sequence[Running]) -> Tensor:
-        """Sequences of one adapter; what they begin with in common is computed once."""
+        Next-token logits (N, V) of the sequences that are computed wholly now, in order. Raises MemoryError where an
+        opened sequence finds no room.
+        """
+        for sequence in sequences:
+            if sequence.slot is None and not self.open(sequence):
+                raise MemoryError(f"the cache has no room for a sequence of {len(sequence.tokens)} tokens")
+        if lengths is None:
+            lengths = [len(sequence.tokens) - _slot(sequence).length for sequence in sequences]
+        logits: dict[int, Tensor] = {}
+        for places in _prefill_groups(sequences, lengths):
+            group, parts = [sequences[place] for place in places], [lengths[place] for place in places]
+            whole = all(_is_whole(sequence, length) for sequence, length in zip(group, parts, strict=True))
+            even = len(parts) * max(parts) <= 2 * sum(parts)  # the grid of a pack is as wide as its longest row
+            hidden_ND = self._prefill_whole(group) if whole and even else self._prefill_parts(group, parts)
+            done = []
+            for row, (place, sequence, length) in enumerate(zip(places, group, parts, strict=True)):
+                slot = _slot(sequence)
+                slot.length += length
+                if slot.length == len(sequence.tokens):
+                    done.append((row, place))
+                    self._keep(slot, sequence)
+            if done:
+                rows_V = self.decoder.logits(hidden_ND[[row for row, _ in done]])
+                logits |= {place: row_V for (_, place), row_V in zip(done, rows_V, strict=True)}
+        if not logits:
+            return torch.empty(0, self.decoder.config.vocabulary, device=self.decoder.device)
+        return torch.stack([logits[place] for place in sorted(logits)])
+
+    def _prefill_whole(self, sequences: Sequence[Running]) -> Tensor:
+        """Sequences of one adapter of which nothing is known; what they begin with in common is computed once.
+        Hidden states (N, D) after the last token of each."""
         device = self.decoder.device
         packed = pack([sequence.tokens for sequence in sequences], device)
-        self.cache.reserve(max(len(sequence.tokens) for sequence in sequences) + 1)
-        slots = []
-        for sequence in sequences:
-            sequence.slot = self.cache.take()
-            slots.append(sequence.slot)
-        P = packed.prefix
-        slot_index = torch.tensor(
-            [slot for slot, length in zip(slots, packed.lengths, strict=True) for _ in range(length)], device=device
-        )
-        all_slots = torch.tensor(slots, device=device)
-        rest_positions = packed.positions_T[P:]
-        attention = PackedAttention(packed, self.decoder.config)
-
-        heads = [self.decoder.config.heads] + 2 * [self.decoder.config.kv_heads]
+        P, attention = packed.prefix, PackedAttention(packed, self.decoder.config)
+        slots = [_slot(sequence) for sequence in sequences]
+        rests = list(zip(slots, packed.starts, packed.lengths, strict=True))
 
         def attend(layer: int, qkv_TNE: Tensor) -> Tensor:
-            _, k_TKE, v_TKE = qkv_TNE.split(heads, 1)
-            for stored, new_TKE in ((self.cache.k[layer], k_TKE), (self.cache.v[layer], v_TKE)):
-                stored[slot_index, :, rest_positions] = new_TKE[P:]
-                if P:
-                    stored[all_slots, :, :P] = new_TKE[:P].transpose(0, 1)
+            _, k_TKE, v_TKE = qkv_TNE.split(self._heads, 1)
+            for slot, start, length in rests:
+                pool = self.cache.pools[slot.capacity]
+                for stored, new_TKE in ((pool.k[layer], k_TKE), (pool.v[layer], v_TKE)):
+                    new_KTE = new_TKE.transpose(0, 1)
+                    if P:
+                        stored[slot.row, :, :P] = new_KTE[:, :P]
+                    stored[slot.row, :, P : P + length] = new_KTE[:, start : start + length]
             return attention(layer, qkv_TNE)
 
+        updates = self._updates(sequences[:1], whole=True)
+        hidden_TD = self.decoder.forward(packed.tokens_T, packed.positions_T, attend, updates)
+        return hidden_TD[packed.last_places()]
+
+    def _prefill_parts(self, sequences: Sequence[Running], lengths: Sequence[int]) -> Tensor:
+        """The next tokens of sequences of one adapter, after what their slots hold.
+        Hidden states (N, D) after the last of them."""
+        device = self.decoder.device
+        tokens: list[int] = []
+        positions: list[int] = []
+        parts = []
+        for sequence, length in zip(sequences, lengths, strict=True):
+            slot = _slot(sequence)
+            before = slot.length
+            mask_LS = torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
+            parts.append((slot, before, len(tokens), length, mask_LS))
+            tokens += sequence.tokens[before : before + length]
+            positions += range(before, before + length)
+
+        def attend(layer: int, qkv_TNE: Tensor) -> Tensor:
+            q_THE, k_TKE, v_TKE = qkv_TNE.split(self._heads, 1)
+            mixed_THE = torch.empty_like(q_THE)
+            for slot, before, start, length, mask_LS in parts:
+                pool, part = self.cache.pools[slot.capacity], slice(start, start + length)
+                k_KSE, v_KSE = (stored[layer][slot.row, :, : before + length] for stored in (pool.k, pool.v))
+                k_KSE[:, before:] = k_TKE[part].transpose(0, 1)
+                v_KSE[:, before:] = v_TKE[part].transpose(0, 1)
+                q_1HLE = q_THE[part].transpose(0, 1)[None]
+                mixed_1HLE = F.scaled_dot_product_attention(
+                    q_1HLE, k_KSE[None], v_KSE[None], attn_mask=mask_LS, enable_gqa=True
+                )
+                mixed_THE[part] = mixed_1HLE[0].transpose(0, 1)
+            return mixed_THE
+
         hidden_TD = self.decoder.forward(
-            packed.tokens_T, packed.positions_T, attend, self._segments(sequences[:1], whole=True)
+            torch.tensor(tokens, device=device),
+            torch.tensor(positions, device=device),
+            attend,
+            self._updates(sequences[:1], whole=True),
         )
-        return self.decoder.logits(hidden_TD[packed.last_places()])
+        return hidden_TD[[start + length - 1 for _, _, start, length, _ in parts]]
 
     @torch.no_grad()
     def step(self, sequences: Sequence[Running]) -> Tensor:
-        """Run the last token of each prefilled sequence. Next-token logits (len(sequences), V), in order."""
+        """Run the last token of each sequence whose other tokens are computed, and for which `extend` found room.
+        Next-token logits (len(sequences), V), in order."""
         device = self.decoder.device
-        c = self.decoder.config
-        longest = max(len(sequence.tokens) for sequence in sequences)
-        self.cache.reserve(longest)
-        slots = [sequence.slot for sequence in sequences]
-        slots_B = torch.tensor(slots, device=device)
-        whole = slots == list(range(len(slots)))
-        positions_B = torch.tensor([len(sequence.tokens) - 1 for sequence in sequences], device=device)
-        tokens_B = torch.tensor([sequence.tokens[-1] for sequence in sequences], device=device)
-        B, K, G, E = len(slots), c.kv_heads, c.heads // c.kv_heads, c.head_size
-        unseen_B11S = (torch.arange(longest, device=device) > positions_B[:, None])[:, None, None]
-
-        def attend(layer: int, qkv_BNE: Tensor) -> Tensor:
-            q_BHE, k_BKE, v_BKE = qkv_BNE.split([K * G, K, K], 1)
-            k_all, v_all = self.cache.k[layer], self.cache.v[layer]
-            k_all[slots_B, :, positions_B] = k_BKE
-            v_all[slots_B, :, positions_B] = v_BKE
-            k_BKSE = k_all[:B, :, :longest] if whole else k_all[slots_B, :, :longest]
-            v_BKSE = v_all[:B, :, :longest] if whole else v_all[slots_B, :, :longest]
-            scores_BKGS = q_BHE.reshape(B, K, G, E) @ k_BKSE.transpose(2, 3) * E**-0.5
-            weights_BKGS = scores_BKGS.masked_fill_(unseen_B11S, -torch.inf).softmax(-1)
-            mixed_BHE: Tensor = (weights_BKGS @ v_BKSE).reshape(B, K * G, E)
-            return mixed_BHE
-
-        hidden_BD = self.decoder.forward(tokens_B, positions_B, attend, self._segments(sequences))
+        owners = {id(sequence.slot): place for place, sequence in enumerate(sequences)}
+        parts = self.cache.together([_slot(sequence) for sequence in sequences])
+        order = [owners[id(slot)] for _, slots in parts for slot in slots]
+        rows = [sequences[place] for place in order]
+        positions_B = torch.tensor([len(sequence.tokens) - 1 for sequence in rows], device=device)
+        tokens_B = torch.tensor([sequence.tokens[-1] for sequence in rows], device=device)
+        attention = _StepAttention(parts, positions_B, self._heads)
+        hidden_BD = self.decoder.forward(tokens_B, positions_B, attention, self._updates(rows))
+        for sequence in sequences:
+            _slot(sequence).length += 1
+        if order != list(range(len(order))):
+            hidden_BD = hidden_BD[torch.tensor(order, device=device).argsort()]
         return self.decoder.logits(hidden_BD)
 
-    def release(self, sequence: Running) -> None:
-        """Give the sequence's slot back."""
-        if sequence.slot is not None:
-            self.cache.give_back(sequence.slot)
-            sequence.slot = None
-
-    def _segments(self, sequences: Sequence[Running], whole: bool = False) -> list[Segment]:
+    def _updates(self, sequences: Sequence[Running], whole: bool = False) -> list[Update]:
+        """What the adapters add to the rows of these sequences; whole: to all rows there are."""
         keys = [sequence.adapter for sequence in sequences]
         if whole or len(set(keys)) == 1:
-            return [] if keys[0] is None else [Segment(self._loras[keys[0]])]
+            return [] if keys[0] is None else [Segment(self._lora(keys[0]))]
+        rows: dict[str, list[int]] = {}
+        for row, key in enumerate(keys):
+            if key is not None:
+                rows.setdefault(key, []).append(row)
+        live = {key: rows.pop(key) for key in list(rows) if key in self._live}
         return [
-            Segment(
-                self._loras[key],
-                torch.tensor([row for row, other in enumerate(keys) if other == key], device=self.decoder.device),
-            )
-            for key in dict.fromkeys(keys)
-            if key is not None
+            *(Segment(self._live[key], torch.tensor(own, device=self.decoder.device)) for key, own in live.items()),
+            *self._banks.updates(rows),
         ]
 
+    def _lora(self, key: str) -> Lora:
+        return self._live[key] if key in self._live else self._banks.lora(key)
 
-def _prefill_groups(sequences: Sequence[Running]) -> list[list[int]]:
-    """Places of sequences to prefill together: same adapter, at most PREFILL_TOKENS tokens (or one sequence)."""
-    groups: list[list[int]] = []
-    open_groups: dict[str | None, tuple[list[int], int]] = {}
-    for place, sequence in enumerate(sequences):
-        members, tokens = open_groups.get(sequence.adapter, ([], 0))
-        if members and tokens + len(sequence.tokens) > PREFILL_TOKENS:
-            members, tokens = [], 0
-        if not members:
-            groups.append(members)
-        members.append(place)
-        open_groups[sequence.adapter] = (members, tokens + len(sequence.tokens))
-    return groups
+
+class _StepAttention:
+    """The decoder's `attend` for one token of each row, after all that its slot holds; a pool at a time."""
+
+    def __init__(self, parts: Iterable[tuple[Pool, list[Slot]]], positions_B: Tensor, heads: list[int]) -> None:
+        self._heads = heads
+        self._parts = []
+        first = 0
+        for pool, slots in parts:
+            last = first + len(slots)
+            positions = positions_B[first:last]
+            rows = torch.arange(len(slots), device=positions_B.device)
+            lengths = [slot.length + 1 for slot in slots]
+            longest = max(lengths)
+            unseen = None
+            if min(lengths) < longest:
+                unseen = torch.arange(longest, device=positions_B.device) > positions[:, None]
+            self._parts.append((pool, first, last, rows, positions, longest, unseen))
+            first = last
+
+    def __call__(self, layer: int, qkv_BNE: Tensor) -> Tensor:
+        q_BHE, k_BKE, v_BKE = qkv_BNE.split(self._heads, 1)
+        _, H, E = q_BHE.shape
+        K = k_BKE.shape[1]
+        mixed = []
+        for pool, first, last, rows, positions, longest, unseen_BS in self._parts:
+            B = last - first
+            k_all, v_all = pool.k[layer], pool.v[layer]
+            k_all[rows, :, positions] = k_BKE[first:last]
+            v_all[rows, :, positions] = v_BKE[first:last]
+            k_NSE, v_NSE = (all_rows[:B, :, :longest].flatten(0, 1) for all_rows in (k_all, v_all))
+            q_NGE = q_BHE[first:last].reshape(B * K, H // K, E) * E**-0.5
+            scores_NGS = torch.bmm(q_NGE, k_NSE.transpose(1, 2))
+            if unseen_BS is not None:
+                scores_NGS.view(B, H, longest).masked_fill_(unseen_BS[:, None], -torch.inf)
+            mixed.append(torch.bmm(scores_NGS.softmax(-1), v_NSE).view(B, H, E))
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+
+def _slot(sequence: Running) -> Slot:
+    assert sequence.slot is not None, "the sequence was not opened"
+    return sequence.slot
+
+
+def _is_whole(sequence: Running, length: int) -> bool:
+    """Nothing of the sequence is computed yet, and all of it will be now."""
+    return length == len(sequence.tokens)
+
+
+def _prefill_groups(sequences: Sequence[Running], lengths: Sequence[int]) -> list[list[int]]:
+    """Places of sequences to compute in one forward: those of one adapter, begun ones apart from whole ones."""
+    groups: dict[tuple[str | None, bool], list[int]] = {}
+    for place, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+        groups.setdefault((sequence.adapter, _is_whole(sequence, length)), []).append(place)
+    return list(groups.values())

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as Row
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from fortwo.engine.cache import Slot
 
 
 @dataclass(eq=False)
@@ -18,14 +22,20 @@ class Sequence:
 
     tokens: list[int]
     adapter: str | None
-    slot: int | None = None
+    slot: Slot | None = None
+
+    @property
+    def unread(self) -> int:
+        """How many tokens are still to be computed; one is what a decode step computes."""
+        return len(self.tokens) - (0 if self.slot is None else self.slot.length)
 
 
 S = TypeVar("S", bound=Sequence)
 
 
 class Scheduler(Generic[S]):
-    """The requests of one base: at most `limit` that run, and those that wait, first come first served."""
+    """The requests of one base: at most `limit` that run, and those that wait, first come first served. Who runs is
+    read in first, in parts if its prompt is long, and then decodes."""
 
     def __init__(self, limit: int) -> None:
         self.running: list[S] = []
@@ -39,22 +49,31 @@ class Scheduler(Generic[S]):
         """A snapshot: requests may leave while it is walked."""
         return iter([*self.running, *self.waiting])
 
+    @property
+    def decoding(self) -> list[S]:
+        return [sequence for sequence in self.running if sequence.unread == 1]
+
+    @property
+    def reading(self) -> list[S]:
+        return [sequence for sequence in self.running if sequence.unread > 1]
+
     def add(self, sequence: S) -> None:
         self.waiting.append(sequence)
 
-    def admit(self, budget: int) -> list[S]:
-        """Those who run from now on: who waited longest, together at most `budget` prompt tokens.
+    def admits(self, unread: int, budget: int) -> bool:
+        """Whether who waited longest, with so many tokens to compute, would get some of this turn's budget."""
+        if len(self.running) >= self._limit:
+            return False
+        return shares([*(sequence.unread for sequence in self.reading), unread], budget)[-1] > 0
 
-        Whoever is first is admitted whatever its length; nobody overtakes.
-        """
-        admitted: list[S] = []
-        while self.waiting and len(self.running) + len(admitted) < self._limit:
-            budget -= len(self.waiting[0].tokens)
-            if admitted and budget < 0:
-                break
-            admitted.append(self.waiting.popleft())
-        self.running += admitted
-        return admitted
+    def start(self) -> None:
+        """Who waited longest runs from now on."""
+        self.running.append(self.waiting.popleft())
+
+    def preempt(self, sequence: S) -> None:
+        """Back to the head of those who wait."""
+        self.running.remove(sequence)
+        self.waiting.appendleft(sequence)
 
     def remove(self, sequence: S) -> None:
         """A request leaves, from wherever it is."""
@@ -62,6 +81,25 @@ class Scheduler(Generic[S]):
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
+
+
+def shares(unread: Row[int], budget: int) -> list[int]:
+    """How many tokens of each prompt to compute this turn, together at most `budget`; prompts in order of arrival.
+
+    What fits is computed whole. The first that does not gets at least half of what is left when its turn comes, so
+    that it goes on every turn; the shorter ones behind it need not wait for its end.
+    """
+    taken = [0] * len(unread)
+    left, cut, reserved = budget, None, 0
+    for place, tokens in enumerate(unread):
+        if tokens <= left - reserved:
+            taken[place] = tokens
+            left -= tokens
+        elif cut is None:
+            cut, reserved = place, (left + 1) // 2
+    if cut is not None:
+        taken[cut] = left
+    return taken
 
 
 class FairShare:

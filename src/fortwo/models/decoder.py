@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fortwo.errors import UnsupportedModel
 from fortwo.models.functions import add_norm, rms_norm, rotate, swiglu
-from fortwo.models.lora import Segment, lora_product
+from fortwo.models.lora import Update, lora_product
 from fortwo.models.products import frozen_product
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -221,7 +221,7 @@ class Decoder:
         tokens_T: Tensor,
         positions_T: Tensor,
         attend: Attend,
-        segments: Sequence[Segment] = (),
+        segments: Sequence[Update] = (),
         dropout: bool = False,
     ) -> Tensor:
         """Hidden states (T, D) after the final norm."""
@@ -241,7 +241,7 @@ class Decoder:
         x_TD: Tensor,
         positions_T: Tensor,
         attend: Attend,
-        segments: Sequence[Segment],
+        segments: Sequence[Update],
         layers: range,
         dropout: bool = False,
     ) -> Tensor:

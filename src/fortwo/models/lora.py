@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -225,12 +225,35 @@ class Lora:
         return lora
 
 
+class Update(Protocol):
+    """What adapters add to some rows of a forward, while serving."""
+
+    def changes(self, layer: int, group: str) -> bool:
+        """Whether there is anything to add to this fused product."""
+
+    def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
+        """Add it in place. No gradients."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """The rows of a forward that one adapter answers for; rows None means all of them."""
 
     lora: Lora
     rows: Tensor | None = None
+
+    def changes(self, layer: int, group: str) -> bool:
+        return group in self.lora.layers[layer]
+
+    def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
+        update, config, rows = self.lora.layers[layer][group], self.lora.config, self.rows
+        h_TR = product(x_TI if rows is None else x_TI[rows], update.A_RI)
+        for place, (first, last, B_Or) in enumerate(update.Bs):
+            h_Tr = h_TR[:, place * config.r : (place + 1) * config.r]
+            if rows is None:
+                y_TO[:, first:last].addmm_(h_Tr, B_Or.t(), alpha=config.scale)
+            else:
+                y_TO[rows, first:last] += config.scale * (h_Tr @ B_Or.t())
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -284,16 +307,17 @@ class _LoraProduct(torch.autograd.Function):
 
 
 def lora_product(
-    x_TI: Tensor, weight_OI: Tensor, layer: int, group: str, segments: Iterable[Segment], dropout: bool = False
+    x_TI: Tensor, weight_OI: Tensor, layer: int, group: str, segments: Iterable[Update], dropout: bool = False
 ) -> Tensor:
     """One fused product with the updates of the adapters in `segments`.
 
     Training (gradients enabled) takes exactly one segment over all rows; serving takes any number. `dropout`
     applies the adapter's dropout, one draw for the fused product.
     """
-    segments = [segment for segment in segments if group in segment.lora.layers[layer]]
+    segments = [segment for segment in segments if segment.changes(layer, group)]
     if torch.is_grad_enabled() and segments:
         (segment,) = segments
+        assert isinstance(segment, Segment), "only one adapter over all rows has gradients"
         update, config = segment.lora.layers[layer][group], segment.lora.config
         drawn = (config.dropout, int(torch.randint(2**32, ()))) if dropout and config.dropout else None
         columns = tuple((first, last) for first, last, _ in update.Bs)
@@ -303,13 +327,5 @@ def lora_product(
         return y
     y_TO = frozen_product(x_TI, weight_OI)
     for segment in segments:
-        update, config = segment.lora.layers[layer][group], segment.lora.config
-        rows = segment.rows
-        h_TR = product(x_TI if rows is None else x_TI[rows], update.A_RI)
-        for place, (first, last, B_Or) in enumerate(update.Bs):
-            h_Tr = h_TR[:, place * config.r : (place + 1) * config.r]
-            if rows is None:
-                y_TO[:, first:last].addmm_(h_Tr, B_Or.t(), alpha=config.scale)
-            else:
-                y_TO[rows, first:last] += config.scale * (h_Tr @ B_Or.t())
+        segment.add_to(y_TO, x_TI, layer, group)
     return y_TO

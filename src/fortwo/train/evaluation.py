@@ -227,7 +227,7 @@ def validation_loss(served: Served, lora: Lora, rows: Spool) -> Generator[TrainE
     for group in micro_batches(held, rows.prefix, AGREEMENT_TOKENS):
         with torch.no_grad():
             packed = pack([row.tokens for row in group], served.decoder.device, rows.prefix)
-            attention = PackedAttention(packed)
+            attention = PackedAttention(packed, served.decoder.config)
             final_TD = served.decoder.forward(packed.tokens_T, packed.positions_T, attention, [Segment(lora)])
             places = [index for place, row in enumerate(group) for index in predicting(packed, place, row)]
             wanted = torch.tensor([row.tokens[at] for row in group for at in row.places], device=final_TD.device)

@@ -1,0 +1,251 @@
+"""Whatever comes together, is cut, cached or preempted: every request gets the text that it gets alone.
+
+The device's turns are taken by hand here, without its thread, so that a schedule is what hypothesis says it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Row
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fortwo.data.packing import PackedAttention, pack
+from fortwo.engine import engine as module
+from fortwo.engine.engine import Engine, _Base, _Request
+from fortwo.engine.generation import Reply
+from fortwo.engine.runner import Runner
+from fortwo.engine.sampling import Sampler
+from fortwo.models.lora import Lora, Segment
+from fortwo.records import Prompt, Sampling
+from tests.test_engine import CONFIG, DECODER, Ascii, make_lora, prompt
+
+TOKEN_BYTES = 2 * 4 * CONFIG.layers * CONFIG.kv_heads * CONFIG.head_size
+LORAS: dict[str | None, Lora | None] = {None: None, **{f"a{n}": make_lora(n) for n in range(3)}, "live": make_lora(9)}
+SYSTEM = "You are a helpful assistant that answers briefly and kindly. "
+TEXTS = ["hi", SYSTEM + "one", SYSTEM + "two", SYSTEM + "one, and then what?", "x" * 90, "y" * 130]
+LONGEST_REPLY = 40
+
+
+@cache
+@torch.no_grad()
+def alone(text: str, adapter: str | None) -> list[int]:
+    """The greedy reply of the plain network: each token from a pass over everything before it."""
+    lora, tokens = LORAS[adapter], list(text.encode())
+    for _ in range(LONGEST_REPLY):
+        packed = pack([tokens], prefix=0)
+        updates = [] if lora is None else [Segment(lora)]
+        hidden_TD = DECODER.forward(
+            packed.tokens_T, packed.positions_T, PackedAttention(packed, DECODER.config), updates
+        )
+        first, second = DECODER.logits(hidden_TD[-1:])[0].topk(2).values
+        assert first - second > 1e-4, "too close to tell: rounding may choose the other token"
+        tokens.append(int(DECODER.logits(hidden_TD[-1:])[0].argmax()))
+    return tokens[len(text) :]
+
+
+def make_base(tokens: int | None = None) -> _Base:
+    """A base with the adapters above, whose cache holds so many tokens."""
+    runner = Runner(DECODER, None if tokens is None else tokens * TOKEN_BYTES)
+    for key, lora in LORAS.items():
+        if key is not None and lora is not None:
+            runner.attach(key, lora, frozen=key != "live")
+    return _Base("tiny", runner, Ascii())
+
+
+@dataclass(frozen=True)
+class Asked:
+    text: str
+    adapter: str | None
+    count: int
+    turn: int = 0
+    cancelled: int | None = None
+
+    def request(self) -> _Request:
+        sampling = Sampling(max_tokens=self.count)
+        tokens = list(self.text.encode())
+        reply = Reply(Prompt("tiny", tuple(tokens), self.adapter, sampling), self.count, Ascii())
+        return _Request(tokens, self.adapter, reply=reply, sampler=Sampler(sampling))
+
+
+def serve(base: _Base, asked: Row[Asked]) -> list[_Request]:
+    """Take turns until everything has ended, as the device's thread does."""
+    requests = [one.request() for one in asked]
+    last = max(one.turn for one in asked)
+    for turn in range(5000):
+        for one, request in zip(asked, requests, strict=True):
+            if one.turn == turn:
+                base.scheduler.add(request)
+            if one.cancelled is not None and one.turn + one.cancelled == turn and not request.reply.done:
+                base.end(request, "cancelled")
+        base.decode()
+        base.read()
+        bound = base.runner.cache._bound
+        assert bound is None or base.runner.cache.tokens <= bound
+        if turn > last and not len(base.scheduler):
+            break
+    assert all(request.reply.done for request in requests), "somebody never ended"
+    base.runner.cache.check_idle()
+    return requests
+
+
+def check(asked: Row[Asked], requests: Row[_Request]) -> None:
+    for one, request in zip(asked, requests, strict=True):
+        wanted = alone(one.text, one.adapter)[: one.count]
+        if one.cancelled is None:
+            assert request.reply.tokens == wanted, (one, request.reply.error)
+        else:
+            assert request.reply.tokens == wanted[: len(request.reply.tokens)], one
+
+
+REQUESTS = st.builds(
+    Asked,
+    text=st.sampled_from(TEXTS),
+    adapter=st.sampled_from(list(LORAS)),
+    count=st.integers(1, LONGEST_REPLY),
+    turn=st.integers(0, 30),
+    cancelled=st.none() | st.none() | st.integers(1, 30),
+)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(REQUESTS, min_size=1, max_size=10), st.sampled_from([180, 300, 520, 1000, None]), st.integers(3, 200))
+def test_any_schedule_gives_every_request_the_text_it_gets_alone(
+    asked: list[Asked], tokens: int | None, budget: int
+) -> None:
+    """Joining, leaving, chunks of prompts, kept prefixes, preemption, adapters side by side: all at once."""
+    base = make_base(tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PROMPT_TOKENS", 2 * budget)
+        patch.setattr(module, "PROMPT_TOKENS_BESIDE", budget)
+        check(asked, serve(base, asked))
+        check(asked, serve(base, asked))  # once more, with what the first time left in the cache
+
+
+def test_a_full_cache_preempts_the_newest_which_goes_on_where_it_was() -> None:
+    base = make_base(tokens=4 * 128)
+    asked = [Asked(TEXTS[4], adapter, LONGEST_REPLY) for adapter in ("a0", None, "a1")]
+    preempted: list[_Request] = []
+    preempt = base.preempt
+
+    def seen(request: _Request) -> None:
+        assert request.reply.tokens, "it had begun to answer"
+        preempted.append(request)
+        preempt(request)
+
+    base.preempt = seen  # type: ignore[method-assign]
+    requests = serve(base, asked)
+    check(asked, requests)
+    assert preempted[0] is requests[2]
+
+
+def test_a_long_prompt_does_not_stop_the_replies_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PROMPT_TOKENS_BESIDE", 16)
+    base = make_base()
+    running, long = Asked("hi", None, LONGEST_REPLY).request(), Asked("y" * 130, "a0", 5).request()
+    base.scheduler.add(running)
+    base.decode()
+    base.read()
+    base.scheduler.add(long)
+    before = len(running.reply.tokens)
+    turns = 0
+    while not long.reply.tokens:
+        base.decode()
+        base.read()
+        turns += 1
+    assert turns == 9  # 130 tokens, 16 at a time
+    assert len(running.reply.tokens) == before + turns
+    while len(base.scheduler):
+        base.decode()
+        base.read()
+    assert long.reply.tokens == alone("y" * 130, "a0")[:5]
+    assert running.reply.tokens == alone("hi", None)
+
+
+# ---------------------------------------------------------------- prefixes
+
+
+def cached(base: _Base, *asked: Asked) -> list[int]:
+    requests = serve(base, asked)
+    check(asked, requests)
+    return [request.reply.cached_tokens for request in requests]
+
+
+@pytest.mark.parametrize("adapter", [None, "a0"])
+def test_system_prompts_and_turns_of_a_conversation_are_computed_once(adapter: str | None) -> None:
+    base = make_base()
+    assert cached(base, Asked(SYSTEM + "one", adapter, 40)) == [0]
+    assert cached(base, Asked(SYSTEM + "two", adapter, 5)) == [len(SYSTEM) // 16 * 16]
+    first = SYSTEM + "one" + bytes(alone(SYSTEM + "one", adapter)).decode()
+    assert cached(base, Asked(first + " Go on.", adapter, 5)) == [(len(first) - 1) // 16 * 16]
+
+
+def test_no_prefix_is_shared_between_adapters_or_with_the_base() -> None:
+    base = make_base()
+    for adapter in (None, "a0", "a1"):
+        assert cached(base, Asked(SYSTEM + "one", adapter, 5)) == [0]
+        assert cached(base, Asked(SYSTEM + "one", adapter, 5)) == [48]  # of 64: one token must be left over
+
+
+def test_an_adapter_in_training_neither_leaves_prefixes_nor_finds_any() -> None:
+    base = make_base()
+    for _ in range(2):
+        assert cached(base, Asked(SYSTEM + "one", "live", 5)) == [0]
+    assert base.runner.cache.prefixes.tokens == 0
+
+
+def test_other_weights_under_the_same_key_find_nothing_of_the_old_ones() -> None:
+    base = make_base()
+    asked = Asked(SYSTEM + "one", "a0", 5)
+    serve(base, [asked])
+    running = asked.request()
+    base.scheduler.add(running)
+    base.read()
+    other = LORAS["a1"]
+    assert other is not None
+    base.runner.attach("a0", other, frozen=True)
+    assert base.runner.cache.prefixes.tokens == 0
+    base.end(running, "cancelled")
+    assert base.runner.cache.prefixes.tokens == 0, "what the old weights computed was kept"
+    (again,) = serve(base, [asked])
+    assert again.reply.cached_tokens == 0
+    assert again.reply.tokens == alone(asked.text, "a1")[:5]
+
+
+# ---------------------------------------------------------------- the whole engine
+
+
+def test_the_bound_refuses_what_could_never_run_and_says_how_to_raise_it() -> None:
+    engine = Engine(threads=1)
+    engine.start()
+    try:
+        engine.add_base("tiny", Runner(DECODER, 100 * TOKEN_BYTES), Ascii())
+        with pytest.raises(module.InvalidRequest, match="100") as refused:
+            engine.submit(prompt("x" * 100))
+        assert "FORTWO_CACHE_MB" in str(refused.value.hint)
+        reply = engine.submit(prompt("x" * 90, max_tokens=50))
+        assert len(reply.wait(10)) == 10
+        assert engine.submit(prompt("x" * 90, max_tokens=1)).wait(10) == reply.text[:1]
+    finally:
+        engine.close()
+
+
+def test_a_slot_left_taken_is_found_and_freed_when_nobody_runs(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(threads=1)
+    engine.start()
+    try:
+        runner = Runner(DECODER)
+        engine.add_base("tiny", runner, Ascii())
+        with caplog.at_level(logging.ERROR):
+            engine.call(lambda: runner.cache.take(10)).result(5)
+            engine.submit(prompt()).wait(10)
+            engine.call(int).result(5)
+        assert "slot(s) of the cache are taken" in caplog.text
+        assert engine.call(lambda: runner.cache.used).result(5) == 0
+    finally:
+        engine.close()
