@@ -34,6 +34,12 @@ class Settings(BaseSettings):
         "auto", description="How base weights are held; auto is fp32 until the other kernels are built."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    queue: int = Field(
+        256, ge=0, description="Replies that may wait for their turn; past it, a request is refused with status 429."
+    )
+    request_timeout: float = Field(
+        600.0, gt=0, description="Seconds from a request to the end of its reply, waiting included; then it is ended."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the device owner; default: all cores.")
 
     @classmethod
