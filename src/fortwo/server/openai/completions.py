@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
+from pydantic_core import PydanticKnownError
 
 from fortwo.errors import InvalidRequest
 from fortwo.records import Delta, Json, Prompt
@@ -27,12 +28,31 @@ REPLY_TOKENS = 16  # when the request does not say
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
-TokenId = Annotated[int, Field(ge=0)]
-Texts = str | list[str] | list[TokenId] | list[list[TokenId]]
+
+def _several(given: Any) -> list[str | list[int]]:
+    """The prompts, each a text or its tokens."""
+    prompts = [given] if isinstance(given, str) or (given and _are_tokens(given)) else given
+    if not isinstance(prompts, list) or not all(isinstance(one, str) or _are_tokens(one) for one in prompts):
+        raise ValueError("it is neither text nor token ids, nor a list of those")
+    if not all(prompts) or not prompts:
+        raise ValueError("it is empty")
+    for text in prompts:
+        if isinstance(text, str) and not text.isprintable() and any("\ud800" <= one <= "\udfff" for one in text):
+            raise PydanticKnownError("string_unicode")
+    return prompts
+
+
+def _are_tokens(given: Any) -> bool:
+    return isinstance(given, list) and all(type(one) is int and one >= 0 for one in given)
+
+
+Prompts = Annotated[
+    list[Any], PlainValidator(_several, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+]
 
 
 class CompletionRequest(Parameters):
-    prompt: Texts = Field(description="A text, several, a list of tokens, or several.")
+    prompt: Prompts = Field(description="A text, several, a list of tokens, or several.")
     echo: bool | None = Field(None, description="Default false. Begin each reply with its prompt.")
     logprobs: int | None = Field(
         None, ge=0, le=TOP_LOGPROBS, description="How many of the likeliest tokens are told with each token's own."
@@ -51,14 +71,7 @@ class CompletionRequest(Parameters):
                 code="unsupported_parameter",
                 hint="Leave out one of them.",
             )
-        if not self.prompt or "" in self.several() or [] in self.several():
-            raise InvalidRequest("prompt is empty.", param="prompt", hint="Send at least one token.")
         return self
-
-    def several(self) -> list[str | list[int]]:
-        """The prompts, each a text or its tokens."""
-        given: Any = self.prompt
-        return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
 @router.post("/completions", response_model=None, summary="Continue a text with a base model or an adapter")
@@ -87,9 +100,8 @@ def _ask(house: House, body: CompletionRequest) -> tuple[Target, list[Prompt], l
     renderer = target.resident.renderer
     prompts: list[Prompt] = []
     echoes: list[str] = []
-    several = body.several()
-    for place, given in enumerate(several):
-        param = "prompt" if len(several) == 1 else f"prompt[{place}]"
+    for place, given in enumerate(body.prompt):
+        param = "prompt" if len(body.prompt) == 1 else f"prompt[{place}]"
         tokens = renderer.text(given) if isinstance(given, str) else given
         asked = body.prompts(target, tokens, param=param, otherwise=REPLY_TOKENS, logprobs=body.logprobs)
         prompts += [replace(prompt, continues=True) for prompt in asked]
