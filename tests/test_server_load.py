@@ -184,8 +184,11 @@ def test_a_process_that_is_told_to_end_finishes_its_stream_first(tiny: Path, tmp
     environment = os.environ | {"FORTWO_HOME": str(tmp_path), "FORTWO_DEFAULT_MODEL": "tiny", "COLUMNS": "200"}
     environment |= {"FORTWO_PORT": "0", "FORTWO_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     code = (
-        "from fortwo.server.house import House; from fortwo.server.process import Server; from fortwo.settings import load\n"
-        "house = House(load()); house.open()\n"
+        "from fortwo.server.house import House\n"
+        "from fortwo.server.process import Server\n"
+        "from fortwo.settings import load\n"
+        "house = House(load())\n"
+        "house.open()\n"
         "server = Server(house, lambda: print(server.servers[0].sockets[0].getsockname()[1]), grace=60)\n"
         "server.run()"
     )
