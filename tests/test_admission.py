@@ -46,13 +46,13 @@ def test_retry_after_is_when_that_many_places_become_free() -> None:
         admission.enter(Visitor(), 1)
     assert at_first.value.retry_after == 1
     for _ in range(200):
-        admission.leave(crowd, 1, seconds=40.0)
+        admission.leave(crowd, 1, seconds=39.0)
         admission.enter(crowd, 1)
     with pytest.raises(Overloaded) as one:
         admission.enter(Visitor(), 1)
     with pytest.raises(Overloaded) as four:
         admission.enter(Visitor(), 4)
-    assert (one.value.retry_after, four.value.retry_after) == (5, 20)  # one of eight ends every 40 / 8 seconds
+    assert (one.value.retry_after, four.value.retry_after) == (5, 20)  # one of eight ends every 39 / 8 seconds
 
 
 def test_draining_waits_for_who_goes_by_himself_and_stops_the_others() -> None:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from fortwo.data.vocabulary import Vocabulary
 from fortwo.engine.sampling import Chosen, Sampler, _nucleus, choose
+from fortwo.errors import UnsupportedModel
 from fortwo.records import NOT_NUMBERS, Sampling
 
 PROBABILITIES = [0.05, 0.4, 0.1, 0.3, 0.15]
@@ -192,11 +193,14 @@ def test_logprobs_are_the_models_own_whatever_bends_the_choice() -> None:
 
 
 def test_a_schema_leaves_only_tokens_that_fit() -> None:
-    letters = {letter: number for number, letter in enumerate(["</s>", *'{}":ax1 '])}
+    letters = {letter: number for number, letter in enumerate(["</s>", *'{}":ax1Ġ'])}
     spec = {"type": "BPE", "vocab": letters, "merges": []}
     special = {"id": 0, "content": "</s>", "special": True}
     special |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     backend = Tokenizer.from_str(json.dumps({"version": "1.0", "model": spec, "added_tokens": [special]}))
+    with pytest.raises(UnsupportedModel):
+        Vocabulary(backend, [0])
+    backend.decoder = decoders.ByteLevel()
     vocabulary = Vocabulary(backend, [0])
     logits = random_logits(0, 12)  # more than the tokenizer has: some models pad
     logits[9:] = 50

@@ -38,7 +38,7 @@ class Settings(BaseSettings):
         256, ge=0, description="Replies that may wait for their turn; past it, a request is refused with status 429."
     )
     request_timeout: float = Field(
-        600.0, gt=0, description="Seconds from a request to the end of its reply, waiting included; then it is ended."
+        600.0, gt=0, description="Seconds that a reply may take, waiting for its turn included; then it is ended."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the device owner; default: all cores.")
 

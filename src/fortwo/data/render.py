@@ -98,8 +98,9 @@ class Renderer:
     def text(self, text: str) -> list[int]:
         """Text that is the whole prompt. Control tokens in it are read as such: whoever writes raw text writes the
         template too. The tokenizer's own beginning (BOS) is added unless the text has it."""
-        ids: list[int] = self._backend.encode(text).ids
-        return ids[1:] if ids[:1] == [self._tokenizer.bos_token_id] and ids[:1] == ids[1:2] else ids
+        plain: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        begun = plain[:1] == [self._tokenizer.bos_token_id]
+        return plain if begun else list(self._backend.encode(text).ids)
 
     def example(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation that ends with the assistant's answer, and where there is loss.

@@ -13,16 +13,23 @@ from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from fortwo.errors import InvalidRequest
+from fortwo.errors import InvalidRequest, UnsupportedModel
 
 WHITE_SPACE = r"[ \n\t]{0,24}"  # between two parts: a line break and an indentation of some levels
 
 
 class Vocabulary:
-    """stop_ids: the tokens that may follow a complete value."""
+    """stop_ids: the tokens that may follow a complete value. Raises UnsupportedModel for a tokenizer that is built from
+    other parts than those of the supported families."""
 
     def __init__(self, backend: Tokenizer, stop_ids: Iterable[int]) -> None:
-        self._tokens = LLTokenizer(backend.to_str(), eos_token=sorted(stop_ids))
+        try:
+            self._tokens = LLTokenizer(backend.to_str(), eos_token=sorted(stop_ids))
+        except ValueError as error:
+            raise UnsupportedModel(
+                f"what this model's tokens stand for cannot be read from its tokenizer: {error}",
+                hint="Ask without response_format and without logprobs.",
+            ) from None
 
     def bytes(self, token: int) -> bytes:
         """What the token stands for, half a character or a control token's name too."""

@@ -55,7 +55,7 @@ class Admission:
                 ),  # Little's law: a place in seconds/taken
                 hint="Try again after the seconds in the header Retry-After, or raise FORTWO_QUEUE.",
             )
-        self._guests[guest] = replies
+        self._guests[guest] = self._guests.get(guest, 0) + replies
 
     def leave(self, guest: Guest, replies: int, seconds: float | None = None) -> None:
         """That many have ended. seconds: how long one of them took."""
