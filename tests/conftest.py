@@ -57,5 +57,5 @@ def live(real_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """A running server with the bundled real model and a home of its own."""
     home = tmp_path_factory.mktemp("live")
     (home / "models").symlink_to(real_home / "models")
-    with serve(Settings(home=home)) as server:
+    with serve(Settings(home=home, port=0)) as server:
         yield server

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 
 from fortwo.models.catalog import Catalog
-from fortwo.server.app import create_app
 from fortwo.server.house import House
+from fortwo.server.process import Server
 from fortwo.settings import Settings
 
 ENDED = ("succeeded", "failed", "cancelled")
@@ -25,6 +24,7 @@ ENDED = ("succeeded", "failed", "cancelled")
 @dataclass(frozen=True)
 class Served:
     house: House
+    server: Server
     url: str
     http: httpx.Client
 
@@ -49,10 +49,11 @@ class Served:
 
 
 @contextmanager
-def serve(settings: Settings) -> Iterator[Served]:
+def serve(settings: Settings, grace: float = 0) -> Iterator[Served]:
+    """grace: seconds for replies that are under way at the end."""
     house = House(settings)
     house.open()
-    server = uvicorn.Server(uvicorn.Config(create_app(house), host="127.0.0.1", port=0, log_level="warning"))
+    server = Server(house, grace=grace)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -61,7 +62,7 @@ def serve(settings: Settings) -> Iterator[Served]:
             time.sleep(0.01)
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
-            yield Served(house, url, http)
+            yield Served(house, server, url, http)
     finally:
         server.should_exit = True
         thread.join()
@@ -87,6 +88,6 @@ def chunks(response: httpx.Response) -> list[Any]:
 
 def tiny_settings(home: Path, tiny: Path, **more: Any) -> Settings:
     """Settings of a home whose catalog has the directory `tiny` as model "tiny", the default one."""
-    settings = Settings(home=home, data_dirs=(home / "data",), default_model="tiny", threads=1, **more)
+    settings = Settings(home=home, port=0, data_dirs=(home / "data",), default_model="tiny", threads=1, **more)
     Catalog(settings).add("tiny", tiny)
     return settings

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fortwo.engine.generation import Reply, StopScanner
 from fortwo.errors import FortwoError
-from fortwo.records import Delta, Prompt, Sampling
+from fortwo.records import Delta, Logprob, Prompt, Sampling
 
 END = 0
 
@@ -36,15 +36,20 @@ class Letters:
         return self.held
 
 
-def reply(room: int = 100, stop: tuple[str, ...] = ()) -> Reply:
-    return Reply(Prompt("base", (1,), sampling=Sampling(stop=stop)), room, Letters())
+def reply(room: int = 100, stop: tuple[str, ...] = (), **settings: bool) -> Reply:
+    return Reply(Prompt("base", (1,), sampling=Sampling(stop=stop, **settings)), room, Letters())
 
 
 def say(reply: Reply, text: str) -> Reply:
     for letter in text:
         if not reply.done:
-            reply.push(ord(letter))
+            reply.push(ord(letter), Logprob(ord(letter), -1.0))
     return reply
+
+
+def told(reply: Reply) -> list[tuple[str, str]]:
+    """Of each delta its text, and the letters whose log-probabilities come with it."""
+    return [(delta.text, "".join(chr(one.token) for one in delta.logprobs)) for delta in reply.deltas()]
 
 
 def scan(pieces: list[str], stops: tuple[str, ...]) -> tuple[str, bool]:
@@ -102,9 +107,22 @@ def test_a_stop_string_that_the_last_held_back_characters_complete_still_counts(
 
 def test_deltas_come_as_text_does_and_end_with_the_reason() -> None:
     ended = say(reply(stop=("xyz",)), "abx\0")
-    expected = [Delta("a", 97), Delta("b", 98), Delta("x", END, "stop")]
+    a, b, x = (Logprob(ord(letter), -1.0) for letter in "abx")
+    expected = [Delta("a", 97, logprobs=(a,)), Delta("b", 98, logprobs=(b,)), Delta("x", END, "stop", logprobs=(x,))]
     assert list(ended.deltas()) == expected
     assert list(ended.deltas()) == expected, "whoever comes later sees them all"
+
+
+def test_logprobs_come_with_the_text_their_tokens_make() -> None:
+    assert told(say(reply(), "a<b>\0")) == [("a", "a"), ("<b>", "<b>"), ("", "")]
+    assert told(say(reply(room=3), "a<b")) == [("a", "a"), ("<b", "<b")]
+    assert told(say(reply(stop=("###",)), "a#b\0")) == [("a", "a"), ("#b", "#b"), ("", "")]
+    assert told(say(reply(stop=("###",)), "a###")) == [("a", "a"), ("", "")], "the stop string is not said"
+
+
+def test_ignore_eos_goes_on_after_the_end() -> None:
+    ended = say(reply(room=4, ignore_eos=True), "a\0bc")
+    assert (ended.text, ended.finish_reason, len(ended.tokens)) == ("a\0bc", "length", 4)
 
 
 def test_deltas_wait_for_what_is_still_to_come() -> None:

@@ -419,3 +419,57 @@ def test_turns_end_where_the_template_ends_them(renderers: dict[str, Renderer]) 
     assert said == [
         f"<|im_start|>{m.role}\n{m.content}<|im_end|>" + ("\n" if m is not messages[-1] else "") for m in messages
     ]
+
+
+# ---------------------------------------------------------------- raw text, and single tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_raw_text_is_encoded_as_the_tokenizer_does_with_control_tokens_and_one_bos(
+    directories: dict[str, Path], renderers: dict[str, Renderer], family: str
+) -> None:
+    tokenizer, renderer = PreTrainedTokenizerFast.from_pretrained(directories[family]), renderers[family]
+    eos = FAMILIES[family][1]["eos_token"]
+    for text in ("for two", f"a{eos}b", " two", "é中"):
+        assert renderer.text(text) == tokenizer(text)["input_ids"]
+    if family in ("llama2", "plain with bos"):
+        assert renderer.text("<s>for two").count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_that_goes_on_has_the_spaces_of_the_whole(renderers: dict[str, Renderer], family: str) -> None:
+    renderer = renderers[family]
+    tokens = renderer.text("for two two for é中")
+    for cut in range(1, len(tokens)):
+        before, after = tokens[:cut], tokens[cut:]
+        if "\ufffd" in renderer.decode(before):
+            continue  # cut inside a character
+        stream = renderer.stream(before)
+        said = "".join(stream.push(token) for token in after) + stream.flush()
+        assert renderer.decode(before) + said == renderer.decode(tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bytes_of_tokens_make_the_text(renderers: dict[str, Renderer], family: str) -> None:
+    renderer = renderers[family]
+    tokens = [token for token in renderer.text("for two é中🙂") if token not in renderer.stop_ids]
+    said = b"".join(renderer.vocabulary.bytes(token) for token in tokens).decode()
+    assert said.removeprefix("<s>").removeprefix(" ") == "for two é中🙂"
+    assert renderer.vocabulary.bytes(10**6) == b""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_schema_lets_its_instances_through_and_nothing_else(renderers: dict[str, Renderer], family: str) -> None:
+    renderer = renderers[family]
+    schema = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
+    for text, fits in (('{"a": 5}', True), ('{\n  "a":5\n}', True), ('{"b": 5}', False), ('{"a": "x"}', False)):
+        constraint, kept = renderer.constraint(schema), True
+        for token in renderer.text("x" + text)[len(renderer.text("x")) :]:  # x, since Llama 2 begins texts with a space
+            kept = kept and bool(constraint.allowed()[token])
+            if kept:
+                constraint.advance(token)
+        assert (kept and any(constraint.allowed()[stop] for stop in renderer.stop_ids)) is fits
+    for wrong in ('{"type": "objekt"}', '{"not": {}}', '{"$ref": "#/x"}'):
+        with pytest.raises(InvalidRequest, match="schema") as caught:
+            renderer.constraint(wrong)
+        assert caught.value.param == "response_format.json_schema.schema"

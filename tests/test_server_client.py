@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 from serving import Served, serve, tiny_settings
@@ -55,6 +57,77 @@ def test_a_reply_can_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
         assert second.usage.prompt_tokens > first.usage.prompt_tokens
 
 
+EVERY: dict[str, Any] = {
+    "n": 2,
+    "seed": 5,
+    "stop": ["###", "never"],
+    "temperature": 0.8,
+    "top_p": 0.9,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "logit_bias": {"70": 1},
+    "user": "me",
+    "extra_body": {"top_k": 30, "min_p": 0.01, "repetition_penalty": 1.1, "ignore_eos": True},
+}
+
+
+def test_chat_takes_every_parameter_at_once(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = EVERY | {"max_completion_tokens": 12, "logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(model="tiny", messages=HELLO, **asked)
+    assert [choice.finish_reason for choice in whole.choices] == ["length", "length"]
+    assert whole.choices[0].message.content != whole.choices[1].message.content
+    for choice in whole.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert [len(one.top_logprobs) for one in choice.logprobs.content] == [2] * 12
+    texts, told = ["", ""], 0
+    stream = client.chat.completions.create(
+        model="tiny", messages=HELLO, stream=True, stream_options={"include_usage": True}, **asked
+    )
+    for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            told += len((choice.logprobs.content or []) if choice.logprobs else [])
+        usage = chunk.usage
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert told == 24
+    assert usage == whole.usage
+    assert usage.prompt_tokens_details.cached_tokens >= 0
+
+
+def test_text_takes_every_parameter_at_once(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = EVERY | {"max_tokens": 12, "prompt": ["hello the", [70, 71, 72]]}
+    whole = client.completions.create(model="tiny", logprobs=2, **asked)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    for choice in whole.choices:
+        assert choice.logprobs is not None
+        assert len(choice.logprobs.tokens or []) == len(choice.logprobs.text_offset or []) == 12
+        assert all(2 <= len(top) <= 3 for top in choice.logprobs.top_logprobs or [{}])
+    echoed = client.completions.create(model="tiny", echo=True, **asked)
+    begins = ["hello the"] * 2 + [echoed.choices[2].text[:3]] * 2
+    assert [one.text for one in echoed.choices] == [
+        begin + one.text for begin, one in zip(begins, whole.choices, strict=True)
+    ]
+    texts = [""] * 4
+    stream = client.completions.create(model="tiny", stream=True, stream_options={"include_usage": True}, **asked)
+    for chunk in stream:
+        for piece in chunk.choices:
+            texts[piece.index] += piece.text
+        usage = chunk.usage
+    assert texts == [choice.text for choice in whole.choices]
+    assert usage == whole.usage
+
+
+class Answer(pydantic.BaseModel):
+    city: Literal["Paris", "Rome"]
+    sunny: bool
+
+
+def test_a_reply_is_parsed_into_a_model(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.parse(model="tiny", messages=HELLO, seed=1, response_format=Answer, max_tokens=200)
+    assert isinstance(reply.choices[0].message.parsed, Answer)
+
+
 def test_models(client: openai.OpenAI) -> None:
     assert "tiny" in [model.id for model in client.models.list()]
     assert client.models.retrieve("tiny").owned_by == "fortwo"
@@ -62,8 +135,8 @@ def test_models(client: openai.OpenAI) -> None:
 
 def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="tiny", messages=HELLO, n=2)
-    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "n")
+        client.chat.completions.create(model="tiny", messages=HELLO, store=True)
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "store")
     with pytest.raises(openai.NotFoundError, match="nobody"):
         client.chat.completions.create(model="nobody", messages=HELLO)
 

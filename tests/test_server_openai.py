@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from serving import Served, chunks, refused
+from tiny import VOCABULARY
 
 USER = {"role": "user", "content": "hello"}
 CONTEXT = 1024
@@ -94,6 +95,97 @@ def test_a_stream_tells_usage_when_asked(served: Served) -> None:
     assert all(chunk["usage"] is None for chunk in said)
 
 
+def test_n_replies_have_seeds_of_their_own_and_share_a_prompt(served: Served) -> None:
+    body = served.chat(n=3, seed=7, max_tokens=24).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    alone = [served.chat(seed=7 + more, max_tokens=24).json() for more in range(3)]
+    assert [choice["message"] for choice in body["choices"]] == [one["choices"][0]["message"] for one in alone]
+    assert len({one["choices"][0]["message"]["content"] for one in alone}) == 3
+    assert body["usage"]["prompt_tokens"] == alone[0]["usage"]["prompt_tokens"]
+    assert body["usage"]["completion_tokens"] == sum(one["usage"]["completion_tokens"] for one in alone)
+
+
+def test_n_streams_come_in_one(served: Served) -> None:
+    asked = {"n": 3, "seed": 7, "max_tokens": 24}
+    whole = served.chat(**asked).json()["choices"]
+    *said, done = chunks(served.chat(**asked, stream=True))
+    assert done == "[DONE]"
+    texts, reasons = ["", "", ""], [None, None, None]
+    for chunk in said:
+        (choice,) = chunk["choices"]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+        reasons[choice["index"]] = choice["finish_reason"]
+    assert texts == [choice["message"]["content"] for choice in whole]
+    assert reasons == [choice["finish_reason"] for choice in whole]
+
+
+def test_penalties_and_bias_change_greedy_replies_as_they_say(served: Served) -> None:
+    def tokens(**how: Any) -> list[str]:
+        body = served.chat(temperature=0, max_tokens=30, logprobs=True, **how).json()
+        return [one["token"] for one in body["choices"][0]["logprobs"]["content"]]
+
+    plain = tokens()
+    assert len(set(plain)) < 30, "it repeats itself"
+    assert len(set(tokens(frequency_penalty=2, presence_penalty=2))) > len(set(plain))
+    assert len(set(tokens(repetition_penalty=2))) > len(set(plain))
+    assert set(tokens(logit_bias={"70": 100})) == {VOCABULARY[70]}
+    said = next(token for token in plain if token in VOCABULARY)
+    assert said not in tokens(logit_bias={str(VOCABULARY.index(said)): -100})
+
+
+def test_logprobs_tell_every_token_of_the_reply_whole_and_streamed(served: Served) -> None:
+    asked = {"temperature": 0, "max_tokens": 20, "logprobs": True, "top_logprobs": 3, "logit_bias": {"70": 4}}
+    (choice,) = served.chat(**asked).json()["choices"]
+    content = choice["logprobs"]["content"]
+    assert len(content) == 20
+    said = b"".join(bytes(one["bytes"]) for one in content)
+    assert said.decode(errors="replace") == choice["message"]["content"]
+    for one in content:
+        assert len(one["top_logprobs"]) == 3
+        values = [other["logprob"] for other in one["top_logprobs"]]
+        assert values == sorted(values, reverse=True)
+        assert one["logprob"] <= values[0] < 0
+    *chunked, _ = chunks(served.chat(**asked, stream=True))
+    streamed = [told for chunk in chunked if (told := chunk["choices"][0]["logprobs"])]
+    assert [one for told in streamed for one in told["content"]] == content
+    assert served.chat(temperature=0).json()["choices"][0]["logprobs"] is None
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}, "size": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["city", "size"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_schema_is_kept_to_by_a_model_that_knows_no_json(served: Served, seed: int) -> None:
+    format = {"type": "json_schema", "json_schema": {"name": "city", "schema": SCHEMA, "strict": True}}
+    (choice,) = served.chat(response_format=format, seed=seed, max_tokens=400).json()["choices"]
+    assert choice["finish_reason"] == "stop"
+    said = json.loads(choice["message"]["content"])
+    assert set(said) == {"city", "size"}
+    assert said["city"] in ("Paris", "Rome")
+    assert 0 <= said["size"] <= 99
+
+
+def test_a_json_object_is_one_and_what_cuts_it_is_told(served: Served) -> None:
+    asked = {"response_format": {"type": "json_object"}, "seed": 1, "logit_bias": {str(VOCABULARY.index("}")): 20}}
+    (choice,) = served.chat(**asked, max_tokens=300).json()["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert isinstance(json.loads(choice["message"]["content"]), dict)
+    (cut,) = served.chat(**asked, max_tokens=1).json()["choices"]
+    assert (cut["finish_reason"], cut["message"]["content"][0]) == ("length", "{")
+
+
+def test_ignore_eos_is_for_measuring(served: Served) -> None:
+    end = {str(VOCABULARY.index("<|im_end|>")): 100}
+    assert served.chat(logit_bias=end).json()["choices"][0]["finish_reason"] == "stop"
+    body = served.chat(logit_bias=end, ignore_eos=True).json()
+    assert (body["choices"][0]["finish_reason"], body["usage"]["completion_tokens"]) == ("length", 8)
+
+
 def test_marks_and_values_that_ask_for_nothing_are_accepted(served: Served) -> None:
     nothing = {
         "user": "me",
@@ -117,15 +209,8 @@ def test_marks_and_values_that_ask_for_nothing_are_accepted(served: Served) -> N
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 2),
-        ("logprobs", True),
-        ("top_logprobs", 3),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("logit_bias", {"5": 100}),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
         ("reasoning_effort", "high"),
         ("store", True),
         ("audio", {"voice": "x"}),
@@ -169,7 +254,43 @@ def test_what_cannot_be_honoured_is_refused_by_name(served: Served, name: str, v
         ({"temperature": "hot"}, "invalid_request", "temperature", "'hot'"),
         ({"top_p": 0}, "invalid_request", "top_p", "0"),
         ({"top_p": 1.1}, "invalid_request", "top_p", "1.1"),
-        ({"top_k": -1}, "invalid_request", "top_k", "-1"),
+        ({"top_k": -2}, "invalid_request", "top_k", "-2"),
+        ({"min_p": 1.1}, "invalid_request", "min_p", "1.1"),
+        ({"n": 0}, "invalid_request", "n", "0"),
+        ({"n": 129}, "invalid_request", "n", "129"),
+        ({"presence_penalty": 2.1}, "invalid_request", "presence_penalty", "2.1"),
+        ({"frequency_penalty": -3}, "invalid_request", "frequency_penalty", "-3"),
+        ({"repetition_penalty": 0}, "invalid_request", "repetition_penalty", "0"),
+        ({"logit_bias": {"5": 101}}, "invalid_request", "logit_bias.5", "101"),
+        ({"logit_bias": {"999999": 1}}, "invalid_request", "logit_bias", "999999"),
+        ({"top_logprobs": 2}, "invalid_request", "top_logprobs", "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "invalid_request", "top_logprobs", "21"),
+        ({"response_format": {"type": "yaml"}}, "invalid_request", "response_format.type", "'yaml'"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "invalid_request",
+            "response_format.json_schema",
+            "no json_schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}},
+            "invalid_request",
+            "response_format.json_schema.name",
+            "'a b'",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "objekt"}}}},
+            "invalid_request",
+            "response_format.json_schema.schema",
+            "objekt",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
+            "invalid_request",
+            "response_format.json_schema.schema",
+            "not",
+        ),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "invalid_request", "ignore_eos", "JSON"),
         ({"seed": "x"}, "invalid_request", "seed", "'x'"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "invalid_request", "stop", "4"),
         ({"stop": ""}, "invalid_request", "stop[0]", "''"),

@@ -14,11 +14,13 @@ class FortwoError(Exception):
     param:   dotted name of the field at fault ("training_config.learning_rate"), if there is one.
     hint:    what to do about it.
     code:    machine-readable slug; each class has a default.
+    retry_after: seconds after which trying again makes sense, where that is known.
     """
 
     code = "internal_error"
     type = "server_error"
     status = 500
+    retry_after: int | None = None
 
     def __init__(
         self, message: str, *, param: str | None = None, hint: str | None = None, code: str | None = None
@@ -103,10 +105,30 @@ class StorageFailed(FortwoError):
 
 
 class Unavailable(FortwoError):
-    """The server is shutting down or the queue is full."""
+    """The server is shutting down, or what was asked is gone."""
 
     code = "unavailable"
     status = 503
+
+
+class Overloaded(FortwoError):
+    """As many requests run and wait as may."""
+
+    code = "queue_full"
+    type = "rate_limit_error"
+    status = 429
+
+    def __init__(self, message: str, *, retry_after: int, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(FortwoError):
+    """A request took longer than it may."""
+
+    code = "deadline_exceeded"
+    type = "timeout_error"
+    status = 504
 
 
 class TrainingFailed(FortwoError):

@@ -237,28 +237,40 @@ TrainEvent = Phase | MicroStepped | Stepped | Evaluated | Waiting
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy. top_k 0 and top_p 1 switch those filters off.
+    """temperature 0 is greedy. top_k 0, top_p 1, min_p 0, penalties of 0 and a repetition_penalty of 1 change nothing.
 
-    stop strings end the reply and are not part of it.
+    stop strings end the reply and are not part of it. logit_bias: what is added to the logits of these tokens.
+    logprobs: how many of the likeliest tokens are told with each token's own log-probability; None tells neither.
+    json_schema: the reply is JSON that this schema (JSON text) describes. ignore_eos: no token ends the reply.
     """
 
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    json_schema: str | None = None
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A generation request: token ids, and which weights answer: a resident base's id and, for an adapter, its key
-    (the digest of a published version, the job id of one in training); None is the plain base."""
+    (the digest of a published version, the job id of one in training); None is the plain base. continues: the reply's
+    text goes on where the prompt's ends, instead of beginning an answer."""
 
     base: str
     tokens: tuple[int, ...]
     adapter: str | None = None
     sampling: Sampling = Sampling()
+    continues: bool = False
 
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -266,17 +278,30 @@ NOT_NUMBERS = "the model's logits are not numbers (nan or infinite)"  # the `err
 
 
 @dataclass(frozen=True)
+class Logprob:
+    """A generated token's natural log-probability in the model's own distribution: of its logits as they are, before
+    bias, penalties, temperature and whatever else decides. top: the likeliest tokens with theirs, likeliest first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Delta:
-    """New text of a running generation; the last one carries finish_reason."""
+    """New text of a running generation; the last one carries finish_reason. logprobs: of the tokens that `text` is made
+    of, when they were asked for."""
 
     text: str
     token: int | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    logprobs: tuple[Logprob, ...] = ()
 
 
 class Generation(Protocol):
-    """Handle of a submitted Prompt. Every one ends: done becomes True with a finish_reason."""
+    """Handle of a submitted Prompt. Every one ends: done becomes True with a finish_reason. cached_tokens: how many of
+    the prompt's tokens needed no computing."""
 
     @property
     def done(self) -> bool: ...

@@ -38,6 +38,12 @@ class Settings(BaseSettings):
         None, ge=1, description="MiB for keys and values, for each base; default: an eighth of the device's memory."
     )
     max_adapters: int = Field(64, ge=1, description="Adapters in memory at once; the least recently used gives way.")
+    queue: int = Field(
+        256, ge=0, description="Replies that may wait for their turn; past it, a request is refused with status 429."
+    )
+    request_timeout: float = Field(
+        600.0, gt=0, description="Seconds that a reply may take, waiting for its turn included; then it is ended."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the device owner; default: all cores.")
 
     @classmethod

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,8 +20,6 @@ from fortwo.errors import InvalidRequest
 if TYPE_CHECKING:
     from fortwo.cli.client import Client
     from fortwo.records import Json
-
-SHUTDOWN_SECONDS = 5  # how long replies and event streams may go on once the server is told to end
 
 app = typer.Typer(
     cls=Commands,
@@ -57,31 +54,16 @@ def serve(
 
     house = House(load(host=host, port=port))
 
-    import uvicorn
+    from fortwo.server.process import Server
 
-    from fortwo.server.app import create_app
+    def listening() -> None:
+        url = house.settings.url
+        screen.print(f"fortwo listens on {url}; {url}/docs says what it understands. Ctrl-C ends it.")
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                url = house.settings.url
-                screen.print(f"fortwo listens on {url}; {url}/docs says what it understands. Ctrl-C ends it.")
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().shutdown(sockets)
-            house.close()  # here, because uvicorn ends the process by the signal that it got
-
-    config = uvicorn.Config(
-        create_app(house),
-        host=house.settings.host,
-        port=house.settings.port,
-        log_level="warning",
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-    )
+    server = Server(house, listening)
     house.open()
     try:
-        Server(config).run()
+        server.run()
     finally:
         house.close()
 

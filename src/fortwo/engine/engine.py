@@ -28,7 +28,7 @@ from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, shares
 from fortwo.engine.tasks import Task
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from fortwo.models.lora import Lora
-from fortwo.records import NOT_NUMBERS, Delta, FinishReason, Prompt, TrainEvent
+from fortwo.records import Delta, FinishReason, Prompt, TrainEvent
 
 log = logging.getLogger(__name__)
 _MALLOC_OPTIONS = ((-8, 1), (-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20))  # arenas, mmap and trim thresholds, padding
@@ -214,7 +214,8 @@ class Engine:
     def submit(self, prompt: Prompt, on_delta: Callable[[Delta], None] | None = None) -> Reply:
         """Accept a request. on_delta is called on the device's thread and must not block.
 
-        Raises InvalidRequest for a prompt that does not fit, NotFound for weights that are not here, Unavailable.
+        Raises InvalidRequest for a prompt that does not fit and for a schema that cannot be followed (which may take
+        a second to find out), NotFound for weights that are not here, Unavailable.
         """
         base = self._base(prompt.base)
         _check_adapter(base, prompt.adapter)
@@ -230,7 +231,10 @@ class Engine:
                 hint=f"Shorten the messages{', or raise FORTWO_CACHE_MB' if bound < context else ''}.",
             )
         reply = Reply(prompt, min(room, prompt.sampling.max_tokens), base.speech, on_delta)
-        request = _Request(list(prompt.tokens), prompt.adapter, reply=reply, sampler=sampling.Sampler(prompt.sampling))
+        schema = prompt.sampling.json_schema
+        constraint = None if schema is None else base.speech.constraint(schema)
+        sampler = sampling.Sampler(prompt.sampling, prompt.tokens, constraint)
+        request = _Request(list(prompt.tokens), prompt.adapter, reply=reply, sampler=sampler)
 
         def accept() -> None:
             try:
@@ -355,19 +359,19 @@ def _advance(base: _Base, requests: list[_Request], forward: Callable[[], Tensor
     try:
         logits_BV = forward()
         requests = [request for request in requests if request.unread == 0]
-        tokens = sampling.choose(logits_BV, [request.sampler for request in requests])
+        rows = sampling.choose(logits_BV, [request.sampler for request in requests])
     except Exception as error:
         log.exception("a forward of %d request(s) failed", len(requests))
         for request in requests:
             base.end(request, "error", f"{type(error).__name__}: {error}")
         return
-    for request, token in zip(requests, tokens, strict=True):
-        if token is None:
-            base.end(request, "error", NOT_NUMBERS)
+    for request, chosen in zip(requests, rows, strict=True):
+        if isinstance(chosen, str):
+            base.end(request, "error", chosen)
             continue
-        request.tokens.append(token)
+        request.tokens.append(chosen.token)
         try:
-            request.reply.push(token)
+            request.reply.push(*chosen)
         except Exception as error:
             log.exception("a token could not be turned into text")
             request.reply.end("error", f"{type(error).__name__}: {error}")

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fortwo.errors import FortwoError
-from fortwo.records import Delta, FinishReason, Prompt
+from fortwo.records import Delta, FinishReason, Logprob, Prompt
 
 log = logging.getLogger(__name__)
+CONTEXT = 8  # tokens of the prompt that decide how a text that continues it begins
 
 
 class Detokenizer(Protocol):
@@ -23,12 +27,21 @@ class Detokenizer(Protocol):
     def flush(self) -> str: ...
 
 
+class Constraint(Protocol):
+    """Which tokens may be next (V or more, the rest is padding); raises ValueError when none can be named."""
+
+    def allowed(self) -> NDArray[np.bool_]: ...
+    def advance(self, token: int) -> None: ...
+
+
 class Speech(Protocol):
-    """What a reply needs of the renderer. stop_ids: tokens that end a reply."""
+    """What a reply needs of the renderer. stop_ids: tokens that end a reply. stream: `context` holds the tokens that
+    the text continues. constraint: raises InvalidRequest."""
 
     @property
     def stop_ids(self) -> frozenset[int]: ...
-    def stream(self) -> Detokenizer: ...
+    def stream(self, context: Sequence[int] = ()) -> Detokenizer: ...
+    def constraint(self, schema: str) -> Constraint: ...
 
 
 class StopScanner:
@@ -89,11 +102,12 @@ class Reply:
         self.cancel_requested = False
         self.cached_tokens = 0
         self._room = room
-        self._detokenizer = speech.stream()
-        self._stop_ids = speech.stop_ids
+        self._detokenizer = speech.stream(prompt.tokens[-CONTEXT:]) if prompt.continues else speech.stream()
+        self._stop_ids = frozenset[int]() if prompt.sampling.ignore_eos else speech.stop_ids
         self._scanner = StopScanner(prompt.sampling.stop)
         self._on_delta = on_delta
         self._tokens: list[int] = []
+        self._untold: list[Logprob] = []  # of tokens whose text was not shown yet
         self._deltas: list[Delta] = []
         self._finish_reason: FinishReason | None = None
         self._changed = threading.Condition()
@@ -141,19 +155,21 @@ class Reply:
 
     # ------------------------------------------------------------ the engine's thread
 
-    def push(self, token: int) -> None:
+    def push(self, token: int, logprob: Logprob | None = None) -> None:
         """One more token: new text, held-back text, or the end."""
         self._tokens.append(token)
         if token in self._stop_ids:
             self.end("stop")
             return
+        if logprob is not None:
+            self._untold.append(logprob)
         text = self._scanner.push(self._detokenizer.push(token))
         if self._scanner.stopped:
-            self._emit(Delta(text, token, "stop"))
+            self._emit(text, "stop")
         elif len(self._tokens) >= self._room:
             self.end("length", before=text)
         elif text:
-            self._emit(Delta(text, token))
+            self._emit(text)
 
     def end(self, reason: FinishReason, error: str | None = None, *, before: str = "") -> None:
         """The end; what was held back is shown, after `before`."""
@@ -164,9 +180,15 @@ class Reply:
         text = before + self._scanner.push(rest)
         if self._scanner.stopped and reason == "length":
             reason = "stop"
-        self._emit(Delta(text + self._scanner.flush(), self._tokens[-1] if self._tokens else None, reason, error))
+        self._emit(text + self._scanner.flush(), reason)
 
-    def _emit(self, delta: Delta) -> None:
+    def _emit(self, text: str, reason: FinishReason | None = None) -> None:
+        cut = (
+            self._scanner.stopped and not text
+        )  # the tokens since the last text are the stop string, which is not said
+        told = () if cut else tuple(self._untold)
+        self._untold.clear()
+        delta = Delta(text, self._tokens[-1] if self._tokens else None, reason, self.error, told)
         with self._changed:
             self._deltas.append(delta)
             self._finish_reason = delta.finish_reason

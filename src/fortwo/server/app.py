@@ -7,7 +7,7 @@ from fastapi.responses import RedirectResponse
 
 from fortwo.records import Json
 from fortwo.server import errors, native, openai, vllm
-from fortwo.server.house import House
+from fortwo.server.house import Door, House
 from fortwo.server.security import Guard
 
 
@@ -20,8 +20,9 @@ def create_app(house: House) -> FastAPI:
     )
     app.state.house = house
     errors.install(app)
+    app.add_middleware(Door, house=house)
     app.add_middleware(Guard, settings=house.settings)
-    for router in (native.router, openai.router, vllm.router):
+    for router in (native.router, *openai.routers, vllm.router):
         app.include_router(router)
 
     @app.get("/healthz", tags=["server"], summary="Whether the server is up; needs no key")

@@ -57,7 +57,8 @@ class Unexpected:
 
 
 def respond(error: FortwoError, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, headers)
+    retry = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return JSONResponse(error.body(), error.status, retry | (headers or {}))
 
 
 def unexpected(error: BaseException) -> FortwoError:

@@ -11,8 +11,11 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fortwo.errors import Conflict
+from fortwo.server.admission import Admission, closing
+from fortwo.server.errors import respond
 from fortwo.server.security import check_binding
 from fortwo.settings import Settings
 
@@ -34,6 +37,7 @@ class House:
     residents: Residents
     jobs: JobStore
     runner: JobRunner
+    admission: Admission
 
     def __init__(self, settings: Settings) -> None:
         check_binding(settings)
@@ -43,7 +47,7 @@ class House:
     def open(self) -> None:
         """Build all of it and take up the queue of jobs. This loads torch, but no model."""
         from fortwo.adapters import AdapterStore
-        from fortwo.engine.engine import Engine
+        from fortwo.engine.engine import RUNNING, Engine
         from fortwo.engine.residents import Residents
         from fortwo.jobs.runner import JobRunner
         from fortwo.jobs.store import JobStore
@@ -62,6 +66,7 @@ class House:
             self.runner = JobRunner(self.settings, self.catalog, self.adapters, self.engine, self.residents, self.jobs)
             self.runner.start()
             built.callback(self.runner.close)
+            self.admission = Admission(RUNNING + self.settings.queue)
             self._closing = built.pop_all()
 
     def close(self) -> None:
@@ -82,6 +87,20 @@ def _only_one(settings: Settings) -> Iterator[None]:
                 hint="Stop it, or give this one a folder of its own with FORTWO_HOME.",
             ) from None
         yield
+
+
+class Door:
+    """ASGI middleware: once the server is to end, every new request is told so."""
+
+    def __init__(self, app: ASGIApp, house: House) -> None:
+        self._app = app
+        self._house = house
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._house.admission.closed:
+            await respond(closing(), {"Connection": "close"})(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 def _here(request: Request) -> House:

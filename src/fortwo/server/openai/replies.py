@@ -1,0 +1,221 @@
+"""The replies to one request, as the event loop hears them: whole, or as a stream of events.
+
+Deltas are handed over from the device's thread. Whatever happens (the client hangs up, the deadline passes, the server
+ends, one of them fails), all of them end and whoever listens is told why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from fortwo.errors import DeadlineExceeded, FortwoError, Unavailable
+from fortwo.records import Delta, Generation, Json, Prompt
+from fortwo.server.errors import unexpected
+from fortwo.server.house import House
+
+KEEP_ALIVE_SECONDS = 15  # a stream is never silent for longer: proxies cut what is
+T = TypeVar("T")
+
+
+class Replies:
+    """Of `prompts`, each asked `n` times in a row. Raises what Admission.enter does."""
+
+    def __init__(self, house: House, prompts: Sequence[Prompt], n: int, streamed: bool) -> None:
+        self._engine = house.engine
+        self._admission = house.admission
+        self._timeout = house.settings.request_timeout
+        self._prompts = prompts
+        self._n = n
+        self._streamed = streamed
+        self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
+        self._generations: list[Generation] = []
+        self._heard: asyncio.Queue[tuple[int, Delta] | FortwoError | None] = asyncio.Queue()
+        self._admission.enter(self, len(prompts))
+        self.deadline = self._began + self._timeout
+        self._too_late_timer = self._loop.call_at(self.deadline, self._too_late)
+        self._keep_alive_timer: asyncio.TimerHandle | None = None
+
+    async def submit(self) -> None:
+        """Ask. Raises what Engine.submit does; then nothing was asked."""
+        try:
+            await run_in_threadpool(self._submit)  # a schema takes a while to read
+        except BaseException:
+            self._admission.leave(self, len(self._prompts) - len(self._generations))
+            self.close()
+            raise
+        if self._streamed:
+            self._keep_alive_timer = self._loop.call_later(KEEP_ALIVE_SECONDS, self._keep_alive)
+
+    def _submit(self) -> None:
+        for index, prompt in enumerate(self._prompts):
+            self._generations.append(self._engine.submit(prompt, partial(self._hand_over, index)))
+
+    def _hand_over(self, index: int, delta: Delta) -> None:
+        """On the device's thread."""
+        if self._streamed or delta.finish_reason is not None:
+            self._loop.call_soon_threadsafe(self._hear, index, delta)
+
+    def _hear(self, index: int, delta: Delta) -> None:
+        self._heard.put_nowait((index, delta))
+        if delta.finish_reason is not None:
+            self._admission.leave(self, 1, self._loop.time() - self._began)
+
+    # ------------------------------------------------------------ their ends
+
+    def close(self) -> None:
+        """Nobody listens any more."""
+        self._too_late_timer.cancel()
+        if self._keep_alive_timer is not None:
+            self._keep_alive_timer.cancel()
+        for generation in self._generations:
+            generation.cancel()
+
+    def stop(self) -> None:
+        """The server cannot wait for them any longer."""
+        self._cut(Unavailable("The reply was cut off: the server is shutting down.", hint="Ask again when it is back."))
+
+    def _too_late(self) -> None:
+        self._cut(
+            DeadlineExceeded(
+                f"The reply did not end within {self._timeout:g} seconds, waiting included.",
+                hint="Ask for fewer tokens, or raise FORTWO_REQUEST_TIMEOUT.",
+            )
+        )
+
+    def _cut(self, error: FortwoError) -> None:
+        self.close()
+        self._heard.put_nowait(error)
+
+    def _keep_alive(self) -> None:
+        self._heard.put_nowait(None)
+        self._keep_alive_timer = self._loop.call_later(KEEP_ALIVE_SECONDS, self._keep_alive)
+
+    # ------------------------------------------------------------ what they say
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta] | None]:
+        """(place of the prompt, delta) as they come, None to keep a connection alive; ends after each had a
+        finish_reason. Raises when one did not come to its own end."""
+        left = len(self._prompts)
+        while left:
+            heard = await self._heard.get()
+            if isinstance(heard, FortwoError):
+                raise heard
+            if heard is not None:
+                _check(heard[1])
+                left -= heard[1].finish_reason is not None
+            yield heard
+
+    async def whole(self, request: Request) -> list[Delta]:
+        """Each reply as one delta, in order. Raises when one did not come to its own end, or the client hung up."""
+
+        async def ends() -> None:
+            async for _ in self.deltas():
+                pass
+
+        try:
+            await _unless_gone(request.receive, ends())
+        finally:
+            self.close()
+        return [_joined(list(generation.deltas())) for generation in self._generations]
+
+    def usage(self) -> Json:
+        """A prompt that is asked n times counts once."""
+        asked = sum(len(prompt.tokens) for prompt in self._prompts[:: self._n])
+        cached = sum(generation.cached_tokens for generation in self._generations[:: self._n])
+        said = sum(len(generation.tokens) for generation in self._generations)
+        return {
+            "prompt_tokens": asked,
+            "completion_tokens": said,
+            "total_tokens": asked + said,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+def _check(delta: Delta) -> None:
+    if delta.finish_reason == "error":
+        raise FortwoError(f"The generation failed: {delta.error}.", hint="Ask again; the server's log has more.")
+    if delta.finish_reason == "cancelled":
+        raise Unavailable("The reply was cut off: its model was unloaded or the server stops.", hint="Ask again.")
+
+
+def _joined(deltas: list[Delta]) -> Delta:
+    last = deltas[-1]
+    text = "".join(delta.text for delta in deltas)
+    logprobs = tuple(one for delta in deltas for one in delta.logprobs)
+    return Delta(text, last.token, last.finish_reason, last.error, logprobs)
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives. Raises Unavailable when the client hangs up first."""
+
+    async def hung_up() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, gone = asyncio.create_task(work), asyncio.create_task(hung_up())
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Unavailable("The client hung up.")
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+class Stream(Response):
+    """Replies as server-sent events, `chunks` as their data, then usage when it is asked for, then [DONE]. Once they
+    flow, a failure can only be told in the stream; it is then the last event."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, replies: Replies, chunks: AsyncIterator[Json | None], usage: Json | None) -> None:
+        """usage: the chunk that gets the replies' usage; None when it is not asked for."""
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._replies = replies
+        self._chunks = chunks
+        self._usage = usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            # A client that stays but does not read cannot be told of the deadline; its connection is closed soon after.
+            with suppress(Unavailable, TimeoutError):
+                async with asyncio.timeout_at(self._replies.deadline + KEEP_ALIVE_SECONDS):
+                    await _unless_gone(receive, self._write(send))
+        finally:
+            self._replies.close()
+
+    async def _write(self, send: Send) -> None:
+        async for event in self._events():
+            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self) -> AsyncIterator[str]:
+        try:
+            async for chunk in self._chunks:
+                yield ": waiting\n\n" if chunk is None else _event(chunk)
+            if self._usage is not None:
+                yield _event(self._usage | {"usage": self._replies.usage()})
+            yield "data: [DONE]\n\n"
+        except FortwoError as error:
+            yield _event(error.body())
+        except Exception as error:
+            yield _event(unexpected(error).body())
+
+
+def _event(data: Json) -> str:
+    return f"data: {json.dumps(data)}\n\n"

@@ -1,0 +1,209 @@
+"""The server under load and at its end: nobody who was let in is left hanging, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving import Served, chunks, refused, serve, tiny_settings
+
+from fortwo.models.catalog import Catalog
+from fortwo.settings import Settings
+
+CLIENTS = 200
+PROMPTS = [f"question {number}" for number in range(7)]
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+def asked(prompt: str, **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": prompt}]
+    return {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 40, "ignore_eos": True, **more}
+
+
+def long(**more: Any) -> dict[str, Any]:
+    """A request that takes a while."""
+    return asked("hello", **{"max_tokens": 950, **more})
+
+
+def left(served: Served) -> dict[str, Any]:
+    """Whatever a request may hold."""
+    served.http.get("/healthz")  # the test's own connection is there, and idle
+    time.sleep(0.05)
+    loop = served.server.servers[0].get_loop()
+    return {
+        "requests": served.house.engine.requests("tiny"),
+        "slots": served.house.residents.load_base("tiny").runner.cache.used,
+        "admitted": served.house.admission.open,
+        "connections": len(served.server.server_state.connections) - 1,
+        "tasks": len(asyncio.all_tasks(loop)),
+        "threads": sorted(one.name for one in threading.enumerate() if "AnyIO" not in one.name),
+    }
+
+
+async def visit(served: Served, number: int) -> str | None:
+    """One client, who hangs up at once, after a while, in the middle of a stream, or listens to the end: the text."""
+    dice = random.Random(number)
+    stream, manner = dice.random() < 0.5, dice.choice(["at once", "after a while", "in the middle", "stays", "stays"])
+    body = json.dumps(asked(PROMPTS[number % len(PROMPTS)], stream=stream, n=dice.choice([1, 1, 2]))).encode()
+    await asyncio.sleep(dice.random())
+    host, port = served.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        await writer.drain()
+        if manner == "after a while":
+            await asyncio.sleep(dice.random())
+        elif manner == "in the middle":
+            await reader.read(dice.choice([1, 400]))
+        elif manner == "stays":
+            return _text((await reader.read()).decode(), stream)
+    finally:
+        writer.close()
+    return None
+
+
+def _text(answer: str, stream: bool) -> str:
+    """What the first reply of an HTTP answer says."""
+    head, _, body = answer.partition("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 200"), answer
+    if not stream:
+        text: str = json.loads(body)["choices"][0]["message"]["content"]
+        return text
+    lines = [line.removeprefix("data: ") for line in body.splitlines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    choices = [json.loads(line)["choices"][0] for line in lines[:-1]]
+    return "".join(choice["delta"].get("content", "") for choice in choices if choice["index"] == 0)
+
+
+def test_two_hundred_clients_of_whom_many_hang_up_leave_nothing_behind(served: Served) -> None:
+    alone = [served.post("/v1/chat/completions", asked(prompt)).json() for prompt in PROMPTS]
+    texts = [body["choices"][0]["message"]["content"] for body in alone]
+    before = left(served)
+
+    async def crowd() -> list[str | None]:
+        return await asyncio.gather(*(visit(served, number) for number in range(CLIENTS)))
+
+    said = asyncio.run(crowd())
+    stayed = [(number, text) for number, text in enumerate(said) if text is not None]
+    assert 40 < len(stayed) < CLIENTS - 40
+    assert [text for _, text in stayed] == [texts[number % len(PROMPTS)] for number, _ in stayed]
+    deadline = time.monotonic() + 60
+    while left(served) != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left(served) == before
+    assert before["requests"] == before["slots"] == before["admitted"] == before["connections"] == 0
+
+
+def test_past_the_queue_a_request_is_refused_and_told_when_to_come_back(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fortwo.engine.engine.RUNNING", 2)
+    with serve(tiny_settings(tmp_path, tiny, queue=1)) as served, ThreadPoolExecutor(3) as pool:
+        served.chat()
+        running = [pool.submit(served.post, "/v1/chat/completions", long()) for _ in range(3)]
+        until(lambda: served.house.admission.open == 3)
+        turned_away = served.chat()
+        assert "FORTWO_QUEUE" in refused(turned_away, 429, "queue_full")
+        assert int(turned_away.headers["Retry-After"]) >= 1
+        refused(served.chat(stream=True), 429, "queue_full")
+        refused(served.chat(n=4), 400, "invalid_request", "n")
+        assert {one.result().status_code for one in running} == {200}
+        assert served.chat(n=3).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_past_its_deadline_ends_with_the_reason(tiny: Path, tmp_path: Path, stream: bool) -> None:
+    with serve(tiny_settings(tmp_path, tiny, request_timeout=0.2)) as served:
+        served.house.residents.load_base("tiny")
+        response = served.post("/v1/chat/completions", long(stream=stream))
+        if stream:
+            error = chunks(response)[-1]["error"]
+            assert (error["code"], error["type"]) == ("deadline_exceeded", "timeout_error")
+            assert "FORTWO_REQUEST_TIMEOUT" in error["hint"]
+        else:
+            assert "0.2 seconds" in refused(response, 504, "deadline_exceeded")
+        until(lambda: served.house.engine.requests("tiny") == served.house.admission.open == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_at_the_end_replies_have_their_grace_and_newcomers_are_sent_away(
+    tiny: Path, tmp_path: Path, stream: bool
+) -> None:
+    with serve(tiny_settings(tmp_path, tiny), grace=60) as served, ThreadPoolExecutor(1) as pool:
+        served.chat()
+        running = pool.submit(served.post, "/v1/chat/completions", long(stream=stream))
+        until(lambda: served.house.admission.open == 1)
+        served.server.should_exit = True
+        until(lambda: served.house.admission.closed)
+        newcomer = httpx.post(f"{served.url}/v1/chat/completions", json=asked("hello"), trust_env=False)
+        refused(newcomer, 503, "unavailable")
+        assert int(newcomer.headers["Retry-After"]) >= 1
+        response = running.result()
+        assert response.status_code == 200
+        if stream:
+            assert chunks(response)[-1] == "[DONE]"
+        else:
+            assert response.json()["usage"]["completion_tokens"] == 950
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_after_the_grace_replies_are_cut_off_with_the_reason(tiny: Path, tmp_path: Path, stream: bool) -> None:
+    with serve(tiny_settings(tmp_path, tiny), grace=0) as served, ThreadPoolExecutor(1) as pool:
+        served.chat()
+        running = pool.submit(served.post, "/v1/chat/completions", long(stream=stream))
+        until(lambda: served.house.engine.requests("tiny") == 1)
+        served.server.should_exit = True
+        response = running.result()
+        if stream:
+            error = chunks(response)[-1]["error"]
+            assert error["code"] == "unavailable"
+            assert "shutting down" in error["message"]
+        else:
+            assert "shutting down" in refused(response, 503, "unavailable")
+
+
+def test_a_process_that_is_told_to_end_finishes_its_stream_first(tiny: Path, tmp_path: Path) -> None:
+    Catalog(Settings(home=tmp_path)).add("tiny", tiny)
+    environment = os.environ | {"FORTWO_HOME": str(tmp_path), "FORTWO_DEFAULT_MODEL": "tiny", "COLUMNS": "200"}
+    environment |= {"FORTWO_PORT": "0", "FORTWO_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    code = (
+        "from fortwo.server.house import House\n"
+        "from fortwo.server.process import Server\n"
+        "from fortwo.settings import load\n"
+        "house = House(load())\n"
+        "house.open()\n"
+        "server = Server(house, lambda: print(server.servers[0].sockets[0].getsockname()[1]), grace=60)\n"
+        "server.run()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = f"http://127.0.0.1:{int(process.stdout.readline())}/v1/chat/completions"
+        with httpx.stream("POST", url, json=asked("hello", stream=True), timeout=60, trust_env=False) as response:
+            lines = response.iter_lines()
+            first = next(lines)
+            process.send_signal(signal.SIGTERM)
+            said = [first, *lines]
+        assert "data: [DONE]" in said
+        assert process.wait(60) in (0, -signal.SIGTERM)
