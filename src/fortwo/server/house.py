@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fortwo.adapters import AdapterStore
     from fortwo.engine.engine import Engine
     from fortwo.engine.residents import Residents
+    from fortwo.jobs.checkpoints import CheckpointStore
     from fortwo.jobs.runner import JobRunner
     from fortwo.jobs.store import JobStore
     from fortwo.models.catalog import Catalog
@@ -33,6 +34,7 @@ class House:
     engine: Engine
     residents: Residents
     jobs: JobStore
+    checkpoints: CheckpointStore
     runner: JobRunner
 
     def __init__(self, settings: Settings) -> None:
@@ -45,6 +47,7 @@ class House:
         from fortwo.adapters import AdapterStore
         from fortwo.engine.engine import Engine
         from fortwo.engine.residents import Residents
+        from fortwo.jobs.checkpoints import CheckpointStore
         from fortwo.jobs.runner import JobRunner
         from fortwo.jobs.store import JobStore
         from fortwo.models.catalog import Catalog
@@ -56,10 +59,13 @@ class House:
             self.engine = Engine(self.settings.threads)
             self.engine.start()
             built.callback(self.engine.close)
-            self.residents = Residents(self.settings, self.catalog, self.adapters, self.engine)
+            self.checkpoints = CheckpointStore(self.settings.jobs_dir)
+            self.residents = Residents(self.settings, self.catalog, self.adapters, self.engine, self.checkpoints)
             self.jobs = JobStore(self.settings.database)
             built.callback(self.jobs.close)
-            self.runner = JobRunner(self.settings, self.catalog, self.adapters, self.engine, self.residents, self.jobs)
+            self.runner = JobRunner(
+                self.settings, self.catalog, self.adapters, self.engine, self.residents, self.jobs, self.checkpoints
+            )
             self.runner.start()
             built.callback(self.runner.close)
             self._closing = built.pop_all()

@@ -95,7 +95,9 @@ class StreamOptions(_Strict):
 
 
 class ChatRequest(_Strict):
-    model: str = Field(description="A base model, an adapter (its current version) or adapter@version.")
+    model: str = Field(
+        description="A base model, an adapter (its current version), adapter@version or adapter@job-step."
+    )
     messages: list[ChatMessage] = Field(min_length=1)
     stream: bool | None = Field(None, description="Default false.")
     stream_options: StreamOptions | None = None
@@ -296,7 +298,7 @@ async def _chunks(listener: Listener, frame: Json, with_usage: bool) -> AsyncIte
         listener.cancel()
 
 
-@router.get("/models", summary="Base models that are on disk, adapters and their versions")
+@router.get("/models", summary="Base models that are on disk, adapters, their versions, checkpoints")
 def models(house: Here) -> Json:
     return {"object": "list", "data": list(_models(house))}
 
@@ -320,6 +322,9 @@ def _models(house: House) -> Iterator[Json]:
             ids = (name, version.id) if version.current else (version.id,)
             for id in ids:
                 yield _model(id, version.created_at, root=version.base_model, parent=version.base_model)
+    for job_id in house.checkpoints.jobs():
+        for version in house.checkpoints.of(job_id):
+            yield _model(version.id, version.created_at, root=version.base_model, parent=version.base_model)
 
 
 def _model(id: str, created: float, *, root: str, parent: str | None) -> Json:

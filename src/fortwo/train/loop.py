@@ -11,17 +11,17 @@ import resource
 import sys
 import time
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from fortwo.data.render import Renderer
 from fortwo.facts import metrics
 from fortwo.models.decoder import Decoder
 from fortwo.models.lora import Lora, LoraConfig
 from fortwo.records import (
+    Checkpoint,
     Dataset,
     Evaluated,
     Metric,
@@ -32,8 +32,10 @@ from fortwo.records import (
     Serving,
     Stepped,
     TrainEvent,
+    Waiting,
 )
-from fortwo.train import courses
+from fortwo.train import checkpoints, courses
+from fortwo.train.checkpoints import Run
 from fortwo.train.evaluation import Served, diverged
 from fortwo.train.objective import losses, micro_batches
 from fortwo.train.schedule import learning_rate
@@ -63,73 +65,72 @@ class Trained:
     succeeded: bool
 
 
-@dataclass
-class _Clock:
-    """Seconds of the run by phase; waiting for the serving path counts where it happens."""
+class Saving(Protocol):
+    """Who keeps the checkpoints of a run, as the run sees it; may change at any moment.
 
-    began: float = field(default_factory=time.perf_counter)
-    training: float = 0.0
-    tokens: int = 0
-    supervised: int = 0
+    wanted: one is asked for now, and behind it the run stands still until it is closed or `wanted` is withdrawn.
+    busy: the last one is not kept yet, and no other is to come before.
+    """
 
-
-@dataclass
-class _Best:
-    """The best adapter so far, by score."""
-
-    score: float = -1.0
-    step: int = 0
-    tensors: list[Tensor] = field(default_factory=list)
-
-    def offer(self, score: float, step: int, parameters: list[Tensor]) -> None:
-        if score >= self.score:
-            self.score, self.step = score, step
-            self.tensors = [parameter.detach().clone() for parameter in parameters]
-
-    def restore(self, parameters: list[Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, tensor in zip(parameters, self.tensors, strict=bool(self.tensors)):
-                parameter.copy_(tensor)
+    @property
+    def wanted(self) -> bool: ...
+    @property
+    def busy(self) -> bool: ...
 
 
 def teach(
-    base: Base, renderer: Renderer, dataset: Dataset, plan: Plan, serving: Serving, key: str
+    base: Base,
+    renderer: Renderer,
+    dataset: Dataset,
+    plan: Plan,
+    serving: Serving,
+    key: str,
+    saving: Saving | None = None,
+    resumed: Checkpoint | None = None,
 ) -> Generator[TrainEvent, None, Trained]:
     """Train by `plan` and evaluate what is served under `key`.
 
-    Yields TrainEvents; `Waiting` while replies are on their way. Raises TrainingFailed (code nan_loss) when the loss
-    or the adapter's logits are no numbers any more. The adapter is detached from `serving` at the end, however the run
+    Yields TrainEvents; `Waiting` while replies are on their way; with `saving`, Checkpoints as the plan says. From
+    `resumed`, a checkpoint of a run by the same plan on the same rows, it goes on as if it had never stopped: on a CPU
+    with as many threads, the adapter is the same bit for bit. Raises TrainingFailed (code nan_loss) when the loss or
+    the adapter's logits are no numbers any more. The adapter is detached from `serving` at the end, however the run
     ends.
     """
     decoder = base.decoder.in_bf16() if plan["bf16"] else base.decoder
     torch.manual_seed(plan["seed"])
     lora = Lora.init(lora_config(plan), decoder.config, plan["seed"], decoder.device)
-    parameters = lora.parameters()
-    served = Served(base.id, base.decoder, renderer, serving)
+    clock = checkpoints.Clock() if resumed is None else checkpoints.resume_clock(resumed)
+    said = {} if resumed is None else checkpoints.known(resumed)
+    served = Served(base.id, base.decoder, renderer, serving, said)
     serving.attach(base.id, key, lora)
     try:
-        clock = _Clock()
         yield Phase(
             "preparing", "The base answers what it must keep answering." if plan.objective == "override" else ""
         )
+        began = time.perf_counter()
         course = yield from (
             courses.override(served, decoder, dataset, plan)
             if plan.objective == "override"
             else courses.sft(served, dataset, plan)
         )
-        prepared = time.perf_counter() - clock.began
+        clock.preparing += time.perf_counter() - began
         yield Phase("running")
-        actual = yield from _train(served, decoder, lora, course, plan, key, clock)
+        run = Run(lora, _optimizer(lora, plan), clock)
+        if resumed is not None:
+            for _ in range(resumed.step):
+                run.draw(course.draw())
+            checkpoints.restore(run, resumed)
+        actual = yield from _train(served, decoder, run, course, plan, key, saving)
         yield Phase("evaluating")
         seen = course.final is course.exam and actual["best_step"] == actual["steps"]
         report = yield from course.final.report(served, key, lora, changed=not seen)
     finally:
-        for parameter in parameters:
+        for parameter in lora.parameters():
             parameter.requires_grad_(False)
         serving.detach(base.id, key)
     actual |= {
-        "seconds": time.perf_counter() - clock.began,
-        "preparing_seconds": prepared,
+        "seconds": clock.seconds,
+        "preparing_seconds": clock.preparing,
         "training_seconds": clock.training,
         "tokens": clock.tokens,
         "supervised_tokens": clock.supervised,
@@ -148,14 +149,11 @@ def lora_config(plan: Plan) -> LoraConfig:
     )
 
 
-def _train(
-    served: Served, decoder: Decoder, lora: Lora, course: courses.Course, plan: Plan, key: str, clock: _Clock
-) -> Generator[TrainEvent, None, dict[str, Any]]:
-    """All steps, with exams; leaves the best adapter in `lora`. Returns what happened."""
+def _optimizer(lora: Lora, plan: Plan) -> torch.optim.Optimizer:
     parameters = lora.parameters()
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         parameters,
         lr=plan["learning_rate"],
         betas=(plan["adam_beta1"], plan["adam_beta2"]),
@@ -163,49 +161,80 @@ def _train(
         weight_decay=plan["weight_decay"],
         fused=True,
     )
-    steps, best = plan.computed["steps"], _Best()
-    losses_seen: list[float] = []
-    peak, stopped_by, step = 0.0, "steps", 0
-    for step in range(1, steps + 1):
-        rate = learning_rate(step - 1, plan)
-        peak = max(peak, rate)
-        for group in optimizer.param_groups:
+
+
+def _train(
+    served: Served, decoder: Decoder, run: Run, course: courses.Course, plan: Plan, key: str, saving: Saving | None
+) -> Generator[TrainEvent, None, dict[str, Any]]:
+    """All steps that are left, with exams; leaves the best adapter in `run.lora`. Returns what happened.
+
+    A step's checkpoint is made before its exam, so a run that goes on from there begins with that exam.
+    """
+    steps = plan.computed["steps"]
+    met = yield from _examined(served, run, course, plan, key)
+    while run.step < steps and not met:
+        run.step += 1
+        rate = learning_rate(run.step - 1, plan)
+        run.peak_rate = max(run.peak_rate, rate)
+        for group in run.optimizer.param_groups:
             group["lr"] = rate
-        stepped = yield from _step(decoder, lora, course, plan, optimizer, clock, step, rate)
-        losses_seen.append(stepped.parts["learn"])
+        stepped = yield from _step(decoder, run, course, plan, rate)
+        run.final_loss = stepped.parts["learn"]
+        if run.step == 1:
+            run.first_loss = run.final_loss
         yield stepped
-        if course.exam is not None and (step % plan["eval_every"] == 0 or step == steps):
-            found = yield from course.exam.examine(served, key, lora, EXAM_QUESTIONS)
-            yield Evaluated(step, {name: metric.value for name, metric in found.items()})
-            best.offer(found["score"].value, step, parameters)
-            if metrics.met(found, plan.targets, EARLY_MARGIN):
-                stopped_by = "targets" if step < steps else "steps"
-                break
-    best.restore(parameters)
+        if saving is not None:
+            yield from _save(served, run, plan, saving, _exam_is_due(run, course, plan))
+        met = yield from _examined(served, run, course, plan, key)
+    run.best.restore(run.lora.parameters())
     return {
-        "steps": step,
-        "best_step": best.step if course.exam is not None else step,
-        "epochs": step / plan.computed["steps_per_epoch"],
-        "stopped_by": stopped_by,
-        "peak_learning_rate": peak,
-        "first_loss": losses_seen[0],
-        "final_loss": losses_seen[-1],
+        "steps": run.step,
+        "best_step": run.best.step if course.exam is not None else run.step,
+        "epochs": run.step / plan.computed["steps_per_epoch"],
+        "stopped_by": "targets" if run.step < steps else "steps",
+        "peak_learning_rate": run.peak_rate,
+        "first_loss": run.first_loss,
+        "final_loss": run.final_loss,
     }
 
 
+def _exam_is_due(run: Run, course: courses.Course, plan: Plan) -> bool:
+    if course.exam is None or run.step == 0:
+        return False
+    return bool(run.step % plan["eval_every"] == 0 or run.step == plan.computed["steps"])
+
+
+def _examined(
+    served: Served, run: Run, course: courses.Course, plan: Plan, key: str
+) -> Generator[TrainEvent, None, bool]:
+    """The exam behind this step, if there is one. Whether it was passed well enough to stop."""
+    if course.exam is None or not _exam_is_due(run, course, plan):
+        return False
+    found = yield from course.exam.examine(served, key, run.lora, EXAM_QUESTIONS)
+    yield Evaluated(run.step, {name: metric.value for name, metric in found.items()})
+    run.best.offer(found["score"].value, run.step, run.lora.parameters())
+    return metrics.met(found, plan.targets, EARLY_MARGIN)
+
+
+def _save(served: Served, run: Run, plan: Plan, saving: Saving, examined: bool) -> Generator[TrainEvent, None, None]:
+    """A checkpoint, if it is time for one."""
+    if not saving.wanted and not checkpoints.due(plan, run.step, run.clock.seconds - run.saved_at, examined):
+        return
+    while saving.busy:
+        yield Waiting()
+    yield checkpoints.capture(run, served)
+    run.saved_at = run.clock.seconds
+    while saving.wanted:
+        yield Waiting()
+
+
 def _step(
-    decoder: Decoder,
-    lora: Lora,
-    course: courses.Course,
-    plan: Plan,
-    optimizer: torch.optim.Optimizer,
-    clock: _Clock,
-    step: int,
-    rate: float,
+    decoder: Decoder, run: Run, course: courses.Course, plan: Plan, rate: float
 ) -> Generator[TrainEvent, None, Stepped]:
     """One optimizer step in micro-steps: the same gradient as one pass over all its rows."""
-    parameters = lora.parameters()
+    lora, clock = run.lora, run.clock
     rows = course.draw()
+    run.draw(rows)
     learn_over = sum(row.supervised for row in rows if not row.keep)
     keep_over = sum(row.supervised for row in rows if row.keep)
     learn = keep = 0.0
@@ -223,20 +252,20 @@ def _step(
         seconds += time.perf_counter() - began
     began = time.perf_counter()
     limit = plan["max_grad_norm"] if plan["max_grad_norm"] > 0 else math.inf
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    norm = float(torch.nn.utils.clip_grad_norm_(lora.parameters(), limit))
     loss = learn + course.keep_weight * keep
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise diverged(
-            f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g} at a learning rate of {rate:g}"
+            f"step {run.step}: the loss is {loss:g} and the gradient's norm {norm:g} at a learning rate of {rate:g}"
         )
-    optimizer.step()
-    optimizer.zero_grad()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
     seconds += time.perf_counter() - began
     clock.training += seconds
     clock.tokens += tokens
     clock.supervised += learn_over + keep_over
     return Stepped(
-        step=step,
+        step=run.step,
         steps=plan.computed["steps"],
         loss=loss,
         learning_rate=rate,

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+SAVE_SECONDS = 30  # from one checkpoint to the next
+SAVE_TOTAL_LIMIT = 3
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -98,5 +101,9 @@ REASONS = {
     "max_grad_norm": "transformers' default: one odd row cannot throw the run",
     "seed": "transformers' default: the same request gives the same run",
     "optim": "AdamW",
+    "save_steps": "steps from one checkpoint to the next, below 1 a share of the run; else every "
+    f"{SAVE_SECONDS} seconds, before each exam and at the end",
+    "save_strategy": "by steps; epoch, or no for none but that of a pause",
+    "save_total_limit": f"the newest {SAVE_TOTAL_LIMIT} are kept, unless told otherwise, and none once the job is done",
     "bf16": "on where the device has instructions for bf16 products; sums and serving stay fp32",
 }
