@@ -15,7 +15,8 @@ from fortwo.errors import FortwoError, Unavailable
 from fortwo.records import Json
 from fortwo.settings import Settings
 
-AT_REST = ("succeeded", "failed", "cancelled", "paused")
+ENDED = ("succeeded", "failed", "cancelled")
+AT_REST = (*ENDED, "paused")
 
 
 class Refused(FortwoError):
@@ -70,7 +71,7 @@ class Client:
             raise self._lost(error) from None
 
     def events(self, job_id: str) -> Iterator[Json]:
-        """What happens to a job, from its beginning until it ends or is paused; a lost connection is taken up where it broke."""
+        """What happens to a job, from its beginning until it rests; a lost connection is taken up where it broke."""
         last = 0
         while True:
             try:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fortwo.errors import TrainingFailed
 from fortwo.models.lora import Lora
+from fortwo.models.products import cpu_kernel, fix_cpu_kernel
 from fortwo.records import Checkpoint, Plan
 from fortwo.train.evaluation import Said, Served
 from fortwo.train.objective import Row
@@ -112,6 +113,7 @@ def capture(run: Run, served: Served) -> Checkpoint:
         "first_loss": run.first_loss,
         "final_loss": run.final_loss,
         "drawn": run.drawn,
+        "cpu_kernel": cpu_kernel(),
         "best": {"score": run.best.score, "step": run.best.step},
         "clock": {
             "before": clock.seconds,
@@ -127,16 +129,13 @@ def capture(run: Run, served: Served) -> Checkpoint:
     return Checkpoint(run.step, {name: _copy(tensor) for name, tensor in run.lora.state().items()}, tensors, state)
 
 
-def known(checkpoint: Checkpoint) -> dict[tuple[tuple[int, ...], int], Said]:
-    """What the base had said."""
-    return {
-        (tuple(prompt), length): Said(text, tuple(tokens)) for prompt, length, text, tokens in checkpoint.state["known"]
-    }
-
-
-def resume_clock(checkpoint: Checkpoint) -> Clock:
-    """Runs on from when the checkpoint was made; the time between does not count."""
-    return Clock(**checkpoint.state["clock"])
+def begin_again(checkpoint: Checkpoint) -> tuple[Clock, dict[tuple[tuple[int, ...], int], Said]]:
+    """What a run needs before it prepares: the clock, which leaves out the time between, and what the base had said.
+    Products are computed as they were, from here on in the whole process."""
+    state = checkpoint.state
+    fix_cpu_kernel(state["cpu_kernel"])
+    known = {(tuple(prompt), length): Said(text, tuple(tokens)) for prompt, length, text, tokens in state["known"]}
+    return Clock(**state["clock"]), known
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:

@@ -35,7 +35,7 @@ from fortwo.records import (
     Waiting,
 )
 from fortwo.train import checkpoints, courses
-from fortwo.train.checkpoints import Run
+from fortwo.train.checkpoints import Clock, Run
 from fortwo.train.evaluation import Served, diverged
 from fortwo.train.objective import losses, micro_batches
 from fortwo.train.schedule import learning_rate
@@ -99,9 +99,8 @@ def teach(
     decoder = base.decoder.in_bf16() if plan["bf16"] else base.decoder
     torch.manual_seed(plan["seed"])
     lora = Lora.init(lora_config(plan), decoder.config, plan["seed"], decoder.device)
-    clock = checkpoints.Clock() if resumed is None else checkpoints.resume_clock(resumed)
-    said = {} if resumed is None else checkpoints.known(resumed)
-    served = Served(base.id, base.decoder, renderer, serving, said)
+    clock, known = (Clock(), {}) if resumed is None else checkpoints.begin_again(resumed)
+    served = Served(base.id, base.decoder, renderer, serving, known)
     serving.attach(base.id, key, lora)
     try:
         yield Phase(

@@ -177,7 +177,8 @@ _TRANSFORMERS_REFUSED = (
     _Refused("do_train", "Leave it out: starting a job trains.", (None, True)),
     _Refused(
         "output_dir overwrite_output_dir save_only_model save_on_each_node enable_jit_checkpoint push_to_hub "
-        "push_to_hub_model_id push_to_hub_organization push_to_hub_token hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
+        "push_to_hub_model_id push_to_hub_organization push_to_hub_token hub_token hub_private_repo "
+        "hub_model_id hub_strategy hub_always_push hub_revision",
         "Leave it out: the adapter is published in the adapter store under adapter_name.",
         (None, False, "no", ""),
     ),
