@@ -334,6 +334,23 @@ def test_micro_steps_give_the_device_away_and_the_same_run(school: School, monke
         assert ours.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-3)
 
 
+@pytest.mark.parametrize("dataset", [ROWS, FACT], ids=["sft", "override"])
+def test_a_run_on_packed_rows_that_share_a_prefix_is_the_run_on_rows_alone(
+    school: School, monkeypatch: pytest.MonkeyPatch, dataset: Dataset
+) -> None:
+    """The plain run: every row a pass of its own, from its first token."""
+    plan = school.plan(dataset, max_steps=3, learning_rate=1e-3, warmup_steps=0)
+    plan = changed(plan, **(SMALL if dataset is FACT else {}))
+    _, packed = school.run(plan, dataset)
+    monkeypatch.setattr(courses, "common_prefix", lambda rows: 0)
+    monkeypatch.setattr(loop, "MICRO_TOKENS", 1)
+    _, plain = school.run(plan, dataset)
+    for ours, theirs in zip(steps(packed), steps(plain), strict=True):
+        assert ours.tokens < theirs.tokens
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
+        assert ours.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-3)
+
+
 # ---------------------------------------------------------------- exams and the best
 
 

@@ -53,8 +53,8 @@ def follow(client: Client, job_id: str) -> None:
 
 
 def outcome(job: Json) -> None:
-    if job["checkpoints"]:
-        screen.print(f"Checkpoints to chat with: {', '.join(one['model'] for one in job['checkpoints'])}")
+    for one in job["checkpoints"]:
+        screen.print(f"Checkpoint of step {one['step']}: fortwo chat --model {one['model']}")
     if job["status"] == "paused":
         screen.print(f"Go on with: fortwo jobs resume {job['job_id']}")
     if job["report"] is not None:
