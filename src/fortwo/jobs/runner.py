@@ -299,7 +299,7 @@ class JobRunner:
             self._forget(job.id)
         elif turn.end == "paused":
             self._store.update(job.id, Note("paused", f"Paused behind step {turn.saved}."), status="paused")
-        elif self._settings.resume:
+        elif turn.end == "interrupted" and self._settings.resume:
             self._queue_again(job.id, ACTIVE)
         else:
             self._fail(job, INTERRUPTED)
@@ -315,7 +315,8 @@ class JobRunner:
         heard: queue.SimpleQueue[TrainEvent] = queue.SimpleQueue()
 
         def hear(event: TrainEvent) -> None:
-            turn.busy = turn.busy or isinstance(event, Checkpoint)
+            if isinstance(event, Checkpoint):
+                turn.busy = True
             heard.put(event)
 
         with self._lock:
