@@ -351,6 +351,7 @@ class JobRunner:
             except InvalidAdapter as error:
                 self._store.append_event(job.id, Note("checkpoint", f"Unusable: {error.message}.", level="warn"))
                 self._checkpoints.drop(version)
+                self._residents.forget([version])
                 continue
             turn.saved = version.version
             self._store.append_event(job.id, Note("checkpoint", f"Going on from step {turn.saved}."))
