@@ -185,6 +185,11 @@ def test_a_failed_job_is_exit_status_1_and_names_the_version(script: Script) -> 
     assert "chat --model a@2" in result.output
 
 
+def test_a_rollback_says_what_is_current_now(script: Script) -> None:
+    script.on("POST", "/api/adapters/a/rollback", (200, {"name": "a", "version": 1}))
+    assert run("adapters", "rollback", "a").output == "a is now a@1\n"
+
+
 def test_a_job_that_is_paused_is_shown_with_its_checkpoints_and_the_way_on(script: Script) -> None:
     kept = [{"step": 28, "model": "a@1a2b3c4d-28", "created_at": 0.0}]
     paused = JOB | {"status": "paused", "finished_at": None, "adapter": None, "checkpoints": kept}

@@ -160,7 +160,7 @@ class CheckpointStore:
 
 
 def _places(folder: Path) -> list[Path]:
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         found = [(int(match[1]), path) for path in folder.iterdir() if (match := _PLACE.fullmatch(path.name))]
         return [path for _, path in sorted(found)]
     return []
