@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Saver:
 
     wanted = False
     busy = False
+    safe = True
 
 
 class Asked:
@@ -184,13 +186,50 @@ def test_a_checkpoint_that_is_wanted_is_made_behind_the_step_and_the_run_stands_
     saver = Saver()
     events = teach(school.base, school.base.renderer, ROWS, school.plan(), school.engine, "still", saver)
     next(event for event in events if isinstance(event, Phase) and event.name == "running")
+    assert [step.step for step in steps([next(events)])] == [1]
+    assert not saver.safe
     saver.wanted = True
-    made = next(event for event in events if isinstance(event, Checkpoint))
+    made = next(events)
+    assert isinstance(made, Checkpoint)
     assert made.step == 1
     assert [next(events) for _ in range(5)] == [Waiting()] * 5
+    assert saver.safe
     saver.wanted = False
     assert [step.step for step in steps([next(events)])] == [2]
     events.close()
+
+
+def test_before_the_first_step_there_is_nothing_to_keep(school: School) -> None:
+    saver = Saver()
+    saver.wanted = True
+    events = teach(school.base, school.base.renderer, ROWS, school.plan(), school.engine, "unbegun", saver)
+    next(event for event in events if isinstance(event, Phase) and event.name == "running")
+    assert [next(events) for _ in range(3)] == [Waiting()] * 3
+    assert saver.safe
+    events.close()
+
+
+def test_a_run_without_checkpoints_makes_one_when_it_is_wanted_in_an_exam(
+    school: School, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examined(monkeypatch, [0.1])
+    saver = Saver()
+    plan = changed(school.plan(FACT, save_strategy="no"), **SMALL, eval_every=2)
+    events = teach(school.base, school.base.renderer, FACT, plan, school.engine, "exam", saver)
+
+    seen: list[TrainEvent] = []
+
+    def hear(event: TrainEvent) -> None:
+        seen.append(event)
+        saver.wanted = saver.wanted or isinstance(event, Evaluated)
+        if isinstance(event, Checkpoint):
+            task.cancel()
+
+    task = school.engine.run_task(events, hear)
+    with pytest.raises(CancelledError):
+        task.result(60)
+    assert [event.step for event in seen if isinstance(event, Checkpoint)] == [2]
+    assert len(steps(seen)) == 2
 
 
 def test_no_checkpoint_is_made_while_the_last_one_is_not_kept(school: School) -> None:

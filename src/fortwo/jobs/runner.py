@@ -75,6 +75,7 @@ class _Turn:
     task: Task[Trained] | None = None
     end: Literal["cancelled", "paused", "interrupted"] | None = None
     saved: int = 0
+    safe: bool = True
     busy: bool = False
     refused: StorageFailed | None = None
     ended: threading.Event = field(default_factory=threading.Event)
@@ -333,7 +334,8 @@ class JobRunner:
                         self._keep(turn, event, plan, resident, diary)
                     else:
                         diary.write(event)
-                if turn.wanted and heard.empty() and diary.step == turn.saved:  # nothing would be lost
+                nothing_is_lost = turn.wanted and turn.safe and not turn.busy and heard.empty()
+                if nothing_is_lost and diary.step == turn.saved:
                     task.cancel()
         finally:
             task.cancel()  # when the diary could not be written; a task that is done stays as it ended

@@ -62,7 +62,7 @@ class Best:
 
 @dataclass
 class Run:
-    """What a step changes. saved_at: the clock's seconds at the last checkpoint."""
+    """What a step changes. saved, saved_at: the step of the last checkpoint, and the clock's seconds then."""
 
     lora: Lora
     optimizer: torch.optim.Optimizer
@@ -72,6 +72,7 @@ class Run:
     peak_rate: float = 0.0
     first_loss: float = 0.0
     final_loss: float = 0.0
+    saved: int = 0
     saved_at: float = 0.0
     _drawn: Any = field(default_factory=hashlib.sha256)
 
@@ -166,7 +167,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     run.best = Best(
         **state["best"], tensors=[best[place].to(parameters[place].device, copy=True) for place in sorted(best)]
     )
-    run.step = state["step"]
+    run.step = run.saved = state["step"]
     run.peak_rate, run.first_loss, run.final_loss = state["peak_rate"], state["first_loss"], state["final_loss"]
     run.saved_at = run.clock.seconds
     torch.set_rng_state(checkpoint.tensors["random.cpu"].clone())

@@ -68,9 +68,12 @@ class Trained:
 class Saving(Protocol):
     """Who keeps the checkpoints of a run, as the run sees it; may change at any moment.
 
-    wanted: one is asked for now, and behind it the run stands still until it is closed or `wanted` is withdrawn.
-    busy: the last one is not kept yet, and no other is to come before.
+    wanted: one is asked for now, and before the next step the run stands still until it is closed or `wanted` is
+    withdrawn. busy: the last one is not kept yet, and no other is to come before.
+    safe: set by the run; no step is under way, so closing it now costs no more than is not kept.
     """
+
+    safe: bool
 
     @property
     def wanted(self) -> bool: ...
@@ -172,6 +175,8 @@ def _train(
     steps = plan.computed["steps"]
     met = yield from _examined(served, run, course, plan, key)
     while run.step < steps and not met:
+        if saving is not None:
+            yield from _stand_still(served, run, saving)
         run.step += 1
         rate = learning_rate(run.step - 1, plan)
         run.peak_rate = max(run.peak_rate, rate)
@@ -182,8 +187,9 @@ def _train(
         if run.step == 1:
             run.first_loss = run.final_loss
         yield stepped
-        if saving is not None:
-            yield from _save(served, run, plan, saving, _exam_is_due(run, course, plan))
+        since = run.clock.seconds - run.saved_at
+        if saving is not None and checkpoints.due(plan, run.step, since, _exam_is_due(run, course, plan)):
+            yield from _save(served, run, saving)
         met = yield from _examined(served, run, course, plan, key)
     run.best.restore(run.lora.parameters())
     return {
@@ -215,16 +221,23 @@ def _examined(
     return metrics.met(found, plan.targets, EARLY_MARGIN)
 
 
-def _save(served: Served, run: Run, plan: Plan, saving: Saving, examined: bool) -> Generator[TrainEvent, None, None]:
-    """A checkpoint, if it is time for one."""
-    if not saving.wanted and not checkpoints.due(plan, run.step, run.clock.seconds - run.saved_at, examined):
-        return
+def _stand_still(served: Served, run: Run, saving: Saving) -> Generator[TrainEvent, None, None]:
+    """For as long as a checkpoint is wanted, with one behind the last step."""
+    saving.safe = False  # before `wanted` is read: whoever asks for one and then sees `safe` is waited for
+    while saving.wanted:
+        if run.saved < run.step:
+            yield from _save(served, run, saving)
+        saving.safe = True
+        yield Waiting()
+        saving.safe = False
+
+
+def _save(served: Served, run: Run, saving: Saving) -> Generator[TrainEvent, None, None]:
     while saving.busy:
         yield Waiting()
     yield checkpoints.capture(run, served)
-    run.saved_at = run.clock.seconds
-    while saving.wanted:
-        yield Waiting()
+    run.saved, run.saved_at = run.step, run.clock.seconds
+    saving.safe = True
 
 
 def _step(
