@@ -26,6 +26,7 @@ JOB: dict[str, Any] = {
     "report": None,
     "adapter": {"name": "a", "version": 2, "digest": "d"},
     "error": None,
+    "checkpoints": [],
 }
 PLAN: dict[str, Any] = {
     "model": "tiny",
@@ -182,6 +183,28 @@ def test_a_failed_job_is_exit_status_1_and_names_the_version(script: Script) -> 
     assert result.exit_code == 1
     assert "paraphrase 0.2 missed 0.9\nMore." in result.output
     assert "chat --model a@2" in result.output
+
+
+def test_a_rollback_says_what_is_current_now(script: Script) -> None:
+    script.on("POST", "/api/adapters/a/rollback", (200, {"name": "a", "version": 1}))
+    assert run("adapters", "rollback", "a").output == "a is now a@1\n"
+
+
+def test_a_job_that_is_paused_is_shown_with_its_checkpoints_and_the_way_on(script: Script) -> None:
+    kept = [{"step": 28, "model": "a@1a2b3c4d-28", "created_at": 0.0}]
+    paused = JOB | {"status": "paused", "finished_at": None, "adapter": None, "checkpoints": kept}
+    script.on("POST", "/api/training/jobs/j1/pause", (200, paused))
+    script.on("GET", "/api/training/jobs/j1", (200, paused))
+    assert run("jobs", "pause", "j1").output == "j1 is paused\n"
+    shown = run("jobs", "show", "j1")
+    assert shown.exit_code == 0
+    assert "a@1a2b3c4d-28" in shown.output
+    assert "fortwo jobs resume j1" in shown.output
+    script.on("GET", "/api/training/jobs/j1/events", (200, event(1, "paused", "Paused behind step 28.")))
+    script.on("POST", "/api/training/jobs/j1/resume", (202, {}))
+    followed = run("jobs", "resume", "j1")
+    assert followed.exit_code == 1, "it has not succeeded"
+    assert "Paused behind step 28." in followed.output
 
 
 def test_plan_shows_value_origin_reason_and_warnings(script: Script, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from fortwo.records import (
 from fortwo.train import courses, loop
 from fortwo.train.estimate import BaseFacts, Machine, RowCount, TokenCounts
 from fortwo.train.evaluation import Examiner
-from fortwo.train.loop import Trained, _Best, teach
+from fortwo.train.loop import Trained, teach
 from fortwo.train.objective import Row, losses
 from fortwo.train.plan import resolve, training_rows
 from fortwo.train.request import TrainingRequest
@@ -334,6 +334,23 @@ def test_micro_steps_give_the_device_away_and_the_same_run(school: School, monke
         assert ours.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-3)
 
 
+@pytest.mark.parametrize("dataset", [ROWS, FACT], ids=["sft", "override"])
+def test_a_run_on_packed_rows_that_share_a_prefix_is_the_run_on_rows_alone(
+    school: School, monkeypatch: pytest.MonkeyPatch, dataset: Dataset
+) -> None:
+    """The plain run: every row a pass of its own, from its first token."""
+    plan = school.plan(dataset, max_steps=3, learning_rate=1e-3, warmup_steps=0)
+    plan = changed(plan, **(SMALL if dataset is FACT else {}))
+    _, packed = school.run(plan, dataset)
+    monkeypatch.setattr(courses, "common_prefix", lambda rows: 0)
+    monkeypatch.setattr(loop, "MICRO_TOKENS", 1)
+    _, plain = school.run(plan, dataset)
+    for ours, theirs in zip(steps(packed), steps(plain), strict=True):
+        assert ours.tokens < theirs.tokens
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
+        assert ours.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-3)
+
+
 # ---------------------------------------------------------------- exams and the best
 
 
@@ -380,22 +397,3 @@ def test_a_run_ends_when_its_targets_are_met(school: School, monkeypatch: pytest
     assert (trained.actual["steps"], trained.actual["stopped_by"]) == (4, "targets")
     assert len(steps(events)) == 4
     assert len(seen) == 2
-
-
-def test_best_keeps_a_copy_of_the_highest_score_and_the_later_of_equals() -> None:
-    live, best = [torch.zeros(2), torch.zeros(3)], _Best()
-    for step, score in enumerate((0.0, 0.5, 0.9, 0.9, 0.8, math.nan), 1):
-        for tensor in live:
-            tensor.fill_(step)
-        best.offer(score, step, live)
-    best.restore(live)
-    assert (best.score, best.step) == (0.9, 4)
-    assert [tensor.tolist() for tensor in live] == [[4, 4], [4, 4, 4]]
-
-
-def test_without_an_exam_the_last_adapter_is_the_best() -> None:
-    live = [torch.ones(2)]
-    _Best().restore(live)
-    assert live[0].tolist() == [1, 1]
-    with pytest.raises(ValueError):
-        _Best(tensors=[torch.zeros(2)]).restore([*live, *live])

@@ -100,7 +100,7 @@ def test_peft_keys_that_change_the_computation_are_refused(key: str, value: Any,
     ("key", "value", "remedy"),
     [
         ("fp16", True, "bf16"),
-        ("save_steps", 10, "adapter store"),
+        ("save_strategy", "best", "epoch"),
         ("deepspeed", "ds.json", "one process"),
         ("gradient_checkpointing", True, "gradient_accumulation_steps"),
         ("eval_on_start", True, "validation_split"),
@@ -145,6 +145,8 @@ NAN, INF = float("nan"), float("inf")
         *((read_training, "training_config", "seed", bad) for bad in (-1, 2**32, 1.0, True)),
         *((read_training, "training_config", "lr_scheduler_type", bad) for bad in ("Cosine", "", None, 3, [])),
         *((read_training, "training_config", "bf16", bad) for bad in (1, "true", None)),
+        *((read_training, "training_config", "save_steps", bad) for bad in (0, -1, 2.5, NAN, True, "10", None)),
+        *((read_training, "training_config", "save_total_limit", bad) for bad in (0, -1, 1.5, True, "3")),
         *((read_lora, "lora_config", "r", bad) for bad in (0, -8, 8.0, "8", True)),
         *((read_lora, "lora_config", "lora_alpha", bad) for bad in (0, -1, NAN, True)),
         *((read_lora, "lora_config", "lora_dropout", bad) for bad in (1.0, -0.1, NAN, "0")),
@@ -177,6 +179,8 @@ def test_all_linear_is_every_projection() -> None:
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "warmup_ratio"),
         ({"warmup_steps": 3, "lr_scheduler_type": "constant"}, "lr_scheduler_type"),
         ({"warmup_ratio": 0.1, "lr_scheduler_type": "constant"}, "lr_scheduler_type"),
+        ({"save_steps": 10, "save_strategy": "no"}, "save_strategy"),
+        ({"save_steps": 10, "save_strategy": "epoch"}, "save_strategy"),
     ],
 )
 def test_contradictions_name_both_keys(config: dict[str, Any], other: str) -> None:

@@ -60,6 +60,24 @@ def warned(made: Plan) -> dict[str, str]:
     return {warning.code: warning.message for warning in made.warnings}
 
 
+@pytest.mark.parametrize(
+    ("config", "steps", "seconds", "limit"),
+    [
+        ({}, (0, "auto"), (30, "default"), (3, "default")),
+        ({"save_strategy": "steps"}, (0, "auto"), (30, "default"), (3, "default")),
+        ({"save_steps": 50, "save_total_limit": 1}, (50, "user"), (0, "auto"), (1, "user")),
+        ({"save_steps": 0.1}, (9, "user"), (0, "auto"), (3, "default")),
+        ({"save_strategy": "epoch"}, (3, "auto"), (0, "auto"), (3, "default")),
+        ({"save_strategy": "no"}, (0, "auto"), (0, "auto"), (3, "default")),
+    ],
+)
+def test_when_a_run_saves_itself_is_planned(config: dict[str, Any], steps: Any, seconds: Any, limit: Any) -> None:
+    training = {"max_steps": 90, "per_device_train_batch_size": 8} | config
+    made = plan(examples_42(), objective="sft", training_config=training)
+    found = [setting(made, name) for name in ("save_steps", "save_seconds", "save_total_limit")]
+    assert found == [steps, seconds, limit]
+
+
 def test_the_originals_configuration_is_accepted_as_it_is() -> None:
     config = json.loads((EXAMPLES / "intensive_training_config.json").read_text())
     made = plan(examples_42(), **config)

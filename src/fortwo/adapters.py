@@ -28,7 +28,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, StorageFailed
+from fortwo import disk
+from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound
 from fortwo.records import AdapterVersion, Json
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class AdapterStore:
         import safetensors.torch
 
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        files = {CONFIG: _dump(peft_config), TENSORS: safetensors.torch.save(contiguous, {"format": "pt"})}
+        files = {CONFIG: disk.dump(peft_config), TENSORS: safetensors.torch.save(contiguous, {"format": "pt"})}
         return self._commit(name, files, manifest, current)
 
     def adopt(self, name: str, directory: Path, manifest: Json) -> AdapterVersion:
@@ -93,7 +94,7 @@ class AdapterStore:
                     param="adapter_name",
                     hint=f"Name a version itself: {self._refs(name)}.",
                 )
-            _replace(folder / _STATE, _dump({**state, "current": offered[:-1]}))
+            _replace(folder / _STATE, disk.dump({**state, "current": offered[:-1]}))
         return self.get(name)
 
     def delete(self, ref: str) -> None:
@@ -105,7 +106,7 @@ class AdapterStore:
             for version in known if number is None else [number]:
                 draft = _new_draft(folder)
                 os.rename(folder / str(version), draft)
-                _sync(folder)
+                disk.sync(folder)
                 shutil.rmtree(draft, ignore_errors=True)
 
     def _commit(self, name: str, files: dict[str, bytes], manifest: Json, current: bool) -> AdapterVersion:
@@ -114,22 +115,22 @@ class AdapterStore:
             state = _state(folder)
             number = 1 + max([state["last"], *_numbers(folder)])
             offered = [*state["current"], number] if current else state["current"]
-            _replace(folder / _STATE, _dump({"last": number, "current": offered}))
+            _replace(folder / _STATE, disk.dump({"last": number, "current": offered}))
             draft = place = _new_draft(folder)
             owner = _lock(draft)
         shas = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
         told = {**manifest, "name": name, "version": number, "created_at": time.time(), "files": shas}
         try:
             for file, content in files.items():
-                _write(draft / file, content)
-            _write(draft / MANIFEST, _dump(told))
-            _sync(draft)
+                disk.write(draft / file, content)
+            disk.write(draft / MANIFEST, disk.dump(told))
+            disk.sync(draft)
             place = draft.rename(folder / str(number))
-            _sync(folder)
+            disk.sync(folder)
         except BaseException as error:
             shutil.rmtree(place, ignore_errors=True)
             if isinstance(error, OSError):
-                raise _refused(place, error) from error
+                raise disk.refused(place, error) from error
             raise
         finally:
             os.close(owner)
@@ -142,14 +143,14 @@ class AdapterStore:
         folder = self._root / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _sync(self._root)
+            disk.sync(self._root)
             lock = _lock(folder)
             try:
                 yield folder
             finally:
                 os.close(lock)
         except OSError as error:
-            raise _refused(folder, error) from error
+            raise disk.refused(folder, error) from error
 
     # ---------------------------------------------------------------- reading
 
@@ -303,10 +304,6 @@ def _state(folder: Path) -> Json:
 # ---------------------------------------------------------------- disk
 
 
-def _dump(content: Json) -> bytes:
-    return json.dumps(content, indent=1, ensure_ascii=False).encode()
-
-
 def _object(content: bytes, path: Path) -> Json:
     try:
         value = json.loads(content)
@@ -340,28 +337,13 @@ def _read(path: Path) -> bytes:
         ) from None
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _replace(path: Path, content: bytes) -> None:
     """Only under the folder's lock: the new file waits under a name of its own."""
     waiting = path.with_name(f".{path.name}")
     waiting.unlink(missing_ok=True)
-    _write(waiting, content)
+    disk.write(waiting, content)
     waiting.replace(path)
-    _sync(path.parent)
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    disk.sync(path.parent)
 
 
 def _lock(directory: Path, *, wait: bool = True) -> int:
@@ -388,10 +370,3 @@ def _sweep(folder: Path) -> None:
             continue
         shutil.rmtree(draft, ignore_errors=True)
         os.close(owner)
-
-
-def _refused(path: Path, error: OSError) -> StorageFailed:
-    return StorageFailed(
-        f"{path} cannot be written: {error.strerror or error}",
-        hint="Free space on the disk of FORTWO_HOME or make it writable; what was stored before is untouched.",
-    )

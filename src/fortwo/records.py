@@ -230,7 +230,21 @@ class Waiting:
     """Nothing to do until generations that were submitted are ready: the device is free for others."""
 
 
-TrainEvent = Phase | MicroStepped | Stepped | Evaluated | Waiting
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run as it is after `step` steps: what it takes to go on from there, bit for bit.
+
+    adapter: its tensors by PEFT's names; tensors: the optimizer's, the best adapter's and the random numbers' state,
+    all on the CPU and nobody else's; state: the rest, as JSON.
+    """
+
+    step: int
+    adapter: dict[str, Any]
+    tensors: dict[str, Any]
+    state: Json
+
+
+TrainEvent = Phase | MicroStepped | Stepped | Evaluated | Waiting | Checkpoint
 
 # ---------------------------------------------------------------- generation (exchanged by engine and its callers)
 
@@ -351,3 +365,17 @@ class AdapterVersion:
     @property
     def id(self) -> str:
         return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class CheckpointVersion(AdapterVersion):
+    """A checkpoint of a job that is not done, as it is served: `version` is its step."""
+
+    @property
+    def job_id(self) -> str:
+        job_id: str = self.manifest["job_id"]
+        return job_id
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}@{self.job_id[:8]}-{self.version}"

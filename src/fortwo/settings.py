@@ -45,6 +45,11 @@ class Settings(BaseSettings):
         600.0, gt=0, description="Seconds that a reply may take, waiting for its turn included; then it is ended."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the device owner; default: all cores.")
+    resume: bool = Field(
+        False,
+        description="Whether the start of a server goes on with jobs that ran when the last one ended. Off, because a "
+        "job that brought a server down (for want of memory, say) would do so at every start.",
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -65,6 +70,10 @@ class Settings(BaseSettings):
     @property
     def adapters_dir(self) -> Path:
         return self.home / "adapters"
+
+    @property
+    def jobs_dir(self) -> Path:
+        return self.home / "jobs"
 
     @property
     def allowed_data_dirs(self) -> tuple[Path, ...]:

@@ -16,6 +16,7 @@ from fortwo.records import Json
 from fortwo.settings import Settings
 
 ENDED = ("succeeded", "failed", "cancelled")
+AT_REST = (*ENDED, "paused")
 
 
 class Refused(FortwoError):
@@ -70,7 +71,7 @@ class Client:
             raise self._lost(error) from None
 
     def events(self, job_id: str) -> Iterator[Json]:
-        """What happens to a job, from its beginning to its end; a lost connection is taken up where it broke."""
+        """What happens to a job, from its beginning until it rests; a lost connection is taken up where it broke."""
         last = 0
         while True:
             try:
@@ -81,7 +82,7 @@ class Client:
                     yield event
             except (httpx.ReadError, httpx.RemoteProtocolError):
                 continue
-            if self.get(f"/api/training/jobs/{job_id}")["status"] in ENDED:
+            if self.get(f"/api/training/jobs/{job_id}")["status"] in AT_REST:
                 return
 
     def _stream(

@@ -178,7 +178,7 @@ def show_job(job_id: str) -> None:
 
     client = connect()
     job = client.get(f"/api/training/jobs/{job_id}")
-    if job["finished_at"] is None:
+    if job["finished_at"] is None and job["status"] != "paused":
         follow(client, job_id)
         return
     screen.print(f"{job['adapter_name']} on {job['model']}:", views.status(job["status"]))
@@ -189,14 +189,21 @@ def show_job(job_id: str) -> None:
 
 @jobs.command("cancel")
 def cancel_job(job_id: str) -> None:
-    """Stop a job between two steps."""
+    """Give a job up between two steps, with its checkpoints."""
     job = connect().post(f"/api/training/jobs/{job_id}/cancel")
+    screen.print(f"{job_id} is {job['status']}")
+
+
+@jobs.command("pause")
+def pause_job(job_id: str) -> None:
+    """Stop a job for now, with a checkpoint; the next one in the queue begins."""
+    job = connect().post(f"/api/training/jobs/{job_id}/pause")
     screen.print(f"{job_id} is {job['status']}")
 
 
 @jobs.command("resume")
 def resume_job(job_id: str) -> None:
-    """Start a job again that failed or was cancelled, and follow it."""
+    """Go on with a job that was paused or failed from its last checkpoint, and follow it."""
     from fortwo.cli.live import follow
 
     client = connect()

@@ -34,16 +34,17 @@ def _watch(events: Iterable[Json]) -> None:
             elif event["type"] == "metrics":
                 screen.print(f"step {data['step']}: {views.metrics_line(data['metrics'], data.get('eval_loss'))}")
             else:
-                bar.update(task, description=event["type"])
+                if event["type"] != "checkpoint":
+                    bar.update(task, description=event["type"])
                 screen.print(event["message"])
 
 
 def follow(client: Client, job_id: str) -> None:
-    """Show a job as it goes, then what came of it. Exit status 1 unless it succeeded."""
+    """Show a job as it goes until it ends or is paused, then what came of it. Exit status 1 unless it succeeded."""
     try:
         _watch(client.events(job_id))
     except KeyboardInterrupt:
-        screen.print(f"\nThe job goes on. fortwo jobs show {job_id} | fortwo jobs cancel {job_id}")
+        screen.print(f"\nThe job goes on. fortwo jobs show | pause | cancel {job_id}")
         raise typer.Exit(130) from None
     job = client.get(f"/api/training/jobs/{job_id}")
     outcome(job)
@@ -52,6 +53,10 @@ def follow(client: Client, job_id: str) -> None:
 
 
 def outcome(job: Json) -> None:
+    for one in job["checkpoints"]:
+        screen.print(f"Checkpoint of step {one['step']}: fortwo chat --model {one['model']}")
+    if job["status"] == "paused":
+        screen.print(f"Go on with: fortwo jobs resume {job['job_id']}")
     if job["report"] is not None:
         screen.print(views.metrics_line({name: found["value"] for name, found in job["report"]["metrics"].items()}))
         screen.print(views.notes(job["report"]["diagnosis"], style="red"))

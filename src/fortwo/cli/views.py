@@ -12,7 +12,7 @@ from rich.text import Text
 from fortwo.records import Json
 
 METRICS = ("efficacy", "paraphrase", "specificity", "retention", "score")
-STATUS_STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow"}
+STATUS_STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "paused": "cyan"}
 
 
 def table(*columns: str, title: str | None = None, wrapped: tuple[str, ...] = ()) -> Table:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from fortwo.adapters import AdapterStore
 from fortwo.data.packing import PackedAttention, pack
@@ -26,7 +28,7 @@ from fortwo.models.catalog import Catalog
 from fortwo.models.decoder import Decoder, DecoderConfig
 from fortwo.models.lora import Lora, LoraConfig, Segment
 from fortwo.models.weights import Progress
-from fortwo.records import AdapterVersion, Message
+from fortwo.records import AdapterVersion, Json, Message
 from fortwo.settings import Settings
 
 ROUNDING = 1e-6  # a relative change of the logits below this is no effect
@@ -76,10 +78,24 @@ class States:
     adapters: dict[str, AdapterState]
 
 
+class Shelf(Protocol):
+    """Where adapters lie: the store of versions, or that of checkpoints, whose refs are name@job-step."""
+
+    def get(self, ref: str) -> AdapterVersion: ...
+    def read(self, ref: str) -> tuple[AdapterVersion, Json, dict[str, Tensor]]: ...
+
+
 class Residents:
     """Every method is safe from any thread but the device's, and may take as long as the disk."""
 
-    def __init__(self, settings: Settings, catalog: Catalog, store: AdapterStore, engine: Engine) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        store: AdapterStore,
+        engine: Engine,
+        checkpoints: Shelf | None = None,
+    ) -> None:
         if settings.weights not in ("auto", "fp32"):
             raise InvalidRequest(
                 f"weights = {settings.weights!r} is not built yet",
@@ -90,6 +106,7 @@ class Residents:
         self._catalog = catalog
         self._store = store
         self._engine = engine
+        self._checkpoints = checkpoints
         self._changing = threading.RLock()  # whoever loads or unloads; readers take the dicts as they are
         self._loading: str | None = None
         self._bases: dict[str, Resident] = {}
@@ -107,14 +124,14 @@ class Residents:
         if model in ids:
             return Target(self.load_base(model), None, model)
         names = self._store.names()
-        if model.partition("@")[0] not in names:
+        if model.partition("@")[0] not in names and self._shelf(model) is self._store:
             raise NotFound(
                 f"no model {model!r}",
                 param="model",
                 hint=f"Base models: {', '.join(ids)}. Adapters: {', '.join(names) if names else 'none yet'}.",
             )
         try:
-            version = self._store.get(model)
+            version = self._shelf(model).get(model)
         except NotFound as error:
             raise NotFound(error.message, param="model", hint=error.hint) from None
         resident = self._serving(version)
@@ -169,10 +186,10 @@ class Residents:
         """Serve a published version, on the base it was trained on. Raises InvalidAdapter when it cannot have the
         effect it was trained for: wrong base, foreign tensors, no effect."""
         with self._changing:
-            version = self._store.get(ref)
+            version = self._shelf(ref).get(ref)
             if self._serving(version) is not None:
                 return version
-            version, config, tensors = self._store.read(ref)
+            version, config, tensors = self._shelf(ref).read(ref)
             resident = self._base_of(version)
             decoder = resident.decoder
             lora = Lora.from_state(LoraConfig.from_peft(config), decoder.config, tensors, decoder.device)
@@ -229,6 +246,13 @@ class Residents:
             if fits and resident is not None and resident.digest == version.base_digest:
                 self._attach(resident, version, lora)
 
+    def forget(self, versions: Iterable[AdapterVersion]) -> None:
+        """Let go of what is gone from the disk; requests that still run on it are cancelled."""
+        with self._changing:
+            for version in versions:
+                if state := self._adapters.pop(version.digest, None):
+                    self._engine.detach(state.base, version.digest)
+
     def states(self) -> States:
         """What is in memory now, or on its way there."""
         models = {id: ModelState("loaded", resident.digest, resident.bytes) for id, resident in self._bases.items()}
@@ -267,6 +291,9 @@ class Residents:
         state = self._adapters.get(version.digest)
         resident = None if state is None else self._bases.get(state.base)
         return resident if resident is not None and resident.digest == version.base_digest else None
+
+    def _shelf(self, ref: str) -> Shelf:
+        return self._checkpoints if self._checkpoints is not None and "-" in ref.partition("@")[2] else self._store
 
     def _known(self) -> list[str]:
         return [entry.id for entry in self._catalog.entries()]

@@ -2,28 +2,42 @@
 
 A request is checked and planned before it becomes a job, so bad input never does. A thread of its own takes jobs in
 order of arrival, hands the training to the engine, and writes down what happens; the device's thread never waits for
-the database. Every job ends: succeeded, failed with a reason, or cancelled. The rows a job was given are kept with
-it, so that changing the file later changes nothing; of a large file its checksum is, and a change is refused.
+the database. Every job ends: succeeded, failed with a reason, or cancelled; or it is paused and waits to be resumed.
+The rows a job was given are kept with it, so that changing the file later changes nothing; of a large file its
+checksum is, and a change is refused.
+
+Checkpoints are kept as long as a job can go on from them: a run that came to its end, whichever, or was cancelled
+leaves none behind.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
 import time
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fortwo.adapters import check_name
 from fortwo.data import formats
-from fortwo.errors import Conflict, FortwoError, InvalidRequest, TrainingFailed, Unavailable
+from fortwo.errors import (
+    Conflict,
+    FortwoError,
+    InvalidAdapter,
+    InvalidRequest,
+    NotFound,
+    StorageFailed,
+    TrainingFailed,
+    Unavailable,
+)
+from fortwo.jobs.checkpoints import CheckpointStore
+from fortwo.jobs.diary import Diary, begun, finite
 from fortwo.jobs.machine import look
-from fortwo.jobs.store import INTERRUPTED, Job, JobStore, Note, Status
-from fortwo.records import Dataset, Evaluated, Json, Phase, Plan, PlanWarning, Stepped, TrainEvent
+from fortwo.jobs.store import ACTIVE, INTERRUPTED, Job, JobStore, Note, Status
+from fortwo.records import Checkpoint, Dataset, Json, Plan, PlanWarning, TrainEvent
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
 from fortwo.train.request import TrainingRequest
@@ -41,17 +55,30 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1  # how late the news of a job may be
 RETRY_SECONDS = 1.0
-CANCEL_SECONDS = 10.0  # how long `cancel` waits for the micro-step under way
+CANCEL_SECONDS = 10.0  # how long `cancel` waits for the micro-step under way, and `pause` for the step
+CLOSE_SECONDS = 3.0  # how long a server that ends waits for the step under way
 
 
 @dataclass(eq=False)
 class _Turn:
-    """The job whose turn it is. Changed under the runner's lock only."""
+    """The job whose turn it is, and loop.Saving for its run. `task` and `end` change under the runner's lock only.
+
+    end: how it is to end before its time. saved: the step of the last checkpoint; busy: while one is written.
+    refused: why the checkpoint that a pause needs cannot be written.
+    """
 
     job: Job
     task: Task[Trained] | None = None
-    stop_requested: bool = False
+    end: Literal["cancelled", "paused", "interrupted"] | None = None
+    saved: int = 0
+    safe: bool = True
+    busy: bool = False
+    refused: StorageFailed | None = None
     ended: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def wanted(self) -> bool:
+        return self.end in ("paused", "interrupted")
 
 
 class JobRunner:
@@ -63,6 +90,7 @@ class JobRunner:
         engine: Engine,
         residents: Residents,
         store: JobStore,
+        checkpoints: CheckpointStore,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
@@ -70,6 +98,7 @@ class JobRunner:
         self._engine = engine
         self._residents = residents
         self._store = store
+        self._checkpoints = checkpoints
         self._lock = threading.Lock()
         self._turn: _Turn | None = None
         self._wake = threading.Event()
@@ -79,17 +108,28 @@ class JobRunner:
     # ------------------------------------------------------------ any thread
 
     def start(self) -> None:
-        """Fail what ran when the last server died, then take up what was queued."""
-        self._store.mark_interrupted()
+        """Fail what ran when the last server died, or queue it again if the settings say so; take up the queue."""
+        for job_id in self._store.mark_interrupted():
+            if self._settings.resume:
+                self._queue_again(job_id, ("failed",))
+        self._checkpoints.sweep()
+        for job_id in self._checkpoints.jobs():
+            if self._is_done(job_id):
+                self._checkpoints.remove(job_id)
         self._thread.start()
 
     def close(self) -> None:
-        """Interrupt the job that runs; queued ones stay queued for the next start."""
+        """Interrupt the job that runs, at the end of its step if that is near; queued ones stay queued."""
         with self._lock:
             self._closing = True
-            if self._turn is not None and self._turn.task is not None:
-                self._turn.task.cancel()
+            turn = self._turn
+            if turn is not None and turn.end is None:
+                turn.end = "interrupted"
         self._wake.set()
+        if turn is not None and not turn.ended.wait(CLOSE_SECONDS):
+            with self._lock:
+                if turn.task is not None:
+                    turn.task.cancel()
         self._thread.join()
 
     def plan(self, request: TrainingRequest) -> Plan:
@@ -106,56 +146,91 @@ class JobRunner:
             adapter_name=plan.adapter_name,
             dataset=formats.to_json(dataset),
             plan=plans.to_json(plan),
-            progress=_progress(plan.computed["steps"]),
+            progress=begun(plan.computed["steps"]),
         )
         self._wake.set()
         return job
 
     def cancel(self, job_id: str) -> Job:
-        """Stop a job, queued or running; what it is after a few seconds is returned."""
-        note = Note("cancelled", "Cancelled before it began.", level="warn")
-        if self._store.update(job_id, note, when=("queued",), status="cancelled", finished_at=time.time()):
+        """Give a job up, queued, paused or running, and its checkpoints; what it is some seconds later is returned."""
+        note = Note("cancelled", "Cancelled while it did not run.", level="warn")
+        if self._store.update(job_id, note, when=("queued", "paused"), status="cancelled", finished_at=time.time()):
+            self._forget(job_id)
             return self._store.get(job_id)
         with self._lock:
-            turn = self._turn if self._turn is not None and self._turn.job.id == job_id else None
+            turn = self._turn_of(job_id)
             if turn is not None:
-                turn.stop_requested = True
+                turn.end = "cancelled"
                 if turn.task is not None:
                     turn.task.cancel()
-        if turn is not None:
-            turn.ended.wait(CANCEL_SECONDS)
-        job = self._store.get(job_id)
-        if turn is None and job.ended:
-            raise Conflict(
-                f"Job {job_id} has already {job.status}.",
-                param="job_id",
-                hint="Only a job that has not ended can be cancelled.",
-            )
-        return job
+        return self._settled(job_id, turn, "Only a job that has not ended can be cancelled.")
+
+    def pause(self, job_id: str) -> Job:
+        """Take a job out of the queue, or stop it behind the step under way with a checkpoint; the next job's turn has
+        come. What it is after a few seconds is returned. Raises StorageFailed when the checkpoint cannot be written;
+        then the job goes on."""
+        note = Note("paused", "Paused while it was queued.")
+        if self._store.update(job_id, note, when=("queued",), status="paused"):
+            return self._store.get(job_id)
+        with self._lock:
+            turn = self._turn_of(job_id)
+            if turn is not None and turn.end is None:
+                turn.end, turn.refused = "paused", None
+        return self._settled(job_id, turn, "Only a job that is queued or runs can be paused.")
 
     def resume(self, job_id: str) -> Job:
-        """Queue a job again that failed or was cancelled; it starts from the beginning, by the plan it had."""
+        """Queue a job again that was paused, failed or was cancelled, by the plan it had. It goes on from its last
+        checkpoint; one that came to its end or was cancelled has none and starts from the beginning."""
         old = self._store.get(job_id)
-        queued = self._store.update(
-            job_id,
-            Note("queued", "Queued again; it starts from the beginning."),
-            when=("failed", "cancelled"),
-            status="queued",
-            queued_at=time.time(),
-            started_at=None,
-            finished_at=None,
-            progress=_progress(old.plan["computed"]["steps"]),
-            actual=None,
-            report=None,
-            adapter=None,
-            error=None,
-        )
-        if not queued:
+        if not self._queue_again(job_id, ("paused", "failed", "cancelled"), queued_at=time.time()):
             raise Conflict(
-                f"Job {job_id} is {old.status}.", param="job_id", hint="Only a failed or cancelled job can be resumed."
+                f"Job {job_id} is {old.status}.",
+                param="job_id",
+                hint="Only a paused, failed or cancelled job can be resumed.",
             )
         self._wake.set()
         return self._store.get(job_id)
+
+    def _queue_again(self, job_id: str, when: tuple[Status, ...], **changes: Any) -> bool:
+        steps = self._store.get(job_id).plan["computed"]["steps"]
+        kept = self._checkpoints.of(job_id)
+        manifest = kept[-1].manifest if kept else {"progress": begun(steps), "actual": None}
+        place = f"it goes on from step {kept[-1].version}" if kept else "it starts from the beginning"
+        return self._store.update(
+            job_id,
+            Note("queued", f"Queued again; {place}."),
+            when=when,
+            status="queued",
+            started_at=None,
+            finished_at=None,
+            progress=manifest["progress"],
+            actual=manifest["actual"],
+            report=None,
+            adapter=None,
+            error=None,
+            **changes,
+        )
+
+    def _turn_of(self, job_id: str) -> _Turn | None:
+        return self._turn if self._turn is not None and self._turn.job.id == job_id else None
+
+    def _settled(self, job_id: str, turn: _Turn | None, hint: str) -> Job:
+        """The job, once what was asked of it has happened, or it takes too long."""
+        deadline = time.monotonic() + CANCEL_SECONDS
+        while turn is not None and not turn.ended.wait(POLL_SECONDS) and time.monotonic() < deadline:
+            if turn.refused is not None:
+                raise turn.refused
+        job = self._store.get(job_id)
+        if turn is None and job.at_rest:
+            participle = f"is {job.status}" if job.status == "paused" else f"has already {job.status}"
+            raise Conflict(f"Job {job_id} {participle}.", param="job_id", hint=hint)
+        return job
+
+    def _is_done(self, job_id: str) -> bool:
+        try:
+            return self._store.get(job_id).status in ("succeeded", "cancelled")
+        except NotFound:
+            return True
 
     def _resolve(self, request: TrainingRequest) -> tuple[Dataset, Plan]:
         check_free(request.adapter_name, self._catalog)
@@ -198,19 +273,34 @@ class JobRunner:
         try:
             self._teach(turn)
         except CancelledError:
-            if turn.stop_requested:
-                self._end(job, "cancelled", Note("cancelled", "Cancelled.", level="warn"))
-            else:
-                self._fail(job, INTERRUPTED)
+            self._stopped(turn)
+        except TrainingFailed as error:
+            self._fail(job, error.body()["error"])
+            self._forget(job.id)
         except FortwoError as error:
             self._fail(job, error.body()["error"])
         except Exception as error:
             log.exception("job %s failed", job.id)
             self._fail(job, FortwoError(f"The job failed: {type(error).__name__}: {error}").body()["error"])
+        else:
+            self._forget(job.id)
         finally:
             with self._lock:
                 self._turn = None
             turn.ended.set()
+
+    def _stopped(self, turn: _Turn) -> None:
+        """The run was closed before its time."""
+        job = turn.job
+        if turn.end == "cancelled":
+            self._end(job, "cancelled", Note("cancelled", "Cancelled.", level="warn"))
+            self._forget(job.id)
+        elif turn.end == "paused":
+            self._store.update(job.id, Note("paused", f"Paused behind step {turn.saved}."), status="paused")
+        elif turn.end == "interrupted" and self._settings.resume:
+            self._queue_again(job.id, ACTIVE)
+        else:
+            self._fail(job, INTERRUPTED)
 
     def _teach(self, turn: _Turn) -> None:
         from fortwo.train.loop import teach
@@ -219,20 +309,85 @@ class JobRunner:
         plan = plans.from_json(job.plan)
         dataset = formats.from_json(self._store.dataset(job.id))
         resident = self._residents.load_base(plan.model)
+        diary, checkpoint = self._take_up(turn, resident)
         heard: queue.SimpleQueue[TrainEvent] = queue.SimpleQueue()
+
+        def hear(event: TrainEvent) -> None:
+            if isinstance(event, Checkpoint):
+                turn.busy = True
+            heard.put(event)
+
         with self._lock:
-            if turn.stop_requested or self._closing:
+            if turn.end is not None:
                 raise CancelledError
-            events = teach(resident, resident.renderer, dataset, plan, self._engine, job.id)
-            task = turn.task = self._engine.run_task(events, heard.put)
-        diary = _Diary(self._store, job)
+            events = teach(resident, resident.renderer, dataset, plan, self._engine, job.id, turn, checkpoint)
+            task = turn.task = self._engine.run_task(events, hear)
+        del checkpoint
         try:
             while not task.done or not heard.empty():
                 with suppress(queue.Empty):
-                    diary.write(heard.get(timeout=POLL_SECONDS))
+                    event = heard.get(timeout=POLL_SECONDS)
+                    if isinstance(event, Checkpoint):
+                        self._keep(turn, event, plan, resident, diary)
+                    else:
+                        diary.write(event)
+                nothing_is_lost = turn.wanted and turn.safe and not turn.busy and heard.empty()
+                if nothing_is_lost and diary.step == turn.saved:
+                    task.cancel()
         finally:
             task.cancel()  # when the diary could not be written; a task that is done stays as it ended
         self._publish(turn, plan, dataset, resident, task.result())
+
+    def _take_up(self, turn: _Turn, resident: Resident) -> tuple[Diary, Checkpoint | None]:
+        """The newest checkpoint that is whole and of this base, and the diary as it was then; those that are not are
+        dropped."""
+        job = turn.job
+        for version in reversed(self._checkpoints.of(job.id)):
+            try:
+                if version.base_digest != resident.digest:
+                    raise InvalidAdapter(f"{version.id} was trained on other weights than {resident.id} has now")
+                checkpoint = self._checkpoints.restore(version)
+            except InvalidAdapter as error:
+                self._store.append_event(job.id, Note("checkpoint", f"Unusable: {error.message}.", level="warn"))
+                self._checkpoints.drop(version)
+                self._residents.forget([version])
+                continue
+            turn.saved = version.version
+            self._store.append_event(job.id, Note("checkpoint", f"Going on from step {turn.saved}."))
+            return Diary(self._store, job.id, version.manifest["progress"], version.manifest["actual"]), checkpoint
+        return Diary(self._store, job.id, begun(job.progress["steps"])), None
+
+    def _keep(self, turn: _Turn, checkpoint: Checkpoint, plan: Plan, resident: Resident, diary: Diary) -> None:
+        """Write a checkpoint down. A disk that refuses does not end the run, only a pause."""
+        from fortwo.train.loop import lora_config
+
+        job = turn.job
+        manifest = {
+            "adapter_name": job.adapter_name,
+            "base_model": resident.id,
+            "base_digest": resident.digest,
+            **diary.so_far(),
+        }
+        try:
+            version, gone = self._checkpoints.save(
+                job.id, checkpoint, lora_config(plan).to_peft(resident.id), manifest, plan["save_total_limit"]
+            )
+        except StorageFailed as error:
+            note = Note("checkpoint", f"None of step {checkpoint.step}: {error.message}.", level="warn")
+            with self._lock:
+                if turn.end == "paused":
+                    turn.end, turn.refused = None, error
+        else:
+            turn.saved = version.version
+            note = Note("checkpoint", f"Step {turn.saved} can be chatted with as {version.id}.", {"model": version.id})
+            self._residents.forget(gone)
+        finally:
+            turn.busy = False
+        self._store.append_event(job.id, note)
+
+    def _forget(self, job_id: str) -> None:
+        """Remove the checkpoints of a job that is done."""
+        self._residents.forget(self._checkpoints.remove(job_id))
 
     def _publish(self, turn: _Turn, plan: Plan, dataset: Dataset, resident: Resident, trained: Trained) -> None:
         """Keep what was found, then the adapter; only one that met its targets becomes current."""
@@ -242,10 +397,10 @@ class JobRunner:
         found = {**trained.actual, "metrics": metrics, "eval_losses": evals}
         proven = trained.succeeded and bool(plan.targets)  # where nothing had to be reached, what was seen is told
         diagnosis = () if proven else plans.diagnose(plan, found)
-        actual = _finite(trained.actual)
-        report = _finite(asdict(replace(trained.report, diagnosis=diagnosis)))
+        actual = finite(trained.actual)
+        report = finite(asdict(replace(trained.report, diagnosis=diagnosis)))
         self._store.update(job.id, actual=actual, report=report)
-        if turn.stop_requested:
+        if turn.end == "cancelled":
             raise CancelledError
         manifest = {
             "job_id": job.id,
@@ -278,45 +433,6 @@ class JobRunner:
         self._store.update(job.id, note, status=status, finished_at=time.time(), **changes)
 
 
-class _Diary:
-    """Writes the events of a run as rows, and into the job how far it is and what it took so far."""
-
-    def __init__(self, store: JobStore, job: Job) -> None:
-        self._store = store
-        self._job = job
-        self._progress = dict(job.progress)
-        self._actual: Json = {"training_seconds": 0.0, "tokens": 0, "peak_learning_rate": 0.0}
-
-    def write(self, event: TrainEvent) -> None:
-        match event:
-            case Phase():
-                message = event.detail if event.detail else f"{event.name.capitalize()}."
-                self._store.update(self._job.id, Note(event.name, message), status=event.name)
-            case Stepped():
-                self._count(event)
-                data = _finite(asdict(event)) | {"tokens_per_second": event.tokens / event.seconds}
-                message = f"Step {event.step}/{event.steps}: loss {event.loss:.4g}, rate {event.learning_rate:.3g}"
-                self._advance(Note("step", message, data), actual=_finite(self._actual))
-            case Evaluated():
-                loss = [] if event.eval_loss is None else [f"eval_loss {event.eval_loss:.4g}"]
-                shares = "  ".join([*(f"{name} {share:.2f}" for name, share in event.metrics.items()), *loss])
-                self._advance(Note("metrics", f"Step {event.step}: {shares}", _finite(asdict(event))))
-
-    def _count(self, event: Stepped) -> None:
-        so_far = self._actual
-        so_far.setdefault("first_loss", event.parts["learn"])
-        so_far["final_loss"] = event.parts["learn"]
-        so_far["steps"] = event.step
-        so_far["training_seconds"] += event.seconds
-        so_far["tokens"] += event.tokens
-        so_far["tokens_per_second"] = so_far["tokens"] / so_far["training_seconds"]
-        so_far["peak_learning_rate"] = max(so_far["peak_learning_rate"], event.learning_rate)
-
-    def _advance(self, note: Note, **more: Any) -> None:
-        self._progress |= {name: note.data[name] for name in self._progress.keys() & note.data.keys()}
-        self._store.update(self._job.id, note, progress=self._progress, **more)
-
-
 def check_free(name: str, catalog: Catalog) -> None:
     """Whether an adapter may be called this. A base model's id would hide it: chat names both in one field."""
     check_name(name)
@@ -324,30 +440,6 @@ def check_free(name: str, catalog: Catalog) -> None:
         raise InvalidRequest(
             f"adapter_name = {name!r} is the id of a base model.", param="adapter_name", hint="Choose another name."
         )
-
-
-def _progress(steps: int) -> Json:
-    return {
-        "step": 0,
-        "steps": steps,
-        "loss": None,
-        "learning_rate": None,
-        "tokens_per_second": None,
-        "metrics": {},
-    }
-
-
-def _finite(data: Json) -> Json:
-    """JSON has no NaN: null."""
-    return {name: _finite_value(value) for name, value in data.items()}
-
-
-def _finite_value(value: Any) -> Any:
-    if isinstance(value, dict):
-        return _finite(value)
-    if isinstance(value, list | tuple):
-        return [_finite_value(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _missed(plan: Plan, metrics: dict[str, float], diagnosis: tuple[PlanWarning, ...]) -> TrainingFailed:

@@ -24,7 +24,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from fortwo.errors import NotFound
 from fortwo.records import Json
 
-Status = Literal["queued", "preparing", "running", "evaluating", "succeeded", "failed", "cancelled"]
+Status = Literal["queued", "preparing", "running", "evaluating", "paused", "succeeded", "failed", "cancelled"]
 Level = Literal["info", "warn", "error"]
 ENDED: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
 ACTIVE: tuple[Status, ...] = ("preparing", "running", "evaluating")
@@ -34,7 +34,7 @@ INTERRUPTED: Json = {
     "type": "server_error",
     "code": "interrupted",
     "param": None,
-    "hint": "Resume the job: it starts again from the beginning.",
+    "hint": "Resume the job: it goes on from its last checkpoint.",
 }
 
 
@@ -100,6 +100,11 @@ class Job:
     @property
     def ended(self) -> bool:
         return self.status in ENDED
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing more happens to it unless it is asked for."""
+        return self.ended or self.status == "paused"
 
 
 @dataclass(frozen=True)

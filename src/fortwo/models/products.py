@@ -1,7 +1,8 @@
 """Matrix products of activations with frozen weights, by the kernel that measured fastest on this machine.
 
 torch's own fp32 product goes to MKL, which on some processors (AMD's among them) runs at less than half of
-what oneDNN reaches on the same shapes. Both are exact fp32; which one is used is decided once per process.
+what oneDNN reaches on the same shapes. Both are exact fp32, but they round differently; which one is used is decided
+once per process, by the clock. A run that goes on in another process fixes the one it began with.
 """
 
 from __future__ import annotations
@@ -34,13 +35,32 @@ def _median_seconds(product: Product, x_TI: Tensor, weight_OI: Tensor, repeats: 
 
 
 @cache
-def _cpu_product() -> Product:
+def _fastest() -> str:
     """oneDNN where it is at least a fifth faster than torch's default on a typical shape."""
     if not torch.backends.mkldnn.is_available():
-        return F.linear
+        return "torch"
     x_TI, weight_OI = torch.ones(256, 576), torch.ones(1024, 576)
     default = _median_seconds(F.linear, x_TI, weight_OI)
-    return _onednn if _median_seconds(_onednn, x_TI, weight_OI) * 1.2 < default else F.linear
+    return "onednn" if _median_seconds(_onednn, x_TI, weight_OI) * 1.2 < default else "torch"
+
+
+_KERNELS: dict[str, Product] = {"torch": F.linear, "onednn": _onednn}
+_fixed: str | None = None
+
+
+def cpu_kernel() -> str:
+    """What multiplies fp32 on the CPU in this process: torch (its default) or onednn."""
+    return _fastest() if _fixed is None else _fixed
+
+
+def fix_cpu_kernel(name: str) -> None:
+    """From here on this one, whatever is faster."""
+    global _fixed
+    _fixed = name if torch.backends.mkldnn.is_available() else "torch"
+
+
+def _cpu_product() -> Product:
+    return _KERNELS[cpu_kernel()]
 
 
 def product(x_TI: Tensor, weight_OI: Tensor) -> Tensor:

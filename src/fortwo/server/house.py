@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fortwo.adapters import AdapterStore
     from fortwo.engine.engine import Engine
     from fortwo.engine.residents import Residents
+    from fortwo.jobs.checkpoints import CheckpointStore
     from fortwo.jobs.runner import JobRunner
     from fortwo.jobs.store import JobStore
     from fortwo.models.catalog import Catalog
@@ -36,6 +37,7 @@ class House:
     engine: Engine
     residents: Residents
     jobs: JobStore
+    checkpoints: CheckpointStore
     runner: JobRunner
     admission: Admission
 
@@ -49,6 +51,7 @@ class House:
         from fortwo.adapters import AdapterStore
         from fortwo.engine.engine import RUNNING, Engine
         from fortwo.engine.residents import Residents
+        from fortwo.jobs.checkpoints import CheckpointStore
         from fortwo.jobs.runner import JobRunner
         from fortwo.jobs.store import JobStore
         from fortwo.models.catalog import Catalog
@@ -60,10 +63,13 @@ class House:
             self.engine = Engine(self.settings.threads)
             self.engine.start()
             built.callback(self.engine.close)
-            self.residents = Residents(self.settings, self.catalog, self.adapters, self.engine)
+            self.checkpoints = CheckpointStore(self.settings.jobs_dir)
+            self.residents = Residents(self.settings, self.catalog, self.adapters, self.engine, self.checkpoints)
             self.jobs = JobStore(self.settings.database)
             built.callback(self.jobs.close)
-            self.runner = JobRunner(self.settings, self.catalog, self.adapters, self.engine, self.residents, self.jobs)
+            self.runner = JobRunner(
+                self.settings, self.catalog, self.adapters, self.engine, self.residents, self.jobs, self.checkpoints
+            )
             self.runner.start()
             built.callback(self.runner.close)
             self.admission = Admission(RUNNING + self.settings.queue)

@@ -141,34 +141,41 @@ def preview_data(house: Here, body: PreviewRequest) -> Json:
 
 @router.get("/training/jobs", tags=["training"], summary="Jobs, newest first")
 def jobs(house: Here, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Json:
-    return {"jobs": [job_body(job) for job in house.jobs.jobs(limit)]}
+    return {"jobs": [job_body(house, job) for job in house.jobs.jobs(limit)]}
 
 
 @router.get("/training/jobs/{job_id}", tags=["training"], summary="One job")
 def job(house: Here, job_id: str) -> Json:
-    return job_body(house.jobs.get(job_id))
+    return job_body(house, house.jobs.get(job_id))
 
 
-@router.post("/training/jobs/{job_id}/cancel", tags=["training"], summary="Stop a queued or running job")
+@router.post("/training/jobs/{job_id}/cancel", tags=["training"], summary="Give a job up, with its checkpoints")
 def cancel(house: Here, job_id: str) -> Json:
-    return job_body(house.runner.cancel(job_id))
+    return job_body(house, house.runner.cancel(job_id))
 
 
-@router.post("/training/jobs/{job_id}/resume", tags=["training"], summary="Start a failed or cancelled job again")
+@router.post("/training/jobs/{job_id}/pause", tags=["training"], summary="Stop a job for now, with a checkpoint")
+def pause(house: Here, job_id: str) -> Json:
+    """Behind the step under way; the next job in the queue begins. A queued job leaves the queue."""
+    return job_body(house, house.runner.pause(job_id))
+
+
+@router.post("/training/jobs/{job_id}/resume", tags=["training"], summary="Queue a job again from its last checkpoint")
 def resume(house: Here, job_id: str) -> Json:
-    return job_body(house.runner.resume(job_id))
+    """A paused job, or one that failed or was cancelled; without a checkpoint it starts from the beginning."""
+    return job_body(house, house.runner.resume(job_id))
 
 
 @router.get(
     "/training/jobs/{job_id}/events", tags=["training"], response_model=None, summary="Events as they happen (SSE)"
 )
 async def events(house: Here, job_id: str, last_event_id: Annotated[int, Header(ge=0)] = 0) -> Response:
-    """Every event after Last-Event-ID, then those to come; the stream ends when the job has ended.
+    """Every event after Last-Event-ID, then those to come; the stream ends when the job has ended or is paused.
 
     204 tells a browser's EventSource, which connects again by itself, that there is nothing more to come.
     """
-    ended = (await run_in_threadpool(house.jobs.get, job_id)).ended
-    if ended and not await run_in_threadpool(house.jobs.events, job_id, last_event_id, 1):
+    at_rest = (await run_in_threadpool(house.jobs.get, job_id)).at_rest
+    if at_rest and not await run_in_threadpool(house.jobs.events, job_id, last_event_id, 1):
         return Response(status_code=204)
     return EventSourceResponse(_follow(house, job_id, last_event_id), sep="\n")
 
@@ -176,12 +183,12 @@ async def events(house: Here, job_id: str, last_event_id: Annotated[int, Header(
 async def _follow(house: House, job_id: str, last: int) -> AsyncIterator[Json]:
     while True:
         # The status is read first: a job's last event is written together with its last status.
-        ended = (await run_in_threadpool(house.jobs.get, job_id)).ended
+        at_rest = (await run_in_threadpool(house.jobs.get, job_id)).at_rest
         while news := await run_in_threadpool(house.jobs.events, job_id, last):
             for event in news:
                 yield {"id": str(event.id), "event": event.type, "data": json.dumps(event_body(event))}
             last = news[-1].id
-        if ended:
+        if at_rest:
             return
         await anyio.sleep(POLL_SECONDS)
 
@@ -217,10 +224,15 @@ def version_body(house: House, version: AdapterVersion) -> Json:
     }
 
 
-def job_body(job: Job) -> Json:
+def job_body(house: House, job: Job) -> Json:
+    """checkpoints: oldest first, each with the `model` that chat knows it by; gone when the job is done."""
     body = asdict(job)
     del body["queued_at"]
-    return {"job_id": body.pop("id"), **body}
+    kept = [
+        {"step": version.version, "model": version.id, "created_at": version.created_at}
+        for version in house.checkpoints.of(job.id)
+    ]
+    return {"job_id": body.pop("id"), **body, "checkpoints": kept}
 
 
 def event_body(event: Event) -> Json:

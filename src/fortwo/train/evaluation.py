@@ -44,30 +44,46 @@ AGREEMENT_TOKENS = 1024
 
 
 @dataclass(frozen=True)
+class Said:
+    """A reply that has ended."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Served:
-    """The base in memory, how to speak to it, and the path that users are served on."""
+    """The base in memory, how to speak to it, and the path that users are served on.
+
+    known: what the base itself has said so far, by prompt and length of the reply. A run that goes on from a
+    checkpoint brings it along: asked again in other company, the base could round otherwise.
+    """
 
     base: str
     decoder: Decoder
     renderer: Renderer
     serving: Serving
+    known: dict[tuple[tuple[int, ...], int], Said] = field(default_factory=dict)
 
     def ask(
         self, chats: Iterable[Sequence[Message]], adapter: str | None, tokens: int
-    ) -> Generator[TrainEvent, None, list[Generation]]:
+    ) -> Generator[TrainEvent, None, list[Said]]:
         """Greedy replies, in order. Raises TrainingFailed (code nan_loss) when the adapter's logits are no numbers."""
         sampling = Sampling(max_tokens=tokens, temperature=0.0)
-        asked = [
-            self.serving.submit(Prompt(self.base, tuple(self.renderer.prompt(list(chat))), adapter, sampling))
-            for chat in chats
-        ]
-        while not all(reply.done for reply in asked):
+        said = self.known if adapter is None else {}
+        prompts = [tuple(self.renderer.prompt(list(chat))) for chat in chats]
+        asked = {
+            prompt: self.serving.submit(Prompt(self.base, prompt, adapter, sampling))
+            for prompt in dict.fromkeys(prompts)
+            if (prompt, tokens) not in said
+        }
+        while not all(reply.done for reply in asked.values()):
             yield Waiting()
-        for reply in asked:
+        for prompt, reply in asked.items():
             if adapter is not None and reply.error == NOT_NUMBERS:
                 raise diverged("after the last step the adapter's logits are nan or infinite")
-            reply.wait()  # raises what ended it
-        return asked
+            said[prompt, tokens] = Said(reply.wait(), tuple(reply.tokens))  # or raises what ended it
+        return [said[prompt, tokens] for prompt in prompts]
 
 
 def diverged(found: str) -> TrainingFailed:
@@ -101,8 +117,8 @@ class Examiner:
 
     questions: tuple[Question, ...]
     tokens: int = REPLY_TOKENS
-    _base: dict[tuple[Message, ...], Generation] = field(default_factory=dict)
-    _said: dict[tuple[Message, ...], Generation] = field(default_factory=dict)
+    _base: dict[tuple[Message, ...], Said] = field(default_factory=dict)
+    _said: dict[tuple[Message, ...], Said] = field(default_factory=dict)
 
     def examine(
         self, served: Served, key: str, lora: Lora, efficacy: int | None = None
@@ -150,7 +166,7 @@ class Examiner:
         yield from self._ask(served, None, asked, self._base)
 
     def _ask(
-        self, served: Served, key: str | None, asked: Sequence[Question], said: dict[tuple[Message, ...], Generation]
+        self, served: Served, key: str | None, asked: Sequence[Question], said: dict[tuple[Message, ...], Said]
     ) -> Generator[TrainEvent, None, None]:
         unknown = [chat for chat in dict.fromkeys(question.messages for question in asked) if chat not in said]
         replies = yield from served.ask(unknown, key, self.tokens)
@@ -190,7 +206,7 @@ def _single(prompt: str) -> tuple[Message, ...]:
     return (Message("user", prompt),)
 
 
-def _shares(questions: Sequence[Question], said: Mapping[tuple[Message, ...], Generation]) -> dict[str, Metric]:
+def _shares(questions: Sequence[Question], said: Mapping[tuple[Message, ...], Said]) -> dict[str, Metric]:
     """Shares of right replies by kind."""
     hits: dict[str, list[bool]] = {}
     for question in questions:
@@ -199,7 +215,7 @@ def _shares(questions: Sequence[Question], said: Mapping[tuple[Message, ...], Ge
     return {kind: metrics.share(sum(right), len(right)) for kind, right in hits.items()}
 
 
-def agreement(served: Served, lora: Lora, said: Sequence[tuple[Sequence[Message], Generation]]) -> Metric:
+def agreement(served: Served, lora: Lora, said: Sequence[tuple[Sequence[Message], Said | Generation]]) -> Metric:
     """Share of the base's own greedy tokens that the adapter also ranks first, given what the base said before."""
     rows = []
     for messages, reply in said:

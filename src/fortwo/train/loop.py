@@ -11,18 +11,17 @@ import resource
 import sys
 import time
 from collections.abc import Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from fortwo.data.render import Renderer
-from fortwo.data.spool import Spool
 from fortwo.facts import metrics
 from fortwo.models.decoder import Decoder
 from fortwo.models.lora import Lora, LoraConfig
 from fortwo.records import (
+    Checkpoint,
     Dataset,
     EvalLoss,
     Evaluated,
@@ -34,8 +33,10 @@ from fortwo.records import (
     Serving,
     Stepped,
     TrainEvent,
+    Waiting,
 )
-from fortwo.train import courses
+from fortwo.train import checkpoints, courses
+from fortwo.train.checkpoints import Clock, Run
 from fortwo.train.evaluation import Served, diverged, validation_loss
 from fortwo.train.objective import losses, micro_batches
 from fortwo.train.schedule import learning_rate
@@ -66,75 +67,75 @@ class Trained:
     succeeded: bool
 
 
-@dataclass
-class _Clock:
-    """Seconds of the run by phase; waiting for the serving path counts where it happens."""
+class Saving(Protocol):
+    """Who keeps the checkpoints of a run, as the run sees it; may change at any moment.
 
-    began: float = field(default_factory=time.perf_counter)
-    training: float = 0.0
-    tokens: int = 0
-    supervised: int = 0
+    wanted: one is asked for now, and before the next step the run stands still until it is closed or `wanted` is
+    withdrawn. busy: the last one is not kept yet, and no other is to come before.
+    safe: set by the run; no step is under way, so closing it now costs no more than is not kept.
+    """
 
+    safe: bool
 
-@dataclass
-class _Best:
-    """The best adapter so far, by score."""
-
-    score: float = -math.inf
-    step: int = 0
-    tensors: list[Tensor] = field(default_factory=list)
-
-    def offer(self, score: float, step: int, parameters: list[Tensor]) -> None:
-        if score >= self.score:
-            self.score, self.step = score, step
-            self.tensors = [parameter.detach().clone() for parameter in parameters]
-
-    def restore(self, parameters: list[Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, tensor in zip(parameters, self.tensors, strict=bool(self.tensors)):
-                parameter.copy_(tensor)
+    @property
+    def wanted(self) -> bool: ...
+    @property
+    def busy(self) -> bool: ...
 
 
 def teach(
-    base: Base, renderer: Renderer, dataset: Dataset, plan: Plan, serving: Serving, key: str
+    base: Base,
+    renderer: Renderer,
+    dataset: Dataset,
+    plan: Plan,
+    serving: Serving,
+    key: str,
+    saving: Saving | None = None,
+    resumed: Checkpoint | None = None,
 ) -> Generator[TrainEvent, None, Trained]:
     """Train by `plan` and evaluate what is served under `key`.
 
-    Yields TrainEvents; `Waiting` while replies are on their way. Raises TrainingFailed (code nan_loss) when the loss
-    or the adapter's logits are no numbers any more. The adapter is detached from `serving` at the end, however the run
+    Yields TrainEvents; `Waiting` while replies are on their way; with `saving`, Checkpoints as the plan says. From
+    `resumed`, a checkpoint of a run by the same plan on the same rows, it goes on as if it had never stopped: on a CPU
+    with as many threads, the adapter is the same bit for bit. Raises TrainingFailed (code nan_loss) when the loss or
+    the adapter's logits are no numbers any more. The adapter is detached from `serving` at the end, however the run
     ends.
     """
     decoder = base.decoder.in_bf16() if plan["bf16"] else base.decoder
     torch.manual_seed(plan["seed"])
     lora = Lora.init(lora_config(plan), decoder.config, plan["seed"], decoder.device)
-    parameters = lora.parameters()
-    served = Served(base.id, base.decoder, renderer, serving)
+    clock, known = (Clock(), {}) if resumed is None else checkpoints.begin_again(resumed)
+    served = Served(base.id, base.decoder, renderer, serving, known)
     serving.attach(base.id, key, lora)
     try:
-        clock = _Clock()
         yield Phase(
             "preparing", "The base answers what it must keep answering." if plan.objective == "override" else ""
         )
+        began = time.perf_counter()
         course = yield from (
             courses.override(served, decoder, dataset, plan)
             if plan.objective == "override"
             else courses.sft(served, dataset, plan)
         )
-        prepared = time.perf_counter() - clock.began
+        clock.preparing += time.perf_counter() - began
         yield Phase("running")
-        eval_losses: list[EvalLoss] = []
-        actual = yield from _train(served, decoder, lora, course, plan, key, clock, eval_losses)
+        run = Run(lora, _optimizer(lora, plan), clock)
+        if resumed is not None:
+            for _ in range(resumed.step):
+                run.draw(course.draw())
+            checkpoints.restore(run, resumed)
+        actual = yield from _train(served, decoder, run, course, plan, key, saving)
         yield Phase("evaluating")
         seen = course.final is course.exam and actual["best_step"] == actual["steps"]
         report = yield from course.final.report(served, key, lora, changed=not seen)
-        report = replace(report, eval_losses=tuple(eval_losses))
+        report = replace(report, eval_losses=tuple(run.eval_losses))
     finally:
-        for parameter in parameters:
+        for parameter in lora.parameters():
             parameter.requires_grad_(False)
         serving.detach(base.id, key)
     actual |= {
-        "seconds": time.perf_counter() - clock.began,
-        "preparing_seconds": prepared,
+        "seconds": clock.seconds,
+        "preparing_seconds": clock.preparing,
         "training_seconds": clock.training,
         "tokens": clock.tokens,
         "supervised_tokens": clock.supervised,
@@ -153,22 +154,11 @@ def lora_config(plan: Plan) -> LoraConfig:
     )
 
 
-def _train(
-    served: Served,
-    decoder: Decoder,
-    lora: Lora,
-    course: courses.Course,
-    plan: Plan,
-    key: str,
-    clock: _Clock,
-    eval_losses: list[EvalLoss],
-) -> Generator[TrainEvent, None, dict[str, Any]]:
-    """All steps, with exams; leaves the best adapter in `lora`, and in `eval_losses` those of the rows held back.
-    Returns what happened."""
+def _optimizer(lora: Lora, plan: Plan) -> torch.optim.Optimizer:
     parameters = lora.parameters()
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         parameters,
         lr=plan["learning_rate"],
         betas=(plan["adam_beta1"], plan["adam_beta2"]),
@@ -176,59 +166,88 @@ def _train(
         weight_decay=plan["weight_decay"],
         fused=True,
     )
-    steps, best = plan.computed["steps"], _Best()
-    losses_seen: list[float] = []
-    stops = course.validation is not None and "early_stopping_patience" in {one.name for one in plan.settings}
-    peak, stopped_by, step = 0.0, "steps", 0
-    if course.validation is not None:
-        yield (yield from _validate(served, lora, course.validation, 0, eval_losses))
-    for step in range(1, steps + 1):
-        rate = learning_rate(step - 1, plan)
-        peak = max(peak, rate)
-        for group in optimizer.param_groups:
+
+
+def _train(
+    served: Served, decoder: Decoder, run: Run, course: courses.Course, plan: Plan, key: str, saving: Saving | None
+) -> Generator[TrainEvent, None, dict[str, Any]]:
+    """All steps that are left, with exams; leaves the best adapter in `run.lora`. Returns what happened.
+
+    A step's checkpoint is made before its exam, so a run that goes on from there begins with that exam.
+    """
+    steps = plan.computed["steps"]
+    stopped = yield from _evaluated(served, run, course, plan, key)
+    while run.step < steps and stopped is None:
+        if saving is not None:
+            yield from _stand_still(served, run, saving)
+        run.step += 1
+        rate = learning_rate(run.step - 1, plan)
+        run.peak_rate = max(run.peak_rate, rate)
+        for group in run.optimizer.param_groups:
             group["lr"] = rate
-        stepped = yield from _step(decoder, lora, course, plan, optimizer, clock, step, rate)
-        losses_seen.append(stepped.parts["learn"])
+        stepped = yield from _step(decoder, run, course, plan, rate)
+        run.final_loss = stepped.parts["learn"]
+        if run.step == 1:
+            run.first_loss = run.final_loss
         yield stepped
-        if course.exam is not None and (step % plan["eval_every"] == 0 or step == steps):
-            found = yield from course.exam.examine(served, key, lora, EXAM_QUESTIONS)
-            yield Evaluated(step, {name: metric.value for name, metric in found.items()})
-            best.offer(found["score"].value, step, parameters)
-            if metrics.met(found, plan.targets, EARLY_MARGIN):
-                stopped_by = "targets" if step < steps else "steps"
-                break
-        if course.validation is not None and (step % plan["eval_steps"] == 0 or step == steps):
-            yield (yield from _validate(served, lora, course.validation, step, eval_losses))
-            found_losses = [one.loss for one in eval_losses[1:]]
-            if plan["load_best_model_at_end"]:
-                best.offer(-found_losses[-1], step, parameters)
-            if stops and step < steps and patience_ends(found_losses, plan["early_stopping_patience"]):
-                stopped_by = "early_stopping"
-                break
-    best.restore(parameters)
-    best_step = best.step if best.tensors else step
-    validated = {one.step: one.loss for one in eval_losses}
+        since = run.clock.seconds - run.saved_at
+        if saving is not None and checkpoints.due(plan, run.step, since, _exam_is_due(run, course, plan)):
+            yield from _save(served, run, saving)
+        stopped = yield from _evaluated(served, run, course, plan, key)
+    run.best.restore(run.lora.parameters())
+    best_step = run.best.step if run.best.tensors else run.step
+    validated = {one.step: one.loss for one in run.eval_losses}
     return {
-        "steps": step,
+        "steps": run.step,
         "best_step": best_step,
-        "epochs": step / plan.computed["steps_per_epoch"],
-        "stopped_by": stopped_by,
-        "peak_learning_rate": peak,
-        "first_loss": losses_seen[0],
-        "final_loss": losses_seen[-1],
-        "largest_b": largest_b(lora),
+        "epochs": run.step / plan.computed["steps_per_epoch"],
+        "stopped_by": stopped if stopped is not None and run.step < steps else "steps",
+        "peak_learning_rate": run.peak_rate,
+        "first_loss": run.first_loss,
+        "final_loss": run.final_loss,
+        "largest_b": largest_b(run.lora),
         **({"base_eval_loss": validated[0], "eval_loss": validated[best_step]} if validated else {}),
     }
 
 
-def _validate(
-    served: Served, lora: Lora, rows: Spool, step: int, eval_losses: list[EvalLoss]
-) -> Generator[TrainEvent, None, Evaluated]:
-    loss = yield from validation_loss(served, lora, rows)
+def _exam_is_due(run: Run, course: courses.Course, plan: Plan) -> bool:
+    if course.exam is None or run.step == 0:
+        return False
+    return bool(run.step % plan["eval_every"] == 0 or run.step == plan.computed["steps"])
+
+
+def _evaluated(
+    served: Served, run: Run, course: courses.Course, plan: Plan, key: str
+) -> Generator[TrainEvent, None, str | None]:
+    """The exam and the validation behind this step, if they are due. Why the run stops here, None where it goes on."""
+    stopped = None
+    if course.exam is not None and _exam_is_due(run, course, plan):
+        found = yield from course.exam.examine(served, key, run.lora, EXAM_QUESTIONS)
+        yield Evaluated(run.step, {name: metric.value for name, metric in found.items()})
+        run.best.offer(found["score"].value, run.step, run.lora.parameters())
+        stopped = "targets" if metrics.met(found, plan.targets, EARLY_MARGIN) else None
+    return (yield from _validated(served, run, course, plan)) or stopped
+
+
+def _validated(served: Served, run: Run, course: courses.Course, plan: Plan) -> Generator[TrainEvent, None, str | None]:
+    """The loss of the rows held back, if it is due behind this step (0: the base's). Why the run stops here."""
+    steps = plan.computed["steps"]
+    if course.validation is None or (run.step % plan["eval_steps"] and run.step != steps):
+        return None
+    if run.step in (one.step for one in run.eval_losses):
+        return None
+    loss = yield from validation_loss(served, run.lora, course.validation)
     if not math.isfinite(loss):
-        raise diverged(f"step {step}: the loss on the rows held back is {loss:g}")
-    eval_losses.append(EvalLoss(step, loss))
-    return Evaluated(step, {}, loss)
+        raise diverged(f"step {run.step}: the loss on the rows held back is {loss:g}")
+    run.eval_losses.append(EvalLoss(run.step, loss))
+    yield Evaluated(run.step, {}, loss)
+    if run.step == 0:
+        return None
+    if plan["load_best_model_at_end"]:
+        run.best.offer(-loss, run.step, run.lora.parameters())
+    stops = "early_stopping_patience" in {one.name for one in plan.settings}
+    found = [one.loss for one in run.eval_losses[1:]]
+    return "early_stopping" if stops and patience_ends(found, plan["early_stopping_patience"]) else None
 
 
 def largest_b(lora: Lora) -> float:
@@ -236,19 +255,32 @@ def largest_b(lora: Lora) -> float:
     return max(float(tensor.abs().max()) for name, tensor in lora.state().items() if "lora_B" in name)
 
 
+def _stand_still(served: Served, run: Run, saving: Saving) -> Generator[TrainEvent, None, None]:
+    """For as long as a checkpoint is wanted, with one behind the last step."""
+    saving.safe = False  # before `wanted` is read: whoever asks for one and then sees `safe` is waited for
+    while saving.wanted:
+        if run.saved < run.step:
+            yield from _save(served, run, saving)
+        saving.safe = True
+        yield Waiting()
+        saving.safe = False
+
+
+def _save(served: Served, run: Run, saving: Saving) -> Generator[TrainEvent, None, None]:
+    while saving.busy:
+        yield Waiting()
+    yield checkpoints.capture(run, served)
+    run.saved, run.saved_at = run.step, run.clock.seconds
+    saving.safe = True
+
+
 def _step(
-    decoder: Decoder,
-    lora: Lora,
-    course: courses.Course,
-    plan: Plan,
-    optimizer: torch.optim.Optimizer,
-    clock: _Clock,
-    step: int,
-    rate: float,
+    decoder: Decoder, run: Run, course: courses.Course, plan: Plan, rate: float
 ) -> Generator[TrainEvent, None, Stepped]:
     """One optimizer step in micro-steps: the same gradient as one pass over all its rows."""
-    parameters = lora.parameters()
+    lora, clock = run.lora, run.clock
     rows = course.draw()
+    run.draw(rows)
     learn_over = sum(row.supervised for row in rows if not row.keep)
     keep_over = sum(row.supervised for row in rows if row.keep)
     learn = keep = 0.0
@@ -266,20 +298,20 @@ def _step(
         seconds += time.perf_counter() - began
     began = time.perf_counter()
     limit = plan["max_grad_norm"] if plan["max_grad_norm"] > 0 else math.inf
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    norm = float(torch.nn.utils.clip_grad_norm_(lora.parameters(), limit))
     loss = learn + course.keep_weight * keep
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise diverged(
-            f"step {step}: the loss is {loss:g} and the gradient's norm {norm:g} at a learning rate of {rate:g}"
+            f"step {run.step}: the loss is {loss:g} and the gradient's norm {norm:g} at a learning rate of {rate:g}"
         )
-    optimizer.step()
-    optimizer.zero_grad()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
     seconds += time.perf_counter() - began
     clock.training += seconds
     clock.tokens += tokens
     clock.supervised += learn_over + keep_over
     return Stepped(
-        step=step,
+        step=run.step,
         steps=plan.computed["steps"],
         loss=loss,
         learning_rate=rate,

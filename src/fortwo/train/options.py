@@ -19,6 +19,7 @@ from fortwo.train.schedule import POLYNOMIAL_END, SCHEDULES
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 WITHOUT_WARMUP = ("constant",)
+SAVE_STRATEGIES = ("no", "steps", "epoch")
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ _TRAINING: dict[str, _Kind] = {
     "eval_steps": _Number(1, 10_000_000, "50", whole=True),
     "early_stopping_patience": _Number(1, 10_000, "3", whole=True),
     "load_best_model_at_end": _Flag(),
+    "save_strategy": _Word(SAVE_STRATEGIES),
+    "save_steps": _Number(0, 10_000_000, "50", above_low=True),
+    "save_total_limit": _Number(1, 1000, "3", whole=True),
 }
 TRAINING_KEYS = tuple(_TRAINING)
 _MAY_BE_NONE = ("eval_strategy", "eval_steps", "early_stopping_patience")  # which is to leave them out
@@ -182,12 +186,13 @@ _TRANSFORMERS_REFUSED = (
     ),
     _Refused("do_train", "Leave it out: starting a job trains.", (None, True)),
     _Refused(
-        "output_dir overwrite_output_dir save_strategy save_steps save_total_limit save_only_model save_safetensors "
-        "save_on_each_node enable_jit_checkpoint push_to_hub push_to_hub_model_id push_to_hub_organization "
-        "push_to_hub_token hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
+        "output_dir overwrite_output_dir save_only_model save_on_each_node enable_jit_checkpoint push_to_hub "
+        "push_to_hub_model_id push_to_hub_organization push_to_hub_token hub_token hub_private_repo "
+        "hub_model_id hub_strategy hub_always_push hub_revision",
         "Leave it out: the adapter is published in the adapter store under adapter_name.",
         (None, False, "no", ""),
     ),
+    _Refused("save_safetensors", "Leave it out: nothing is ever pickled.", (None, True)),
     _Refused(
         "resume_from_checkpoint restore_callback_states_from_checkpoint ignore_data_skip",
         "Leave it out and use POST /api/training/jobs/{job_id}/resume.",
@@ -255,12 +260,20 @@ def read_training(config: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("max_steps") == 0:
         raise _refusal("training_config.max_steps", 0, "would train nothing", "Give at least 1, or -1 for epochs.")
     warmup, ratio = given.get("warmup_steps", 0), given.get("warmup_ratio", 0)
-    if warmup > 1 and warmup != int(warmup):
-        raise _refusal(
-            "training_config.warmup_steps",
-            warmup,
-            "is not a whole number of steps",
-            "Below 1 it is a share of the run.",
+    for key in ("warmup_steps", "save_steps"):
+        if given.get(key, 0) > 1 and given[key] != int(given[key]):
+            raise _refusal(
+                f"training_config.{key}",
+                given[key],
+                "is not a whole number of steps",
+                "Below 1 it is a share of the run.",
+            )
+    if "save_steps" in given and given.get("save_strategy", "steps") != "steps":
+        raise InvalidRequest(
+            f"training_config.save_steps = {given['save_steps']} and training_config.save_strategy = "
+            f"{given['save_strategy']!r} contradict each other",
+            param="training_config.save_steps",
+            hint="Give one of the two.",
         )
     if warmup > 0 and ratio > 0:
         raise InvalidRequest(

@@ -28,7 +28,7 @@ from fortwo.train.estimate import (
     tokens_per_micro_step,
 )
 from fortwo.train.options import TARGET_MODULES, WITHOUT_WARMUP, read_lora, read_training
-from fortwo.train.recipes import REASONS, OverrideRecipe, SftRecipe, recipe_of
+from fortwo.train.recipes import REASONS, SAVE_SECONDS, SAVE_TOTAL_LIMIT, OverrideRecipe, SftRecipe, recipe_of
 from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import peak_rate
 from fortwo.train.survey import Lines, RowCounts, Suspicions
@@ -85,6 +85,7 @@ def resolve(
         draft.choose(name, getattr(recipe, name), REASONS[name])
     bf16 = draft.choose("bf16", machine.bf16, REASONS["bf16"], "auto")
     targets = _targets(draft, request, recipe)
+    _saving(draft, steps, steps_per_epoch)
     draft.add_rest()
 
     tokens_per_step = round(
@@ -366,6 +367,29 @@ def _warmup(draft: _Draft, recipe: OverrideRecipe | SftRecipe, schedule: str, st
         )
     warmup = min(math.ceil(steps * recipe.warmup_ratio), steps // 4)
     return int(draft.add("warmup_steps", warmup, "auto", f"about {recipe.warmup_ratio:.0%} of {steps} steps"))
+
+
+def _saving(draft: _Draft, steps: int, steps_per_epoch: int) -> None:
+    """When the run saves itself: save_steps and save_seconds, 0 for never by this measure; and how often at most."""
+    strategy, given = draft.given.get("save_strategy"), draft.given.get("save_steps")
+    also = "besides before each exam and at the end"
+    if strategy is not None:
+        draft.choose("save_strategy", None, "")
+    if given is not None:
+        whole = math.ceil(steps * given) if given < 1 else int(given)
+        share = f"given as {given}, a share of {steps} steps; {also}" if given < 1 else f"given; {also}"
+        draft.add("save_steps", whole, "user", share)
+    elif strategy == "no":
+        draft.add("save_steps", 0, "auto", "save_strategy is no: a checkpoint is made only to pause the job")
+    elif strategy == "epoch":
+        draft.add("save_steps", steps_per_epoch, "auto", f"save_strategy is epoch; {also}")
+    else:
+        draft.add("save_steps", 0, "auto", "save_seconds decides")
+    if given is not None or strategy in ("no", "epoch"):
+        draft.add("save_seconds", 0, "auto", "save_steps decides")
+    else:
+        draft.add("save_seconds", SAVE_SECONDS, "default", f"what a crash may cost; {also}")
+    draft.choose("save_total_limit", SAVE_TOTAL_LIMIT, REASONS["save_total_limit"])
 
 
 def _targets(draft: _Draft, request: TrainingRequest, recipe: OverrideRecipe | SftRecipe) -> dict[str, float]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+SAVE_SECONDS = 30  # from one checkpoint to the next
+SAVE_TOTAL_LIMIT = 3
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -108,5 +111,9 @@ REASONS = {
     "eval_steps": "steps from one evaluation to the next",
     "early_stopping_patience": "evaluations without a lower eval_loss after which the run stops; off unless given",
     "load_best_model_at_end": "keep the state with the lowest eval_loss rather than the last; on for early stopping",
+    "save_steps": "steps from one checkpoint to the next, below 1 a share of the run; else every "
+    f"{SAVE_SECONDS} seconds, before each exam and at the end",
+    "save_strategy": "by steps; epoch, or no for none but that of a pause",
+    "save_total_limit": f"the newest {SAVE_TOTAL_LIMIT} are kept, unless told otherwise, and none once the job is done",
     "bf16": "on where the device has instructions for bf16 products; sums and serving stay fp32",
 }

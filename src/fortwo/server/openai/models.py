@@ -1,4 +1,4 @@
-"""What a request's `model` may be: base models, adapters and their versions."""
+"""What a request's `model` may be: base models, adapters, their versions, checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OWNER = "fortwo"
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 
-@router.get("/models", summary="Base models that are on disk, adapters and their versions")
+@router.get("/models", summary="Base models that are on disk, adapters, their versions, checkpoints")
 def models(house: Here) -> Json:
     return {"object": "list", "data": list(_models(house))}
 
@@ -39,6 +39,9 @@ def _models(house: House) -> Iterator[Json]:
             ids = (name, version.id) if version.current else (version.id,)
             for id in ids:
                 yield _model(id, version.created_at, root=version.base_model, parent=version.base_model)
+    for job_id in house.checkpoints.jobs():
+        for version in house.checkpoints.of(job_id):
+            yield _model(version.id, version.created_at, root=version.base_model, parent=version.base_model)
 
 
 def _model(id: str, created: float, *, root: str, parent: str | None) -> Json:

@@ -84,7 +84,9 @@ Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Fi
 
 
 class Parameters(Strict):
-    model: str = Field(description="A base model, an adapter (its current version) or adapter@version.")
+    model: str = Field(
+        description="A base model, an adapter (its current version), adapter@version or adapter@job-step."
+    )
     n: int | None = Field(
         None,
         ge=1,
