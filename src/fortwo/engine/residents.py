@@ -23,6 +23,7 @@ from fortwo.models import weights
 from fortwo.models.catalog import Catalog
 from fortwo.models.decoder import Decoder, DecoderConfig
 from fortwo.models.lora import Lora, LoraConfig
+from fortwo.models.measure import serving
 from fortwo.models.weights import Progress
 from fortwo.records import AdapterVersion, Message
 from fortwo.settings import Settings
@@ -78,12 +79,7 @@ class Residents:
     """Every method is safe from any thread but the device's, and may take as long as the disk."""
 
     def __init__(self, settings: Settings, catalog: Catalog, store: AdapterStore, engine: Engine) -> None:
-        if settings.weights not in ("auto", "fp32"):
-            raise InvalidRequest(
-                f"weights = {settings.weights!r} is not built yet",
-                param="weights",
-                hint="Set FORTWO_WEIGHTS to auto or fp32.",
-            )
+        self._settings = settings
         self._device = _device(settings.device)
         self._catalog = catalog
         self._store = store
@@ -130,7 +126,8 @@ class Residents:
                 card = self._catalog.prepared(id)
                 assert card is not None
                 config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
-                decoder = Decoder(config, weights.read(directory), self._device)
+                plain = Decoder(config, weights.read(directory), self._device)
+                decoder = serving(id, plain, self._settings, lambda measure: self._engine.call(measure).result())
                 resident = Resident(id, card.digest, decoder, Renderer(directory), decoder.bytes, Runner(decoder))
                 self._engine.add_base(id, resident.runner, resident.renderer)
             finally:

@@ -122,3 +122,5 @@ ROW_SUMS
 #define STORE to_bf16
 ROW_SUMS
 #include "kernels.h"
+
+#include "quantised.h"
