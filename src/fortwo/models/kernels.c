@@ -124,3 +124,4 @@ ROW_SUMS
 #include "kernels.h"
 
 #include "quantised.h"
+#include "decode.h"

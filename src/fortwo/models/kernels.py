@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h", "quantised.h"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h", "quantised.h", "decode.h"))
 _COMPILE = (
     *("cc", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
@@ -36,7 +36,10 @@ def identity() -> str:
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels take these tensors."""
-    return all(tensor.device.type == "cpu" and tensor.dtype in _TYPES for tensor in tensors) and _library() is not None
+    for tensor in tensors:
+        if tensor.dtype not in _TYPES or tensor.device.type != "cpu":
+            return False
+    return _library() is not None
 
 
 def call(kernel: str, element: torch.dtype | None, *arguments: Tensor | float | int | None) -> None:
