@@ -15,6 +15,7 @@ from torch import Tensor
 from fortwo.data.packing import PackedAttention, pack
 from fortwo.engine.cache import SlotCache
 from fortwo.models.decoder import Decoder
+from fortwo.models.functions import decode_attention
 from fortwo.models.lora import Lora, Segment
 
 PREFILL_TOKENS = 2048
@@ -89,28 +90,13 @@ class Runner:
     def step(self, sequences: Sequence[Running]) -> Tensor:
         """Run the last token of each prefilled sequence. Next-token logits (len(sequences), V), in order."""
         device = self.decoder.device
-        c = self.decoder.config
-        longest = max(len(sequence.tokens) for sequence in sequences)
-        self.cache.reserve(longest)
-        slots = [sequence.slot for sequence in sequences]
-        slots_B = torch.tensor(slots, device=device)
-        whole = slots == list(range(len(slots)))
+        self.cache.reserve(max(len(sequence.tokens) for sequence in sequences))
+        slots_B = torch.tensor([sequence.slot for sequence in sequences], device=device)
         positions_B = torch.tensor([len(sequence.tokens) - 1 for sequence in sequences], device=device)
         tokens_B = torch.tensor([sequence.tokens[-1] for sequence in sequences], device=device)
-        B, K, G, E = len(slots), c.kv_heads, c.heads // c.kv_heads, c.head_size
-        unseen_B11S = (torch.arange(longest, device=device) > positions_B[:, None])[:, None, None]
 
         def attend(layer: int, qkv_BNE: Tensor) -> Tensor:
-            q_BHE, k_BKE, v_BKE = qkv_BNE.split([K * G, K, K], 1)
-            k_all, v_all = self.cache.k[layer], self.cache.v[layer]
-            k_all[slots_B, :, positions_B] = k_BKE
-            v_all[slots_B, :, positions_B] = v_BKE
-            k_BKSE = k_all[:B, :, :longest] if whole else k_all[slots_B, :, :longest]
-            v_BKSE = v_all[:B, :, :longest] if whole else v_all[slots_B, :, :longest]
-            scores_BKGS = q_BHE.reshape(B, K, G, E) @ k_BKSE.transpose(2, 3) * E**-0.5
-            weights_BKGS = scores_BKGS.masked_fill_(unseen_B11S, -torch.inf).softmax(-1)
-            mixed_BHE: Tensor = (weights_BKGS @ v_BKSE).reshape(B, K * G, E)
-            return mixed_BHE
+            return decode_attention(qkv_BNE, self.cache.k[layer], self.cache.v[layer], slots_B, positions_B)
 
         hidden_BD = self.decoder.forward(tokens_B, positions_B, attend, self._segments(sequences))
         return self.decoder.logits(hidden_BD)
