@@ -12,9 +12,6 @@
 #define GROUP 32
 #define QUADS (GROUP / 4)
 
-typedef int32_t integers __attribute__((vector_size(4 * WIDTH), aligned(4)));
-typedef uint32_t words __attribute__((vector_size(4 * WIDTH), aligned(4)));
-
 /* Sixteen fp16 numbers. */
 static inline vector halves(const uint16_t *from) {
 #ifdef __AVX512F__
