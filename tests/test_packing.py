@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from fortwo.data.packing import PackedAttention, common_prefix, pack
 from fortwo.models import kernels
-from tests.parts import decoder, gradients, make_rows, packed_hidden, random_lora, trainable
+from tests.parts import decoder, make_rows, packed_hidden
 
 STATES = {"atol": 2e-5, "rtol": 0}
 GRADIENTS = {"atol": 1e-4, "rtol": 1e-4}

@@ -114,7 +114,7 @@ class PackedAttention:
 
 
 class _Attention(torch.autograd.Function):
-    """The kernel over [prefix | rest of row 0 | rest of row 1 | ...]; rows_2R: where each rest starts, and its length."""
+    """The kernel over a pack's tokens; rows_2R: where the rest of each row starts, and its length."""
 
     @staticmethod
     def forward(ctx: Any, qkv_TNE: Tensor, prefix: int, rows_2R: Tensor, heads: int, kv_heads: int) -> Tensor:

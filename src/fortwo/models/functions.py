@@ -71,8 +71,11 @@ def _added(
 
 
 def rotate(x_TNE: Tensor, turned: int, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """x * cos + [-second half of x, first half] * sin for the first `turned` heads: rotary position embedding (Su et al.
-    2021, arXiv:2104.09864). The other heads are left as they are. cos and sin (T, E) hold each angle in both halves."""
+    """x * cos + [-second half of x, first half] * sin for the first `turned` heads: rotary position embedding
+    (Su et al. 2021, arXiv:2104.09864). The other heads are left as they are.
+
+    cos and sin (T, E) hold each angle in both halves.
+    """
     if kernels.usable(x_TNE, cos_TE):
         if not torch.is_grad_enabled():
             return _turned(x_TNE, turned, cos_TE, sin_TE, 1.0)
@@ -93,7 +96,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TNE: Tensor) -> Any:
-        return _turned(grad_TNE, ctx.turned, *ctx.saved_tensors, -1.0), None, None, None
+        cos_TE, sin_TE = ctx.saved_tensors
+        return _turned(grad_TNE, ctx.turned, cos_TE, sin_TE, -1.0), None, None, None
 
 
 def _turned(x_TNE: Tensor, turned: int, cos_TE: Tensor, sin_TE: Tensor, sign: float) -> Tensor:
@@ -184,7 +188,10 @@ def add_low_rank(
 
 
 def cross_entropy(logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each row against a token (N,), and the gradient of their sum (N, V). The logits may be overwritten."""
+    """Cross-entropy of each row against a token (N,), and the gradient of their sum (N, V).
+
+    The logits may be overwritten.
+    """
     if kernels.usable(logits_NV):
         loss_N = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
         kernels.call("cross_entropy", logits_NV.dtype, *logits_NV.shape, logits_NV, tokens_N, loss_N)
@@ -195,7 +202,10 @@ def cross_entropy(logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def divergence(logits_NV: Tensor, wanted_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(softmax(wanted) || softmax(logits)) of each row (N,), and the gradient of their sum (N, V). The logits may be overwritten."""
+    """KL(softmax(wanted) || softmax(logits)) of each row (N,), and the gradient of their sum (N, V).
+
+    The logits may be overwritten.
+    """
     if kernels.usable(logits_NV, wanted_NV):
         loss_N = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
         kernels.call("divergence", logits_NV.dtype, *logits_NV.shape, logits_NV, wanted_NV, loss_N)

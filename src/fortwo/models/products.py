@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fortwo.models.forms import Weight
 
 Product = Callable[[Tensor, Tensor], Tensor]
+LONGEST_SUM = 1536  # inputs of one bf16 product
 
 
 def _onednn(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
@@ -55,10 +56,19 @@ def product(x_TI: Tensor, weight_OI: Tensor | Weight) -> Tensor:
     if not isinstance(weight_OI, Tensor):
         return weight_OI.product(x_TI)
     if weight_OI.dtype == torch.bfloat16:
-        return F.linear(x_TI.bfloat16(), weight_OI).to(x_TI.dtype)
+        return _bf16_product(x_TI.bfloat16(), weight_OI).to(x_TI.dtype)
     if x_TI.device.type == "cpu" and x_TI.dtype == torch.float32 and x_TI.numel():
         return _cpu_product()(x_TI, weight_OI)
     return F.linear(x_TI, weight_OI)
+
+
+def _bf16_product(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """Long sums in parts: with 3,072 inputs at once oneDNN takes twice as long on AMX as with 1,536 twice."""
+    x, weight = (tensor.split(LONGEST_SUM, 1) for tensor in (x_TI, weight_OI))
+    y_TO = F.linear(x[0], weight[0])
+    for x_Ti, weight_Oi in zip(x[1:], weight[1:], strict=True):
+        y_TO.addmm_(x_Ti, weight_Oi.t())
+    return y_TO
 
 
 class _FrozenProduct(torch.autograd.Function):

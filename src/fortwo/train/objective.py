@@ -22,7 +22,7 @@ from fortwo.models.products import product
 from fortwo.records import MicroStepped, TrainEvent
 
 PREPARE_TOKENS = 1024
-HEAD_BYTES = 24 << 20  # of logits at once
+HEAD_BYTES = 12 << 20  # of logits at once
 
 
 @dataclass(frozen=True)
