@@ -77,7 +77,7 @@ class Dense:
 @dataclass(frozen=True)
 class Grouped:
     """4 or 8 bits and, for each 32 inputs of an output, fp16 scale and minimum: w = scale * q + minimum, q in 0..15, as
-    GGUF's Q4_1 has it; or w = scale * (q - 128), q in 1..255, as Q8_0. A weight that came from either is the same again.
+    GGUF's Q4_1 has it; or w = scale * (q - 128), q in 1..255, as Q8_0. What came from either is the same again.
 
     x is rounded to 8 bits in the same groups (as llama.cpp does), sums are exact whole numbers. The kernel's layout is
     described in quantised.h.
@@ -242,8 +242,8 @@ def quantised(name: str, weight_OI: Tensor, regions: Regions) -> Form:
 
 
 def head_form(name: str) -> str:
-    """How the head is held where the rest has the form `name`: of what 4 bits lose it would lose most, so GGUF's files and
-    QLoRA have it wider, too."""
+    """How the head is held where the rest has the form `name`: of what 4 bits lose it would lose most, so GGUF's files
+    and QLoRA have it wider, too."""
     return {"int4": "int8", "nf4": "bf16"}.get(name, name)
 
 

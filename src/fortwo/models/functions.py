@@ -161,15 +161,18 @@ def decode_attention(qkv_BNE: Tensor, k: Tensor, v: Tensor, rows_B: Tensor, posi
     unseen_B11S = (torch.arange(longest, device=k.device) > positions_B[:, None])[:, None, None]
     scores_BKGS = q_BHE.reshape(B, K, H // K, E) @ k_BKSE.transpose(2, 3) * E**-0.5
     weights_BKGS = scores_BKGS.masked_fill_(unseen_B11S, -torch.inf).softmax(-1)
-    return (weights_BKGS @ v_BKSE.masked_fill(unseen_B11S.transpose(2, 3), 0)).view(B, H, E)
+    mixed_BHE: Tensor = (weights_BKGS @ v_BKSE.masked_fill(unseen_B11S.transpose(2, 3), 0)).view(B, H, E)
+    return mixed_BHE
 
 
 def add_low_rank(
     y_TO: Tensor, x_TI: Tensor, places_T: Tensor, A_NRI: Tensor, Bs: Sequence[tuple[int, int, Tensor]], scale: float
 ) -> None:
-    """Add to each row of y the update of its own adapter: of the N that lie in A and Bs that of number places_T[t], none
-    for -1 (the batched product of Chen et al. 2023, arXiv:2310.18547). Bs as in `lora.LoraGroup`, but (N, r, O) each: the
-    k-th takes the k-th r of A's R ranks. No gradient."""
+    """Add to each row of y the update of its own adapter: of the N in A and Bs that of number places_T[t], none for -1
+    (the batched product of Chen et al. 2023, arXiv:2310.18547). No gradient.
+
+    Bs: (first, past-last column, B (N, r, O)) of each target; the k-th takes the k-th r of A's R ranks.
+    """
     (T, I), R = x_TI.shape, A_NRI.shape[1]  # noqa: E741
     if y_TO.dtype == x_TI.dtype == torch.float32 and y_TO.is_contiguous() and kernels.usable(x_TI, A_NRI):
         h_TR = x_TI.new_empty(T, R)
