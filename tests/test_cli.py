@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fortwo.cli import app
+from fortwo.models.choice import ROWS, Measured, Measurements
 
 JOB: dict[str, Any] = {
     "job_id": "j1",
@@ -312,3 +314,19 @@ def test_serve_refuses_other_machines_without_a_key(home: Path) -> None:
     result = run("serve", "--host", "0.0.0.0")
     assert result.exit_code == 1
     assert "FORTWO_API_KEY" in result.stderr
+
+
+def test_doctor_shows_the_machine_and_what_was_measured(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unmeasured = run("doctor")
+    assert unmeasured.exit_code == 0
+    assert f"torch {version('torch')}" in unmeasured.stdout
+    assert "No base model was measured here yet" in unmeasured.stdout
+    seconds = {"fp32": dict.fromkeys(ROWS, 0.04), "int4": dict.fromkeys(ROWS, 0.0052)}
+    Measurements(home).put("k", Measured("tiny", "a processor", 2, seconds, ((8, "int4"), (512, "fp32"))))
+    monkeypatch.setenv("FORTWO_WEIGHTS", "int8")
+    told = run("doctor").stdout
+    assert "int8, fixed by the setting" in told
+    assert "tiny on a processor, 2 threads" in told
+    lines = [line.split() for line in told.splitlines()]
+    assert ["8", "40.0", "5.2", "int4"] in lines
+    assert ["16", "40.0", "5.2", "fp32"] in lines

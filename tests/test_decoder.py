@@ -21,6 +21,7 @@ from fortwo.data.render import Renderer
 from fortwo.engine.runner import Runner
 from fortwo.errors import UnsupportedModel
 from fortwo.models import weights
+from fortwo.models.choice import Choice
 from fortwo.models.decoder import Decoder, DecoderConfig
 from fortwo.records import Message
 from tests.tiny import FAMILIES, LLAMA3_ROPE, VOCABULARY, tiny_model
@@ -252,3 +253,28 @@ def test_real_greedy_text_is_transformers(
         assert renderer.decode(got) == renderer.decode(want)
         assert got == want
         assert len(want) == 40 or want[-1] in renderer.stop_ids
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("form", "share"), [("bf16", 0.9), ("int8", 0.9), ("int4", 0.9)])
+def test_real_replies_in_narrow_forms(real_runner: Runner, real_directory: Path, form: str, share: float) -> None:
+    """The bundled model's layers lose nothing in 4 bits, which they came in; replies stay sane in every form."""
+    exact, renderer = real_runner.decoder, Renderer(real_directory)
+    narrow = exact.in_forms(Choice.fixed(form))
+    if form == "int4":
+        assert all(torch.equal(one, other) for one, other in zip(exact.weights(), narrow.weights(), strict=True))
+    row, tokens = Row(renderer.prompt([Message("user", "What is the capital of France?")])), []
+    runner = Runner(narrow)
+    logits_BV = runner.prefill([row])
+    while len(tokens) < 24 and (not tokens or tokens[-1] not in renderer.stop_ids):
+        tokens.append(int(logits_BV[0].argmax()))
+        row.tokens.append(tokens[-1])
+        logits_BV = runner.step([row])
+    assert "Paris" in renderer.decode(tokens)
+    packed = pack([renderer.prompt([Message("user", prompt)]) for prompt in PROMPTS])
+    with torch.no_grad():
+        first, other = (
+            of.logits(of.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, of.config))).argmax(-1)
+            for of in (exact, narrow)
+        )
+    assert (first == other).float().mean() > share

@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.models import kernels
-from fortwo.models.functions import add_norm, cross_entropy, divergence, dropout, rms_norm, rotate, swiglu
+from fortwo.models.functions import (
+    add_low_rank,
+    add_norm,
+    cross_entropy,
+    decode_attention,
+    divergence,
+    dropout,
+    rms_norm,
+    rotate,
+    swiglu,
+)
 
 TYPES = [torch.float32, torch.bfloat16]
 SIZES = [3, 16, 100]  # below a vector, a vector, several and a rest
@@ -172,3 +182,65 @@ def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
     assert swiglu(x.to(dtype)).isnan().any(1).tolist() == [False, True, False]
     loss, _ = cross_entropy(x.to(dtype), torch.tensor([0, 0, 0]))
     assert loss.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("heads", [(9, 3), (4, 4), (2, 1)])
+@pytest.mark.parametrize("size", [16, 64, 24])
+def test_decode_attention(heads: tuple[int, int], size: int) -> None:
+    """Rows of different lengths, in any order in the cache, next to values that were never written."""
+    H, K = heads
+    positions, rows = torch.tensor([0, 5, 40, 17]), torch.tensor([3, 0, 5, 2])
+    qkv = random(4, H + 2 * K, size)
+    k, v = random(6, K, 50, size, seed=1), random(6, K, 50, size, seed=2)
+    for row, position in zip(rows.tolist(), positions.tolist(), strict=True):
+        k[row, :, position:], v[row, :, position:] = torch.nan, torch.nan
+    wanted = []
+    for token, row, position in zip(qkv, rows.tolist(), positions.tolist(), strict=True):
+        q, new_k, new_v = token.split([H, K, K])
+        keys = torch.cat([k[row, :, :position], new_k[:, None]], 1).repeat_interleave(H // K, 0)
+        values = torch.cat([v[row, :, :position], new_v[:, None]], 1).repeat_interleave(H // K, 0)
+        wanted.append(F.scaled_dot_product_attention(q[:, None], keys, values)[:, 0])
+    roomy_k, roomy_v = torch.zeros(6, K, 64, size), torch.zeros(6, K, 64, size)
+    cache_k, cache_v = roomy_k[:, :, :50], roomy_v[:, :, :50]  # strided
+    cache_k.copy_(k)
+    cache_v.copy_(v)
+    with torch.no_grad():
+        close(decode_attention(qkv.float(), cache_k, cache_v, rows, positions), torch.stack(wanted), torch.float32)
+        close(decode_attention(qkv, k, v, rows, positions), torch.stack(wanted), torch.float32)
+    assert torch.equal(cache_k[rows, :, positions], qkv[:, H : H + K].float())
+    assert torch.equal(cache_v[rows, :, positions], qkv[:, H + K :].float())
+
+
+def test_without_gradients_the_kernels_give_the_same() -> None:
+    x, y, weight = (random(5, 64, seed=seed).float() for seed in range(3))
+    angles, heads = random(5, 16, seed=3).float(), random(5, 4, 16, seed=4).float()
+    calls: list[Callable[[], Tensor]] = [
+        lambda: torch.cat(add_norm(x, y, weight[0], 1e-5, torch.float32)),
+        lambda: rotate(heads, 3, angles.cos(), angles.sin()),
+        lambda: swiglu(x),
+    ]
+    for call in calls:
+        with torch.no_grad():
+            plain = call()
+        assert torch.equal(plain, call())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("sizes", [(2, 5, 7), (16, 100, 200), (3, 64, 64)])
+def test_add_low_rank(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Rows of three adapters and of none, two targets that leave out columns between them."""
+    r, I, O = sizes  # noqa: E741
+    A = random(3, 2 * r, I).to(dtype)
+    Bs = [(0, O, random(3, r, O, seed=1).to(dtype)), (O + 2, 2 * O, random(3, r, O - 2, seed=2).to(dtype))]
+    x, y, places = random(6, I, seed=3), random(6, 2 * O + 3, seed=4), torch.tensor([2, -1, 0, 0, 1, -1])
+    wanted = y.clone()
+    for row, place in enumerate(places.tolist()):
+        for k, (first, last, B) in enumerate(Bs):
+            if place >= 0:
+                h = A[place, k * r : (k + 1) * r].double() @ x[row]
+                wanted[row, first:last] += 0.5 * h @ B[place].double()
+    for to in (torch.float32, torch.float64):
+        found = y.to(to)
+        add_low_rank(found, x.to(to), places, A, Bs, 0.5)
+        torch.testing.assert_close(found.double(), wanted, atol=1e-3, rtol=1e-5)
+    assert torch.equal(found[1], y[1])

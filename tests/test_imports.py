@@ -15,6 +15,7 @@ TORCH_FREE = (
     "fortwo.train.request",
     "fortwo.jobs.store",
     "fortwo.models.catalog",
+    "fortwo.models.choice",
     "fortwo.engine.scheduler",
     "fortwo.data.formats",
 )

@@ -19,10 +19,13 @@ from fortwo.engine import residents as module
 from fortwo.engine.engine import Engine
 from fortwo.engine.residents import Residents, States
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
+from fortwo.models import measure as forms
 from fortwo.models.catalog import Catalog
+from fortwo.models.choice import FORMS, Measurements
+from fortwo.models.forms import Weight
 from fortwo.models.lora import Lora, LoraConfig
 from fortwo.records import AdapterVersion, Json, Message, Phase, Prompt, Sampling
-from fortwo.settings import Settings
+from fortwo.settings import Settings, load
 
 CONFIG = LoraConfig(r=2, alpha=4)
 
@@ -164,10 +167,67 @@ def test_a_base_stays_while_a_request_or_a_job_needs_it(house: House) -> None:
     house.residents.unload_base("tiny")
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4", "nf4"])
-def test_weights_that_are_not_built_yet_are_refused_by_name(home: Path, weights: str) -> None:
-    with pytest.raises(InvalidRequest, match=weights) as refused:
-        House(home, weights=weights)
+@pytest.mark.parametrize("weights", FORMS)
+def test_every_form_of_the_weights_serves_adapters_and_can_be_trained_on(
+    home: Path, directories: dict[str, Path], weights: str
+) -> None:
+    house = House(home, weights=weights)
+    try:
+        house.catalog.add("tiny", directories["tiny"])
+        decoder = house.residents.load_base("tiny").decoder
+        held = decoder.layers[0].qkv_OD
+        if weights == "fp32":
+            assert isinstance(held, torch.Tensor)
+        else:
+            assert isinstance(held, Weight)
+            assert tuple(held.forms) == (weights,)
+        assert house.ask("tiny")
+        house.store_only("fact", house.lora())
+        assert house.ask("fact")
+        for dense in (decoder.in_fp32(), decoder.in_bf16()):
+            assert isinstance(dense.layers[0].down_DI, torch.Tensor)
+            assert dense.head_VD.shape == dense.embedding_VD.shape
+    finally:
+        house.engine.close()
+
+
+def test_auto_measures_once_on_a_machine_and_keeps_fp32(
+    home: Path, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "SMALL", 0)
+    houses = [House(home), House(home)]
+    try:
+        for house in houses:
+            if house is houses[0]:
+                house.catalog.add("tiny", directories["tiny"])
+            held = house.residents.load_base("tiny").decoder.head
+            (found,) = Measurements(home).all().values()
+            assert isinstance(held, Weight)
+            assert held.choice.table == found.choice
+            assert set(held.forms) == {"fp32", *held.choice.forms}
+            assert found.seconds.keys() >= {"fp32"}
+            assert house.ask("tiny")
+            monkeypatch.setattr(forms, "measure", None)  # measuring again would fail
+    finally:
+        for house in houses:
+            house.engine.close()
+
+
+def test_a_width_that_a_form_cannot_hold_is_refused_by_name(home: Path, tmp_path: Path) -> None:
+    house = House(home, weights="int4")
+    try:
+        house.catalog.add("odd", save_directory(tmp_path / "odd", intermediate_size=90))
+        with pytest.raises(InvalidRequest, match="'int4' cannot hold 'odd'"):
+            house.residents.load_base("odd")
+        assert house.residents.states().models == {}
+    finally:
+        house.engine.close()
+
+
+def test_a_form_that_does_not_exist_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORTWO_WEIGHTS", "int3")
+    with pytest.raises(InvalidRequest, match="weights = 'int3'") as refused:
+        load()
     assert refused.value.param == "weights"
 
 

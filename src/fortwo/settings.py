@@ -30,8 +30,10 @@ class Settings(BaseSettings):
         default_factory=lambda: (Path.cwd(),), description="Folders that dataset paths may name, besides home/data."
     )
     default_model: str = Field("smollm2-135m-instruct", description="Base model used when a request names none.")
-    weights: Literal["auto", "fp32", "int8", "int4", "nf4"] = Field(
-        "auto", description="How base weights are held; auto is fp32 until the other kernels are built."
+    weights: Literal["auto", "fp32", "bf16", "int8", "int4", "nf4"] = Field(
+        "auto",
+        description="How base weights are held and multiplied to serve; auto measures which form is fastest for how "
+        "many rows, among those that hardly change what is said.",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     cache_mb: int | None = Field(

@@ -177,3 +177,12 @@ def report(name: Annotated[str, typer.Argument(help="Adapter, or adapter@version
     found = connect().get(f"/api/adapters/{name}/report")
     screen.print(views.report(found["report"]))
     screen.print(views.plan_against_actual(found["plan"], found["actual"]))
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine is, and which form of the weights was measured fastest on it."""
+    from fortwo.cli.doctor import report as examine
+    from fortwo.settings import load
+
+    screen.print(examine(load()))

@@ -27,6 +27,7 @@ from fortwo.models import weights
 from fortwo.models.catalog import Catalog
 from fortwo.models.decoder import Decoder, DecoderConfig
 from fortwo.models.lora import Lora, LoraConfig, Segment
+from fortwo.models.measure import serving
 from fortwo.models.weights import Progress
 from fortwo.records import AdapterVersion, Json, Message
 from fortwo.settings import Settings
@@ -96,12 +97,7 @@ class Residents:
         engine: Engine,
         checkpoints: Shelf | None = None,
     ) -> None:
-        if settings.weights not in ("auto", "fp32"):
-            raise InvalidRequest(
-                f"weights = {settings.weights!r} is not built yet",
-                param="weights",
-                hint="Set FORTWO_WEIGHTS to auto or fp32.",
-            )
+        self._settings = settings
         self._device = _device(settings.device)
         self._catalog = catalog
         self._store = store
@@ -154,7 +150,8 @@ class Residents:
                 card = self._catalog.prepared(id)
                 assert card is not None
                 config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
-                decoder = Decoder(config, weights.read(directory), self._device)
+                plain = Decoder(config, weights.read(directory), self._device)
+                decoder = serving(id, plain, self._settings, lambda measure: self._engine.call(measure).result())
                 runner = Runner(decoder, self._cache_bytes)
                 resident = Resident(id, card.digest, decoder, Renderer(directory), decoder.bytes, runner)
                 self._engine.add_base(id, resident.runner, resident.renderer)
@@ -251,6 +248,7 @@ class Residents:
         with self._changing:
             for version in versions:
                 if state := self._adapters.pop(version.digest, None):
+                    self._asked.pop(version.digest, None)
                     self._engine.detach(state.base, version.digest)
 
     def states(self) -> States:

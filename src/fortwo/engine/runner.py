@@ -19,6 +19,7 @@ from fortwo.data.packing import PackedAttention, pack
 from fortwo.engine.cache import Cache, Pool, Slot
 from fortwo.models.bank import Banks
 from fortwo.models.decoder import Decoder
+from fortwo.models.functions import decode_attention
 from fortwo.models.lora import Lora, Segment, Update
 
 log = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ class Runner:
         rows = [sequences[place] for place in order]
         positions_B = torch.tensor([len(sequence.tokens) - 1 for sequence in rows], device=device)
         tokens_B = torch.tensor([sequence.tokens[-1] for sequence in rows], device=device)
-        attention = _StepAttention(parts, positions_B, self._heads)
+        attention = _StepAttention(parts, positions_B)
         hidden_BD = self.decoder.forward(tokens_B, positions_B, attention, self._updates(rows))
         for sequence in sequences:
             _slot(sequence).length += 1
@@ -240,38 +241,20 @@ class Runner:
 class _StepAttention:
     """The decoder's `attend` for one token of each row, after all that its slot holds; a pool at a time."""
 
-    def __init__(self, parts: Iterable[tuple[Pool, list[Slot]]], positions_B: Tensor, heads: list[int]) -> None:
-        self._heads = heads
+    def __init__(self, parts: Iterable[tuple[Pool, list[Slot]]], positions_B: Tensor) -> None:
         self._parts = []
         first = 0
         for pool, slots in parts:
             last = first + len(slots)
-            positions = positions_B[first:last]
             rows = torch.arange(len(slots), device=positions_B.device)
-            lengths = [slot.length + 1 for slot in slots]
-            longest = max(lengths)
-            unseen = None
-            if min(lengths) < longest:
-                unseen = torch.arange(longest, device=positions_B.device) > positions[:, None]
-            self._parts.append((pool, first, last, rows, positions, longest, unseen))
+            self._parts.append((pool, first, last, rows, positions_B[first:last]))
             first = last
 
     def __call__(self, layer: int, qkv_BNE: Tensor) -> Tensor:
-        q_BHE, k_BKE, v_BKE = qkv_BNE.split(self._heads, 1)
-        _, H, E = q_BHE.shape
-        K = k_BKE.shape[1]
-        mixed = []
-        for pool, first, last, rows, positions, longest, unseen_BS in self._parts:
-            B = last - first
-            k_all, v_all = pool.k[layer], pool.v[layer]
-            k_all[rows, :, positions] = k_BKE[first:last]
-            v_all[rows, :, positions] = v_BKE[first:last]
-            k_NSE, v_NSE = (all_rows[:B, :, :longest].flatten(0, 1) for all_rows in (k_all, v_all))
-            q_NGE = q_BHE[first:last].reshape(B * K, H // K, E) * E**-0.5
-            scores_NGS = torch.bmm(q_NGE, k_NSE.transpose(1, 2))
-            if unseen_BS is not None:
-                scores_NGS.view(B, H, longest).masked_fill_(unseen_BS[:, None], -torch.inf)
-            mixed.append(torch.bmm(scores_NGS.softmax(-1), v_NSE).view(B, H, E))
+        mixed = [
+            decode_attention(qkv_BNE[first:last], pool.k[layer], pool.v[layer], rows, positions)
+            for pool, first, last, rows, positions in self._parts
+        ]
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
 

@@ -25,7 +25,7 @@ def look(decoder: Decoder, seen: float | None) -> Machine:
     """On the device's thread. seen: tokens a second that the last job trained on this base."""
     from fortwo.models.products import multiplies_bf16
 
-    parameters = decoder.bytes / 4
+    parameters = decoder.parameters
     bf16 = multiplies_bf16(decoder.device)
     operations = _operations_per_second(decoder.device, bf16=False)
     if seen is None:

@@ -8,7 +8,7 @@ Shape suffixes: T tokens, D hidden, H query heads, K key/value heads, E head siz
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from fortwo.errors import UnsupportedModel
+from fortwo.models.choice import Choice
+from fortwo.models.forms import Regions, Weight, dense, head_form, quantised
 from fortwo.models.functions import add_norm, rms_norm, rotate, swiglu
 from fortwo.models.lora import Update, lora_product
 from fortwo.models.products import frozen_product
@@ -127,18 +129,21 @@ class DecoderConfig:
 @dataclass(frozen=True)
 class _Layer:
     attention_norm_D: Tensor
-    qkv_OD: Tensor
+    qkv_OD: Tensor | Weight
     qkv_bias_O: Tensor | None
     q_norm_E: Tensor | None
     k_norm_E: Tensor | None
-    o_DI: Tensor
+    o_DI: Tensor | Weight
     mlp_norm_D: Tensor
-    gate_up_OD: Tensor
-    down_DI: Tensor
+    gate_up_OD: Tensor | Weight
+    down_DI: Tensor | Weight
 
 
 class Decoder:
-    """Frozen fp32 weights and the forward over them. Raises UnsupportedModel for missing or misshapen tensors."""
+    """Frozen weights, fp32 to begin with, and the forward over them.
+
+    Raises UnsupportedModel for missing or misshapen tensors.
+    """
 
     def __init__(
         self, config: DecoderConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu"
@@ -158,7 +163,7 @@ class Decoder:
         q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
         self.embedding_VD = take("model.embed_tokens.weight", c.vocabulary, c.hidden)
         self.norm_D = take("model.norm.weight", c.hidden)
-        self.head_VD = self.embedding_VD if c.tied else take("lm_head.weight", c.vocabulary, c.hidden)
+        self.head: Tensor | Weight = self.embedding_VD if c.tied else take("lm_head.weight", c.vocabulary, c.hidden)
         self.layers: list[_Layer] = []
         for index in range(c.layers):
             at, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
@@ -192,29 +197,78 @@ class Decoder:
             )
         self._inverse_frequency_E2 = _inverse_frequency(c).to(self.device)
 
+    def weights(self) -> list[Tensor]:
+        """What the network multiplies with, as fp32: each layer's four, and the head."""
+        inner = [
+            weight for layer in self.layers for weight in (layer.qkv_OD, layer.o_DI, layer.gate_up_OD, layer.down_DI)
+        ]
+        return [dense(weight, torch.float32) for weight in (*inner, self.head)]
+
+    def in_fp32(self) -> Decoder:
+        """The same network with fp32 tensors for weights, to train on; what is fp32 already is not copied."""
+        return self._with(lambda weight, _: dense(weight, torch.float32))
+
     def in_bf16(self) -> Decoder:
         """The same network with bf16 products, to train on; what is between the products stays fp32."""
+        return self._with(lambda weight, _: dense(weight, torch.bfloat16))
+
+    def in_forms(self, choice: Choice, keep: tuple[str, ...] = ()) -> Decoder:
+        """The same network, to serve: weights in the forms of `choice` and those to `keep`; the embedding in fp32."""
+        regions = Regions()
+
+        def held(weight: Tensor | Weight, is_head: bool) -> Weight:
+            weight_OI = dense(weight, torch.float32)
+            names = dict.fromkeys((*keep, *choice.forms))
+            return Weight(
+                weight_OI.shape,
+                {name: quantised(head_form(name) if is_head else name, weight_OI, regions) for name in names},
+                choice,
+            )
+
+        return self._with(held)
+
+    def _with(self, change: Callable[[Tensor | Weight, bool], Tensor | Weight]) -> Decoder:
         other = copy(self)
-        other.head_VD = self.head_VD.bfloat16()
+        other.head = change(self.head, True)
         other.layers = [
             replace(
                 layer,
-                qkv_OD=layer.qkv_OD.bfloat16(),
-                o_DI=layer.o_DI.bfloat16(),
-                gate_up_OD=layer.gate_up_OD.bfloat16(),
-                down_DI=layer.down_DI.bfloat16(),
+                qkv_OD=change(layer.qkv_OD, False),
+                o_DI=change(layer.o_DI, False),
+                gate_up_OD=change(layer.gate_up_OD, False),
+                down_DI=change(layer.down_DI, False),
             )
             for layer in self.layers
         ]
         return other
 
     @property
+    def head_VD(self) -> Tensor:
+        """The head of a network to train on. Raises TypeError for one that is held in forms."""
+        if not isinstance(self.head, Tensor):
+            raise TypeError("train on in_fp32() or in_bf16(): these weights are held to serve")
+        return self.head
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(held.shape) for held in self._held())
+
+    @property
     def bytes(self) -> int:
         """Memory held by the weights."""
-        tensors = [self.embedding_VD, self.norm_D] + ([] if self.config.tied else [self.head_VD])
+        total = sum(held.nbytes for held in self._held())
+        if self.config.tied and isinstance(self.head, Weight):
+            total += sum(form.nbytes for name, form in self.head.forms.items() if name != "fp32")
+        return total
+
+    def _held(self) -> list[Tensor | Weight]:
+        """Everything, a head that is the embedding once."""
+        everything: list[Tensor | Weight] = [self.embedding_VD, self.norm_D]
+        if not self.config.tied:
+            everything.append(self.head)
         for layer in self.layers:
-            tensors += [tensor for tensor in vars(layer).values() if tensor is not None]
-        return sum(tensor.nbytes for tensor in tensors)
+            everything += [held for held in vars(layer).values() if held is not None]
+        return everything
 
     def forward(
         self,
@@ -273,7 +327,7 @@ class Decoder:
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Next-token logits (T, V)."""
-        return frozen_product(hidden_TD, self.head_VD)
+        return frozen_product(hidden_TD, self.head)
 
 
 def _inverse_frequency(config: DecoderConfig) -> Tensor:

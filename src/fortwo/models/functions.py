@@ -6,6 +6,7 @@ cos and sin are frozen and get no gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """s = x + y (y None: s = x), and s / sqrt(mean(s^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019,
     arXiv:1910.07467) as `dtype`, which is y's too."""
-    if x_TD.dtype == torch.float32 and kernels.usable(x_TD, weight_D, torch.empty(0, dtype=dtype)):
+    if x_TD.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16) and kernels.usable(x_TD, weight_D):
+        if not torch.is_grad_enabled():
+            return _added(x_TD.contiguous(), y_TD, weight_D, eps, dtype)[:2]
         found: tuple[Tensor, Tensor] = _AddNorm.apply(x_TD, y_TD, weight_D, eps, dtype)  # type: ignore[no-untyped-call]
         return found
     sum_TD = x_TD if y_TD is None else x_TD + y_TD
@@ -40,10 +43,7 @@ class _AddNorm(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, y_TD: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         x_TD = x_TD.contiguous()
-        sum_TD = x_TD if y_TD is None else torch.empty_like(x_TD)
-        scale_T, normed_TD = x_TD.new_empty(len(x_TD)), x_TD.new_empty(x_TD.shape, dtype=dtype)
-        y_TD = None if y_TD is None else y_TD.contiguous()
-        kernels.call("add_norm", dtype, *x_TD.shape, x_TD, y_TD, weight_D, float(eps), sum_TD, normed_TD, scale_T)
+        sum_TD, normed_TD, scale_T = _added(x_TD, y_TD, weight_D, eps, dtype)
         ctx.save_for_backward(sum_TD, scale_T, weight_D)
         ctx.added = y_TD is not None
         return (sum_TD if ctx.added else x_TD.view_as(x_TD)), normed_TD
@@ -73,6 +73,17 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     return x * kept_x / (1 - p)
 
 
+def _added(
+    x_TD: Tensor, y_TD: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """add_norm's two results, and what each row was multiplied by."""
+    sum_TD = x_TD if y_TD is None else torch.empty_like(x_TD)
+    scale_T, normed_TD = x_TD.new_empty(len(x_TD)), torch.empty_like(x_TD, dtype=dtype)
+    y_TD = None if y_TD is None else y_TD.contiguous()
+    kernels.call("add_norm", dtype, *x_TD.shape, x_TD, y_TD, weight_D, float(eps), sum_TD, normed_TD, scale_T)
+    return sum_TD, normed_TD, scale_T
+
+
 def rotate(x_TNE: Tensor, turned: int, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """x * cos + [-second half of x, first half] * sin for the first `turned` heads: rotary position embedding
     (Su et al. 2021, arXiv:2104.09864). The other heads are left as they are.
@@ -80,6 +91,8 @@ def rotate(x_TNE: Tensor, turned: int, cos_TE: Tensor, sin_TE: Tensor) -> Tensor
     cos and sin (T, E) hold each angle in both halves.
     """
     if kernels.usable(x_TNE, cos_TE):
+        if not torch.is_grad_enabled():
+            return _turned(x_TNE, turned, cos_TE, sin_TE, 1.0)
         y: Tensor = _Rotate.apply(x_TNE, turned, cos_TE, sin_TE)  # type: ignore[no-untyped-call]
         return y
     turn_TNE, rest_TNE = x_TNE.split([turned, x_TNE.shape[1] - turned], 1)
@@ -112,21 +125,27 @@ def _turned(x_TNE: Tensor, turned: int, cos_TE: Tensor, sin_TE: Tensor, sign: fl
 def swiglu(gate_up_T2I: Tensor) -> Tensor:
     """silu(gate) * up, of gate and up side by side (Shazeer 2020, arXiv:2002.05202)."""
     if kernels.usable(gate_up_T2I):
+        if not torch.is_grad_enabled():
+            return _gated(gate_up_T2I.contiguous())
         y: Tensor = _SwiGlu.apply(gate_up_T2I)  # type: ignore[no-untyped-call]
         return y
     gate_TI, up_TI = gate_up_T2I.chunk(2, -1)
     return F.silu(gate_TI) * up_TI
 
 
+def _gated(gate_up_T2I: Tensor) -> Tensor:
+    T, I = gate_up_T2I.shape[0], gate_up_T2I.shape[1] // 2  # noqa: E741
+    y_TI = gate_up_T2I.new_empty(T, I)
+    kernels.call("swiglu", y_TI.dtype, T, I, gate_up_T2I, y_TI)
+    return y_TI
+
+
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_T2I: Tensor) -> Tensor:
         gate_up_T2I = gate_up_T2I.contiguous()
-        T, I = gate_up_T2I.shape[0], gate_up_T2I.shape[1] // 2  # noqa: E741
-        y_TI = gate_up_T2I.new_empty(T, I)
-        kernels.call("swiglu", y_TI.dtype, T, I, gate_up_T2I, y_TI)
         ctx.save_for_backward(gate_up_T2I)
-        return y_TI
+        return _gated(gate_up_T2I)
 
     @staticmethod
     def backward(ctx: Any, grad_TI: Tensor) -> Tensor:
@@ -134,6 +153,55 @@ class _SwiGlu(torch.autograd.Function):
         grad_T2I = torch.empty_like(gate_up_T2I)
         kernels.call("swiglu_backward", grad_TI.dtype, *grad_TI.shape, gate_up_T2I, grad_TI.contiguous(), grad_T2I)
         return grad_T2I
+
+
+def decode_attention(qkv_BNE: Tensor, k: Tensor, v: Tensor, rows_B: Tensor, positions_B: Tensor) -> Tensor:
+    """Attention (B, H, E) of one new token a row over a cache k, v (rows, K, length, E), in which token b stands at
+    positions_B[b] of row rows_B[b]; its own keys and values are written there. qkv (B, H + 2K, E) as in `decoder`.
+    Positions and lengths are not checked."""
+    K, E = k.shape[1], k.shape[3]
+    B, H = qkv_BNE.shape[0], qkv_BNE.shape[1] - 2 * K
+    if qkv_BNE.dtype == k.dtype == torch.float32 and E % 16 == 0 and k.stride(2) == E and kernels.usable(qkv_BNE, k):
+        out_BHE = qkv_BNE.new_empty(B, H, E)
+        steps = k.stride(0), k.stride(1)
+        kernels.call(
+            "decode_attention", None, B, H, K, E, *steps, rows_B, positions_B, qkv_BNE.contiguous(), k, v, out_BHE
+        )
+        return out_BHE
+    q_BHE, k_BKE, v_BKE = qkv_BNE.split([H, K, K], 1)
+    k[rows_B, :, positions_B], v[rows_B, :, positions_B] = k_BKE.to(k.dtype), v_BKE.to(v.dtype)
+    longest = int(positions_B.max()) + 1
+    k_BKSE, v_BKSE = k[rows_B, :, :longest].to(q_BHE.dtype), v[rows_B, :, :longest].to(q_BHE.dtype)
+    unseen_B11S = (torch.arange(longest, device=k.device) > positions_B[:, None])[:, None, None]
+    scores_BKGS = q_BHE.reshape(B, K, H // K, E) @ k_BKSE.transpose(2, 3) * E**-0.5
+    weights_BKGS = scores_BKGS.masked_fill_(unseen_B11S, -torch.inf).softmax(-1)
+    mixed_BHE: Tensor = (weights_BKGS @ v_BKSE.masked_fill(unseen_B11S.transpose(2, 3), 0)).view(B, H, E)
+    return mixed_BHE
+
+
+def add_low_rank(
+    y_TO: Tensor, x_TI: Tensor, places_T: Tensor, A_NRI: Tensor, Bs: Sequence[tuple[int, int, Tensor]], scale: float
+) -> None:
+    """Add to each row of y the update of its own adapter: of the N in A and Bs that of number places_T[t], none for -1
+    (the batched product of Chen et al. 2023, arXiv:2310.18547). No gradient.
+
+    Bs: (first, past-last column, B (N, r, O)) of each target; the k-th takes the k-th r of A's R ranks.
+    """
+    (T, I), R = x_TI.shape, A_NRI.shape[1]  # noqa: E741
+    if y_TO.dtype == x_TI.dtype == torch.float32 and y_TO.is_contiguous() and kernels.usable(x_TI, A_NRI):
+        h_TR = x_TI.new_empty(T, R)
+        kernels.call("low_rank_down", A_NRI.dtype, T, I, R, x_TI.contiguous(), places_T, A_NRI, float(scale), h_TR)
+        for k, (first, last, B_NrO) in enumerate(Bs):
+            r, columns = B_NrO.shape[1], (last - first, B_NrO.shape[1])
+            own_Tr, to = h_TR[:, k * r :], y_TO[:, first:]
+            kernels.call("low_rank_up", B_NrO.dtype, T, *columns, own_Tr, R, places_T, B_NrO, to, y_TO.shape[1])
+        return
+    rows = (places_T >= 0).nonzero()[:, 0]
+    places = places_T[rows]
+    h_TR = torch.einsum("ti,tri->tr", x_TI[rows], A_NRI[places].to(x_TI.dtype)) * scale
+    for k, (first, last, B_NrO) in enumerate(Bs):
+        r = B_NrO.shape[1]
+        y_TO[rows, first:last] += torch.einsum("tr,tro->to", h_TR[:, k * r : (k + 1) * r], B_NrO[places].to(x_TI.dtype))
 
 
 def cross_entropy(logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,10 @@
 #define PAD(n) (((n) + WIDTH - 1) / WIDTH * WIDTH)
 
 typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef int32_t integers __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef uint16_t bf16;
+typedef bf16 bf16s __attribute__((vector_size(2 * WIDTH), aligned(2)));
 
 static inline float from_bf16(bf16 x) {
     union { uint32_t bits; float value; } all = {(uint32_t)x << 16};
@@ -116,6 +119,10 @@ static void multiply(long M, long N, long K, const float *a, long a_row, long a_
         return sum;                                                                                                      \
     }
 
+static inline vector sixteen_float32(const float *from) { return *(const vector *)from; }
+
+static inline vector sixteen_bfloat16(const bf16 *from) { return (vector)(__builtin_convertvector(*(const bf16s *)from, words) << 16); }
+
 #define element float
 #define NAME(kernel) kernel##_float32
 #define LOAD(x) (x)
@@ -133,3 +140,6 @@ ROW_SUMS
 #define STORE to_bf16
 ROW_SUMS
 #include "kernels.h"
+
+#include "quantised.h"
+#include "decode.h"

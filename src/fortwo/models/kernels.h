@@ -228,3 +228,44 @@ void NAME(divergence)(long N, long V, element *logits, const element *wanted, fl
         loss[n] = total;
     }
 }
+
+/* h (T, R) = by * x A', each row with the A (R, I) of its own adapter, of which places[t] says the number; -1 is none, its h is not written. */
+void NAME(low_rank_down)(long T, long I, long R, const float *x, const long *places, const element *A, float by, float *h) {
+#pragma omp parallel for schedule(static) if (T * R * I > SERIAL)
+    for (long r = 0; r < R; r++)
+        for (long t = 0; t < T; t++) {
+            if (places[t] < 0) continue;
+            const element *row = A + (places[t] * R + r) * I;
+            const float *from = x + t * I;
+            vector sums = {0};
+            float sum = 0;
+            long i = 0;
+            for (; i + WIDTH <= I; i += WIDTH) sums += *(const vector *)(from + i) * NAME(sixteen)(row + i);
+            for (; i < I; i++) sum += from[i] * LOAD(row[i]);
+            for (int n = 0; n < WIDTH; n++) sum += sums[n];
+            h[t * R + r] = sum * by;
+        }
+}
+
+/* y += h B, each row with the B (r, O) of its own adapter; rows of h and y begin every h_step and y_step floats. */
+void NAME(low_rank_up)(long T, long O, long r, const float *h, long h_step, const long *places, const element *B, float *y, long y_step) {
+    const long chunk = 4 * WIDTH, part = 8 * chunk, parts = (O + part - 1) / part;
+#pragma omp parallel for schedule(static) if (T * O * r > SERIAL)
+    for (long task = 0; task < T * parts; task++) {
+        long t = task / parts, first = task % parts * part, last = first + part < O ? first + part : O;
+        if (places[t] < 0) continue;
+        for (long o = first; o < last; o += chunk) {
+            const element *from = B + places[t] * r * O + o;
+            const float *by = h + t * h_step;
+            float *to = y + t * y_step + o;
+            if (last - o >= chunk) {
+                vector sums[4] = {{0}, {0}, {0}, {0}};
+                for (long k = 0; k < r; k++)
+                    for (int n = 0; n < 4; n++) sums[n] += by[k] * NAME(sixteen)(from + k * O + n * WIDTH);
+                for (int n = 0; n < 4; n++) *(vector *)(to + n * WIDTH) += sums[n];
+            } else
+                for (long k = 0; k < r; k++)
+                    for (long n = 0; n < last - o; n++) to[n] += by[k] * LOAD(from[k * O + n]);
+        }
+    }
+}

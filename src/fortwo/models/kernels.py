@@ -20,39 +20,44 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h", "quantised.h", "decode.h"))
 _COMPILE = (
     *("cc", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
 )
 _TYPES = (torch.float32, torch.bfloat16)
+_kernels: dict[tuple[str, torch.dtype | None], Any] = {}
+
+
+def identity() -> str:
+    """What tells these kernels, compiled for this machine, from others; empty where there are none."""
+    return "" if _library() is None else _compiled().stem
 
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels take these tensors."""
-    return all(tensor.device.type == "cpu" and tensor.dtype in _TYPES for tensor in tensors) and _library() is not None
+    for tensor in tensors:
+        if tensor.dtype not in _TYPES or tensor.device.type != "cpu":
+            return False
+    return _library() is not None
 
 
-def call(kernel: str, element: torch.dtype, *arguments: Tensor | float | int | None) -> None:
-    """Run a kernel. Tensors are passed by address and must be contiguous; None is an absent one."""
-    _kernel(kernel, element)(
-        *(
-            ctypes.c_void_p(argument.data_ptr())
-            if isinstance(argument, Tensor)
-            else ctypes.c_float(argument)
-            if isinstance(argument, float)
-            else ctypes.c_long(argument)
-            if argument is not None
-            else None
-            for argument in arguments
-        )
-    )
+def call(kernel: str, element: torch.dtype | None, *arguments: Tensor | float | int | None) -> None:
+    """Run a kernel. Tensors are passed by address and must be contiguous; None is an absent one.
+
+    element: for kernels that there are for several types. The kinds of the arguments are those of the first call.
+    """
+    function = _kernels.get((kernel, element))
+    if function is None:
+        function = _kernels[kernel, element] = _kernel(kernel, element, arguments)
+    function(*[argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments])
 
 
-@cache
-def _kernel(name: str, element: torch.dtype) -> Any:
-    function = getattr(_library(), f"{name}_{str(element).removeprefix('torch.')}")
+def _kernel(name: str, element: torch.dtype | None, arguments: tuple[Any, ...]) -> Any:
+    function = getattr(_library(), name if element is None else f"{name}_{str(element).removeprefix('torch.')}")
     function.restype = None
+    kinds = {float: ctypes.c_float, int: ctypes.c_long}
+    function.argtypes = [kinds.get(type(argument), ctypes.c_void_p) for argument in arguments]
     return function
 
 

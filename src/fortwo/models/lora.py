@@ -21,6 +21,7 @@ from fortwo.models.products import frozen_product, product
 
 if TYPE_CHECKING:
     from fortwo.models.decoder import DecoderConfig
+    from fortwo.models.forms import Weight
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -307,7 +308,7 @@ class _LoraProduct(torch.autograd.Function):
 
 
 def lora_product(
-    x_TI: Tensor, weight_OI: Tensor, layer: int, group: str, segments: Iterable[Update], dropout: bool = False
+    x_TI: Tensor, weight_OI: Tensor | Weight, layer: int, group: str, segments: Iterable[Update], dropout: bool = False
 ) -> Tensor:
     """One fused product with the updates of the adapters in `segments`.
 

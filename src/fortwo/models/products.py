@@ -10,10 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fortwo.models.forms import Weight
 
 Product = Callable[[Tensor, Tensor], Tensor]
 LONGEST_SUM = 1536  # inputs of one bf16 product
@@ -63,11 +67,14 @@ def _cpu_product() -> Product:
     return _KERNELS[cpu_kernel()]
 
 
-def product(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+def product(x_TI: Tensor, weight_OI: Tensor | Weight) -> Tensor:
     """x @ weight.T; x (rows, in), weight (out, in), either may be a transposed view. No gradient: see lora.
 
-    A bf16 weight is multiplied in bf16 and summed in fp32; the result has the type of x.
+    A bf16 weight is multiplied in bf16 and summed in fp32; the result has the type of x. A `Weight` takes the form that
+    is chosen for this many rows.
     """
+    if not isinstance(weight_OI, Tensor):
+        return weight_OI.product(x_TI)
     if weight_OI.dtype == torch.bfloat16:
         return _bf16_product(x_TI.bfloat16(), weight_OI).to(x_TI.dtype)
     if x_TI.device.type == "cpu" and x_TI.dtype == torch.float32 and x_TI.numel():
@@ -95,7 +102,7 @@ class _FrozenProduct(torch.autograd.Function):
         return product(grad_TO, ctx.weight_OI.t()), None  # type: ignore[attr-defined]
 
 
-def frozen_product(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+def frozen_product(x_TI: Tensor, weight_OI: Tensor | Weight) -> Tensor:
     """`product` with a gradient for x; the weight is frozen and gets none."""
     if torch.is_grad_enabled() and x_TI.requires_grad:
         y: Tensor = _FrozenProduct.apply(x_TI, weight_OI)  # type: ignore[no-untyped-call]
@@ -103,6 +110,7 @@ def frozen_product(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     return product(x_TI, weight_OI)
 
 
+@cache
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bf16 products; without them they are slower than fp32."""
     if device.type == "cuda":

@@ -101,7 +101,7 @@ def teach(
     the adapter's logits are no numbers any more. The adapter is detached from `serving` at the end, however the run
     ends.
     """
-    decoder = base.decoder.in_bf16() if plan["bf16"] else base.decoder
+    decoder = base.decoder.in_bf16() if plan["bf16"] else base.decoder.in_fp32()
     torch.manual_seed(plan["seed"])
     lora = Lora.init(lora_config(plan), decoder.config, plan["seed"], decoder.device)
     clock, known = (Clock(), {}) if resumed is None else checkpoints.begin_again(resumed)

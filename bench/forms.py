@@ -1,0 +1,93 @@
+"""What each form of the base weights costs and gains: python -m bench.forms
+
+The base answers everyday prompts in fp32, greedily; then each form reads the same prompts and replies, and its
+next-token distribution at every token of a reply is held against fp32's.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+from fortwo.data.packing import PackedAttention, pack
+from fortwo.data.render import Renderer
+from fortwo.engine.runner import Runner
+from fortwo.engine.scheduler import Sequence
+from fortwo.facts.rehearsal import PROMPTS
+from fortwo.models import weights
+from fortwo.models.catalog import Catalog
+from fortwo.models.choice import FORMS, Choice
+from fortwo.models.decoder import Decoder, DecoderConfig
+from fortwo.records import Message
+from fortwo.settings import load
+
+PROMPT_COUNT, REPLY_TOKENS, STEPS = 20, 32, 12
+ROWS = (1, 8, 32)
+
+
+def replies(decoder: Decoder, prompts: list[list[int]]) -> list[Sequence]:
+    """Each prompt with the greedy reply."""
+    runner, rows = Runner(decoder), [Sequence(list(prompt), None) for prompt in prompts]
+    logits_BV = runner.prefill(rows)
+    for _ in range(REPLY_TOKENS):
+        for row, logits_V in zip(rows, logits_BV, strict=True):
+            row.tokens.append(int(logits_V.argmax()))
+            runner.extend(row)
+        logits_BV = runner.step(rows)
+    return rows
+
+
+@torch.no_grad()
+def distributions(decoder: Decoder, rows: list[Sequence]) -> Tensor:
+    """Logarithms of the next-token probabilities (tokens, V) at every token of the replies."""
+    found = []
+    for row in rows:
+        packed = pack([row.tokens], decoder.device)
+        hidden_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config))
+        found.append(decoder.logits(hidden_TD[-REPLY_TOKENS - 1 : -1]).log_softmax(-1))
+    return torch.cat(found)
+
+
+def step_seconds(decoder: Decoder, prompt: list[int], count: int) -> float:
+    """One step of `count` rows, the median of several."""
+    runner, rows = Runner(decoder), [Sequence(list(prompt), None) for _ in range(count)]
+    runner.prefill(rows)
+    spent = []
+    for _ in range(STEPS):
+        for row in rows:
+            row.tokens.append(row.tokens[-1])
+            runner.extend(row)
+        began = time.perf_counter()
+        runner.step(rows)
+        spent.append(time.perf_counter() - began)
+    return statistics.median(spent)
+
+
+def main() -> None:
+    settings = load()
+    directory = Catalog(settings).prepare(settings.default_model)
+    config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
+    exact, renderer = Decoder(config, weights.read(directory)), Renderer(directory)
+    prompts = [renderer.prompt([Message("user", prompt)]) for prompt in PROMPTS[:PROMPT_COUNT]]
+    rows = replies(exact, prompts)
+    wanted = distributions(exact, rows)
+    print(f"{settings.default_model}, {len(wanted)} tokens of {len(rows)} replies, {torch.get_num_threads()} threads")
+    print(
+        "| form | MB | mean KL | same first token | " + " | ".join(f"{count} rows, ms a step" for count in ROWS) + " |"
+    )
+    print("|---|---|---|---|" + "---|" * len(ROWS))
+    for name in FORMS:
+        decoder = exact if name == "fp32" else exact.in_forms(Choice.fixed(name))
+        found = distributions(decoder, rows)
+        divergence = float((wanted.exp() * (wanted - found)).sum(-1).mean())
+        same = float((wanted.argmax(-1) == found.argmax(-1)).float().mean())
+        spent = " | ".join(f"{step_seconds(decoder, prompts[0], count) * 1000:.1f}" for count in ROWS)
+        print(f"| {name} | {decoder.bytes / 1e6:.0f} | {divergence:.1e} | {same:.3f} | {spent} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

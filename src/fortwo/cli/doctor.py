@@ -1,0 +1,50 @@
+"""`fortwo doctor`: what this machine is, and what was measured on it. Asks no server and loads no torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+
+from rich.console import Group
+from rich.table import Table
+
+from fortwo.cli import views
+from fortwo.models.choice import ROWS, Choice, Measured, Measurements, flags, processor
+from fortwo.settings import Settings
+
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+def report(settings: Settings) -> Group:
+    here = views.table("", "")
+    for name, value in _facts(settings):
+        here.add_row(name, value)
+    measured = Measurements(settings.home).all().values()
+    if not measured:
+        return Group(here, "", "No base model was measured here yet. The first load with FORTWO_WEIGHTS=auto does it.")
+    return Group(here, *(part for one in measured for part in ("", _table(one))))
+
+
+def _facts(settings: Settings) -> Iterator[tuple[str, str]]:
+    yield "fortwo", f"{version('fortwo')}, torch {version('torch')}"
+    yield "processor", f"{processor()}, {os.cpu_count()} cores"
+    known = [name for name in INSTRUCTIONS if name in flags()]
+    yield "instructions", ", ".join(known) if known else "none that the kernels ask for"
+    yield "memory", views.size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    yield "C compiler", shutil.which("cc") or "none: torch's own operations are used, int8 and int4 cannot be"
+    yield "home", str(settings.home)
+    yield (
+        "weights",
+        settings.weights + (", as measured below" if settings.weights == "auto" else ", fixed by the setting"),
+    )
+
+
+def _table(one: Measured) -> Table:
+    title = f"{one.model} on {one.processor}, {one.threads} threads: milliseconds for the products of one forward"
+    rows = views.table("rows", *one.seconds, "auto takes", title=title)
+    for count in ROWS:
+        spent = [f"{one.seconds[form][count] * 1000:.1f}" for form in one.seconds]
+        rows.add_row(str(count), *spent, Choice(one.choice).form(count))
+    return rows

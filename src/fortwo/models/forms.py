@@ -1,0 +1,254 @@
+"""Frozen weights in several forms, and which of them multiplies how many rows.
+
+A form holds one weight (O, I) and multiplies with it: fp32 exactly, bf16, int8 and int4 in groups of 32 inputs, NF4 in
+blocks of 64. A `Weight` holds one or more of them and takes, for each number of rows, the one its `Choice` names.
+Shape suffixes as in `decoder`; G groups.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fortwo.models import kernels, products
+from fortwo.models.choice import FORMS, Choice
+
+GROUP, TILE, BLOCK = 32, 16, 64
+REGION = 32 << 20  # bytes of memory taken at once for quantised weights
+
+
+class Form(Protocol):
+    """One way to hold a weight."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        """x @ weight.T as fp32."""
+
+    def dense(self) -> Tensor:
+        """The weight as this form has it: a bf16 tensor for bf16, else fp32."""
+
+
+class Regions:
+    """Memory for weights in large pages: a product of one row reads all weights once and would wait for page tables."""
+
+    def __init__(self) -> None:
+        self._region = torch.empty(0, dtype=torch.uint8)
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """A copy in such memory; on another device than the CPU the tensor itself."""
+        if tensor.device.type != "cpu" or not tensor.numel():
+            return tensor
+        size = -(-tensor.nbytes // 64) * 64
+        if size > len(self._region):
+            pages = mmap.mmap(-1, max(size, REGION))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                pages.madvise(mmap.MADV_HUGEPAGE)
+            self._region = torch.frombuffer(pages, dtype=torch.uint8)
+        taken, self._region = self._region[: tensor.nbytes], self._region[size:]
+        held = taken.view(tensor.dtype).view(tensor.shape)
+        return held.copy_(tensor)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """fp32 or bf16."""
+
+    weight_OI: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight_OI.nbytes
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        return products.product(x_TI, self.weight_OI)
+
+    def dense(self) -> Tensor:
+        return self.weight_OI
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """4 or 8 bits and, for each 32 inputs of an output, fp16 scale and minimum: w = scale * q + minimum, q in 0..15, as
+    GGUF's Q4_1 has it; or w = scale * (q - 128), q in 1..255, as Q8_0. What came from either is the same again.
+
+    x is rounded to 8 bits in the same groups (as llama.cpp does), sums are exact whole numbers. The kernel's layout is
+    described in quantised.h.
+    """
+
+    bits: int
+    shape: tuple[int, int]
+    q: Tensor
+    scale_OG: Tensor  # (tiles, G, 16)
+    minimum_OG: Tensor | None
+
+    @staticmethod
+    def fits(weight_OI: Tensor) -> bool:
+        return weight_OI.shape[1] % GROUP == 0 and kernels.usable(weight_OI)
+
+    @classmethod
+    def of(cls, weight_OI: Tensor, bits: int, regions: Regions) -> Grouped:
+        O, I = weight_OI.shape  # noqa: E741
+        tiles, G = -(-O // TILE), I // GROUP
+        weight_OI = weight_OI.float().contiguous()
+        groups_OG = weight_OI.view(O, G, GROUP)
+        if bits == 4:
+            minimum_OG = groups_OG.amin(-1).half()
+            scale_OG = ((groups_OG.amax(-1) - groups_OG.amin(-1)) / 15).half()
+        else:
+            scale_OG = (groups_OG.abs().amax(-1) / 127).half()
+            minimum_OG = None
+        start_OG = scale_OG.float() * -128 if minimum_OG is None else minimum_OG.float()
+        q = torch.zeros(tiles, G, GROUP * TILE * bits // 8, dtype=torch.uint8)
+        kernels.call("quantise", None, bits, O, I, weight_OI, scale_OG.float(), start_OG, q)
+
+        def tiled(given_OG: Tensor) -> Tensor:
+            return F.pad(given_OG, (0, 0, 0, tiles * TILE - O)).view(tiles, TILE, G).transpose(1, 2).contiguous()
+
+        return cls(
+            bits,
+            (O, I),
+            regions.hold(q),
+            regions.hold(tiled(scale_OG)),
+            None if minimum_OG is None else regions.hold(tiled(minimum_OG)),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.q, self.scale_OG, self.minimum_OG) if tensor is not None)
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        O, I = self.shape  # noqa: E741
+        T = x_TI.shape[0]
+        y_TO = x_TI.new_empty(T, O)
+        x_TI = x_TI.contiguous()
+        kernels.call(_GROUPED[self.bits], None, T, I, O, x_TI, self.q, self.scale_OG, self.minimum_OG, y_TO)
+        return y_TO
+
+    def dense(self) -> Tensor:
+        O, I = self.shape  # noqa: E741
+        tiles, G = self.q.shape[:2]
+        q = self.q
+        if self.bits == 4:
+            halves = q.view(tiles, G, GROUP // 8, 1, 4 * TILE)
+            q = torch.cat([halves & 15, halves >> 4], 3)
+        q_OGI = q.view(tiles, G, GROUP // 4, TILE, 4).permute(0, 3, 1, 2, 4).reshape(tiles * TILE, G, GROUP)
+
+        def plain(tiled: Tensor) -> Tensor:
+            return tiled.float().transpose(1, 2).reshape(tiles * TILE, G, 1)
+
+        scale_OG1 = plain(self.scale_OG)
+        start_OG1 = scale_OG1 * -128 if self.minimum_OG is None else plain(self.minimum_OG)
+        return (q_OGI * scale_OG1 + start_OG1).view(tiles * TILE, I)[:O]
+
+
+_GROUPED = {4: "product_int4", 8: "product_int8"}
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """4-bit NormalFloat in blocks of 64 (Dettmers et al. 2023, arXiv:2305.14314): the nearest of 16 levels of a block's
+    largest magnitude. A product makes the weight dense first, in bf16 where the device multiplies it."""
+
+    shape: tuple[int, int]
+    codes: Tensor  # two a byte, the first in the high half
+    largest_B: Tensor
+
+    LEVELS: ClassVar[tuple[float, ...]] = (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    )
+
+    @staticmethod
+    def fits(weight_OI: Tensor) -> bool:
+        return weight_OI.numel() % BLOCK == 0
+
+    @classmethod
+    def of(cls, weight_OI: Tensor) -> Nf4:
+        O, I = weight_OI.shape  # noqa: E741
+        blocks = weight_OI.float().reshape(-1, BLOCK)
+        largest_B = blocks.abs().amax(-1)
+        levels = torch.tensor(cls.LEVELS, device=weight_OI.device)
+        between = (levels[1:] + levels[:-1]) / 2
+        codes = torch.bucketize(blocks / largest_B.clamp_min(1e-30)[:, None], between).to(torch.uint8)
+        return cls((O, I), codes[:, 0::2] << 4 | codes[:, 1::2], largest_B)
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.largest_B.nbytes
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        weight_OI = self.dense()
+        if products.multiplies_bf16(x_TI.device):
+            weight_OI = weight_OI.bfloat16()
+        return products.product(x_TI, weight_OI)
+
+    def dense(self) -> Tensor:
+        levels = torch.tensor(self.LEVELS, device=self.codes.device)
+        pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)  # both levels of a byte
+        blocks = pairs[self.codes.int()].view(-1, BLOCK)
+        return blocks.mul_(self.largest_B[:, None]).view(self.shape)
+
+
+class Weight:
+    """A frozen weight (O, I) in the forms that `choice` names, and perhaps more."""
+
+    dtype = torch.float32  # of what it multiplies and gives
+
+    def __init__(self, shape: Sequence[int], forms: Mapping[str, Form], choice: Choice) -> None:
+        self.shape = tuple(shape)
+        self.forms = dict(forms)
+        self.choice = choice
+
+    @property
+    def nbytes(self) -> int:
+        return sum(form.nbytes for form in self.forms.values())
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        return self.forms[self.choice.form(x_TI.shape[0])].product(x_TI)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as a tensor, from the form that is nearest to the original."""
+        if dtype == torch.bfloat16 and "bf16" in self.forms:
+            return self.forms["bf16"].dense()
+        return self.forms[next(name for name in FORMS if name in self.forms)].dense().to(dtype)
+
+
+def dense(weight_OI: Tensor | Weight, dtype: torch.dtype) -> Tensor:
+    return weight_OI.dense(dtype) if isinstance(weight_OI, Weight) else weight_OI.to(dtype)
+
+
+def quantised(name: str, weight_OI: Tensor, regions: Regions) -> Form:
+    """`weight_OI` in the form `name`. Its width must fit (`fits`)."""
+    match name:
+        case "fp32":
+            return Dense(weight_OI)
+        case "bf16":
+            return Dense(regions.hold(weight_OI.bfloat16()))
+        case "int8" | "int4":
+            return Grouped.of(weight_OI, int(name.removeprefix("int")), regions)
+        case "nf4":
+            return Nf4.of(weight_OI)
+    raise ValueError(name)
+
+
+def head_form(name: str) -> str:
+    """How the head is held where the rest has the form `name`: of what 4 bits lose it would lose most, so GGUF's files
+    and QLoRA have it wider, too."""
+    return {"int4": "int8", "nf4": "bf16"}.get(name, name)
+
+
+def fits(name: str, weights: Iterable[Tensor]) -> bool:
+    """Whether every weight can have this form here."""
+    if name in ("int8", "int4"):
+        return all(Grouped.fits(weight_OI) for weight_OI in weights)
+    return name != "nf4" or all(Nf4.fits(weight_OI) for weight_OI in weights)

@@ -1,0 +1,128 @@
+"""The forms a base model is served in: measured once on a machine, remembered, or as the setting says.
+
+Knows weights and clocks; what becomes of the choice is `choice`'s, how a form multiplies `forms`'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fortwo.errors import InvalidRequest
+from fortwo.models import kernels
+from fortwo.models.choice import ROWS, Choice, Measured, Measurements, Seconds, choose, processor
+from fortwo.models.decoder import Decoder
+from fortwo.models.forms import Form, Regions, fits, head_form, quantised
+from fortwo.models.products import multiplies_bf16
+from fortwo.settings import Settings
+
+SMALL = 10_000_000  # parameters; below them a forward is not made of products
+SAMPLE = 100_000_000  # parameters that are measured; fewer would lie in the processor's caches
+MANY = 64  # rows from which one layer is enough
+ERROR = 0.01  # of the weights, relative: what `auto` may lose by rounding them
+SHARE = 0.5  # of the memory: what `auto` may hold
+
+Run = Callable[[Callable[[], Seconds]], Seconds]
+
+
+def serving(id: str, decoder: Decoder, settings: Settings, run: Run) -> Decoder:
+    """The decoder as it is served under settings.weights. run: measures where nothing else computes.
+
+    auto: fp32 below SMALL parameters; else fp32 is kept, for training and as reference, and the fastest forms beside it
+    whose weights stay within ERROR of the originals. Raises InvalidRequest for a form that the model or the machine
+    cannot have.
+    """
+    setting, weights = settings.weights, decoder.weights()
+    if setting != "auto":
+        if not fits(setting, weights):
+            raise InvalidRequest(
+                f"weights = {setting!r} cannot hold {id!r} here: int8 and int4 need widths that are multiples of 32, "
+                "the CPU and a C compiler; nf4 needs multiples of 64",
+                param="weights",
+                hint="Set FORTWO_WEIGHTS to auto.",
+            )
+        return decoder if setting == "fp32" else decoder.in_forms(Choice.fixed(setting))
+    if decoder.parameters < SMALL:
+        return decoder
+    names = [name for name in _quick(decoder.device) if fits(name, weights) and error(name, weights) <= ERROR]
+    if names == ["fp32"]:
+        return decoder
+    c = decoder.config
+    shape = (c.layers, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, c.vocabulary, *names)
+    threads = settings.threads or os.cpu_count() or 1
+    about = f"{processor()} {kernels.identity()} {threads} {shape}"
+    key = hashlib.sha256(about.encode()).hexdigest()[:16]
+    known, memory = Measurements(settings.home), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = known.all().get(key)
+    if found is None:
+        began = time.perf_counter()
+        seconds = run(lambda: measure(decoder, names))
+        choice = choose(seconds, _bytes(decoder, names), SHARE * memory, keep="fp32")
+        plain = {name: dict(by_rows) for name, by_rows in seconds.items()}
+        known.put(key, Measured(id, processor(), threads, plain, choice.table))
+        logging.getLogger(__name__).info("forms of %s measured in %.1f s", id, time.perf_counter() - began)
+    else:
+        choice = choose(found.seconds, _bytes(decoder, names), SHARE * memory, keep="fp32")
+    return decoder.in_forms(choice, keep=("fp32",))
+
+
+def _quick(device: torch.device) -> list[str]:
+    """Forms that may be faster than fp32 there; NF4 is for want of memory and never is."""
+    return ["fp32", *(["bf16"] if multiplies_bf16(device) else []), *(["int8", "int4"] if device.type == "cpu" else [])]
+
+
+def error(name: str, weights: list[Tensor]) -> float:
+    """How far the form is from the weights, relative, in the worst of a few of them."""
+    if name in ("fp32", "bf16"):
+        return 0.0
+    few = [weights[0], weights[len(weights) // 2], weights[-2]]
+    return max(
+        float((quantised(name, weight_OI, Regions()).dense() - weight_OI).norm() / weight_OI.norm())
+        for weight_OI in few
+    )
+
+
+def measure(decoder: Decoder, names: list[str]) -> Seconds:
+    """Seconds that the products of one forward take, by form and rows: of a sample of the layers, and the head."""
+    *layers, head = decoder.weights()
+    sample, taken = [head], head.numel()
+    for weight_OI in layers:
+        if taken >= SAMPLE:
+            break
+        sample.append(weight_OI)
+        taken += weight_OI.numel()
+    found: dict[str, dict[int, float]] = {}
+    for name in names:
+        regions = Regions()
+        forms = [quantised(head_form(name), head, regions), *(quantised(name, one, regions) for one in sample[1:])]
+        widths = [weight_OI.shape[1] for weight_OI in sample]
+        found[name] = {}
+        for rows in ROWS:
+            few = slice(None) if rows < MANY else slice(1, 5)
+            part = sum(one.numel() for one in sample[few]) / decoder.parameters
+            found[name][rows] = _seconds(forms[few], widths[few], rows) / part
+    return found
+
+
+@torch.no_grad()
+def _seconds(forms: list[Form], widths: list[int], rows: int) -> float:
+    """The fastest of a few: what disturbs only adds."""
+    inputs = {width: torch.ones(rows, width) for width in set(widths)}
+    spent: list[float] = []
+    while len(spent) < 2 or (len(spent) < 5 and sum(spent) < 0.05):
+        began = time.perf_counter()
+        for form, width in zip(forms, widths, strict=True):
+            form.product(inputs[width])
+        spent.append(time.perf_counter() - began)
+    return min(spent)
+
+
+def _bytes(decoder: Decoder, names: list[str]) -> dict[str, int]:
+    per_parameter = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0625, "int4": 0.625}
+    return {name: int(per_parameter[name] * decoder.parameters) for name in names}
