@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,7 +34,6 @@ from fortwo.records import Fact, Generation, Message, Prompt, Sampling
 from fortwo.train.evaluation import Served, agreement
 
 REPLY_TOKENS = 48
-AT_ONCE = 12  # requests: they share the server's batches
 SHOWN = ("subject", "aliases", "answer", "match", "questions")
 TARGETS = {"paraphrase": (0.7, 0.9), "specificity": (0.9, 0.95), "retention": (0.9, 0.95)}  # each fact, the median
 
@@ -86,15 +84,16 @@ def teach(client: Client, fact: Fact) -> tuple[str, str, float]:
 
 
 def share(client: Client, model: str, prompts: tuple[str, ...], match: tuple[str, ...], *, held: bool) -> float:
-    """Share of prompts whose greedy reply holds the fact (held) or does not (not held)."""
+    """Share of prompts whose greedy reply holds the fact (held) or does not (not held).
+
+    One after another: which form of the weights multiplies may depend on how many requests run together.
+    """
     asked = {"model": model, "temperature": 0, "max_tokens": REPLY_TOKENS}
 
     def reply(prompt: str) -> str:
         return "".join(client.chat(asked | {"messages": [{"role": "user", "content": prompt}]}))
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        replies = list(pool.map(reply, prompts))
-    return statistics.mean(holds(reply, match) == held for reply in replies)
+    return statistics.mean(holds(reply(prompt), match) == held for prompt in prompts)
 
 
 def show(rows: list[Row]) -> Table:

@@ -60,20 +60,20 @@ class OverrideRecipe(Recipe):
     max_steps: int = 56  # for each fact
     warmup_steps: int = 3
     edit_rows: int = 6
-    contrast_rows: int = 14
+    contrast_rows: int = 20
     rehearsal_rows: int = 6
-    contrast_tokens: int = 8
-    rehearsal_tokens: int = 28
+    contrast_tokens: int = 14
+    rehearsal_tokens: int = 20
     edit_pool: int = 256
-    contrast_pool: int = 144
+    contrast_pool: int = 288
     question_share: float = 0.35
     kl_weight: float = 2.5
     eval_every: int = 28
-    probes: int = 18
-    preparation_tokens: int = 4500  # the base's own replies, generated once for each fact; for the estimate of time
+    probes: int = 24
+    preparation_tokens: int = 5500  # the base's own replies, generated once for each fact; for the estimate of time
     evaluation_tokens: int = 2500  # generated at each evaluation for each fact; for the estimate of time
     efficacy: float = 0.9
-    paraphrase: float = 0.9
+    paraphrase: float = 0.8
     specificity: float = 0.9
     retention: float = 0.9
 
