@@ -213,7 +213,7 @@ class Decoder:
         return self._with(lambda weight, _: dense(weight, torch.bfloat16))
 
     def in_forms(self, choice: Choice, keep: tuple[str, ...] = ()) -> Decoder:
-        """The same network, to serve: weights in the forms of `choice` and those to `keep`. The embedding stays fp32."""
+        """The same network, to serve: weights in the forms of `choice` and to `keep`. The embedding stays fp32."""
         regions = Regions()
 
         def held(weight: Tensor | Weight, is_head: bool) -> Weight:
