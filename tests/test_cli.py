@@ -326,7 +326,7 @@ def test_doctor_shows_the_machine_and_what_was_measured(home: Path, monkeypatch:
     monkeypatch.setenv("FORTWO_WEIGHTS", "int8")
     told = run("doctor").stdout
     assert "int8, fixed by the setting" in told
-    assert "tiny on a processor, 2 threads" in told
+    assert "tiny on a processor" in told
     lines = [line.split() for line in told.splitlines()]
     assert ["8", "40.0", "5.2", "int4"] in lines
     assert ["16", "40.0", "5.2", "fp32"] in lines

@@ -14,7 +14,7 @@ from fortwo.models.products import frozen_product, product
 
 # relative error of the weight itself, for normal numbers
 ERRORS = {"fp32": 0, "bf16": 0.002, "int8": 0.007, "int4": 0.1, "nf4": 0.11}
-ROUNDED = 0.012  # x in 8 bits
+ROUNDED, LARGEST = 5e-5, 32639  # x in 16 bits
 compiled = pytest.mark.skipif(not kernels.usable(torch.empty(0)), reason="there is no C compiler")
 
 
@@ -23,9 +23,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def rounded(x_TI: Tensor) -> Tensor:
-    """x in 8 bits by groups, the plain way."""
+    """x in 16 bits by groups, the plain way."""
     groups = x_TI.view(len(x_TI), -1, GROUP)
-    scale = groups.abs().amax(-1, keepdim=True) / 127
+    scale = groups.abs().amax(-1, keepdim=True) / LARGEST
     return torch.where(scale > 0, (groups / scale).round() * scale, 0).view(x_TI.shape)
 
 
@@ -50,7 +50,7 @@ def test_whole_numbers_multiply_as_the_dense_weight_does(bits: int, rows: int, o
     form = Grouped.of(random(outputs, inputs), bits, Regions())
     x = random(rows, inputs, seed=1)
     wanted = rounded(x).double() @ form.dense().double().t()
-    torch.testing.assert_close(form.product(x).double(), wanted, atol=2e-5 * inputs**0.5, rtol=1e-5)
+    torch.testing.assert_close(form.product(x).double(), wanted, atol=1e-3, rtol=1e-5)  # a tie may round the other way
     assert relative(form.product(x), x @ form.dense().t()) < ROUNDED
 
 

@@ -79,7 +79,7 @@ class Grouped:
     """4 or 8 bits and, for each 32 inputs of an output, fp16 scale and minimum: w = scale * q + minimum, q in 0..15, as
     GGUF's Q4_1 has it; or w = scale * (q - 128), q in 1..255, as Q8_0. What came from either is the same again.
 
-    x is rounded to 8 bits in the same groups (as llama.cpp does), sums are exact whole numbers. The kernel's layout is
+    x is rounded to 16 bits in the same groups, sums are exact whole numbers. The kernel's layout is
     described in quantised.h.
     """
 
