@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from bench import adapters
@@ -48,6 +49,11 @@ def others(base: str, directory: Path, threads: int, found: list[Path]) -> list[
     name = f"llama.cpp, Q4_1, {'built here' if native else 'prebuilt (xllamacpp)'}, no adapters"
     peers.append(Server(name, port, base, command, _common(threads), adapters=False))
     return peers
+
+
+def cores() -> int:
+    """Threads that everybody gets unless told otherwise."""
+    return os.cpu_count() or 1
 
 
 def kind(name: str) -> str:

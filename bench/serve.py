@@ -11,7 +11,6 @@ its reason, and the rest goes on.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 from contextlib import ExitStack
@@ -233,7 +232,7 @@ def main(quick: bool, threads: int, only: list[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.serve")
     parser.add_argument("--quick", action="store_true", help="two rounds and half the tokens")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of everybody; default: all cores")
+    parser.add_argument("--threads", type=int, default=lineup.cores(), help="of everybody; default: all cores")
     parser.add_argument("--only", nargs="*", default=[], help="transformers, PEFT, vLLM, llama.cpp; default: all")
     given = parser.parse_args()
     main(given.quick, given.threads, given.only)
