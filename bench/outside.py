@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench import adapters, lineup
-from bench.peers import Server
 from bench.serving import home
 from bench.workloads import IN_BATCH
 from fortwo.models.catalog import Catalog
