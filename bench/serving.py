@@ -17,19 +17,25 @@ from fortwo.records import Json
 from fortwo.settings import Settings, load
 from scripts.readme import free_port
 
+COMMAND = [sys.executable, "-m", "fortwo", "serve"]
+
+
+@contextmanager
+def home() -> Iterator[tuple[Settings, dict[str, str]]]:
+    """Settings and environment of a server that is to be started; what it wrote is gone at the end of the block."""
+    own = load()
+    Catalog(own).prepare(own.default_model)
+    with tempfile.TemporaryDirectory(prefix="fortwo-bench-") as folder:
+        (Path(folder) / "models").symlink_to(own.models_dir.resolve())
+        settings = load(home=Path(folder), host="127.0.0.1", port=free_port())
+        yield settings, os.environ | {"FORTWO_HOME": folder, "FORTWO_PORT": str(settings.port)}
+
 
 @contextmanager
 def server() -> Iterator[tuple[Settings, Client]]:
-    """`fortwo serve`, from its first answer to the end of the block; what it wrote is gone then."""
-    own = load()
-    Catalog(own).prepare(own.default_model)
-    with tempfile.TemporaryDirectory(prefix="fortwo-bench-") as home:
-        (Path(home) / "models").symlink_to(own.models_dir.resolve())
-        settings = load(home=Path(home), host="127.0.0.1", port=free_port())
-        environment = os.environ | {"FORTWO_HOME": home, "FORTWO_PORT": str(settings.port)}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fortwo", "serve"], env=environment, stdout=subprocess.DEVNULL
-        )
+    """`fortwo serve`, from its first answer to the end of the block."""
+    with home() as (settings, environment):
+        process = subprocess.Popen(COMMAND, env=environment, stdout=subprocess.DEVNULL)
         try:
             client = Client(settings)
             while not client.answers():
@@ -42,10 +48,10 @@ def server() -> Iterator[tuple[Settings, Client]]:
             process.wait()
 
 
-def run_job(client: Client, request: Json) -> tuple[Json, float]:
-    """(the job at its end, seconds from the request to the end)."""
+def run_job(client: Client, request: Json, every: float = 0.2) -> tuple[Json, float]:
+    """(the job at its end, seconds from the request to the end); asked after every so many seconds."""
     began = time.perf_counter()
     job_id = client.post("/api/training/start", request)["job_id"]
     while (job := client.get(f"/api/training/jobs/{job_id}"))["status"] not in ENDED:
-        time.sleep(0.2)
+        time.sleep(every)
     return job, time.perf_counter() - began

@@ -1,0 +1,97 @@
+"""What a client of a chat server sees: when the tokens of its replies came, for any server that speaks OpenAI's API.
+
+Times are those of arrival; nothing is parsed before the last reply has ended.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+PATIENCE = 300  # seconds that a server may be silent
+
+
+class Broken(Exception):
+    """A peer that cannot be measured, and why."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request. tokens: how long its reply is made, whatever it says; adapter None is the plain base."""
+
+    messages: tuple[dict[str, str], ...]
+    tokens: int
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of requests sent together. first, whole: seconds until the earliest reply began, until the last one ended.
+    prompt, tokens: of all requests, of all replies."""
+
+    first: float
+    whole: float
+    prompt: int
+    tokens: int
+
+
+def chat(port: int, base: str, asks: list[Ask]) -> Timing:
+    """Send all requests at the same moment, greedy and past the model's end token. Raises Broken."""
+    began = time.perf_counter()
+    with ThreadPoolExecutor(len(asks)) as pool:
+        replies = list(pool.map(lambda ask: _lines(port, base, ask), asks))
+    heard = [_read(lines) for lines in replies]
+    short = [(ask.tokens, usage["completion_tokens"]) for ask, (_, _, usage) in zip(asks, heard, strict=True)]
+    if wrong := [f"{said} of {asked}" for asked, said in short if said != asked]:
+        raise Broken(f"replies are not as long as was asked: {', '.join(wrong)} tokens")
+    return Timing(
+        first=min(first for first, _, _ in heard) - began,
+        whole=max(last for _, last, _ in heard) - began,
+        prompt=sum(usage["prompt_tokens"] for _, _, usage in heard),
+        tokens=sum(usage["completion_tokens"] for _, _, usage in heard),
+    )
+
+
+def _lines(port: int, base: str, ask: Ask) -> list[tuple[float, bytes]]:
+    """Each line of the event stream, with its time."""
+    body = {
+        "model": base if ask.adapter is None else ask.adapter,
+        "messages": ask.messages,
+        "max_tokens": ask.tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    try:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise Broken(f"HTTP {response.status}: {response.read().decode(errors='replace')[:300]}")
+        return [(time.perf_counter(), line) for line in response]
+    except (OSError, http.client.HTTPException) as error:
+        raise Broken(f"{type(error).__name__}: {error}") from error
+    finally:
+        connection.close()
+
+
+def _read(lines: list[tuple[float, bytes]]) -> tuple[float, float, Any]:
+    """(when the first text came, when the last one did, usage)."""
+    times, usage = [], None
+    for at, line in lines:
+        if not line.startswith(b"data: {"):
+            continue
+        chunk = json.loads(line[len(b"data: ") :])
+        if "error" in chunk:
+            raise Broken(str(chunk["error"]))
+        usage = chunk.get("usage") or usage
+        if any(choice["delta"].get("content") or choice.get("finish_reason") for choice in chunk["choices"]):
+            times.append(at)
+    if usage is None:
+        raise Broken("the stream ended before its usage")
+    return times[0], times[-1], usage
