@@ -42,7 +42,7 @@ from fortwo.train.objective import losses, micro_batches
 from fortwo.train.schedule import learning_rate
 from fortwo.train.validation import patience_ends
 
-MICRO_TOKENS = 512  # bounds how long a micro-step holds the device
+MICRO_TOKENS = 640  # bounds how long a micro-step holds the device
 EARLY_MARGIN = 0.5  # an exam is small: before the last step it must be passed by half of what is left to 1
 EXAM_QUESTIONS = 10  # training questions in an exam; the report asks them all
 

@@ -57,7 +57,7 @@ class OverrideRecipe(Recipe):
     lowest_rate: float = 1e-4
     highest_rate: float = 8e-3
     adam_beta2: float = 0.99
-    max_steps: int = 56  # for each fact
+    max_steps: int = 50  # for each fact
     warmup_steps: int = 3
     edit_rows: int = 6
     contrast_rows: int = 20
@@ -68,7 +68,7 @@ class OverrideRecipe(Recipe):
     contrast_pool: int = 288
     question_share: float = 0.35
     kl_weight: float = 2.5
-    eval_every: int = 28
+    eval_every: int = 25
     probes: int = 24
     preparation_tokens: int = 5500  # the base's own replies, generated once for each fact; for the estimate of time
     evaluation_tokens: int = 2500  # generated at each evaluation for each fact; for the estimate of time
