@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fortwo.models import kernels
 from fortwo.models.functions import (
-    add_low_rank,
     add_norm,
     cross_entropy,
     decode_attention,
@@ -223,24 +222,3 @@ def test_without_gradients_the_kernels_give_the_same() -> None:
         with torch.no_grad():
             plain = call()
         assert torch.equal(plain, call())
-
-
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("sizes", [(2, 5, 7), (16, 100, 200), (3, 64, 64)])
-def test_add_low_rank(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """Rows of three adapters and of none, two targets that leave out columns between them."""
-    r, I, O = sizes  # noqa: E741
-    A = random(3, 2 * r, I).to(dtype)
-    Bs = [(0, O, random(3, r, O, seed=1).to(dtype)), (O + 2, 2 * O, random(3, r, O - 2, seed=2).to(dtype))]
-    x, y, places = random(6, I, seed=3), random(6, 2 * O + 3, seed=4), torch.tensor([2, -1, 0, 0, 1, -1])
-    wanted = y.clone()
-    for row, place in enumerate(places.tolist()):
-        for k, (first, last, B) in enumerate(Bs):
-            if place >= 0:
-                h = A[place, k * r : (k + 1) * r].double() @ x[row]
-                wanted[row, first:last] += 0.5 * h @ B[place].double()
-    for to in (torch.float32, torch.float64):
-        found = y.to(to)
-        add_low_rank(found, x.to(to), places, A, Bs, 0.5)
-        torch.testing.assert_close(found.double(), wanted, atol=1e-3, rtol=1e-5)
-    assert torch.equal(found[1], y[1])

@@ -333,7 +333,7 @@ def test_bf16_where_the_machine_has_it(able: bool, config: dict[str, bool], show
     made = plan(examples_42(), replace(MACHINE, bf16=able), training_config=config)
     assert setting(made, "bf16") == shown
     full = plan(examples_42(), MACHINE, training_config={"bf16": False}).computed["bytes"]
-    assert made.computed["bytes"] == full + (BASE.bytes // 2 if shown[0] else 0)
+    assert made.computed["bytes"] == full + (2 * BASE.parameters if shown[0] else 0)
 
 
 def test_a_row_longer_than_the_context_names_its_line() -> None:

@@ -6,7 +6,6 @@ cos and sin are frozen and get no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -177,31 +176,6 @@ def decode_attention(qkv_BNE: Tensor, k: Tensor, v: Tensor, rows_B: Tensor, posi
     weights_BKGS = scores_BKGS.masked_fill_(unseen_B11S, -torch.inf).softmax(-1)
     mixed_BHE: Tensor = (weights_BKGS @ v_BKSE.masked_fill(unseen_B11S.transpose(2, 3), 0)).view(B, H, E)
     return mixed_BHE
-
-
-def add_low_rank(
-    y_TO: Tensor, x_TI: Tensor, places_T: Tensor, A_NRI: Tensor, Bs: Sequence[tuple[int, int, Tensor]], scale: float
-) -> None:
-    """Add to each row of y the update of its own adapter: of the N in A and Bs that of number places_T[t], none for -1
-    (the batched product of Chen et al. 2023, arXiv:2310.18547). No gradient.
-
-    Bs: (first, past-last column, B (N, r, O)) of each target; the k-th takes the k-th r of A's R ranks.
-    """
-    (T, I), R = x_TI.shape, A_NRI.shape[1]  # noqa: E741
-    if y_TO.dtype == x_TI.dtype == torch.float32 and y_TO.is_contiguous() and kernels.usable(x_TI, A_NRI):
-        h_TR = x_TI.new_empty(T, R)
-        kernels.call("low_rank_down", A_NRI.dtype, T, I, R, x_TI.contiguous(), places_T, A_NRI, float(scale), h_TR)
-        for k, (first, last, B_NrO) in enumerate(Bs):
-            r, columns = B_NrO.shape[1], (last - first, B_NrO.shape[1])
-            own_Tr, to = h_TR[:, k * r :], y_TO[:, first:]
-            kernels.call("low_rank_up", B_NrO.dtype, T, *columns, own_Tr, R, places_T, B_NrO, to, y_TO.shape[1])
-        return
-    rows = (places_T >= 0).nonzero()[:, 0]
-    places = places_T[rows]
-    h_TR = torch.einsum("ti,tri->tr", x_TI[rows], A_NRI[places].to(x_TI.dtype)) * scale
-    for k, (first, last, B_NrO) in enumerate(Bs):
-        r = B_NrO.shape[1]
-        y_TO[rows, first:last] += torch.einsum("tr,tro->to", h_TR[:, k * r : (k + 1) * r], B_NrO[places].to(x_TI.dtype))
 
 
 def cross_entropy(logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:

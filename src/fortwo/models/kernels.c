@@ -15,7 +15,6 @@ typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef int32_t integers __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef uint16_t bf16;
-typedef bf16 bf16s __attribute__((vector_size(2 * WIDTH), aligned(2)));
 
 static inline float from_bf16(bf16 x) {
     union { uint32_t bits; float value; } all = {(uint32_t)x << 16};
@@ -118,10 +117,6 @@ static void multiply(long M, long N, long K, const float *a, long a_row, long a_
         for (long v = 0; v < V; v++) sum += exponential(LOAD(row[v]) - top);                                             \
         return sum;                                                                                                      \
     }
-
-static inline vector sixteen_float32(const float *from) { return *(const vector *)from; }
-
-static inline vector sixteen_bfloat16(const bf16 *from) { return (vector)(__builtin_convertvector(*(const bf16s *)from, words) << 16); }
 
 #define element float
 #define NAME(kernel) kernel##_float32

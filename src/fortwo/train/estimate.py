@@ -43,6 +43,13 @@ class BaseFacts:
             bytes=held,
         )
 
+    @property
+    def parameters(self) -> int:
+        """Of the weights that are multiplied with."""
+        modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        inner = sum(math.prod(self.shape(module)) for module in modules)
+        return self.layers * inner + self.vocabulary * self.hidden
+
     def shape(self, module: str) -> tuple[int, int]:
         """(in, out) of one projection."""
         return {
@@ -108,13 +115,12 @@ def seconds(tokens: int, steps: int, recipe: Recipe, facts: int, machine: Machin
 
 
 def memory_bytes(base: BaseFacts, micro_step: float, r: int, modules: Sequence[str], bf16: bool) -> int:
-    """Base weights (bf16: and a copy of half the size), the adapter with its gradient and AdamW's moments, and what
-    backward needs of one micro-step."""
+    """Base weights (bf16: and a copy in it), the adapter with its gradient and AdamW's moments, and what backward needs
+    of one micro-step; the logits are never there together."""
     adapter = base.layers * r * sum(sum(base.shape(module)) for module in modules)
     activations = base.layers * (6 * base.hidden + 2 * base.q + 2 * base.kv + 4 * base.intermediate)
-    logits = base.vocabulary / 2  # logits and their gradient, on the quarter of all tokens that is supervised
-    weights = base.bytes + (base.bytes // 2 if bf16 else 0)
-    return weights + round(FLOAT * (4 * adapter + micro_step * (activations + logits)))
+    weights = base.bytes + (2 * base.parameters if bf16 else 0)
+    return weights + round(FLOAT * (4 * adapter + micro_step * activations))
 
 
 def duration(seconds: float) -> str:
