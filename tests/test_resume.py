@@ -72,14 +72,14 @@ def gone(served: Served, job: dict[str, Any]) -> bool:
 
 
 def test_a_paused_job_frees_the_queue_keeps_its_place_and_comes_out_the_same(served: Served) -> None:
-    wanted = digest(served, "unpaused", max_steps=200)
-    paused = start(served, "paused", training_config=RUN | {"max_steps": 200})["job_id"]
+    wanted = digest(served, "unpaused", max_steps=800)
+    paused = start(served, "paused", training_config=RUN | {"max_steps": 800})["job_id"]
     until(served, paused, lambda job: job["progress"]["step"] > 0)
     after = start(served, "after", training_config={"max_steps": 2})["job_id"]
     job = call(served, paused, "pause")
     assert (job["status"], job["finished_at"], job["error"]) == ("paused", None, None)
     step = job["progress"]["step"]
-    assert 0 < step < 200
+    assert 0 < step < 800
     assert [one["step"] for one in job["checkpoints"]] == [step]
     assert job["actual"]["steps"] == step
     assert events(served, paused)[-1]["type"] == "paused", "and the stream of events has ended"
@@ -90,9 +90,9 @@ def test_a_paused_job_frees_the_queue_keeps_its_place_and_comes_out_the_same(ser
     assert call(served, paused, "resume")["progress"]["step"] == step
     done = served.wait(paused)
     assert (done["status"], done["adapter"]["digest"]) == ("succeeded", wanted)
-    assert done["actual"]["steps"] == 200
+    assert done["actual"]["steps"] == 800
     told = [event["data"]["step"] for event in events(served, paused) if event["type"] == "step"]
-    assert told == list(range(1, 201)), "no step was done twice"
+    assert told == list(range(1, 801)), "no step was done twice"
     assert gone(served, done)
     refused(served.post(f"/api/training/jobs/{paused}/pause"), 409, "conflict", "job_id")
 
@@ -141,7 +141,7 @@ def test_a_pause_in_an_exam_or_in_preparation_comes_at_once(served: Served) -> N
 # ---------------------------------------------------------------- chat
 
 
-def test_each_checkpoint_is_served_while_the_job_runs_and_is_gone_with_it(served: Served) -> None:
+def test_each_checkpoint_is_served_while_the_job_is_not_done_and_is_gone_with_it(served: Served) -> None:
     config = {"max_steps": 100_000, "save_steps": 4, "save_total_limit": 2, "learning_rate": 1e-2}
     job_id = start(served, "spoken", training_config=config)["job_id"]
     job = until(served, job_id, lambda job: job["progress"]["step"] >= 40)
@@ -151,12 +151,12 @@ def test_each_checkpoint_is_served_while_the_job_runs_and_is_gone_with_it(served
     early, late = (one["model"] for one in job["checkpoints"])
     assert late == f"spoken@{job_id[:8]}-{job['progress']['step']}"
     assert {early, late} <= models(served)
-    call(served, job_id, "resume")
-    until(served, job_id, lambda job: job["status"] == "running")
     plain = served.chat(temperature=0, max_tokens=24).json()["choices"]
     reply = served.chat(model=late, temperature=0, max_tokens=24)
     assert reply.json()["model"] == late
     assert reply.json()["choices"] != plain
+    call(served, job_id, "resume")
+    until(served, job_id, lambda job: job["status"] == "running")
     assert f"spoken@{job_id[:8]}-" in refused(
         served.chat(model=f"spoken@{job_id[:8]}-999999"), 404, "not_found", "model"
     )
@@ -319,7 +319,7 @@ def interrupted(served: Served, name: str) -> tuple[str, list[Path]]:
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(served: Served) -> None:
     wanted = digest(served, "undamaged", max_steps=200)
-    job_id, places = interrupted(served, "damaged")
+    job_id, places = interrupted(served, "spoilt")
     tensors = places[-1] / "state.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1])
     call(served, job_id, "resume")
