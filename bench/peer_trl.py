@@ -1,6 +1,6 @@
 """The peer of bench/train.py: TRL's SFTTrainer with PEFT, in an environment that has both.
 
-    peer_trl.py MODEL_DIRECTORY ROWS.json CONFIG.json BATCH STEPS
+    peer_trl.py MODEL_DIRECTORY ROWS.json CONFIG.json BATCH STEPS fp32|bf16
 
 Trains on the same rows with the same configuration and prints one JSON line: seconds of every optimizer step, and
 tokens of every row as the trainer saw it. Knows nothing of fortwo.
@@ -37,7 +37,7 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
         self.seconds.append(time.perf_counter() - self._began)
 
 
-def main(directory: Path, rows: Path, config: Path, batch: int, steps: int) -> None:
+def main(directory: Path, rows: Path, config: Path, batch: int, steps: int, bf16: bool) -> None:
     given = json.loads(config.read_text())
     training = given["training_config"] | {"max_steps": steps, "per_device_train_batch_size": batch}
     dataset = Dataset.from_list(
@@ -52,7 +52,7 @@ def main(directory: Path, rows: Path, config: Path, batch: int, steps: int) -> N
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as output:
         trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16 if bf16 else torch.float32),
             processing_class=AutoTokenizer.from_pretrained(directory),
             train_dataset=dataset,
             peft_config=LoraConfig(**given["lora_config"]),
@@ -60,7 +60,7 @@ def main(directory: Path, rows: Path, config: Path, batch: int, steps: int) -> N
                 output_dir=output,
                 completion_only_loss=True,
                 gradient_checkpointing=False,
-                bf16=False,
+                bf16=bf16,
                 use_cpu=True,
                 save_strategy="no",
                 logging_strategy="no",
@@ -81,4 +81,4 @@ def main(directory: Path, rows: Path, config: Path, batch: int, steps: int) -> N
 
 if __name__ == "__main__":
     paths, numbers = [Path(one) for one in sys.argv[1:4]], [int(one) for one in sys.argv[4:6]]
-    main(paths[0], paths[1], paths[2], numbers[0], numbers[1])
+    main(paths[0], paths[1], paths[2], numbers[0], numbers[1], sys.argv[6] == "bf16")

@@ -3,8 +3,8 @@
     python -m bench.train PEER_PYTHON [BATCH]
 
 The two take turns; each turn is a fresh run, and its first steps are left out. fortwo trains through its server, as a
-user's job does: in fp32 as the peer, and with the precision its plan chooses. Tokens are those of the rendered rows,
-the same for both; a trainer that computes fewer gains by it.
+user's job does: in fp32, and with the precision its plan chooses; the peer in fp32 and in bf16. Tokens are those of the
+rendered rows, the same for all; a trainer that computes fewer gains by it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ CONFIG = Path("examples/intensive_training_config.json")
 ROUNDS = 3
 STEPS = 40
 WARM_UP = 5  # steps left out at the start of each run
-PEER = "TRL + PEFT, fp32"
+PEERS = {"TRL + PEFT, fp32": "fp32", "TRL + PEFT, bf16": "bf16"}
 OWN: dict[str, Json] = {"fortwo, fp32": {"bf16": False}, "fortwo, as planned": {}}
 
 
-def peer_steps(python: str, directory: Path, batch: int) -> tuple[list[float], float]:
+def peer_steps(python: str, directory: Path, batch: int, precision: str) -> tuple[list[float], float]:
     """(seconds of each step, mean tokens of a row) of one run of the peer."""
-    arguments = [python, "bench/peer_trl.py", directory, ROWS, CONFIG, batch, STEPS]
+    arguments = [python, "bench/peer_trl.py", directory, ROWS, CONFIG, batch, STEPS, precision]
     done = subprocess.run([str(one) for one in arguments], stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     return found["seconds"][WARM_UP:], found["row_tokens"]
@@ -53,24 +53,25 @@ def own_steps(client: Client, batch: int, precision: Json) -> list[float]:
 
 
 def main(python: str, batch: int) -> None:
-    found: dict[str, list[float]] = {PEER: [], **{name: [] for name in OWN}}
+    found: dict[str, list[float]] = {name: [] for name in (*PEERS, *OWN)}
     console = Console()
     with server() as (settings, client):
         directory = Catalog(settings).prepare(settings.default_model)
         for turn in range(ROUNDS):
-            seconds, row_tokens = peer_steps(python, directory, batch)
-            found[PEER] += seconds
-            for name, precision in OWN.items():
-                found[name] += own_steps(client, batch, precision)
+            for name, precision in PEERS.items():
+                seconds, row_tokens = peer_steps(python, directory, batch, precision)
+                found[name] += seconds
+            for name, setting in OWN.items():
+                found[name] += own_steps(client, batch, setting)
             console.print(f"round {turn + 1}/{ROUNDS}", style="dim")
     tokens = row_tokens * batch
-    table = Table("", "steps/s", "tokens/s", "slowest and fastest tenth", "times", box=None, header_style="bold")
+    table = Table("", "steps/s", "tokens/s", "slowest and fastest tenth", *PEERS, box=None, header_style="bold")
     for name, seconds in found.items():
         median, tenths = statistics.median(seconds), statistics.quantiles(seconds, n=10)
         spread = f"{tokens / tenths[-1]:.0f} to {tokens / tenths[0]:.0f}"
-        times = statistics.median(found[PEER]) / median
-        table.add_row(name, f"{1 / median:.2f}", f"{tokens / median:.0f}", spread, f"{times:.2f}")
-    console.print(f"batch {batch}, {row_tokens:.1f} tokens a row, {len(found[PEER])} steps each")
+        times = [f"{statistics.median(found[peer]) / median:.2f}" for peer in PEERS]
+        table.add_row(name, f"{1 / median:.2f}", f"{tokens / median:.0f}", spread, *times)
+    console.print(f"batch {batch}, {row_tokens:.1f} tokens a row, {STEPS - WARM_UP} steps in each of {ROUNDS} rounds")
     console.print(table)
 
 
