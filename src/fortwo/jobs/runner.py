@@ -160,7 +160,7 @@ class JobRunner:
         with self._lock:
             turn = self._turn_of(job_id)
             if turn is not None:
-                turn.end = "cancelled"
+                turn.end, turn.refused = "cancelled", None
                 if turn.task is not None:
                     turn.task.cancel()
         return self._settled(job_id, turn, "Only a job that has not ended can be cancelled.")
