@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fortwo.data import formats
-from fortwo.errors import InvalidDataset, InvalidRequest, NotFound
+from fortwo.errors import NotFound
 from fortwo.records import Example, Fact
 
 if TYPE_CHECKING:
@@ -72,14 +72,8 @@ def preview(spec: object, allowed_dirs: Sequence[Path], catalog: Catalog, model:
 
 def row_previews(renderer: Renderer, example: Example, context: int) -> list[RowPreview]:
     """Of one example; a conversation is several rows where its template wants that (Renderer.rows)."""
-    try:
-        rendered = renderer.rows(example)
-    except InvalidRequest as error:
-        raise InvalidDataset(
-            f"line {example.line}: {error.message}", param="dataset", hint=error.hint, code=error.code
-        ) from None
     found = []
-    for tokens, supervised in rendered:
+    for tokens, supervised in renderer.dataset_rows(example):
         ends = renderer.turns(example.messages, tokens)
         opening = _opening(renderer, example, tokens)
         changes = [place for place in range(1, len(tokens)) if supervised[place] != supervised[place - 1]]

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fortwo.data.vocabulary import Constraint, Vocabulary
-from fortwo.errors import InvalidRequest, UnsupportedModel
+from fortwo.errors import InvalidDataset, InvalidRequest, UnsupportedModel
 from fortwo.records import Example, Message
 
 PLAIN_TEMPLATE = (
@@ -125,6 +125,15 @@ class Renderer:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, control tokens left out."""
         return self._backend.decode(list(tokens), skip_special_tokens=True)
+
+    def dataset_rows(self, example: Example) -> list[tuple[list[int], list[bool]]]:
+        """`rows` of an example of a dataset. Raises InvalidDataset naming the line that the template refuses."""
+        try:
+            return self.rows(example)
+        except InvalidRequest as error:
+            raise InvalidDataset(
+                f"line {example.line}: {error.message}", param="dataset", hint=error.hint, code=error.code
+            ) from None
 
     def spell(self, tokens: Sequence[int]) -> str:
         """Text of tokens, control tokens written out: for people to see, never to be encoded again."""

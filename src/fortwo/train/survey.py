@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.records import Example
 from fortwo.train.estimate import RowCount, TokenCounts
 
@@ -112,13 +111,7 @@ def survey(renderer: Renderer, examples: Iterable[Example]) -> tuple[TokenCounts
     prefix = renderer.prefix()
     for example in examples:
         texts.add(example)
-        try:
-            rendered = renderer.rows(example)
-        except InvalidRequest as error:
-            raise InvalidDataset(
-                f"line {example.line}: {error.message}", param="dataset", hint=error.hint, code=error.code
-            ) from None
-        for tokens, supervised in rendered:
+        for tokens, supervised in renderer.dataset_rows(example):
             answer = sum(supervised)
             rows.append(RowCount(example.line, len(tokens) - answer, answer))
             limit = min(len(prefix), len(tokens) - 1)
