@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fortwo.errors import UnsupportedModel
 from fortwo.models.choice import Choice
-from fortwo.models.forms import Regions, Weight, dense, head_form, quantised
+from fortwo.models.forms import Frozen, Regions, Weight, dense, head_form, quantised, trained_on
 from fortwo.models.functions import add_norm, rms_norm, rotate, swiglu
 from fortwo.models.lora import Update, lora_product
 from fortwo.models.products import frozen_product
@@ -129,14 +129,14 @@ class DecoderConfig:
 @dataclass(frozen=True)
 class _Layer:
     attention_norm_D: Tensor
-    qkv_OD: Tensor | Weight
+    qkv_OD: Frozen
     qkv_bias_O: Tensor | None
     q_norm_E: Tensor | None
     k_norm_E: Tensor | None
-    o_DI: Tensor | Weight
+    o_DI: Frozen
     mlp_norm_D: Tensor
-    gate_up_OD: Tensor | Weight
-    down_DI: Tensor | Weight
+    gate_up_OD: Frozen
+    down_DI: Frozen
 
 
 class Decoder:
@@ -163,7 +163,7 @@ class Decoder:
         q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
         self.embedding_VD = take("model.embed_tokens.weight", c.vocabulary, c.hidden)
         self.norm_D = take("model.norm.weight", c.hidden)
-        self.head: Tensor | Weight = self.embedding_VD if c.tied else take("lm_head.weight", c.vocabulary, c.hidden)
+        self.head: Frozen = self.embedding_VD if c.tied else take("lm_head.weight", c.vocabulary, c.hidden)
         self.layers: list[_Layer] = []
         for index in range(c.layers):
             at, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
@@ -210,13 +210,16 @@ class Decoder:
 
     def in_bf16(self) -> Decoder:
         """The same network with bf16 products, to train on; what is between the products stays fp32."""
-        return self._with(lambda weight, _: dense(weight, torch.bfloat16))
+        regions = Regions()
+        return self._with(
+            lambda weight, is_head: dense(weight, torch.bfloat16) if is_head else trained_on(weight, regions)
+        )
 
     def in_forms(self, choice: Choice, keep: tuple[str, ...] = ()) -> Decoder:
         """The same network, to serve: weights in the forms of `choice` and those to `keep`; the embedding in fp32."""
         regions = Regions()
 
-        def held(weight: Tensor | Weight, is_head: bool) -> Weight:
+        def held(weight: Frozen, is_head: bool) -> Weight:
             weight_OI = dense(weight, torch.float32)
             names = dict.fromkeys((*keep, *choice.forms))
             return Weight(
@@ -227,7 +230,7 @@ class Decoder:
 
         return self._with(held)
 
-    def _with(self, change: Callable[[Tensor | Weight, bool], Tensor | Weight]) -> Decoder:
+    def _with(self, change: Callable[[Frozen, bool], Frozen]) -> Decoder:
         other = copy(self)
         other.head = change(self.head, True)
         other.layers = [
@@ -261,9 +264,9 @@ class Decoder:
             total += sum(form.nbytes for name, form in self.head.forms.items() if name != "fp32")
         return total
 
-    def _held(self) -> list[Tensor | Weight]:
+    def _held(self) -> list[Frozen]:
         """Everything, a head that is the embedding once."""
-        everything: list[Tensor | Weight] = [self.embedding_VD, self.norm_D]
+        everything: list[Frozen] = [self.embedding_VD, self.norm_D]
         if not self.config.tied:
             everything.append(self.head)
         for layer in self.layers:

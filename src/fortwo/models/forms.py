@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fortwo.models import kernels, products
 from fortwo.models.choice import FORMS, Choice
+from fortwo.models.tiles import Tiles
 
 GROUP, TILE, BLOCK = 32, 16, 64
 REGION = 32 << 20  # bytes of memory taken at once for quantised weights
@@ -223,8 +224,25 @@ class Weight:
         return self.forms[next(name for name in FORMS if name in self.forms)].dense().to(dtype)
 
 
-def dense(weight_OI: Tensor | Weight, dtype: torch.dtype) -> Tensor:
-    return weight_OI.dense(dtype) if isinstance(weight_OI, Weight) else weight_OI.to(dtype)
+Frozen = Tensor | Tiles | Weight
+
+
+def dense(weight_OI: Frozen, dtype: torch.dtype) -> Tensor:
+    match weight_OI:
+        case Weight():
+            return weight_OI.dense(dtype)
+        case Tiles():
+            return weight_OI.dense().to(dtype)
+    return weight_OI.to(dtype)
+
+
+def trained_on(weight_OI: Frozen, regions: Regions) -> Tensor | Tiles:
+    """The weight for bf16 products there and back; tiles that are held already are not copied."""
+    if not kernels.multiplies_tiles():
+        return dense(weight_OI, torch.bfloat16)
+    held = weight_OI.forms.get("bf16") if isinstance(weight_OI, Weight) else None
+    tiles = held if isinstance(held, Tiles) else Tiles.of(dense(weight_OI, torch.bfloat16), regions)
+    return tiles.with_turned(regions)
 
 
 def quantised(name: str, weight_OI: Tensor, regions: Regions) -> Form:
@@ -233,6 +251,8 @@ def quantised(name: str, weight_OI: Tensor, regions: Regions) -> Form:
         case "fp32":
             return Dense(weight_OI)
         case "bf16":
+            if kernels.usable(weight_OI) and kernels.multiplies_tiles():
+                return Tiles.of(weight_OI.bfloat16(), regions)
             return Dense(regions.hold(weight_OI.bfloat16()))
         case "int8" | "int4":
             return Grouped.of(weight_OI, int(name.removeprefix("int")), regions)

@@ -136,5 +136,6 @@ ROW_SUMS
 ROW_SUMS
 #include "kernels.h"
 
+#include "matrix.h"
 #include "quantised.h"
 #include "decode.h"
