@@ -116,20 +116,32 @@ void lay_panels(long N, long K, const bf16 *b, long b_n, long b_k, bf16 *to) {
     for (long p = 0; p < panels; p++) lay(&f, N, p, p + 1, to + p * apart, apart);
 }
 
-/* Rows m..m+31 of c times one panel of each factor, as fp32 into sums (32, 32). `edge` has room for 32 rows of the longest K, in whole steps. */
-static void block(int count, const factor *f, const bf16 *const *panels, long M, long m, bf16 *edge, float *sums) {
+/* 32 rows of a: their whole steps in place, and what does not fill 32 rows and 32 inputs copied to `edge`, with zeros around. */
+typedef struct {
+    const bf16 *a, *edge;
+    long a_row, edge_row, whole, all;
+} strip;
+
+static strip strip_of(const factor *f, long M, long m, bf16 *edge) {
+    long tall = M - m < PANEL ? M - m : PANEL, all = steps(f->K), whole = tall < PANEL ? 0 : f->K / STEP, row = (all - whole) * STEP;
+    const bf16 *a = f->a + m * f->a_row;
+    if (whole < all) {
+        memset(edge, 0, PANEL * row * sizeof(bf16));
+        for (long r = 0; r < tall; r++) memcpy(edge + r * row, a + r * f->a_row + whole * STEP, (f->K - whole * STEP) * sizeof(bf16));
+    }
+    return (strip){a, edge, f->a_row, row, whole, all};
+}
+
+/* A strip times one panel, of each factor, as fp32 into sums (32, 32). */
+static void block(int count, const strip *s, const bf16 *const *panels, float *sums) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int i = 0; i < count; i++, f++) {
-        long tall = M - m < PANEL ? M - m : PANEL, all = steps(f->K), whole = tall < PANEL ? 0 : f->K / STEP, row = (all - whole) * STEP;
-        const bf16 *a = f->a + m * f->a_row, *panel = panels[i];
-        for (long k = 0; k < whole; k++, panel += 2 * TILE) tile_step(a + k * STEP, f->a_row, panel);
-        if (whole == all) continue;
-        memset(edge, 0, PANEL * row * sizeof(bf16)); /* what does not fill 32 rows and 32 inputs is copied, with zeros around */
-        for (long r = 0; r < tall; r++) memcpy(edge + r * row, a + r * f->a_row + whole * STEP, (f->K - whole * STEP) * sizeof(bf16));
-        for (long k = whole; k < all; k++, panel += 2 * TILE) tile_step(edge + (k - whole) * STEP, row, panel);
+    for (int i = 0; i < count; i++, s++) {
+        const bf16 *panel = panels[i];
+        for (long k = 0; k < s->whole; k++, panel += 2 * TILE) tile_step(s->a + k * STEP, s->a_row, panel);
+        for (long k = s->whole; k < s->all; k++, panel += 2 * TILE) tile_step(s->edge + (k - s->whole) * STEP, s->edge_row, panel);
     }
     _tile_stored(0, sums, 4 * PANEL);
     _tile_stored(1, sums + 16, 4 * PANEL);
@@ -151,11 +163,11 @@ void matrix_product(long M, long N, long K, const bf16 *a, long a_row, const bf1
 #pragma omp parallel if (M * N * (K + K2) > 1 << 20)
     {
         static _Thread_local struct { bf16 *at; long size; } room;
-        long most = (panels + across - 1) / across, size = 0, longest = steps(K) > steps(K2) ? steps(K) : steps(K2);
+        long most = (panels + across - 1) / across, size = 0, edges = (steps(K) + steps(K2)) * PANEL * STEP;
         for (int i = 0; i < count; i++) size += is_laid(&f[i]) ? 0 : most * apart[i];
-        if (size + longest * PANEL * STEP > room.size) {
+        if (size + edges > room.size) {
             free(room.at);
-            room.size = size + longest * PANEL * STEP;
+            room.size = size + edges;
             room.at = aligned_alloc(64, room.size * sizeof(bf16));
         }
         bf16 *edge = room.at + size;
@@ -173,11 +185,12 @@ void matrix_product(long M, long N, long K, const bf16 *a, long a_row, const bf1
                     laid[i] = to;
                     to += most * apart[i];
                 }
-            for (long m = part * blocks / down * PANEL; m < M && m < (part + 1) * blocks / down * PANEL; m += PANEL)
+            for (long m = part * blocks / down * PANEL; m < M && m < (part + 1) * blocks / down * PANEL; m += PANEL) {
+                strip strips[2] = {strip_of(&f[0], M, m, edge), strip_of(&f[1], M, m, edge + steps(K) * PANEL * STEP)};
                 for (long p = first; p < last; p++) {
                     const bf16 *here[2] = {laid[0] + (p - first) * apart[0], count > 1 ? laid[1] + (p - first) * apart[1] : 0};
                     long n = p * PANEL, narrow = N - n < PANEL ? N - n : PANEL, tall = M - m < PANEL ? M - m : PANEL;
-                    block(count, f, here, M, m, edge, sums);
+                    block(count, strips, here, sums);
                     __mmask32 mask = narrow < PANEL ? (1u << narrow) - 1 : ~0u;
                     for (long r = 0; r < tall; r++) {
                         __m512 left = _mm512_load_ps(sums + r * PANEL), right = _mm512_load_ps(sums + r * PANEL + 16);
@@ -189,6 +202,7 @@ void matrix_product(long M, long N, long K, const bf16 *a, long a_row, const bf1
                             _mm512_mask_storeu_epi16((bf16 *)c + at, mask, (__m512i)_mm512_cvtne2ps_pbh(right, left));
                     }
                 }
+            }
         }
         _tile_release();
     }
