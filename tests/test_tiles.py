@@ -20,7 +20,16 @@ def off(found: Tensor, wanted: Tensor) -> float:
     return float((found.float() - wanted).norm() / wanted.norm())
 
 
-SHAPES = [(1, 1, 1), (5, 32, 16), (31, 33, 31), (32, 32, 32), (37, 50, 70), (64, 576, 960), (100, 1537, 40), (3, 9000, 9)]
+SHAPES = [
+    (1, 1, 1),
+    (5, 32, 16),
+    (31, 33, 31),
+    (32, 32, 32),
+    (37, 50, 70),
+    (64, 576, 960),
+    (100, 1537, 40),
+    (3, 9000, 9),
+]
 
 
 @pytest.mark.parametrize(("rows", "inner", "out"), SHAPES)
@@ -33,7 +42,9 @@ def test_one_sum_of_two_products(rows: int, inner: int, out: int, rank: int, tur
         x, weight, B = (tensor.t().contiguous().t() for tensor in (x, weight, B))
     wanted = x.float() @ weight.float().t() + h.float() @ B.float().t()
     more = (h, B) if rank else None
-    assert off(product(x, weight, more, torch.float32), wanted) < (1e-5 if kernels.multiplies_tiles() and inner <= LONGEST_SUM else 6e-3)
+    assert off(product(x, weight, more, torch.float32), wanted) < (
+        1e-5 if kernels.multiplies_tiles() and inner <= LONGEST_SUM else 6e-3
+    )
     narrow = product(x, weight, more)
     assert narrow.dtype == torch.bfloat16
     assert off(narrow, wanted) < 6e-3
