@@ -59,8 +59,8 @@ class Bag(Generic[T]):
 class Course:
     """prefix: how many tokens all rows begin with. keep_weight: of rows to keep against rows to learn.
     draw: the rows of the next optimizer step.
-    correct: has the adapter that is served under a key answer siblings, and from then on draws from its own words too,
-    where they are not the base's. The result is what it said; given that, it is not asked again. None: nothing is held.
+    correct: has the adapter that is served under a key (None: the base) answer siblings, and from then on draws from its
+    own words too, where they are not the base's. The result is what it said; given that, it is not asked again.
     exam: asked while training, None where nothing decides when to stop; final: asked at the end.
     validation: rows that are held back, None where none are."""
 
@@ -70,7 +70,7 @@ class Course:
     exam: Examiner | None
     final: Examiner
     validation: Spool | None = None
-    correct: Callable[[str, Replies | None], Generator[TrainEvent, None, Replies]] | None = None
+    correct: Callable[[str | None, Replies | None], Generator[TrainEvent, None, Replies]] | None = None
 
 
 def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
@@ -111,7 +111,7 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
         counts = (plain, edit_rows - plain, left, plan["rehearsal_rows"] * updates)
         return [row for bag, count in zip(bags, counts, strict=True) for row in bag.draw(count)] + back
 
-    def correct(key: str, replies: Replies | None) -> Generator[TrainEvent, None, Replies]:
+    def correct(key: str | None, replies: Replies | None) -> Generator[TrainEvent, None, Replies]:
         prompts = [row.tokens[: row.start] for row in asked]
         if replies is None:
             said = yield from served.say(prompts, key, plan["on_policy_tokens"])

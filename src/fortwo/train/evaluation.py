@@ -81,7 +81,7 @@ class Served:
         sampling = Sampling(max_tokens=tokens, temperature=0.0)
         said = self.known if adapter is None else {}
         asked = {
-            prompt: self.serving.submit(Prompt(self.base, prompt, adapter, sampling))
+            prompt: self.serving.submit(Prompt(self.base, prompt, adapter, sampling, kept=False))
             for prompt in dict.fromkeys(prompts)
             if (prompt, tokens) not in said
         }
