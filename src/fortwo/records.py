@@ -253,7 +253,8 @@ TrainEvent = Phase | MicroStepped | Stepped | Evaluated | Waiting | Checkpoint
 class Sampling:
     """temperature 0 is greedy. top_k 0, top_p 1, min_p 0, penalties of 0 and a repetition_penalty of 1 change nothing.
 
-    max_tokens 0 asks about the prompt alone. stop strings end the reply and are not part of it. logit_bias: what is added to the logits of these tokens.
+    max_tokens 0 asks about the prompt alone. stop strings end the reply and are not part of it.
+    logit_bias: what is added to the logits of these tokens.
     logprobs: how many of the likeliest tokens are told with each token's own log-probability; None tells neither.
     prompt_logprobs: the same of the prompt's tokens.
     json_schema: the reply is JSON that this schema (JSON text) describes. ignore_eos: no token ends the reply.
@@ -320,8 +321,7 @@ class Delta:
 
 class Generation(Protocol):
     """Handle of a submitted Prompt. Every one ends: done becomes True with a finish_reason. cached_tokens: how many of
-    the prompt's tokens needed no computing. embedding: of length 1; empty before the end, and when it was not asked for.
-    """
+    the prompt's tokens needed no computing. embedding: of length 1; empty before the end, and when nobody asked."""
 
     @property
     def done(self) -> bool: ...

@@ -86,8 +86,8 @@ class Reply:
     """records.Generation. `tokens` are all that were generated, a closing stop token included; `text` is without it.
 
     cached_tokens: how many of the prompt's were not computed, since the cache had them. room: how many tokens fit, by
-    max_tokens and the context; with none it ends when the prompt is computed. on_delta is called on the engine's thread;
-    when it fails, nobody is listening any more and the reply is cancelled.
+    max_tokens and the context; with none it ends once the prompt is computed. on_delta is called on the engine's
+    thread; when it fails, nobody is listening any more and the reply is cancelled.
     """
 
     def __init__(

@@ -37,7 +37,9 @@ class Running(Protocol):
     tokens: list[int]
     adapter: str | None
     slot: Slot | None
-    listener: Listener | None
+
+    @property
+    def listener(self) -> Listener | None: ...
 
 
 class Runner:
@@ -175,9 +177,7 @@ class Runner:
         hidden_TD = self.decoder.forward(packed.tokens_T, packed.positions_T, attend, updates)
         return hidden_TD, [[*range(P), *range(start, start + length)] for _, start, length in rests]
 
-    def _prefill_parts(
-        self, sequences: Sequence[Running], lengths: Sequence[int]
-    ) -> tuple[Tensor, list[list[int]]]:
+    def _prefill_parts(self, sequences: Sequence[Running], lengths: Sequence[int]) -> tuple[Tensor, list[list[int]]]:
         """The next tokens of sequences of one adapter, after what their slots hold.
         Hidden states (T, D), and where in T the tokens of each lie."""
         device = self.decoder.device

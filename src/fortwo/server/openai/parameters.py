@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from fortwo.errors import InvalidRequest
 from fortwo.records import Json, Prompt, Sampling
@@ -81,6 +81,28 @@ Stop = Annotated[
     ),
 ]
 Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
+
+
+def _several(given: Any) -> list[str | list[int]]:
+    """Each a text or its tokens."""
+    texts = [given] if isinstance(given, str) or (given and _are_tokens(given)) else given
+    if not isinstance(texts, list) or not all(isinstance(one, str) or _are_tokens(one) for one in texts):
+        raise ValueError("it is neither text nor token ids, nor a list of those")
+    if not all(texts) or not texts:
+        raise ValueError("it is empty")
+    for text in texts:
+        if isinstance(text, str) and not text.isprintable() and any("\ud800" <= one <= "\udfff" for one in text):
+            raise PydanticKnownError("string_unicode")
+    return texts
+
+
+def _are_tokens(given: Any) -> bool:
+    return isinstance(given, list) and all(type(one) is int and one >= 0 for one in given)
+
+
+Texts = Annotated[
+    list[Any], PlainValidator(_several, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+]
 
 
 class Parameters(Strict):
@@ -165,7 +187,7 @@ class Parameters(Strict):
         limit = self.limit()
         context = target.resident.runner.cache.longest  # less than the model's where FORTWO_CACHE_MB is small
         room = context - len(tokens)
-        if room < 1:
+        if room < (1 if limit is None else min(1, limit[1])):
             raise InvalidRequest(
                 f"{param} takes {len(tokens)} tokens; the context of {target.resident.id} is {context}.",
                 param=param,
