@@ -105,10 +105,13 @@ Texts = Annotated[
 ]
 
 
+Model = Annotated[
+    str, Field(description="A base model, an adapter (its current version), adapter@version or adapter@job-step.")
+]
+
+
 class Parameters(Strict):
-    model: str = Field(
-        description="A base model, an adapter (its current version), adapter@version or adapter@job-step."
-    )
+    model: Model
     n: int | None = Field(
         None,
         ge=1,
@@ -176,32 +179,18 @@ class Parameters(Strict):
 
         Raises InvalidRequest when prompt and reply do not fit the context, or a token does not exist.
         """
-        config = target.resident.decoder.config
-        for name, ids in ((param, tokens), ("logit_bias", [int(id) for id in self.logit_bias or ()])):
-            if (foreign := max(ids, default=0)) >= config.vocabulary:
-                raise InvalidRequest(
-                    f"{name} has token {foreign}; {target.resident.id} has tokens 0 to {config.vocabulary - 1}.",
-                    param=name,
-                    hint="Take ids of this model's own tokenizer.",
-                )
+        _check_known(target, [int(id) for id in self.logit_bias or ()], "logit_bias")
         limit = self.limit()
-        context = target.resident.runner.cache.longest  # less than the model's where FORTWO_CACHE_MB is small
-        room = context - len(tokens)
-        if room < (1 if limit is None else min(1, limit[1])):
+        left = room(target, tokens, param=param, least=1 if limit is None else min(1, limit[1]))
+        if limit is not None and limit[1] > left:
             raise InvalidRequest(
-                f"{param} takes {len(tokens)} tokens; the context of {target.resident.id} is {context}.",
-                param=param,
-                code="context_length_exceeded",
-                hint="Shorten it, or leave out the oldest of it.",
-            )
-        if limit is not None and limit[1] > room:
-            raise InvalidRequest(
-                f"{limit[0]} = {limit[1]} does not fit: {param} takes {len(tokens)} of {context} tokens of context.",
+                f"{limit[0]} = {limit[1]} does not fit: {param} takes {len(tokens)} of {len(tokens) + left} tokens of "
+                "context.",
                 param=limit[0],
                 code="context_length_exceeded",
-                hint=f"Ask for at most {room}.",
+                hint=f"Ask for at most {left}.",
             )
-        longest = min(room, otherwise) if limit is None else limit[1]
+        longest = min(left, otherwise) if limit is None else limit[1]
         return [
             Prompt(target.resident.id, tuple(tokens), target.adapter_key, self._sampling(longest, logprobs, choice))
             for choice in range(self.choices)
@@ -224,3 +213,29 @@ class Parameters(Strict):
             "ignore_eos": self.ignore_eos,
         }
         return Sampling(max_tokens, **{name: value for name, value in given.items() if value is not None})
+
+
+def room(target: Target, tokens: list[int], *, param: str, least: int) -> int:
+    """How many tokens the context has beside these. Raises InvalidRequest when it has fewer than `least`, or one of
+    these does not exist."""
+    _check_known(target, tokens, param)
+    context = target.resident.runner.cache.longest  # less than the model's where FORTWO_CACHE_MB is small
+    left = context - len(tokens)
+    if left < least:
+        raise InvalidRequest(
+            f"{param} takes {len(tokens)} tokens; the context of {target.resident.id} is {context}.",
+            param=param,
+            code="context_length_exceeded",
+            hint="Shorten it, or leave out the oldest of it.",
+        )
+    return left
+
+
+def _check_known(target: Target, tokens: list[int], param: str) -> None:
+    vocabulary = target.resident.decoder.config.vocabulary
+    if (foreign := max(tokens, default=0)) >= vocabulary:
+        raise InvalidRequest(
+            f"{param} has token {foreign}; {target.resident.id} has tokens 0 to {vocabulary - 1}.",
+            param=param,
+            hint="Take ids of this model's own tokenizer.",
+        )
