@@ -133,6 +133,16 @@ def test_past_the_queue_a_request_is_refused_and_told_when_to_come_back(
         assert served.chat(n=3).status_code == 200
 
 
+def test_what_one_asks_for_harms_no_neighbour(served: Served) -> None:
+    """Numbers that overflow would name a token that does not exist, and end the step of all that run together."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(served.post, "/v1/chat/completions", long())
+        until(lambda: served.house.engine.requests("tiny") == 1)
+        for numbers in ({"temperature": 1e-310}, {"temperature": 1, "repetition_penalty": 1e-45}):
+            assert served.post("/v1/chat/completions", asked("hello", **numbers)).status_code == 200
+        assert running.result().json()["usage"]["completion_tokens"] == 950
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_past_its_deadline_ends_with_the_reason(tiny: Path, tmp_path: Path, stream: bool) -> None:
     with serve(tiny_settings(tmp_path, tiny, request_timeout=0.2)) as served:

@@ -71,9 +71,9 @@ class Sampler:
         """A token of softmax(logits / temperature), without those below min_p times the likeliest, cut to the top_k
         likeliest, then to the fewest that hold top_p."""
         settings = self.sampling
-        scaled_V = logits_V.double() / settings.temperature
+        scaled_V = (logits_V.double() - logits_V.max()) / settings.temperature  # 0 at most, however cold it is
         if settings.min_p > 0:
-            scaled_V = scaled_V.masked_fill(scaled_V < scaled_V.max() + math.log(settings.min_p), -math.inf)
+            scaled_V = scaled_V.masked_fill(scaled_V < math.log(settings.min_p), -math.inf)
         if 0 < settings.top_k < len(scaled_V):
             scaled_V = _keep(scaled_V, scaled_V.topk(settings.top_k).indices)
         weights_V = torch.softmax(scaled_V, -1)
@@ -96,7 +96,7 @@ class Sampler:
             repetition = settings.repetition_penalty
             said_N = torch.where(said_N > 0, said_N / repetition, said_N * repetition)
             said_N = said_N - settings.frequency_penalty * times_N - settings.presence_penalty * (times_N > 0)
-            logits_V[tokens_N] = said_N
+            logits_V[tokens_N] = said_N.clamp(max=torch.finfo(said_N.dtype).max)
         if self._constraint is not None:
             allowed_V = torch.from_numpy(self._constraint.allowed())[: len(logits_V)].to(device)
             logits_V[len(allowed_V) :] = -math.inf
