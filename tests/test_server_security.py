@@ -63,6 +63,13 @@ def test_with_a_key_everything_but_health_needs_it(tiny: Path, tmp_path: Path) -
         assert served.http.get("/v1/models", headers=foreign).status_code == 200
 
 
+def test_a_key_may_have_any_letters(tiny: Path, tmp_path: Path) -> None:
+    with serve(tiny_settings(tmp_path, tiny, api_key="schlüssel")) as served:
+        for key, status in (("schlüssel", 200), ("schlussel", 401)):
+            headers = {"Authorization": f"Bearer {key}".encode()}
+            assert served.http.get("/v1/models", headers=headers).status_code == status
+
+
 @pytest.mark.parametrize(
     "headers",
     [
