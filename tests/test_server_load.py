@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,20 @@ def test_a_request_past_its_deadline_ends_with_the_reason(tiny: Path, tmp_path: 
         else:
             assert "0.2 seconds" in refused(response, 504, "deadline_exceeded")
         until(lambda: served.house.engine.requests("tiny") == served.house.admission.open == 0)
+
+
+def test_a_tokenizer_without_logprobs_is_refused_before_anything_is_asked(tiny: Path, tmp_path: Path) -> None:
+    illegible = Path(shutil.copytree(tiny, tmp_path / "illegible"))
+    file = illegible / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"decoder": None}))
+    with serve(tiny_settings(tmp_path / "home", illegible)) as served:
+        for stream in (False, True):
+            for path, logprobs in (("/v1/chat/completions", True), ("/v1/completions", 1)):
+                body = long(stream=stream, logprobs=logprobs)
+                if path == "/v1/completions":
+                    body["prompt"] = body.pop("messages")[0]["content"]
+                assert "without logprobs" in refused(served.post(path, body), 400, "unsupported_model")
+                assert served.house.engine.requests("tiny") == served.house.admission.open == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
