@@ -136,6 +136,7 @@ def test_past_the_queue_a_request_is_refused_and_told_when_to_come_back(
 
 def test_what_one_asks_for_harms_no_neighbour(served: Served) -> None:
     """Numbers that overflow would name a token that does not exist, and end the step of all that run together."""
+    served.house.residents.load_base("tiny")
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(served.post, "/v1/chat/completions", long())
         until(lambda: served.house.engine.requests("tiny") == 1)
@@ -156,6 +157,25 @@ def test_a_request_past_its_deadline_ends_with_the_reason(tiny: Path, tmp_path: 
         else:
             assert "0.2 seconds" in refused(response, 504, "deadline_exceeded")
         until(lambda: served.house.engine.requests("tiny") == served.house.admission.open == 0)
+
+
+def test_who_waits_for_a_model_to_load_is_in_nobodys_way(tiny: Path, tmp_path: Path) -> None:
+    """There are more of them than the server has threads."""
+    settings = tiny_settings(tmp_path, tiny)
+    Catalog(settings).add("cold", tiny)
+    with serve(settings) as served, ThreadPoolExecutor(50) as pool:
+        served.house.residents.load_base("tiny")
+        with served.house.residents._changing:  # as whoever loads holds it
+            waiting = [
+                pool.submit(served.post, "/v1/chat/completions", asked("hello", model="cold")) for _ in range(50)
+            ]
+            until(lambda: len(served.server.server_state.connections) >= 50)
+            time.sleep(0.2)
+            with httpx.Client(base_url=served.url, timeout=10, trust_env=False) as other:
+                assert other.post("/v1/chat/completions", json=asked("hello", max_tokens=4)).status_code == 200
+                assert other.get("/api/models").status_code == 200
+            assert not any(one.done() for one in waiting)
+        assert {one.result().status_code for one in waiting} == {200}
 
 
 def test_a_tokenizer_without_logprobs_is_refused_before_anything_is_asked(tiny: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fortwo.errors import InvalidRequest
 from fortwo.records import Delta, Json, Message, Prompt
-from fortwo.server.house import Here, House
+from fortwo.server.house import Here
 from fortwo.server.openai import logprobs
 from fortwo.server.openai.logprobs import Bytes
 from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Strict, only
@@ -112,7 +112,8 @@ class ChatRequest(Parameters):
 @router.post("/chat/completions", response_model=None, summary="Chat with a base model or an adapter")
 async def chat(request: Request, house: Here, body: ChatRequest) -> Response:
     with_usage = body.with_usage()
-    target, prompts, bytes_of = await run_in_threadpool(_ask, house, body)
+    target = await house.resolve(body.model)
+    prompts, bytes_of = await run_in_threadpool(_ask, target, body)
     replies = Replies(house, prompts, body.choices, streamed=bool(body.stream))
     await replies.submit()
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": target.name}
@@ -131,13 +132,12 @@ async def chat(request: Request, house: Here, body: ChatRequest) -> Response:
     return JSONResponse(frame | {"object": "chat.completion", "choices": choices, "usage": replies.usage()})
 
 
-def _ask(house: House, body: ChatRequest) -> tuple[Target, list[Prompt], Bytes | None]:
-    """Who answers (loaded when it is not), what exactly it is asked, and what its tokens stand for, for logprobs."""
-    target = house.residents.resolve(body.model)
+def _ask(target: Target, body: ChatRequest) -> tuple[list[Prompt], Bytes | None]:
+    """What exactly is asked, and what the tokens of logprobs stand for."""
     tokens = target.resident.renderer.prompt([message.message() for message in body.messages])
     top = (body.top_logprobs or 0) if body.logprobs else None
     prompts = body.prompts(target, tokens, param="messages", otherwise=REPLY_TOKENS, logprobs=top)
-    return target, prompts, target.resident.renderer.vocabulary.bytes if body.logprobs else None
+    return prompts, target.resident.renderer.vocabulary.bytes if body.logprobs else None
 
 
 async def _chunks(

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from fortwo.errors import InvalidRequest
 from fortwo.records import Delta, Json, Prompt
-from fortwo.server.house import Here, House
+from fortwo.server.house import Here
 from fortwo.server.openai.logprobs import TextLogprobs
 from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Texts, only
 from fortwo.server.openai.replies import Replies, Stream
@@ -55,7 +55,8 @@ class CompletionRequest(Parameters):
 @router.post("/completions", response_model=None, summary="Continue a text with a base model or an adapter")
 async def completions(request: Request, house: Here, body: CompletionRequest) -> Response:
     with_usage = body.with_usage()
-    target, prompts, writers = await run_in_threadpool(_ask, house, body)
+    target = await house.resolve(body.model)
+    prompts, writers = await run_in_threadpool(_ask, target, body)
     replies = Replies(house, prompts, body.choices, streamed=bool(body.stream))
     await replies.submit()
     frame: Json = {
@@ -71,9 +72,8 @@ async def completions(request: Request, house: Here, body: CompletionRequest) ->
     return JSONResponse(frame | {"choices": choices, "usage": replies.usage()})
 
 
-def _ask(house: House, body: CompletionRequest) -> tuple[Target, list[Prompt], list[_Writer]]:
-    """Who answers (loaded when it is not), what exactly it is asked, and who writes down each reply."""
-    target = house.residents.resolve(body.model)
+def _ask(target: Target, body: CompletionRequest) -> tuple[list[Prompt], list[_Writer]]:
+    """What exactly is asked, and who writes down each reply."""
     renderer = target.resident.renderer
     prompts: list[Prompt] = []
     writers: list[_Writer] = []
@@ -87,7 +87,7 @@ def _ask(house: House, body: CompletionRequest) -> tuple[Target, list[Prompt], l
             echo = "" if not body.echo else given if isinstance(given, str) else renderer.spell(given)
             told = None if body.logprobs is None else TextLogprobs(renderer.vocabulary.bytes, echo, tokens)
             writers.append(_Writer(echo, told))
-    return target, prompts, writers
+    return prompts, writers
 
 
 class _Writer:

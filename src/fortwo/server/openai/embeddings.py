@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from fortwo.records import Json, Prompt, Sampling
-from fortwo.server.house import Here, House
+from fortwo.server.house import Here
 from fortwo.server.openai.parameters import Model, Strict, Texts, only, room
 from fortwo.server.openai.replies import Replies
 
@@ -46,7 +46,8 @@ class EmbeddingRequest(Strict):
 
 @router.post("/embeddings", response_model=None, summary="Texts as vectors, by a base model or an adapter")
 async def embeddings(request: Request, house: Here, body: EmbeddingRequest) -> JSONResponse:
-    target, prompts = await run_in_threadpool(_ask, house, body)
+    target = await house.resolve(body.model)
+    prompts = await run_in_threadpool(_ask, target, body)
     deadline = asyncio.get_running_loop().time() + house.settings.request_timeout
     vectors: list[tuple[float, ...]] = []
     for portion in _portions(prompts):
@@ -58,16 +59,14 @@ async def embeddings(request: Request, house: Here, body: EmbeddingRequest) -> J
     return await run_in_threadpool(_answer, target, body, vectors, tokens)  # a million numbers take a second to write
 
 
-def _ask(house: House, body: EmbeddingRequest) -> tuple[Target, list[Prompt]]:
-    """Who answers (loaded when it is not), and what it is to read."""
-    target = house.residents.resolve(body.model)
+def _ask(target: Target, body: EmbeddingRequest) -> list[Prompt]:
     prompts = []
     for place, given in enumerate(body.input):
         tokens = target.resident.renderer.text(given) if isinstance(given, str) else given
         room(target, tokens, param="input" if len(body.input) == 1 else f"input[{place}]", least=0)
         sampling = Sampling(max_tokens=0)
         prompts.append(Prompt(target.resident.id, tuple(tokens), target.adapter_key, sampling, embed=True))
-    return target, prompts
+    return prompts
 
 
 def _portions(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
