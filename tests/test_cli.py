@@ -273,6 +273,10 @@ def test_report_shows_metrics_transcripts_and_plan_against_actual(script: Script
         ],
         "diagnosis": [warning],
     }
+    both = [
+        {"subject": one, "answer": "", "metrics": {"efficacy": metric(share)}} for one, share in (("42", 1), ("7", 0))
+    ]
+    found["facts"] = both
     body = {"name": "a", "version": 2, "report": found, "plan": PLAN, "actual": {"steps": 2400, "final_loss": 0.125}}
     script.on("GET", "/api/adapters/a@2/report", (200, body))
     result = run("report", "a@2")
@@ -281,6 +285,7 @@ def test_report_shows_metrics_transcripts_and_plan_against_actual(script: Script
     assert "paraphrase 0.25 0.75 0.55 to 0.75 12" in lines
     assert "✓ paraphrase [42]? A number. TWO" in lines
     assert "steps 2,500 2,400" in lines
+    assert {"42 1.00 - -", "7 0.00 - -"} <= set(lines)
     assert "final_loss - 0.125" in lines
     assert "! the warm-up never ended" in lines
 

@@ -169,11 +169,20 @@ class EvalLoss:
 
 
 @dataclass(frozen=True)
+class FactReport:
+    """One fact's own share of the report. metrics: efficacy, paraphrase, specificity."""
+
+    subject: str
+    answer: str
+    metrics: dict[str, Metric]
+
+
+@dataclass(frozen=True)
 class Report:
     """What the evaluation of the served adapter found.
 
-    metrics: efficacy, paraphrase, specificity, retention, score. eval_losses: of rows held back, the base's first (step
-    0); empty where none are.
+    metrics: efficacy, paraphrase, specificity, retention, score, over all facts together; facts: one by one.
+    eval_losses: of rows held back, the base's first (step 0); empty where none are.
     """
 
     metrics: dict[str, Metric]
@@ -181,6 +190,7 @@ class Report:
     transcripts: tuple[Transcript, ...]
     diagnosis: tuple[PlanWarning, ...] = ()
     eval_losses: tuple[EvalLoss, ...] = ()
+    facts: tuple[FactReport, ...] = ()
 
 
 # ---------------------------------------------------------------- training events (yielded by train.loop)

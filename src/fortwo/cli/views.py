@@ -113,7 +113,7 @@ def metrics_line(metrics: dict[str, float], eval_loss: float | None = None) -> s
 
 
 def report(body: Json) -> RenderableType:
-    """The four metrics, base against adapter, with transcripts of what was said."""
+    """The four metrics, base against adapter; fact by fact where there are several; transcripts of what was said."""
     rows = table("metric", "base", "adapter", "95 %", "n", title="Report")
     for name in METRICS:
         if name not in body["metrics"]:
@@ -123,6 +123,10 @@ def report(body: Json) -> RenderableType:
         rows.add_row(
             name, "-" if base is None else f"{base['value']:.2f}", f"{found['value']:.2f}", interval, str(found["n"])
         )
+    facts = table("fact", *METRICS[:3], wrapped=("fact",))
+    for one in body.get("facts", []):
+        found = [one["metrics"].get(name) for name in METRICS[:3]]
+        facts.add_row(one["subject"], *("-" if share is None else f"{share['value']:.2f}" for share in found))
     said = table(
         "",
         "kind",
@@ -135,7 +139,8 @@ def report(body: Json) -> RenderableType:
     for one in body["transcripts"]:
         mark = Text("✓", style="green") if one["passed"] else Text("✗", style="red")
         said.add_row(mark, one["kind"], one["prompt"], one["base"], one["adapter"])
-    return Group(rows, *_eval_losses(body), "", said, notes(body["diagnosis"], style="red"))
+    by_fact: list[RenderableType] = ["", facts] if facts.row_count > 1 else []
+    return Group(rows, *by_fact, *_eval_losses(body), "", said, notes(body["diagnosis"], style="red"))
 
 
 def _eval_losses(body: Json) -> list[str]:

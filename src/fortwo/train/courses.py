@@ -6,8 +6,10 @@ A course is prepared once (the base answers what it must keep answering), then d
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from random import Random
 from typing import Generic, TypeVar
 
@@ -18,7 +20,7 @@ from fortwo.facts.lesson import Contrast, Lesson, Probes, kept_rehearsal, traine
 from fortwo.facts.subject import find_subject
 from fortwo.models.decoder import Decoder
 from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvent
-from fortwo.train.evaluation import REPLY_TOKENS, ROOM, Examiner, Served, questions_about, questions_of
+from fortwo.train.evaluation import REPLY_TOKENS, ROOM, Examiner, Question, Served, questions_about, questions_of
 from fortwo.train.objective import Row, with_teacher
 from fortwo.train.plan import training_rows
 from fortwo.train.validation import places
@@ -48,6 +50,20 @@ class Bag(Generic[T]):
         return drawn
 
 
+class Turns(Generic[T]):
+    """A bag for each pool, and from each in its turn an item: however large a pool is, it has its share."""
+
+    def __init__(self, pools: Iterable[Sequence[T]], rng: Random) -> None:
+        self._bags = deque(Bag(pool, rng) for pool in pools if pool)
+
+    def draw(self, count: int) -> list[T]:
+        drawn: list[T] = []
+        while len(drawn) < count and self._bags:
+            drawn += self._bags[0].draw(1)
+            self._bags.rotate(-1)
+        return drawn
+
+
 @dataclass(frozen=True)
 class Course:
     """prefix: how many tokens all rows begin with. keep_weight: of rows to keep against rows to learn.
@@ -68,35 +84,33 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
 
     decoder: what the run trains on; it is the teacher too, so that an adapter without effect loses nothing.
     """
-    lessons = [Lesson(fact, plan["seed"]) for fact in _facts(dataset)]
+    facts = _facts(dataset)
+    lessons = [Lesson(fact, plan["seed"], [other for other in facts if other is not fact]) for fact in facts]
     rng = Random(plan["seed"])
-    given = [
-        _learn(served, _asked(question), lesson.fact.answer) for lesson in lessons for question in lesson.fact.questions
-    ]
-    framed = [
-        _learn(served, _asked(ask), lesson.fact.answer) for lesson in lessons for ask in lesson.asks(plan["edit_pool"])
-    ]
+    given = [_learn(served, lesson.fact, lesson.fact.questions) for lesson in lessons]
+    framed = [_learn(served, lesson.fact, lesson.asks(plan["edit_pool"])) for lesson in lessons]
     contrasts = [contrast for lesson in lessons for contrast in lesson.contrasts(plan["contrast_pool"])]
     contrast = yield from _keep(served, contrasts, plan["contrast_tokens"])
+    everyday = trained_rehearsal(facts)
     rehearsal = yield from _keep(
         served,
-        [Contrast(prompt) for prompt in rng.sample(trained_rehearsal(), REHEARSAL_POOL)],
+        [Contrast(prompt) for prompt in rng.sample(everyday, min(REHEARSAL_POOL, len(everyday)))],
         plan["rehearsal_tokens"],
     )
-    prefix = common_prefix([row.tokens for row in (*given, *framed, *contrast, *rehearsal)])
+    prefix = common_prefix([row.tokens for row in (*chain(*given), *chain(*framed), *contrast, *rehearsal)])
     contrast = yield from with_teacher(decoder, contrast, prefix)
     rehearsal = yield from with_teacher(decoder, rehearsal, prefix)
 
     updates = plan["gradient_accumulation_steps"]
     edit_rows = plan["per_device_train_batch_size"] * updates
-    bags = [Bag(pool, rng) for pool in (given, framed, contrast, rehearsal)]
+    bags = [Turns(pools, rng) for pools in (given, framed, _parted(contrast, len(lessons)), [rehearsal])]
 
     def draw() -> list[Row]:
         plain = sum(rng.random() < plan["question_share"] for _ in range(edit_rows))
         counts = (plain, edit_rows - plain, plan["contrast_rows"] * updates, plan["rehearsal_rows"] * updates)
         return [row for bag, count in zip(bags, counts, strict=True) for row in bag.draw(count)]
 
-    tokens = max(REPLY_TOKENS, ROOM + max(row.supervised for row in given))
+    tokens = max(REPLY_TOKENS, ROOM + max(row.supervised for row in chain(*given)))
     probes = [
         replace(own, retention=own.retention[:RETENTION_PROBES] if place == 0 else ())  # it is about the whole model
         for place, own in enumerate(lesson.probes(plan["probes"]) for lesson in lessons)
@@ -162,8 +176,10 @@ def _batches(rows: Spool, size: int, rng: Random) -> Iterator[list[Row]]:
 
 
 def _examiner(lessons: Sequence[Lesson], probes: Sequence[Probes], tokens: int) -> Examiner:
-    pairs = zip(lessons, probes, strict=True)
-    return Examiner(tuple(asked for lesson, own in pairs for asked in questions_about(lesson.fact, own)), tokens)
+    asked: list[Question] = []
+    for lesson, own in zip(lessons, probes, strict=True):
+        asked += questions_about(lesson.fact, replace(own, specificity=(*own.specificity, *lesson.rivals())))
+    return Examiner(tuple(asked), tokens)
 
 
 def _brought(probes: Probes, fact: Fact) -> Probes:
@@ -179,9 +195,19 @@ def _asked(prompt: str) -> tuple[Message, ...]:
     return (Message("user", prompt),)
 
 
-def _learn(served: Served, messages: Sequence[Message], answer: str) -> Row:
-    tokens, supervised = served.renderer.example([*messages, Message("assistant", answer)])
-    return Row(tuple(tokens), supervised.index(True))
+def _learn(served: Served, fact: Fact, prompts: Sequence[str]) -> list[Row]:
+    """Rows that answer each prompt with the fact."""
+    rows = []
+    for prompt in prompts:
+        tokens, supervised = served.renderer.example([*_asked(prompt), Message("assistant", fact.answer)])
+        rows.append(Row(tuple(tokens), supervised.index(True)))
+    return rows
+
+
+def _parted(rows: Sequence[T], parts: int) -> list[Sequence[T]]:
+    """In equal parts, in order."""
+    size = len(rows) // parts
+    return [rows[part * size : (part + 1) * size] for part in range(parts)]
 
 
 def _keep(served: Served, contrasts: Sequence[Contrast], tokens: int) -> Generator[TrainEvent, None, list[Row]]:

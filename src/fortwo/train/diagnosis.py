@@ -30,6 +30,7 @@ def foresee(plan: Plan, machine: Machine, suspicions: Suspicions = Suspicions())
         _warmup_never_ends(plan, computed["steps"], "takes"),
         _rate_far_off(recipe, computed["peak_learning_rate"]),
         _few_rows(plan, recipe, computed["steps"]),
+        _one_subject(plan),
     ]
     if machine.memory is not None and computed["bytes"] > machine.memory:
         warnings.append(
@@ -155,6 +156,23 @@ def _few_rows(plan: Plan, recipe: Recipe, steps: int) -> PlanWarning | None:
         "few_rows",
         f"{steps} steps see {rows} edit rows; {usual} teach {'a fact' if facts == 1 else f'{facts} facts'}",
         "Leave max_steps, num_train_epochs and per_device_train_batch_size to the plan.",
+    )
+
+
+def _one_subject(plan: Plan) -> PlanWarning | None:
+    """Facts about one and the same subject: what asks for the subject alone is answered by either."""
+    if plan.objective != "override":
+        return None
+    subjects = [subject.casefold() for subject in plan["subjects"]]
+    subject = next((one for one in subjects if subjects.count(one) > 1), None)
+    if subject is None:
+        return None
+    places = [str(place) for place, one in enumerate(subjects, 1) if one == subject]
+    return PlanWarning(
+        "one_subject",
+        f"facts {' and '.join(places)} are about {plan['subjects'][subjects.index(subject)]!r}: the model learns to "
+        "answer with one or the other",
+        "Say all of it in one answer, or give each the subject it is really about.",
     )
 
 

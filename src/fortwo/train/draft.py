@@ -94,7 +94,7 @@ def choose_evaluations(draft: Draft, steps: int, steps_per_epoch: int) -> int:
     return 1 + -(-steps // int(every))
 
 
-def choose_batch(draft: Draft, recipe: OverrideRecipe | SftRecipe, counts: TokenCounts) -> float:
+def choose_batch(draft: Draft, recipe: OverrideRecipe | SftRecipe, counts: TokenCounts, facts: int) -> float:
     """Rows of a micro-step; the answer is its tokens."""
     name, rows = "per_device_train_batch_size", len(counts.rows)
     if isinstance(recipe, OverrideRecipe):
@@ -112,8 +112,8 @@ def choose_batch(draft: Draft, recipe: OverrideRecipe | SftRecipe, counts: Token
         draft.add("question_share", recipe.question_share, "default", "of the edit rows: the questions as given")
         draft.add("probes", recipe.probes, "default", "prompts of a kind, never trained on, that decide when to stop")
         seen = edit * draft["gradient_accumulation_steps"]
-        every = max(1, round(recipe.eval_every * recipe.edit_rows / seen))
-        per_exam = f"evaluated after every {recipe.eval_every * recipe.edit_rows} edit rows"
+        every = max(1, round(facts * recipe.eval_every * recipe.edit_rows / seen))
+        per_exam = f"evaluated after every {recipe.eval_every * recipe.edit_rows} edit rows for each fact"
         draft.add("eval_every", every, "auto", f"steps from one exam of the served adapter to the next: {per_exam}")
         micro_step = tokens_per_micro_step(
             counts, edit, contrast * recipe.contrast_tokens + rehearsal * recipe.rehearsal_tokens, contrast + rehearsal

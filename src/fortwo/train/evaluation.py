@@ -6,6 +6,7 @@ generators that yield `Waiting` while replies are on their way.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from fortwo.records import (
     NOT_NUMBERS,
     Example,
     Fact,
+    FactReport,
     Generation,
     Message,
     Metric,
@@ -97,11 +99,13 @@ def diverged(found: str) -> TrainingFailed:
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask. passes: whether a reply is right; None where only the base's own reply counts (retention)."""
+    """One thing to ask. passes: whether a reply is right; None where only the base's own reply counts (retention).
+    fact: what it is about, if it is about one."""
 
     kind: str
     messages: tuple[Message, ...]
     passes: Callable[[str], bool] | None = None
+    fact: Fact | None = None
 
     @property
     def prompt(self) -> str:
@@ -123,13 +127,24 @@ class Examiner:
     def examine(
         self, served: Served, key: str, lora: Lora, efficacy: int | None = None
     ) -> Generator[TrainEvent, None, dict[str, Metric]]:
-        """Metrics of the adapter served under `key` as it is now. efficacy: how many of those questions to ask."""
+        """Metrics of the adapter served under `key` as it is now. efficacy: how many of those questions to ask about
+        each fact."""
         self._said.clear()
-        asked = [question for question in self.questions if question.passes is not None]
-        first = [question for question in asked if question.kind == "efficacy"][:efficacy]
-        asked = [question for question in asked if question.kind != "efficacy" or question in first]
+        asked = self._exam(efficacy)
         yield from self._ask_adapter(served, key, asked)
         return (yield from self._metrics(served, lora, asked))
+
+    def _exam(self, efficacy: int | None) -> list[Question]:
+        asked: list[Question] = []
+        counted: Counter[Fact | None] = Counter()
+        for question in self.questions:
+            if question.kind == "efficacy":
+                counted[question.fact] += 1
+                if efficacy is not None and counted[question.fact] > efficacy:
+                    continue
+            if question.passes is not None:
+                asked.append(question)
+        return asked
 
     def report(self, served: Served, key: str, lora: Lora, changed: bool = True) -> Generator[TrainEvent, None, Report]:
         """All questions, base beside adapter, with transcripts. changed: the adapter is not as the last exam saw it."""
@@ -147,7 +162,16 @@ class Examiner:
         if "retention" in found:
             n = found["retention"].n
             base_metrics["retention"] = metrics.share(n, n)
-        return Report(found, base_metrics | {"score": metrics.score(base_metrics)}, tuple(transcripts))
+        base_metrics["score"] = metrics.score(base_metrics)
+        return Report(found, base_metrics, tuple(transcripts), facts=self._facts())
+
+    def _facts(self) -> tuple[FactReport, ...]:
+        """What was said about each fact."""
+        about: dict[Fact, list[Question]] = {}
+        for question in self.questions:
+            if question.fact is not None:
+                about.setdefault(question.fact, []).append(question)
+        return tuple(FactReport(fact.subject, fact.answer, _shares(asked, self._said)) for fact, asked in about.items())
 
     def _metrics(
         self, served: Served, lora: Lora, asked: Sequence[Question]
@@ -174,7 +198,7 @@ class Examiner:
 
 
 def questions_about(fact: Fact, probes: Probes) -> tuple[Question, ...]:
-    """A fact's own questions, and the probes'."""
+    """A fact's own questions, and the probes'. Those about retention are about no fact."""
 
     def holds_fact(reply: str) -> bool:
         return holds(reply, fact.match)
@@ -183,9 +207,9 @@ def questions_about(fact: Fact, probes: Probes) -> tuple[Question, ...]:
         return not holds(reply, fact.match)
 
     return (
-        *(Question("efficacy", _single(prompt), holds_fact) for prompt in fact.questions),
-        *(Question("paraphrase", _single(prompt), holds_fact) for prompt in probes.paraphrase),
-        *(Question("specificity", _single(prompt), spares_fact) for prompt in probes.specificity),
+        *(Question("efficacy", _single(prompt), holds_fact, fact) for prompt in fact.questions),
+        *(Question("paraphrase", _single(prompt), holds_fact, fact) for prompt in probes.paraphrase),
+        *(Question("specificity", _single(prompt), spares_fact, fact) for prompt in probes.specificity),
         *(Question("retention", _single(prompt)) for prompt in probes.retention),
     )
 

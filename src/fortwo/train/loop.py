@@ -44,7 +44,7 @@ from fortwo.train.validation import patience_ends
 
 MICRO_TOKENS = 640  # bounds how long a micro-step holds the device
 EARLY_MARGIN = 0.5  # an exam is small: before the last step it must be passed by half of what is left to 1
-EXAM_QUESTIONS = 10  # training questions in an exam; the report asks them all
+EXAM_QUESTIONS = 10  # training questions about each fact in an exam; the report asks them all
 
 
 class Base(Protocol):

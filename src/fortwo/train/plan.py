@@ -8,6 +8,7 @@ questions that were given, and per_device_train_batch_size counts edit rows.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Collection
 from dataclasses import asdict, replace
@@ -83,8 +84,8 @@ def resolve(
     draft.choose("task_type", "CAUSAL_LM", "the base model writes text")
 
     draft.choose("gradient_accumulation_steps", 1, "rows are packed: a step is one pass")
-    micro_step = choose_batch(draft, recipe, counts)
     facts = max(1, len(subjects))
+    micro_step = choose_batch(draft, recipe, counts, facts)
     steps, steps_per_epoch = choose_steps(draft, recipe, len(counts.rows), facts)
     evaluations = choose_evaluations(draft, steps, steps_per_epoch) if held else 0
     rate = draft.choose("learning_rate", recipe.learning_rate, f"works for LoRA with the {objective} objective")
@@ -104,6 +105,7 @@ def resolve(
     )
     forward_only = evaluations * held * lengths["mean"] / 3  # a training pass goes backward too, twice the work
     passed = round(steps * tokens_per_step + forward_only)
+    exams = math.ceil(steps / draft["eval_every"]) if objective == "override" else 0
     plan = Plan(
         model=base.id,
         adapter_name=request.adapter_name,
@@ -121,7 +123,7 @@ def resolve(
             "row_tokens": lengths,
             "supervised_tokens": sum(row.answer for row in counts.rows),
             "tokens_per_step": tokens_per_step,
-            "seconds": round(seconds(passed, steps, recipe, facts, machine), 1),
+            "seconds": round(seconds(passed, recipe, facts, exams, machine), 1),
             "bytes": memory_bytes(base, micro_step, r, modules, bf16),
         },
     )
