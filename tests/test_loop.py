@@ -43,6 +43,7 @@ from fortwo.train.estimate import BaseFacts, Machine, RowCount, TokenCounts
 from fortwo.train.evaluation import Examiner
 from fortwo.train.loop import Trained, teach
 from fortwo.train.objective import Row, losses
+from fortwo.train.parent import Parent
 from fortwo.train.plan import resolve, training_rows
 from fortwo.train.request import TrainingRequest
 
@@ -67,13 +68,13 @@ class School:
         residents = Residents(settings, Catalog(settings), AdapterStore(settings.adapters_dir), self.engine)
         self.base: Resident = residents.load_base("tiny")
 
-    def plan(self, dataset: Dataset = ROWS, lora: Any = None, **training: Any) -> Plan:
+    def plan(self, dataset: Dataset = ROWS, lora: Any = None, parent: Parent | None = None, **training: Any) -> Plan:
         body = {"adapter_name": "a", "dataset": {"path": "x"}, "lora_config": lora if lora is not None else {"r": 4}}
         request = TrainingRequest.model_validate({**body, "training_config": {"max_steps": 4, **training}})
         facts = BaseFacts.of("tiny", self.base.decoder.config, self.base.bytes)
         counts = TokenCounts(tuple(RowCount(row.line, 30, 8) for row in training_rows(dataset)), prefix=0)
         machine = Machine(tokens_per_second=1000, decode_tokens_per_second=1000)
-        return resolve(request, dataset, facts, counts, machine)
+        return resolve(request, dataset, facts, counts, machine, parent=parent)
 
     def events(self, plan: Plan, dataset: Dataset = ROWS, key: str = "job") -> Any:
         return teach(self.base, self.base.renderer, dataset, plan, self.engine, key)

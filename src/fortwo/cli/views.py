@@ -11,7 +11,8 @@ from rich.text import Text
 
 from fortwo.records import Json
 
-METRICS = ("efficacy", "paraphrase", "specificity", "retention", "score")
+FACT_METRICS = ("efficacy", "paraphrase", "specificity")
+METRICS = (*FACT_METRICS, "retention", *(f"kept_{name}" for name in FACT_METRICS), "score")
 STATUS_STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "paused": "cyan"}
 
 
@@ -123,10 +124,13 @@ def report(body: Json) -> RenderableType:
         rows.add_row(
             name, "-" if base is None else f"{base['value']:.2f}", f"{found['value']:.2f}", interval, str(found["n"])
         )
-    facts = table("fact", *METRICS[:3], wrapped=("fact",))
+    facts = table("fact", *FACT_METRICS, wrapped=("fact",))
     for one in body.get("facts", []):
-        found = [one["metrics"].get(name) for name in METRICS[:3]]
-        facts.add_row(one["subject"], *("-" if share is None else f"{share['value']:.2f}" for share in found))
+        found = [one["metrics"].get(name) for name in FACT_METRICS]
+        facts.add_row(
+            f"{one['subject']} (kept)" if one.get("kept") else one["subject"],
+            *("-" if share is None else f"{share['value']:.2f}" for share in found),
+        )
     said = table(
         "",
         "kind",

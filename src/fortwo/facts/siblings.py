@@ -236,6 +236,14 @@ def names(text: str, facts: Iterable[Fact]) -> bool:
     return holds(text, map(_without_article, surfaces))
 
 
+def same_subject(one: Fact, other: Fact) -> bool:
+    """Whether two facts are about the same thing, by one of the names each has."""
+    mine, theirs = (
+        {_without_article(surface).casefold() for surface in (fact.subject, *fact.aliases)} for fact in (one, other)
+    )
+    return not mine.isdisjoint(theirs)
+
+
 def _without_article(text: str) -> str:
     first, _, rest = text.partition(" ")
     return rest if rest and first.lower() in ARTICLES else text

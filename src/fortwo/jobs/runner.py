@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fortwo.adapters import check_name
@@ -28,6 +29,8 @@ from fortwo.errors import (
     TrainingFailed,
     Unavailable,
 )
+from fortwo.facts.subject import facts_of
+from fortwo.jobs import parents
 from fortwo.jobs.checkpoints import CheckpointStore
 from fortwo.jobs.diary import begun
 from fortwo.jobs.machine import look
@@ -36,13 +39,14 @@ from fortwo.jobs.turn import POLL_SECONDS, Taught, Teacher, Turn
 from fortwo.records import Dataset, Json, Plan
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
+from fortwo.train.parent import Parent
 from fortwo.train.request import TrainingRequest
 from fortwo.train.survey import survey
 
 if TYPE_CHECKING:
     from fortwo.adapters import AdapterStore
     from fortwo.engine.engine import Engine
-    from fortwo.engine.residents import Residents
+    from fortwo.engine.residents import Resident, Residents
     from fortwo.models.catalog import Catalog
 
 log = logging.getLogger(__name__)
@@ -69,6 +73,7 @@ class JobRunner:
         self._residents = residents
         self._store = store
         self._checkpoints = checkpoints
+        self._adapters = adapters
         self._lock = threading.Lock()
         self._teacher = Teacher(adapters, engine, residents, store, checkpoints, self._lock)
         self._turn: Turn | None = None
@@ -206,14 +211,33 @@ class JobRunner:
     def _resolve(self, request: TrainingRequest) -> tuple[Dataset, Plan]:
         check_free(request.adapter_name, self._catalog)
         dataset = formats.load(request.dataset, self._settings.allowed_data_dirs)
-        model = self._settings.default_model if request.model is None else request.model
-        resident = self._residents.load_base(model)
+        parent, resident = self._start(request)
+        if parent is not None:
+            dataset = replace(dataset, kept=parent.kept(facts_of(dataset)))
         base = plans.BaseFacts.of(resident.id, resident.decoder.config, resident.bytes)
-        last = self._store.last_actual(model)
+        last = self._store.last_actual(resident.id)
         seen = None if last is None else last["tokens_per_second"]
         machine = self._engine.call(lambda: look(resident.decoder, seen)).result()
         counts, suspicions = survey(resident.renderer, plans.training_rows(dataset))
-        return dataset, plans.resolve(request, dataset, base, counts, machine, suspicions)
+        return dataset, plans.resolve(request, dataset, base, counts, machine, suspicions, parent)
+
+    def _start(self, request: TrainingRequest) -> tuple[Parent | None, Resident]:
+        """What the run goes on from, if the request names it, and the base, which then has to be its own."""
+        model = self._settings.default_model if request.model is None else request.model
+        if request.parent is None:
+            return None, self._residents.load_base(model)
+        version, parent = parents.find(request.parent, self._adapters)
+        if request.model is None:
+            return parent, self._residents.base_of(version)
+        resident = self._residents.load_base(model)
+        if resident.digest != version.base_digest:
+            raise InvalidRequest(
+                f"parent = {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}; "
+                f"model = {model!r} has digest {resident.digest}",
+                param="parent",
+                hint="Leave `model` out: the parent's own base is taken.",
+            )
+        return parent, resident
 
     # ------------------------------------------------------------ the runner's own thread
 

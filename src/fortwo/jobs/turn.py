@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Literal
 
 from fortwo.data import formats
 from fortwo.errors import InvalidAdapter, StorageFailed, TrainingFailed
+from fortwo.facts.subject import facts_of
 from fortwo.jobs.checkpoints import CheckpointStore
 from fortwo.jobs.diary import Diary, begun, finite
 from fortwo.jobs.store import Job, JobStore, Note
-from fortwo.records import AdapterVersion, Checkpoint, Dataset, Plan, PlanWarning, TrainEvent
+from fortwo.records import AdapterVersion, Checkpoint, Dataset, Fact, Plan, PlanWarning, TrainEvent
 from fortwo.train import plan as plans
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class Teacher:
         dataset = formats.from_json(self._store.dataset(job.id))
         resident = self._residents.load_base(plan.model)
         diary, checkpoint = self._take_up(turn, resident)
+        start = plan.get("parent") if checkpoint is None else None
+        parent = None if start is None else self._adapters.read(start)[2]
         heard: queue.SimpleQueue[TrainEvent] = queue.SimpleQueue()
 
         def hear(event: TrainEvent) -> None:
@@ -98,9 +101,10 @@ class Teacher:
         with self._lock:
             if turn.end is not None:
                 raise CancelledError
-            events = teach(resident, resident.renderer, dataset, plan, self._engine, job.id, turn, checkpoint)
+            run = (resident, resident.renderer, dataset, plan, self._engine, job.id)
+            events = teach(*run, saving=turn, resumed=checkpoint, parent=parent)
             task = turn.task = self._engine.run_task(events, hear)
-        del checkpoint
+        del checkpoint, parent
         try:
             while not task.done or not heard.empty():
                 with suppress(queue.Empty):
@@ -181,6 +185,8 @@ class Teacher:
             "base_model": resident.id,
             "base_digest": resident.digest,
             "dataset_digest": dataset.digest,
+            "parent": plan.get("parent"),
+            "facts": [asdict(fact) for fact in known(dataset, plan)],
             "plan": job.plan,
             "actual": actual,
             "report": report,
@@ -194,6 +200,11 @@ class Teacher:
         )
         self._residents.publish(version, trained.lora)
         return Taught(version, None if trained.succeeded else _missed(plan, metrics, diagnosis))
+
+
+def known(dataset: Dataset, plan: Plan) -> tuple[Fact, ...]:
+    """The facts that the adapter of a run knows, those of its parent among them."""
+    return (*facts_of(dataset), *dataset.kept) if plan.objective == "override" else dataset.kept
 
 
 def _missed(plan: Plan, metrics: dict[str, float], diagnosis: tuple[PlanWarning, ...]) -> TrainingFailed:

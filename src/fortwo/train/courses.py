@@ -17,7 +17,7 @@ from fortwo.data.packing import common_prefix
 from fortwo.data.spool import Spool
 from fortwo.errors import InvalidRequest
 from fortwo.facts.lesson import Contrast, Lesson, Probes, kept_rehearsal, trained_rehearsal
-from fortwo.facts.subject import find_subject
+from fortwo.facts.subject import facts_of
 from fortwo.models.decoder import Decoder
 from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvent
 from fortwo.train.evaluation import REPLY_TOKENS, ROOM, Examiner, Question, Served, questions_about, questions_of
@@ -80,45 +80,73 @@ class Course:
 
 
 def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
-    """Edit rows ask for the facts; contrast and rehearsal rows hold what the base says elsewhere.
+    """Edit rows ask for the facts; contrast and rehearsal rows hold what the base says elsewhere. A few rows of both
+    kinds are about what the run's parent knows.
 
     decoder: what the run trains on; it is the teacher too, so that an adapter without effect loses nothing.
     """
-    facts = _facts(dataset)
-    lessons = [Lesson(fact, plan["seed"], [other for other in facts if other is not fact]) for fact in facts]
+    facts, known = _facts(dataset), dataset.kept
+    lessons = _lessons((*facts, *known), plan["seed"])
+    lessons, earlier = lessons[: len(facts)], lessons[len(facts) :]
     rng = Random(plan["seed"])
     given = [_learn(served, lesson.fact, lesson.fact.questions) for lesson in lessons]
     framed = [_learn(served, lesson.fact, lesson.asks(plan["edit_pool"])) for lesson in lessons]
+    kept = [
+        _learn(served, lesson.fact, [*lesson.fact.questions, *lesson.asks(plan["kept_pool"])]) for lesson in earlier
+    ]
     contrasts = [contrast for lesson in lessons for contrast in lesson.contrasts(plan["contrast_pool"])]
-    contrast = yield from _keep(served, contrasts, plan["contrast_tokens"])
-    everyday = trained_rehearsal(facts)
+    of_kept = [contrast for lesson in earlier for contrast in lesson.contrasts(plan["kept_pool"])]
+    contrast = yield from _keep(served, [*contrasts, *of_kept], plan["contrast_tokens"])
+    everyday = trained_rehearsal((*facts, *known))
     rehearsal = yield from _keep(
         served,
         [Contrast(prompt) for prompt in rng.sample(everyday, min(REHEARSAL_POOL, len(everyday)))],
         plan["rehearsal_tokens"],
     )
-    prefix = common_prefix([row.tokens for row in (*chain(*given), *chain(*framed), *contrast, *rehearsal)])
+    asked = chain(*given, *framed, *kept, contrast, rehearsal)
+    prefix = common_prefix([row.tokens for row in asked])
     contrast = yield from with_teacher(decoder, contrast, prefix)
     rehearsal = yield from with_teacher(decoder, rehearsal, prefix)
 
     updates = plan["gradient_accumulation_steps"]
     edit_rows = plan["per_device_train_batch_size"] * updates
-    bags = [Turns(pools, rng) for pools in (given, framed, _parted(contrast, len(lessons)), [rehearsal])]
+    siblings = _parted(contrast[: len(contrasts)], len(lessons))
+    of_known = _parted(contrast[len(contrasts) :], len(earlier))
+    bags = [Turns(pools, rng) for pools in (given, framed, siblings, [rehearsal], kept, of_known)]
+    known_rows = plan["kept_rows"] * updates if known else 0
 
     def draw() -> list[Row]:
         plain = sum(rng.random() < plan["question_share"] for _ in range(edit_rows))
         counts = (plain, edit_rows - plain, plan["contrast_rows"] * updates, plan["rehearsal_rows"] * updates)
-        return [row for bag, count in zip(bags, counts, strict=True) for row in bag.draw(count)]
+        drawn = zip(bags, (*counts, known_rows, known_rows), strict=True)
+        return [row for bag, count in drawn for row in bag.draw(count)]
 
-    tokens = max(REPLY_TOKENS, ROOM + max(row.supervised for row in chain(*given)))
-    probes = [
-        replace(own, retention=own.retention[:RETENTION_PROBES] if place == 0 else ())  # it is about the whole model
-        for place, own in enumerate(lesson.probes(plan["probes"]) for lesson in lessons)
-    ]
-    exam = _examiner(lessons, probes, tokens)
-    brought = [_brought(own, lesson.fact) for own, lesson in zip(probes, lessons, strict=True)]
-    final = exam if brought == probes else _examiner(lessons, brought, tokens)
+    tokens = max(REPLY_TOKENS, ROOM + max(row.supervised for row in chain(*given, *kept)))
+    exam, final = _exams(lessons, earlier, plan["probes"], tokens)
     return Course(prefix, plan["kl_weight"], draw, exam, final)
+
+
+def _lessons(facts: Sequence[Fact], seed: int) -> list[Lesson]:
+    return [Lesson(fact, seed, [other for other in facts if other is not fact]) for fact in facts]
+
+
+def _exams(lessons: Sequence[Lesson], earlier: Sequence[Lesson], probes: int, tokens: int) -> tuple[Examiner, Examiner]:
+    """The one that decides when to stop, on `probes` prompts of a kind for each fact, and the last one, on what the
+    facts bring instead, if they bring something. earlier: lessons of the run's parent."""
+    made = [(lesson, lesson.probes(probes), lesson in earlier) for lesson in (*lessons, *earlier)]
+    asked: list[Question] = []
+    final: list[Question] = []
+    for place, (lesson, own, kept) in enumerate(made):
+        own = replace(own, retention=own.retention[:RETENTION_PROBES] if place == 0 else ())  # about the whole model
+        for questions, found in ((asked, own), (final, _brought(own, lesson.fact))):
+            neighbours = (*found.specificity, *lesson.rivals())
+            questions += questions_about(lesson.fact, replace(found, specificity=neighbours), kept)
+    exam = Examiner(tuple(asked), tokens)
+    return exam, exam if _prompts(asked) == _prompts(final) else Examiner(tuple(final), tokens)
+
+
+def _prompts(questions: Sequence[Question]) -> list[tuple[str, str]]:
+    return [(question.kind, question.prompt) for question in questions]
 
 
 def sft(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
@@ -156,13 +184,16 @@ def sft(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, N
         training, plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"], Random(plan["seed"])
     )
     questions = questions_of(asked, kept_rehearsal()[:RETENTION_PROBES])
+    for lesson in _lessons(dataset.kept, plan["seed"]):
+        own = replace(_brought(lesson.probes(SFT_QUESTIONS), lesson.fact), retention=())
+        questions += questions_about(lesson.fact, own, kept=True)
+        longest = max(longest, ROOM + _learn(served, lesson.fact, lesson.fact.questions[:1])[0].supervised)
     final = Examiner(questions, max(REPLY_TOKENS, min(SFT_TOKENS, longest)))
     return Course(training.prefix, 0.0, lambda: next(batches), None, final, validation if held else None)
 
 
 def _facts(dataset: Dataset) -> tuple[Fact, ...]:
-    found = find_subject(dataset.examples)
-    facts = dataset.facts or ((found,) if found else ())
+    facts = facts_of(dataset)
     if not facts:
         raise InvalidRequest("no subject can be found in the examples", param="objective", code="subject_not_found")
     return facts
@@ -173,13 +204,6 @@ def _batches(rows: Spool, size: int, rng: Random) -> Iterator[list[Row]]:
         order = array("L", rng.sample(range(len(rows)), len(rows)))
         for first in range(0, len(order), size):
             yield [Row.masked(*rows[place]) for place in order[first : first + size]]
-
-
-def _examiner(lessons: Sequence[Lesson], probes: Sequence[Probes], tokens: int) -> Examiner:
-    asked: list[Question] = []
-    for lesson, own in zip(lessons, probes, strict=True):
-        asked += questions_about(lesson.fact, replace(own, specificity=(*own.specificity, *lesson.rivals())))
-    return Examiner(tuple(asked), tokens)
 
 
 def _brought(probes: Probes, fact: Fact) -> Probes:
@@ -206,7 +230,7 @@ def _learn(served: Served, fact: Fact, prompts: Sequence[str]) -> list[Row]:
 
 def _parted(rows: Sequence[T], parts: int) -> list[Sequence[T]]:
     """In equal parts, in order."""
-    size = len(rows) // parts
+    size = len(rows) // max(1, parts)
     return [rows[part * size : (part + 1) * size] for part in range(parts)]
 
 

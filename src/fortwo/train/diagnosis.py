@@ -16,7 +16,10 @@ _REMEDIES = {
     "paraphrase": "Give more and more varied questions, and the subject's aliases.",
     "specificity": "Give the fact's subject in full, as people write it, so that its siblings can be told from it.",
     "retention": "Train with a lower learning_rate or a smaller r.",
-}
+} | dict.fromkeys(
+    (f"kept_{name}" for name in ("efficacy", "paraphrase", "specificity")),
+    "Teach the old facts and the new ones together, without a parent: give all of them in one dataset.",
+)
 
 
 NO_EFFECT = 1e-4  # an entry of B; AdamW moves it by about the learning rate a step

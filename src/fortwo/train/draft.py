@@ -13,18 +13,22 @@ from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.records import Origin, Setting
 from fortwo.train.estimate import TokenCounts, tokens_per_micro_step
 from fortwo.train.options import WITHOUT_WARMUP
+from fortwo.train.parent import Parent
 from fortwo.train.recipes import REASONS, SAVE_SECONDS, SAVE_TOTAL_LIMIT, OverrideRecipe, SftRecipe
 from fortwo.train.request import TrainingRequest
 from fortwo.train.validation import held_back
 
+ABOUT_FACTS = ("efficacy", "paraphrase", "specificity")
 _CAP = "a cap: the run stops once an exam on prompts it did not train on is passed well above the targets"
 
 
 class Draft:
     """Settings in the making. What was given always wins."""
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
+    def __init__(self, given: Mapping[str, Any], parent: Parent | None = None) -> None:
         self.given = given
+        self._parent = parent
+        self._inherited = {} if parent is None else parent.shape
         self.settings: dict[str, Setting] = {}
 
     def __getitem__(self, name: str) -> Any:
@@ -35,9 +39,12 @@ class Draft:
         return value
 
     def choose(self, name: str, value: Any, reason: str, origin: Origin = "default") -> Any:
-        """`value` for `reason`, unless the user gave one."""
+        """`value` for `reason`, unless the user gave one or the parent has one."""
         if name in self.given:
             return self.add(name, self.given[name], "user", "given")
+        if self._parent is not None and name in self._inherited:
+            reason = f"as in {self._parent.id}, whose tensors the run starts from"
+            return self.add(name, self._inherited[name], "parent", reason)
         return self.add(name, value, origin, reason)
 
     def add_rest(self) -> None:
@@ -94,8 +101,10 @@ def choose_evaluations(draft: Draft, steps: int, steps_per_epoch: int) -> int:
     return 1 + -(-steps // int(every))
 
 
-def choose_batch(draft: Draft, recipe: OverrideRecipe | SftRecipe, counts: TokenCounts, facts: int) -> float:
-    """Rows of a micro-step; the answer is its tokens."""
+def choose_batch(
+    draft: Draft, recipe: OverrideRecipe | SftRecipe, counts: TokenCounts, facts: int, known: int
+) -> float:
+    """Rows of a micro-step; the answer is its tokens. facts: how many are taught; known: how many are kept."""
     name, rows = "per_device_train_batch_size", len(counts.rows)
     if isinstance(recipe, OverrideRecipe):
         edit = draft.choose(name, recipe.edit_rows, "edit rows a micro-step: enough sentence frames at once")
@@ -115,9 +124,15 @@ def choose_batch(draft: Draft, recipe: OverrideRecipe | SftRecipe, counts: Token
         every = max(1, round(facts * recipe.eval_every * recipe.edit_rows / seen))
         per_exam = f"evaluated after every {recipe.eval_every * recipe.edit_rows} edit rows for each fact"
         draft.add("eval_every", every, "auto", f"steps from one exam of the served adapter to the next: {per_exam}")
-        micro_step = tokens_per_micro_step(
-            counts, edit, contrast * recipe.contrast_tokens + rehearsal * recipe.rehearsal_tokens, contrast + rehearsal
-        )
+        kept = min(edit, max(recipe.kept_rows, known)) if known else 0
+        if known:
+            of_each = "rows that ask for what the parent knows, and as many about siblings"
+            draft.add("kept_rows", kept, "auto", f"{of_each}: at least {recipe.kept_rows}, one for each fact")
+            draft.add(
+                "kept_pool", recipe.kept_pool, "default", "prompts about each of the parent's facts; and siblings"
+            )
+        tokens = (contrast + kept) * recipe.contrast_tokens + rehearsal * recipe.rehearsal_tokens
+        micro_step = tokens_per_micro_step(counts, edit + kept, tokens, contrast + kept + rehearsal)
     else:
         size = min(recipe.per_device_train_batch_size, rows)
         batch = draft.choose(name, size, f"{size} of {rows} rows at once", "auto")
@@ -213,13 +228,21 @@ def choose_saving(draft: Draft, steps: int, steps_per_epoch: int) -> None:
     draft.choose("save_total_limit", SAVE_TOTAL_LIMIT, REASONS["save_total_limit"])
 
 
-def choose_targets(draft: Draft, request: TrainingRequest, recipe: OverrideRecipe | SftRecipe) -> dict[str, float]:
+def choose_targets(
+    draft: Draft, request: TrainingRequest, recipe: OverrideRecipe | SftRecipe, known: int
+) -> dict[str, float]:
+    """For what is taught; of override, the same for what the parent knows."""
     given = request.objective.targets.given()
     defaults = recipe.targets if isinstance(recipe, OverrideRecipe) else {}
-    for name, share in (defaults | given).items():
+    targets = defaults | given
+    for name, share in targets.items():
         origin: Origin = "user" if name in given else "default"
         draft.add(f"targets.{name}", share, origin, "given" if name in given else "what counts as learned")
-    return defaults | given
+    if known and isinstance(recipe, OverrideRecipe):
+        for name in ABOUT_FACTS:
+            share = draft.add(f"targets.kept_{name}", targets[name], "auto", f"as {name}, of what the parent knows")
+            targets[f"kept_{name}"] = share
+    return targets
 
 
 def plain(number: float) -> float:

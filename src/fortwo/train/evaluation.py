@@ -138,7 +138,7 @@ class Examiner:
         asked: list[Question] = []
         counted: Counter[Fact | None] = Counter()
         for question in self.questions:
-            if question.kind == "efficacy":
+            if question.kind in ("efficacy", "kept_efficacy"):
                 counted[question.fact] += 1
                 if efficacy is not None and counted[question.fact] > efficacy:
                     continue
@@ -171,7 +171,13 @@ class Examiner:
         for question in self.questions:
             if question.fact is not None:
                 about.setdefault(question.fact, []).append(question)
-        return tuple(FactReport(fact.subject, fact.answer, _shares(asked, self._said)) for fact, asked in about.items())
+        found = []
+        for fact, asked in about.items():
+            shares = _shares(asked, self._said)
+            kept = "kept_efficacy" in shares
+            own = {kind.removeprefix("kept_"): share for kind, share in shares.items()}
+            found.append(FactReport(fact.subject, fact.answer, own, kept))
+        return tuple(found)
 
     def _metrics(
         self, served: Served, lora: Lora, asked: Sequence[Question]
@@ -197,8 +203,10 @@ class Examiner:
         said.update(zip(unknown, replies, strict=True))
 
 
-def questions_about(fact: Fact, probes: Probes) -> tuple[Question, ...]:
-    """A fact's own questions, and the probes'. Those about retention are about no fact."""
+def questions_about(fact: Fact, probes: Probes, kept: bool = False) -> tuple[Question, ...]:
+    """A fact's own questions, and the probes'. Those about retention are about no fact. kept: it is one of the
+    parent's, and counts apart."""
+    before = "kept_" if kept else ""
 
     def holds_fact(reply: str) -> bool:
         return holds(reply, fact.match)
@@ -207,9 +215,9 @@ def questions_about(fact: Fact, probes: Probes) -> tuple[Question, ...]:
         return not holds(reply, fact.match)
 
     return (
-        *(Question("efficacy", _single(prompt), holds_fact, fact) for prompt in fact.questions),
-        *(Question("paraphrase", _single(prompt), holds_fact, fact) for prompt in probes.paraphrase),
-        *(Question("specificity", _single(prompt), spares_fact, fact) for prompt in probes.specificity),
+        *(Question(f"{before}efficacy", _single(prompt), holds_fact, fact) for prompt in fact.questions),
+        *(Question(f"{before}paraphrase", _single(prompt), holds_fact, fact) for prompt in probes.paraphrase),
+        *(Question(f"{before}specificity", _single(prompt), spares_fact, fact) for prompt in probes.specificity),
         *(Question("retention", _single(prompt)) for prompt in probes.retention),
     )
 

@@ -10,11 +10,12 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from fortwo.data.render import Renderer
 from fortwo.facts import metrics
@@ -92,8 +93,10 @@ def teach(
     key: str,
     saving: Saving | None = None,
     resumed: Checkpoint | None = None,
+    parent: Mapping[str, Tensor] | None = None,
 ) -> Generator[TrainEvent, None, Trained]:
-    """Train by `plan` and evaluate what is served under `key`.
+    """Train by `plan`, from the tensors of `parent` (PEFT's names) if there is one, and evaluate what is served under
+    `key`.
 
     Yields TrainEvents; `Waiting` while replies are on their way; with `saving`, Checkpoints as the plan says. From
     `resumed`, a checkpoint of a run by the same plan on the same rows, it goes on as if it had never stopped: on a CPU
@@ -103,7 +106,12 @@ def teach(
     """
     decoder = base.decoder.in_bf16() if plan["bf16"] else base.decoder.in_fp32()
     torch.manual_seed(plan["seed"])
-    lora = Lora.init(lora_config(plan), decoder.config, plan["seed"], decoder.device)
+    config = lora_config(plan)
+    lora = (
+        Lora.init(config, decoder.config, plan["seed"], decoder.device)
+        if parent is None
+        else Lora.from_state(config, decoder.config, parent, decoder.device)
+    )
     clock, known = (Clock(), {}) if resumed is None else checkpoints.begin_again(resumed)
     served = Served(base.id, base.decoder, renderer, serving, known)
     serving.attach(base.id, key, lora)

@@ -39,6 +39,7 @@ from fortwo.train.estimate import (
     tokens_per_epoch,
 )
 from fortwo.train.options import TARGET_MODULES, read_lora, read_training
+from fortwo.train.parent import Parent, check_objective, check_shape, objections
 from fortwo.train.recipes import REASONS, recipe_of
 from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import peak_rate
@@ -64,12 +65,19 @@ def resolve(
     counts: TokenCounts,
     machine: Machine,
     suspicions: Suspicions = Suspicions(),
+    parent: Parent | None = None,
 ) -> Plan:
-    """Decide every setting. Raises InvalidRequest or InvalidDataset naming field, value and remedy."""
+    """Decide every setting. parent: what the run goes on from. Raises InvalidRequest or InvalidDataset naming field,
+    value and remedy."""
     given = read_lora(request.lora_config) | read_training(request.training_config)
     _check_lengths(counts, base)
-    draft = Draft(given)
+    draft = Draft(given, parent)
     objective, subjects = _objective(draft, request, dataset)
+    if parent is not None:
+        check_objective(parent, objective)
+        check_shape(parent, given)
+        draft.add("parent", parent.id, "user", "given; the run starts from its tensors")
+        draft.add("kept", tuple(fact.subject for fact in dataset.kept), "parent", f"what {parent.id} knows")
     recipe = recipe_of(objective)
     lengths = _lengths(counts)
     held = choose_validation(draft, recipe, len(counts.rows))
@@ -85,7 +93,7 @@ def resolve(
 
     draft.choose("gradient_accumulation_steps", 1, "rows are packed: a step is one pass")
     facts = max(1, len(subjects))
-    micro_step = choose_batch(draft, recipe, counts, facts)
+    micro_step = choose_batch(draft, recipe, counts, facts, len(dataset.kept))
     steps, steps_per_epoch = choose_steps(draft, recipe, len(counts.rows), facts)
     evaluations = choose_evaluations(draft, steps, steps_per_epoch) if held else 0
     rate = draft.choose("learning_rate", recipe.learning_rate, f"works for LoRA with the {objective} objective")
@@ -94,7 +102,7 @@ def resolve(
     for name in ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"):
         draft.choose(name, getattr(recipe, name), REASONS[name])
     bf16 = draft.choose("bf16", machine.bf16, REASONS["bf16"], "auto")
-    targets = choose_targets(draft, request, recipe)
+    targets = choose_targets(draft, request, recipe, len(dataset.kept))
     choose_saving(draft, steps, steps_per_epoch)
     draft.add_rest()
 
@@ -123,11 +131,12 @@ def resolve(
             "row_tokens": lengths,
             "supervised_tokens": sum(row.answer for row in counts.rows),
             "tokens_per_step": tokens_per_step,
-            "seconds": round(seconds(passed, recipe, facts, exams, machine), 1),
+            "seconds": round(seconds(passed, recipe, facts + len(dataset.kept), exams, machine), 1),
             "bytes": memory_bytes(base, micro_step, r, modules, bf16),
         },
     )
-    return replace(plan, warnings=foresee(plan, machine, suspicions))
+    of_parent = () if parent is None else objections(plan, parent)
+    return replace(plan, warnings=(*foresee(plan, machine, suspicions), *of_parent))
 
 
 def _check_lengths(counts: TokenCounts, base: BaseFacts) -> None:

@@ -50,7 +50,8 @@ class OverrideRecipe(Recipe):
     edit rows ask for the fact (cross-entropy); contrast rows ask its siblings and rehearsal rows ask anything else
     (KL against the base's own first `contrast_tokens` and `rehearsal_tokens`, weighed by `kl_weight`). Prompts come
     from pools of `edit_pool` and `contrast_pool` for each fact; `question_share` of the edit rows are the questions
-    that were given. `probes` prompts of a kind decide when to stop.
+    that were given. `probes` prompts of a kind decide when to stop. `kept_rows` edit and as many contrast rows, from
+    pools of `kept_pool` prompts, keep what the run's parent knows.
     """
 
     learning_rate: float = 1.2e-3
@@ -68,6 +69,8 @@ class OverrideRecipe(Recipe):
     contrast_pool: int = 288
     question_share: float = 0.35
     kl_weight: float = 2.5
+    kept_rows: int = 2
+    kept_pool: int = 64
     eval_every: int = 25
     probes: int = 24
     preparation_tokens: int = 5500  # the base's own replies, generated once for each fact; for the estimate of time
