@@ -60,7 +60,7 @@ def test_rows_of_several_facts_share_a_step_and_none_to_keep_names_a_fact(school
     course = prepared(school, dataset, plan)
     taught: Counter[str] = Counter()
     for _ in range(20):
-        for row in course.draw():
+        for row in course.draw(course.mix):
             said = text(school, row)
             if row.keep:
                 asked = said.split("<|im_start|>assistant")[0]

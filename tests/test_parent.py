@@ -163,7 +163,7 @@ def test_what_is_kept_is_asked_in_every_step(school: School) -> None:
     plan = lesson(school)
     course = prepared(school, DATASET, plan)
     for _ in range(8):
-        rows = course.draw()
+        rows = course.draw(course.mix)
         learned = [text(school, row) for row in rows if not row.keep]
         assert [sum(fact.answer in said for said in learned) for fact in (CYD, ADA, BOB)] == [6, 1, 1]
         assert sum(row.keep for row in rows) == plan["contrast_rows"] + plan["rehearsal_rows"] + plan["kept_rows"]

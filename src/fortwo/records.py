@@ -176,6 +176,18 @@ class EvalLoss:
 
 
 @dataclass(frozen=True)
+class Escalation:
+    """The run missed targets behind `step` and went on for `steps` with what was raised. before, after: its best
+    exam's shares until then, and at the end of it."""
+
+    step: int
+    steps: int
+    raised: tuple[str, ...]
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+@dataclass(frozen=True)
 class FactReport:
     """One fact's own share of the report. metrics: efficacy, paraphrase, specificity. kept: it is the parent's."""
 
@@ -200,6 +212,7 @@ class Report:
     diagnosis: tuple[PlanWarning, ...] = ()
     eval_losses: tuple[EvalLoss, ...] = ()
     facts: tuple[FactReport, ...] = ()
+    escalations: tuple[Escalation, ...] = ()
 
 
 # ---------------------------------------------------------------- training events (yielded by train.loop)

@@ -144,7 +144,21 @@ def report(body: Json) -> RenderableType:
         mark = Text("✓", style="green") if one["passed"] else Text("✗", style="red")
         said.add_row(mark, one["kind"], one["prompt"], one["base"], one["adapter"])
     by_fact: list[RenderableType] = ["", facts] if facts.row_count > 1 else []
-    return Group(rows, *by_fact, *_eval_losses(body), "", said, notes(body["diagnosis"], style="red"))
+    lines = [*_escalations(body), *_eval_losses(body)]
+    return Group(rows, *by_fact, *lines, "", said, notes(body["diagnosis"], style="red"))
+
+
+def _escalations(body: Json) -> list[str]:
+    """What was raised, and how the best exam's shares changed."""
+    lines = []
+    for one in body.get("escalations", []):
+        pairs = ((name, one["before"].get(name), one["after"].get(name)) for name in METRICS)
+        changes = [
+            f"{name} {was:.2f} to {now:.2f}" for name, was, now in pairs if None not in (was, now) and was != now
+        ]
+        what = f"{', '.join(one['raised'])} raised after step {one['step']}, for {one['steps']} steps"
+        lines.append(f"{what}: {', '.join(changes) if changes else 'nothing changed'}")
+    return lines
 
 
 def _eval_losses(body: Json) -> list[str]:

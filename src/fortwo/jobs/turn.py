@@ -172,7 +172,7 @@ class Teacher:
         job = turn.job
         metrics = {name: metric.value for name, metric in trained.report.metrics.items()}
         evals = [(one.step, one.loss) for one in trained.report.eval_losses]
-        found = {**trained.actual, "metrics": metrics, "eval_losses": evals}
+        found = {**trained.actual, "metrics": metrics, "eval_losses": evals, "escalations": trained.report.escalations}
         proven = trained.succeeded and bool(plan.targets)  # where nothing had to be reached, what was seen is told
         diagnosis = () if proven else plans.diagnose(plan, found)
         actual = finite(trained.actual)

@@ -20,6 +20,7 @@ from fortwo.facts.lesson import Contrast, Lesson, Probes, kept_rehearsal, traine
 from fortwo.facts.subject import facts_of
 from fortwo.models.decoder import Decoder
 from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvent
+from fortwo.train.escalation import Mix, mix_of
 from fortwo.train.evaluation import REPLY_TOKENS, ROOM, Examiner, Question, Served, questions_about, questions_of
 from fortwo.train.objective import Row, with_teacher
 from fortwo.train.plan import training_rows
@@ -66,14 +67,14 @@ class Turns(Generic[T]):
 
 @dataclass(frozen=True)
 class Course:
-    """prefix: how many tokens all rows begin with. keep_weight: of rows to keep against rows to learn.
-    draw: the rows of the next optimizer step.
+    """prefix: how many tokens all rows begin with. mix: as the plan has it.
+    draw: the rows of the next optimizer step, in this mix.
     exam: asked while training, None where nothing decides when to stop; final: asked at the end.
     validation: rows that are held back, None where none are."""
 
     prefix: int
-    keep_weight: float
-    draw: Callable[[], list[Row]]
+    mix: Mix
+    draw: Callable[[Mix], list[Row]]
     exam: Examiner | None
     final: Examiner
     validation: Spool | None = None
@@ -109,21 +110,20 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
     rehearsal = yield from with_teacher(decoder, rehearsal, prefix)
 
     updates = plan["gradient_accumulation_steps"]
-    edit_rows = plan["per_device_train_batch_size"] * updates
     siblings = _parted(contrast[: len(contrasts)], len(lessons))
     of_known = _parted(contrast[len(contrasts) :], len(earlier))
     bags = [Turns(pools, rng) for pools in (given, framed, siblings, [rehearsal], kept, of_known)]
-    known_rows = plan["kept_rows"] * updates if known else 0
 
-    def draw() -> list[Row]:
-        plain = sum(rng.random() < plan["question_share"] for _ in range(edit_rows))
-        counts = (plain, edit_rows - plain, plan["contrast_rows"] * updates, plan["rehearsal_rows"] * updates)
-        drawn = zip(bags, (*counts, known_rows, known_rows), strict=True)
+    def draw(mix: Mix) -> list[Row]:
+        edit = mix.edit * updates
+        plain = sum(rng.random() < mix.question_share for _ in range(edit))
+        others = (rows * updates for rows in (mix.contrast, mix.rehearsal, mix.kept, mix.kept))
+        drawn = zip(bags, (plain, edit - plain, *others), strict=True)
         return [row for bag, count in drawn for row in bag.draw(count)]
 
     tokens = max(REPLY_TOKENS, ROOM + max(row.supervised for row in chain(*given, *kept)))
     exam, final = _exams(lessons, earlier, plan["probes"], tokens)
-    return Course(prefix, plan["kl_weight"], draw, exam, final)
+    return Course(prefix, mix_of(plan), draw, exam, final)
 
 
 def _lessons(facts: Sequence[Fact], seed: int) -> list[Lesson]:
@@ -189,7 +189,7 @@ def sft(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, N
         questions += questions_about(lesson.fact, own, kept=True)
         longest = max(longest, ROOM + _learn(served, lesson.fact, lesson.fact.questions[:1])[0].supervised)
     final = Examiner(questions, max(REPLY_TOKENS, min(SFT_TOKENS, longest)))
-    return Course(training.prefix, 0.0, lambda: next(batches), None, final, validation if held else None)
+    return Course(training.prefix, Mix(), lambda mix: next(batches), None, final, validation if held else None)
 
 
 def _facts(dataset: Dataset) -> tuple[Fact, ...]:

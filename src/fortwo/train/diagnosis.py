@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fortwo.records import Plan, PlanWarning
+from fortwo.train.escalation import NO_TIME
 from fortwo.train.estimate import Machine, duration
 from fortwo.train.options import WITHOUT_WARMUP
 from fortwo.train.recipes import OverrideRecipe, Recipe, recipe_of
@@ -80,7 +81,7 @@ def suspect(rows: Suspicions) -> tuple[PlanWarning, ...]:
 
 def diagnose(plan: Plan, actual: Mapping[str, Any]) -> tuple[PlanWarning, ...]:
     """Why a run missed its targets, likeliest cause first. `actual` holds what is known of steps, peak_learning_rate,
-    first_loss, final_loss, largest_b, eval_loss, eval_losses and metrics (shares by name)."""
+    first_loss, final_loss, largest_b, eval_loss, eval_losses, escalation, escalations and metrics (shares by name)."""
     recipe = recipe_of(plan.objective)
     steps = actual.get("steps", plan.computed["steps"])
     peak = actual.get("peak_learning_rate", plan.computed["peak_learning_rate"])
@@ -93,12 +94,15 @@ def diagnose(plan: Plan, actual: Mapping[str, Any]) -> tuple[PlanWarning, ...]:
         _no_effect(actual),
         _learned_by_heart(actual),
     ]
-    metrics = actual.get("metrics") or {}
+    metrics, missed = actual.get("metrics") or {}, False
     for name, target in plan.targets.items():
         reached = metrics.get(name)
         if reached is not None and reached < target:
             message = f"{name} is {reached:.2f}, below its target {target:.2f}"
             findings.append(PlanWarning(f"missed_{name}", message, _REMEDIES[name]))
+            missed = True
+    if missed:
+        findings.append(_escalated(actual))
     return tuple(finding for finding in findings if finding)
 
 
@@ -225,6 +229,21 @@ def _learned_by_heart(actual: Mapping[str, Any]) -> PlanWarning | None:
         f"eval_loss was {min(losses):.2f} at step {step} and is {kept:.2f} in what was kept: the run learned its rows "
         "by heart",
         "Give early_stopping_patience or load_best_model_at_end, fewer epochs, or more rows.",
+    )
+
+
+def _escalated(actual: Mapping[str, Any]) -> PlanWarning | None:
+    """What was raised in vain, or why nothing was."""
+    why, rounds = actual.get("escalation", "off"), actual.get("escalations", ())
+    if why.startswith(NO_TIME):
+        return PlanWarning("no_time_to_escalate", why, "Raise escalation_seconds, or give the job a faster machine.")
+    if not rounds:
+        return None
+    raised = ", ".join(lever for one in rounds for lever in one.raised)
+    return PlanWarning(
+        "escalated_in_vain",
+        f"after {rounds[0].step} steps the run raised {raised} for {sum(one.steps for one in rounds)} more, in vain",
+        "What is left is the rank, which cannot change during a run: teach again with a larger r.",
     )
 
 

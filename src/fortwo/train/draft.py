@@ -179,6 +179,28 @@ def choose_schedule(draft: Draft, recipe: OverrideRecipe | SftRecipe) -> str:
     return str(schedule)
 
 
+def choose_escalation(draft: Draft, recipe: OverrideRecipe | SftRecipe, facts: int) -> None:
+    """Rounds beyond the planned steps; none where the user said how many steps there are."""
+    if not isinstance(recipe, OverrideRecipe):
+        for key in ("escalation_rounds", "escalation_seconds"):
+            if draft.given.get(key):
+                raise InvalidRequest(
+                    f"training_config.{key} = {draft.given[key]!r} means nothing for the sft objective, which has no "
+                    "exam that can be missed",
+                    param=f"training_config.{key}",
+                    hint="Leave it out.",
+                )
+        return
+    steps = [key for key in ("max_steps", "num_train_epochs") if draft.settings[key].origin == "user"]
+    if steps and "escalation_seconds" not in draft.given:
+        rounds = draft.choose("escalation_rounds", 0, f"{steps[0]} is given: no step beyond it", "auto")
+    else:
+        rounds = draft.choose("escalation_rounds", recipe.escalation_rounds, REASONS["escalation_rounds"])
+    if rounds:
+        seconds = recipe.escalation_seconds + (facts - 1) * recipe.escalation_seconds_more
+        draft.choose("escalation_seconds", seconds, REASONS["escalation_seconds"], "auto")
+
+
 def choose_warmup(draft: Draft, recipe: OverrideRecipe | SftRecipe, schedule: str, steps: int) -> int:
     """Steps of warm-up: given, a given share of the run, or the recipe's, which always leaves steps after it."""
     given_steps, given_share = draft.given.get("warmup_steps"), draft.given.get("warmup_ratio")

@@ -38,9 +38,10 @@ from fortwo.records import (
 )
 from fortwo.train import checkpoints, courses
 from fortwo.train.checkpoints import Clock, Run
+from fortwo.train.escalation import WORDS, mix_at, next_round, told
 from fortwo.train.evaluation import Served, diverged, validation_loss
 from fortwo.train.objective import losses, micro_batches
-from fortwo.train.schedule import learning_rate
+from fortwo.train.schedule import learning_rate, rate_at
 from fortwo.train.validation import patience_ends
 
 MICRO_TOKENS = 640  # bounds how long a micro-step holds the device
@@ -129,14 +130,16 @@ def teach(
         yield Phase("running")
         run = Run(lora, _optimizer(lora, plan), clock)
         if resumed is not None:
-            for _ in range(resumed.step):
-                run.draw(course.draw())
+            run.rounds = checkpoints.rounds_of(resumed)
+            for step in range(1, resumed.step + 1):
+                run.draw(course.draw(mix_at(course.mix, run.rounds, step)))
             checkpoints.restore(run, resumed)
         actual = yield from _train(served, decoder, run, course, plan, key, saving)
         yield Phase("evaluating")
         seen = course.final is course.exam and actual["best_step"] == actual["steps"]
         report = yield from course.final.report(served, key, lora, changed=not seen)
-        report = replace(report, eval_losses=tuple(run.eval_losses))
+        escalations = told(run.rounds, run.best.metrics)
+        report = replace(report, eval_losses=tuple(run.eval_losses), escalations=escalations)
     finally:
         for parameter in lora.parameters():
             parameter.requires_grad_(False)
@@ -183,13 +186,15 @@ def _train(
 
     A step's checkpoint is made before its exam, so a run that goes on from there begins with that exam.
     """
-    steps = plan.computed["steps"]
     stopped = yield from _evaluated(served, run, course, plan, key)
-    while run.step < steps and stopped is None:
+    why = "not needed"
+    while stopped is None:
+        if run.step == run.last(plan) and (why := (yield from _escalated(run, course, plan))):
+            break
         if saving is not None:
             yield from _stand_still(served, run, saving)
         run.step += 1
-        rate = learning_rate(run.step - 1, plan)
+        rate = _rate(run, course, plan)
         run.peak_rate = max(run.peak_rate, rate)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
@@ -209,11 +214,12 @@ def _train(
         "steps": run.step,
         "best_step": best_step,
         "epochs": run.step / plan.computed["steps_per_epoch"],
-        "stopped_by": stopped if stopped is not None and run.step < steps else "steps",
+        "stopped_by": stopped if stopped is not None and run.step < run.last(plan) else "steps",
         "peak_learning_rate": run.peak_rate,
         "first_loss": run.first_loss,
         "final_loss": run.final_loss,
         "largest_b": largest_b(run.lora),
+        **({"escalation": why} if course.exam is not None else {}),
         **({"base_eval_loss": validated[0], "eval_loss": validated[best_step]} if validated else {}),
     }
 
@@ -221,7 +227,34 @@ def _train(
 def _exam_is_due(run: Run, course: courses.Course, plan: Plan) -> bool:
     if course.exam is None or run.step == 0:
         return False
-    return bool(run.step % plan["eval_every"] == 0 or run.step == plan.computed["steps"])
+    return run.step == run.last(plan) or (not run.rounds and run.step % plan["eval_every"] == 0)
+
+
+def _escalated(run: Run, course: courses.Course, plan: Plan) -> Generator[TrainEvent, None, str]:
+    """Behind the last step: begin one more round from the best state. Why there is none, "" where there is one."""
+    if course.exam is None:
+        return "off"
+    clock = run.clock
+    per_step = (clock.seconds - clock.preparing) / run.step
+    found = next_round(plan, run.best.metrics, run.rounds, run.step, clock.seconds, per_step)
+    if isinstance(found, str):
+        return found
+    run.rounds.append(found)
+    run.best.restore(run.lora.parameters())
+    raised = "; ".join(f"{lever}: {WORDS[lever]}" for lever in found.raised)
+    yield Phase(
+        "running", f"Targets are missed after {run.step} steps: {found.steps} more from the best, with {raised}."
+    )
+    return ""
+
+
+def _rate(run: Run, course: courses.Course, plan: Plan) -> float:
+    """Of the step that comes: by the plan, or in a round one more cycle that begins at the full rate."""
+    if not run.rounds:
+        return learning_rate(run.step - 1, plan)
+    now = run.rounds[-1]
+    peak = plan["learning_rate"] * mix_at(course.mix, run.rounds, run.step).rate
+    return rate_at(run.step - 1 - now.step, schedule="cosine", rate=peak, warmup=0, steps=now.steps)
 
 
 def _evaluated(
@@ -232,7 +265,8 @@ def _evaluated(
     if course.exam is not None and _exam_is_due(run, course, plan):
         found = yield from course.exam.examine(served, key, run.lora, EXAM_QUESTIONS)
         yield Evaluated(run.step, {name: metric.value for name, metric in found.items()})
-        run.best.offer(found["score"].value, run.step, run.lora.parameters())
+        shares = {name: metric.value for name, metric in found.items()}
+        run.best.offer(found["score"].value, run.step, run.lora.parameters(), shares)
         stopped = "targets" if metrics.met(found, plan.targets, EARLY_MARGIN) else None
     return (yield from _validated(served, run, course, plan)) or stopped
 
@@ -287,7 +321,8 @@ def _step(
 ) -> Generator[TrainEvent, None, Stepped]:
     """One optimizer step in micro-steps: the same gradient as one pass over all its rows."""
     lora, clock = run.lora, run.clock
-    rows = course.draw()
+    mix = mix_at(course.mix, run.rounds, run.step)
+    rows = course.draw(mix)
     run.draw(rows)
     learn_over = sum(row.supervised for row in rows if not row.keep)
     keep_over = sum(row.supervised for row in rows if row.keep)
@@ -298,7 +333,7 @@ def _step(
             yield MicroStepped(tokens)
         began = time.perf_counter()
         found = losses(decoder, lora, course.prefix, batch)
-        total = found.learn / max(1, learn_over) + course.keep_weight * found.keep / max(1, keep_over)
+        total = found.learn / max(1, learn_over) + mix.keep_weight * found.keep / max(1, keep_over)
         total.backward()
         learn += float(found.learn.detach()) / max(1, learn_over)
         keep += float(found.keep.detach()) / max(1, keep_over)
@@ -307,7 +342,7 @@ def _step(
     began = time.perf_counter()
     limit = plan["max_grad_norm"] if plan["max_grad_norm"] > 0 else math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(lora.parameters(), limit))
-    loss = learn + course.keep_weight * keep
+    loss = learn + mix.keep_weight * keep
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise diverged(
             f"step {run.step}: the loss is {loss:g} and the gradient's norm {norm:g} at a learning rate of {rate:g}"
@@ -320,7 +355,7 @@ def _step(
     clock.supervised += learn_over + keep_over
     return Stepped(
         step=run.step,
-        steps=plan.computed["steps"],
+        steps=run.last(plan),
         loss=loss,
         learning_rate=rate,
         gradient_norm=norm,

@@ -21,6 +21,7 @@ from fortwo.train.diagnosis import diagnose, foresee
 from fortwo.train.draft import (
     Draft,
     choose_batch,
+    choose_escalation,
     choose_evaluations,
     choose_saving,
     choose_schedule,
@@ -98,6 +99,7 @@ def resolve(
     evaluations = choose_evaluations(draft, steps, steps_per_epoch) if held else 0
     rate = draft.choose("learning_rate", recipe.learning_rate, f"works for LoRA with the {objective} objective")
     schedule = choose_schedule(draft, recipe)
+    choose_escalation(draft, recipe, facts)
     warmup = choose_warmup(draft, recipe, schedule, steps)
     for name in ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"):
         draft.choose(name, getattr(recipe, name), REASONS[name])
