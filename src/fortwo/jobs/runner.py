@@ -237,7 +237,7 @@ class JobRunner:
         dataset = formats.load(request.dataset, self._settings.allowed_data_dirs)
         model = self._settings.default_model if request.model is None else request.model
         resident = self._residents.load_base(model)
-        base = plans.BaseFacts.of(resident.id, resident.decoder.config, resident.bytes)
+        base = plans.BaseFacts.of(resident.id, resident.decoder)
         last = self._store.last_actual(model)
         seen = None if last is None else last["tokens_per_second"]
         machine = self._engine.call(lambda: look(resident.decoder, seen)).result()

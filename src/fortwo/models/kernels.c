@@ -137,4 +137,5 @@ ROW_SUMS
 #include "kernels.h"
 
 #include "quantised.h"
+#include "nf4.h"
 #include "decode.h"

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h", "quantised.h", "decode.h"))
+_SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h", "quantised.h", "nf4.h", "decode.h")
+)
 _COMPILE = (
     *("cc", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -19,11 +19,13 @@ from fortwo.facts.subject import find_subject, holds
 from fortwo.records import Dataset, Example, Json, Origin, Plan, PlanWarning, Setting
 from fortwo.train.diagnosis import diagnose, foresee
 from fortwo.train.estimate import (
+    MICRO_TOKENS,
     BaseFacts,
     Machine,
     TokenCounts,
     memory_bytes,
     seconds,
+    size,
     tokens_per_epoch,
     tokens_per_micro_step,
 )
@@ -84,6 +86,9 @@ def resolve(
     for name in ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"):
         draft.choose(name, getattr(recipe, name), REASONS[name])
     bf16 = draft.choose("bf16", machine.bf16, REASONS["bf16"], "auto")
+    longest = max(row.prompt + row.answer for row in counts.rows) - counts.prefix
+    together = min(micro_step, counts.prefix + max(MICRO_TOKENS, longest))
+    needed = _checkpointing(draft, machine, lambda again: memory_bytes(base, together, r, modules, bf16, again))
     targets = _targets(draft, request, recipe)
     _saving(draft, steps, steps_per_epoch)
     draft.add_rest()
@@ -113,7 +118,7 @@ def resolve(
             "supervised_tokens": sum(row.answer for row in counts.rows),
             "tokens_per_step": tokens_per_step,
             "seconds": round(seconds(passed, steps, recipe, facts, machine), 1),
-            "bytes": memory_bytes(base, micro_step, r, modules, bf16),
+            "bytes": needed,
         },
     )
     return replace(plan, warnings=foresee(plan, machine, suspicions))
@@ -390,6 +395,15 @@ def _saving(draft: _Draft, steps: int, steps_per_epoch: int) -> None:
     else:
         draft.add("save_seconds", SAVE_SECONDS, "default", f"what a crash may cost; {also}")
     draft.choose("save_total_limit", SAVE_TOTAL_LIMIT, REASONS["save_total_limit"])
+
+
+def _checkpointing(draft: _Draft, machine: Machine, needed: Callable[[bool], int]) -> int:
+    """Whether layers are computed again for the gradient; the answer is the memory that the run needs then."""
+    all_kept, there = needed(False), machine.memory
+    short = there is not None and all_kept > there
+    wanted = f"every layer's activations kept, the run needs about {size(all_kept)}"
+    reason = f"{wanted}, {size(there)} are there" if there is not None else f"{wanted}; what is there is not known"
+    return needed(draft.choose("gradient_checkpointing", short, reason, "auto"))
 
 
 def _targets(draft: _Draft, request: TrainingRequest, recipe: OverrideRecipe | SftRecipe) -> dict[str, float]:
