@@ -24,6 +24,7 @@ from fortwo.models.catalog import Catalog
 from fortwo.models.choice import FORMS, Measurements
 from fortwo.models.decoder import DecoderConfig
 from fortwo.models.forms import Dequantised, Weight
+from fortwo.models.tiles import Tiles
 from fortwo.models.lora import Lora, LoraConfig
 from fortwo.records import AdapterVersion, Json, Message, Phase, Prompt, Sampling
 from fortwo.settings import Settings, load
@@ -186,7 +187,7 @@ def test_every_form_of_the_weights_serves_adapters_and_can_be_trained_on(
         house.store_only("fact", house.lora())
         assert house.ask("fact")
         for dense in (decoder.in_fp32(), decoder.in_bf16()):
-            assert isinstance(dense.layers[0].down_DI, Dequantised if weights == "nf4" else torch.Tensor)
+            assert isinstance(dense.layers[0].down_DI, Dequantised if weights == "nf4" else torch.Tensor | Tiles)
             assert dense.head_VD.shape == dense.embedding_VD.shape
     finally:
         house.engine.close()

@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from fortwo.errors import UnsupportedModel
 from fortwo.models.choice import Choice
-from fortwo.models.forms import Regions, Weight, bytes_to_train, dense, head_form, quantised, to_train
+from fortwo.models.forms import Frozen, Regions, Weight, bytes_to_train, dense, head_form, quantised, trained_on
 from fortwo.models.functions import add_norm, rms_norm, rotate, swiglu
 from fortwo.models.lora import Update, lora_product
 from fortwo.models.products import frozen_product
 
-Hold = Callable[[Tensor | Weight, bool], Tensor | Weight]  # how a weight is held; and whether it is the head
+Hold = Callable[[Frozen, bool], Frozen]  # how a weight is held; and whether it is the head
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
@@ -138,14 +138,14 @@ class DecoderConfig:
 @dataclass(frozen=True)
 class _Layer:
     attention_norm_D: Tensor
-    qkv_OD: Tensor | Weight
+    qkv_OD: Frozen
     qkv_bias_O: Tensor | None
     q_norm_E: Tensor | None
     k_norm_E: Tensor | None
-    o_DI: Tensor | Weight
+    o_DI: Frozen
     mlp_norm_D: Tensor
-    gate_up_OD: Tensor | Weight
-    down_DI: Tensor | Weight
+    gate_up_OD: Frozen
+    down_DI: Frozen
 
 
 class Decoder:
@@ -177,16 +177,14 @@ class Decoder:
         def take(name: str, *shape: int) -> Tensor:
             return read(name, *shape).float()
 
-        def held(weight: Tensor, is_head: bool = False) -> Tensor | Weight:
+        def held(weight: Tensor, is_head: bool = False) -> Frozen:
             return weight.float() if hold is None else hold(weight, is_head)
 
         c = config
         q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
         self.embedding_VD = take("model.embed_tokens.weight", c.vocabulary, c.hidden)
         self.norm_D = take("model.norm.weight", c.hidden)
-        self.head: Tensor | Weight = held(
-            self.embedding_VD if c.tied else read("lm_head.weight", c.vocabulary, c.hidden), True
-        )
+        self.head: Frozen = held(self.embedding_VD if c.tied else read("lm_head.weight", c.vocabulary, c.hidden), True)
         self.layers: list[_Layer] = []
         for index in range(c.layers):
             at, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
@@ -228,7 +226,7 @@ class Decoder:
         """What the network multiplies with, as fp32: each layer's four, and the head."""
         return [dense(weight, torch.float32) for weight in self._multiplied()]
 
-    def _multiplied(self) -> list[Tensor | Weight]:
+    def _multiplied(self) -> list[Frozen]:
         inner = [
             weight for layer in self.layers for weight in (layer.qkv_OD, layer.o_DI, layer.gate_up_OD, layer.down_DI)
         ]
@@ -236,20 +234,27 @@ class Decoder:
 
     def in_fp32(self) -> Decoder:
         """The same network with fp32 products, to train on; what is fp32 already is not copied, NF4 stays NF4."""
-        return self._with(lambda weight, _: to_train(weight, torch.float32))
+        return self._to_train(torch.float32)
 
     def in_bf16(self) -> Decoder:
         """The same network with bf16 products, to train on; what is between the products stays fp32, NF4 stays NF4."""
-        return self._with(lambda weight, _: to_train(weight, torch.bfloat16))
+        return self._to_train(torch.bfloat16)
 
     def bytes_to_train(self, bf16: bool) -> int:
         """Memory that in_bf16 or in_fp32 takes beside what is held."""
         dtype = torch.bfloat16 if bf16 else torch.float32
-        return sum(bytes_to_train(weight, dtype) for weight in self._multiplied())
+        *inner, head = self._multiplied()
+        return sum(bytes_to_train(weight, dtype) for weight in inner) + bytes_to_train(head, dtype, is_head=True)
 
     def in_forms(self, choice: Choice, keep: tuple[str, ...] = ()) -> Decoder:
         """The same network, to serve: weights in the forms of `choice` and those to `keep`; the embedding in fp32."""
         return self._with(forms_of(choice, keep))
+
+    def _to_train(self, dtype: torch.dtype) -> Decoder:
+        regions = Regions()
+        return self._with(
+            lambda weight, is_head: dense(weight, dtype) if is_head else trained_on(weight, dtype, regions)
+        )
 
     def _with(self, change: Hold) -> Decoder:
         other = copy(self)
@@ -285,9 +290,9 @@ class Decoder:
             total += sum(form.nbytes for name, form in self.head.forms.items() if name != "fp32")
         return total
 
-    def _held(self) -> list[Tensor | Weight]:
+    def _held(self) -> list[Frozen]:
         """Everything, a head that is the embedding once."""
-        everything: list[Tensor | Weight] = [self.embedding_VD, self.norm_D]
+        everything: list[Frozen] = [self.embedding_VD, self.norm_D]
         if not self.config.tied:
             everything.append(self.head)
         for layer in self.layers:
@@ -372,8 +377,8 @@ def forms_of(choice: Choice, keep: tuple[str, ...] = ()) -> Hold:
     """Weights in the forms of `choice` and those to `keep`."""
     regions = Regions()
 
-    def held(weight: Tensor | Weight, is_head: bool) -> Weight:
-        weight_OI = weight.dense(torch.float32) if isinstance(weight, Weight) else weight
+    def held(weight: Frozen, is_head: bool) -> Weight:
+        weight_OI = weight if isinstance(weight, Tensor) else dense(weight, torch.float32)
         names = dict.fromkeys((*keep, *choice.forms))
         return Weight(
             weight_OI.shape,

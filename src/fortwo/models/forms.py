@@ -19,6 +19,7 @@ from torch import Tensor
 from fortwo.models import kernels, products
 from fortwo.models.choice import FORMS, Choice
 from fortwo.models.nf4 import Nf4
+from fortwo.models.tiles import Tiles
 
 GROUP, TILE = 32, 16
 REGION = 32 << 20  # bytes of memory taken at once for quantised weights
@@ -186,9 +187,6 @@ class Dequantised(Weight):
         self.dtype = dtype
         self._form, self._transposed = form, transposed
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
     def t(self) -> Dequantised:
         return Dequantised(self._form, self.dtype, not self._transposed)
 
@@ -197,30 +195,51 @@ class Dequantised(Weight):
         return multiply(x_TI, self.dtype).to(x_TI.dtype)
 
 
-def dense(weight_OI: Tensor | Weight, dtype: torch.dtype) -> Tensor:
-    return weight_OI.dense(dtype) if isinstance(weight_OI, Weight) else weight_OI.to(dtype)
+Frozen = Tensor | Tiles | Weight
 
 
-def to_train(weight_OI: Tensor | Weight, dtype: torch.dtype) -> Tensor | Weight:
-    """The weight with products in `dtype`: a tensor, but what is held in NF4 alone stays so."""
-    form = _nf4_alone(weight_OI)
-    return dense(weight_OI, dtype) if form is None else Dequantised(form, dtype)
+def dense(weight_OI: Frozen, dtype: torch.dtype) -> Tensor:
+    match weight_OI:
+        case Weight():
+            return weight_OI.dense(dtype)
+        case Tiles():
+            return weight_OI.dense().to(dtype)
+    return weight_OI.to(dtype)
 
 
-def bytes_to_train(weight_OI: Tensor | Weight, dtype: torch.dtype) -> int:
-    """What `to_train` takes beside the weight: nothing where it is held so already."""
-    if isinstance(weight_OI, Tensor):
-        held = weight_OI.dtype == dtype
-    else:
-        held = any(isinstance(form, Dense) and form.weight_OI.dtype == dtype for form in weight_OI.forms.values())
-    return 0 if held or _nf4_alone(weight_OI) is not None else math.prod(weight_OI.shape) * dtype.itemsize
+def trained_on(weight_OI: Frozen, dtype: torch.dtype, regions: Regions) -> Frozen:
+    """The weight for products in `dtype` there and back. What is held in NF4 alone stays so; fp32, and tiles, that are
+    held already are not copied."""
+    if (form := _nf4_alone(weight_OI)) is not None:
+        return Dequantised(form, dtype)
+    if dtype != torch.bfloat16 or not kernels.multiplies_tiles():
+        return dense(weight_OI, dtype)
+    tiles = _tiles(weight_OI)
+    return (Tiles.of(dense(weight_OI, dtype), regions) if tiles is None else tiles).with_turned(regions)
 
 
-def _nf4_alone(weight_OI: Tensor | Weight) -> Nf4 | None:
-    if isinstance(weight_OI, Tensor) or len(weight_OI.forms) > 1:
+def bytes_to_train(weight_OI: Frozen, dtype: torch.dtype, is_head: bool = False) -> int:
+    """What `trained_on`, or `dense` for the head, takes beside the weight."""
+    size = math.prod(weight_OI.shape) * dtype.itemsize
+    if _nf4_alone(weight_OI) is not None:
+        return 0
+    if dtype == torch.bfloat16 and kernels.multiplies_tiles() and not is_head:
+        return size if _tiles(weight_OI) is not None else 2 * size
+    held = weight_OI.forms.values() if isinstance(weight_OI, Weight) else [weight_OI]
+    tensors = (form.weight_OI if isinstance(form, Dense) else form for form in held)
+    return 0 if any(isinstance(one, Tensor) and one.dtype == dtype for one in tensors) else size
+
+
+def _nf4_alone(weight_OI: Frozen) -> Nf4 | None:
+    if not isinstance(weight_OI, Weight) or len(weight_OI.forms) > 1:
         return None
     (form,) = weight_OI.forms.values()
     return form if isinstance(form, Nf4) else None
+
+
+def _tiles(weight_OI: Frozen) -> Tiles | None:
+    held = weight_OI.forms.get("bf16") if isinstance(weight_OI, Weight) else weight_OI
+    return held if isinstance(held, Tiles) else None
 
 
 def quantised(name: str, weight_OI: Tensor, regions: Regions) -> Form:
@@ -229,6 +248,8 @@ def quantised(name: str, weight_OI: Tensor, regions: Regions) -> Form:
         case "fp32":
             return Dense(weight_OI.float())
         case "bf16":
+            if kernels.usable(weight_OI) and kernels.multiplies_tiles():
+                return Tiles.of(weight_OI.bfloat16(), regions)
             return Dense(regions.hold(weight_OI.bfloat16()))
         case "int8" | "int4":
             return Grouped.of(weight_OI, int(name.removeprefix("int")), regions)

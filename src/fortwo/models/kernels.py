@@ -22,7 +22,8 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 _SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h", "quantised.h", "nf4.h", "decode.h")
+    Path(__file__).with_name(name)
+    for name in ("kernels.c", "kernels.h", "matrix.h", "quantised.h", "nf4.h", "decode.h")
 )
 _COMPILE = (
     *("cc", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -44,6 +45,13 @@ def usable(*tensors: Tensor) -> bool:
         if tensor.dtype not in _TYPES or tensor.device.type != "cpu":
             return False
     return _library() is not None
+
+
+@cache
+def multiplies_tiles() -> bool:
+    """Whether there is a `matrix_product`: the processor has AMX's bf16 tiles and the system lets us use them."""
+    library = _library()
+    return library is not None and hasattr(library, "tiles_allowed") and bool(library.tiles_allowed())
 
 
 def call(kernel: str, element: torch.dtype | None, *arguments: Tensor | float | int | None) -> None:

@@ -18,10 +18,11 @@ from torch import Tensor
 from fortwo.errors import InvalidAdapter
 from fortwo.models.functions import dropout as drop
 from fortwo.models.products import frozen_product, product
+from fortwo.models.tiles import Tiles
 
 if TYPE_CHECKING:
     from fortwo.models.decoder import DecoderConfig
-    from fortwo.models.forms import Weight
+    from fortwo.models.forms import Frozen
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -268,7 +269,7 @@ class _LoraProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_TI: Tensor,
-        weight_OI: Tensor,
+        weight_OI: Tensor | Tiles,
         dropped: tuple[float, int] | None,
         scale: float,
         columns: Any,
@@ -277,11 +278,11 @@ class _LoraProduct(torch.autograd.Function):
     ) -> Tensor:
         r = Bs[0].shape[1]
         ctx.dtype, A_RI = A_RI.dtype, A_RI.to(x_TI.dtype)
-        B_OR = x_TI.new_zeros(len(weight_OI), len(A_RI))
+        B_OR = x_TI.new_zeros(weight_OI.shape[0], len(A_RI))
         for place, ((first, last), B_Or) in enumerate(zip(columns, Bs, strict=True)):
             torch.mul(B_Or, scale, out=B_OR[first:last, place * r : (place + 1) * r])
         h_TR = product(x_TI if dropped is None else drop(x_TI, *dropped), A_RI)
-        y_TO = product(x_TI, weight_OI).addmm_(h_TR, B_OR.t())
+        y_TO = product(x_TI, weight_OI, (h_TR, B_OR))
         ctx.save_for_backward(x_TI, h_TR, A_RI, B_OR)
         ctx.weight_OI, ctx.dropped, ctx.scale, ctx.columns, ctx.r = weight_OI, dropped, scale, columns, r
         return y_TO
@@ -290,25 +291,24 @@ class _LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, grad_TO: Tensor) -> Any:
         x_TI, h_TR, A_RI, B_OR = ctx.saved_tensors
         grad_h_TR = product(grad_TO, B_OR.t())
-        grad_B_OR = product(grad_TO.t(), h_TR.t())
+        grad_B_RO = product(h_TR.t(), grad_TO.t(), dtype=ctx.dtype)
         grad_Bs = [
-            grad_B_OR[first:last, place * ctx.r : (place + 1) * ctx.r].to(ctx.dtype) * ctx.scale
+            grad_B_RO[place * ctx.r : (place + 1) * ctx.r, first:last].t() * ctx.scale
             for place, (first, last) in enumerate(ctx.columns)
         ]
         seen_TI = x_TI if ctx.dropped is None else drop(x_TI, *ctx.dropped)
-        grad_A_RI = product(grad_h_TR.t(), seen_TI.t()).to(ctx.dtype)
+        grad_A_RI = product(grad_h_TR.t(), seen_TI.t(), dtype=ctx.dtype)
         if not ctx.needs_input_grad[0]:
             return (None, None, None, None, None, grad_A_RI, *grad_Bs)
-        grad_x_TI = product(grad_TO, ctx.weight_OI.t())
         if ctx.dropped is None:
-            grad_x_TI.addmm_(grad_h_TR, A_RI)
+            grad_x_TI = product(grad_TO, ctx.weight_OI.t(), (grad_h_TR, A_RI.t()))
         else:
-            grad_x_TI.add_(drop(grad_h_TR @ A_RI, *ctx.dropped))
+            grad_x_TI = product(grad_TO, ctx.weight_OI.t()).add_(drop(grad_h_TR @ A_RI, *ctx.dropped))
         return (grad_x_TI, None, None, None, None, grad_A_RI, *grad_Bs)
 
 
 def lora_product(
-    x_TI: Tensor, weight_OI: Tensor | Weight, layer: int, group: str, segments: Iterable[Update], dropout: bool = False
+    x_TI: Tensor, weight_OI: Frozen, layer: int, group: str, segments: Iterable[Update], dropout: bool = False
 ) -> Tensor:
     """One fused product with the updates of the adapters in `segments`.
 

@@ -18,7 +18,7 @@ from fortwo.errors import InvalidRequest
 from fortwo.models import kernels
 from fortwo.models.choice import ROWS, Choice, Measured, Measurements, Seconds, choose, processor
 from fortwo.models.decoder import Decoder, DecoderConfig, Hold, forms_of
-from fortwo.models.forms import Form, Regions, Weight, fits, head_form, quantised
+from fortwo.models.forms import Form, Frozen, Regions, fits, head_form, quantised
 from fortwo.models.products import multiplies_bf16
 from fortwo.settings import Settings
 
@@ -92,7 +92,7 @@ def memory(device: torch.device) -> int:
 def _checked(id: str, name: str) -> Hold:
     hold = forms_of(Choice.fixed(name))
 
-    def held(weight: Tensor | Weight, is_head: bool) -> Tensor | Weight:
+    def held(weight: Frozen, is_head: bool) -> Frozen:
         if isinstance(weight, Tensor) and not fits(name, [weight]):
             raise InvalidRequest(
                 f"weights = {name!r} cannot hold {id!r} here: int8 and int4 need widths that are multiples of 32, "

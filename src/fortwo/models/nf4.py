@@ -127,7 +127,7 @@ class Nf4:
         grad_TI = grad_TO.new_zeros(len(grad_TO), self.shape[1], dtype=torch.float32)
         grad_TO = grad_TO.to(dtype)
         for first, last, part in self._parts(dtype):
-            grad_TI += products.product(grad_TO[:, first:last], part.t())
+            grad_TI += products.product(grad_TO[:, first:last], part.t(), dtype=torch.float32)
         return grad_TI.to(dtype)
 
     def _parts(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:

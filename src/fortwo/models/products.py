@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fortwo.models import kernels
+from fortwo.models.tiles import LONGEST_SUM, Tiles, tiled_product
+
 if TYPE_CHECKING:
-    from fortwo.models.forms import Weight
+    from fortwo.models.forms import Frozen
 
 Product = Callable[[Tensor, Tensor], Tensor]
-LONGEST_SUM = 1536  # inputs of one bf16 product
 
 
 def _onednn(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
@@ -67,28 +69,34 @@ def _cpu_product() -> Product:
     return _KERNELS[cpu_kernel()]
 
 
-def product(x_TI: Tensor, weight_OI: Tensor | Weight) -> Tensor:
-    """x @ weight.T; x (rows, in), weight (out, in), either may be a transposed view. No gradient: see lora.
+def product(
+    x_TI: Tensor,
+    weight_OI: Frozen,
+    more: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x @ weight.T, and for `more` = (h, B) + h @ B.T; x (rows, in), weight (out, in), any of them may be a transposed
+    view. No gradient: see lora.
 
-    A bf16 weight is multiplied in bf16 and summed in fp32; the result has the type of x. A `Weight` takes the form that
-    is chosen for this many rows.
+    A bf16 weight is multiplied in bf16 and summed in fp32. The result has the type of x, or `dtype`. A `Weight` takes the
+    form that is chosen for this many rows.
     """
+    dtype = x_TI.dtype if dtype is None else dtype
+    if isinstance(weight_OI, Tiles):
+        return tiled_product(x_TI.bfloat16(), weight_OI, more, dtype)
     if not isinstance(weight_OI, Tensor):
-        return weight_OI.product(x_TI)
-    if weight_OI.dtype == torch.bfloat16:
-        return _bf16_product(x_TI.bfloat16(), weight_OI).to(x_TI.dtype)
-    if x_TI.device.type == "cpu" and x_TI.dtype == torch.float32 and x_TI.numel():
-        return _cpu_product()(x_TI, weight_OI)
-    return F.linear(x_TI, weight_OI)
-
-
-def _bf16_product(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-    """Long sums in parts: with 3,072 inputs at once oneDNN takes twice as long on AMX as with 1,536 twice."""
-    x, weight = (tensor.split(LONGEST_SUM, 1) for tensor in (x_TI, weight_OI))
-    y_TO = F.linear(x[0], weight[0])
-    for x_Ti, weight_Oi in zip(x[1:], weight[1:], strict=True):
-        y_TO.addmm_(x_Ti, weight_Oi.t())
-    return y_TO
+        y_TO = weight_OI.product(x_TI)
+    elif weight_OI.dtype == torch.bfloat16:
+        if kernels.usable(x_TI) and kernels.multiplies_tiles() and x_TI.shape[1] <= LONGEST_SUM:
+            return tiled_product(x_TI.bfloat16(), weight_OI, more, dtype)
+        y_TO = F.linear(x_TI.bfloat16(), weight_OI)
+    elif x_TI.device.type == "cpu" and x_TI.dtype == torch.float32 and x_TI.numel():
+        y_TO = _cpu_product()(x_TI, weight_OI)
+    else:
+        y_TO = F.linear(x_TI, weight_OI)
+    if more is not None:
+        y_TO.addmm_(more[0], more[1].t())
+    return y_TO.to(dtype)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -102,7 +110,7 @@ class _FrozenProduct(torch.autograd.Function):
         return product(grad_TO, ctx.weight_OI.t()), None  # type: ignore[attr-defined]
 
 
-def frozen_product(x_TI: Tensor, weight_OI: Tensor | Weight) -> Tensor:
+def frozen_product(x_TI: Tensor, weight_OI: Frozen) -> Tensor:
     """`product` with a gradient for x; the weight is frozen and gets none."""
     if torch.is_grad_enabled() and x_TI.requires_grad:
         y: Tensor = _FrozenProduct.apply(x_TI, weight_OI)  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from fortwo.data.packing import PackedAttention, common_prefix, pack
 from fortwo.data.render import Renderer
@@ -36,11 +37,12 @@ from fortwo.records import (
     Transcript,
     Waiting,
 )
-from fortwo.train.objective import Row, head_loss, micro_batches, predicting
+from fortwo.train.objective import Row, micro_batches, predicting
 
 REPLY_TOKENS = 32  # at least; and what the answer takes, and ROOM
 ROOM = 8
 AGREEMENT_TOKENS = 1024
+HEAD_ROWS = 128  # whose logits are there together
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,8 @@ def validation_loss(served: Served, lora: Lora, rows: Spool) -> Generator[TrainE
             final_TD = served.decoder.forward(packed.tokens_T, packed.positions_T, attention, [Segment(lora)])
             places = [index for place, row in enumerate(group) for index in predicting(packed, place, row)]
             wanted = torch.tensor([row.tokens[at] for row in group for at in row.places], device=final_TD.device)
-            total += float(head_loss(final_TD[places], served.decoder.head_VD, wanted))
+            for part_ND, wanted_N in zip(final_TD[places].split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True):
+                total += float(F.cross_entropy(served.decoder.logits(part_ND), wanted_N, reduction="sum"))
         count += len(wanted)
         yield MicroStepped(len(packed.tokens_T))
     return total / count
