@@ -123,6 +123,21 @@ def test_products_in_parts_are_those_of_the_dense_weight(outputs: int, monkeypat
     assert narrow.product(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.skipif(not kernels.multiplies_tiles(), reason="the processor has no tiles")
+@pytest.mark.parametrize("rows", [1, 33, 64])
+@pytest.mark.parametrize("shape", [(64, 64), (192, 320), (832, 128), (128, 4160)])
+def test_products_from_the_codes_are_those_of_the_dense_weight(
+    rows: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nf4, "SUMMED", 256)
+    form = Nf4.of(random(*shape) * torch.linspace(0.1, 2, shape[0])[:, None], Regions())
+    x, grad = random(rows, shape[1], seed=1).bfloat16(), random(rows, shape[0], seed=2).bfloat16()
+    dense = form.part(0, shape[0], torch.bfloat16).float()
+    assert form._multiplies_tiles(x)
+    close(form.forward(x, torch.bfloat16, torch.float32), x.float() @ dense.t())
+    close(form.backward(grad, torch.bfloat16, torch.float32), grad.float() @ dense)
+
+
 # ---------------------------------------------------------------- training on it
 
 ROWS = [Row(tuple(row), 5) for row in make_rows([12, 9, 15], start=[7, 8, 9])]

@@ -24,8 +24,8 @@ from fortwo.models.catalog import Catalog
 from fortwo.models.choice import FORMS, Measurements
 from fortwo.models.decoder import DecoderConfig
 from fortwo.models.forms import Dequantised, Weight
-from fortwo.models.tiles import Tiles
 from fortwo.models.lora import Lora, LoraConfig
+from fortwo.models.tiles import Tiles
 from fortwo.records import AdapterVersion, Json, Message, Phase, Prompt, Sampling
 from fortwo.settings import Settings, load
 

@@ -253,7 +253,7 @@ class Decoder:
     def _to_train(self, dtype: torch.dtype) -> Decoder:
         regions = Regions()
         return self._with(
-            lambda weight, is_head: dense(weight, dtype) if is_head else trained_on(weight, dtype, regions)
+            lambda weight, is_head: dense(weight, dtype) if is_head else trained_on(weight, regions, dtype)
         )
 
     def _with(self, change: Hold) -> Decoder:

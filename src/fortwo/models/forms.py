@@ -192,7 +192,7 @@ class Dequantised(Weight):
 
     def product(self, x_TI: Tensor) -> Tensor:
         multiply = self._form.backward if self._transposed else self._form.forward
-        return multiply(x_TI, self.dtype).to(x_TI.dtype)
+        return multiply(x_TI, self.dtype, x_TI.dtype)
 
 
 Frozen = Tensor | Tiles | Weight
@@ -207,7 +207,7 @@ def dense(weight_OI: Frozen, dtype: torch.dtype) -> Tensor:
     return weight_OI.to(dtype)
 
 
-def trained_on(weight_OI: Frozen, dtype: torch.dtype, regions: Regions) -> Frozen:
+def trained_on(weight_OI: Frozen, regions: Regions, dtype: torch.dtype = torch.bfloat16) -> Frozen:
     """The weight for products in `dtype` there and back. What is held in NF4 alone stays so; fp32, and tiles, that are
     held already are not copied."""
     if (form := _nf4_alone(weight_OI)) is not None:

@@ -182,6 +182,18 @@ class Lora:
             for tensor in (group.A_RI, *(B for *_, B in group.Bs))
         ]
 
+    def flatten(self) -> Tensor:
+        """All parameters end to end (N,), to optimize as one; they become views of it, and their gradients of its."""
+        parameters = self.parameters()
+        flat_N = torch.cat([parameter.detach().flatten() for parameter in parameters]).requires_grad_(True)
+        flat_N.grad = torch.zeros_like(flat_N)
+        sizes = [parameter.numel() for parameter in parameters]
+        parts = zip(parameters, flat_N.detach().split(sizes), flat_N.grad.split(sizes), strict=True)
+        for parameter, part, gradient in parts:
+            parameter.data = part.view(parameter.shape)
+            parameter.requires_grad_(True).grad = gradient.view(parameter.shape)
+        return flat_N
+
     def state(self) -> dict[str, Tensor]:
         """PEFT's names and shapes; A tensors are views of the stacked ones."""
         r, tensors = self.config.r, {}
@@ -259,7 +271,7 @@ class Segment:
 
 
 class _LoraProduct(torch.autograd.Function):
-    """y = x W' + scale * (drop(x) A') B' for one fused product, with gradients for x, A and every B.
+    """y = x W' + (drop(x) scale A') B' for one fused product, with gradients for x, A and every B.
 
     dropped: (probability, seed) of the dropout, or None. All products are in x's type; the Bs are laid out as one
     matrix (out, all ranks), zero outside their columns, so that each product is one.
@@ -277,10 +289,10 @@ class _LoraProduct(torch.autograd.Function):
         *Bs: Tensor,
     ) -> Tensor:
         r = Bs[0].shape[1]
-        ctx.dtype, A_RI = A_RI.dtype, A_RI.to(x_TI.dtype)
+        ctx.dtype, A_RI = A_RI.dtype, torch.mul(A_RI, scale, out=torch.empty_like(A_RI, dtype=x_TI.dtype))
         B_OR = x_TI.new_zeros(weight_OI.shape[0], len(A_RI))
         for place, ((first, last), B_Or) in enumerate(zip(columns, Bs, strict=True)):
-            torch.mul(B_Or, scale, out=B_OR[first:last, place * r : (place + 1) * r])
+            B_OR[first:last, place * r : (place + 1) * r] = B_Or
         h_TR = product(x_TI if dropped is None else drop(x_TI, *dropped), A_RI)
         y_TO = product(x_TI, weight_OI, (h_TR, B_OR))
         ctx.save_for_backward(x_TI, h_TR, A_RI, B_OR)
@@ -293,11 +305,11 @@ class _LoraProduct(torch.autograd.Function):
         grad_h_TR = product(grad_TO, B_OR.t())
         grad_B_RO = product(h_TR.t(), grad_TO.t(), dtype=ctx.dtype)
         grad_Bs = [
-            grad_B_RO[place * ctx.r : (place + 1) * ctx.r, first:last].t() * ctx.scale
+            grad_B_RO[place * ctx.r : (place + 1) * ctx.r, first:last].t()
             for place, (first, last) in enumerate(ctx.columns)
         ]
         seen_TI = x_TI if ctx.dropped is None else drop(x_TI, *ctx.dropped)
-        grad_A_RI = product(grad_h_TR.t(), seen_TI.t(), dtype=ctx.dtype)
+        grad_A_RI = product(grad_h_TR.t(), seen_TI.t(), dtype=ctx.dtype).mul_(ctx.scale)
         if not ctx.needs_input_grad[0]:
             return (None, None, None, None, None, grad_A_RI, *grad_Bs)
         if ctx.dropped is None:

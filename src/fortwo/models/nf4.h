@@ -27,18 +27,31 @@ void nf4_quantise(long blocks, const float *weight, const float *between, uint8_
     }
 }
 
-static inline float nf4_largest(long b, const uint8_t *code, const float *map, const float *scale, const float *offset) {
-    return map[code[b]] * scale[b / SHARED] + *offset;
+/* Codes of a weight and what they mean; `from`: the number that a product begins with. */
+typedef struct {
+    const uint8_t *codes, *largest;
+    const float *map, *scale, *offset, *levels;
+    long from;
+} normal_floats;
+
+static inline float nf4_largest(const normal_floats *w, long b) { return w->map[w->largest[b]] * w->scale[b / SHARED] + *w->offset; }
+
+#ifdef __AVX512BW__
+static inline __m512i nf4_look_up(__m128i codes, __m512i values) { /* 32 of the 16 values, bf16 */
+    __m512i bytes = _mm512_cvtepu8_epi32(codes), low = _mm512_slli_epi32(_mm512_and_si512(bytes, _mm512_set1_epi32(15)), 16);
+    return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(bytes, 4), low), values);
 }
+#endif
 
 /* Blocks first .. first + blocks - 1 as floats. */
-void nf4_dense_float32(long first, long blocks, const uint8_t *codes, const uint8_t *code, const float *map, const float *scale,
+void nf4_dense_float32(long first, long blocks, const uint8_t *codes, const uint8_t *largest, const float *map, const float *scale,
                        const float *offset, const float *levels, float *out) {
+    normal_floats w = {codes, largest, map, scale, offset, levels, 0};
 #pragma omp parallel for schedule(static) if (blocks * NF4_BLOCK > SERIAL)
     for (long b = first; b < first + blocks; b++) {
         const uint8_t *from = codes + b * NF4_BLOCK / 2;
-        float *to = out + (b - first) * NF4_BLOCK, value[16], largest = nf4_largest(b, code, map, scale, offset);
-        for (int n = 0; n < 16; n++) value[n] = levels[n] * largest;
+        float *to = out + (b - first) * NF4_BLOCK, value[16], by = nf4_largest(&w, b);
+        for (int n = 0; n < 16; n++) value[n] = levels[n] * by;
 #ifdef __AVX512BW__
         __m512 table = _mm512_loadu_ps(value);
         for (int i = 0; i < NF4_BLOCK / 2; i += 8) {
@@ -56,21 +69,19 @@ void nf4_dense_float32(long first, long blocks, const uint8_t *codes, const uint
 }
 
 /* The same as bf16. */
-void nf4_dense_bfloat16(long first, long blocks, const uint8_t *codes, const uint8_t *code, const float *map, const float *scale,
+void nf4_dense_bfloat16(long first, long blocks, const uint8_t *codes, const uint8_t *largest, const float *map, const float *scale,
                         const float *offset, const float *levels, bf16 *out) {
+    normal_floats w = {codes, largest, map, scale, offset, levels, 0};
 #pragma omp parallel for schedule(static) if (blocks * NF4_BLOCK > SERIAL)
     for (long b = first; b < first + blocks; b++) {
         const uint8_t *from = codes + b * NF4_BLOCK / 2;
-        float largest = nf4_largest(b, code, map, scale, offset);
         bf16 *to = out + (b - first) * NF4_BLOCK, value[16];
-        for (int n = 0; n < 16; n++) value[n] = to_bf16(levels[n] * largest);
+        float by = nf4_largest(&w, b);
+        for (int n = 0; n < 16; n++) value[n] = to_bf16(levels[n] * by);
 #ifdef __AVX512BW__
         __m512i table = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)value));
-        for (int i = 0; i < NF4_BLOCK / 2; i += 16) {
-            __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(from + i)));
-            __m512i low = _mm512_slli_epi32(_mm512_and_si512(bytes, _mm512_set1_epi32(15)), 16);
-            _mm512_storeu_si512(to + 2 * i, _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(bytes, 4), low), table));
-        }
+        for (int i = 0; i < NF4_BLOCK / 2; i += 16)
+            _mm512_storeu_si512(to + 2 * i, nf4_look_up(_mm_loadu_si128((const __m128i *)(from + i)), table));
 #else
         for (int i = 0; i < NF4_BLOCK / 2; i++) {
             to[2 * i] = value[from[i] >> 4];

@@ -1,7 +1,8 @@
 """NF4: 4-bit NormalFloat in blocks of 64 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314).
 
 Levels and layout are bitsandbytes'. A product makes the weight dense part by part and throws each part away: what is in
-memory is the codes and one part. Shape suffixes as in `forms`; B blocks.
+memory is the codes and one part; where the processor has tiles (matrix.h), a part is what lies in a core's cache. Shape
+suffixes as in `forms`; B blocks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fortwo.models import kernels, products
 
 BLOCK, SHARED = 64, 256  # weights to a largest value, largest values to a scale
 PIECE = 1 << 24  # weights that are quantised at once
+SUMMED = 2048  # outputs whose part of a gradient is one product from the codes
 PART = 8 << 20  # bytes of a dense part: what is read again soon after it is written
 LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -104,31 +106,58 @@ class Nf4:
         begin, blocks, device = first * I // BLOCK, (last - first) * I // BLOCK, self.codes.device
         out = torch.empty(blocks * BLOCK, dtype=dtype, device=device) if into is None else into[: blocks * BLOCK]
         if kernels.usable(out, self.scale_S):
-            tables = self.largest_B, dynamic_map(device), self.scale_S, self.offset, _levels(device)
-            kernels.call("nf4_dense", dtype, begin, blocks, self.codes, *tables, out)
+            kernels.call("nf4_dense", dtype, begin, blocks, self.codes, *self._tables(), out)
         else:
             out.copy_(plain(self, begin, begin + blocks).view(-1))
         return out.view(last - first, I)
 
     def product(self, x_TI: Tensor) -> Tensor:
         bf16 = products.multiplies_bf16(x_TI.device)
-        return self.forward(x_TI, torch.bfloat16 if bf16 else torch.float32).float()
+        return self.forward(x_TI, torch.bfloat16 if bf16 else torch.float32, torch.float32)
 
-    def forward(self, x_TI: Tensor, dtype: torch.dtype) -> Tensor:
-        """x @ weight.T by products in `dtype`; the result has it too."""
-        y_TO = x_TI.new_empty(len(x_TI), self.shape[0], dtype=dtype)
+    def forward(self, x_TI: Tensor, dtype: torch.dtype, result: torch.dtype) -> Tensor:
+        """x @ weight.T by products in `dtype`, as `result`."""
+        O, I = self.shape  # noqa: E741
+        y_TO = x_TI.new_empty(len(x_TI), O, dtype=result)
         x_TI = x_TI.to(dtype)
+        if self._multiplies_tiles(x_TI):
+            self._product(x_TI.contiguous(), O, I, 0, (I, 1), y_TO)
+            return y_TO
         for first, last, part in self._parts(dtype):
-            y_TO[:, first:last] = products.product(x_TI, part)
+            y_TO[:, first:last] = products.product(x_TI, part, dtype=result)
         return y_TO
 
-    def backward(self, grad_TO: Tensor, dtype: torch.dtype) -> Tensor:
+    def backward(self, grad_TO: Tensor, dtype: torch.dtype, result: torch.dtype) -> Tensor:
         """grad @ weight likewise; summed over the parts in fp32."""
-        grad_TI = grad_TO.new_zeros(len(grad_TO), self.shape[1], dtype=torch.float32)
+        O, I = self.shape  # noqa: E741
+        grad_TI = grad_TO.new_zeros(len(grad_TO), I, dtype=torch.float32)
         grad_TO = grad_TO.to(dtype)
+        if self._multiplies_tiles(grad_TO):
+            grad_TO, part_TI = grad_TO.contiguous(), torch.empty_like(grad_TI)
+            for first in range(0, O, SUMMED):
+                last = min(first + SUMMED, O)
+                self._product(grad_TO[:, first:last], I, last - first, first * I, (1, I), part_TI)
+                grad_TI += part_TI
+            return grad_TI.to(result)
         for first, last, part in self._parts(dtype):
             grad_TI += products.product(grad_TO[:, first:last], part.t(), dtype=torch.float32)
-        return grad_TI.to(dtype)
+        return grad_TI.to(result)
+
+    def _multiplies_tiles(self, x: Tensor) -> bool:
+        """Whether products of this x may be made from the codes themselves."""
+        whole = all(size % BLOCK == 0 for size in self.shape)
+        return whole and x.dtype == torch.bfloat16 and kernels.usable(x) and kernels.multiplies_tiles()
+
+    def _product(self, a_MK: Tensor, N: int, K: int, begin: int, steps: tuple[int, int], out_MN: Tensor) -> None:
+        """a @ b.T, where b (N, K) is the weight from number `begin` on, with `steps` from row to row and column to
+        column."""
+        weight: list[Tensor | int] = [self.codes, *self._tables(), begin, *steps]
+        wide = int(out_MN.dtype == torch.float32)
+        kernels.call("nf4_product", None, len(a_MK), N, K, a_MK, a_MK.stride(0), *weight, out_MN, N, wide)
+
+    def _tables(self) -> tuple[Tensor, ...]:
+        device = self.codes.device
+        return self.largest_B, dynamic_map(device), self.scale_S, self.offset, _levels(device)
 
     def _parts(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         """(first, last, outputs first .. last - 1); a part is gone when the next one is asked for."""

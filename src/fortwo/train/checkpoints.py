@@ -147,7 +147,15 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     Raises TrainingFailed (code checkpoint_stale) when these were other rows.
     """
     state = checkpoint.state
-    if run.drawn != state["drawn"]:
+    moments: dict[int, dict[str, Tensor]] = {}
+    best: dict[int, Tensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        match name.split("."):
+            case ["optimizer", place, moment]:
+                moments.setdefault(int(place), {})[moment] = tensor.clone()
+            case ["best", place]:
+                best[int(place)] = tensor
+    if run.drawn != state["drawn"] or len(moments) > len(run.optimizer.param_groups[0]["params"]):
         raise TrainingFailed(
             f"the checkpoint of step {checkpoint.step} was trained on other rows than this plan now draws",
             hint="fortwo has changed since then. Resume the job: it starts from the beginning.",
@@ -157,14 +165,6 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     with torch.no_grad():
         for name, live in run.lora.state().items():
             live.copy_(checkpoint.adapter[name])
-    moments: dict[int, dict[str, Tensor]] = {}
-    best: dict[int, Tensor] = {}
-    for name, tensor in checkpoint.tensors.items():
-        match name.split("."):
-            case ["optimizer", place, moment]:
-                moments.setdefault(int(place), {})[moment] = tensor.clone()
-            case ["best", place]:
-                best[int(place)] = tensor
     run.optimizer.load_state_dict({"state": moments, "param_groups": run.optimizer.state_dict()["param_groups"]})
     run.best = Best(
         **state["best"], tensors=[best[place].to(parameters[place].device, copy=True) for place in sorted(best)]

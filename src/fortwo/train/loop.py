@@ -131,7 +131,7 @@ def teach(
         report = replace(report, eval_losses=tuple(run.eval_losses))
     finally:
         for parameter in lora.parameters():
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(False).grad = None
         serving.detach(base.id, key)
     actual |= {
         "seconds": clock.seconds,
@@ -155,11 +155,8 @@ def lora_config(plan: Plan) -> LoraConfig:
 
 
 def _optimizer(lora: Lora, plan: Plan) -> torch.optim.Optimizer:
-    parameters = lora.parameters()
-    for parameter in parameters:
-        parameter.requires_grad_(True)
     return torch.optim.AdamW(
-        parameters,
+        [lora.flatten()],
         lr=plan["learning_rate"],
         betas=(plan["adam_beta1"], plan["adam_beta2"]),
         eps=plan["adam_epsilon"],
@@ -298,14 +295,14 @@ def _step(
         seconds += time.perf_counter() - began
     began = time.perf_counter()
     limit = plan["max_grad_norm"] if plan["max_grad_norm"] > 0 else math.inf
-    norm = float(torch.nn.utils.clip_grad_norm_(lora.parameters(), limit))
+    norm = float(torch.nn.utils.clip_grad_norm_(run.optimizer.param_groups[0]["params"], limit))
     loss = learn + course.keep_weight * keep
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise diverged(
             f"step {run.step}: the loss is {loss:g} and the gradient's norm {norm:g} at a learning rate of {rate:g}"
         )
     run.optimizer.step()
-    run.optimizer.zero_grad()
+    run.optimizer.zero_grad(set_to_none=False)
     seconds += time.perf_counter() - began
     clock.training += seconds
     clock.tokens += tokens
