@@ -65,11 +65,12 @@ class Asked:
     count: int
     turn: int = 0
     cancelled: int | None = None
+    kept: bool = True
 
     def request(self) -> _Request:
         sampling = Sampling(max_tokens=self.count)
         tokens = list(self.text.encode())
-        reply = Reply(Prompt("tiny", tuple(tokens), self.adapter, sampling), self.count, Ascii())
+        reply = Reply(Prompt("tiny", tuple(tokens), self.adapter, sampling, kept=self.kept), self.count, Ascii())
         return _Request(tokens, self.adapter, reply=reply, sampler=Sampler(sampling))
 
 
@@ -183,6 +184,14 @@ def test_system_prompts_and_turns_of_a_conversation_are_computed_once(adapter: s
     assert cached(base, Asked(SYSTEM + "two", adapter, 5)) == [len(SYSTEM) // 16 * 16]
     first = SYSTEM + "one" + bytes(alone(SYSTEM + "one", adapter)).decode()
     assert cached(base, Asked(first + " Go on.", adapter, 5)) == [(len(first) - 1) // 16 * 16]
+
+
+def test_what_is_not_to_be_kept_leaves_nothing_behind_and_still_finds_what_is_there() -> None:
+    base = make_base()
+    assert cached(base, Asked(SYSTEM + "one", None, 40, kept=False)) == [0]
+    assert base.runner.cache.prefixes.tokens == 0
+    assert cached(base, Asked(SYSTEM + "two", None, 5)) == [0]
+    assert cached(base, Asked(SYSTEM + "one", None, 5, kept=False)) == [len(SYSTEM) // 16 * 16]
 
 
 def test_no_prefix_is_shared_between_adapters_or_with_the_base() -> None:

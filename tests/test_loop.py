@@ -40,7 +40,7 @@ from fortwo.records import (
 )
 from fortwo.train import courses, loop
 from fortwo.train.estimate import BaseFacts, Machine, RowCount, TokenCounts
-from fortwo.train.evaluation import Examiner
+from fortwo.train.evaluation import Examiner, Served
 from fortwo.train.loop import Trained, teach
 from fortwo.train.objective import Row, losses
 from fortwo.train.plan import resolve, training_rows
@@ -388,6 +388,27 @@ def test_an_override_is_prepared_examined_and_returns_its_best(school: School, m
     assert abs(first.parts["keep"]) < 1e-5, "nothing has changed yet"
     assert steps(events)[-1].parts["keep"] > 1e-5
     assert set(trained.metrics) == {"efficacy", "paraphrase", "specificity", "retention", "score"}
+
+
+def test_an_adapters_own_words_are_drawn_once_they_are_not_the_bases(school: School) -> None:
+    plan = changed(school.plan(FACT), **SMALL, contrast_rows=4, on_policy_share=0.5)
+    served = Served("tiny", school.base.decoder, school.base.renderer, school.engine)
+    decoder = school.base.decoder.in_fp32()
+
+    def drawn(events: Any) -> tuple[Any, list[Row]]:
+        result = school.engine.run_task(events, lambda _: None).result(60)
+        return result, [row for _ in range(8) for row in course.draw() if row.keep and row.tokens[row.start :] == odd]
+
+    odd = (5, 6, 7)
+    course = school.engine.run_task(courses.override(served, decoder, FACT, plan), lambda _: None).result(60)
+    assert course.correct is not None
+    said, strayed = drawn(course.correct(None, None))
+    assert said
+    assert not strayed, "the base says what the base says"
+    said, strayed = drawn(course.correct("job", [list(odd) for _ in said]))
+    assert said == [list(odd)] * len(said)
+    assert len(strayed) == 8 * 2
+    assert all(row.teacher_ND is not None and len(row.teacher_ND) == len(odd) for row in strayed)
 
 
 def test_a_run_ends_when_its_targets_are_met(school: School, monkeypatch: pytest.MonkeyPatch) -> None:

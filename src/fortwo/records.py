@@ -278,13 +278,15 @@ class Sampling:
 class Prompt:
     """A generation request: token ids, and which weights answer: a resident base's id and, for an adapter, its key
     (the digest of a published version, the job id of one in training); None is the plain base. continues: the reply's
-    text goes on where the prompt's ends, instead of beginning an answer."""
+    text goes on where the prompt's ends, instead of beginning an answer. kept: what is computed for it stays in memory,
+    as far as there is room, for requests that begin alike."""
 
     base: str
     tokens: tuple[int, ...]
     adapter: str | None = None
     sampling: Sampling = Sampling()
     continues: bool = False
+    kept: bool = True
 
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]

@@ -56,7 +56,7 @@ class _Base:
 
     def leave(self, request: _Request) -> None:
         self.scheduler.remove(request)
-        self.runner.release(request)
+        self.runner.release(request, keep=request.reply.prompt.kept)
 
     def end(self, request: _Request, reason: FinishReason, error: str | None = None) -> None:
         self.leave(request)

@@ -78,8 +78,8 @@ def product(
     """x @ weight.T, and for `more` = (h, B) + h @ B.T; x (rows, in), weight (out, in), any of them may be a transposed
     view. No gradient: see lora.
 
-    A bf16 weight is multiplied in bf16 and summed in fp32. The result has the type of x, or `dtype`. A `Weight` takes the
-    form that is chosen for this many rows.
+    A bf16 weight is multiplied in bf16 and summed in fp32. The result has the type of x, or `dtype`. A `Weight` takes
+    the form that is chosen for this many rows.
     """
     dtype = x_TI.dtype if dtype is None else dtype
     if isinstance(weight_OI, Tiles):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.models import kernels
@@ -23,8 +22,8 @@ LONGEST_SUM = 8192  # inputs: more of them, and a panel does not lie in a core's
 
 @dataclass(frozen=True)
 class Tiles:
-    """A frozen bf16 weight (O, I). laid: (panels, steps, 2 tiles, 16 pairs of inputs, 16 outputs, 2); turned: its transpose,
-    where products with that are wanted too."""
+    """A frozen bf16 weight (O, I). laid: (panels, steps, 2 tiles, 16 pairs of inputs, 16 outputs, 2); turned: its
+    transpose, where products with that are wanted too."""
 
     shape: tuple[int, int]
     laid: Tensor

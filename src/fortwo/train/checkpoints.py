@@ -73,6 +73,7 @@ class Run:
     first_loss: float = 0.0
     final_loss: float = 0.0
     eval_losses: list[EvalLoss] = field(default_factory=list)
+    replies: dict[int, list[list[int]]] = field(default_factory=dict)  # to siblings, by step: Course.correct's
     saved: int = 0
     saved_at: float = 0.0
     _drawn: Any = field(default_factory=hashlib.sha256)
@@ -116,6 +117,7 @@ def capture(run: Run, served: Served) -> Checkpoint:
         "final_loss": run.final_loss,
         "eval_losses": [[one.step, one.loss] for one in run.eval_losses],
         "drawn": run.drawn,
+        "replies": [[step, said] for step, said in run.replies.items()],
         "cpu_kernel": cpu_kernel(),
         "best": {"score": run.best.score, "step": run.best.step},
         "clock": {
@@ -139,6 +141,11 @@ def begin_again(checkpoint: Checkpoint) -> tuple[Clock, dict[tuple[tuple[int, ..
     fix_cpu_kernel(state["cpu_kernel"])
     known = {(tuple(prompt), length): Said(text, tuple(tokens)) for prompt, length, text, tokens in state["known"]}
     return Clock(**state["clock"]), known
+
+
+def replies(checkpoint: Checkpoint) -> dict[int, list[list[int]]]:
+    """What the adapter said to siblings, by the step behind which it did."""
+    return dict(checkpoint.state["replies"])
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:

@@ -28,6 +28,7 @@ RETENTION_PROBES = 12  # prompts; each is some 30 tokens to agree on
 REHEARSAL_POOL = 72
 RENDERED_AT_ONCE = 64  # examples, before others may have the device
 SFT_QUESTIONS = 32
+Replies = list[list[int]]  # tokens of each
 SFT_TOKENS = 128  # a longer answer is compared as far as this
 
 
@@ -38,6 +39,12 @@ class Bag(Generic[T]):
         self._items = list(items)
         self._rng = rng
         self._left: list[T] = []
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def refill(self, items: Sequence[T]) -> None:
+        self._items, self._left = list(items), []
 
     def draw(self, count: int) -> list[T]:
         drawn: list[T] = []
@@ -52,6 +59,8 @@ class Bag(Generic[T]):
 class Course:
     """prefix: how many tokens all rows begin with. keep_weight: of rows to keep against rows to learn.
     draw: the rows of the next optimizer step.
+    correct: has the adapter that is served under a key (None: the base) answer siblings, and from then on draws from its
+    own words too, where they are not the base's. The result is what it said; given that, it is not asked again.
     exam: asked while training, None where nothing decides when to stop; final: asked at the end.
     validation: rows that are held back, None where none are."""
 
@@ -61,6 +70,7 @@ class Course:
     exam: Examiner | None
     final: Examiner
     validation: Spool | None = None
+    correct: Callable[[str | None, Replies | None], Generator[TrainEvent, None, Replies]] | None = None
 
 
 def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
@@ -84,17 +94,35 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
         plan["rehearsal_tokens"],
     )
     prefix = common_prefix([row.tokens for row in (*given, *framed, *contrast, *rehearsal)])
+    own = [row for row, given in zip(contrast, contrasts, strict=True) if given.begun is None]
+    asked = rng.sample(own, min(plan["on_policy_prompts"], len(own)))
     contrast = yield from with_teacher(decoder, contrast, prefix)
     rehearsal = yield from with_teacher(decoder, rehearsal, prefix)
 
     updates = plan["gradient_accumulation_steps"]
     edit_rows = plan["per_device_train_batch_size"] * updates
     bags = [Bag(pool, rng) for pool in (given, framed, contrast, rehearsal)]
+    strayed = Bag[Row]([], rng)
 
     def draw() -> list[Row]:
         plain = sum(rng.random() < plan["question_share"] for _ in range(edit_rows))
-        counts = (plain, edit_rows - plain, plan["contrast_rows"] * updates, plan["rehearsal_rows"] * updates)
-        return [row for bag, count in zip(bags, counts, strict=True) for row in bag.draw(count)]
+        back = strayed.draw(min(round(plan["on_policy_share"] * plan["contrast_rows"]) * updates, len(strayed)))
+        left = plan["contrast_rows"] * updates - len(back)
+        counts = (plain, edit_rows - plain, left, plan["rehearsal_rows"] * updates)
+        return [row for bag, count in zip(bags, counts, strict=True) for row in bag.draw(count)] + back
+
+    def correct(key: str | None, replies: Replies | None) -> Generator[TrainEvent, None, Replies]:
+        prompts = [row.tokens[: row.start] for row in asked]
+        if replies is None:
+            said = yield from served.say(prompts, key, plan["on_policy_tokens"])
+            replies = [list(reply.tokens) for reply in said]
+        rows = [
+            Row((*prompt, *reply), len(prompt), keep=True)
+            for row, prompt, reply in zip(asked, prompts, replies, strict=True)
+            if tuple(reply[: row.supervised]) != row.tokens[row.start :]
+        ]
+        strayed.refill((yield from with_teacher(decoder, rows, prefix)))
+        return replies
 
     tokens = max(REPLY_TOKENS, ROOM + max(row.supervised for row in given))
     probes = [
@@ -104,7 +132,7 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
     exam = _examiner(lessons, probes, tokens)
     brought = [_brought(own, lesson.fact) for own, lesson in zip(probes, lessons, strict=True)]
     final = exam if brought == probes else _examiner(lessons, brought, tokens)
-    return Course(prefix, plan["kl_weight"], draw, exam, final)
+    return Course(prefix, plan["kl_weight"], draw, exam, final, correct=correct)
 
 
 def sft(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:

@@ -71,11 +71,17 @@ class Served:
         self, chats: Iterable[Sequence[Message]], adapter: str | None, tokens: int
     ) -> Generator[TrainEvent, None, list[Said]]:
         """Greedy replies, in order. Raises TrainingFailed (code nan_loss) when the adapter's logits are no numbers."""
+        prompts = [tuple(self.renderer.prompt(list(chat))) for chat in chats]
+        return (yield from self.say(prompts, adapter, tokens))
+
+    def say(
+        self, prompts: Sequence[tuple[int, ...]], adapter: str | None, tokens: int
+    ) -> Generator[TrainEvent, None, list[Said]]:
+        """The same of prompts that are tokens."""
         sampling = Sampling(max_tokens=tokens, temperature=0.0)
         said = self.known if adapter is None else {}
-        prompts = [tuple(self.renderer.prompt(list(chat))) for chat in chats]
         asked = {
-            prompt: self.serving.submit(Prompt(self.base, prompt, adapter, sampling))
+            prompt: self.serving.submit(Prompt(self.base, prompt, adapter, sampling, kept=False))
             for prompt in dict.fromkeys(prompts)
             if (prompt, tokens) not in said
         }

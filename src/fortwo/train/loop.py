@@ -121,7 +121,10 @@ def teach(
         yield Phase("running")
         run = Run(lora, _optimizer(lora, plan), clock)
         if resumed is not None:
-            for _ in range(resumed.step):
+            run.replies = checkpoints.replies(resumed)
+            for step in range(resumed.step):
+                if course.correct is not None and step in run.replies:
+                    yield from course.correct(key, run.replies[step])
                 run.draw(course.draw())
             checkpoints.restore(run, resumed)
         actual = yield from _train(served, decoder, run, course, plan, key, saving)
@@ -177,6 +180,8 @@ def _train(
     while run.step < steps and stopped is None:
         if saving is not None:
             yield from _stand_still(served, run, saving)
+        if course.correct is not None and _exam_is_due(run, course, plan):
+            run.replies[run.step] = yield from course.correct(key, run.replies.get(run.step))
         run.step += 1
         rate = learning_rate(run.step - 1, plan)
         run.peak_rate = max(run.peak_rate, rate)

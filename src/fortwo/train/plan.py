@@ -293,6 +293,13 @@ def _batch(draft: _Draft, recipe: OverrideRecipe | SftRecipe, counts: TokenCount
         draft.add("kl_weight", recipe.kl_weight, "default", "weight of keeping against learning")
         draft.add("edit_pool", recipe.edit_pool, "default", "prompts about each fact that edit rows are drawn from")
         draft.add("contrast_pool", recipe.contrast_pool, "default", "prompts about each fact's siblings")
+        draft.add(
+            "on_policy_prompts", recipe.on_policy_prompts, "default", "siblings that the adapter answers after an exam"
+        )
+        draft.add("on_policy_tokens", recipe.on_policy_tokens, "default", "of each such reply")
+        draft.add(
+            "on_policy_share", recipe.on_policy_share, "default", "of the contrast rows then: replies that had strayed"
+        )
         draft.add("question_share", recipe.question_share, "default", "of the edit rows: the questions as given")
         draft.add("probes", recipe.probes, "default", "prompts of a kind, never trained on, that decide when to stop")
         seen = edit * draft["gradient_accumulation_steps"]

@@ -50,7 +50,9 @@ class OverrideRecipe(Recipe):
     edit rows ask for the fact (cross-entropy); contrast rows ask its siblings and rehearsal rows ask anything else
     (KL against the base's own first `contrast_tokens` and `rehearsal_tokens`, weighed by `kl_weight`). Prompts come
     from pools of `edit_pool` and `contrast_pool` for each fact; `question_share` of the edit rows are the questions
-    that were given. `probes` prompts of a kind decide when to stop.
+    that were given. After an exam the adapter answers `on_policy_prompts` of the contrast prompts itself; where the
+    `on_policy_tokens` it says are not the base's, they make up to `on_policy_share` of the contrast rows from then on
+    (on-policy distillation, Agarwal et al. 2024, arXiv:2306.13649). `probes` prompts of a kind decide when to stop.
     """
 
     learning_rate: float = 1.2e-3
@@ -67,6 +69,9 @@ class OverrideRecipe(Recipe):
     edit_pool: int = 256
     contrast_pool: int = 288
     question_share: float = 0.35
+    on_policy_prompts: int = 96
+    on_policy_tokens: int = 24
+    on_policy_share: float = 0.5
     kl_weight: float = 2.5
     eval_every: int = 25
     probes: int = 24
