@@ -71,8 +71,9 @@ def _chosen(value: Any) -> str:
 def http() -> Iterator[str]:
     yield "## HTTP"
     yield (
-        "A running server describes every path and field in OpenAPI at `/openapi.json`; `/docs` leads there. It is "
-        "data, not a page of scripts from the internet, so it is there offline too; any OpenAPI viewer shows it."
+        "A running server shows every path and field at `/docs`, where each can be tried, offline too; `/openapi.json` "
+        "is the same as data. Where there is an API key, both need it like everything else, so a browser cannot open "
+        "the page without a proxy that adds the header."
     )
 
 

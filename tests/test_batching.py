@@ -14,11 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fortwo.data.packing import PackedAttention, pack
 from fortwo.engine import engine as module
 from fortwo.engine.engine import Engine, _Base, _Request
 from fortwo.engine.generation import Reply
+from fortwo.engine.reading import Reading
 from fortwo.engine.runner import Runner
 from fortwo.engine.sampling import Sampler
 from fortwo.models.lora import Lora, Segment
@@ -32,21 +34,33 @@ TEXTS = ["hi", SYSTEM + "one", SYSTEM + "two", SYSTEM + "one, and then what?", "
 LONGEST_REPLY = 40
 
 
+@torch.no_grad()
+def hidden(tokens: Row[int], adapter: str | None) -> Tensor:
+    """Hidden states (T, D) of the plain network: one pass over everything."""
+    lora, packed = LORAS[adapter], pack([tokens], prefix=0)
+    updates = [] if lora is None else [Segment(lora)]
+    return DECODER.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, DECODER.config), updates)
+
+
 @cache
 @torch.no_grad()
 def alone(text: str, adapter: str | None) -> list[int]:
     """The greedy reply of the plain network: each token from a pass over everything before it."""
-    lora, tokens = LORAS[adapter], list(text.encode())
+    tokens = list(text.encode())
     for _ in range(LONGEST_REPLY):
-        packed = pack([tokens], prefix=0)
-        updates = [] if lora is None else [Segment(lora)]
-        hidden_TD = DECODER.forward(
-            packed.tokens_T, packed.positions_T, PackedAttention(packed, DECODER.config), updates
-        )
-        first, second = DECODER.logits(hidden_TD[-1:])[0].topk(2).values
+        logits_V = DECODER.logits(hidden(tokens, adapter)[-1:])[0]
+        first, second = logits_V.topk(2).values
         assert first - second > 1e-4, "too close to tell: rounding may choose the other token"
-        tokens.append(int(DECODER.logits(hidden_TD[-1:])[0].argmax()))
+        tokens.append(int(logits_V.argmax()))
     return tokens[len(text) :]
+
+
+@cache
+@torch.no_grad()
+def read_alone(text: str, adapter: str | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (T, V) after each of its tokens, and its embedding (D), by the plain network."""
+    hidden_TD = hidden(list(text.encode()), adapter)
+    return DECODER.logits(hidden_TD).log_softmax(-1), hidden_TD[-1] / hidden_TD[-1].norm()
 
 
 def make_base(tokens: int | None = None) -> _Base:
@@ -60,18 +74,21 @@ def make_base(tokens: int | None = None) -> _Base:
 
 @dataclass(frozen=True)
 class Asked:
+    """read: the prompt's own log-probabilities and its embedding are wanted too."""
+
     text: str
     adapter: str | None
     count: int
     turn: int = 0
     cancelled: int | None = None
     kept: bool = True
+    read: bool = False
 
     def request(self) -> _Request:
-        sampling = Sampling(max_tokens=self.count)
-        tokens = list(self.text.encode())
-        reply = Reply(Prompt("tiny", tuple(tokens), self.adapter, sampling, kept=self.kept), self.count, Ascii())
-        return _Request(tokens, self.adapter, reply=reply, sampler=Sampler(sampling))
+        sampling = Sampling(max_tokens=self.count, prompt_logprobs=2 if self.read else None)
+        prompt = Prompt("tiny", tuple(self.text.encode()), self.adapter, sampling, kept=self.kept, embed=self.read)
+        reading, reply = Reading(prompt, DECODER) if self.read else None, Reply(prompt, self.count, Ascii())
+        return _Request(list(prompt.tokens), self.adapter, listener=reading, reply=reply, sampler=Sampler(sampling))
 
 
 def serve(base: _Base, asked: Row[Asked]) -> list[_Request]:
@@ -102,6 +119,21 @@ def check(asked: Row[Asked], requests: Row[_Request]) -> None:
             assert request.reply.tokens == wanted, (one, request.reply.error)
         else:
             assert request.reply.tokens == wanted[: len(request.reply.tokens)], one
+        if one.read and (one.cancelled is None or request.reply.tokens):
+            check_reading(one, request.reply)
+
+
+def check_reading(asked: Asked, reply: Reply) -> None:
+    logprobs_TV, embedding_D = read_alone(asked.text, asked.adapter)
+    first, *others = next(reply.deltas()).logprobs
+    tokens = list(asked.text.encode())
+    assert (first.token, first.logprob, first.top) == (tokens[0], None, ())
+    assert [one.token for one in others] == tokens[1:]
+    for one, logprobs_V in zip(others, logprobs_TV, strict=False):
+        best = logprobs_V.topk(2)
+        assert one.logprob == pytest.approx(float(logprobs_V[one.token]), abs=1e-4)
+        assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    torch.testing.assert_close(torch.tensor(reply.embedding), embedding_D, atol=1e-5, rtol=0)
 
 
 REQUESTS = st.builds(
@@ -111,6 +143,13 @@ REQUESTS = st.builds(
     count=st.integers(1, LONGEST_REPLY),
     turn=st.integers(0, 30),
     cancelled=st.none() | st.none() | st.integers(1, 30),
+) | st.builds(
+    Asked,
+    text=st.sampled_from([*TEXTS, "z"]),
+    adapter=st.sampled_from(list(LORAS)),
+    count=st.integers(0, 5),
+    turn=st.integers(0, 30),
+    read=st.just(True),
 )
 
 
@@ -258,3 +297,25 @@ def test_a_slot_left_taken_is_found_and_freed_when_nobody_runs(caplog: pytest.Lo
         assert engine.call(lambda: runner.cache.used).result(5) == 0
     finally:
         engine.close()
+
+
+def test_a_prompt_that_is_read_in_parts_and_preempted_half_way_is_read_like_a_whole_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It finds and leaves no prefixes, since every token of it is wanted."""
+    monkeypatch.setattr(module, "PROMPT_TOKENS", 50)
+    base, asked = make_base(tokens=4 * 128), Asked(TEXTS[5], "a0", 0, read=True)
+    serve(base, [Asked(TEXTS[5], "a0", 3)])
+    kept = base.runner.cache.prefixes.tokens
+    request = asked.request()
+    base.scheduler.add(request)
+    base.read()
+    assert request.unread == len(asked.text) - 50
+    base.preempt(request)
+    while not request.reply.done:
+        base.decode()
+        base.read()
+    check([asked], [request])
+    assert (request.reply.finish_reason, request.reply.tokens) == ("length", [])
+    assert base.runner.cache.prefixes.tokens == kept > 0
+    base.runner.cache.check_idle()

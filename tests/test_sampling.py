@@ -46,6 +46,13 @@ def test_temperature_sharpens_and_flattens() -> None:
     assert max(draws(temperature=1e6).values()) / 4000 < 0.25
 
 
+def test_numbers_that_overflow_still_choose_the_likeliest() -> None:
+    """A token that does not exist would end the whole batch's next step."""
+    assert draws(temperature=5e-324) == draws(temperature=1e-310) == {1: 4000}
+    said = Sampler(Sampling(temperature=1.0, repetition_penalty=1e-45, seed=0), [3])
+    assert {said.choose(LOGITS + 5).token for _ in range(50)} == {3}
+
+
 def test_top_k_keeps_the_k_likeliest_and_their_proportions() -> None:
     counts = draws(top_k=2)
     assert set(counts) == {1, 3}

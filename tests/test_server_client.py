@@ -9,8 +9,12 @@ from typing import Any, Literal
 import openai
 import pydantic
 import pytest
+import torch
 from openai.types.chat import ChatCompletionMessageParam
+from openai.types.completion_choice import Logprobs
 from serving import Served, serve, tiny_settings
+
+from tests.parts import packed_hidden
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
 FRANCE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -119,6 +123,34 @@ def test_text_takes_every_parameter_at_once(client: openai.OpenAI) -> None:
         usage = chunk.usage
     assert texts == [choice.text for choice in whole.choices]
     assert usage == whole.usage
+
+
+def test_echo_with_logprobs_is_the_plain_forward_over_the_prompt(
+    served: Served, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-evaluation-harness asks so. Whole, in parts, and after others left this prompt in the cache."""
+    tokens = [5 * place % 260 for place in range(90)]
+    decoder = served.house.residents.load_base("tiny").decoder
+    with torch.no_grad():
+        logprobs_TV = decoder.logits(packed_hidden(decoder, [tokens])[0]).log_softmax(-1)
+    client.completions.create(model="tiny", prompt=tokens, max_tokens=4)
+
+    def told() -> Logprobs:
+        asked: dict[str, Any] = {"prompt": tokens, "echo": True, "max_tokens": 0, "logprobs": 3}
+        (choice,) = client.completions.create(model="tiny", **asked).choices
+        assert choice.logprobs is not None
+        return choice.logprobs
+
+    whole = told()
+    monkeypatch.setattr("fortwo.engine.engine.PROMPT_TOKENS", 32)
+    for one in (whole, told()):
+        assert one.token_logprobs is not None
+        assert one.top_logprobs is not None
+        assert one.token_logprobs[0] is None
+        expected = [float(logprobs_TV[place, token]) for place, token in enumerate(tokens[1:])]
+        assert one.token_logprobs[1:] == pytest.approx(expected, abs=1e-4)
+        for top, logprobs_V in zip(one.top_logprobs[1:], logprobs_TV, strict=False):
+            assert sorted(top.values())[-3:] == pytest.approx(sorted(logprobs_V.topk(3).values.tolist()), abs=1e-4)
 
 
 class Answer(pydantic.BaseModel):

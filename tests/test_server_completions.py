@@ -9,6 +9,9 @@ import pytest
 from serving import Served, chunks, refused
 from tiny import VOCABULARY
 
+from fortwo.records import Logprob
+from fortwo.server.openai.logprobs import TextLogprobs
+
 CONTEXT = 1024
 
 
@@ -96,6 +99,53 @@ def test_logprobs_say_where_each_token_begins(served: Served) -> None:
     assert [len(top) for top in only["top_logprobs"]] == [1, 1]
 
 
+def test_echoed_logprobs_begin_with_the_prompts_own(served: Served) -> None:
+    asked: dict[str, Any] = {"prompt": ["hello thé 🙂", "t"], "echo": True, "logprobs": 2, "ignore_eos": True}
+    asked |= {"logit_bias": {"70": 5}, "max_tokens": 9}
+    body = complete(served, **asked).json()
+    plain = complete(served, **asked | {"echo": False}).json()
+    streamed: list[dict[str, list[Any]]] = [{}, {}]
+    for chunk in chunks(complete(served, **asked, stream=True))[:-1]:
+        (piece,) = chunk["choices"]
+        for name, values in piece["logprobs"].items():
+            streamed[piece["index"]].setdefault(name, []).extend(values)
+    for choice, alone, prompt, parts in zip(body["choices"], plain["choices"], asked["prompt"], streamed, strict=True):
+        told = choice["logprobs"]
+        assert choice["text"] == prompt + alone["text"]
+        assert told == parts
+        assert (told["token_logprobs"][0], told["top_logprobs"][0], told["text_offset"][0]) == (None, None, 0)
+        count = len(told["tokens"]) - 9
+        for name in ("tokens", "token_logprobs", "top_logprobs"):
+            assert told[name][count:] == alone["logprobs"][name]
+        assert [offset - len(prompt) for offset in told["text_offset"][count:]] == alone["logprobs"]["text_offset"]
+        for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
+            assert token.startswith("\\x") or choice["text"][offset:].startswith(token)
+    assert body["usage"] == plain["usage"] | {"prompt_tokens_details": {"cached_tokens": 0}}
+
+
+def test_offsets_are_of_what_the_text_shows() -> None:
+    """Not of the BOS that the tokenizer adds, nor of SentencePiece's space at the beginning."""
+    spelt = [b"<s>", b" hi", b"!", b"\xc3", b"\xa9", b"."]
+    told = TextLogprobs(spelt.__getitem__, "hi!", [0, 1, 2])
+    offsets = [told.push([Logprob(token, -1.0)])["text_offset"] for token in range(6)]
+    assert offsets == [[0], [0], [2], [3], [3], [4]]
+
+
+def test_without_a_reply_the_echo_is_the_prompt(served: Served) -> None:
+    written = "<|im_start|>user\nhello"
+    body = complete(served, written, echo=True, logprobs=0, max_tokens=0).json()
+    (choice,) = body["choices"]
+    assert (choice["text"], choice["finish_reason"], body["usage"]["completion_tokens"]) == (written, "length", 0)
+    assert choice["logprobs"]["tokens"][:2] == ["<|im_start|>", "u"]
+    assert choice["logprobs"]["text_offset"][:2] == [0, 12]
+    tokens = [VOCABULARY.index(token) for token in ("<|im_start|>", "he", "l")]
+    assert texts(complete(served, tokens, echo=True, max_tokens=0, n=2)) == ["<|im_start|>hel"] * 2
+    longest = ["x" * CONTEXT, "x" * (CONTEXT - 1)]
+    assert texts(complete(served, longest, echo=True, max_tokens=0)) == longest
+    *said, done = chunks(complete(served, written, echo=True, max_tokens=0, stream=True))
+    assert ("".join(chunk["choices"][0]["text"] for chunk in said), done) == (written, "[DONE]")
+
+
 def test_stop_and_schema_work_here_too(served: Served) -> None:
     (whole,) = texts(complete(served, max_tokens=40))
     (cut,) = texts(complete(served, max_tokens=40, stop=whole[10:12]))
@@ -116,11 +166,11 @@ def test_stop_and_schema_work_here_too(served: Served) -> None:
         ({"prompt": [-1]}, "invalid_request", "prompt", "-1"),
         ({"prompt": "x" * CONTEXT}, "context_length_exceeded", "prompt", str(CONTEXT)),
         ({"prompt": ["a", "x" * CONTEXT]}, "context_length_exceeded", "prompt[1]", str(CONTEXT)),
-        ({"max_tokens": 0}, "invalid_request", "max_tokens", "0"),
+        ({"max_tokens": 0}, "invalid_request", "max_tokens", "set echo to true"),
         ({"max_tokens": CONTEXT}, "context_length_exceeded", "max_tokens", "at most"),
         ({"logprobs": 21}, "invalid_request", "logprobs", "21"),
         ({"logprobs": True}, "invalid_request", "logprobs", "True"),
-        ({"echo": True, "logprobs": 1}, "unsupported_parameter", "echo", "Leave out"),
+        ({"echo": True, "max_tokens": -1}, "invalid_request", "max_tokens", "-1"),
         ({"best_of": 2}, "unsupported_parameter", "best_of", "2"),
         ({"suffix": "x"}, "unsupported_parameter", "suffix", "x"),
         ({"messages": []}, "unknown_parameter", "messages", "messages"),

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,17 @@ def test_past_the_queue_a_request_is_refused_and_told_when_to_come_back(
         assert served.chat(n=3).status_code == 200
 
 
+def test_what_one_asks_for_harms_no_neighbour(served: Served) -> None:
+    """Numbers that overflow would name a token that does not exist, and end the step of all that run together."""
+    served.house.residents.load_base("tiny")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(served.post, "/v1/chat/completions", long())
+        until(lambda: served.house.engine.requests("tiny") == 1)
+        for numbers in ({"temperature": 1e-310}, {"temperature": 1, "repetition_penalty": 1e-45}):
+            assert served.post("/v1/chat/completions", asked("hello", **numbers)).status_code == 200
+        assert running.result().json()["usage"]["completion_tokens"] == 950
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_past_its_deadline_ends_with_the_reason(tiny: Path, tmp_path: Path, stream: bool) -> None:
     with serve(tiny_settings(tmp_path, tiny, request_timeout=0.2)) as served:
@@ -145,6 +157,39 @@ def test_a_request_past_its_deadline_ends_with_the_reason(tiny: Path, tmp_path: 
         else:
             assert "0.2 seconds" in refused(response, 504, "deadline_exceeded")
         until(lambda: served.house.engine.requests("tiny") == served.house.admission.open == 0)
+
+
+def test_who_waits_for_a_model_to_load_is_in_nobodys_way(tiny: Path, tmp_path: Path) -> None:
+    """There are more of them than the server has threads."""
+    settings = tiny_settings(tmp_path, tiny)
+    Catalog(settings).add("cold", tiny)
+    with serve(settings) as served, ThreadPoolExecutor(50) as pool:
+        served.house.residents.load_base("tiny")
+        with served.house.residents._changing:  # as whoever loads holds it
+            waiting = [
+                pool.submit(served.post, "/v1/chat/completions", asked("hello", model="cold")) for _ in range(50)
+            ]
+            until(lambda: len(served.server.server_state.connections) >= 50)
+            time.sleep(0.2)
+            with httpx.Client(base_url=served.url, timeout=10, trust_env=False) as other:
+                assert other.post("/v1/chat/completions", json=asked("hello", max_tokens=4)).status_code == 200
+                assert other.get("/api/models").status_code == 200
+            assert not any(one.done() for one in waiting)
+        assert {one.result().status_code for one in waiting} == {200}
+
+
+def test_a_tokenizer_without_logprobs_is_refused_before_anything_is_asked(tiny: Path, tmp_path: Path) -> None:
+    illegible = Path(shutil.copytree(tiny, tmp_path / "illegible"))
+    file = illegible / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"decoder": None}))
+    with serve(tiny_settings(tmp_path / "home", illegible)) as served:
+        for stream in (False, True):
+            for path, logprobs in (("/v1/chat/completions", True), ("/v1/completions", 1)):
+                body = long(stream=stream, logprobs=logprobs)
+                if path == "/v1/completions":
+                    body["prompt"] = body.pop("messages")[0]["content"]
+                assert "without logprobs" in refused(served.post(path, body), 400, "unsupported_model")
+                assert served.house.engine.requests("tiny") == served.house.admission.open == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])

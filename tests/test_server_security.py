@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from pathlib import Path
 
@@ -45,7 +46,14 @@ def test_with_a_key_everything_but_health_needs_it(tiny: Path, tmp_path: Path) -
         assert served.http.get("/healthz").json() == {"status": "ok"}
         for header in (None, "", "s3cret", "Bearer", "Bearer wrong", "Bearer s3cre", "Basic s3cret", "Bearer ключ"):
             headers = {} if header is None else {"Authorization": header.encode()}
-            for path in ("/v1/models", "/api/models", "/docs", "/openapi.json", "/nowhere"):
+            for path in (
+                "/v1/models",
+                "/api/models",
+                "/docs",
+                "/docs/files/swagger-ui.css",
+                "/openapi.json",
+                "/nowhere",
+            ):
                 response = served.http.get(path, headers=headers)
                 refused(response, 401, "invalid_api_key")
                 assert response.headers["www-authenticate"] == "Bearer"
@@ -53,6 +61,13 @@ def test_with_a_key_everything_but_health_needs_it(tiny: Path, tmp_path: Path) -
             assert served.http.get("/v1/models", headers={"Authorization": header}).status_code == 200
         foreign = {"Authorization": "Bearer s3cret", "Host": "my.site", "Origin": "https://my.site"}
         assert served.http.get("/v1/models", headers=foreign).status_code == 200
+
+
+def test_a_key_may_have_any_letters(tiny: Path, tmp_path: Path) -> None:
+    with serve(tiny_settings(tmp_path, tiny, api_key="schlüssel")) as served:
+        for key, status in (("schlüssel", 200), ("schlussel", 401)):
+            headers = {"Authorization": f"Bearer {key}".encode()}
+            assert served.http.get("/v1/models", headers=headers).status_code == status
 
 
 @pytest.mark.parametrize(
@@ -111,10 +126,23 @@ def test_what_the_server_understands_is_documented(served: Served) -> None:
 
 
 def test_the_documentation_needs_no_internet(served: Served) -> None:
-    docs = served.http.get("/docs", follow_redirects=True)
-    assert docs.json() == served.http.get("/openapi.json").json()
-    assert "http://" not in docs.text
-    assert "https://" not in docs.text
+    page = served.http.get("/docs")
+    assert "text/html" in page.headers["content-type"]
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+    named = re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)""", page.text)
+    assert [name.rpartition("/")[2] for name in named] == [
+        "swagger-ui.css",
+        "favicon.png",
+        "swagger-ui-bundle.js",
+        "openapi.json",
+    ]
+    types = [served.http.get(name).raise_for_status().headers["content-type"].split(";")[0] for name in named]
+    assert types == ["text/css", "image/png", "text/javascript", "application/json"]
+    assert "url(http" not in served.http.get(named[0]).text
+    assert '"validatorUrl": null' in page.text
+    refused(served.http.get("/docs/files/../../__init__.py"), 404, "unknown_path")
+    refused(served.http.get("/docs/files/none.js"), 404, "unknown_path")
     refused(served.http.get("/redoc"), 404, "unknown_path")
 
 

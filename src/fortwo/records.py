@@ -253,8 +253,10 @@ TrainEvent = Phase | MicroStepped | Stepped | Evaluated | Waiting | Checkpoint
 class Sampling:
     """temperature 0 is greedy. top_k 0, top_p 1, min_p 0, penalties of 0 and a repetition_penalty of 1 change nothing.
 
-    stop strings end the reply and are not part of it. logit_bias: what is added to the logits of these tokens.
+    max_tokens 0 asks about the prompt alone. stop strings end the reply and are not part of it.
+    logit_bias: what is added to the logits of these tokens.
     logprobs: how many of the likeliest tokens are told with each token's own log-probability; None tells neither.
+    prompt_logprobs: the same of the prompt's tokens.
     json_schema: the reply is JSON that this schema (JSON text) describes. ignore_eos: no token ends the reply.
     """
 
@@ -270,6 +272,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     json_schema: str | None = None
     ignore_eos: bool = False
 
@@ -279,7 +282,8 @@ class Prompt:
     """A generation request: token ids, and which weights answer: a resident base's id and, for an adapter, its key
     (the digest of a published version, the job id of one in training); None is the plain base. continues: the reply's
     text goes on where the prompt's ends, instead of beginning an answer. kept: what is computed for it stays in memory,
-    as far as there is room, for requests that begin alike."""
+    as far as there is room, for requests that begin alike. embed: what is wanted is Generation.embedding, with
+    max_tokens 0."""
 
     base: str
     tokens: tuple[int, ...]
@@ -287,6 +291,7 @@ class Prompt:
     sampling: Sampling = Sampling()
     continues: bool = False
     kept: bool = True
+    embed: bool = False
 
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -295,18 +300,19 @@ NOT_NUMBERS = "the model's logits are not numbers (nan or infinite)"  # the `err
 
 @dataclass(frozen=True)
 class Logprob:
-    """A generated token's natural log-probability in the model's own distribution: of its logits as they are, before
-    bias, penalties, temperature and whatever else decides. top: the likeliest tokens with theirs, likeliest first."""
+    """A token's natural log-probability in the model's own distribution: of its logits as they are, before bias,
+    penalties, temperature and whatever else decides. top: the likeliest tokens with theirs, likeliest first. Of a
+    prompt's first token, which nothing comes before, there is none."""
 
     token: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Delta:
     """New text of a running generation; the last one carries finish_reason. logprobs: of the tokens that `text` is made
-    of, when they were asked for."""
+    of, when they were asked for; those of the prompt come first, with no text."""
 
     text: str
     token: int | None = None
@@ -317,7 +323,7 @@ class Delta:
 
 class Generation(Protocol):
     """Handle of a submitted Prompt. Every one ends: done becomes True with a finish_reason. cached_tokens: how many of
-    the prompt's tokens needed no computing."""
+    the prompt's tokens needed no computing. embedding: of length 1; empty before the end, and when nobody asked."""
 
     @property
     def done(self) -> bool: ...
@@ -331,6 +337,8 @@ class Generation(Protocol):
     def error(self) -> str | None: ...
     @property
     def cached_tokens(self) -> int: ...
+    @property
+    def embedding(self) -> tuple[float, ...]: ...
     def cancel(self) -> None: ...
     def wait(self, timeout: float | None = None) -> str: ...
     def deltas(self) -> Iterator[Delta]: ...

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fortwo.engine import sampling
 from fortwo.engine.generation import Reply, Speech
+from fortwo.engine.reading import Reading
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, shares
 from fortwo.engine.tasks import Task
@@ -45,6 +46,7 @@ POLL_SECONDS = 0.05  # how often a job that waits for something else than reques
 class _Request(Sequence):
     reply: Reply
     sampler: sampling.Sampler
+    listener: Reading | None
 
 
 @dataclass(eq=False)
@@ -220,21 +222,21 @@ class Engine:
         base = self._base(prompt.base)
         _check_adapter(base, prompt.adapter)
         context, bound = base.runner.decoder.config.context, base.runner.cache.longest
-        room = bound - len(prompt.tokens)
+        room, asked = bound - len(prompt.tokens), prompt.sampling
         if not prompt.tokens:
             raise InvalidRequest("the prompt is empty", param="messages", hint="Send at least one token.")
-        if room < 1:
+        if room < min(1, asked.max_tokens):
             raise InvalidRequest(
                 f"the prompt has {len(prompt.tokens)} tokens; the {'cache' if bound < context else 'context'} of "
                 f"{prompt.base!r} holds {bound}, the reply included",
                 param="messages",
                 hint=f"Shorten the messages{', or raise FORTWO_CACHE_MB' if bound < context else ''}.",
             )
-        reply = Reply(prompt, min(room, prompt.sampling.max_tokens), base.speech, on_delta)
-        schema = prompt.sampling.json_schema
-        constraint = None if schema is None else base.speech.constraint(schema)
-        sampler = sampling.Sampler(prompt.sampling, prompt.tokens, constraint)
-        request = _Request(list(prompt.tokens), prompt.adapter, reply=reply, sampler=sampler)
+        reply = Reply(prompt, min(room, asked.max_tokens), base.speech, on_delta)
+        constraint = None if asked.json_schema is None else base.speech.constraint(asked.json_schema)
+        sampler = sampling.Sampler(asked, prompt.tokens, constraint)
+        reading = Reading(prompt, base.runner.decoder) if Reading.asked(prompt) else None
+        request = _Request(list(prompt.tokens), prompt.adapter, listener=reading, reply=reply, sampler=sampler)
 
         def accept() -> None:
             try:
@@ -369,9 +371,15 @@ def _advance(base: _Base, requests: list[_Request], forward: Callable[[], Tensor
         if isinstance(chosen, str):
             base.end(request, "error", chosen)
             continue
-        request.tokens.append(chosen.token)
         try:
-            request.reply.push(*chosen)
+            if request.listener is not None:
+                request.reply.tell(request.listener.logprobs, request.listener.embedding)
+                request.listener = None
+            if request.reply.room:
+                request.tokens.append(chosen.token)
+                request.reply.push(*chosen)
+            else:
+                request.reply.end("length")
         except Exception as error:
             log.exception("a token could not be turned into text")
             request.reply.end("error", f"{type(error).__name__}: {error}")

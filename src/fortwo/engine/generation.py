@@ -86,8 +86,8 @@ class Reply:
     """records.Generation. `tokens` are all that were generated, a closing stop token included; `text` is without it.
 
     cached_tokens: how many of the prompt's were not computed, since the cache had them. room: how many tokens fit, by
-    max_tokens and the context. on_delta is called on the engine's thread; when it
-    fails, nobody is listening any more and the reply is cancelled.
+    max_tokens and the context; with none it ends once the prompt is computed. on_delta is called on the engine's
+    thread; when it fails, nobody is listening any more and the reply is cancelled.
     """
 
     def __init__(
@@ -101,7 +101,8 @@ class Reply:
         self.error: str | None = None
         self.cancel_requested = False
         self.cached_tokens = 0
-        self._room = room
+        self.embedding: tuple[float, ...] = ()
+        self.room = room
         self._detokenizer = speech.stream(prompt.tokens[-CONTEXT:]) if prompt.continues else speech.stream()
         self._stop_ids = frozenset[int]() if prompt.sampling.ignore_eos else speech.stop_ids
         self._scanner = StopScanner(prompt.sampling.stop)
@@ -155,6 +156,12 @@ class Reply:
 
     # ------------------------------------------------------------ the engine's thread
 
+    def tell(self, logprobs: Sequence[Logprob], embedding: tuple[float, ...]) -> None:
+        """What was asked about the prompt, before the first token."""
+        self.embedding = embedding
+        self._untold.extend(logprobs)
+        self._emit("")
+
     def push(self, token: int, logprob: Logprob | None = None) -> None:
         """One more token: new text, held-back text, or the end."""
         self._tokens.append(token)
@@ -166,7 +173,7 @@ class Reply:
         text = self._scanner.push(self._detokenizer.push(token))
         if self._scanner.stopped:
             self._emit(text, "stop")
-        elif len(self._tokens) >= self._room:
+        elif len(self._tokens) >= self.room:
             self.end("length", before=text)
         elif text:
             self._emit(text)

@@ -112,12 +112,25 @@ class Residents:
         self._cache_bytes = _cache_bytes(settings.cache_mb, self._device)
 
     def resolve(self, model: str) -> Target:
-        """Who answers to this name, loaded if need be. Raises NotFound naming what there is."""
+        """Who answers to this name, loaded if need be. Raises what `find` does."""
+        if (target := self.find(model)) is not None:
+            return target
+        if model in self._known():
+            return Target(self.load_base(model), None, model)
+        with self._changing:
+            version = self.load_adapter(model)
+            resident = self._serving(version)
+        assert resident is not None
+        self._asked[version.digest] = next(self._now)
+        return Target(resident, version.digest, model)
+
+    def find(self, model: str) -> Target | None:
+        """Who answers to this name; None if it must be loaded first. Raises NotFound naming what there is."""
         if resident := self._bases.get(model):
             return Target(resident, None, model)
         ids = self._known()
         if model in ids:
-            return Target(self.load_base(model), None, model)
+            return None
         names = self._store.names()
         if model.partition("@")[0] not in names and self._shelf(model) is self._store:
             raise NotFound(
@@ -131,10 +144,7 @@ class Residents:
             raise NotFound(error.message, param="model", hint=error.hint) from None
         resident = self._serving(version)
         if resident is None:
-            with self._changing:
-                version = self.load_adapter(model)
-                resident = self._serving(version)
-        assert resident is not None
+            return None
         self._asked[version.digest] = next(self._now)
         return Target(resident, version.digest, model)
 

@@ -25,12 +25,21 @@ from fortwo.models.lora import Lora, Segment, Update
 log = logging.getLogger(__name__)
 
 
+class Listener(Protocol):
+    def hear(self, hidden_LD: Tensor, begin: int, /) -> None:
+        """Hidden states after the final norm of the sequence's tokens from place `begin` on."""
+
+
 class Running(Protocol):
-    """What the runner needs of a sequence. tokens: prompt and reply so far. slot: None until it is opened."""
+    """What the runner needs of a sequence. tokens: prompt and reply so far. slot: None until it is opened. listener:
+    hears each part that is computed; where there is one, nothing is taken from kept prefixes."""
 
     tokens: list[int]
     adapter: str | None
     slot: Slot | None
+
+    @property
+    def listener(self) -> Listener | None: ...
 
 
 class Runner:
@@ -71,7 +80,7 @@ class Runner:
 
     def unread(self, sequence: Running) -> int:
         """How many tokens of a waiting sequence will have to be computed."""
-        tokens, root = sequence.tokens, self._roots.get(sequence.adapter)
+        tokens, root = sequence.tokens, self._root(sequence)
         return len(tokens) - (0 if root is None else self.cache.prefixes.length(root, tokens[:-1]))
 
     def open(self, sequence: Running) -> bool:
@@ -79,7 +88,7 @@ class Runner:
         slot = self.cache.take(min(len(sequence.tokens) + 1, self.cache.longest))
         if slot is None:
             return False
-        slot.root = self._roots.get(sequence.adapter)
+        slot.root = self._root(sequence)
         self.cache.recall(slot, sequence.tokens)
         sequence.slot = slot
         return True
@@ -99,6 +108,10 @@ class Runner:
                 log.exception("a prefix could not be kept")
             finally:
                 self.cache.give_back(slot)
+
+    def _root(self, sequence: Running) -> int | None:
+        """What its prefixes are found and kept under."""
+        return None if sequence.listener is not None else self._roots.get(sequence.adapter)
 
     def _keep(self, slot: Slot, sequence: Running) -> None:
         if slot.root == self._roots.get(sequence.adapter):  # the adapter is still the one that computed it
@@ -123,24 +136,26 @@ class Runner:
             group, parts = [sequences[place] for place in places], [lengths[place] for place in places]
             whole = all(_is_whole(sequence, length) for sequence, length in zip(group, parts, strict=True))
             even = len(parts) * max(parts) <= 2 * sum(parts)  # the grid of a pack is as wide as its longest row
-            hidden_ND = self._prefill_whole(group) if whole and even else self._prefill_parts(group, parts)
-            done = []
-            for row, (place, sequence, length) in enumerate(zip(places, group, parts, strict=True)):
+            hidden_TD, spans = self._prefill_whole(group) if whole and even else self._prefill_parts(group, parts)
+            done = {}  # places of sequences, with where in T their last token lies
+            for place, sequence, length, span in zip(places, group, parts, spans, strict=True):
                 slot = _slot(sequence)
+                if sequence.listener is not None:
+                    sequence.listener.hear(hidden_TD[span], slot.length)
                 slot.length += length
                 if slot.length == len(sequence.tokens):
-                    done.append((row, place))
+                    done[place] = span[-1]
                     self._keep(slot, sequence)
             if done:
-                rows_V = self.decoder.logits(hidden_ND[[row for row, _ in done]])
-                logits |= {place: row_V for (_, place), row_V in zip(done, rows_V, strict=True)}
+                rows_V = self.decoder.logits(hidden_TD[list(done.values())])
+                logits |= zip(done, rows_V, strict=True)
         if not logits:
             return torch.empty(0, self.decoder.config.vocabulary, device=self.decoder.device)
         return torch.stack([logits[place] for place in sorted(logits)])
 
-    def _prefill_whole(self, sequences: Sequence[Running]) -> Tensor:
+    def _prefill_whole(self, sequences: Sequence[Running]) -> tuple[Tensor, list[list[int]]]:
         """Sequences of one adapter of which nothing is known; what they begin with in common is computed once.
-        Hidden states (N, D) after the last token of each."""
+        Hidden states (T, D), and where in T the tokens of each lie."""
         device = self.decoder.device
         packed = pack([sequence.tokens for sequence in sequences], device)
         P, attention = packed.prefix, PackedAttention(packed, self.decoder.config)
@@ -160,11 +175,11 @@ class Runner:
 
         updates = self._updates(sequences[:1], whole=True)
         hidden_TD = self.decoder.forward(packed.tokens_T, packed.positions_T, attend, updates)
-        return hidden_TD[packed.last_places()]
+        return hidden_TD, [[*range(P), *range(start, start + length)] for _, start, length in rests]
 
-    def _prefill_parts(self, sequences: Sequence[Running], lengths: Sequence[int]) -> Tensor:
+    def _prefill_parts(self, sequences: Sequence[Running], lengths: Sequence[int]) -> tuple[Tensor, list[list[int]]]:
         """The next tokens of sequences of one adapter, after what their slots hold.
-        Hidden states (N, D) after the last of them."""
+        Hidden states (T, D), and where in T the tokens of each lie."""
         device = self.decoder.device
         tokens: list[int] = []
         positions: list[int] = []
@@ -198,7 +213,7 @@ class Runner:
             attend,
             self._updates(sequences[:1], whole=True),
         )
-        return hidden_TD[[start + length - 1 for _, _, start, length, _ in parts]]
+        return hidden_TD, [list(range(start, start + length)) for _, _, start, length, _ in parts]
 
     @torch.no_grad()
     def step(self, sequences: Sequence[Running]) -> Tensor:
@@ -213,7 +228,9 @@ class Runner:
         tokens_B = torch.tensor([sequence.tokens[-1] for sequence in rows], device=device)
         attention = _StepAttention(parts, positions_B)
         hidden_BD = self.decoder.forward(tokens_B, positions_B, attention, self._updates(rows))
-        for sequence in sequences:
+        for row, sequence in enumerate(rows):
+            if sequence.listener is not None:
+                sequence.listener.hear(hidden_BD[row : row + 1], _slot(sequence).length)
             _slot(sequence).length += 1
         if order != list(range(len(order))):
             hidden_BD = hidden_BD[torch.tensor(order, device=device).argsort()]

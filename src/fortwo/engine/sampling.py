@@ -65,15 +65,15 @@ class Sampler:
         if self._penalised:
             self._said[token] = self._said.get(token, 0) + 1
         count = self.sampling.logprobs
-        return Chosen(token, None if count is None else _logprob(logits_V, token, count))
+        return Chosen(token, None if count is None else logprobs(logits_V[None], [token], count)[0])
 
     def draw(self, logits_V: Tensor) -> int:
         """A token of softmax(logits / temperature), without those below min_p times the likeliest, cut to the top_k
         likeliest, then to the fewest that hold top_p."""
         settings = self.sampling
-        scaled_V = logits_V.double() / settings.temperature
+        scaled_V = (logits_V.double() - logits_V.max()) / settings.temperature  # 0 at most, however cold it is
         if settings.min_p > 0:
-            scaled_V = scaled_V.masked_fill(scaled_V < scaled_V.max() + math.log(settings.min_p), -math.inf)
+            scaled_V = scaled_V.masked_fill(scaled_V < math.log(settings.min_p), -math.inf)
         if 0 < settings.top_k < len(scaled_V):
             scaled_V = _keep(scaled_V, scaled_V.topk(settings.top_k).indices)
         weights_V = torch.softmax(scaled_V, -1)
@@ -96,7 +96,7 @@ class Sampler:
             repetition = settings.repetition_penalty
             said_N = torch.where(said_N > 0, said_N / repetition, said_N * repetition)
             said_N = said_N - settings.frequency_penalty * times_N - settings.presence_penalty * (times_N > 0)
-            logits_V[tokens_N] = said_N
+            logits_V[tokens_N] = said_N.clamp(max=torch.finfo(said_N.dtype).max)
         if self._constraint is not None:
             allowed_V = torch.from_numpy(self._constraint.allowed())[: len(logits_V)].to(device)
             logits_V[len(allowed_V) :] = -math.inf
@@ -104,12 +104,13 @@ class Sampler:
         return logits_V
 
 
-def _logprob(logits_V: Tensor, token: int, count: int) -> Logprob:
-    """Of `token` and of the `count` likeliest."""
-    logprobs_V = torch.log_softmax(logits_V.float(), -1)
-    top = logprobs_V.topk(min(count, len(logprobs_V)))
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return Logprob(token, float(logprobs_V[token]), tuple(pairs))
+def logprobs(logits_BV: Tensor, tokens: Sequence[int], count: int) -> list[Logprob]:
+    """Of each row's token and of its `count` likeliest."""
+    logprobs_BV = torch.log_softmax(logits_BV.float(), -1)
+    own_B = logprobs_BV.gather(1, torch.tensor(tokens, device=logprobs_BV.device)[:, None])[:, 0]
+    top = logprobs_BV.topk(min(count, logprobs_BV.shape[1]))
+    rows = zip(tokens, own_B.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+    return [Logprob(token, own, tuple(zip(ids, values, strict=True))) for token, own, ids, values in rows]
 
 
 def _nucleus(weights_V: Tensor, top_p: float) -> Tensor:

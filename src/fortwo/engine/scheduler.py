@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from fortwo.engine.cache import Slot
+    from fortwo.engine.runner import Listener
 
 
 @dataclass(eq=False)
 class Sequence:
     """One request as the runner sees it. tokens: the prompt, then what was generated; adapter: whose weights answer,
-    None for the plain base; slot: its place in the cache while it runs, filled by the runner."""
+    None for the plain base; slot: its place in the cache while it runs, filled by the runner; listener: who hears the
+    hidden states of its tokens."""
 
     tokens: list[int]
     adapter: str | None
     slot: Slot | None = None
+    listener: Listener | None = None
 
     @property
     def unread(self) -> int:

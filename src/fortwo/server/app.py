@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
-from fastapi.responses import RedirectResponse
 
 from fortwo.records import Json
-from fortwo.server import errors, native, openai, vllm
+from fortwo.server import docs, errors, native, openai, vllm
 from fortwo.server.house import Door, House
 from fortwo.server.security import Guard
 
@@ -15,7 +14,7 @@ def create_app(house: House) -> FastAPI:
     app = FastAPI(
         title="fortwo",
         description="Teach a local language model one thing, prove that it learned it, and chat with it.",
-        docs_url=None,  # FastAPI's pages load their scripts from the internet
+        docs_url=None,  # FastAPI's own page loads its scripts from the internet
         redoc_url=None,
     )
     app.state.house = house
@@ -29,8 +28,5 @@ def create_app(house: House) -> FastAPI:
     async def healthz() -> Json:
         return {"status": "ok"}
 
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> RedirectResponse:
-        return RedirectResponse("/openapi.json")
-
+    docs.install(app)
     return app

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fortwo.errors import Conflict
@@ -22,7 +24,7 @@ from fortwo.settings import Settings
 if TYPE_CHECKING:
     from fortwo.adapters import AdapterStore
     from fortwo.engine.engine import Engine
-    from fortwo.engine.residents import Residents
+    from fortwo.engine.residents import Residents, Target
     from fortwo.jobs.checkpoints import CheckpointStore
     from fortwo.jobs.runner import JobRunner
     from fortwo.jobs.store import JobStore
@@ -45,6 +47,7 @@ class House:
         check_binding(settings)
         self.settings = settings
         self._closing = ExitStack()
+        self._loading = CapacityLimiter(1)  # as it is done one at a time
 
     def open(self) -> None:
         """Build all of it and take up the queue of jobs. This loads torch, but no model."""
@@ -74,6 +77,14 @@ class House:
             built.callback(self.runner.close)
             self.admission = Admission(RUNNING + self.settings.queue)
             self._closing = built.pop_all()
+
+    async def resolve(self, model: str) -> Target:
+        """Who answers to this name, loaded if need be. Those who wait for that take no threads that others need.
+        Raises what Residents.resolve does."""
+        target = await run_in_threadpool(self.residents.find, model)
+        if target is None:
+            target = await to_thread.run_sync(self.residents.resolve, model, limiter=self._loading)
+        return target
 
     def close(self) -> None:
         """Jobs are interrupted, replies end, then the house is empty."""

@@ -72,7 +72,7 @@ class Guard:
         if path in OPEN_PATHS:
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._key):
+        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._key):
             return None
         return Unauthorized(
             "The API key is missing or wrong.", hint="Send the header Authorization: Bearer <FORTWO_API_KEY>."

@@ -59,7 +59,7 @@ class Bag(Generic[T]):
 class Course:
     """prefix: how many tokens all rows begin with. keep_weight: of rows to keep against rows to learn.
     draw: the rows of the next optimizer step.
-    correct: has the adapter that is served under a key (None: the base) answer siblings, and from then on draws from its
+    correct: has the adapter that is served under a key (None: the base) answer siblings, and from then on draws its
     own words too, where they are not the base's. The result is what it said; given that, it is not asked again.
     exam: asked while training, None where nothing decides when to stop; final: asked at the end.
     validation: rows that are held back, None where none are."""

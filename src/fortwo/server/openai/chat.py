@@ -14,8 +14,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fortwo.errors import InvalidRequest
 from fortwo.records import Delta, Json, Message, Prompt
-from fortwo.server.house import Here, House
+from fortwo.server.house import Here
 from fortwo.server.openai import logprobs
+from fortwo.server.openai.logprobs import Bytes
 from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Strict, only
 from fortwo.server.openai.replies import Replies, Stream
 
@@ -111,18 +112,19 @@ class ChatRequest(Parameters):
 @router.post("/chat/completions", response_model=None, summary="Chat with a base model or an adapter")
 async def chat(request: Request, house: Here, body: ChatRequest) -> Response:
     with_usage = body.with_usage()
-    target, prompts = await run_in_threadpool(_ask, house, body)
+    target = await house.resolve(body.model)
+    prompts, bytes_of = await run_in_threadpool(_ask, target, body)
     replies = Replies(house, prompts, body.choices, streamed=bool(body.stream))
     await replies.submit()
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": target.name}
     if body.stream:
         frame |= {"object": "chat.completion.chunk"} | ({"usage": None} if with_usage else {})
-        return Stream(replies, _chunks(replies, target, body, frame), frame | {"choices": []} if with_usage else None)
+        return Stream(replies, _chunks(replies, bytes_of, body, frame), frame | {"choices": []} if with_usage else None)
     choices = [
         {
             "index": index,
             "message": {"role": "assistant", "content": reply.text, "refusal": None},
-            "logprobs": _logprobs(target, body, reply),
+            "logprobs": _logprobs(bytes_of, reply),
             "finish_reason": reply.finish_reason,
         }
         for index, reply in enumerate(await replies.whole(request))
@@ -130,15 +132,17 @@ async def chat(request: Request, house: Here, body: ChatRequest) -> Response:
     return JSONResponse(frame | {"object": "chat.completion", "choices": choices, "usage": replies.usage()})
 
 
-def _ask(house: House, body: ChatRequest) -> tuple[Target, list[Prompt]]:
-    """Who answers (loaded when it is not), and what exactly it is asked."""
-    target = house.residents.resolve(body.model)
+def _ask(target: Target, body: ChatRequest) -> tuple[list[Prompt], Bytes | None]:
+    """What exactly is asked, and what the tokens of logprobs stand for."""
     tokens = target.resident.renderer.prompt([message.message() for message in body.messages])
     top = (body.top_logprobs or 0) if body.logprobs else None
-    return target, body.prompts(target, tokens, param="messages", otherwise=REPLY_TOKENS, logprobs=top)
+    prompts = body.prompts(target, tokens, param="messages", otherwise=REPLY_TOKENS, logprobs=top)
+    return prompts, target.resident.renderer.vocabulary.bytes if body.logprobs else None
 
 
-async def _chunks(replies: Replies, target: Target, body: ChatRequest, frame: Json) -> AsyncIterator[Json | None]:
+async def _chunks(
+    replies: Replies, bytes_of: Bytes | None, body: ChatRequest, frame: Json
+) -> AsyncIterator[Json | None]:
     def chunk(index: int, delta: Json, told: Json | None = None, reason: str | None = None) -> Json:
         return frame | {"choices": [{"index": index, "delta": delta, "logprobs": told, "finish_reason": reason}]}
 
@@ -150,10 +154,10 @@ async def _chunks(replies: Replies, target: Target, body: ChatRequest, frame: Js
             continue
         index, delta = heard
         if delta.text or delta.logprobs:
-            yield chunk(index, {"content": delta.text}, _logprobs(target, body, delta))
+            yield chunk(index, {"content": delta.text}, _logprobs(bytes_of, delta))
         if delta.finish_reason is not None:
             yield chunk(index, {}, reason=delta.finish_reason)
 
 
-def _logprobs(target: Target, body: ChatRequest, delta: Delta) -> Json | None:
-    return logprobs.chat(delta.logprobs, target.resident.renderer.vocabulary.bytes) if body.logprobs else None
+def _logprobs(bytes_of: Bytes | None, delta: Delta) -> Json | None:
+    return None if bytes_of is None else logprobs.chat(delta.logprobs, bytes_of)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from fortwo.errors import InvalidRequest
 from fortwo.records import Json, Prompt, Sampling
@@ -83,10 +83,35 @@ Stop = Annotated[
 Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
 
 
+def _several(given: Any) -> list[str | list[int]]:
+    """Each a text or its tokens."""
+    texts = [given] if isinstance(given, str) or (given and _are_tokens(given)) else given
+    if not isinstance(texts, list) or not all(isinstance(one, str) or _are_tokens(one) for one in texts):
+        raise ValueError("it is neither text nor token ids, nor a list of those")
+    if not all(texts) or not texts:
+        raise ValueError("it is empty")
+    for text in texts:
+        if isinstance(text, str) and not text.isprintable() and any("\ud800" <= one <= "\udfff" for one in text):
+            raise PydanticKnownError("string_unicode")
+    return texts
+
+
+def _are_tokens(given: Any) -> bool:
+    return isinstance(given, list) and all(type(one) is int and one >= 0 for one in given)
+
+
+Texts = Annotated[
+    list[Any], PlainValidator(_several, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+]
+
+
+Model = Annotated[
+    str, Field(description="A base model, an adapter (its current version), adapter@version or adapter@job-step.")
+]
+
+
 class Parameters(Strict):
-    model: str = Field(
-        description="A base model, an adapter (its current version), adapter@version or adapter@job-step."
-    )
+    model: Model
     n: int | None = Field(
         None,
         ge=1,
@@ -154,32 +179,18 @@ class Parameters(Strict):
 
         Raises InvalidRequest when prompt and reply do not fit the context, or a token does not exist.
         """
-        config = target.resident.decoder.config
-        for name, ids in ((param, tokens), ("logit_bias", [int(id) for id in self.logit_bias or ()])):
-            if (foreign := max(ids, default=0)) >= config.vocabulary:
-                raise InvalidRequest(
-                    f"{name} has token {foreign}; {target.resident.id} has tokens 0 to {config.vocabulary - 1}.",
-                    param=name,
-                    hint="Take ids of this model's own tokenizer.",
-                )
+        _check_known(target, [int(id) for id in self.logit_bias or ()], "logit_bias")
         limit = self.limit()
-        context = target.resident.runner.cache.longest  # less than the model's where FORTWO_CACHE_MB is small
-        room = context - len(tokens)
-        if room < 1:
+        left = room(target, tokens, param=param, least=1 if limit is None else min(1, limit[1]))
+        if limit is not None and limit[1] > left:
             raise InvalidRequest(
-                f"{param} takes {len(tokens)} tokens; the context of {target.resident.id} is {context}.",
-                param=param,
-                code="context_length_exceeded",
-                hint="Shorten it, or leave out the oldest of it.",
-            )
-        if limit is not None and limit[1] > room:
-            raise InvalidRequest(
-                f"{limit[0]} = {limit[1]} does not fit: {param} takes {len(tokens)} of {context} tokens of context.",
+                f"{limit[0]} = {limit[1]} does not fit: {param} takes {len(tokens)} of {len(tokens) + left} tokens of "
+                "context.",
                 param=limit[0],
                 code="context_length_exceeded",
-                hint=f"Ask for at most {room}.",
+                hint=f"Ask for at most {left}.",
             )
-        longest = min(room, otherwise) if limit is None else limit[1]
+        longest = min(left, otherwise) if limit is None else limit[1]
         return [
             Prompt(target.resident.id, tuple(tokens), target.adapter_key, self._sampling(longest, logprobs, choice))
             for choice in range(self.choices)
@@ -202,3 +213,29 @@ class Parameters(Strict):
             "ignore_eos": self.ignore_eos,
         }
         return Sampling(max_tokens, **{name: value for name, value in given.items() if value is not None})
+
+
+def room(target: Target, tokens: list[int], *, param: str, least: int) -> int:
+    """How many tokens the context has beside these. Raises InvalidRequest when it has fewer than `least`, or one of
+    these does not exist."""
+    _check_known(target, tokens, param)
+    context = target.resident.runner.cache.longest  # less than the model's where FORTWO_CACHE_MB is small
+    left = context - len(tokens)
+    if left < least:
+        raise InvalidRequest(
+            f"{param} takes {len(tokens)} tokens; the context of {target.resident.id} is {context}.",
+            param=param,
+            code="context_length_exceeded",
+            hint="Shorten it, or leave out the oldest of it.",
+        )
+    return left
+
+
+def _check_known(target: Target, tokens: list[int], param: str) -> None:
+    vocabulary = target.resident.decoder.config.vocabulary
+    if (foreign := max(tokens, default=0)) >= vocabulary:
+        raise InvalidRequest(
+            f"{param} has token {foreign}; {target.resident.id} has tokens 0 to {vocabulary - 1}.",
+            param=param,
+            hint="Take ids of this model's own tokenizer.",
+        )

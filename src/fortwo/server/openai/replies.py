@@ -28,9 +28,12 @@ T = TypeVar("T")
 
 
 class Replies:
-    """Of `prompts`, each asked `n` times in a row. Raises what Admission.enter does."""
+    """Of `prompts`, each asked `n` times in a row. deadline: by the loop's clock; None for what the settings say.
+    Raises what Admission.enter does."""
 
-    def __init__(self, house: House, prompts: Sequence[Prompt], n: int, streamed: bool) -> None:
+    def __init__(
+        self, house: House, prompts: Sequence[Prompt], n: int, streamed: bool, deadline: float | None = None
+    ) -> None:
         self._engine = house.engine
         self._admission = house.admission
         self._timeout = house.settings.request_timeout
@@ -42,7 +45,7 @@ class Replies:
         self._generations: list[Generation] = []
         self._heard: asyncio.Queue[tuple[int, Delta] | FortwoError | None] = asyncio.Queue()
         self._admission.enter(self, len(prompts))
-        self.deadline = self._began + self._timeout
+        self.deadline = self._began + self._timeout if deadline is None else deadline
         self._too_late_timer = self._loop.call_at(self.deadline, self._too_late)
         self._keep_alive_timer: asyncio.TimerHandle | None = None
 
@@ -128,6 +131,10 @@ class Replies:
         finally:
             self.close()
         return [_joined(list(generation.deltas())) for generation in self._generations]
+
+    def embeddings(self) -> list[tuple[float, ...]]:
+        """Of prompts that asked for it, in order, once they have ended."""
+        return [generation.embedding for generation in self._generations]
 
     def usage(self) -> Json:
         """A prompt that is asked n times counts once."""

@@ -1,0 +1,49 @@
+"""What is asked about a prompt itself, gathered part by part while it is computed: its tokens' log-probabilities, or
+its embedding. Shape suffixes: L tokens of a part, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fortwo.engine.sampling import logprobs
+from fortwo.models.decoder import Decoder
+from fortwo.records import Logprob, Prompt
+
+LOGITS = 256  # tokens whose logits are in memory at once
+
+
+class Reading:
+    """logprobs: of the tokens known so far, as Sampling.prompt_logprobs asks. embedding: the hidden state of the last
+    token, brought to length 1; it is the only one that has seen the whole text (Neelakantan et al. 2022,
+    arXiv:2201.10005; vLLM's default for decoders)."""
+
+    def __init__(self, prompt: Prompt, decoder: Decoder) -> None:
+        self.logprobs: list[Logprob] = []
+        self.embedding: tuple[float, ...] = ()
+        self._prompt = prompt
+        self._decoder = decoder
+
+    @staticmethod
+    def asked(prompt: Prompt) -> bool:
+        return prompt.embed or prompt.sampling.prompt_logprobs is not None
+
+    @torch.no_grad()
+    def hear(self, hidden_LD: Tensor, begin: int) -> None:
+        """Hidden states of the prompt's tokens from place `begin` on. Parts come in order; one that begins at 0 begins
+        anew, for a request that was preempted."""
+        prompt, end = self._prompt, begin + len(hidden_LD)
+        if prompt.embed and end == len(prompt.tokens):
+            self.embedding = tuple(F.normalize(hidden_LD[-1], dim=0).tolist())
+        count = prompt.sampling.prompt_logprobs
+        if count is None:
+            return
+        if begin == 0:
+            self.logprobs = [Logprob(prompt.tokens[0], None)]
+        following = prompt.tokens[begin + 1 : end + 1]
+        for start in range(0, len(following), LOGITS):
+            tokens = following[start : start + LOGITS]
+            logits_LV = self._decoder.logits(hidden_LD[start : start + len(tokens)])
+            self.logprobs += logprobs(logits_LV, tokens, count)
