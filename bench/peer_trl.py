@@ -1,14 +1,16 @@
 """The peer of bench/train.py: TRL's SFTTrainer with PEFT, in an environment that has both.
 
-    peer_trl.py MODEL_DIRECTORY ROWS.json CONFIG.json BATCH STEPS fp32|bf16
+    peer_trl.py MODEL_DIRECTORY ROWS.json CONFIG.json BATCH STEPS fp32|bf16|nf4
 
-Trains on the same rows with the same configuration and prints one JSON line: seconds of every optimizer step, and
-tokens of every row as the trainer saw it. Knows nothing of fortwo.
+Trains on the same rows with the same configuration and prints one JSON line: seconds of every optimizer step, tokens of
+every row as the trainer saw it, and the most memory that was resident. nf4: bf16 over a base that bitsandbytes holds,
+as QLoRA has it. Knows nothing of fortwo.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import statistics
 import sys
 import tempfile
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 
@@ -37,7 +39,22 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
         self.seconds.append(time.perf_counter() - self._began)
 
 
-def main(directory: Path, rows: Path, config: Path, batch: int, steps: int, bf16: bool) -> None:
+def base(directory: Path, precision: str) -> Any:
+    if precision != "nf4":
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.bfloat16, quantization_config=quantised, device_map="cpu"
+    )
+
+
+def main(directory: Path, rows: Path, config: Path, batch: int, steps: int, precision: str) -> None:
     given = json.loads(config.read_text())
     training = given["training_config"] | {"max_steps": steps, "per_device_train_batch_size": batch}
     dataset = Dataset.from_list(
@@ -52,7 +69,7 @@ def main(directory: Path, rows: Path, config: Path, batch: int, steps: int, bf16
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as output:
         trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16 if bf16 else torch.float32),
+            model=base(directory, precision),
             processing_class=AutoTokenizer.from_pretrained(directory),
             train_dataset=dataset,
             peft_config=LoraConfig(**given["lora_config"]),
@@ -60,7 +77,7 @@ def main(directory: Path, rows: Path, config: Path, batch: int, steps: int, bf16
                 output_dir=output,
                 completion_only_loss=True,
                 gradient_checkpointing=False,
-                bf16=bf16,
+                bf16=precision != "fp32",
                 use_cpu=True,
                 save_strategy="no",
                 logging_strategy="no",
@@ -74,11 +91,16 @@ def main(directory: Path, rows: Path, config: Path, batch: int, steps: int, bf16
         trainer.train()
     print(
         json.dumps(
-            {"seconds": watch.seconds, "row_tokens": statistics.mean(lengths), "threads": torch.get_num_threads()}
+            {
+                "seconds": watch.seconds,
+                "row_tokens": statistics.mean(lengths),
+                "threads": torch.get_num_threads(),
+                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
         )
     )
 
 
 if __name__ == "__main__":
     paths, numbers = [Path(one) for one in sys.argv[1:4]], [int(one) for one in sys.argv[4:6]]
-    main(paths[0], paths[1], paths[2], numbers[0], numbers[1], sys.argv[6] == "bf16")
+    main(paths[0], paths[1], paths[2], numbers[0], numbers[1], sys.argv[6])

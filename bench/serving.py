@@ -34,18 +34,24 @@ def home() -> Iterator[tuple[Settings, dict[str, str]]]:
 @contextmanager
 def server() -> Iterator[tuple[Settings, Client]]:
     """`fortwo serve`, from its first answer to the end of the block."""
-    with home() as (settings, environment):
-        process = subprocess.Popen(COMMAND, env=environment, stdout=subprocess.DEVNULL)
-        try:
-            client = Client(settings)
-            while not client.answers():
-                if process.poll() is not None:
-                    sys.exit(f"the server ended with exit status {process.returncode}")
-                time.sleep(0.2)
-            yield settings, client
-        finally:
-            process.terminate()
-            process.wait()
+    with home() as (settings, environment), started(settings, environment) as (_, client):
+        yield settings, client
+
+
+@contextmanager
+def started(settings: Settings, environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], Client]]:
+    """The same in an environment that says what `settings` do."""
+    process = subprocess.Popen(COMMAND, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        client = Client(settings)
+        while not client.answers():
+            if process.poll() is not None:
+                sys.exit(f"the server ended with exit status {process.returncode}")
+            time.sleep(0.2)
+        yield process, client
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def run_job(client: Client, request: Json, every: float = 0.2) -> tuple[Json, float]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.models import kernels
 from fortwo.models.choice import Choice
-from fortwo.models.forms import FORMS, GROUP, Grouped, Nf4, Regions, Weight, fits, quantised
+from fortwo.models.forms import FORMS, GROUP, Grouped, Regions, Weight, fits, quantised
 from fortwo.models.products import frozen_product, product
 
 # relative error of the weight itself, for normal numbers
@@ -79,17 +78,6 @@ def test_weights_that_were_quantised_so_before_lose_nothing(bits: int, levels: i
     start = random(40, 3, 1, seed=1).half().float() if bits == 4 else scale * -127
     weight = (q * scale + start).view(40, -1)
     assert torch.equal(Grouped.of(weight, bits, Regions()).dense(), weight)
-
-
-def test_nf4_takes_the_nearest_level_of_each_block() -> None:
-    form = Nf4.of(random(6, 128))
-    blocks, largest = random(6, 128).view(-1, 64), random(6, 128).view(-1, 64).abs().amax(-1, keepdim=True)
-    levels = torch.tensor(Nf4.LEVELS)
-    nearest = levels[(blocks[..., None] / largest[..., None] - levels).abs().argmin(-1)] * largest
-    torch.testing.assert_close(form.dense().view(-1, 64), nearest)
-    x = random(3, 128, seed=1)
-    assert relative(form.product(x), F.linear(x, form.dense())) < 0.01
-    assert form.nbytes == 6 * 128 // 2 + 6 * 2 * 4
 
 
 @compiled

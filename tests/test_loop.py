@@ -71,7 +71,7 @@ class School:
     def plan(self, dataset: Dataset = ROWS, lora: Any = None, parent: Parent | None = None, **training: Any) -> Plan:
         body = {"adapter_name": "a", "dataset": {"path": "x"}, "lora_config": lora if lora is not None else {"r": 4}}
         request = TrainingRequest.model_validate({**body, "training_config": {"max_steps": 4, **training}})
-        facts = BaseFacts.of("tiny", self.base.decoder.config, self.base.bytes)
+        facts = BaseFacts.of("tiny", self.base.decoder)
         counts = TokenCounts(tuple(RowCount(row.line, 30, 8) for row in training_rows(dataset)), prefix=0)
         machine = Machine(tokens_per_second=1000, decode_tokens_per_second=1000)
         return resolve(request, dataset, facts, counts, machine, parent=parent)

@@ -24,7 +24,7 @@ from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import learning_rate
 from tests.original import AS_IT_RAN, EXAMPLES
 
-BASE = BaseFacts("smollm2", 2048, 49152, 30, 576, 1536, 576, 192, 500_000_000)
+BASE = BaseFacts("smollm2", 2048, 49152, 30, 576, 1536, 576, 192, 500_000_000, 270_000_000, 0)
 MACHINE = Machine(tokens_per_second=300, decode_tokens_per_second=200)
 
 
@@ -349,7 +349,25 @@ def test_bf16_where_the_machine_has_it(able: bool, config: dict[str, bool], show
     made = plan(examples_42(), replace(MACHINE, bf16=able), training_config=config)
     assert setting(made, "bf16") == shown
     full = plan(examples_42(), MACHINE, training_config={"bf16": False}).computed["bytes"]
-    assert made.computed["bytes"] == full + (2 * BASE.parameters if shown[0] else 0)
+    copied = made.computed["bytes"] - (BASE.bf16_copy if shown[0] else 0)
+    assert copied < full if shown[0] else copied == full  # activations are half as wide
+
+
+def test_layers_are_computed_again_where_their_activations_do_not_fit() -> None:
+    plenty = plan(examples_42())
+    assert setting(plenty, "gradient_checkpointing") == (False, "auto")
+    needed = plenty.computed["bytes"]
+    assert setting(plan(examples_42(), replace(MACHINE, memory=needed)), "gradient_checkpointing") == (False, "auto")
+    short = plan(examples_42(), replace(MACHINE, memory=needed - 1))
+    assert setting(short, "gradient_checkpointing") == (True, "auto")
+    assert short.computed["bytes"] < needed - 1
+    assert "memory" not in warned(short)
+    (reason,) = (one.reason for one in short.settings if one.name == "gradient_checkpointing")
+    assert reason.count("GiB") == 2
+    for asked, like in ((True, short), (False, plenty)):
+        made = plan(examples_42(), replace(MACHINE, memory=1), training_config={"gradient_checkpointing": asked})
+        assert setting(made, "gradient_checkpointing") == (asked, "user")
+        assert made.computed["bytes"] == like.computed["bytes"]
 
 
 def test_a_row_longer_than_the_context_names_its_line() -> None:

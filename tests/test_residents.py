@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import save_directory
+from tiny import save_directory, tiny_model
 
 from fortwo.adapters import AdapterStore
 from fortwo.engine import residents as module
@@ -22,7 +22,8 @@ from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Un
 from fortwo.models import measure as forms
 from fortwo.models.catalog import Catalog
 from fortwo.models.choice import FORMS, Measurements
-from fortwo.models.forms import Weight
+from fortwo.models.decoder import DecoderConfig
+from fortwo.models.forms import Dequantised, Weight
 from fortwo.models.lora import Lora, LoraConfig
 from fortwo.models.tiles import Tiles
 from fortwo.records import AdapterVersion, Json, Message, Phase, Prompt, Sampling
@@ -123,7 +124,7 @@ def test_replies_go_on_while_another_base_is_loaded(
     house.catalog.add("other", directories["other"])
     opened, read = threading.Event(), module.weights.read
 
-    def slow_disk(directory: Path) -> dict[str, torch.Tensor]:
+    def slow_disk(directory: Path) -> Mapping[str, torch.Tensor]:
         assert opened.wait(10)
         return read(directory)
 
@@ -186,10 +187,18 @@ def test_every_form_of_the_weights_serves_adapters_and_can_be_trained_on(
         house.store_only("fact", house.lora())
         assert house.ask("fact")
         for dense in (decoder.in_fp32(), decoder.in_bf16()):
-            assert isinstance(dense.layers[0].down_DI, torch.Tensor | Tiles)
+            assert isinstance(dense.layers[0].down_DI, Dequantised if weights == "nf4" else torch.Tensor | Tiles)
             assert dense.head_VD.shape == dense.embedding_VD.shape
     finally:
         house.engine.close()
+
+
+def test_auto_holds_what_fp32_is_too_large_for_in_less() -> None:
+    config = DecoderConfig.from_hf(tiny_model("llama").config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    assert forms.alone(config, 8 * config.parameters) is None
+    assert forms.alone(config, 8 * config.parameters - 1) == "bf16"
+    assert forms.alone(config, 4 * config.parameters) == "bf16"
+    assert forms.alone(config, 4 * config.parameters - 1) == "nf4"
 
 
 def test_auto_measures_once_on_a_machine_and_keeps_fp32(

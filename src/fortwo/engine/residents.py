@@ -7,7 +7,6 @@ device's thread, so replies go on while something is loaded. Knows no HTTP and n
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from fortwo.models import weights
 from fortwo.models.catalog import Catalog
 from fortwo.models.decoder import Decoder, DecoderConfig
 from fortwo.models.lora import Lora, LoraConfig, Segment
-from fortwo.models.measure import serving
+from fortwo.models.measure import memory, serving
 from fortwo.models.weights import Progress
 from fortwo.records import AdapterVersion, Json, Message
 from fortwo.settings import Settings
@@ -160,8 +159,15 @@ class Residents:
                 card = self._catalog.prepared(id)
                 assert card is not None
                 config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
-                plain = Decoder(config, weights.read(directory), self._device)
-                decoder = serving(id, plain, self._settings, lambda measure: self._engine.call(measure).result())
+                tensors = weights.read(directory)
+                decoder = serving(
+                    id,
+                    config,
+                    tensors,
+                    self._device,
+                    self._settings,
+                    lambda measure: self._engine.call(measure).result(),
+                )
                 runner = Runner(decoder, self._cache_bytes)
                 resident = Resident(id, card.digest, decoder, Renderer(directory), decoder.bytes, runner)
                 self._engine.add_base(id, resident.runner, resident.renderer)
@@ -367,9 +373,7 @@ def _cache_bytes(megabytes: int | None, device: torch.device) -> int:
     """Memory for keys and values: what is set, or an eighth of what the device or the machine has."""
     if megabytes is not None:
         return megabytes << 20
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory) // 8
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    return memory(device) // 8
 
 
 def _device(name: str) -> torch.device:

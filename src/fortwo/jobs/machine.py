@@ -6,7 +6,6 @@ plan's seconds are an estimate, and the report holds them against what it took.
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ SIZE = 1024
 
 def look(decoder: Decoder, seen: float | None) -> Machine:
     """On the device's thread. seen: tokens a second that the last job trained on this base."""
+    from fortwo.models.measure import memory
     from fortwo.models.products import multiplies_bf16
 
     parameters = decoder.parameters
@@ -34,7 +34,7 @@ def look(decoder: Decoder, seen: float | None) -> Machine:
     return Machine(
         tokens_per_second=seen,
         decode_tokens_per_second=DECODING * operations / (2 * parameters),
-        memory=_memory(decoder.device),
+        memory=memory(decoder.device),
         bf16=bf16,
     )
 
@@ -52,11 +52,3 @@ def _operations_per_second(device: torch.device, bf16: bool) -> float:
         product(square, weight)[0, 0].item()
         fastest = min(fastest, time.perf_counter() - began)
     return 2 * SIZE**3 / fastest
-
-
-def _memory(device: torch.device) -> int:
-    import torch
-
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

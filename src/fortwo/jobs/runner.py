@@ -214,7 +214,7 @@ class JobRunner:
         parent, resident = self._start(request)
         if parent is not None:
             dataset = replace(dataset, kept=parent.kept(facts_of(dataset)))
-        base = plans.BaseFacts.of(resident.id, resident.decoder.config, resident.bytes)
+        base = plans.BaseFacts.of(resident.id, resident.decoder)
         last = self._store.last_actual(resident.id)
         seen = None if last is None else last["tokens_per_second"]
         machine = self._engine.call(lambda: look(resident.decoder, seen)).result()

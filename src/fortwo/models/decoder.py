@@ -15,14 +15,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fortwo.errors import UnsupportedModel
 from fortwo.models.choice import Choice
-from fortwo.models.forms import Frozen, Regions, Weight, dense, head_form, quantised, trained_on
+from fortwo.models.forms import Frozen, Regions, Weight, bytes_to_train, dense, head_form, quantised, trained_on
 from fortwo.models.functions import add_norm, rms_norm, rotate, swiglu
 from fortwo.models.lora import Update, lora_product
 from fortwo.models.products import frozen_product
 
+Hold = Callable[[Frozen, bool], Frozen]  # how a weight is held; and whether it is the head
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
@@ -103,6 +105,13 @@ class DecoderConfig:
             qk_norm=family == "Qwen3",
         )
 
+    @property
+    def parameters(self) -> int:
+        """Of embedding, head and the projections; the rest is next to nothing."""
+        q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
+        layer = self.hidden * (2 * q + 2 * kv + 3 * self.intermediate)
+        return self.layers * layer + self.hidden * self.vocabulary * (1 if self.tied else 2)
+
     def in_features(self, group: str) -> int:
         """Input width of a fused product: qkv, o, gate_up or down."""
         return {
@@ -140,42 +149,56 @@ class _Layer:
 
 
 class Decoder:
-    """Frozen weights, fp32 to begin with, and the forward over them.
+    """Frozen weights and the forward over them.
 
-    Raises UnsupportedModel for missing or misshapen tensors.
+    hold: called with each weight as soon as it is read; None holds them in fp32. `weights` are asked for one after the
+    other, so what reads them from a disk needs no memory for all. Raises UnsupportedModel for missing or misshapen
+    tensors.
     """
 
     def __init__(
-        self, config: DecoderConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu"
+        self,
+        config: DecoderConfig,
+        weights: Mapping[str, Tensor],
+        device: torch.device | str = "cpu",
+        hold: Hold | None = None,
     ) -> None:
         self.config = config
         self.device = torch.device(device)
 
-        def take(name: str, *shape: int) -> Tensor:
+        def read(name: str, *shape: int) -> Tensor:
             if name not in weights:
                 raise UnsupportedModel(f"tensor {name!r} is missing from the model's weights")
             tensor = weights[name]
             if tuple(tensor.shape) != shape:
                 raise UnsupportedModel(f"tensor {name!r} is {tuple(tensor.shape)}, the configuration needs {shape}")
-            return tensor.to(self.device, torch.float32)
+            return tensor.to(self.device)
+
+        def take(name: str, *shape: int) -> Tensor:
+            return read(name, *shape).float()
+
+        def held(weight: Tensor, is_head: bool = False) -> Frozen:
+            return weight.float() if hold is None else hold(weight, is_head)
 
         c = config
         q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
         self.embedding_VD = take("model.embed_tokens.weight", c.vocabulary, c.hidden)
         self.norm_D = take("model.norm.weight", c.hidden)
-        self.head: Frozen = self.embedding_VD if c.tied else take("lm_head.weight", c.vocabulary, c.hidden)
+        self.head: Frozen = held(self.embedding_VD if c.tied else read("lm_head.weight", c.vocabulary, c.hidden), True)
         self.layers: list[_Layer] = []
         for index in range(c.layers):
             at, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
             self.layers.append(
                 _Layer(
                     attention_norm_D=take(f"model.layers.{index}.input_layernorm.weight", c.hidden),
-                    qkv_OD=torch.cat(
-                        [
-                            take(f"{at}.q_proj.weight", q, c.hidden),
-                            take(f"{at}.k_proj.weight", kv, c.hidden),
-                            take(f"{at}.v_proj.weight", kv, c.hidden),
-                        ]
+                    qkv_OD=held(
+                        torch.cat(
+                            [
+                                read(f"{at}.q_proj.weight", q, c.hidden),
+                                read(f"{at}.k_proj.weight", kv, c.hidden),
+                                read(f"{at}.v_proj.weight", kv, c.hidden),
+                            ]
+                        )
                     ),
                     qkv_bias_O=torch.cat(
                         [take(f"{at}.q_proj.bias", q), take(f"{at}.k_proj.bias", kv), take(f"{at}.v_proj.bias", kv)]
@@ -184,53 +207,56 @@ class Decoder:
                     else None,
                     q_norm_E=take(f"{at}.q_norm.weight", c.head_size) if c.qk_norm else None,
                     k_norm_E=take(f"{at}.k_norm.weight", c.head_size) if c.qk_norm else None,
-                    o_DI=take(f"{at}.o_proj.weight", c.hidden, q),
+                    o_DI=held(read(f"{at}.o_proj.weight", c.hidden, q)),
                     mlp_norm_D=take(f"model.layers.{index}.post_attention_layernorm.weight", c.hidden),
-                    gate_up_OD=torch.cat(
-                        [
-                            take(f"{mlp}.gate_proj.weight", c.intermediate, c.hidden),
-                            take(f"{mlp}.up_proj.weight", c.intermediate, c.hidden),
-                        ]
+                    gate_up_OD=held(
+                        torch.cat(
+                            [
+                                read(f"{mlp}.gate_proj.weight", c.intermediate, c.hidden),
+                                read(f"{mlp}.up_proj.weight", c.intermediate, c.hidden),
+                            ]
+                        )
                     ),
-                    down_DI=take(f"{mlp}.down_proj.weight", c.hidden, c.intermediate),
+                    down_DI=held(read(f"{mlp}.down_proj.weight", c.hidden, c.intermediate)),
                 )
             )
         self._inverse_frequency_E2 = _inverse_frequency(c).to(self.device)
 
     def weights(self) -> list[Tensor]:
         """What the network multiplies with, as fp32: each layer's four, and the head."""
+        return [dense(weight, torch.float32) for weight in self._multiplied()]
+
+    def _multiplied(self) -> list[Frozen]:
         inner = [
             weight for layer in self.layers for weight in (layer.qkv_OD, layer.o_DI, layer.gate_up_OD, layer.down_DI)
         ]
-        return [dense(weight, torch.float32) for weight in (*inner, self.head)]
+        return [*inner, self.head]
 
     def in_fp32(self) -> Decoder:
-        """The same network with fp32 tensors for weights, to train on; what is fp32 already is not copied."""
-        return self._with(lambda weight, _: dense(weight, torch.float32))
+        """The same network with fp32 products, to train on; what is fp32 already is not copied, NF4 stays NF4."""
+        return self._to_train(torch.float32)
 
     def in_bf16(self) -> Decoder:
-        """The same network with bf16 products, to train on; what is between the products stays fp32."""
-        regions = Regions()
-        return self._with(
-            lambda weight, is_head: dense(weight, torch.bfloat16) if is_head else trained_on(weight, regions)
-        )
+        """The same network with bf16 products, to train on; what is between the products stays fp32, NF4 stays NF4."""
+        return self._to_train(torch.bfloat16)
+
+    def bytes_to_train(self, bf16: bool) -> int:
+        """Memory that in_bf16 or in_fp32 takes beside what is held."""
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        *inner, head = self._multiplied()
+        return sum(bytes_to_train(weight, dtype) for weight in inner) + bytes_to_train(head, dtype, is_head=True)
 
     def in_forms(self, choice: Choice, keep: tuple[str, ...] = ()) -> Decoder:
         """The same network, to serve: weights in the forms of `choice` and those to `keep`; the embedding in fp32."""
+        return self._with(forms_of(choice, keep))
+
+    def _to_train(self, dtype: torch.dtype) -> Decoder:
         regions = Regions()
+        return self._with(
+            lambda weight, is_head: dense(weight, dtype) if is_head else trained_on(weight, regions, dtype)
+        )
 
-        def held(weight: Frozen, is_head: bool) -> Weight:
-            weight_OI = dense(weight, torch.float32)
-            names = dict.fromkeys((*keep, *choice.forms))
-            return Weight(
-                weight_OI.shape,
-                {name: quantised(head_form(name) if is_head else name, weight_OI, regions) for name in names},
-                choice,
-            )
-
-        return self._with(held)
-
-    def _with(self, change: Callable[[Frozen, bool], Frozen]) -> Decoder:
+    def _with(self, change: Hold) -> Decoder:
         other = copy(self)
         other.head = change(self.head, True)
         other.layers = [
@@ -280,10 +306,11 @@ class Decoder:
         attend: Attend,
         segments: Sequence[Update] = (),
         dropout: bool = False,
+        checkpointing: bool = False,
     ) -> Tensor:
         """Hidden states (T, D) after the final norm."""
-        everything = range(self.config.layers)
-        return self.norm(self.run(self.embed(tokens_T), positions_T, attend, segments, everything, dropout))
+        x_TD, everything = self.embed(tokens_T), range(self.config.layers)
+        return self.norm(self.run(x_TD, positions_T, attend, segments, everything, dropout, checkpointing))
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """What the first layer reads (T, D)."""
@@ -301,15 +328,22 @@ class Decoder:
         segments: Sequence[Update],
         layers: range,
         dropout: bool = False,
+        checkpointing: bool = False,
     ) -> Tensor:
-        """Carry what the first of `layers` reads (T, D) to what comes after the last of them (T, D)."""
+        """Carry what the first of `layers` reads (T, D) to what comes after the last of them (T, D).
+
+        checkpointing: keep for the gradient what each layer reads, and compute the layer again when it is wanted, the
+        same dropout drawn (Chen et al. 2016, arXiv:1604.06174).
+        """
         c = self.config
         T = x_TD.shape[0]
         heads = c.heads + 2 * c.kv_heads
         angles_TE2 = positions_T[:, None].float() * self._inverse_frequency_E2
         cos_TE, sin_TE = (torch.cat([part, part], -1) for part in (angles_TE2.cos(), angles_TE2.sin()))
         update_TD: Tensor | None = None
-        for index in layers:
+
+        def through(index: int, x_TD: Tensor, update_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+            """What comes after the layer: the sum so far, and what the layer adds to it last."""
             layer = self.layers[index]
             dtype = layer.qkv_OD.dtype
             x_TD, normed_TD = add_norm(x_TD, update_TD, layer.attention_norm_D, c.norm_eps, dtype)
@@ -325,12 +359,34 @@ class Decoder:
             update_TD = lora_product(mixed_THE.reshape(T, -1), layer.o_DI, index, "o", segments, dropout)
             x_TD, normed_TD = add_norm(x_TD, update_TD, layer.mlp_norm_D, c.norm_eps, dtype)
             gate_up_T2I = lora_product(normed_TD, layer.gate_up_OD, index, "gate_up", segments, dropout)
-            update_TD = lora_product(swiglu(gate_up_T2I), layer.down_DI, index, "down", segments, dropout)
+            return x_TD, lora_product(swiglu(gate_up_T2I), layer.down_DI, index, "down", segments, dropout)
+
+        for index in layers:
+            if checkpointing:
+                x_TD, update_TD = checkpoint(through, index, x_TD, update_TD, use_reentrant=False)
+            else:
+                x_TD, update_TD = through(index, x_TD, update_TD)
         return x_TD if update_TD is None else x_TD + update_TD
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Next-token logits (T, V)."""
         return frozen_product(hidden_TD, self.head)
+
+
+def forms_of(choice: Choice, keep: tuple[str, ...] = ()) -> Hold:
+    """Weights in the forms of `choice` and those to `keep`."""
+    regions = Regions()
+
+    def held(weight: Frozen, is_head: bool) -> Weight:
+        weight_OI = weight if isinstance(weight, Tensor) else dense(weight, torch.float32)
+        names = dict.fromkeys((*keep, *choice.forms))
+        return Weight(
+            weight_OI.shape,
+            {name: quantised(head_form(name) if is_head else name, weight_OI, regions) for name in names},
+            choice,
+        )
+
+    return held
 
 
 def _inverse_frequency(config: DecoderConfig) -> Tensor:

@@ -1,16 +1,16 @@
 """Frozen weights in several forms, and which of them multiplies how many rows.
 
-A form holds one weight (O, I) and multiplies with it: fp32 exactly, bf16, int8 and int4 in groups of 32 inputs, NF4 in
-blocks of 64. A `Weight` holds one or more of them and takes, for each number of rows, the one its `Choice` names.
-Shape suffixes as in `decoder`; G groups.
+A form holds one weight (O, I) and multiplies with it: fp32 exactly, bf16, int8 and int4 in groups of 32 inputs, NF4
+(see `nf4`). A `Weight` holds one or more of them and takes, for each number of rows, the one its `Choice` names.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from fortwo.models import kernels, products
 from fortwo.models.choice import FORMS, Choice
+from fortwo.models.nf4 import Nf4
 from fortwo.models.tiles import Tiles
 
-GROUP, TILE, BLOCK = 32, 16, 64
+GROUP, TILE = 32, 16
 REGION = 32 << 20  # bytes of memory taken at once for quantised weights
 
 
@@ -92,7 +93,7 @@ class Grouped:
 
     @staticmethod
     def fits(weight_OI: Tensor) -> bool:
-        return weight_OI.shape[1] % GROUP == 0 and kernels.usable(weight_OI)
+        return weight_OI.shape[1] % GROUP == 0 and kernels.usable(weight_OI.new_empty(0, dtype=torch.float32))
 
     @classmethod
     def of(cls, weight_OI: Tensor, bits: int, regions: Regions) -> Grouped:
@@ -153,53 +154,6 @@ class Grouped:
 _GROUPED = {4: "product_int4", 8: "product_int8"}
 
 
-@dataclass(frozen=True)
-class Nf4:
-    """4-bit NormalFloat in blocks of 64 (Dettmers et al. 2023, arXiv:2305.14314): the nearest of 16 levels of a block's
-    largest magnitude. A product makes the weight dense first, in bf16 where the device multiplies it."""
-
-    shape: tuple[int, int]
-    codes: Tensor  # two a byte, the first in the high half
-    largest_B: Tensor
-
-    LEVELS: ClassVar[tuple[float, ...]] = (
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    )
-
-    @staticmethod
-    def fits(weight_OI: Tensor) -> bool:
-        return weight_OI.numel() % BLOCK == 0
-
-    @classmethod
-    def of(cls, weight_OI: Tensor) -> Nf4:
-        O, I = weight_OI.shape  # noqa: E741
-        blocks = weight_OI.float().reshape(-1, BLOCK)
-        largest_B = blocks.abs().amax(-1)
-        levels = torch.tensor(cls.LEVELS, device=weight_OI.device)
-        between = (levels[1:] + levels[:-1]) / 2
-        codes = torch.bucketize(blocks / largest_B.clamp_min(1e-30)[:, None], between).to(torch.uint8)
-        return cls((O, I), codes[:, 0::2] << 4 | codes[:, 1::2], largest_B)
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.largest_B.nbytes
-
-    def product(self, x_TI: Tensor) -> Tensor:
-        weight_OI = self.dense()
-        if products.multiplies_bf16(x_TI.device):
-            weight_OI = weight_OI.bfloat16()
-        return products.product(x_TI, weight_OI)
-
-    def dense(self) -> Tensor:
-        levels = torch.tensor(self.LEVELS, device=self.codes.device)
-        pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)  # both levels of a byte
-        blocks = pairs[self.codes.int()].view(-1, BLOCK)
-        return blocks.mul_(self.largest_B[:, None]).view(self.shape)
-
-
 class Weight:
     """A frozen weight (O, I) in the forms that `choice` names, and perhaps more."""
 
@@ -224,6 +178,23 @@ class Weight:
         return self.forms[next(name for name in FORMS if name in self.forms)].dense().to(dtype)
 
 
+class Dequantised(Weight):
+    """A weight in NF4 to train on, as QLoRA does: its products, forward and (by `t`) backward, are in `dtype`, and make
+    it dense part by part. Gradients are those of the dense weight."""
+
+    def __init__(self, form: Nf4, dtype: torch.dtype, transposed: bool = False) -> None:
+        super().__init__(form.shape[::-1] if transposed else form.shape, {"nf4": form}, Choice.fixed("nf4"))
+        self.dtype = dtype
+        self._form, self._transposed = form, transposed
+
+    def t(self) -> Dequantised:
+        return Dequantised(self._form, self.dtype, not self._transposed)
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        multiply = self._form.backward if self._transposed else self._form.forward
+        return multiply(x_TI, self.dtype, x_TI.dtype)
+
+
 Frozen = Tensor | Tiles | Weight
 
 
@@ -236,20 +207,46 @@ def dense(weight_OI: Frozen, dtype: torch.dtype) -> Tensor:
     return weight_OI.to(dtype)
 
 
-def trained_on(weight_OI: Frozen, regions: Regions) -> Tensor | Tiles:
-    """The weight for bf16 products there and back; tiles that are held already are not copied."""
-    if not kernels.multiplies_tiles():
-        return dense(weight_OI, torch.bfloat16)
-    held = weight_OI.forms.get("bf16") if isinstance(weight_OI, Weight) else None
-    tiles = held if isinstance(held, Tiles) else Tiles.of(dense(weight_OI, torch.bfloat16), regions)
-    return tiles.with_turned(regions)
+def trained_on(weight_OI: Frozen, regions: Regions, dtype: torch.dtype = torch.bfloat16) -> Frozen:
+    """The weight for products in `dtype` there and back. What is held in NF4 alone stays so; fp32, and tiles, that are
+    held already are not copied."""
+    if (form := _nf4_alone(weight_OI)) is not None:
+        return Dequantised(form, dtype)
+    if dtype != torch.bfloat16 or not kernels.multiplies_tiles():
+        return dense(weight_OI, dtype)
+    tiles = _tiles(weight_OI)
+    return (Tiles.of(dense(weight_OI, dtype), regions) if tiles is None else tiles).with_turned(regions)
+
+
+def bytes_to_train(weight_OI: Frozen, dtype: torch.dtype, is_head: bool = False) -> int:
+    """What `trained_on`, or `dense` for the head, takes beside the weight."""
+    size = math.prod(weight_OI.shape) * dtype.itemsize
+    if _nf4_alone(weight_OI) is not None:
+        return 0
+    if dtype == torch.bfloat16 and kernels.multiplies_tiles() and not is_head:
+        return size if _tiles(weight_OI) is not None else 2 * size
+    held = weight_OI.forms.values() if isinstance(weight_OI, Weight) else [weight_OI]
+    tensors = (form.weight_OI if isinstance(form, Dense) else form for form in held)
+    return 0 if any(isinstance(one, Tensor) and one.dtype == dtype for one in tensors) else size
+
+
+def _nf4_alone(weight_OI: Frozen) -> Nf4 | None:
+    if not isinstance(weight_OI, Weight) or len(weight_OI.forms) > 1:
+        return None
+    (form,) = weight_OI.forms.values()
+    return form if isinstance(form, Nf4) else None
+
+
+def _tiles(weight_OI: Frozen) -> Tiles | None:
+    held = weight_OI.forms.get("bf16") if isinstance(weight_OI, Weight) else weight_OI
+    return held if isinstance(held, Tiles) else None
 
 
 def quantised(name: str, weight_OI: Tensor, regions: Regions) -> Form:
-    """`weight_OI` in the form `name`. Its width must fit (`fits`)."""
+    """`weight_OI`, of any type of number, in the form `name`. Its width must fit (`fits`)."""
     match name:
         case "fp32":
-            return Dense(weight_OI)
+            return Dense(weight_OI.float())
         case "bf16":
             if kernels.usable(weight_OI) and kernels.multiplies_tiles():
                 return Tiles.of(weight_OI.bfloat16(), regions)
@@ -257,7 +254,7 @@ def quantised(name: str, weight_OI: Tensor, regions: Regions) -> Form:
         case "int8" | "int4":
             return Grouped.of(weight_OI, int(name.removeprefix("int")), regions)
         case "nf4":
-            return Nf4.of(weight_OI)
+            return Nf4.of(weight_OI, regions)
     raise ValueError(name)
 
 

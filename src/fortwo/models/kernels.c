@@ -136,6 +136,7 @@ ROW_SUMS
 ROW_SUMS
 #include "kernels.h"
 
+#include "nf4.h"
 #include "matrix.h"
 #include "quantised.h"
 #include "decode.h"

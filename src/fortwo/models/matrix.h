@@ -16,10 +16,12 @@
 #define AHEAD (8 * STEP)       /* numbers of a row that are fetched in advance */
 #define RESIDENT (1000 * 1024) /* bytes of panels that stay in a core's cache while the left operand passes */
 
-/* a (M, K) with a_row numbers from row to row; b (N, K) with steps b_n and b_k, of which one is 1, or both 0 for panels that are laid already. */
+/* a (M, K) with a_row numbers from row to row; b (N, K) with steps b_n and b_k, of which one is 1, or both 0 for panels that are laid already.
+   nf4: b's numbers are codes (nf4.h), and there is no b; the other step is a multiple of 64. */
 typedef struct {
     const bf16 *a, *b;
     long a_row, b_n, b_k, K;
+    const normal_floats *nf4;
 } factor;
 
 static inline long steps(long K) { return (K + STEP - 1) / STEP; }
@@ -51,11 +53,59 @@ static inline void transpose(__m512i *r) {
     }
 }
 
+static const uint16_t zip[2][32] = {
+    {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+    {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+
+static inline __m512i nf4_values(const normal_floats *w, long at) { /* the 16 values of the block that number `at` is in */
+    __m512 all = _mm512_mul_ps(_mm512_loadu_ps(w->levels), _mm512_set1_ps(nf4_largest(w, at / NF4_BLOCK)));
+    return _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(all));
+}
+
+static inline __m512i nf4_step(const normal_floats *w, long at, __m512i values) { /* 32 numbers */
+    return nf4_look_up(_mm_loadu_si128((const __m128i *)(w->codes + at / 2)), values);
+}
+
+/* `lay`, of codes. Sums are whole steps, outputs whole panels: K and N are multiples of 64. */
+static void lay_nf4(const factor *f, long first, long last, bf16 *to, long apart) {
+    const normal_floats *w = f->nf4;
+    if (f->b_k == 1) {
+        for (long n = first * PANEL; n < last * PANEL; n += 16)
+            for (long k = 0; k < f->K; k += NF4_BLOCK) {
+                bf16 *tile = to + (n / PANEL - first) * apart + k * PANEL + n % PANEL / 16 * TILE;
+                __m512i left[16], right[16];
+                for (long i = 0; i < 16; i++) {
+                    long at = w->from + (n + i) * f->b_n + k;
+                    __m512i values = nf4_values(w, at);
+                    __builtin_prefetch(w->codes + at / 2 + 256);
+                    left[i] = nf4_step(w, at, values);
+                    right[i] = nf4_step(w, at + STEP, values);
+                }
+                transpose(left);
+                transpose(right);
+                for (long i = 0; i < 16; i++) _mm512_store_si512(tile + i * STEP, left[i]);
+                for (long i = 0; i < 16; i++) _mm512_store_si512(tile + 2 * TILE + i * STEP, right[i]);
+            }
+        return;
+    }
+    __m512i low = _mm512_loadu_si512(zip[0]), high = _mm512_loadu_si512(zip[1]), even_values = low, odd_values = low;
+    for (long k = 0; k < f->K; k += 2)
+        for (long p = first; p < last; p++) {
+            bf16 *row = to + (p - first) * apart + k / STEP * 2 * TILE + k % STEP / 2 * STEP;
+            long at = w->from + k * f->b_k + p * PANEL;
+            if (p == first || at % NF4_BLOCK == 0) even_values = nf4_values(w, at), odd_values = nf4_values(w, at + f->b_k);
+            __m512i even = nf4_step(w, at, even_values), odd = nf4_step(w, at + f->b_k, odd_values);
+            _mm512_store_si512(row, _mm512_permutex2var_epi16(even, low, odd));
+            _mm512_store_si512(row + TILE, _mm512_permutex2var_epi16(even, high, odd));
+        }
+}
+
 /* Panels first..last-1 of a factor, `apart` numbers from one to the next; what lies beyond N or K is zero. */
 static void lay(const factor *f, long N, long first, long last, bf16 *to, long apart) {
-    static const uint16_t zip[2][32] = {
-        {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-        {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+    if (f->nf4) {
+        lay_nf4(f, first, last, to, apart);
+        return;
+    }
     if (f->b_k == 1) {
         for (long n = first * PANEL; n < last * PANEL; n += 16)
             for (long k = 0; k < f->K; k += STEP) {
@@ -149,11 +199,9 @@ static void block(int count, const strip *s, const bf16 *const *panels, float *s
     _tile_stored(3, sums + 16 * PANEL + 16, 4 * PANEL);
 }
 
-/* c (M, N) = a b' + a2 b2' (K2 = 0: without the second); c is bf16, or fp32 where `wide`, with c_row numbers from row to row. */
-void matrix_product(long M, long N, long K, const bf16 *a, long a_row, const bf16 *b, long b_n, long b_k, long K2, const bf16 *a2, long a2_row,
-                    const bf16 *b2, long b2_n, long b2_k, void *c, long c_row, long wide) {
-    factor f[2] = {{a, b, a_row, b_n, b_k, K}, {a2, b2, a2_row, b2_n, b2_k, K2}};
-    int count = 1 + (K2 > 0);
+/* c (M, N) = the sum of a b' over two factors (K = 0: without the second); c is bf16, or fp32 where `wide`, with c_row numbers from row to row. */
+static void multiply_factors(long M, long N, const factor f[2], void *c, long c_row, long wide) {
+    long K = f[0].K, K2 = f[1].K, count = 1 + (K2 > 0);
     long apart[2] = {steps(K) * 2 * TILE, steps(K2) * 2 * TILE}, panels = (N + PANEL - 1) / PANEL, blocks = (M + PANEL - 1) / PANEL;
     long fit = RESIDENT / ((apart[0] + apart[1]) * (long)sizeof(bf16)), wanted = 2 * omp_get_max_threads();
     long across = fit < 1 ? panels : (panels + fit - 1) / fit;
@@ -206,5 +254,19 @@ void matrix_product(long M, long N, long K, const bf16 *a, long a_row, const bf1
         }
         _tile_release();
     }
+}
+
+void matrix_product(long M, long N, long K, const bf16 *a, long a_row, const bf16 *b, long b_n, long b_k, long K2, const bf16 *a2, long a2_row,
+                    const bf16 *b2, long b2_n, long b2_k, void *c, long c_row, long wide) {
+    factor f[2] = {{a, b, a_row, b_n, b_k, K}, {a2, b2, a2_row, b2_n, b2_k, K2}};
+    multiply_factors(M, N, f, c, c_row, wide);
+}
+
+/* The same for one factor with b (N, K) in NF4, its first number `from`, with steps b_n and b_k. */
+void nf4_product(long M, long N, long K, const bf16 *a, long a_row, const uint8_t *codes, const uint8_t *code, const float *map,
+                 const float *scale, const float *offset, const float *levels, long from, long b_n, long b_k, void *c, long c_row, long wide) {
+    normal_floats w = {codes, code, map, scale, offset, levels, from};
+    factor f[2] = {{a, 0, a_row, b_n, b_k, K, &w}};
+    multiply_factors(M, N, f, c, c_row, wide);
 }
 #endif

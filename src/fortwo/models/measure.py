@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from torch import Tensor
 from fortwo.errors import InvalidRequest
 from fortwo.models import kernels
 from fortwo.models.choice import ROWS, Choice, Measured, Measurements, Seconds, choose, processor
-from fortwo.models.decoder import Decoder
-from fortwo.models.forms import Form, Regions, fits, head_form, quantised
+from fortwo.models.decoder import Decoder, DecoderConfig, Hold, forms_of
+from fortwo.models.forms import Form, Frozen, Regions, fits, head_form, quantised
 from fortwo.models.products import multiplies_bf16
 from fortwo.settings import Settings
 
@@ -31,26 +31,29 @@ SHARE = 0.5  # of the memory: what `auto` may hold
 Run = Callable[[Callable[[], Seconds]], Seconds]
 
 
-def serving(id: str, decoder: Decoder, settings: Settings, run: Run) -> Decoder:
+def serving(
+    id: str,
+    config: DecoderConfig,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    settings: Settings,
+    run: Run,
+) -> Decoder:
     """The decoder as it is served under settings.weights. run: measures where nothing else computes.
 
     auto: fp32 below SMALL parameters; else fp32 is kept, for training and as reference, and the fastest forms beside it
-    whose weights stay within ERROR of the originals. Raises InvalidRequest for a form that the model or the machine
-    cannot have.
+    whose weights stay within ERROR of the originals. What fp32 would take more than SHARE of the memory for is held in
+    bf16 alone, or NF4. A form that is held alone is made weight by weight as they are read. Raises InvalidRequest for a
+    form that the model or the machine cannot have.
     """
-    setting, weights = settings.weights, decoder.weights()
-    if setting != "auto":
-        if not fits(setting, weights):
-            raise InvalidRequest(
-                f"weights = {setting!r} cannot hold {id!r} here: int8 and int4 need widths that are multiples of 32, "
-                "the CPU and a C compiler; nf4 needs multiples of 64",
-                param="weights",
-                hint="Set FORTWO_WEIGHTS to auto.",
-            )
-        return decoder if setting == "fp32" else decoder.in_forms(Choice.fixed(setting))
-    if decoder.parameters < SMALL:
+    setting = alone(config, memory(device)) if settings.weights == "auto" else settings.weights
+    if setting is not None and setting != "fp32":
+        return Decoder(config, weights, device, _checked(id, setting))
+    decoder = Decoder(config, weights, device)
+    if setting == "fp32" or decoder.parameters < SMALL:
         return decoder
-    names = [name for name in _quick(decoder.device) if fits(name, weights) and error(name, weights) <= ERROR]
+    weights_OI = decoder.weights()
+    names = [name for name in _quick(decoder.device) if fits(name, weights_OI) and error(name, weights_OI) <= ERROR]
     if names == ["fp32"]:
         return decoder
     c = decoder.config
@@ -58,18 +61,48 @@ def serving(id: str, decoder: Decoder, settings: Settings, run: Run) -> Decoder:
     threads = settings.threads or os.cpu_count() or 1
     about = f"{processor()} {kernels.identity()} {threads} {shape}"
     key = hashlib.sha256(about.encode()).hexdigest()[:16]
-    known, memory = Measurements(settings.home), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    known, bound = Measurements(settings.home), SHARE * memory(device)
     found = known.all().get(key)
     if found is None:
         began = time.perf_counter()
         seconds = run(lambda: measure(decoder, names))
-        choice = choose(seconds, _bytes(decoder, names), SHARE * memory, keep="fp32")
+        choice = choose(seconds, _bytes(decoder, names), bound, keep="fp32")
         plain = {name: dict(by_rows) for name, by_rows in seconds.items()}
         known.put(key, Measured(id, processor(), threads, plain, choice.table))
         logging.getLogger(__name__).info("forms of %s measured in %.1f s", id, time.perf_counter() - began)
     else:
-        choice = choose(found.seconds, _bytes(decoder, names), SHARE * memory, keep="fp32")
+        choice = choose(found.seconds, _bytes(decoder, names), bound, keep="fp32")
     return decoder.in_forms(choice, keep=("fp32",))
+
+
+def alone(config: DecoderConfig, memory: int) -> str | None:
+    """What `auto` holds without fp32 beside it: the first of bf16 and NF4 that fits; None where fp32 fits."""
+    if 4 * config.parameters <= SHARE * memory:
+        return None
+    return "bf16" if 2 * config.parameters <= SHARE * memory else "nf4"
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that the device has: a GPU its own, the CPU the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _checked(id: str, name: str) -> Hold:
+    hold = forms_of(Choice.fixed(name))
+
+    def held(weight: Frozen, is_head: bool) -> Frozen:
+        if isinstance(weight, Tensor) and not fits(name, [weight]):
+            raise InvalidRequest(
+                f"weights = {name!r} cannot hold {id!r} here: int8 and int4 need widths that are multiples of 32, "
+                "the CPU and a C compiler; nf4 needs multiples of 64",
+                param="weights",
+                hint="Set FORTWO_WEIGHTS to auto.",
+            )
+        return hold(weight, is_head)
+
+    return held
 
 
 def _quick(device: torch.device) -> list[str]:

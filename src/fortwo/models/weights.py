@@ -1,6 +1,6 @@
 """Tensors of a model directory in Hugging Face's layout: their headers, bytes, shapes and digest.
 
-Only safetensors are read, never pickle. torch is needed by `read` alone; all else works on headers and bytes.
+Only safetensors are read, never pickle. torch is needed by `Tensors` alone; all else works on headers and bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,14 +91,55 @@ def headers(directory: Path) -> dict[str, Header]:
     return dict(sorted(found.items()))
 
 
-def read(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors, memory-mapped: nothing is loaded until it is used."""
-    from safetensors.torch import load_file
+_TYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files(directory):
-        tensors.update(load_file(file))
-    return tensors
+
+class Tensors(Mapping[str, "torch.Tensor"]):
+    """All tensors by name. One is read when it is asked for, each time anew, and belongs to who asks: nothing is kept
+    here, and nothing is mapped into memory."""
+
+    def __init__(self, table: Mapping[str, Header]) -> None:
+        self._table = table
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Raises UnsupportedModel for a type of number that is not read."""
+        import torch
+
+        header = self._table[name]
+        if header.dtype not in _TYPES:
+            raise UnsupportedModel(
+                f"tensor {name!r} is of type {header.dtype}, which is not supported",
+                hint="Save the model again in bf16 or fp32.",
+            )
+        raw = torch.empty(header.end - header.start, dtype=torch.uint8)
+        with header.file.open("rb") as stream:
+            stream.seek(header.start)
+            stream.readinto(raw.numpy().data)
+        return raw.view(getattr(torch, _TYPES[header.dtype])).view(header.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._table
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+
+def read(directory: Path) -> Tensors:
+    return Tensors(headers(directory))
 
 
 def parameters(table: dict[str, Header]) -> int:

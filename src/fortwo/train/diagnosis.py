@@ -7,7 +7,7 @@ from typing import Any
 
 from fortwo.records import Plan, PlanWarning
 from fortwo.train.escalation import NO_TIME
-from fortwo.train.estimate import Machine, duration
+from fortwo.train.estimate import Machine, duration, size
 from fortwo.train.options import WITHOUT_WARMUP
 from fortwo.train.recipes import OverrideRecipe, Recipe, recipe_of
 from fortwo.train.survey import Suspicions
@@ -40,8 +40,9 @@ def foresee(plan: Plan, machine: Machine, suspicions: Suspicions = Suspicions())
         warnings.append(
             PlanWarning(
                 "memory",
-                f"the run needs about {computed['bytes'] / 2**30:.1f} GiB; {machine.memory / 2**30:.1f} GiB are there",
-                "Give a smaller per_device_train_batch_size and more gradient_accumulation_steps.",
+                f"the run needs about {size(computed['bytes'])}; {size(machine.memory)} are there",
+                "Give a smaller per_device_train_batch_size and more gradient_accumulation_steps, or start the server "
+                "with FORTWO_WEIGHTS=nf4.",
             )
         )
     return (*(warning for warning in warnings if warning), *suspect(suspicions))

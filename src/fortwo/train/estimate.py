@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING
 from fortwo.train.recipes import OverrideRecipe, Recipe
 
 if TYPE_CHECKING:
-    from fortwo.models.decoder import DecoderConfig
+    from fortwo.models.decoder import Decoder
 
 FLOAT = 4  # bytes: adapters are trained in fp32
+PROCESS = 600 << 20  # bytes of a server that holds nothing yet
+MICRO_TOKENS = 640  # of a micro-step beyond the prefix: bounds how long it holds the device
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What the plan must know of the base model. bytes: its weights as they are held."""
+    """What the plan must know of the base model. bytes: its weights as they are held; bf16_copy, fp32_copy: what is
+    made of them beside that to train in bf16 and fp32."""
 
     id: str
     context: int
@@ -28,9 +31,12 @@ class BaseFacts:
     q: int  # width of all query heads together
     kv: int  # width of all key heads together
     bytes: int
+    bf16_copy: int
+    fp32_copy: int
 
     @classmethod
-    def of(cls, id: str, config: DecoderConfig, held: int) -> BaseFacts:
+    def of(cls, id: str, decoder: Decoder) -> BaseFacts:
+        config = decoder.config
         return cls(
             id=id,
             context=config.context,
@@ -40,15 +46,10 @@ class BaseFacts:
             intermediate=config.intermediate,
             q=config.heads * config.head_size,
             kv=config.kv_heads * config.head_size,
-            bytes=held,
+            bytes=decoder.bytes,
+            bf16_copy=decoder.bytes_to_train(bf16=True),
+            fp32_copy=decoder.bytes_to_train(bf16=False),
         )
-
-    @property
-    def parameters(self) -> int:
-        """Of the weights that are multiplied with."""
-        modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        inner = sum(math.prod(self.shape(module)) for module in modules)
-        return self.layers * inner + self.vocabulary * self.hidden
 
     def shape(self, module: str) -> tuple[int, int]:
         """(in, out) of one projection."""
@@ -61,6 +62,12 @@ class BaseFacts:
             "up_proj": (self.hidden, self.intermediate),
             "down_proj": (self.intermediate, self.hidden),
         }[module]
+
+    def fused(self, module: str) -> int:
+        """Outputs of the product that a projection is part of."""
+        if module in ("q_proj", "k_proj", "v_proj"):
+            return self.q + 2 * self.kv
+        return 2 * self.intermediate if module in ("gate_proj", "up_proj") else self.hidden
 
 
 @dataclass(frozen=True)
@@ -113,13 +120,25 @@ def seconds(tokens: int, recipe: Recipe, facts: int, exams: int, machine: Machin
     return tokens / machine.tokens_per_second + generated / machine.decode_tokens_per_second
 
 
-def memory_bytes(base: BaseFacts, micro_step: float, r: int, modules: Sequence[str], bf16: bool) -> int:
-    """Base weights (bf16: and a copy in it), the adapter with its gradient and AdamW's moments, and what backward needs
-    of one micro-step; the logits are never there together."""
+def memory_bytes(
+    base: BaseFacts, micro_step: float, r: int, modules: Sequence[str], bf16: bool, checkpointing: bool
+) -> int:
+    """The process, the base's weights and what is made of them to train on, the adapter with its gradient and AdamW's
+    moments, and what backward needs of one micro-step of so many tokens; the logits are never there together.
+
+    checkpointing: of every layer what it reads, and all of one layer.
+    """
+    element = 2 if bf16 else FLOAT
     adapter = base.layers * r * sum(sum(base.shape(module)) for module in modules)
-    activations = base.layers * (6 * base.hidden + 2 * base.q + 2 * base.kv + 4 * base.intermediate)
-    weights = base.bytes + (2 * base.parameters if bf16 else 0)
-    return weights + round(FLOAT * (4 * adapter + micro_step * activations))
+    sums, inputs = 2 * base.hidden, 2 * base.hidden + 2 * base.q + 2 * base.kv + 3 * base.intermediate
+    layer = micro_step * (FLOAT * sums + element * inputs)
+    # the adapter's matrices as a product has them: each B as high as the fused product
+    layer += element * r * sum(base.shape(module)[0] + base.fused(module) for module in modules)
+    kept = base.layers * layer
+    if checkpointing:
+        kept = layer + base.layers * micro_step * (FLOAT + element) * base.hidden
+    copy = base.bf16_copy if bf16 else base.fp32_copy
+    return PROCESS + base.bytes + copy + round(4 * FLOAT * adapter + kept)
 
 
 def duration(seconds: float) -> str:
@@ -127,3 +146,8 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(bytes: int) -> str:
+    """For people: "5.2 GiB"."""
+    return f"{bytes / 2**30:.1f} GiB"

@@ -39,12 +39,12 @@ from fortwo.records import (
 from fortwo.train import checkpoints, courses
 from fortwo.train.checkpoints import Clock, Run
 from fortwo.train.escalation import WORDS, mix_at, next_round, told
+from fortwo.train.estimate import MICRO_TOKENS
 from fortwo.train.evaluation import Served, diverged, validation_loss
 from fortwo.train.objective import losses, micro_batches
 from fortwo.train.schedule import learning_rate, rate_at
 from fortwo.train.validation import patience_ends
 
-MICRO_TOKENS = 640  # bounds how long a micro-step holds the device
 EARLY_MARGIN = 0.5  # an exam is small: before the last step it must be passed by half of what is left to 1
 EXAM_QUESTIONS = 10  # training questions about each fact in an exam; the report asks them all
 
@@ -339,7 +339,7 @@ def _step(
         if tokens:
             yield MicroStepped(tokens)
         began = time.perf_counter()
-        found = losses(decoder, lora, course.prefix, batch)
+        found = losses(decoder, lora, course.prefix, batch, plan["gradient_checkpointing"])
         total = found.learn / max(1, learn_over) + mix.keep_weight * found.keep / max(1, keep_over)
         total.backward()
         learn += float(found.learn.detach()) / max(1, learn_over)

@@ -76,12 +76,11 @@ def with_teacher(decoder: Decoder, rows: Sequence[Row], prefix: int) -> Generato
     return taught
 
 
-def losses(decoder: Decoder, lora: Lora, prefix: int, rows: Sequence[Row]) -> Losses:
-    """One pass over rows that share their first `prefix` tokens."""
+def losses(decoder: Decoder, lora: Lora, prefix: int, rows: Sequence[Row], checkpointing: bool = False) -> Losses:
+    """One pass over rows that share their first `prefix` tokens; checkpointing as in `Decoder.run`."""
     packed = pack([row.tokens for row in rows], decoder.device, prefix)
-    final_TD = decoder.forward(
-        packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config), [Segment(lora)], dropout=True
-    )
+    attention, segments = PackedAttention(packed, decoder.config), [Segment(lora)]
+    final_TD = decoder.forward(packed.tokens_T, packed.positions_T, attention, segments, True, checkpointing)
     learn_places: list[int] = []
     keep_places: list[int] = []
     for place, row in enumerate(rows):

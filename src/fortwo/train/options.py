@@ -98,6 +98,7 @@ _TRAINING: dict[str, _Kind] = {
     "seed": _Number(0, 2**32 - 1, "42", whole=True),
     "optim": _Word(OPTIMIZERS),
     "bf16": _Flag(),
+    "gradient_checkpointing": _Flag(),
     "validation_split": _Number(0, 0.5, "0.1"),
     "eval_strategy": _Word(("no", "steps", "epoch")),
     "eval_steps": _Number(1, 10_000_000, "50", whole=True),
@@ -157,9 +158,11 @@ _TRANSFORMERS_REFUSED = (
         "Leave it out and give bf16: training multiplies in bf16 or fp32, serving in fp32.",
     ),
     _Refused(
-        "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs "
-        "auto_find_batch_size torch_empty_cache_steps",
-        "To save memory give a smaller per_device_train_batch_size and more gradient_accumulation_steps.",
+        "gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs auto_find_batch_size "
+        "torch_empty_cache_steps",
+        "To save memory give gradient_checkpointing true, or a smaller per_device_train_batch_size and more "
+        "gradient_accumulation_steps.",
+        (None, False, {}, {"use_reentrant": False}),
     ),
     _Refused(
         "torch_compile torch_compile_backend torch_compile_mode torchdynamo use_liger_kernel liger_kernel_config "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -32,11 +32,13 @@ from fortwo.train.draft import (
     plain,
 )
 from fortwo.train.estimate import (
+    MICRO_TOKENS,
     BaseFacts,
     Machine,
     TokenCounts,
     memory_bytes,
     seconds,
+    size,
     tokens_per_epoch,
 )
 from fortwo.train.options import TARGET_MODULES, read_lora, read_training
@@ -104,6 +106,9 @@ def resolve(
     for name in ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"):
         draft.choose(name, getattr(recipe, name), REASONS[name])
     bf16 = draft.choose("bf16", machine.bf16, REASONS["bf16"], "auto")
+    longest = max(row.prompt + row.answer for row in counts.rows) - counts.prefix
+    together = min(micro_step, counts.prefix + max(MICRO_TOKENS, longest))
+    needed = _checkpointing(draft, machine, lambda again: memory_bytes(base, together, r, modules, bf16, again))
     targets = choose_targets(draft, request, recipe, len(dataset.kept))
     choose_saving(draft, steps, steps_per_epoch)
     draft.add_rest()
@@ -134,7 +139,7 @@ def resolve(
             "supervised_tokens": sum(row.answer for row in counts.rows),
             "tokens_per_step": tokens_per_step,
             "seconds": round(seconds(passed, recipe, facts + len(dataset.kept), exams, machine), 1),
-            "bytes": memory_bytes(base, micro_step, r, modules, bf16),
+            "bytes": needed,
         },
     )
     of_parent = () if parent is None else objections(plan, parent)
@@ -219,6 +224,15 @@ def _answers(examples: Collection[Example]) -> int:
         if len(found) == ANSWERS_COUNTED:
             break
     return len(found)
+
+
+def _checkpointing(draft: Draft, machine: Machine, needed: Callable[[bool], int]) -> int:
+    """Whether layers are computed again for the gradient; the answer is the memory that the run needs then."""
+    all_kept, there = needed(False), machine.memory
+    short = there is not None and all_kept > there
+    wanted = f"every layer's activations kept, the run needs about {size(all_kept)}"
+    reason = f"{wanted}, {size(there)} are there" if there is not None else f"{wanted}; what is there is not known"
+    return needed(draft.choose("gradient_checkpointing", short, reason, "auto"))
 
 
 def to_json(plan: Plan) -> Json:

@@ -51,10 +51,10 @@ class OverrideRecipe(Recipe):
     (KL against the base's own first `contrast_tokens` and `rehearsal_tokens`, weighed by `kl_weight`). Prompts come
     from pools of `edit_pool` and `contrast_pool` for each fact; `question_share` of the edit rows are the questions
     that were given. `probes` prompts of a kind decide when to stop. Behind an exam that finds leaks the adapter answers
-    `on_policy_prompts` of the contrast prompts itself; where the `on_policy_tokens` it says are not the base's, they make
-    up to `on_policy_share` of the contrast rows from then on (on-policy distillation, Agarwal et al. 2024,
-    arXiv:2306.13649). `kept_rows` edit and as many contrast rows, from pools of `kept_pool` prompts, keep what the run's
-    parent knows. Where the last exam misses, up to `escalation_rounds` more cycles follow with a raised recipe.
+    `on_policy_prompts` of the contrast prompts itself; where the `on_policy_tokens` it says are not the base's, they
+    make up to `on_policy_share` of the contrast rows from then on (on-policy distillation, Agarwal et al. 2024,
+    arXiv:2306.13649). `kept_rows` edit and as many contrast rows, from pools of `kept_pool` prompts, keep what the
+    run's parent knows. Where the last exam misses, up to `escalation_rounds` more cycles follow with a raised recipe.
     """
 
     learning_rate: float = 1.2e-3
