@@ -88,7 +88,10 @@ class Asked:
         sampling = Sampling(max_tokens=self.count, prompt_logprobs=2 if self.read else None)
         prompt = Prompt("tiny", tuple(self.text.encode()), self.adapter, sampling, kept=self.kept, embed=self.read)
         reading, reply = Reading(prompt, DECODER) if self.read else None, Reply(prompt, self.count, Ascii())
-        return _Request(list(prompt.tokens), self.adapter, listener=reading, reply=reply, sampler=Sampler(sampling))
+        sampler = Sampler(sampling)
+        return _Request(
+            list(prompt.tokens), self.adapter, listener=reading, kept=self.kept, reply=reply, sampler=sampler
+        )
 
 
 def serve(base: _Base, asked: Row[Asked]) -> list[_Request]:

@@ -48,6 +48,8 @@ class Row:
     tokens: list[int]
     adapter: str | None = None
     slot: int | None = None
+    listener: None = None
+    kept: bool = True
 
 
 def hf_config(model: PreTrainedModel) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class _Base:
 
     def leave(self, request: _Request) -> None:
         self.scheduler.remove(request)
-        self.runner.release(request, keep=request.reply.prompt.kept)
+        self.runner.release(request)
 
     def end(self, request: _Request, reason: FinishReason, error: str | None = None) -> None:
         self.leave(request)
@@ -236,7 +236,9 @@ class Engine:
         constraint = None if asked.json_schema is None else base.speech.constraint(asked.json_schema)
         sampler = sampling.Sampler(asked, prompt.tokens, constraint)
         reading = Reading(prompt, base.runner.decoder) if Reading.asked(prompt) else None
-        request = _Request(list(prompt.tokens), prompt.adapter, listener=reading, reply=reply, sampler=sampler)
+        request = _Request(
+            list(prompt.tokens), prompt.adapter, listener=reading, kept=prompt.kept, reply=reply, sampler=sampler
+        )
 
         def accept() -> None:
             try:

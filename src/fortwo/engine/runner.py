@@ -32,7 +32,8 @@ class Listener(Protocol):
 
 class Running(Protocol):
     """What the runner needs of a sequence. tokens: prompt and reply so far. slot: None until it is opened. listener:
-    hears each part that is computed; where there is one, nothing is taken from kept prefixes."""
+    hears each part that is computed; where there is one, nothing is taken from kept prefixes. kept: what is computed may serve
+    others that begin alike."""
 
     tokens: list[int]
     adapter: str | None
@@ -40,6 +41,8 @@ class Running(Protocol):
 
     @property
     def listener(self) -> Listener | None: ...
+    @property
+    def kept(self) -> bool: ...
 
 
 class Runner:
@@ -114,7 +117,9 @@ class Runner:
         return None if sequence.listener is not None else self._roots.get(sequence.adapter)
 
     def _keep(self, slot: Slot, sequence: Running) -> None:
-        if slot.root == self._roots.get(sequence.adapter):  # the adapter is still the one that computed it
+        if sequence.kept and slot.root == self._roots.get(
+            sequence.adapter
+        ):  # the adapter is still the one that computed it
             self.cache.keep(slot, sequence.tokens)
 
     # ------------------------------------------------------------ forwards

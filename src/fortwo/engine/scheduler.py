@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 class Sequence:
     """One request as the runner sees it. tokens: the prompt, then what was generated; adapter: whose weights answer,
     None for the plain base; slot: its place in the cache while it runs, filled by the runner; listener: who hears the
-    hidden states of its tokens."""
+    hidden states of its tokens; kept: what is computed for it may serve others that begin alike."""
 
     tokens: list[int]
     adapter: str | None
     slot: Slot | None = None
     listener: Listener | None = None
+    kept: bool = True
 
     @property
     def unread(self) -> int:
