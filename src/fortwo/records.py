@@ -93,7 +93,7 @@ class Dataset:
 
 # ---------------------------------------------------------------- plan (filled by train.plan)
 
-Origin = Literal["user", "parent", "auto", "default"]
+Origin = Literal["user", "parent", "effort", "auto", "default"]
 
 
 @dataclass(frozen=True)
