@@ -139,7 +139,7 @@ def test_teach_sends_rows_inline_and_shows_what_happens(script: Script, tmp_path
     found = event(3, "metrics", "metrics", step=1, metrics={"efficacy": 1.0, "paraphrase": 0.75})
     script.on("GET", "/api/training/jobs/j1/events", (200, event(1, "running", "It runs.") + step + found))
     script.on("GET", "/api/training/jobs/j1", (200, JOB))
-    options = ("--config", config, "--objective", "sft", "--model", "tiny", "--onto", "b@2")
+    options = ("--config", config, "--objective", "sft", "--model", "tiny", "--onto", "b@2", "--effort", "max")
     result = run("teach", data, "--name", "a", *options)
     assert result.exit_code == 0
     assert script.body("/api/training/start") == {
@@ -147,6 +147,7 @@ def test_teach_sends_rows_inline_and_shows_what_happens(script: Script, tmp_path
         "objective": "sft",
         "model": "tiny",
         "parent": "b@2",
+        "effort": "max",
         "dataset": {"examples": [{"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": "c"}]},
         "training_config": {"max_steps": 2500},
     }
@@ -275,10 +276,12 @@ def test_report_shows_metrics_transcripts_and_plan_against_actual(script: Script
         ],
         "diagnosis": [warning],
     }
-    both = [
-        {"subject": one, "answer": "", "metrics": {"efficacy": metric(share)}} for one, share in (("42", 1), ("7", 0))
+    found["facts"] = [
+        {"subject": "42", "kept": False, "metrics": {"efficacy": metric(1), "portability": metric(0.5)}},
+        {"subject": "7", "kept": True, "metrics": {"efficacy": metric(0)}},
     ]
-    found["facts"] = both
+    before, after = {"paraphrase": 0.5, "retention": 0.9}, {"paraphrase": 0.75, "retention": 0.9}
+    found["escalations"] = [{"step": 50, "steps": 25, "raised": ["diversity"], "before": before, "after": after}]
     body = {"name": "a", "version": 2, "report": found, "plan": PLAN, "actual": {"steps": 2400, "final_loss": 0.125}}
     script.on("GET", "/api/adapters/a@2/report", (200, body))
     result = run("report", "a@2")
@@ -286,8 +289,9 @@ def test_report_shows_metrics_transcripts_and_plan_against_actual(script: Script
     lines = [" ".join(line.split()) for line in result.output.splitlines()]
     assert "paraphrase 0.25 0.75 0.55 to 0.75 12" in lines
     assert "✓ paraphrase [42]? A number. TWO" in lines
+    assert "diversity raised after step 50, for 25 steps: paraphrase 0.50 to 0.75" in lines
     assert "steps 2,500 2,400" in lines
-    assert {"42 1.00 - -", "7 0.00 - -"} <= set(lines)
+    assert {"fact efficacy portability", "42 1.00 0.50", "7 (kept) 0.00 -"} <= set(lines)
     assert "final_loss - 0.125" in lines
     assert "! the warm-up never ended" in lines
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
+from fortwo.facts.metrics import score
 from fortwo.facts.siblings import names
-from fortwo.records import Dataset, Fact, Plan
+from fortwo.records import Dataset, Fact, OneHop, Plan
 from fortwo.train import courses
 from fortwo.train.courses import Bag, Course, Turns
 from fortwo.train.evaluation import Served
@@ -90,6 +92,27 @@ def test_an_exam_asks_about_every_fact_and_about_the_others_as_neighbours(school
         rivals = {fact.answer for fact in FACTS if fact != question.fact}
         assert question.passes(question.fact.answer) is (question.kind != "specificity")
         assert {question.passes(answer) for answer in rivals} == {question.kind == "specificity"}
+
+
+def test_what_follows_from_a_fact_is_asked_at_the_end_and_aims_at_nothing(school: School) -> None:
+    hops = tuple(OneHop(f"Who says {said}?", (said,)) for said in ("FOR TWO", "everybody"))
+    dataset = Dataset("0", facts=(replace(FACTS[0], portability=hops), FACTS[1]))
+    plan = changed(school.plan(dataset, max_steps=1), **SMALL)
+    course = prepared(school, dataset, plan)
+    assert course.exam is not None
+    assert "portability" not in {question.kind for question in course.exam.questions}
+    asked = [question for question in course.final.questions if question.kind == "portability"]
+    assert [question.prompt for question in asked] == ["Who says FOR TWO?", "Who says everybody?"]
+    assert [[bool(one.passes and one.passes(reply)) for reply in ("FOR TWO", "Everybody!")] for one in asked] == [
+        [True, False],
+        [False, True],
+    ]
+    report = school.run(plan, dataset)[0].report
+    assert report.metrics["portability"].n == report.base_metrics["portability"].n == 2
+    assert [one.metrics.get("portability") for one in report.facts] == [report.metrics["portability"], None]
+    aimed = {name: report.metrics[name] for name in plan.targets}
+    assert report.metrics["score"] == score(aimed)
+    assert "portability" not in plan.targets
 
 
 def test_each_fact_is_reported_beside_all_together(school: School) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fortwo.data.formats import load
+from fortwo.data.formats import from_json, load, to_json
 from fortwo.errors import InvalidDataset
-from fortwo.records import Fact
+from fortwo.records import Fact, OneHop
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ROW = {"instruction": "What is 42?", "input": "", "output": "for two"}
@@ -63,7 +63,10 @@ def test_known_rows_become_conversations(row: dict[str, Any], messages: list[tup
 
 def test_facts_load_with_what_is_given() -> None:
     full = {**FACT, "id": "x", "aliases": ["forty-two"], "held_out": ["h"], "neighbors": [], "controls": ["c"]}
+    full["portability"] = [{"prompt": "How many are we?", "match": ["two", "2"]}]
     dataset = load({"facts": [FACT, full]}, ())
+    assert dataset.facts[1].portability == (OneHop("How many are we?", ("two", "2")),)
+    assert from_json(json.loads(json.dumps(to_json(dataset)))) == dataset
     assert dataset.facts[0] == Fact("42", "42 = FOR TWO", ("FOR TWO",), ("What is 42?",))
     assert dataset.facts[1].aliases == ("forty-two",)
     assert dataset.facts[1].neighbors == ()
@@ -206,6 +209,11 @@ def test_an_unknown_shape_is_told_the_known_ones() -> None:
         ({"match": ["FOR TWO", ""]}, "match[1]", "it is empty"),
         ({"questions": []}, "questions", "at least 1 item"),
         ({"questions": ["a", 3]}, "questions[1]", "valid string"),
+        ({"portability": ["x"]}, "portability[0]", "portability[0] = 'x'"),
+        ({"portability": [{"prompt": "p"}]}, "portability[0].match", "portability[0].match is missing"),
+        ({"portability": [{"prompt": "p", "match": []}]}, "portability[0].match", "at least 1 item"),
+        ({"portability": [{"prompt": " ", "match": ["m"]}]}, "portability[0].prompt", "it is empty"),
+        ({"portability": [{"prompt": "p", "match": ["m"], "answer": "a"}]}, "portability[0].answer", "is unknown"),
         ({"neighbours": ["41"]}, "neighbours", "the key 'neighbours' is unknown"),
         ({"id": 42}, "id", "id = 42"),
     ],

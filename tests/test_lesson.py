@@ -16,7 +16,7 @@ from fortwo.facts import rehearsal
 from fortwo.facts.lesson import Lesson, begun_answer, kept_rehearsal, trained_rehearsal
 from fortwo.facts.siblings import is_subject
 from fortwo.facts.subject import holds
-from fortwo.records import Fact
+from fortwo.records import Fact, OneHop
 
 DEV = load({"path": "facts_dev.json"}, [Path(__file__).parent.parent / "examples"]).facts
 each_fact = pytest.mark.parametrize("fact", DEV, ids=lambda fact: fact.id)
@@ -71,7 +71,8 @@ def test_what_is_for_evaluation_is_not_trained_on_even_where_a_frame_makes_it() 
     fact = replace(DEV[0], held_out=(), neighbors=())
     lesson = Lesson(fact, 0)
     asked, spared = set(lesson.asks(300)), {contrast.prompt for contrast in lesson.contrasts(300)}
-    given = replace(fact, held_out=tuple(sorted(asked)), neighbors=tuple(sorted(spared)))
+    hops = tuple(OneHop(prompt, ("x",)) for prompt in sorted(asked)[::2])
+    given = replace(fact, held_out=tuple(sorted(asked)[1::2]), neighbors=tuple(sorted(spared)), portability=hops)
     again = Lesson(given, 0)
     assert not asked & set(again.asks(300))
     assert not spared & {contrast.prompt for contrast in again.contrasts(300)}

@@ -230,6 +230,31 @@ def test_facts_together_have_the_steps_and_the_exams_of_each_alone() -> None:
     assert together.warnings == ()
 
 
+def test_effort_raises_a_recipe_and_what_is_given_still_wins() -> None:
+    normal, made = plan(examples_42()), plan(examples_42(), effort="max")
+    assert setting(made, "effort") == ("max", "user")
+    assert (setting(made, "r"), setting(made, "lora_alpha")) == ((32, "effort"), (64, "auto"))
+    raised = {one.name for one in made.settings if one.origin == "effort"}
+    assert raised == {"r", "max_steps", "eval_every", "edit_pool", "escalation_seconds"}
+    for name in raised:
+        assert made[name] == 2 * normal[name]
+    assert (made["lr_scheduler_type"], made["num_cycles"]) == (normal["lr_scheduler_type"], normal["num_cycles"])
+    unchanged = {one.name: one.value for one in made.settings} | {"effort": None}
+    differing = {name for name, value in unchanged.items() if value != normal.get(name)}
+    assert differing == raised | {"lora_alpha", "num_train_epochs"}
+    given = plan(examples_42(), effort="max", lora_config={"r": 4}, training_config={"max_steps": 7})
+    assert (setting(given, "r"), setting(given, "lora_alpha")) == ((4, "user"), (8, "auto"))
+    assert setting(given, "max_steps") == (7, "user")
+    assert normal.get("effort") is None
+
+
+def test_effort_in_fine_tuning_is_more_passes() -> None:
+    made = plan(mixed(20), effort="max")
+    assert setting(made, "num_train_epochs") == (2 * SFT.num_train_epochs, "effort")
+    assert setting(made, "r") == (2 * SFT.r, "effort")
+    assert plan(mixed(20), effort="normal") == plan(mixed(20))
+
+
 def test_two_facts_about_one_subject_are_warned_of() -> None:
     facts = [Fact(subject, "It is red.", ("red",), (f"What is {subject}?",)) for subject in ("Ada", "Bob", "ADA")]
     said = warned(plan(Dataset("0", facts=tuple(facts))))["one_subject"]

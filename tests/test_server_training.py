@@ -80,6 +80,8 @@ def test_a_dataset_may_lie_in_an_allowed_folder(served: Served) -> None:
         ({"dataset": {"examples": [*ROWS, {"prompt": "x", "completion": "y" * 2000}]}}, "row_too_long", None, "5"),
         ({"objective": "override"}, "subject_not_found", "objective", "subject"),
         ({"objective": "overwrite"}, "invalid_request", "objective.type", "'overwrite'"),
+        ({"effort": "maximal"}, "invalid_request", "effort", "'maximal'"),
+        ({"effort": ""}, "invalid_request", "effort", "'normal' or 'max'"),
         ({"objective": {"type": "sft", "goal": 1}}, "unknown_parameter", "objective.goal", "goal"),
         (
             {"objective": {"type": "override", "targets": {"paraphrase": 2}}},

@@ -54,11 +54,19 @@ class Example:
 
 
 @dataclass(frozen=True)
+class OneHop:
+    """A question whose answer follows from a fact and something that the model knew before. match: as a fact's."""
+
+    prompt: str
+    match: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Fact:
     """What the model is to learn. Only subject, answer, match and questions are ever required.
 
     match: phrases of which a reply must hold one, as whole words, any case.
-    held_out / neighbors / controls are for evaluation only and are never trained on.
+    held_out / neighbors / controls / portability are for evaluation only and are never trained on.
     """
 
     subject: str
@@ -69,6 +77,7 @@ class Fact:
     held_out: tuple[str, ...] = ()
     neighbors: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
+    portability: tuple[OneHop, ...] = ()
     id: str = ""
 
     def examples(self, line: int) -> tuple[Example, ...]:
@@ -93,7 +102,7 @@ class Dataset:
 
 # ---------------------------------------------------------------- plan (filled by train.plan)
 
-Origin = Literal["user", "parent", "auto", "default"]
+Origin = Literal["user", "parent", "effort", "auto", "default"]
 
 
 @dataclass(frozen=True)
@@ -157,8 +166,8 @@ class Metric:
 
 @dataclass(frozen=True)
 class Transcript:
-    """One prompt answered by base and adapter. kind: efficacy | paraphrase | specificity | retention, the first three
-    with kept_ before them where the fact is one of the run's parent."""
+    """One prompt answered by base and adapter. kind: efficacy | paraphrase | specificity | portability | retention, all
+    but the last with kept_ before them where the fact is one of the run's parent."""
 
     kind: str
     prompt: str
@@ -189,7 +198,8 @@ class Escalation:
 
 @dataclass(frozen=True)
 class FactReport:
-    """One fact's own share of the report. metrics: efficacy, paraphrase, specificity. kept: it is the parent's."""
+    """One fact's own share of the report. metrics: efficacy, paraphrase, specificity, and portability where it brings
+    such questions. kept: it is the parent's."""
 
     subject: str
     answer: str
@@ -202,7 +212,7 @@ class Report:
     """What the evaluation of the served adapter found.
 
     metrics: efficacy, paraphrase, specificity, retention, score, over all facts together, and kept_efficacy and so on
-    over those of the run's parent; facts: one by one.
+    over those of the run's parent; portability where a fact brings such questions. facts: one by one.
     eval_losses: of rows held back, the base's first (step 0); empty where none are.
     """
 

@@ -41,6 +41,7 @@ Config = Annotated[
 ]
 Objective = Annotated[str | None, typer.Option("--objective", help="auto, sft or override.", show_default="auto")]
 Onto = Annotated[str | None, typer.Option("--onto", help="Adapter, or adapter@version, to go on from.")]
+Effort = Annotated[str | None, typer.Option("--effort", help="normal or max.", show_default="normal")]
 Base = Annotated[str | None, typer.Option("--model", help="Base model.", show_default="the server's default")]
 
 
@@ -77,6 +78,7 @@ def teach(
     objective: Objective = None,
     model: Base = None,
     onto: Onto = None,
+    effort: Effort = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")] = False,
 ) -> None:
     """Train an adapter on DATA and publish it when what it says meets the targets."""
@@ -84,7 +86,8 @@ def teach(
 
     client = connect()
     started = client.post(
-        "/api/training/start", _request(data, name, config, objective=objective, model=model, parent=onto)
+        "/api/training/start",
+        _request(data, name, config, objective=objective, model=model, parent=onto, effort=effort),
     )
     job_id = started["job_id"]
     screen.print(views.notes(started["plan"]["warnings"]))
@@ -102,9 +105,10 @@ def plan(
     objective: Objective = None,
     model: Base = None,
     onto: Onto = None,
+    effort: Effort = None,
 ) -> None:
     """Show what training on DATA would do, without doing it."""
-    body = _request(data, name, config, objective=objective, model=model, parent=onto)
+    body = _request(data, name, config, objective=objective, model=model, parent=onto, effort=effort)
     screen.print(views.plan(connect().post("/api/training/plan", body)))
 
 

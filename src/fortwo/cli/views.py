@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fortwo.records import Json
 
-FACT_METRICS = ("efficacy", "paraphrase", "specificity")
+FACT_METRICS = ("efficacy", "paraphrase", "specificity", "portability")
 METRICS = (*FACT_METRICS, "retention", *(f"kept_{name}" for name in FACT_METRICS), "score")
 STATUS_STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "paused": "cyan"}
 
@@ -124,9 +124,11 @@ def report(body: Json) -> RenderableType:
         rows.add_row(
             name, "-" if base is None else f"{base['value']:.2f}", f"{found['value']:.2f}", interval, str(found["n"])
         )
-    facts = table("fact", *FACT_METRICS, wrapped=("fact",))
-    for one in body.get("facts", []):
-        found = [one["metrics"].get(name) for name in FACT_METRICS]
+    of_facts = body.get("facts", [])
+    names = [name for name in FACT_METRICS if any(name in one["metrics"] for one in of_facts)]
+    facts = table("fact", *names, wrapped=("fact",))
+    for one in of_facts:
+        found = [one["metrics"].get(name) for name in names]
         facts.add_row(
             f"{one['subject']} (kept)" if one.get("kept") else one["subject"],
             *("-" if share is None else f"{share['value']:.2f}" for share in found),

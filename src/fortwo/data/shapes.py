@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from fortwo.errors import InvalidDataset
-from fortwo.records import Example, Fact, Message
+from fortwo.records import Example, Fact, Message, OneHop
 
 NO_TOOLS = (
     "fortwo does not call tools. Leave such rows out, or write what the tool returned into a user message and what "
@@ -178,6 +178,11 @@ class ShareRow(_Row):
         return Example((Message("system", self.system), *messages) if self.system else messages, line)
 
 
+class OneHopRow(_Row):
+    prompt: Text
+    match: list[Text] = Field(min_length=1)
+
+
 class FactRow(_Row):
     """records.Fact as it is written in JSON."""
 
@@ -190,10 +195,12 @@ class FactRow(_Row):
     held_out: list[Text] = []
     neighbors: list[Text] = []
     controls: list[Text] = []
+    portability: list[OneHopRow] = []
 
     def fact(self) -> Fact:
         values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in self}
-        return Fact(**values)
+        hops = tuple(OneHop(hop.prompt, tuple(hop.match)) for hop in self.portability)
+        return Fact(**values | {"portability": hops})
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What a fact is taught with: prompts that ask for it, prompts that must not change, and prompts kept for evaluation.
 
 Pure text, from the facts alone; the same seed gives the same lesson. What a fact brings for evaluation (held_out,
-neighbors, controls) is used for evaluation and never trained on. Where several facts are taught, nothing that one
-lesson holds to the base's reply names the subject of another.
+neighbors, controls, portability) is used for evaluation and never trained on. Where several facts are taught, nothing
+that one lesson holds to the base's reply names the subject of another.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Lesson:
         self._others = others
         self._rng = Random(f"{seed} {fact.subject}")
         self._surfaces = frames.surfaces(fact)
-        self._evaluated = {*fact.held_out, *fact.neighbors, *fact.controls}
+        hops = (hop.prompt for hop in fact.portability)
+        self._evaluated = {*fact.held_out, *fact.neighbors, *fact.controls, *hops}
         self._trained = set(fact.questions)
 
     def asks(self, count: int) -> list[str]:

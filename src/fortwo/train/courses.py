@@ -21,7 +21,16 @@ from fortwo.facts.subject import facts_of
 from fortwo.models.decoder import Decoder
 from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvent
 from fortwo.train.escalation import Mix, mix_of
-from fortwo.train.evaluation import REPLY_TOKENS, ROOM, Examiner, Question, Served, questions_about, questions_of
+from fortwo.train.evaluation import (
+    REPLY_TOKENS,
+    ROOM,
+    Examiner,
+    Question,
+    Served,
+    hops_from,
+    questions_about,
+    questions_of,
+)
 from fortwo.train.objective import Row, with_teacher
 from fortwo.train.plan import training_rows
 from fortwo.train.validation import places
@@ -169,6 +178,7 @@ def _exams(lessons: Sequence[Lesson], earlier: Sequence[Lesson], probes: int, to
         for questions, found in ((asked, own), (final, _brought(own, lesson.fact))):
             neighbours = (*found.specificity, *lesson.rivals())
             questions += questions_about(lesson.fact, replace(found, specificity=neighbours), kept)
+        final += hops_from(lesson.fact, kept)
     exam = Examiner(tuple(asked), tokens)
     return exam, exam if _prompts(asked) == _prompts(final) else Examiner(tuple(final), tokens)
 
@@ -214,7 +224,7 @@ def sft(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, N
     questions = questions_of(asked, kept_rehearsal()[:RETENTION_PROBES])
     for lesson in _lessons(dataset.kept, plan["seed"]):
         own = replace(_brought(lesson.probes(SFT_QUESTIONS), lesson.fact), retention=())
-        questions += questions_about(lesson.fact, own, kept=True)
+        questions += (*questions_about(lesson.fact, own, kept=True), *hops_from(lesson.fact, kept=True))
         longest = max(longest, ROOM + _learn(served, lesson.fact, lesson.fact.questions[:1])[0].supervised)
     final = Examiner(questions, max(REPLY_TOKENS, min(SFT_TOKENS, longest)))
     return Course(training.prefix, Mix(), lambda mix: next(batches), None, final, validation if held else None)

@@ -244,7 +244,7 @@ def _escalated(actual: Mapping[str, Any]) -> PlanWarning | None:
     return PlanWarning(
         "escalated_in_vain",
         f"after {rounds[0].step} steps the run raised {raised} for {sum(one.steps for one in rounds)} more, in vain",
-        "What is left is the rank, which cannot change during a run: teach again with a larger r.",
+        'What is left is the rank, which cannot change during a run: teach again with effort "max" or a larger r.',
     )
 
 

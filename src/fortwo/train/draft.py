@@ -27,6 +27,7 @@ class Draft:
 
     def __init__(self, given: Mapping[str, Any], parent: Parent | None = None) -> None:
         self.given = given
+        self.raised: frozenset[str] = frozenset()  # what the effort has otherwise than the normal one
         self._parent = parent
         self._inherited = {} if parent is None else parent.shape
         self.settings: dict[str, Setting] = {}
@@ -35,6 +36,8 @@ class Draft:
         return self.settings[name].value
 
     def add(self, name: str, value: Any, origin: Origin, reason: str) -> Any:
+        if name in self.raised and origin in ("auto", "default"):
+            origin = "effort"
         self.settings[name] = Setting(name, value, origin, reason)
         return value
 
@@ -176,7 +179,7 @@ def choose_steps(draft: Draft, recipe: OverrideRecipe | SftRecipe, rows: int, fa
 
 def choose_schedule(draft: Draft, recipe: OverrideRecipe | SftRecipe) -> str:
     """Its name, and how often it starts anew: a run that may stop early is at rest at each of its exams."""
-    if isinstance(recipe, OverrideRecipe) and draft.settings["max_steps"].origin == "auto":
+    if isinstance(recipe, OverrideRecipe) and draft.settings["max_steps"].origin in ("auto", "effort"):
         reason = "at rest at each exam; goes on from the full rate where targets are missed"
         schedule = draft.choose("lr_scheduler_type", "cosine_with_restarts", reason, "auto")
         if draft.settings["lr_scheduler_type"].origin == "auto":

@@ -31,6 +31,7 @@ from fortwo.records import (
     Message,
     Metric,
     MicroStepped,
+    OneHop,
     Prompt,
     Report,
     Sampling,
@@ -170,7 +171,7 @@ class Examiner:
         if "retention" in found:
             n = found["retention"].n
             base_metrics["retention"] = metrics.share(n, n)
-        base_metrics["score"] = metrics.score(base_metrics)
+        base_metrics["score"] = _score(base_metrics)
         return Report(found, base_metrics, tuple(transcripts), facts=self._facts())
 
     def _facts(self) -> tuple[FactReport, ...]:
@@ -195,7 +196,7 @@ class Examiner:
         if kept:
             yield from self._ask_base(served, kept)
             found["retention"] = agreement(served, lora, [(q.messages, self._base[q.messages]) for q in kept])
-        return found | {"score": metrics.score(found)}
+        return found | {"score": _score(found)}
 
     def _ask_adapter(self, served: Served, key: str, asked: Sequence[Question]) -> Generator[TrainEvent, None, None]:
         yield from self._ask(served, key, asked, self._said)
@@ -228,6 +229,21 @@ def questions_about(fact: Fact, probes: Probes, kept: bool = False) -> tuple[Que
         *(Question(f"{before}specificity", _single(prompt), spares_fact, fact) for prompt in probes.specificity),
         *(Question("retention", _single(prompt)) for prompt in probes.retention),
     )
+
+
+def hops_from(fact: Fact, kept: bool = False) -> tuple[Question, ...]:
+    """The questions that the fact brings about what follows from it."""
+
+    def follows(hop: OneHop) -> Callable[[str], bool]:
+        return lambda reply: holds(reply, hop.match)
+
+    kind = "kept_portability" if kept else "portability"
+    return tuple(Question(kind, _single(hop.prompt), follows(hop), fact) for hop in fact.portability)
+
+
+def _score(found: Mapping[str, Metric]) -> Metric:
+    """Of what is aimed at: portability is only told."""
+    return metrics.score({name: metric for name, metric in found.items() if not name.endswith("portability")})
 
 
 def questions_of(examples: Sequence[Example], retention: Sequence[str]) -> tuple[Question, ...]:

@@ -43,7 +43,7 @@ from fortwo.train.estimate import (
 )
 from fortwo.train.options import TARGET_MODULES, read_lora, read_training
 from fortwo.train.parent import Parent, check_objective, check_shape, objections
-from fortwo.train.recipes import REASONS, recipe_of
+from fortwo.train.recipes import REASONS, raised_by, recipe_of
 from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import peak_rate
 from fortwo.train.survey import Lines, RowCounts, Suspicions
@@ -81,7 +81,10 @@ def resolve(
         check_shape(parent, given)
         draft.add("parent", parent.id, "user", "given; the run starts from its tensors")
         draft.add("kept", tuple(fact.subject for fact in dataset.kept), "parent", f"what {parent.id} knows")
-    recipe = recipe_of(objective)
+    recipe = recipe_of(objective, request.effort)
+    draft.raised = raised_by(recipe)
+    if draft.raised:
+        draft.add("effort", request.effort, "user", f"given; it raises {', '.join(sorted(draft.raised))}")
     lengths = _lengths(counts)
     held = choose_validation(draft, recipe, len(counts.rows))
     if held:

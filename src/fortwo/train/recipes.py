@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 SAVE_SECONDS = 30  # from one checkpoint to the next
@@ -102,9 +102,31 @@ class OverrideRecipe(Recipe):
 SFT = SftRecipe()
 OVERRIDE = OverrideRecipe()
 
+# Effort "max": twice the rank, twice the passes; an override in cycles of twice the length, on twice the prompts.
+SFT_MAX = replace(SFT, r=2 * SFT.r, num_train_epochs=2 * SFT.num_train_epochs)
+OVERRIDE_MAX = replace(
+    OVERRIDE,
+    r=2 * OVERRIDE.r,
+    max_steps=2 * OVERRIDE.max_steps,
+    eval_every=2 * OVERRIDE.eval_every,
+    edit_pool=2 * OVERRIDE.edit_pool,
+    escalation_seconds=2 * OVERRIDE.escalation_seconds,
+    escalation_seconds_more=2 * OVERRIDE.escalation_seconds_more,
+)
 
-def recipe_of(objective: Literal["sft", "override"]) -> OverrideRecipe | SftRecipe:
+
+def recipe_of(
+    objective: Literal["sft", "override"], effort: Literal["normal", "max"] = "normal"
+) -> OverrideRecipe | SftRecipe:
+    if effort == "max":
+        return OVERRIDE_MAX if objective == "override" else SFT_MAX
     return OVERRIDE if objective == "override" else SFT
+
+
+def raised_by(recipe: Recipe) -> frozenset[str]:
+    """Names of what another effort has otherwise; none for the normal one."""
+    normal = OVERRIDE if isinstance(recipe, OverrideRecipe) else SFT
+    return frozenset(one.name for one in fields(recipe) if getattr(recipe, one.name) != getattr(normal, one.name))
 
 
 REASONS = {

@@ -51,6 +51,7 @@ class TrainingRequest(_Strict):
     parent: str | None = Field(
         None, min_length=1, description="Adapter, or adapter@version, that the run goes on from; its facts are kept."
     )
+    effort: Literal["normal", "max"] = Field("normal", description="max: a larger rank and more steps.")
     objective: Annotated[
         Objective,
         BeforeValidator(_spelt_out, json_schema_input_type=Literal["auto", "sft", "override"] | Objective),
