@@ -48,6 +48,7 @@ class Row:
     tokens: list[int]
     adapter: str | None = None
     slot: int | None = None
+    listener: None = None
 
 
 def hf_config(model: PreTrainedModel) -> dict[str, Any]:
