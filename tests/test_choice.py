@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fortwo.models.choice import ROWS, Choice, Measured, Measurements, choose
+from fortwo.models.choice import ROWS, Choice, Measured, Measurements, choose, worthwhile
 
 NBYTES = {"fp32": 400, "bf16": 200, "int8": 106, "int4": 62}
 
@@ -13,6 +13,12 @@ def seconds(**by_form: float | tuple[float, float]) -> dict[str, dict[int, float
     """A figure, or one for up to 32 rows and one for more."""
     pairs = {form: given if isinstance(given, tuple) else (given, given) for form, given in by_form.items()}
     return {form: {rows: few if rows <= 32 else many for rows in ROWS} for form, (few, many) in pairs.items()}
+
+
+def test_a_form_that_another_is_nearer_and_smaller_than_is_not_worth_it() -> None:
+    assert worthwhile({"fp32": 0, "bf16": 0, "int8": 0.007, "int4": 0.1}, NBYTES, 0.01) == ["fp32", "bf16", "int8"]
+    assert worthwhile({"fp32": 0, "bf16": 0, "int8": 0.007, "int4": 1e-6}, NBYTES, 0.01) == ["fp32", "bf16", "int4"]
+    assert worthwhile({"fp32": 0, "bf16": 0.02}, NBYTES, 0.01) == ["fp32"]
 
 
 def test_each_number_of_rows_gets_its_fastest_form() -> None:

@@ -15,6 +15,7 @@ from tiny import VOCABULARY
 
 USER = {"role": "user", "content": "hello"}
 CONTEXT = 1024
+HALF = "half\ud800"
 
 
 def test_a_reply_has_openais_shape_and_counts_its_tokens(served: Served) -> None:
@@ -157,6 +158,27 @@ SCHEMA = {
     "required": ["city", "size"],
     "additionalProperties": False,
 }
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("schema", "named"),
+    [({"$ref": "#"}, "followed"), ({"$ref": "#/x"}, "/x"), ({"const": HALF}, "hex escape"), (nested(200), "recursion")],
+)
+def test_a_schema_that_cannot_be_followed_is_the_clients_mistake(
+    served: Served, schema: dict[str, Any], named: str
+) -> None:
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"model": "tiny", "messages": [USER], "response_format": format}
+    headers = {"Content-Type": "application/json"}
+    response = served.http.post("/v1/chat/completions", content=json.dumps(body), headers=headers)
+    assert named in refused(response, 400, "invalid_request", "response_format.json_schema.schema")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -324,7 +346,6 @@ def test_the_body_must_be_json(served: Served) -> None:
     refused(served.post("/v1/chat/completions", {"messages": [USER]}), 400, "missing_parameter", "model")
 
 
-HALF = "half\ud800"
 TRAINING = {"adapter_name": "half", "dataset": {"examples": [{"prompt": "a", "completion": "b"}]}}
 
 

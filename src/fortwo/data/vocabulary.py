@@ -37,11 +37,16 @@ class Vocabulary:
 
     def constraint(self, schema: str) -> Constraint:
         """Raises InvalidRequest for a schema that is none, or that says what cannot be enforced."""
-        grammar = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITE_SPACE})
-        matcher = LLMatcher(self._tokens, grammar, log_level=0)
-        if matcher.is_error():
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITE_SPACE})
+            matcher = LLMatcher(self._tokens, grammar, log_level=0)
+            matcher.compute_bitmask()  # one that never comes to a first token says so only when it is asked for it
+            fault = matcher.get_error()
+        except ValueError as error:
+            fault = str(error)
+        if fault:
             raise InvalidRequest(
-                f"the schema cannot be followed: {matcher.get_error().splitlines()[0]}",
+                f"the schema cannot be followed: {fault.splitlines()[0]}",
                 param="response_format.json_schema.schema",
                 hint="Correct it, or leave out what is named.",
             )

@@ -42,6 +42,15 @@ class Choice:
         return self.table[-1][1]
 
 
+def worthwhile(errors: Mapping[str, float], nbytes: Mapping[str, int], most: float) -> list[str]:
+    """Forms whose error is at most `most`, without those that another is both nearer and smaller than."""
+    return [
+        name
+        for name, error in errors.items()
+        if error <= most and not any(errors[one] < error and nbytes[one] <= nbytes[name] for one in errors)
+    ]
+
+
 def choose(seconds: Seconds, nbytes: Mapping[str, int], bound: float, keep: str | None = None) -> Choice:
     """The fastest form for each number of rows, out of those forms that together fit `bound` bytes.
 

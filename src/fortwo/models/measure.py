@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fortwo.errors import InvalidRequest
 from fortwo.models import kernels
-from fortwo.models.choice import ROWS, Choice, Measured, Measurements, Seconds, choose, processor
+from fortwo.models.choice import ROWS, Choice, Measured, Measurements, Seconds, choose, processor, worthwhile
 from fortwo.models.decoder import Decoder, DecoderConfig, Hold, forms_of
 from fortwo.models.forms import Form, Frozen, Regions, fits, head_form, quantised
 from fortwo.models.products import multiplies_bf16
@@ -53,7 +53,8 @@ def serving(
     if setting == "fp32" or decoder.parameters < SMALL:
         return decoder
     weights_OI = decoder.weights()
-    names = [name for name in _quick(decoder.device) if fits(name, weights_OI) and error(name, weights_OI) <= ERROR]
+    names = [name for name in _quick(decoder.device) if fits(name, weights_OI)]
+    names = worthwhile({name: error(name, weights_OI) for name in names}, _bytes(decoder, names), ERROR)
     if names == ["fp32"]:
         return decoder
     c = decoder.config

@@ -73,7 +73,7 @@ class OverrideRecipe(Recipe):
     question_share: float = 0.35
     on_policy_prompts: int = 96
     on_policy_tokens: int = 24
-    on_policy_share: float = 0.5
+    on_policy_share: float = 0.35
     kl_weight: float = 2.5
     kept_rows: int = 2
     kept_pool: int = 64
