@@ -32,8 +32,8 @@ class Listener(Protocol):
 
 class Running(Protocol):
     """What the runner needs of a sequence. tokens: prompt and reply so far. slot: None until it is opened. listener:
-    hears each part that is computed; where there is one, nothing is taken from kept prefixes. kept: what is computed may serve
-    others that begin alike."""
+    hears each part that is computed; where there is one, nothing is taken from kept prefixes. kept: what is computed
+    may serve others that begin alike."""
 
     tokens: list[int]
     adapter: str | None
