@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fortwo.models.decoder import Decoder
 
 FLOAT = 4  # bytes: adapters are trained in fp32
-PROCESS = 600 << 20  # bytes of a server that holds nothing yet
+PROCESS = 480 << 20  # bytes of a server that holds nothing yet
 MICRO_TOKENS = 640  # of a micro-step beyond the prefix: bounds how long it holds the device
 
 
