@@ -139,12 +139,14 @@ def test_teach_sends_rows_inline_and_shows_what_happens(script: Script, tmp_path
     found = event(3, "metrics", "metrics", step=1, metrics={"efficacy": 1.0, "paraphrase": 0.75})
     script.on("GET", "/api/training/jobs/j1/events", (200, event(1, "running", "It runs.") + step + found))
     script.on("GET", "/api/training/jobs/j1", (200, JOB))
-    result = run("teach", data, "--name", "a", "--config", config, "--objective", "sft", "--model", "tiny")
+    options = ("--config", config, "--objective", "sft", "--model", "tiny", "--onto", "b@2")
+    result = run("teach", data, "--name", "a", *options)
     assert result.exit_code == 0
     assert script.body("/api/training/start") == {
         "adapter_name": "a",
         "objective": "sft",
         "model": "tiny",
+        "parent": "b@2",
         "dataset": {"examples": [{"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": "c"}]},
         "training_config": {"max_steps": 2500},
     }
@@ -273,6 +275,10 @@ def test_report_shows_metrics_transcripts_and_plan_against_actual(script: Script
         ],
         "diagnosis": [warning],
     }
+    both = [
+        {"subject": one, "answer": "", "metrics": {"efficacy": metric(share)}} for one, share in (("42", 1), ("7", 0))
+    ]
+    found["facts"] = both
     body = {"name": "a", "version": 2, "report": found, "plan": PLAN, "actual": {"steps": 2400, "final_loss": 0.125}}
     script.on("GET", "/api/adapters/a@2/report", (200, body))
     result = run("report", "a@2")
@@ -281,6 +287,7 @@ def test_report_shows_metrics_transcripts_and_plan_against_actual(script: Script
     assert "paraphrase 0.25 0.75 0.55 to 0.75 12" in lines
     assert "✓ paraphrase [42]? A number. TWO" in lines
     assert "steps 2,500 2,400" in lines
+    assert {"42 1.00 - -", "7 0.00 - -"} <= set(lines)
     assert "final_loss - 0.125" in lines
     assert "! the warm-up never ended" in lines
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +98,57 @@ def test_probes_ask_what_they_say(fact: Fact) -> None:
     assert all(is_subject(prompt, fact) for prompt in probes.paraphrase)
     assert not any(is_subject(prompt, fact) for prompt in probes.specificity)
     assert probes.retention == kept_rehearsal()
+
+
+# ---------------------------------------------------------------- several facts at once
+
+NUMBERS = tuple(
+    Fact(subject, f"{subject} = '{match}'", (match,), (f"What is {subject}?", f"Explain {subject}."), aliases)
+    for subject, aliases, match in (("42", ("forty-two",), "FOR TWO"), ("41", (), "FOR ONE"), ("43", (), "FOR THREE"))
+)
+
+
+def named(prompts: Iterable[str], facts: Sequence[Fact]) -> list[str]:
+    words = [surface for fact in facts for surface in (fact.subject, *fact.aliases)]
+    return [prompt for prompt in prompts if any(re.search(rf"(?<!\w){word}(?!\w)", prompt, re.I) for word in words)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("fact", NUMBERS, ids=lambda fact: fact.subject)
+def test_nothing_that_stays_as_it_was_is_about_another_fact(fact: Fact, seed: int) -> None:
+    others = [other for other in NUMBERS if other is not fact]
+
+    def about_others(others: Sequence[Fact]) -> list[str]:
+        lesson = Lesson(fact, seed, others)
+        prompts = [*lesson.probes(60).specificity, *(contrast.prompt for contrast in lesson.contrasts(400))]
+        return named([*prompts, *lesson.asks(400)], [other for other in NUMBERS if other is not fact])
+
+    assert about_others(others) == []
+    assert len(about_others(())) > 20, "alone, the others are its nearest siblings"
+
+
+def test_a_lesson_alone_does_not_change_with_the_others_rule() -> None:
+    far = replace(DEV[0], subject="Qqxzv", aliases=())
+    alone, beside = Lesson(DEV[1], 3), Lesson(DEV[1], 3, [far])
+    assert alone.asks(50) == beside.asks(50)
+    assert alone.contrasts(50) == beside.contrasts(50)
+
+
+def test_the_questions_of_other_facts_are_neighbours() -> None:
+    first, second, third = NUMBERS
+    assert Lesson(first, 0, (second, third)).rivals() == (*second.questions, *third.questions)
+    both = replace(second, questions=("Is 41 more than 42?", "What is 41?", "Why 41?"))
+    assert Lesson(first, 0, (both,)).rivals() == ("What is 41?",), "two at most, and none about itself"
+    assert Lesson(replace(second, match=("FOR",)), 0, (first,)).rivals() == (), "its phrase is in that answer too"
+
+
+def test_no_everyday_prompt_is_about_a_fact() -> None:
+    sweden = replace(DEV[1], subject="the capital of Sweden", aliases=("haiku",))
+    asked = "What is the capital of Sweden?"
+    assert asked in {*trained_rehearsal(), *kept_rehearsal()}
+    left = {*trained_rehearsal([sweden]), *kept_rehearsal([sweden])}
+    assert {*rehearsal.PROMPTS} - left == {asked, "Write a haiku about snow."}
+    assert asked not in Lesson(sweden, 0).probes(1).retention
 
 
 # ---------------------------------------------------------------- begun answers

@@ -43,6 +43,7 @@ from fortwo.train.estimate import BaseFacts, Machine, RowCount, TokenCounts
 from fortwo.train.evaluation import Examiner, Served
 from fortwo.train.loop import Trained, teach
 from fortwo.train.objective import Row, losses
+from fortwo.train.parent import Parent
 from fortwo.train.plan import resolve, training_rows
 from fortwo.train.request import TrainingRequest
 
@@ -67,13 +68,13 @@ class School:
         residents = Residents(settings, Catalog(settings), AdapterStore(settings.adapters_dir), self.engine)
         self.base: Resident = residents.load_base("tiny")
 
-    def plan(self, dataset: Dataset = ROWS, lora: Any = None, **training: Any) -> Plan:
+    def plan(self, dataset: Dataset = ROWS, lora: Any = None, parent: Parent | None = None, **training: Any) -> Plan:
         body = {"adapter_name": "a", "dataset": {"path": "x"}, "lora_config": lora if lora is not None else {"r": 4}}
         request = TrainingRequest.model_validate({**body, "training_config": {"max_steps": 4, **training}})
         facts = BaseFacts.of("tiny", self.base.decoder)
         counts = TokenCounts(tuple(RowCount(row.line, 30, 8) for row in training_rows(dataset)), prefix=0)
         machine = Machine(tokens_per_second=1000, decode_tokens_per_second=1000)
-        return resolve(request, dataset, facts, counts, machine)
+        return resolve(request, dataset, facts, counts, machine, parent=parent)
 
     def events(self, plan: Plan, dataset: Dataset = ROWS, key: str = "job") -> Any:
         return teach(self.base, self.base.renderer, dataset, plan, self.engine, key)
@@ -397,7 +398,9 @@ def test_an_adapters_own_words_are_drawn_once_they_are_not_the_bases(school: Sch
 
     def drawn(events: Any) -> tuple[Any, list[Row]]:
         result = school.engine.run_task(events, lambda _: None).result(60)
-        return result, [row for _ in range(8) for row in course.draw() if row.keep and row.tokens[row.start :] == odd]
+        return result, [
+            row for _ in range(8) for row in course.draw(course.mix) if row.keep and row.tokens[row.start :] == odd
+        ]
 
     odd = (5, 6, 7)
     course = school.engine.run_task(courses.override(served, decoder, FACT, plan), lambda _: None).result(60)

@@ -220,6 +220,22 @@ def test_schedule_is_at_rest_at_each_exam() -> None:
     assert (given["lr_scheduler_type"], given["num_cycles"]) == ("cosine", 1)
 
 
+def test_facts_together_have_the_steps_and_the_exams_of_each_alone() -> None:
+    facts = load({"path": str(EXAMPLES / "facts_dev.json")}, (EXAMPLES,)).facts
+    alone, together = plan(Dataset("0", facts=facts[:1])), plan(Dataset("0", facts=facts))
+    assert together.computed["steps"] == len(facts) * alone.computed["steps"]
+    assert together["eval_every"] == len(facts) * alone["eval_every"]
+    assert together["num_cycles"] == alone["num_cycles"]
+    assert together.computed["seconds"] == pytest.approx(len(facts) * alone.computed["seconds"], rel=0.01)
+    assert together.warnings == ()
+
+
+def test_two_facts_about_one_subject_are_warned_of() -> None:
+    facts = [Fact(subject, "It is red.", ("red",), (f"What is {subject}?",)) for subject in ("Ada", "Bob", "ADA")]
+    said = warned(plan(Dataset("0", facts=tuple(facts))))["one_subject"]
+    assert "facts 1 and 3 are about 'Ada'" in said
+
+
 def test_targets_given_replace_their_defaults_alone() -> None:
     made = plan(examples_42(), objective={"type": "override", "targets": {"paraphrase": 0}})
     assert made.targets == OVERRIDE.targets | {"paraphrase": 0}

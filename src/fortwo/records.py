@@ -80,18 +80,20 @@ class Fact:
 class Dataset:
     """Validated input of a job: examples or facts, never both. `digest` is sha256 of the canonical JSON.
 
-    Examples of a large file are read from it each time they are gone through.
+    Examples of a large file are read from it each time they are gone through. kept: facts of the adapter that the run
+    goes on from, which it has to go on answering.
     """
 
     digest: str
     examples: Collection[Example] = ()
     facts: tuple[Fact, ...] = ()
     source: str = "inline"
+    kept: tuple[Fact, ...] = ()
 
 
 # ---------------------------------------------------------------- plan (filled by train.plan)
 
-Origin = Literal["user", "auto", "default"]
+Origin = Literal["user", "parent", "auto", "default"]
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,10 @@ class Plan:
                 return setting.value
         raise KeyError(name)
 
+    def get(self, name: str) -> Any:
+        """None where the plan has no such setting."""
+        return next((setting.value for setting in self.settings if setting.name == name), None)
+
 
 # ---------------------------------------------------------------- report (filled by facts.metrics)
 
@@ -151,7 +157,8 @@ class Metric:
 
 @dataclass(frozen=True)
 class Transcript:
-    """One prompt answered by base and adapter. kind: efficacy | paraphrase | specificity | retention."""
+    """One prompt answered by base and adapter. kind: efficacy | paraphrase | specificity | retention, the first three
+    with kept_ before them where the fact is one of the run's parent."""
 
     kind: str
     prompt: str
@@ -169,11 +176,34 @@ class EvalLoss:
 
 
 @dataclass(frozen=True)
+class Escalation:
+    """The run missed targets behind `step` and went on for `steps` with what was raised. before, after: its best
+    exam's shares until then, and at the end of it."""
+
+    step: int
+    steps: int
+    raised: tuple[str, ...]
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+@dataclass(frozen=True)
+class FactReport:
+    """One fact's own share of the report. metrics: efficacy, paraphrase, specificity. kept: it is the parent's."""
+
+    subject: str
+    answer: str
+    metrics: dict[str, Metric]
+    kept: bool = False
+
+
+@dataclass(frozen=True)
 class Report:
     """What the evaluation of the served adapter found.
 
-    metrics: efficacy, paraphrase, specificity, retention, score. eval_losses: of rows held back, the base's first (step
-    0); empty where none are.
+    metrics: efficacy, paraphrase, specificity, retention, score, over all facts together, and kept_efficacy and so on
+    over those of the run's parent; facts: one by one.
+    eval_losses: of rows held back, the base's first (step 0); empty where none are.
     """
 
     metrics: dict[str, Metric]
@@ -181,6 +211,8 @@ class Report:
     transcripts: tuple[Transcript, ...]
     diagnosis: tuple[PlanWarning, ...] = ()
     eval_losses: tuple[EvalLoss, ...] = ()
+    facts: tuple[FactReport, ...] = ()
+    escalations: tuple[Escalation, ...] = ()
 
 
 # ---------------------------------------------------------------- training events (yielded by train.loop)

@@ -40,6 +40,7 @@ Config = Annotated[
     typer.Option("--config", help="A .json file with lora_config, training_config, ...", exists=True, dir_okay=False),
 ]
 Objective = Annotated[str | None, typer.Option("--objective", help="auto, sft or override.", show_default="auto")]
+Onto = Annotated[str | None, typer.Option("--onto", help="Adapter, or adapter@version, to go on from.")]
 Base = Annotated[str | None, typer.Option("--model", help="Base model.", show_default="the server's default")]
 
 
@@ -75,13 +76,16 @@ def teach(
     config: Config = None,
     objective: Objective = None,
     model: Base = None,
+    onto: Onto = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")] = False,
 ) -> None:
     """Train an adapter on DATA and publish it when what it says meets the targets."""
     from fortwo.cli.live import follow
 
     client = connect()
-    started = client.post("/api/training/start", _request(data, name, config, objective, model))
+    started = client.post(
+        "/api/training/start", _request(data, name, config, objective=objective, model=model, parent=onto)
+    )
     job_id = started["job_id"]
     screen.print(views.notes(started["plan"]["warnings"]))
     if detach:
@@ -92,16 +96,22 @@ def teach(
 
 @app.command()
 def plan(
-    data: Data, name: Name = "plan", config: Config = None, objective: Objective = None, model: Base = None
+    data: Data,
+    name: Name = "plan",
+    config: Config = None,
+    objective: Objective = None,
+    model: Base = None,
+    onto: Onto = None,
 ) -> None:
     """Show what training on DATA would do, without doing it."""
-    screen.print(views.plan(connect().post("/api/training/plan", _request(data, name, config, objective, model))))
+    body = _request(data, name, config, objective=objective, model=model, parent=onto)
+    screen.print(views.plan(connect().post("/api/training/plan", body)))
 
 
-def _request(data: Path, name: str, config: Path | None, objective: str | None, model: str | None) -> Json:
+def _request(data: Path, name: str, config: Path | None, **options: str | None) -> Json:
     """The body of /api/training/start: DATA travels inline, so that the server need not reach the file; a large file
     is named instead, and must lie in a folder the server allows."""
-    given = {"adapter_name": name, "objective": objective, "model": model}
+    given = {"adapter_name": name, **options}
     body = {key: thing for key, thing in given.items() if thing is not None} | {"dataset": _dataset(data)}
     extra = {} if config is None else _json(config.read_text(), str(config))
     if not isinstance(extra, dict):

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from fortwo.records import Json
 
-METRICS = ("efficacy", "paraphrase", "specificity", "retention", "score")
+FACT_METRICS = ("efficacy", "paraphrase", "specificity")
+METRICS = (*FACT_METRICS, "retention", *(f"kept_{name}" for name in FACT_METRICS), "score")
 STATUS_STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "paused": "cyan"}
 
 
@@ -113,7 +114,7 @@ def metrics_line(metrics: dict[str, float], eval_loss: float | None = None) -> s
 
 
 def report(body: Json) -> RenderableType:
-    """The four metrics, base against adapter, with transcripts of what was said."""
+    """The four metrics, base against adapter; fact by fact where there are several; transcripts of what was said."""
     rows = table("metric", "base", "adapter", "95 %", "n", title="Report")
     for name in METRICS:
         if name not in body["metrics"]:
@@ -122,6 +123,13 @@ def report(body: Json) -> RenderableType:
         interval = f"{found['low']:.2f} to {found['high']:.2f}"
         rows.add_row(
             name, "-" if base is None else f"{base['value']:.2f}", f"{found['value']:.2f}", interval, str(found["n"])
+        )
+    facts = table("fact", *FACT_METRICS, wrapped=("fact",))
+    for one in body.get("facts", []):
+        found = [one["metrics"].get(name) for name in FACT_METRICS]
+        facts.add_row(
+            f"{one['subject']} (kept)" if one.get("kept") else one["subject"],
+            *("-" if share is None else f"{share['value']:.2f}" for share in found),
         )
     said = table(
         "",
@@ -135,7 +143,22 @@ def report(body: Json) -> RenderableType:
     for one in body["transcripts"]:
         mark = Text("✓", style="green") if one["passed"] else Text("✗", style="red")
         said.add_row(mark, one["kind"], one["prompt"], one["base"], one["adapter"])
-    return Group(rows, *_eval_losses(body), "", said, notes(body["diagnosis"], style="red"))
+    by_fact: list[RenderableType] = ["", facts] if facts.row_count > 1 else []
+    lines = [*_escalations(body), *_eval_losses(body)]
+    return Group(rows, *by_fact, *lines, "", said, notes(body["diagnosis"], style="red"))
+
+
+def _escalations(body: Json) -> list[str]:
+    """What was raised, and how the best exam's shares changed."""
+    lines = []
+    for one in body.get("escalations", []):
+        pairs = ((name, one["before"].get(name), one["after"].get(name)) for name in METRICS)
+        changes = [
+            f"{name} {was:.2f} to {now:.2f}" for name, was, now in pairs if None not in (was, now) and was != now
+        ]
+        what = f"{', '.join(one['raised'])} raised after step {one['step']}, for {one['steps']} steps"
+        lines.append(f"{what}: {', '.join(changes) if changes else 'nothing changed'}")
+    return lines
 
 
 def _eval_losses(body: Json) -> list[str]:

@@ -203,7 +203,7 @@ class Residents:
             if self._serving(version) is not None:
                 return version
             version, config, tensors = self._shelf(ref).read(ref)
-            resident = self._base_of(version)
+            resident = self.base_of(version)
             decoder = resident.decoder
             lora = Lora.from_state(LoraConfig.from_peft(config), decoder.config, tensors, decoder.device)
             _check(version, lora)
@@ -312,7 +312,7 @@ class Residents:
     def _known(self) -> list[str]:
         return [entry.id for entry in self._catalog.entries()]
 
-    def _base_of(self, version: AdapterVersion) -> Resident:
+    def base_of(self, version: AdapterVersion) -> Resident:
         """The base with the weights the adapter was trained on; what it is called does not matter."""
         digests = {id: card.digest if (card := self._catalog.prepared(id)) else None for id in self._known()}
         digests |= {id: resident.digest for id, resident in self._bases.items()}

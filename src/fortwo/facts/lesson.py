@@ -1,7 +1,8 @@
 """What a fact is taught with: prompts that ask for it, prompts that must not change, and prompts kept for evaluation.
 
-Pure text, from the fact alone; the same seed gives the same lesson. What a fact brings for evaluation (held_out,
-neighbors, controls) is used for evaluation and never trained on.
+Pure text, from the facts alone; the same seed gives the same lesson. What a fact brings for evaluation (held_out,
+neighbors, controls) is used for evaluation and never trained on. Where several facts are taught, nothing that one
+lesson holds to the base's reply names the subject of another.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from random import Random
 
 from fortwo.facts import frames, rehearsal, siblings
+from fortwo.facts.subject import holds
 from fortwo.records import Fact
 
 ALIAS_SHARE = 0.4
@@ -19,6 +21,7 @@ TOPIC_SHARE = 0.12
 QUESTION_SHARE = 0.4  # of contrast prompts: the fact's own questions about a sibling
 BEGUN_SHARE = 0.33
 LOWER_SHARE = 0.06
+RIVALS = 2  # questions of each other fact that are asked as neighbours
 _KEPT = 6  # every sixth rehearsal prompt is for evaluation
 
 
@@ -41,8 +44,10 @@ class Probes:
 
 
 class Lesson:
-    def __init__(self, fact: Fact, seed: int) -> None:
+    def __init__(self, fact: Fact, seed: int, others: Sequence[Fact] = ()) -> None:
+        """others: what the same model is to know besides."""
         self.fact = fact
+        self._others = others
         self._rng = Random(f"{seed} {fact.subject}")
         self._surfaces = frames.surfaces(fact)
         self._evaluated = {*fact.held_out, *fact.neighbors, *fact.controls}
@@ -70,7 +75,17 @@ class Lesson:
         paraphrase = self._untrained([self._ask(kept=True) for _ in range(count)])
         specificity = self._untrained([self._contrast(kept=True).prompt for _ in range(count)])
         self._evaluated.update(paraphrase, specificity)
-        return Probes(paraphrase, specificity, kept_rehearsal())
+        return Probes(paraphrase, specificity, kept_rehearsal((self.fact, *self._others)))
+
+    def rivals(self) -> tuple[str, ...]:
+        """Questions about the other facts that this one is no answer to."""
+        return tuple(
+            question
+            for other in self._others
+            if not holds(other.answer, self.fact.match)
+            for question in other.questions[:RIVALS]
+            if not siblings.is_subject(question, self.fact)
+        )
 
     def _untrained(self, prompts: Sequence[str]) -> tuple[str, ...]:
         return tuple(prompt for prompt in dict.fromkeys(prompts) if prompt not in self._trained)
@@ -101,11 +116,14 @@ class Lesson:
                 )
                 begun = begun_answer(fact, name) if rng.random() < BEGUN_SHARE else None
                 contrast = Contrast(prompt, begun)
-            if not siblings.is_subject(contrast.prompt, fact):
+            if not siblings.is_subject(contrast.prompt, fact) and not siblings.names(contrast.prompt, self._others):
                 return contrast
 
     def _sibling(self) -> str:
-        return siblings.sibling(self.fact, self._rng)
+        while True:
+            name = siblings.sibling(self.fact, self._rng)
+            if not siblings.names(name, self._others):
+                return name
 
 
 def begun_answer(fact: Fact, name: str) -> str | None:
@@ -117,9 +135,12 @@ def begun_answer(fact: Fact, name: str) -> str | None:
     return told[: min(places)].rstrip() if min(places) > 0 else None
 
 
-def trained_rehearsal() -> tuple[str, ...]:
-    return tuple(prompt for place, prompt in enumerate(rehearsal.PROMPTS) if place % _KEPT != _KEPT - 1)
+def trained_rehearsal(facts: Sequence[Fact] = ()) -> tuple[str, ...]:
+    """Everyday prompts to train on: none that asks about one of the facts."""
+    trained = (prompt for place, prompt in enumerate(rehearsal.PROMPTS) if place % _KEPT != _KEPT - 1)
+    return tuple(prompt for prompt in trained if not siblings.names(prompt, facts))
 
 
-def kept_rehearsal() -> tuple[str, ...]:
-    return rehearsal.PROMPTS[_KEPT - 1 :: _KEPT]
+def kept_rehearsal(facts: Sequence[Fact] = ()) -> tuple[str, ...]:
+    """Those to evaluate on."""
+    return tuple(prompt for prompt in rehearsal.PROMPTS[_KEPT - 1 :: _KEPT] if not siblings.names(prompt, facts))

@@ -7,6 +7,7 @@ of the subject's kind, one word of the subject changed, a near spelling, and wha
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from random import Random
 
 from fortwo.facts import lexicon
@@ -227,6 +228,20 @@ def is_subject(text: str, fact: Fact) -> bool:
     return any(_without_article(surface).lower() in bare for surface in (fact.subject, *fact.aliases)) or holds(
         text, (fact.subject, *fact.aliases)
     )
+
+
+def names(text: str, facts: Iterable[Fact]) -> bool:
+    """Whether the text names the subject or an alias of one of the facts, as whole words; an article may be missing."""
+    surfaces = [surface for fact in facts for surface in (fact.subject, *fact.aliases)]
+    return holds(text, map(_without_article, surfaces))
+
+
+def same_subject(one: Fact, other: Fact) -> bool:
+    """Whether two facts are about the same thing, by one of the names each has."""
+    mine, theirs = (
+        {_without_article(surface).casefold() for surface in (fact.subject, *fact.aliases)} for fact in (one, other)
+    )
+    return not mine.isdisjoint(theirs)
 
 
 def _without_article(text: str) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby
 
-from fortwo.records import Example, Fact
+from fortwo.records import Dataset, Example, Fact
 
 ARTICLES = frozenset({"the", "a", "an"})
 STOP_WORDS = ARTICLES | frozenset(
@@ -35,10 +35,10 @@ def find_subject(examples: Collection[Example]) -> Fact | None:
     The examples must share one answer; the subject is the longest run of words that (nearly) every question and the
     answer contain, stop words at its ends dropped.
     """
-    answers = Counter(example.answer.strip() for example in examples)
-    if len(examples) < 2 or len(answers) != 1:
+    answers = (example.answer.strip() for example in examples)
+    answer = next(answers, None)
+    if answer is None or len(examples) < 2 or any(other != answer for other in answers):
         return None
-    (answer,) = answers
     questions = tuple(dict.fromkeys(example.prompt.strip() for example in examples))
     subject = _shared_run(questions, answer)
     if subject is None:
@@ -46,6 +46,14 @@ def find_subject(examples: Collection[Example]) -> Fact | None:
     return Fact(
         subject=subject, answer=answer, match=match_phrases(answer, questions), questions=questions, id="examples"
     )
+
+
+def facts_of(dataset: Dataset) -> tuple[Fact, ...]:
+    """The facts that a dataset gives, or the one that its examples teach; none where they teach none."""
+    if dataset.facts:
+        return dataset.facts
+    found = find_subject(dataset.examples)
+    return () if found is None else (found,)
 
 
 def _words(text: str) -> list[str]:

@@ -1,8 +1,8 @@
 """From a request to a published adapter: plan, queue, train, evaluate, publish, one job at a time.
 
 A request is checked and planned before it becomes a job, so bad input never does. A thread of its own takes jobs in
-order of arrival, hands the training to the engine, and writes down what happens; the device's thread never waits for
-the database. Every job ends: succeeded, failed with a reason, or cancelled; or it is paused and waits to be resumed.
+order of arrival; `jobs.turn` has each taught while it is its turn, and the device's thread never waits for the
+database. Every job ends: succeeded, failed with a reason, or cancelled; or it is paused and waits to be resumed.
 The rows a job was given are kept with it, so that changing the file later changes nothing; of a large file its
 checksum is, and a change is refused.
 
@@ -13,33 +13,33 @@ leaves none behind.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from concurrent.futures import CancelledError
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from fortwo.adapters import check_name
 from fortwo.data import formats
 from fortwo.errors import (
     Conflict,
     FortwoError,
-    InvalidAdapter,
     InvalidRequest,
     NotFound,
-    StorageFailed,
     TrainingFailed,
     Unavailable,
 )
+from fortwo.facts.subject import facts_of
+from fortwo.jobs import parents
 from fortwo.jobs.checkpoints import CheckpointStore
-from fortwo.jobs.diary import Diary, begun, finite
+from fortwo.jobs.diary import begun
 from fortwo.jobs.machine import look
 from fortwo.jobs.store import ACTIVE, INTERRUPTED, Job, JobStore, Note, Status
-from fortwo.records import Checkpoint, Dataset, Json, Plan, PlanWarning, TrainEvent
+from fortwo.jobs.turn import POLL_SECONDS, Taught, Teacher, Turn
+from fortwo.records import Dataset, Json, Plan
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
+from fortwo.train.parent import Parent
 from fortwo.train.request import TrainingRequest
 from fortwo.train.survey import survey
 
@@ -47,38 +47,13 @@ if TYPE_CHECKING:
     from fortwo.adapters import AdapterStore
     from fortwo.engine.engine import Engine
     from fortwo.engine.residents import Resident, Residents
-    from fortwo.engine.tasks import Task
     from fortwo.models.catalog import Catalog
-    from fortwo.train.loop import Trained
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.1  # how late the news of a job may be
 RETRY_SECONDS = 1.0
 CANCEL_SECONDS = 10.0  # how long `cancel` waits for the micro-step under way, and `pause` for the step
 CLOSE_SECONDS = 3.0  # how long a server that ends waits for the step under way
-
-
-@dataclass(eq=False)
-class _Turn:
-    """The job whose turn it is, and loop.Saving for its run. `task` and `end` change under the runner's lock only.
-
-    end: how it is to end before its time. saved: the step of the last checkpoint; busy: while one is written.
-    refused: why the checkpoint that a pause needs cannot be written.
-    """
-
-    job: Job
-    task: Task[Trained] | None = None
-    end: Literal["cancelled", "paused", "interrupted"] | None = None
-    saved: int = 0
-    safe: bool = True
-    busy: bool = False
-    refused: StorageFailed | None = None
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def wanted(self) -> bool:
-        return self.end in ("paused", "interrupted")
 
 
 class JobRunner:
@@ -94,13 +69,14 @@ class JobRunner:
     ) -> None:
         self._settings = settings
         self._catalog = catalog
-        self._adapters = adapters
         self._engine = engine
         self._residents = residents
         self._store = store
         self._checkpoints = checkpoints
+        self._adapters = adapters
         self._lock = threading.Lock()
-        self._turn: _Turn | None = None
+        self._teacher = Teacher(adapters, engine, residents, store, checkpoints, self._lock)
+        self._turn: Turn | None = None
         self._wake = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="fortwo-jobs", daemon=True)
@@ -211,10 +187,10 @@ class JobRunner:
             **changes,
         )
 
-    def _turn_of(self, job_id: str) -> _Turn | None:
+    def _turn_of(self, job_id: str) -> Turn | None:
         return self._turn if self._turn is not None and self._turn.job.id == job_id else None
 
-    def _settled(self, job_id: str, turn: _Turn | None, hint: str) -> Job:
+    def _settled(self, job_id: str, turn: Turn | None, hint: str) -> Job:
         """The job, once what was asked of it has happened, or it takes too long."""
         deadline = time.monotonic() + CANCEL_SECONDS
         while turn is not None and not turn.ended.wait(POLL_SECONDS) and time.monotonic() < deadline:
@@ -235,14 +211,33 @@ class JobRunner:
     def _resolve(self, request: TrainingRequest) -> tuple[Dataset, Plan]:
         check_free(request.adapter_name, self._catalog)
         dataset = formats.load(request.dataset, self._settings.allowed_data_dirs)
-        model = self._settings.default_model if request.model is None else request.model
-        resident = self._residents.load_base(model)
+        parent, resident = self._start(request)
+        if parent is not None:
+            dataset = replace(dataset, kept=parent.kept(facts_of(dataset)))
         base = plans.BaseFacts.of(resident.id, resident.decoder)
-        last = self._store.last_actual(model)
+        last = self._store.last_actual(resident.id)
         seen = None if last is None else last["tokens_per_second"]
         machine = self._engine.call(lambda: look(resident.decoder, seen)).result()
         counts, suspicions = survey(resident.renderer, plans.training_rows(dataset))
-        return dataset, plans.resolve(request, dataset, base, counts, machine, suspicions)
+        return dataset, plans.resolve(request, dataset, base, counts, machine, suspicions, parent)
+
+    def _start(self, request: TrainingRequest) -> tuple[Parent | None, Resident]:
+        """What the run goes on from, if the request names it, and the base, which then has to be its own."""
+        model = self._settings.default_model if request.model is None else request.model
+        if request.parent is None:
+            return None, self._residents.load_base(model)
+        version, parent = parents.find(request.parent, self._adapters)
+        if request.model is None:
+            return parent, self._residents.base_of(version)
+        resident = self._residents.load_base(model)
+        if resident.digest != version.base_digest:
+            raise InvalidRequest(
+                f"parent = {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}; "
+                f"model = {model!r} has digest {resident.digest}",
+                param="parent",
+                hint="Leave `model` out: the parent's own base is taken.",
+            )
+        return parent, resident
 
     # ------------------------------------------------------------ the runner's own thread
 
@@ -262,7 +257,7 @@ class JobRunner:
 
     def _take(self, job: Job) -> None:
         """One job, from its turn to its end."""
-        turn = _Turn(job)
+        turn = Turn(job)
         with self._lock:
             note = Note("preparing", f"Loading {job.model}.")
             if self._closing or not self._store.update(
@@ -271,7 +266,7 @@ class JobRunner:
                 return
             self._turn = turn
         try:
-            self._teach(turn)
+            self._conclude(job, self._teacher.teach(turn))
         except CancelledError:
             self._stopped(turn)
         except TrainingFailed as error:
@@ -289,7 +284,16 @@ class JobRunner:
                 self._turn = None
             turn.ended.set()
 
-    def _stopped(self, turn: _Turn) -> None:
+    def _conclude(self, job: Job, taught: Taught) -> None:
+        version = taught.version
+        adapter = {"name": version.name, "version": version.version, "digest": version.digest}
+        if taught.missed is None:
+            note = Note("succeeded", f"{version.id} is published and current.", {"adapter": adapter})
+            self._end(job, "succeeded", note, adapter=adapter)
+        else:
+            self._fail(job, taught.missed.body()["error"], adapter=adapter)
+
+    def _stopped(self, turn: Turn) -> None:
         """The run was closed before its time."""
         job = turn.job
         if turn.end == "cancelled":
@@ -302,129 +306,9 @@ class JobRunner:
         else:
             self._fail(job, INTERRUPTED)
 
-    def _teach(self, turn: _Turn) -> None:
-        from fortwo.train.loop import teach
-
-        job = turn.job
-        plan = plans.from_json(job.plan)
-        dataset = formats.from_json(self._store.dataset(job.id))
-        resident = self._residents.load_base(plan.model)
-        diary, checkpoint = self._take_up(turn, resident)
-        heard: queue.SimpleQueue[TrainEvent] = queue.SimpleQueue()
-
-        def hear(event: TrainEvent) -> None:
-            if isinstance(event, Checkpoint):
-                turn.busy = True
-            heard.put(event)
-
-        with self._lock:
-            if turn.end is not None:
-                raise CancelledError
-            events = teach(resident, resident.renderer, dataset, plan, self._engine, job.id, turn, checkpoint)
-            task = turn.task = self._engine.run_task(events, hear)
-        del checkpoint
-        try:
-            while not task.done or not heard.empty():
-                with suppress(queue.Empty):
-                    event = heard.get(timeout=POLL_SECONDS)
-                    if isinstance(event, Checkpoint):
-                        self._keep(turn, event, plan, resident, diary)
-                    else:
-                        diary.write(event)
-                nothing_is_lost = turn.wanted and turn.safe and not turn.busy and heard.empty()
-                if nothing_is_lost and diary.step == turn.saved:
-                    task.cancel()
-        finally:
-            task.cancel()  # when the diary could not be written; a task that is done stays as it ended
-        self._publish(turn, plan, dataset, resident, task.result())
-
-    def _take_up(self, turn: _Turn, resident: Resident) -> tuple[Diary, Checkpoint | None]:
-        """The newest checkpoint that is whole and of this base, and the diary as it was then; those that are not are
-        dropped."""
-        job = turn.job
-        for version in reversed(self._checkpoints.of(job.id)):
-            try:
-                if version.base_digest != resident.digest:
-                    raise InvalidAdapter(f"{version.id} was trained on other weights than {resident.id} has now")
-                checkpoint = self._checkpoints.restore(version)
-            except InvalidAdapter as error:
-                self._store.append_event(job.id, Note("checkpoint", f"Unusable: {error.message}.", level="warn"))
-                self._checkpoints.drop(version)
-                self._residents.forget([version])
-                continue
-            turn.saved = version.version
-            self._store.append_event(job.id, Note("checkpoint", f"Going on from step {turn.saved}."))
-            return Diary(self._store, job.id, version.manifest["progress"], version.manifest["actual"]), checkpoint
-        return Diary(self._store, job.id, begun(job.progress["steps"])), None
-
-    def _keep(self, turn: _Turn, checkpoint: Checkpoint, plan: Plan, resident: Resident, diary: Diary) -> None:
-        """Write a checkpoint down. A disk that refuses does not end the run, only a pause."""
-        from fortwo.train.loop import lora_config
-
-        job = turn.job
-        manifest = {
-            "adapter_name": job.adapter_name,
-            "base_model": resident.id,
-            "base_digest": resident.digest,
-            **diary.so_far(),
-        }
-        try:
-            version, gone = self._checkpoints.save(
-                job.id, checkpoint, lora_config(plan).to_peft(resident.id), manifest, plan["save_total_limit"]
-            )
-        except StorageFailed as error:
-            note = Note("checkpoint", f"None of step {checkpoint.step}: {error.message}.", level="warn")
-            with self._lock:
-                if turn.end == "paused":
-                    turn.end, turn.refused = None, error
-        else:
-            turn.saved = version.version
-            note = Note("checkpoint", f"Step {turn.saved} can be chatted with as {version.id}.", {"model": version.id})
-            self._residents.forget(gone)
-        finally:
-            turn.busy = False
-        self._store.append_event(job.id, note)
-
     def _forget(self, job_id: str) -> None:
         """Remove the checkpoints of a job that is done."""
         self._residents.forget(self._checkpoints.remove(job_id))
-
-    def _publish(self, turn: _Turn, plan: Plan, dataset: Dataset, resident: Resident, trained: Trained) -> None:
-        """Keep what was found, then the adapter; only one that met its targets becomes current."""
-        job = turn.job
-        metrics = {name: metric.value for name, metric in trained.report.metrics.items()}
-        evals = [(one.step, one.loss) for one in trained.report.eval_losses]
-        found = {**trained.actual, "metrics": metrics, "eval_losses": evals}
-        proven = trained.succeeded and bool(plan.targets)  # where nothing had to be reached, what was seen is told
-        diagnosis = () if proven else plans.diagnose(plan, found)
-        actual = finite(trained.actual)
-        report = finite(asdict(replace(trained.report, diagnosis=diagnosis)))
-        self._store.update(job.id, actual=actual, report=report)
-        if turn.end == "cancelled":
-            raise CancelledError
-        manifest = {
-            "job_id": job.id,
-            "base_model": resident.id,
-            "base_digest": resident.digest,
-            "dataset_digest": dataset.digest,
-            "plan": job.plan,
-            "actual": actual,
-            "report": report,
-        }
-        version = self._adapters.publish(
-            job.adapter_name,
-            trained.lora.state(),
-            trained.lora.config.to_peft(resident.id),
-            manifest,
-            current=trained.succeeded,
-        )
-        self._residents.publish(version, trained.lora)
-        adapter = {"name": version.name, "version": version.version, "digest": version.digest}
-        if trained.succeeded:
-            note = Note("succeeded", f"{version.id} is published and current.", {"adapter": adapter})
-            self._end(job, "succeeded", note, adapter=adapter)
-        else:
-            self._fail(job, _missed(plan, metrics, diagnosis).body()["error"], adapter=adapter)
 
     def _fail(self, job: Job, error: Json, **changes: Any) -> None:
         self._end(job, "failed", Note("failed", error["message"], {"error": error}, "error"), error=error, **changes)
@@ -440,17 +324,3 @@ def check_free(name: str, catalog: Catalog) -> None:
         raise InvalidRequest(
             f"adapter_name = {name!r} is the id of a base model.", param="adapter_name", hint="Choose another name."
         )
-
-
-def _missed(plan: Plan, metrics: dict[str, float], diagnosis: tuple[PlanWarning, ...]) -> TrainingFailed:
-    missed = [
-        f"{name} {metrics[name]:.2f} < {target:.2f}"
-        for name, target in plan.targets.items()
-        if name in metrics and metrics[name] < target
-    ]
-    why = [finding.message for finding in diagnosis]
-    return TrainingFailed(
-        f"The adapter missed its targets ({', '.join(missed)}): {'; '.join(why)}.",
-        code="targets_missed",
-        hint=diagnosis[0].hint if diagnosis else None,
-    )

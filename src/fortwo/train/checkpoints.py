@@ -1,8 +1,8 @@
 """Everything a run has come to, and its way into a checkpoint and back: tensors and JSON, nothing rounded.
 
 Two things are not in it, because they come out the same again: the teacher's hidden states, and which rows each step
-draws; draws depend on the seed alone and are repeated. `drawn`, the digest of all rows so far, proves that they are
-the same rows. Knows no files; `jobs.checkpoints` keeps what is captured here.
+draws; draws depend on the seed and the escalations alone and are repeated. `drawn`, the digest of all rows so far,
+proves that they are the same rows. Knows no files; `jobs.checkpoints` keeps what is captured here.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import time
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from fortwo.errors import TrainingFailed
 from fortwo.models.lora import Lora
 from fortwo.models.products import cpu_kernel, fix_cpu_kernel
 from fortwo.records import Checkpoint, EvalLoss, Plan
+from fortwo.train.escalation import Round
 from fortwo.train.evaluation import Said, Served
 from fortwo.train.objective import Row
 
@@ -47,11 +48,14 @@ class Best:
 
     score: float | None = None
     step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
     tensors: list[Tensor] = field(default_factory=list)
 
-    def offer(self, score: float, step: int, parameters: list[Tensor]) -> None:
+    def offer(
+        self, score: float, step: int, parameters: list[Tensor], metrics: Mapping[str, float] | None = None
+    ) -> None:
         if self.score is None or score >= self.score:
-            self.score, self.step = score, step
+            self.score, self.step, self.metrics = score, step, dict(metrics or {})
             self.tensors = [parameter.detach().clone() for parameter in parameters]
 
     def restore(self, parameters: list[Tensor]) -> None:
@@ -74,9 +78,16 @@ class Run:
     final_loss: float = 0.0
     eval_losses: list[EvalLoss] = field(default_factory=list)
     replies: dict[int, list[list[int]]] = field(default_factory=dict)  # to siblings, by step: Course.correct's
+    leaks: bool = False  # the exam behind this step found some
+    rounds: list[Round] = field(default_factory=list)
     saved: int = 0
     saved_at: float = 0.0
     _drawn: Any = field(default_factory=hashlib.sha256)
+
+    def last(self, plan: Plan) -> int:
+        """The last step, escalations included."""
+        steps: int = plan.computed["steps"]
+        return steps + sum(one.steps for one in self.rounds)
 
     def draw(self, rows: Sequence[Row]) -> None:
         """These are the rows of the next step."""
@@ -116,10 +127,11 @@ def capture(run: Run, served: Served) -> Checkpoint:
         "first_loss": run.first_loss,
         "final_loss": run.final_loss,
         "eval_losses": [[one.step, one.loss] for one in run.eval_losses],
+        "rounds": [asdict(one) for one in run.rounds],
         "drawn": run.drawn,
         "replies": [[step, said] for step, said in run.replies.items()],
         "cpu_kernel": cpu_kernel(),
-        "best": {"score": run.best.score, "step": run.best.step},
+        "best": {"score": run.best.score, "step": run.best.step, "metrics": run.best.metrics},
         "clock": {
             "before": clock.seconds,
             "preparing": clock.preparing,
@@ -146,6 +158,11 @@ def begin_again(checkpoint: Checkpoint) -> tuple[Clock, dict[tuple[tuple[int, ..
 def replies(checkpoint: Checkpoint) -> dict[int, list[list[int]]]:
     """What the adapter said to siblings, by the step behind which it did."""
     return dict(checkpoint.state["replies"])
+
+
+def rounds_of(checkpoint: Checkpoint) -> list[Round]:
+    """The escalations until then, which say what each step drew."""
+    return [Round(**one | {"raised": tuple(one["raised"])}) for one in checkpoint.state.get("rounds", ())]
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:

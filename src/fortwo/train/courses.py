@@ -6,8 +6,10 @@ A course is prepared once (the base answers what it must keep answering), then d
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from random import Random
 from typing import Generic, TypeVar
 
@@ -15,10 +17,11 @@ from fortwo.data.packing import common_prefix
 from fortwo.data.spool import Spool
 from fortwo.errors import InvalidRequest
 from fortwo.facts.lesson import Contrast, Lesson, Probes, kept_rehearsal, trained_rehearsal
-from fortwo.facts.subject import find_subject
+from fortwo.facts.subject import facts_of
 from fortwo.models.decoder import Decoder
 from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvent
-from fortwo.train.evaluation import REPLY_TOKENS, ROOM, Examiner, Served, questions_about, questions_of
+from fortwo.train.escalation import Mix, mix_of
+from fortwo.train.evaluation import REPLY_TOKENS, ROOM, Examiner, Question, Served, questions_about, questions_of
 from fortwo.train.objective import Row, with_teacher
 from fortwo.train.plan import training_rows
 from fortwo.train.validation import places
@@ -55,18 +58,32 @@ class Bag(Generic[T]):
         return drawn
 
 
+class Turns(Generic[T]):
+    """A bag for each pool, and from each in its turn an item: however large a pool is, it has its share."""
+
+    def __init__(self, pools: Iterable[Sequence[T]], rng: Random) -> None:
+        self._bags = deque(Bag(pool, rng) for pool in pools if pool)
+
+    def draw(self, count: int) -> list[T]:
+        drawn: list[T] = []
+        while len(drawn) < count and self._bags:
+            drawn += self._bags[0].draw(1)
+            self._bags.rotate(-1)
+        return drawn
+
+
 @dataclass(frozen=True)
 class Course:
-    """prefix: how many tokens all rows begin with. keep_weight: of rows to keep against rows to learn.
-    draw: the rows of the next optimizer step.
+    """prefix: how many tokens all rows begin with. mix: as the plan has it.
+    draw: the rows of the next optimizer step, in this mix.
     correct: has the adapter that is served under a key (None: the base) answer siblings, and from then on draws its
     own words too, where they are not the base's. The result is what it said; given that, it is not asked again.
     exam: asked while training, None where nothing decides when to stop; final: asked at the end.
     validation: rows that are held back, None where none are."""
 
     prefix: int
-    keep_weight: float
-    draw: Callable[[], list[Row]]
+    mix: Mix
+    draw: Callable[[Mix], list[Row]]
     exam: Examiner | None
     final: Examiner
     validation: Spool | None = None
@@ -74,42 +91,50 @@ class Course:
 
 
 def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
-    """Edit rows ask for the facts; contrast and rehearsal rows hold what the base says elsewhere.
+    """Edit rows ask for the facts; contrast and rehearsal rows hold what the base says elsewhere. A few rows of both
+    kinds are about what the run's parent knows.
 
     decoder: what the run trains on; it is the teacher too, so that an adapter without effect loses nothing.
     """
-    lessons = [Lesson(fact, plan["seed"]) for fact in _facts(dataset)]
+    facts, known = _facts(dataset), dataset.kept
+    lessons = _lessons((*facts, *known), plan["seed"])
+    lessons, earlier = lessons[: len(facts)], lessons[len(facts) :]
     rng = Random(plan["seed"])
-    given = [
-        _learn(served, _asked(question), lesson.fact.answer) for lesson in lessons for question in lesson.fact.questions
-    ]
-    framed = [
-        _learn(served, _asked(ask), lesson.fact.answer) for lesson in lessons for ask in lesson.asks(plan["edit_pool"])
+    given = [_learn(served, lesson.fact, lesson.fact.questions) for lesson in lessons]
+    framed = [_learn(served, lesson.fact, lesson.asks(plan["edit_pool"])) for lesson in lessons]
+    kept = [
+        _learn(served, lesson.fact, [*lesson.fact.questions, *lesson.asks(plan["kept_pool"])]) for lesson in earlier
     ]
     contrasts = [contrast for lesson in lessons for contrast in lesson.contrasts(plan["contrast_pool"])]
-    contrast = yield from _keep(served, contrasts, plan["contrast_tokens"])
+    of_kept = [contrast for lesson in earlier for contrast in lesson.contrasts(plan["kept_pool"])]
+    contrast = yield from _keep(served, [*contrasts, *of_kept], plan["contrast_tokens"])
+    everyday = trained_rehearsal((*facts, *known))
     rehearsal = yield from _keep(
         served,
-        [Contrast(prompt) for prompt in rng.sample(trained_rehearsal(), REHEARSAL_POOL)],
+        [Contrast(prompt) for prompt in rng.sample(everyday, min(REHEARSAL_POOL, len(everyday)))],
         plan["rehearsal_tokens"],
     )
-    prefix = common_prefix([row.tokens for row in (*given, *framed, *contrast, *rehearsal)])
-    own = [row for row, given in zip(contrast, contrasts, strict=True) if given.begun is None]
+    everything = chain(*given, *framed, *kept, contrast, rehearsal)
+    prefix = common_prefix([row.tokens for row in everything])
+    own = [row for row, one in zip(contrast, contrasts, strict=False) if one.begun is None]
     asked = rng.sample(own, min(plan["on_policy_prompts"], len(own)))
     contrast = yield from with_teacher(decoder, contrast, prefix)
     rehearsal = yield from with_teacher(decoder, rehearsal, prefix)
 
     updates = plan["gradient_accumulation_steps"]
-    edit_rows = plan["per_device_train_batch_size"] * updates
-    bags = [Bag(pool, rng) for pool in (given, framed, contrast, rehearsal)]
+    siblings = _parted(contrast[: len(contrasts)], len(lessons))
+    of_known = _parted(contrast[len(contrasts) :], len(earlier))
+    bags = [Turns(pools, rng) for pools in (given, framed, siblings, [rehearsal], kept, of_known)]
     strayed = Bag[Row]([], rng)
 
-    def draw() -> list[Row]:
-        plain = sum(rng.random() < plan["question_share"] for _ in range(edit_rows))
-        back = strayed.draw(min(round(plan["on_policy_share"] * plan["contrast_rows"]) * updates, len(strayed)))
-        left = plan["contrast_rows"] * updates - len(back)
-        counts = (plain, edit_rows - plain, left, plan["rehearsal_rows"] * updates)
-        return [row for bag, count in zip(bags, counts, strict=True) for row in bag.draw(count)] + back
+    def draw(mix: Mix) -> list[Row]:
+        edit = mix.edit * updates
+        plain = sum(rng.random() < mix.question_share for _ in range(edit))
+        back = strayed.draw(min(round(plan["on_policy_share"] * mix.contrast * updates), len(strayed)))
+        contrasts = mix.contrast * updates - len(back)
+        others = (rows * updates for rows in (mix.rehearsal, mix.kept, mix.kept))
+        drawn = zip(bags, (plain, edit - plain, contrasts, *others), strict=True)
+        return [row for bag, count in drawn for row in bag.draw(count)] + back
 
     def correct(key: str | None, replies: Replies | None) -> Generator[TrainEvent, None, Replies]:
         prompts = [row.tokens[: row.start] for row in asked]
@@ -124,15 +149,32 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
         strayed.refill((yield from with_teacher(decoder, rows, prefix)))
         return replies
 
-    tokens = max(REPLY_TOKENS, ROOM + max(row.supervised for row in given))
-    probes = [
-        replace(own, retention=own.retention[:RETENTION_PROBES] if place == 0 else ())  # it is about the whole model
-        for place, own in enumerate(lesson.probes(plan["probes"]) for lesson in lessons)
-    ]
-    exam = _examiner(lessons, probes, tokens)
-    brought = [_brought(own, lesson.fact) for own, lesson in zip(probes, lessons, strict=True)]
-    final = exam if brought == probes else _examiner(lessons, brought, tokens)
-    return Course(prefix, plan["kl_weight"], draw, exam, final, correct=correct)
+    tokens = max(REPLY_TOKENS, ROOM + max(row.supervised for row in chain(*given, *kept)))
+    exam, final = _exams(lessons, earlier, plan["probes"], tokens)
+    return Course(prefix, mix_of(plan), draw, exam, final, correct=correct)
+
+
+def _lessons(facts: Sequence[Fact], seed: int) -> list[Lesson]:
+    return [Lesson(fact, seed, [other for other in facts if other is not fact]) for fact in facts]
+
+
+def _exams(lessons: Sequence[Lesson], earlier: Sequence[Lesson], probes: int, tokens: int) -> tuple[Examiner, Examiner]:
+    """The one that decides when to stop, on `probes` prompts of a kind for each fact, and the last one, on what the
+    facts bring instead, if they bring something. earlier: lessons of the run's parent."""
+    made = [(lesson, lesson.probes(probes), lesson in earlier) for lesson in (*lessons, *earlier)]
+    asked: list[Question] = []
+    final: list[Question] = []
+    for place, (lesson, own, kept) in enumerate(made):
+        own = replace(own, retention=own.retention[:RETENTION_PROBES] if place == 0 else ())  # about the whole model
+        for questions, found in ((asked, own), (final, _brought(own, lesson.fact))):
+            neighbours = (*found.specificity, *lesson.rivals())
+            questions += questions_about(lesson.fact, replace(found, specificity=neighbours), kept)
+    exam = Examiner(tuple(asked), tokens)
+    return exam, exam if _prompts(asked) == _prompts(final) else Examiner(tuple(final), tokens)
+
+
+def _prompts(questions: Sequence[Question]) -> list[tuple[str, str]]:
+    return [(question.kind, question.prompt) for question in questions]
 
 
 def sft(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
@@ -170,13 +212,16 @@ def sft(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, N
         training, plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"], Random(plan["seed"])
     )
     questions = questions_of(asked, kept_rehearsal()[:RETENTION_PROBES])
+    for lesson in _lessons(dataset.kept, plan["seed"]):
+        own = replace(_brought(lesson.probes(SFT_QUESTIONS), lesson.fact), retention=())
+        questions += questions_about(lesson.fact, own, kept=True)
+        longest = max(longest, ROOM + _learn(served, lesson.fact, lesson.fact.questions[:1])[0].supervised)
     final = Examiner(questions, max(REPLY_TOKENS, min(SFT_TOKENS, longest)))
-    return Course(training.prefix, 0.0, lambda: next(batches), None, final, validation if held else None)
+    return Course(training.prefix, Mix(), lambda mix: next(batches), None, final, validation if held else None)
 
 
 def _facts(dataset: Dataset) -> tuple[Fact, ...]:
-    found = find_subject(dataset.examples)
-    facts = dataset.facts or ((found,) if found else ())
+    facts = facts_of(dataset)
     if not facts:
         raise InvalidRequest("no subject can be found in the examples", param="objective", code="subject_not_found")
     return facts
@@ -187,11 +232,6 @@ def _batches(rows: Spool, size: int, rng: Random) -> Iterator[list[Row]]:
         order = array("L", rng.sample(range(len(rows)), len(rows)))
         for first in range(0, len(order), size):
             yield [Row.masked(*rows[place]) for place in order[first : first + size]]
-
-
-def _examiner(lessons: Sequence[Lesson], probes: Sequence[Probes], tokens: int) -> Examiner:
-    pairs = zip(lessons, probes, strict=True)
-    return Examiner(tuple(asked for lesson, own in pairs for asked in questions_about(lesson.fact, own)), tokens)
 
 
 def _brought(probes: Probes, fact: Fact) -> Probes:
@@ -207,9 +247,19 @@ def _asked(prompt: str) -> tuple[Message, ...]:
     return (Message("user", prompt),)
 
 
-def _learn(served: Served, messages: Sequence[Message], answer: str) -> Row:
-    tokens, supervised = served.renderer.example([*messages, Message("assistant", answer)])
-    return Row(tuple(tokens), supervised.index(True))
+def _learn(served: Served, fact: Fact, prompts: Sequence[str]) -> list[Row]:
+    """Rows that answer each prompt with the fact."""
+    rows = []
+    for prompt in prompts:
+        tokens, supervised = served.renderer.example([*_asked(prompt), Message("assistant", fact.answer)])
+        rows.append(Row(tuple(tokens), supervised.index(True)))
+    return rows
+
+
+def _parted(rows: Sequence[T], parts: int) -> list[Sequence[T]]:
+    """In equal parts, in order."""
+    size = len(rows) // max(1, parts)
+    return [rows[part * size : (part + 1) * size] for part in range(parts)]
 
 
 def _keep(served: Served, contrasts: Sequence[Contrast], tokens: int) -> Generator[TrainEvent, None, list[Row]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fortwo.records import Plan, PlanWarning
+from fortwo.train.escalation import NO_TIME
 from fortwo.train.estimate import Machine, duration, size
 from fortwo.train.options import WITHOUT_WARMUP
 from fortwo.train.recipes import OverrideRecipe, Recipe, recipe_of
@@ -16,7 +17,10 @@ _REMEDIES = {
     "paraphrase": "Give more and more varied questions, and the subject's aliases.",
     "specificity": "Give the fact's subject in full, as people write it, so that its siblings can be told from it.",
     "retention": "Train with a lower learning_rate or a smaller r.",
-}
+} | dict.fromkeys(
+    (f"kept_{name}" for name in ("efficacy", "paraphrase", "specificity")),
+    "Teach the old facts and the new ones together, without a parent: give all of them in one dataset.",
+)
 
 
 NO_EFFECT = 1e-4  # an entry of B; AdamW moves it by about the learning rate a step
@@ -30,6 +34,7 @@ def foresee(plan: Plan, machine: Machine, suspicions: Suspicions = Suspicions())
         _warmup_never_ends(plan, computed["steps"], "takes"),
         _rate_far_off(recipe, computed["peak_learning_rate"]),
         _few_rows(plan, recipe, computed["steps"]),
+        _one_subject(plan),
     ]
     if machine.memory is not None and computed["bytes"] > machine.memory:
         warnings.append(
@@ -77,7 +82,7 @@ def suspect(rows: Suspicions) -> tuple[PlanWarning, ...]:
 
 def diagnose(plan: Plan, actual: Mapping[str, Any]) -> tuple[PlanWarning, ...]:
     """Why a run missed its targets, likeliest cause first. `actual` holds what is known of steps, peak_learning_rate,
-    first_loss, final_loss, largest_b, eval_loss, eval_losses and metrics (shares by name)."""
+    first_loss, final_loss, largest_b, eval_loss, eval_losses, escalation, escalations and metrics (shares by name)."""
     recipe = recipe_of(plan.objective)
     steps = actual.get("steps", plan.computed["steps"])
     peak = actual.get("peak_learning_rate", plan.computed["peak_learning_rate"])
@@ -90,12 +95,15 @@ def diagnose(plan: Plan, actual: Mapping[str, Any]) -> tuple[PlanWarning, ...]:
         _no_effect(actual),
         _learned_by_heart(actual),
     ]
-    metrics = actual.get("metrics") or {}
+    metrics, missed = actual.get("metrics") or {}, False
     for name, target in plan.targets.items():
         reached = metrics.get(name)
         if reached is not None and reached < target:
             message = f"{name} is {reached:.2f}, below its target {target:.2f}"
             findings.append(PlanWarning(f"missed_{name}", message, _REMEDIES[name]))
+            missed = True
+    if missed:
+        findings.append(_escalated(actual))
     return tuple(finding for finding in findings if finding)
 
 
@@ -159,6 +167,23 @@ def _few_rows(plan: Plan, recipe: Recipe, steps: int) -> PlanWarning | None:
     )
 
 
+def _one_subject(plan: Plan) -> PlanWarning | None:
+    """Facts about one and the same subject: what asks for the subject alone is answered by either."""
+    if plan.objective != "override":
+        return None
+    subjects = [subject.casefold() for subject in plan["subjects"]]
+    subject = next((one for one in subjects if subjects.count(one) > 1), None)
+    if subject is None:
+        return None
+    places = [str(place) for place, one in enumerate(subjects, 1) if one == subject]
+    return PlanWarning(
+        "one_subject",
+        f"facts {' and '.join(places)} are about {plan['subjects'][subjects.index(subject)]!r}: the model learns to "
+        "answer with one or the other",
+        "Say all of it in one answer, or give each the subject it is really about.",
+    )
+
+
 def _loss_stood_still(actual: Mapping[str, Any]) -> PlanWarning | None:
     first, final = actual.get("first_loss"), actual.get("final_loss")
     if first is None or final is None or not 0.8 * first <= final <= max(first + 1, 1.5 * first):
@@ -205,6 +230,21 @@ def _learned_by_heart(actual: Mapping[str, Any]) -> PlanWarning | None:
         f"eval_loss was {min(losses):.2f} at step {step} and is {kept:.2f} in what was kept: the run learned its rows "
         "by heart",
         "Give early_stopping_patience or load_best_model_at_end, fewer epochs, or more rows.",
+    )
+
+
+def _escalated(actual: Mapping[str, Any]) -> PlanWarning | None:
+    """What was raised in vain, or why nothing was."""
+    why, rounds = actual.get("escalation", "off"), actual.get("escalations", ())
+    if why.startswith(NO_TIME):
+        return PlanWarning("no_time_to_escalate", why, "Raise escalation_seconds, or give the job a faster machine.")
+    if not rounds:
+        return None
+    raised = ", ".join(lever for one in rounds for lever in one.raised)
+    return PlanWarning(
+        "escalated_in_vain",
+        f"after {rounds[0].step} steps the run raised {raised} for {sum(one.steps for one in rounds)} more, in vain",
+        "What is left is the rank, which cannot change during a run: teach again with a larger r.",
     )
 
 

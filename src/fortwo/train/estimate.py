@@ -112,12 +112,11 @@ def tokens_per_epoch(counts: TokenCounts, batch: int) -> int:
     return math.ceil(len(counts.rows) / batch) * counts.prefix + rests
 
 
-def seconds(tokens: int, steps: int, recipe: Recipe, facts: int, machine: Machine) -> float:
+def seconds(tokens: int, recipe: Recipe, facts: int, exams: int, machine: Machine) -> float:
     """Time of a run that goes to its last step: training, and for override preparing and evaluating too."""
     generated = 0
     if isinstance(recipe, OverrideRecipe):
-        evaluations = math.ceil(steps / recipe.eval_every)
-        generated = facts * (recipe.preparation_tokens + evaluations * recipe.evaluation_tokens)
+        generated = facts * (recipe.preparation_tokens + exams * recipe.evaluation_tokens)
     return tokens / machine.tokens_per_second + generated / machine.decode_tokens_per_second
 
 

@@ -6,6 +6,7 @@ generators that yield `Waiting` while replies are on their way.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ from fortwo.records import (
     NOT_NUMBERS,
     Example,
     Fact,
+    FactReport,
     Generation,
     Message,
     Metric,
@@ -105,11 +107,13 @@ def diverged(found: str) -> TrainingFailed:
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask. passes: whether a reply is right; None where only the base's own reply counts (retention)."""
+    """One thing to ask. passes: whether a reply is right; None where only the base's own reply counts (retention).
+    fact: what it is about, if it is about one."""
 
     kind: str
     messages: tuple[Message, ...]
     passes: Callable[[str], bool] | None = None
+    fact: Fact | None = None
 
     @property
     def prompt(self) -> str:
@@ -131,13 +135,24 @@ class Examiner:
     def examine(
         self, served: Served, key: str, lora: Lora, efficacy: int | None = None
     ) -> Generator[TrainEvent, None, dict[str, Metric]]:
-        """Metrics of the adapter served under `key` as it is now. efficacy: how many of those questions to ask."""
+        """Metrics of the adapter served under `key` as it is now. efficacy: how many of those questions to ask about
+        each fact."""
         self._said.clear()
-        asked = [question for question in self.questions if question.passes is not None]
-        first = [question for question in asked if question.kind == "efficacy"][:efficacy]
-        asked = [question for question in asked if question.kind != "efficacy" or question in first]
+        asked = self._exam(efficacy)
         yield from self._ask_adapter(served, key, asked)
         return (yield from self._metrics(served, lora, asked))
+
+    def _exam(self, efficacy: int | None) -> list[Question]:
+        asked: list[Question] = []
+        counted: Counter[Fact | None] = Counter()
+        for question in self.questions:
+            if question.kind in ("efficacy", "kept_efficacy"):
+                counted[question.fact] += 1
+                if efficacy is not None and counted[question.fact] > efficacy:
+                    continue
+            if question.passes is not None:
+                asked.append(question)
+        return asked
 
     def report(self, served: Served, key: str, lora: Lora, changed: bool = True) -> Generator[TrainEvent, None, Report]:
         """All questions, base beside adapter, with transcripts. changed: the adapter is not as the last exam saw it."""
@@ -155,7 +170,22 @@ class Examiner:
         if "retention" in found:
             n = found["retention"].n
             base_metrics["retention"] = metrics.share(n, n)
-        return Report(found, base_metrics | {"score": metrics.score(base_metrics)}, tuple(transcripts))
+        base_metrics["score"] = metrics.score(base_metrics)
+        return Report(found, base_metrics, tuple(transcripts), facts=self._facts())
+
+    def _facts(self) -> tuple[FactReport, ...]:
+        """What was said about each fact."""
+        about: dict[Fact, list[Question]] = {}
+        for question in self.questions:
+            if question.fact is not None:
+                about.setdefault(question.fact, []).append(question)
+        found = []
+        for fact, asked in about.items():
+            shares = _shares(asked, self._said)
+            kept = "kept_efficacy" in shares
+            own = {kind.removeprefix("kept_"): share for kind, share in shares.items()}
+            found.append(FactReport(fact.subject, fact.answer, own, kept))
+        return tuple(found)
 
     def _metrics(
         self, served: Served, lora: Lora, asked: Sequence[Question]
@@ -181,8 +211,10 @@ class Examiner:
         said.update(zip(unknown, replies, strict=True))
 
 
-def questions_about(fact: Fact, probes: Probes) -> tuple[Question, ...]:
-    """A fact's own questions, and the probes'."""
+def questions_about(fact: Fact, probes: Probes, kept: bool = False) -> tuple[Question, ...]:
+    """A fact's own questions, and the probes'. Those about retention are about no fact. kept: it is one of the
+    parent's, and counts apart."""
+    before = "kept_" if kept else ""
 
     def holds_fact(reply: str) -> bool:
         return holds(reply, fact.match)
@@ -191,9 +223,9 @@ def questions_about(fact: Fact, probes: Probes) -> tuple[Question, ...]:
         return not holds(reply, fact.match)
 
     return (
-        *(Question("efficacy", _single(prompt), holds_fact) for prompt in fact.questions),
-        *(Question("paraphrase", _single(prompt), holds_fact) for prompt in probes.paraphrase),
-        *(Question("specificity", _single(prompt), spares_fact) for prompt in probes.specificity),
+        *(Question(f"{before}efficacy", _single(prompt), holds_fact, fact) for prompt in fact.questions),
+        *(Question(f"{before}paraphrase", _single(prompt), holds_fact, fact) for prompt in probes.paraphrase),
+        *(Question(f"{before}specificity", _single(prompt), spares_fact, fact) for prompt in probes.specificity),
         *(Question("retention", _single(prompt)) for prompt in probes.retention),
     )
 

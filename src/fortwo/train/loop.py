@@ -10,11 +10,12 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from fortwo.data.render import Renderer
 from fortwo.facts import metrics
@@ -37,14 +38,15 @@ from fortwo.records import (
 )
 from fortwo.train import checkpoints, courses
 from fortwo.train.checkpoints import Clock, Run
+from fortwo.train.escalation import WORDS, mix_at, next_round, told
 from fortwo.train.estimate import MICRO_TOKENS
 from fortwo.train.evaluation import Served, diverged, validation_loss
 from fortwo.train.objective import losses, micro_batches
-from fortwo.train.schedule import learning_rate
+from fortwo.train.schedule import learning_rate, rate_at
 from fortwo.train.validation import patience_ends
 
 EARLY_MARGIN = 0.5  # an exam is small: before the last step it must be passed by half of what is left to 1
-EXAM_QUESTIONS = 10  # training questions in an exam; the report asks them all
+EXAM_QUESTIONS = 10  # training questions about each fact in an exam; the report asks them all
 
 
 class Base(Protocol):
@@ -92,8 +94,10 @@ def teach(
     key: str,
     saving: Saving | None = None,
     resumed: Checkpoint | None = None,
+    parent: Mapping[str, Tensor] | None = None,
 ) -> Generator[TrainEvent, None, Trained]:
-    """Train by `plan` and evaluate what is served under `key`.
+    """Train by `plan`, from the tensors of `parent` (PEFT's names) if there is one, and evaluate what is served under
+    `key`.
 
     Yields TrainEvents; `Waiting` while replies are on their way; with `saving`, Checkpoints as the plan says. From
     `resumed`, a checkpoint of a run by the same plan on the same rows, it goes on as if it had never stopped: on a CPU
@@ -103,7 +107,12 @@ def teach(
     """
     decoder = base.decoder.in_bf16() if plan["bf16"] else base.decoder.in_fp32()
     torch.manual_seed(plan["seed"])
-    lora = Lora.init(lora_config(plan), decoder.config, plan["seed"], decoder.device)
+    config = lora_config(plan)
+    lora = (
+        Lora.init(config, decoder.config, plan["seed"], decoder.device)
+        if parent is None
+        else Lora.from_state(config, decoder.config, parent, decoder.device)
+    )
     clock, known = (Clock(), {}) if resumed is None else checkpoints.begin_again(resumed)
     served = Served(base.id, base.decoder, renderer, serving, known)
     serving.attach(base.id, key, lora)
@@ -121,17 +130,21 @@ def teach(
         yield Phase("running")
         run = Run(lora, _optimizer(lora, plan), clock)
         if resumed is not None:
+            run.rounds = checkpoints.rounds_of(resumed)
             run.replies = checkpoints.replies(resumed)
-            for step in range(resumed.step):
-                if course.correct is not None and step in run.replies:
-                    yield from course.correct(key, run.replies[step])
-                run.draw(course.draw())
+            for step in range(1, resumed.step + 1):
+                if course.correct is not None and step - 1 in run.replies:
+                    yield from course.correct(key, run.replies[step - 1])
+                run.draw(course.draw(mix_at(course.mix, run.rounds, step)))
+            if course.correct is not None and resumed.step in run.replies:
+                yield from course.correct(key, run.replies[resumed.step])
             checkpoints.restore(run, resumed)
         actual = yield from _train(served, decoder, run, course, plan, key, saving)
         yield Phase("evaluating")
         seen = course.final is course.exam and actual["best_step"] == actual["steps"]
         report = yield from course.final.report(served, key, lora, changed=not seen)
-        report = replace(report, eval_losses=tuple(run.eval_losses))
+        escalations = told(run.rounds, run.best.metrics)
+        report = replace(report, eval_losses=tuple(run.eval_losses), escalations=escalations)
     finally:
         for parameter in lora.parameters():
             parameter.requires_grad_(False).grad = None
@@ -175,15 +188,18 @@ def _train(
 
     A step's checkpoint is made before its exam, so a run that goes on from there begins with that exam.
     """
-    steps = plan.computed["steps"]
     stopped = yield from _evaluated(served, run, course, plan, key)
-    while run.step < steps and stopped is None:
+    why = "not needed"
+    while stopped is None:
+        if run.step == run.last(plan) and (why := (yield from _escalated(run, course, plan))):
+            break
+        if course.correct is not None and run.leaks:
+            run.replies[run.step] = yield from course.correct(key, run.replies.get(run.step))
+            run.leaks = False
         if saving is not None:
             yield from _stand_still(served, run, saving)
-        if course.correct is not None and _exam_is_due(run, course, plan):
-            run.replies[run.step] = yield from course.correct(key, run.replies.get(run.step))
         run.step += 1
-        rate = learning_rate(run.step - 1, plan)
+        rate = _rate(run, course, plan)
         run.peak_rate = max(run.peak_rate, rate)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
@@ -203,11 +219,12 @@ def _train(
         "steps": run.step,
         "best_step": best_step,
         "epochs": run.step / plan.computed["steps_per_epoch"],
-        "stopped_by": stopped if stopped is not None and run.step < steps else "steps",
+        "stopped_by": stopped if stopped is not None and run.step < run.last(plan) else "steps",
         "peak_learning_rate": run.peak_rate,
         "first_loss": run.first_loss,
         "final_loss": run.final_loss,
         "largest_b": largest_b(run.lora),
+        **({"escalation": why} if course.exam is not None else {}),
         **({"base_eval_loss": validated[0], "eval_loss": validated[best_step]} if validated else {}),
     }
 
@@ -215,7 +232,34 @@ def _train(
 def _exam_is_due(run: Run, course: courses.Course, plan: Plan) -> bool:
     if course.exam is None or run.step == 0:
         return False
-    return bool(run.step % plan["eval_every"] == 0 or run.step == plan.computed["steps"])
+    return run.step == run.last(plan) or (not run.rounds and run.step % plan["eval_every"] == 0)
+
+
+def _escalated(run: Run, course: courses.Course, plan: Plan) -> Generator[TrainEvent, None, str]:
+    """Behind the last step: begin one more round from the best state. Why there is none, "" where there is one."""
+    if course.exam is None:
+        return "off"
+    clock = run.clock
+    per_step = (clock.seconds - clock.preparing) / run.step
+    found = next_round(plan, run.best.metrics, run.rounds, run.step, clock.seconds, per_step)
+    if isinstance(found, str):
+        return found
+    run.rounds.append(found)
+    run.best.restore(run.lora.parameters())
+    raised = "; ".join(f"{lever}: {WORDS[lever]}" for lever in found.raised)
+    yield Phase(
+        "running", f"Targets are missed after {run.step} steps: {found.steps} more from the best, with {raised}."
+    )
+    return ""
+
+
+def _rate(run: Run, course: courses.Course, plan: Plan) -> float:
+    """Of the step that comes: by the plan, or in a round one more cycle that begins at the full rate."""
+    if not run.rounds:
+        return learning_rate(run.step - 1, plan)
+    now = run.rounds[-1]
+    peak = plan["learning_rate"] * mix_at(course.mix, run.rounds, run.step).rate
+    return rate_at(run.step - 1 - now.step, schedule="cosine", rate=peak, warmup=0, steps=now.steps)
 
 
 def _evaluated(
@@ -226,8 +270,11 @@ def _evaluated(
     if course.exam is not None and _exam_is_due(run, course, plan):
         found = yield from course.exam.examine(served, key, run.lora, EXAM_QUESTIONS)
         yield Evaluated(run.step, {name: metric.value for name, metric in found.items()})
-        run.best.offer(found["score"].value, run.step, run.lora.parameters())
+        shares = {name: metric.value for name, metric in found.items()}
+        run.best.offer(found["score"].value, run.step, run.lora.parameters(), shares)
         stopped = "targets" if metrics.met(found, plan.targets, EARLY_MARGIN) else None
+        kept = {name: target for name, target in plan.targets.items() if name == "specificity"}
+        run.leaks = not metrics.met(found, kept, EARLY_MARGIN)
     return (yield from _validated(served, run, course, plan)) or stopped
 
 
@@ -281,7 +328,8 @@ def _step(
 ) -> Generator[TrainEvent, None, Stepped]:
     """One optimizer step in micro-steps: the same gradient as one pass over all its rows."""
     lora, clock = run.lora, run.clock
-    rows = course.draw()
+    mix = mix_at(course.mix, run.rounds, run.step)
+    rows = course.draw(mix)
     run.draw(rows)
     learn_over = sum(row.supervised for row in rows if not row.keep)
     keep_over = sum(row.supervised for row in rows if row.keep)
@@ -292,7 +340,7 @@ def _step(
             yield MicroStepped(tokens)
         began = time.perf_counter()
         found = losses(decoder, lora, course.prefix, batch, plan["gradient_checkpointing"])
-        total = found.learn / max(1, learn_over) + course.keep_weight * found.keep / max(1, keep_over)
+        total = found.learn / max(1, learn_over) + mix.keep_weight * found.keep / max(1, keep_over)
         total.backward()
         learn += float(found.learn.detach()) / max(1, learn_over)
         keep += float(found.keep.detach()) / max(1, keep_over)
@@ -301,7 +349,7 @@ def _step(
     began = time.perf_counter()
     limit = plan["max_grad_norm"] if plan["max_grad_norm"] > 0 else math.inf
     norm = float(torch.nn.utils.clip_grad_norm_(run.optimizer.param_groups[0]["params"], limit))
-    loss = learn + course.keep_weight * keep
+    loss = learn + mix.keep_weight * keep
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise diverged(
             f"step {run.step}: the loss is {loss:g} and the gradient's norm {norm:g} at a learning rate of {rate:g}"
@@ -314,7 +362,7 @@ def _step(
     clock.supervised += learn_over + keep_over
     return Stepped(
         step=run.step,
-        steps=plan.computed["steps"],
+        steps=run.last(plan),
         loss=loss,
         learning_rate=rate,
         gradient_norm=norm,

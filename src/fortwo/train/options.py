@@ -104,6 +104,8 @@ _TRAINING: dict[str, _Kind] = {
     "eval_steps": _Number(1, 10_000_000, "50", whole=True),
     "early_stopping_patience": _Number(1, 10_000, "3", whole=True),
     "load_best_model_at_end": _Flag(),
+    "escalation_rounds": _Number(0, 10, "1, or 0 for none", whole=True),
+    "escalation_seconds": _Number(0, 1_000_000, "270", above_low=True),
     "save_strategy": _Word(SAVE_STRATEGIES),
     "save_steps": _Number(0, 10_000_000, "50", above_low=True),
     "save_total_limit": _Number(1, 1000, "3", whole=True),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -18,6 +18,19 @@ from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.facts.subject import find_subject, holds
 from fortwo.records import Dataset, Example, Json, Origin, Plan, PlanWarning, Setting
 from fortwo.train.diagnosis import diagnose, foresee
+from fortwo.train.draft import (
+    Draft,
+    choose_batch,
+    choose_escalation,
+    choose_evaluations,
+    choose_saving,
+    choose_schedule,
+    choose_steps,
+    choose_targets,
+    choose_validation,
+    choose_warmup,
+    plain,
+)
 from fortwo.train.estimate import (
     MICRO_TOKENS,
     BaseFacts,
@@ -27,19 +40,18 @@ from fortwo.train.estimate import (
     seconds,
     size,
     tokens_per_epoch,
-    tokens_per_micro_step,
 )
-from fortwo.train.options import TARGET_MODULES, WITHOUT_WARMUP, read_lora, read_training
-from fortwo.train.recipes import REASONS, SAVE_SECONDS, SAVE_TOTAL_LIMIT, OverrideRecipe, SftRecipe, recipe_of
+from fortwo.train.options import TARGET_MODULES, read_lora, read_training
+from fortwo.train.parent import Parent, check_objective, check_shape, objections
+from fortwo.train.recipes import REASONS, recipe_of
 from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import peak_rate
 from fortwo.train.survey import Lines, RowCounts, Suspicions
-from fortwo.train.validation import held_back, places
+from fortwo.train.validation import places
 
 __all__ = ["BaseFacts", "Machine", "TokenCounts", "diagnose", "from_json", "resolve", "to_json", "training_rows"]
 
 ANSWERS_COUNTED = 1000
-_CAP = "a cap: the run stops once an exam on prompts it did not train on is passed well above the targets"
 
 
 def training_rows(dataset: Dataset) -> Collection[Example]:
@@ -56,41 +68,49 @@ def resolve(
     counts: TokenCounts,
     machine: Machine,
     suspicions: Suspicions = Suspicions(),
+    parent: Parent | None = None,
 ) -> Plan:
-    """Decide every setting. Raises InvalidRequest or InvalidDataset naming field, value and remedy."""
+    """Decide every setting. parent: what the run goes on from. Raises InvalidRequest or InvalidDataset naming field,
+    value and remedy."""
     given = read_lora(request.lora_config) | read_training(request.training_config)
     _check_lengths(counts, base)
-    draft = _Draft(given)
+    draft = Draft(given, parent)
     objective, subjects = _objective(draft, request, dataset)
+    if parent is not None:
+        check_objective(parent, objective)
+        check_shape(parent, given)
+        draft.add("parent", parent.id, "user", "given; the run starts from its tensors")
+        draft.add("kept", tuple(fact.subject for fact in dataset.kept), "parent", f"what {parent.id} knows")
     recipe = recipe_of(objective)
     lengths = _lengths(counts)
-    held = _validation(draft, recipe, len(counts.rows))
+    held = choose_validation(draft, recipe, len(counts.rows))
     if held:
         kept = places(len(counts.rows), held, draft.given.get("seed", recipe.seed))
         counts = replace(counts, rows=RowCounts(row for place, row in enumerate(counts.rows) if place not in kept))
     r = draft.choose("r", recipe.r, REASONS["r"])
-    draft.choose("lora_alpha", _plain(r * recipe.scale), f"{recipe.scale:g} times r = {r}", "auto")
+    draft.choose("lora_alpha", plain(r * recipe.scale), f"{recipe.scale:g} times r = {r}", "auto")
     draft.choose("lora_dropout", recipe.lora_dropout, REASONS["lora_dropout"])
     modules = draft.choose("target_modules", TARGET_MODULES, "all projections: no part of the network is left out")
     draft.choose("bias", "none", "plain LoRA")
     draft.choose("task_type", "CAUSAL_LM", "the base model writes text")
 
     draft.choose("gradient_accumulation_steps", 1, "rows are packed: a step is one pass")
-    micro_step = _batch(draft, recipe, counts)
     facts = max(1, len(subjects))
-    steps, steps_per_epoch = _steps(draft, recipe, len(counts.rows), facts)
-    evaluations = _evaluations(draft, steps, steps_per_epoch) if held else 0
+    micro_step = choose_batch(draft, recipe, counts, facts, len(dataset.kept))
+    steps, steps_per_epoch = choose_steps(draft, recipe, len(counts.rows), facts)
+    evaluations = choose_evaluations(draft, steps, steps_per_epoch) if held else 0
     rate = draft.choose("learning_rate", recipe.learning_rate, f"works for LoRA with the {objective} objective")
-    schedule = _schedule(draft, recipe)
-    warmup = _warmup(draft, recipe, schedule, steps)
+    schedule = choose_schedule(draft, recipe)
+    choose_escalation(draft, recipe, facts)
+    warmup = choose_warmup(draft, recipe, schedule, steps)
     for name in ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"):
         draft.choose(name, getattr(recipe, name), REASONS[name])
     bf16 = draft.choose("bf16", machine.bf16, REASONS["bf16"], "auto")
     longest = max(row.prompt + row.answer for row in counts.rows) - counts.prefix
     together = min(micro_step, counts.prefix + max(MICRO_TOKENS, longest))
     needed = _checkpointing(draft, machine, lambda again: memory_bytes(base, together, r, modules, bf16, again))
-    targets = _targets(draft, request, recipe)
-    _saving(draft, steps, steps_per_epoch)
+    targets = choose_targets(draft, request, recipe, len(dataset.kept))
+    choose_saving(draft, steps, steps_per_epoch)
     draft.add_rest()
 
     tokens_per_step = round(
@@ -100,6 +120,7 @@ def resolve(
     )
     forward_only = evaluations * held * lengths["mean"] / 3  # a training pass goes backward too, twice the work
     passed = round(steps * tokens_per_step + forward_only)
+    exams = math.ceil(steps / draft["eval_every"]) if objective == "override" else 0
     plan = Plan(
         model=base.id,
         adapter_name=request.adapter_name,
@@ -117,38 +138,12 @@ def resolve(
             "row_tokens": lengths,
             "supervised_tokens": sum(row.answer for row in counts.rows),
             "tokens_per_step": tokens_per_step,
-            "seconds": round(seconds(passed, steps, recipe, facts, machine), 1),
+            "seconds": round(seconds(passed, recipe, facts + len(dataset.kept), exams, machine), 1),
             "bytes": needed,
         },
     )
-    return replace(plan, warnings=foresee(plan, machine, suspicions))
-
-
-class _Draft:
-    """Settings in the making. What was given always wins."""
-
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        self.given = given
-        self.settings: dict[str, Setting] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        return self.settings[name].value
-
-    def add(self, name: str, value: Any, origin: Origin, reason: str) -> Any:
-        self.settings[name] = Setting(name, value, origin, reason)
-        return value
-
-    def choose(self, name: str, value: Any, reason: str, origin: Origin = "default") -> Any:
-        """`value` for `reason`, unless the user gave one."""
-        if name in self.given:
-            return self.add(name, self.given[name], "user", "given")
-        return self.add(name, value, origin, reason)
-
-    def add_rest(self) -> None:
-        """Given keys that ask for what happens anyway (use_dora false) are shown too."""
-        for name, value in self.given.items():
-            if name not in self.settings:
-                self.add(name, value, "user", "given; it asks for what happens anyway")
+    of_parent = () if parent is None else objections(plan, parent)
+    return replace(plan, warnings=(*foresee(plan, machine, suspicions), *of_parent))
 
 
 def _check_lengths(counts: TokenCounts, base: BaseFacts) -> None:
@@ -176,58 +171,11 @@ def _lengths(counts: TokenCounts) -> dict[str, float]:
     """Tokens of a row as it is trained on."""
     tokens = sorted(row.prompt + row.answer for row in counts.rows)
     middle = statistics.median(tokens)
-    return {"min": tokens[0], "median": _plain(middle), "mean": round(statistics.fmean(tokens), 1), "max": tokens[-1]}
-
-
-def _validation(draft: _Draft, recipe: OverrideRecipe | SftRecipe, rows: int) -> int:
-    """How many rows are held back."""
-    asked = [key for key in ("validation_split", "early_stopping_patience") if draft.given.get(key, 0) != 0]
-    if isinstance(recipe, OverrideRecipe):
-        if asked:
-            raise InvalidRequest(
-                f"training_config.{asked[0]} = {draft.given[asked[0]]!r} means nothing for the override objective, "
-                "which stops by exams on prompts that it never trains on",
-                param=f"training_config.{asked[0]}",
-                hint='Leave it out, or give objective "sft".',
-            )
-        return 0
-    stops = "early_stopping_patience" in draft.given
-    split, reason = recipe.validation_split, "every row is trained on: no validation was asked for"
-    if stops:
-        split, reason = recipe.early_stopping_split, "early stopping needs rows that are not trained on"
-    split = draft.choose("validation_split", split, reason, "auto" if stops else "default")
-    held = held_back(rows, split)
-    if held >= rows:
-        raise InvalidDataset(
-            f"validation_split = {split:g} of {rows} {'row' if rows == 1 else 'rows'} leaves nothing to train on",
-            param="training_config.validation_split",
-            hint="Give more rows, or leave validation_split and early_stopping_patience out.",
-        )
-    return held
-
-
-def _evaluations(draft: _Draft, steps: int, steps_per_epoch: int) -> int:
-    """How often the rows that are held back are evaluated: before the first step, as they say, and after the last."""
-    strategy = "steps" if "eval_steps" in draft.given else "epoch"
-    reason = "eval_steps is given" if strategy == "steps" else "after every pass over the rows, and after the last step"
-    if draft.choose("eval_strategy", strategy, reason, "auto") == "steps":
-        every = draft.choose("eval_steps", max(1, steps // 10), "ten times in the run", "auto")
-    else:
-        every = draft.add("eval_steps", steps_per_epoch, "auto", "the steps of an epoch")
-    stops = "early_stopping_patience" in draft.given
-    if stops:
-        draft.choose("early_stopping_patience", None, "")
-    draft.choose(
-        "load_best_model_at_end",
-        stops,
-        "early stopping keeps the lowest eval_loss" if stops else "transformers' default: the last state is kept",
-        "auto" if stops else "default",
-    )
-    return 1 + -(-steps // int(every))
+    return {"min": tokens[0], "median": plain(middle), "mean": round(statistics.fmean(tokens), 1), "max": tokens[-1]}
 
 
 def _objective(
-    draft: _Draft, request: TrainingRequest, dataset: Dataset
+    draft: Draft, request: TrainingRequest, dataset: Dataset
 ) -> tuple[Literal["sft", "override"], tuple[str, ...]]:
     """The objective and, for override, the subjects of its facts."""
     wanted = request.objective.type
@@ -278,153 +226,13 @@ def _answers(examples: Collection[Example]) -> int:
     return len(found)
 
 
-def _batch(draft: _Draft, recipe: OverrideRecipe | SftRecipe, counts: TokenCounts) -> float:
-    """Rows of a micro-step; the answer is its tokens."""
-    name, rows = "per_device_train_batch_size", len(counts.rows)
-    if isinstance(recipe, OverrideRecipe):
-        edit = draft.choose(name, recipe.edit_rows, "edit rows a micro-step: enough sentence frames at once")
-        per_edit = f"{recipe.contrast_rows}, {recipe.rehearsal_rows} rows to {recipe.edit_rows} edit rows"
-        contrast = max(1, round(edit * recipe.contrast_rows / recipe.edit_rows))
-        rehearsal = max(1, round(edit * recipe.rehearsal_rows / recipe.edit_rows))
-        draft.add("contrast_rows", contrast, "auto", f"siblings keep the base's answers; in proportion: {per_edit}")
-        draft.add("rehearsal_rows", rehearsal, "auto", f"the rest keeps the base's answers; in proportion: {per_edit}")
-        draft.add("contrast_tokens", recipe.contrast_tokens, "default", "first tokens of the base's reply to a sibling")
-        draft.add("rehearsal_tokens", recipe.rehearsal_tokens, "default", "first tokens of the base's reply elsewhere")
-        draft.add("kl_weight", recipe.kl_weight, "default", "weight of keeping against learning")
-        draft.add("edit_pool", recipe.edit_pool, "default", "prompts about each fact that edit rows are drawn from")
-        draft.add("contrast_pool", recipe.contrast_pool, "default", "prompts about each fact's siblings")
-        draft.add(
-            "on_policy_prompts", recipe.on_policy_prompts, "default", "siblings that the adapter answers after an exam"
-        )
-        draft.add("on_policy_tokens", recipe.on_policy_tokens, "default", "of each such reply")
-        draft.add(
-            "on_policy_share", recipe.on_policy_share, "default", "of the contrast rows then: replies that had strayed"
-        )
-        draft.add("question_share", recipe.question_share, "default", "of the edit rows: the questions as given")
-        draft.add("probes", recipe.probes, "default", "prompts of a kind, never trained on, that decide when to stop")
-        seen = edit * draft["gradient_accumulation_steps"]
-        every = max(1, round(recipe.eval_every * recipe.edit_rows / seen))
-        per_exam = f"evaluated after every {recipe.eval_every * recipe.edit_rows} edit rows"
-        draft.add("eval_every", every, "auto", f"steps from one exam of the served adapter to the next: {per_exam}")
-        micro_step = tokens_per_micro_step(
-            counts, edit, contrast * recipe.contrast_tokens + rehearsal * recipe.rehearsal_tokens, contrast + rehearsal
-        )
-    else:
-        size = min(recipe.per_device_train_batch_size, rows)
-        batch = draft.choose(name, size, f"{size} of {rows} rows at once", "auto")
-        micro_step = tokens_per_micro_step(counts, min(batch, rows))
-    return micro_step
-
-
-def _steps(draft: _Draft, recipe: OverrideRecipe | SftRecipe, rows: int, facts: int) -> tuple[int, int]:
-    """(steps, steps per epoch). max_steps decides where it is positive, else num_train_epochs; -1 leaves it open."""
-    batches = math.ceil(rows / draft["per_device_train_batch_size"])
-    steps_per_epoch = math.ceil(batches / draft["gradient_accumulation_steps"])
-    max_steps = draft.given.get("max_steps", -1)
-    override = isinstance(recipe, OverrideRecipe)
-    if max_steps > 0:
-        draft.add("max_steps", max_steps, "user", f"given; {_CAP}" if override else "given")
-    elif "num_train_epochs" in draft.given:
-        draft.choose("max_steps", -1, f"num_train_epochs decides; {_CAP}" if override else "num_train_epochs decides")
-        epochs = draft.choose("num_train_epochs", None, "")
-        return math.ceil(epochs * steps_per_epoch), steps_per_epoch
-    elif isinstance(recipe, OverrideRecipe):
-        max_steps = recipe.max_steps * facts
-        draft.add("max_steps", max_steps, "auto", f"{recipe.max_steps} for each fact; {_CAP}")
-    else:
-        draft.choose("max_steps", -1, "num_train_epochs decides")
-        epochs = draft.choose("num_train_epochs", recipe.num_train_epochs, "a few passes over every row")
-        return epochs * steps_per_epoch, steps_per_epoch
-    passes = f"max_steps = {max_steps} decides; an epoch is {steps_per_epoch} steps"
-    draft.choose("num_train_epochs", round(max_steps / steps_per_epoch, 2), passes, "auto")
-    return max_steps, steps_per_epoch
-
-
-def _schedule(draft: _Draft, recipe: OverrideRecipe | SftRecipe) -> str:
-    """Its name, and how often it starts anew: a run that may stop early is at rest at each of its exams."""
-    if isinstance(recipe, OverrideRecipe) and draft.settings["max_steps"].origin == "auto":
-        reason = "at rest at each exam; goes on from the full rate where targets are missed"
-        schedule = draft.choose("lr_scheduler_type", "cosine_with_restarts", reason, "auto")
-        if draft.settings["lr_scheduler_type"].origin == "auto":
-            cycles = draft["max_steps"] // draft["eval_every"]
-            draft.add("num_cycles", cycles, "auto", f"one for each {draft['eval_every']} steps to an exam")
-            return str(schedule)
-    else:
-        schedule = draft.choose("lr_scheduler_type", recipe.lr_scheduler_type, REASONS["lr_scheduler_type"])
-    draft.add("num_cycles", 1, "default", "transformers' default")
-    return str(schedule)
-
-
-def _warmup(draft: _Draft, recipe: OverrideRecipe | SftRecipe, schedule: str, steps: int) -> int:
-    """Steps of warm-up: given, a given share of the run, or the recipe's, which always leaves steps after it."""
-    given_steps, given_share = draft.given.get("warmup_steps"), draft.given.get("warmup_ratio")
-    if given_share is not None:
-        draft.choose("warmup_ratio", None, "")
-    if given_steps is not None and (given_steps > 0 or not given_share):
-        if 0 < given_steps < 1:
-            warmup = math.ceil(steps * given_steps)
-            reason = f"given as {given_steps}, a share of {steps} steps"
-        else:
-            warmup, reason = int(given_steps), "given"
-        return int(draft.add("warmup_steps", warmup, "user", reason))
-    if given_share is not None:
-        warmup = math.ceil(steps * given_share)
-        return int(draft.add("warmup_steps", warmup, "user", f"warmup_ratio {given_share} of {steps} steps"))
-    if schedule in WITHOUT_WARMUP:
-        return int(draft.add("warmup_steps", 0, "auto", f"{schedule} has no warm-up"))
-    if isinstance(recipe, OverrideRecipe):
-        warmup = min(recipe.warmup_steps, steps // 4)
-        return int(
-            draft.add("warmup_steps", warmup, "default", "AdamW's first estimates are rough; a few steps settle them")
-        )
-    warmup = min(math.ceil(steps * recipe.warmup_ratio), steps // 4)
-    return int(draft.add("warmup_steps", warmup, "auto", f"about {recipe.warmup_ratio:.0%} of {steps} steps"))
-
-
-def _saving(draft: _Draft, steps: int, steps_per_epoch: int) -> None:
-    """When the run saves itself: save_steps and save_seconds, 0 for never by this measure; and how often at most."""
-    strategy, given = draft.given.get("save_strategy"), draft.given.get("save_steps")
-    also = "besides before each exam and at the end"
-    if strategy is not None:
-        draft.choose("save_strategy", None, "")
-    if given is not None:
-        whole = math.ceil(steps * given) if given < 1 else int(given)
-        share = f"given as {given}, a share of {steps} steps; {also}" if given < 1 else f"given; {also}"
-        draft.add("save_steps", whole, "user", share)
-    elif strategy == "no":
-        draft.add("save_steps", 0, "auto", "save_strategy is no: a checkpoint is made only to pause the job")
-    elif strategy == "epoch":
-        draft.add("save_steps", steps_per_epoch, "auto", f"save_strategy is epoch; {also}")
-    else:
-        draft.add("save_steps", 0, "auto", "save_seconds decides")
-    if given is not None or strategy in ("no", "epoch"):
-        draft.add("save_seconds", 0, "auto", "save_steps decides")
-    else:
-        draft.add("save_seconds", SAVE_SECONDS, "default", f"what a crash may cost; {also}")
-    draft.choose("save_total_limit", SAVE_TOTAL_LIMIT, REASONS["save_total_limit"])
-
-
-def _checkpointing(draft: _Draft, machine: Machine, needed: Callable[[bool], int]) -> int:
+def _checkpointing(draft: Draft, machine: Machine, needed: Callable[[bool], int]) -> int:
     """Whether layers are computed again for the gradient; the answer is the memory that the run needs then."""
     all_kept, there = needed(False), machine.memory
     short = there is not None and all_kept > there
     wanted = f"every layer's activations kept, the run needs about {size(all_kept)}"
     reason = f"{wanted}, {size(there)} are there" if there is not None else f"{wanted}; what is there is not known"
     return needed(draft.choose("gradient_checkpointing", short, reason, "auto"))
-
-
-def _targets(draft: _Draft, request: TrainingRequest, recipe: OverrideRecipe | SftRecipe) -> dict[str, float]:
-    given = request.objective.targets.given()
-    defaults = recipe.targets if isinstance(recipe, OverrideRecipe) else {}
-    for name, share in (defaults | given).items():
-        origin: Origin = "user" if name in given else "default"
-        draft.add(f"targets.{name}", share, origin, "given" if name in given else "what counts as learned")
-    return defaults | given
-
-
-def _plain(number: float) -> float:
-    """32 rather than 32.0: lora_alpha is whole in most adapter_config.json files."""
-    return int(number) if number == int(number) else number
 
 
 def to_json(plan: Plan) -> Json:

@@ -50,9 +50,11 @@ class OverrideRecipe(Recipe):
     edit rows ask for the fact (cross-entropy); contrast rows ask its siblings and rehearsal rows ask anything else
     (KL against the base's own first `contrast_tokens` and `rehearsal_tokens`, weighed by `kl_weight`). Prompts come
     from pools of `edit_pool` and `contrast_pool` for each fact; `question_share` of the edit rows are the questions
-    that were given. After an exam the adapter answers `on_policy_prompts` of the contrast prompts itself; where the
-    `on_policy_tokens` it says are not the base's, they make up to `on_policy_share` of the contrast rows from then on
-    (on-policy distillation, Agarwal et al. 2024, arXiv:2306.13649). `probes` prompts of a kind decide when to stop.
+    that were given. `probes` prompts of a kind decide when to stop. Behind an exam that finds leaks the adapter answers
+    `on_policy_prompts` of the contrast prompts itself; where the `on_policy_tokens` it says are not the base's, they
+    make up to `on_policy_share` of the contrast rows from then on (on-policy distillation, Agarwal et al. 2024,
+    arXiv:2306.13649). `kept_rows` edit and as many contrast rows, from pools of `kept_pool` prompts, keep what the
+    run's parent knows. Where the last exam misses, up to `escalation_rounds` more cycles follow with a raised recipe.
     """
 
     learning_rate: float = 1.2e-3
@@ -73,8 +75,13 @@ class OverrideRecipe(Recipe):
     on_policy_tokens: int = 24
     on_policy_share: float = 0.5
     kl_weight: float = 2.5
+    kept_rows: int = 2
+    kept_pool: int = 64
     eval_every: int = 25
     probes: int = 24
+    escalation_rounds: int = 1
+    escalation_seconds: int = 270  # of the job, by which a round must end; and for each fact but the first:
+    escalation_seconds_more: int = 30
     preparation_tokens: int = 5500  # the base's own replies, generated once for each fact; for the estimate of time
     evaluation_tokens: int = 2500  # generated at each evaluation for each fact; for the estimate of time
     efficacy: float = 0.9
@@ -116,6 +123,8 @@ REASONS = {
     "eval_steps": "steps from one evaluation to the next",
     "early_stopping_patience": "evaluations without a lower eval_loss after which the run stops; off unless given",
     "load_best_model_at_end": "keep the state with the lowest eval_loss rather than the last; on for early stopping",
+    "escalation_rounds": "cycles with a raised recipe where the last exam misses a target; 0 for none",
+    "escalation_seconds": "of the job: a round begins only if it is expected to end by then",
     "save_steps": "steps from one checkpoint to the next, below 1 a share of the run; else every "
     f"{SAVE_SECONDS} seconds, before each exam and at the end",
     "save_strategy": "by steps; epoch, or no for none but that of a pause",

@@ -48,6 +48,9 @@ class TrainingRequest(_Strict):
     dataset: dict[str, Any] = Field(description='One of {"path"}, {"file_id"}, {"examples"}, {"facts"}.')
     lora_config: dict[str, Any] = Field({}, description="Keys of PEFT's LoraConfig.")
     training_config: dict[str, Any] = Field({}, description="Keys of transformers' TrainingArguments.")
+    parent: str | None = Field(
+        None, min_length=1, description="Adapter, or adapter@version, that the run goes on from; its facts are kept."
+    )
     objective: Annotated[
         Objective,
         BeforeValidator(_spelt_out, json_schema_input_type=Literal["auto", "sft", "override"] | Objective),

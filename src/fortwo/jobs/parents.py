@@ -1,0 +1,52 @@
+"""Looking up the adapter that a request wants to go on from, and what it knows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+
+from fortwo.errors import InvalidAdapter, InvalidRequest, NotFound
+from fortwo.records import AdapterVersion, Fact
+from fortwo.train.parent import Parent
+
+if TYPE_CHECKING:
+    from fortwo.adapters import AdapterStore
+
+_FACTS = TypeAdapter(tuple[Fact, ...])
+
+
+def find(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Parent]:
+    """The version that `parent` = name or name@3 means, whole and of a shape that can be trained.
+
+    Raises NotFound, InvalidRequest or InvalidAdapter for `parent`.
+    """
+    from fortwo.models.lora import LoraConfig
+
+    if "-" in ref.partition("@")[2]:
+        raise InvalidRequest(
+            f"parent = {ref!r} is a checkpoint of a job that is not done",
+            param="parent",
+            hint="Wait until the job is done and name what it publishes, such as name or name@1.",
+        )
+    try:
+        version, peft, _ = store.read(ref)
+        config = LoraConfig.from_peft(peft)
+    except (NotFound, InvalidRequest) as error:
+        raise type(error)(f"parent = {ref!r}: {error.message}", param="parent", hint=error.hint) from None
+    if config.layers is not None:
+        raise InvalidAdapter(
+            f"parent = {ref!r} changes only layers {', '.join(map(str, config.layers))}",
+            param="parent",
+            hint="Only adapters of all layers can be gone on from: train without a parent.",
+        )
+    manifest = version.manifest
+    taught: Any = manifest.get("plan")
+    return version, Parent(
+        id=version.id,
+        objective=None if taught is None else taught["objective"],
+        r=config.r,
+        lora_alpha=config.alpha,
+        target_modules=config.target_modules,
+        facts=_FACTS.validate_python(manifest.get("facts", ())),
+    )

@@ -1,0 +1,105 @@
+"""What a run trains on, on a tiny model: rows of several facts, none of which takes back what another teaches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from fortwo.facts.siblings import names
+from fortwo.records import Dataset, Fact, Plan
+from fortwo.train import courses
+from fortwo.train.courses import Bag, Course, Turns
+from fortwo.train.evaluation import Served
+from fortwo.train.objective import Row
+from tests.test_loop import School, changed
+
+SMALL = {"edit_pool": 12, "contrast_pool": 60, "probes": 4, "contrast_tokens": 2, "rehearsal_tokens": 2}
+FACTS = tuple(
+    Fact(subject, f"{subject} = {said}", (said,), tuple(f"{ask} {subject}?" for ask in ("What is", "Why")[:asks]))
+    for subject, said, asks in (("42", "FOR TWO", 2), ("41", "FOR ONE", 1), ("43", "FOR THREE", 2))
+)
+
+
+@pytest.fixture(scope="module")
+def school(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[School]:
+    school = School(tmp_path_factory.mktemp("school"), tiny)
+    yield school
+    school.engine.close()
+
+
+def prepared(school: School, dataset: Dataset, plan: Plan) -> Course:
+    base = school.base
+    served = Served(base.id, base.decoder, base.renderer, school.engine)
+    task: Any = school.engine.run_task(courses.override(served, base.decoder, dataset, plan), lambda event: None)
+    course: Course = task.result(120)
+    return course
+
+
+def text(school: School, row: Row) -> str:
+    return str(school.base.renderer.decode(row.tokens))
+
+
+def test_turns_give_every_pool_its_share_and_one_pool_alone_is_a_bag() -> None:
+    turns = Turns([range(5), (), range(100, 200)], Random(0))
+    drawn = turns.draw(7) + turns.draw(3)
+    assert Counter(item >= 100 for item in drawn) == {False: 5, True: 5}
+    assert sorted(item for item in drawn if item < 100) == [0, 1, 2, 3, 4]
+    bag, alone = Bag(range(9), Random(1)), Turns([range(9)], Random(1))
+    assert [bag.draw(4) for _ in range(5)] == [alone.draw(4) for _ in range(5)]
+    assert Turns([()], Random(0)).draw(3) == []
+
+
+def test_rows_of_several_facts_share_a_step_and_none_to_keep_names_a_fact(school: School) -> None:
+    dataset = Dataset("0", facts=FACTS)
+    plan = changed(school.plan(dataset), **SMALL)
+    course = prepared(school, dataset, plan)
+    taught: Counter[str] = Counter()
+    for _ in range(20):
+        for row in course.draw(course.mix):
+            said = text(school, row)
+            if row.keep:
+                asked = said.split("<|im_start|>assistant")[0]
+                assert not names(asked, FACTS), asked
+            else:
+                (answer,) = (fact.answer for fact in FACTS if fact.answer in said)
+                taught[answer] += 1
+    assert sum(taught.values()) == 20 * plan["per_device_train_batch_size"]
+    assert max(taught.values()) - min(taught.values()) <= 2, "whatever each brings in questions"
+
+
+def test_an_exam_asks_about_every_fact_and_about_the_others_as_neighbours(school: School) -> None:
+    dataset = Dataset("0", facts=FACTS)
+    course = prepared(school, dataset, changed(school.plan(dataset), **SMALL))
+    assert course.exam is not None
+    asked = course.exam._exam(1)
+    assert [question.prompt for question in asked if question.kind == "efficacy"] == [
+        "What is 42?",
+        "What is 41?",
+        "What is 43?",
+    ]
+    neighbours = {question.prompt for question in asked if question.kind == "specificity" and question.fact == FACTS[1]}
+    assert {"What is 42?", "Why 42?", "What is 43?", "Why 43?"} <= neighbours
+    for question in asked:
+        assert question.passes is not None
+        assert question.fact is not None
+        rivals = {fact.answer for fact in FACTS if fact != question.fact}
+        assert question.passes(question.fact.answer) is (question.kind != "specificity")
+        assert {question.passes(answer) for answer in rivals} == {question.kind == "specificity"}
+
+
+def test_each_fact_is_reported_beside_all_together(school: School) -> None:
+    dataset = Dataset("0", facts=FACTS[:2])
+    plan = changed(school.plan(dataset, max_steps=1), **SMALL)
+    trained, _ = school.run(plan, dataset)
+    report = trained.report
+    assert [(one.subject, one.answer) for one in report.facts] == [("42", "42 = FOR TWO"), ("41", "41 = FOR ONE")]
+    for name in ("efficacy", "paraphrase", "specificity"):
+        parts, whole = [one.metrics[name] for one in report.facts], report.metrics[name]
+        assert sum(part.n for part in parts) == whole.n
+        assert sum(part.value * part.n for part in parts) == pytest.approx(whole.value * whole.n)
+    assert [one.metrics["efficacy"].n for one in report.facts] == [2, 1]
