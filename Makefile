@@ -10,7 +10,7 @@ VLLM := .venv-vllm/.installed
 LLAMA := .venv-llama/.installed
 FACTS ?= examples/facts_dev.json
 
-.PHONY: help install demo stop serve test check bench bench-train bench-serve bench-outside bench-override docs clean
+.PHONY: help install demo stop serve test check bench bench-train bench-qlora bench-serve bench-outside bench-override docs clean
 .DEFAULT_GOAL := help
 
 help: ## list what there is
@@ -46,6 +46,9 @@ bench: bench-train bench-serve ## training and serving against peers, each measu
 
 bench-train: $(INSTALLED) $(PEERS) ## training speed against TRL + PEFT
 	$(BIN)/python -m bench.train .venv-bench/bin/python
+
+bench-qlora: $(INSTALLED) $(PEERS) ## training on a base of 7 billion parameters against TRL + PEFT + bitsandbytes (14 GB of disk)
+	$(BIN)/python -m bench.qlora --peer .venv-bench/bin/python
 
 $(PEERS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench

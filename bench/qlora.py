@@ -4,7 +4,7 @@
 
 The base's weights are random (bench/random_base.py, 13.5 GB in the temporary folder, gone at the end); rows and
 configuration are the original's. fortwo trains through its server, as a user's job does; PYTHON has TRL, PEFT and
-bitsandbytes. Memory is the most that was resident in the process that trains, loading included.
+bitsandbytes. Memory is the most that was resident in the process that trains, loading included, evaluation not.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ BASE = "codellama-7b-shape"
 
 
 def own_steps(base: Path, steps: int) -> tuple[list[float], int, Json]:
-    """(seconds of each step, peak bytes of the server, the job's plan). What comes after the last step is not awaited:
-    a random base has nothing to say."""
+    """(seconds of each step, peak bytes of the server, the job's plan). The job is cancelled a step before its last, so
+    that it is not evaluated: a random base has nothing to say."""
     with tempfile.TemporaryDirectory(prefix="fortwo-bench-") as folder:
         settings = load(home=Path(folder), host="127.0.0.1", port=free_port())
         Catalog(settings).add(BASE, base)
@@ -43,12 +43,14 @@ def own_steps(base: Path, steps: int) -> tuple[list[float], int, Json]:
         with started(settings, os.environ | environment) as (process, client):
             job = client.post("/api/training/start", _request(steps))
             seconds = _seconds(client, job["job_id"], steps)
-            return seconds, _peak(process.pid), job["plan"]
+            peak = _peak(process.pid)
+            client.post(f"/api/training/jobs/{job['job_id']}/cancel")
+            return seconds, peak, job["plan"]
 
 
 def _request(steps: int) -> Json:
     config = json.loads(CONFIG.read_text())
-    config["training_config"] |= {"max_steps": steps, "warmup_steps": 0}
+    config["training_config"] |= {"max_steps": steps + 1, "warmup_steps": 0}
     rows = {"examples": json.loads(ROWS.read_text())}
     return {"model": BASE, "adapter_name": "bench", "dataset": rows, "objective": "sft", **config}
 
@@ -59,7 +61,6 @@ def _seconds(client: Client, job_id: str, steps: int) -> list[float]:
         if event["type"] == "step":
             seconds.append(event["data"]["seconds"])
         if len(seconds) == steps:
-            client.post(f"/api/training/jobs/{job_id}/cancel")
             return seconds
     sys.exit(f"{len(seconds)} of {steps} steps: {client.get(f'/api/training/jobs/{job_id}')['error']}")
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fortwo.models.decoder import Decoder
 
 FLOAT = 4  # bytes: adapters are trained in fp32
-PROCESS = 600 << 20  # bytes of a server that holds nothing yet
+PROCESS = 480 << 20  # bytes of a server that holds nothing yet
 MICRO_TOKENS = 640  # of a micro-step beyond the prefix: bounds how long it holds the device
 
 
@@ -124,7 +124,8 @@ def memory_bytes(
     base: BaseFacts, micro_step: float, r: int, modules: Sequence[str], bf16: bool, checkpointing: bool
 ) -> int:
     """The process, the base's weights and what is made of them to train on, the adapter with its gradient and AdamW's
-    moments, and what backward needs of one micro-step of so many tokens; the logits are never there together.
+    moments, and what backward needs of one micro-step of so many tokens; the logits are never there together. What an
+    evaluation takes for keys and values is not in it: serving's own bound holds for that.
 
     checkpointing: of every layer what it reads, and all of one layer.
     """
