@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from fortwo.models.decoder import Decoder
 
-TRAINING, DECODING = 0.7, 0.35
+TRAINING, DECODING = 0.5, 0.35
 SIZE = 1024
 
 
