@@ -117,9 +117,8 @@ class Runner:
         return None if sequence.listener is not None else self._roots.get(sequence.adapter)
 
     def _keep(self, slot: Slot, sequence: Running) -> None:
-        if sequence.kept and slot.root == self._roots.get(
-            sequence.adapter
-        ):  # the adapter is still the one that computed it
+        still_the_same = slot.root == self._roots.get(sequence.adapter)  # adapter as when it was computed
+        if sequence.kept and still_the_same:
             self.cache.keep(slot, sequence.tokens)
 
     # ------------------------------------------------------------ forwards
