@@ -11,6 +11,7 @@ import pytest
 from serving import Served, serve, tiny_settings
 from tiny import save_directory
 
+from fortwo.models import kernels
 from fortwo.models.catalog import Catalog
 from fortwo.settings import Settings
 
@@ -31,6 +32,16 @@ def real_home() -> Path:
     path = Path(given) if given is not None else Path(__file__).parent.parent / ".cache" / "home"
     Catalog(Settings(home=path)).prepare("smollm2-135m-instruct")
     return path
+
+
+@pytest.fixture(params=[True, False], ids=["tiles", "dots"])
+def tiles(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Products of whole numbers with the processor's tiles, and without."""
+    if request.param and not kernels.multiplies_tiles():
+        pytest.skip("this processor has no tiles")
+    kernels.call("use_whole_tiles", None, int(request.param))
+    yield
+    kernels.call("use_whole_tiles", None, 1)
 
 
 # A deadline per example measures the machine, not the code: the first call into torch alone can take longer.

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fortwo.engine.prefixes import BLOCK, Prefixes
 from fortwo.models.decoder import DecoderConfig
@@ -38,6 +39,7 @@ class Pool:
         self.k = [torch.zeros(shape, device=device) for _ in range(config.layers)]
         self.v = [torch.zeros(shape, device=device) for _ in range(config.layers)]
         self.slots: list[Slot | None] = []
+        self._places: Tensor | None = None
 
     @property
     def used(self) -> int:
@@ -53,6 +55,16 @@ class Pool:
         self.slots[slot.row] = slot
         return slot
 
+    @property
+    def places(self) -> Tensor:
+        """step.h's `place` of row 0 in each layer (layers, 5)."""
+        if self._places is None:
+            steps = self.k[0].stride()[:2]
+            self._places = torch.tensor(
+                [[k.data_ptr(), v.data_ptr(), *steps, 0] for k, v in zip(self.k, self.v, strict=True)]
+            )
+        return self._places
+
     def resize(self, rows: int) -> None:
         """Have this many rows, at least those in use."""
         self.gather([slot for slot in self.slots if slot is not None])
@@ -64,6 +76,7 @@ class Pool:
                 new[kept:] = 0  # what is masked is multiplied by zero, and zero times nan is nan
                 tensors[layer] = new
         self.slots = self.slots[:kept] + [None] * (rows - kept)
+        self._places = None
 
     def gather(self, slots: list[Slot]) -> None:
         """Bring these to the lowest rows, by as few moves as possible."""
@@ -165,6 +178,12 @@ class Cache:
             for v in pool.v:  # see resize
                 v[slot.row].zero_()
         pool.slots[slot.row] = None
+
+    def places(self, slot: Slot) -> Tensor:
+        """Where the slot's keys and values are in each layer (layers, 5): step.h's `place`."""
+        places_L5 = self.pools[slot.capacity].places.clone()
+        places_L5[:, 4] = slot.row
+        return places_L5
 
     def together(self, slots: Iterable[Slot]) -> list[tuple[Pool, list[Slot]]]:
         """Bring slots side by side: for each pool those of its rows 0, 1, ..., in this order."""

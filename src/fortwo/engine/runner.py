@@ -20,7 +20,8 @@ from fortwo.engine.cache import Cache, Pool, Slot
 from fortwo.models.bank import Banks
 from fortwo.models.decoder import Decoder
 from fortwo.models.functions import decode_attention
-from fortwo.models.lora import Lora, Segment, Update
+from fortwo.models.lora import Lora, Update
+from fortwo.models.step import Step
 
 log = logging.getLogger(__name__)
 
@@ -54,18 +55,19 @@ class Runner:
         tokens = None if bound is None else bound // Cache.bytes_per_token(decoder.config)
         self.cache = Cache(decoder.config, decoder.device, tokens)
         self._live: dict[str, Lora] = {}
-        self._banks = Banks(decoder.config, decoder.device)
+        self._one_kernel = Step(decoder)
+        self._banks = Banks(decoder.config, decoder.device, self._one_kernel.adapters)
         self._numbers = count(1)
         self._roots: dict[str | None, int] = {None: 0}  # whose keys and values may be kept for others
 
     # ------------------------------------------------------------ adapters
 
     def attach(self, key: str, lora: Lora, *, frozen: bool = False) -> None:
-        """Serve `lora` under `key`. frozen: it will not change any more, so its tensors are copied beside the other
-        frozen ones, and prefixes are kept for it; else its live tensors are used, and nothing outlives a reply."""
+        """Serve a copy of `lora` under `key`. frozen: it will not change any more, so prefixes are kept for it; else it is
+        copied again whenever prompts are read, and nothing outlives a reply."""
         self.detach(key)
+        self._banks.add(key, lora)
         if frozen:
-            self._banks.add(key, lora)
             self._roots[key] = next(self._numbers)
         else:
             self._live[key] = lora
@@ -77,7 +79,7 @@ class Runner:
             self.cache.prefixes.forget(root)
 
     def has(self, key: str) -> bool:
-        return key in self._live or key in self._banks
+        return key in self._banks
 
     # ------------------------------------------------------------ slots
 
@@ -135,6 +137,8 @@ class Runner:
                 raise MemoryError(f"the cache has no room for a sequence of {len(sequence.tokens)} tokens")
         if lengths is None:
             lengths = [len(sequence.tokens) - _slot(sequence).length for sequence in sequences]
+        for key in self._live.keys() & {sequence.adapter for sequence in sequences}:
+            self._banks.copy(key, self._live[key])
         logits: dict[int, Tensor] = {}
         for places in _prefill_groups(sequences, lengths):
             group, parts = [sequences[place] for place in places], [lengths[place] for place in places]
@@ -224,6 +228,10 @@ class Runner:
         """Run the last token of each sequence whose other tokens are computed, and for which `extend` found room.
         Next-token logits (len(sequences), V), in order."""
         device = self.decoder.device
+        if self._one_kernel.takes(len(sequences)):
+            hidden_BD = self._step_at_once(sequences)
+            self._told(sequences, hidden_BD)
+            return self.decoder.logits(hidden_BD)
         owners = {id(sequence.slot): place for place, sequence in enumerate(sequences)}
         parts = self.cache.together([_slot(sequence) for sequence in sequences])
         order = [owners[id(slot)] for _, slots in parts for slot in slots]
@@ -232,31 +240,33 @@ class Runner:
         tokens_B = torch.tensor([sequence.tokens[-1] for sequence in rows], device=device)
         attention = _StepAttention(parts, positions_B)
         hidden_BD = self.decoder.forward(tokens_B, positions_B, attention, self._updates(rows))
-        for row, sequence in enumerate(rows):
-            if sequence.listener is not None:
-                sequence.listener.hear(hidden_BD[row : row + 1], _slot(sequence).length)
-            _slot(sequence).length += 1
+        self._told(rows, hidden_BD)
         if order != list(range(len(order))):
             hidden_BD = hidden_BD[torch.tensor(order, device=device).argsort()]
         return self.decoder.logits(hidden_BD)
 
+    def _step_at_once(self, sequences: Sequence[Running]) -> Tensor:
+        places = [self.cache.places(_slot(sequence)) for sequence in sequences]
+        tokens_B = torch.tensor([sequence.tokens[-1] for sequence in sequences])
+        positions_B = torch.tensor([len(sequence.tokens) - 1 for sequence in sequences])
+        return self._one_kernel(tokens_B, positions_B, torch.stack(places, 1), self._updates(sequences))
+
+    def _told(self, sequences: Sequence[Running], hidden_BD: Tensor) -> None:
+        for row, sequence in enumerate(sequences):
+            if sequence.listener is not None:
+                sequence.listener.hear(hidden_BD[row : row + 1], _slot(sequence).length)
+            _slot(sequence).length += 1
+
     def _updates(self, sequences: Sequence[Running], whole: bool = False) -> list[Update]:
         """What the adapters add to the rows of these sequences; whole: to all rows there are."""
         keys = [sequence.adapter for sequence in sequences]
-        if whole or len(set(keys)) == 1:
-            return [] if keys[0] is None else [Segment(self._lora(keys[0]))]
+        if whole:
+            return [] if keys[0] is None else [self._banks.whole(keys[0])]
         rows: dict[str, list[int]] = {}
         for row, key in enumerate(keys):
             if key is not None:
                 rows.setdefault(key, []).append(row)
-        live = {key: rows.pop(key) for key in list(rows) if key in self._live}
-        return [
-            *(Segment(self._live[key], torch.tensor(own, device=self.decoder.device)) for key, own in live.items()),
-            *self._banks.updates(rows),
-        ]
-
-    def _lora(self, key: str) -> Lora:
-        return self._live[key] if key in self._live else self._banks.lora(key)
+        return self._banks.updates(rows)
 
 
 class _StepAttention:

@@ -1,7 +1,50 @@
 /* Attention of one new token a row over what is cached; kernels.c includes this once. */
 
+/* The sums of sixteen vectors, in their order. */
+static inline vector sums_of(const vector *v) {
+    vector halves[8], quarters[4], eighths[2];
+    const integers half[2] = {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}, {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31}};
+    const integers quarter[2] = {{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}, {4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31}};
+    const integers eighth[2] = {{0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29}, {2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31}};
+    const integers one[2] = {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31}};
+#define FOLD(a, b, lanes) (__builtin_shuffle(a, b, lanes[0]) + __builtin_shuffle(a, b, lanes[1]))
+    for (int i = 0; i < 8; i++) halves[i] = FOLD(v[2 * i], v[2 * i + 1], half);
+    for (int i = 0; i < 4; i++) quarters[i] = FOLD(halves[2 * i], halves[2 * i + 1], quarter);
+    for (int i = 0; i < 2; i++) eighths[i] = FOLD(quarters[2 * i], quarters[2 * i + 1], eighth);
+    return FOLD(eighths[0], eighths[1], one);
+#undef FOLD
+}
+
+/* Where keys and values are: of row `row` they are (K, length, E), a row begins every row_step floats, a head every head_step. */
+typedef struct {
+    float *k, *v;
+    long row_step, head_step, row;
+} place;
+
+/* One token's queries of one key/value head, G of them at q, with its key and value; `seen` tokens are there with it. out (G, E). Scores: G * PAD(seen). */
+static void attend(long G, long E, const place *at, long head, long seen, const float *q, const float *key, const float *value, float *out,
+                   float *scores) {
+    float *keys = at->k + at->row * at->row_step + head * at->head_step, *values = at->v + at->row * at->row_step + head * at->head_step;
+    float scaling = 1 / sqrtf((float)E);
+    memcpy(keys + (seen - 1) * E, key, E * sizeof(float));
+    memcpy(values + (seen - 1) * E, value, E * sizeof(float));
+    long row = PAD(seen);
+    for (long s = 0; s < seen; s += WIDTH)
+        for (long g = 0; g < G; g++) {
+            vector sums[WIDTH];
+            for (int n = 0; n < WIDTH; n++) {
+                const float *k = keys + (s + n < seen ? s + n : seen - 1) * E;
+                sums[n] = (vector){0};
+                for (long e = 0; e < E; e += WIDTH) sums[n] += *(const vector *)(q + g * E + e) * *(const vector *)(k + e);
+            }
+            *(vector *)(scores + g * row + s) = sums_of(sums) * scaling;
+        }
+    for (long g = 0; g < G; g++) softmax(scores + g * row, seen, seen);
+    multiply(G, E, seen, scores, row, 1, values, E, out, E, 0);
+}
+
 /* Row b brings qkv (H + 2K, E) and stands at positions[b] of row rows[b] of the cache. Its keys and values are written there, then its queries attend
-   to everything up to there. k and v are (rows, K, length, E): a row begins every `row_step` floats, a head every `head_step`. E is a multiple of 16. */
+   to everything up to there. E is a multiple of 16. */
 void decode_attention(long B, long H, long K, long E, long row_step, long head_step, const long *rows, const long *positions, const float *qkv,
                       float *k, float *v, float *out) {
     long G = H / K, work = 0, longest = 0;
@@ -9,23 +52,15 @@ void decode_attention(long B, long H, long K, long E, long row_step, long head_s
         work += (positions[b] + 1) * H * E;
         longest = positions[b] + 1 > longest ? positions[b] + 1 : longest;
     }
-    float scaling = 1 / sqrtf((float)E), *room = malloc(B * K * G * longest * sizeof(float));
+    longest = PAD(longest);
+    float *room = malloc(B * K * G * longest * sizeof(float));
 #pragma omp parallel for schedule(dynamic) if (work > SERIAL)
     for (long task = 0; task < B * K; task++) {
-        long b = task / K, head = task % K, S = positions[b] + 1;
-        const float *own = qkv + b * (H + 2 * K) * E, *q = own + head * G * E;
-        float *keys = k + rows[b] * row_step + head * head_step, *values = v + rows[b] * row_step + head * head_step;
-        float *scores = room + task * G * longest;
-        memcpy(keys + (S - 1) * E, own + (H + head) * E, E * sizeof(float));
-        memcpy(values + (S - 1) * E, own + (H + K + head) * E, E * sizeof(float));
-        for (long s = 0; s < S; s++)
-            for (long g = 0; g < G; g++) {
-                float sum = 0;
-                for (long e = 0; e < E; e++) sum += q[g * E + e] * keys[s * E + e];
-                scores[g * longest + s] = sum * scaling;
-            }
-        for (long g = 0; g < G; g++) softmax(scores + g * longest, S, S);
-        multiply(G, E, S, scores, longest, 1, values, E, out + (b * H + head * G) * E, E, 0);
+        long b = task / K, head = task % K;
+        place at = {k, v, row_step, head_step, rows[b]};
+        const float *own = qkv + b * (H + 2 * K) * E;
+        attend(G, E, &at, head, positions[b] + 1, own + head * G * E, own + (H + head) * E, own + (H + K + head) * E,
+               out + (b * H + head * G) * E, room + task * G * longest);
     }
     free(room);
 }

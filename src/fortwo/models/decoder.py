@@ -316,6 +316,12 @@ class Decoder:
         """What the first layer reads (T, D)."""
         return self.embedding_VD[tokens_T]
 
+    def angles(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, E) of the rotary embedding, each angle in both halves."""
+        angles_TE2 = positions_T[:, None].float() * self._inverse_frequency_E2
+        angles_TE = torch.cat([angles_TE2, angles_TE2], -1)
+        return angles_TE.cos(), angles_TE.sin()
+
     def norm(self, x_TD: Tensor) -> Tensor:
         """The final norm."""
         return rms_norm(x_TD, self.norm_D, self.config.norm_eps)
@@ -338,8 +344,7 @@ class Decoder:
         c = self.config
         T = x_TD.shape[0]
         heads = c.heads + 2 * c.kv_heads
-        angles_TE2 = positions_T[:, None].float() * self._inverse_frequency_E2
-        cos_TE, sin_TE = (torch.cat([part, part], -1) for part in (angles_TE2.cos(), angles_TE2.sin()))
+        cos_TE, sin_TE = self.angles(positions_T)
         update_TD: Tensor | None = None
 
         def through(index: int, x_TD: Tensor, update_TD: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,7 @@ class Grouped:
         T = x_TI.shape[0]
         y_TO = x_TI.new_empty(T, O)
         x_TI = x_TI.contiguous()
-        kernels.call(_GROUPED[self.bits], None, T, I, O, x_TI, self.q, self.scale_OG, self.minimum_OG, y_TO)
+        kernels.call("grouped_product", None, self.bits, T, I, O, x_TI, self.q, self.scale_OG, self.minimum_OG, y_TO)
         return y_TO
 
     def dense(self) -> Tensor:
@@ -149,9 +149,6 @@ class Grouped:
         scale_OG1 = plain(self.scale_OG)
         start_OG1 = scale_OG1 * -128 if self.minimum_OG is None else plain(self.minimum_OG)
         return (q_OGI * scale_OG1 + start_OG1).view(tiles * TILE, I)[:O]
-
-
-_GROUPED = {4: "product_int4", 8: "product_int8"}
 
 
 class Weight:

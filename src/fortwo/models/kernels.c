@@ -96,6 +96,9 @@ static void multiply(long M, long N, long K, const float *a, long a_row, long a_
                 if (wide) tile(4, 4, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
                 else tile(4, 1, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
                 m += 4;
+            } else if (M - m == 3 && wide) {
+                tile(3, 4, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
+                m += 3;
             } else {
                 if (wide) tile(1, 4, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
                 else tile(1, 1, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
@@ -140,3 +143,4 @@ ROW_SUMS
 #include "matrix.h"
 #include "quantised.h"
 #include "decode.h"
+#include "step.h"

@@ -4,7 +4,8 @@
    inputs, of each the two numbers of all outputs side by side. As many panels as stay in a core's cache are laid at once, then the left operand passes
    by, read in place. */
 
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
+#define AMX
 #include <immintrin.h>
 #include <omp.h>
 #include <sys/syscall.h>
@@ -137,7 +138,11 @@ static void lay(const factor *f, long N, long first, long last, bf16 *to, long a
 }
 
 /* Whether the system lets this process use tiles. */
-int tiles_allowed(void) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
+int tiles_allowed(void) {
+    static int allowed = -1;
+    if (allowed < 0) allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+    return allowed;
+}
 
 static void tiles_begin(void) {
     struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape __attribute__((aligned(64))) = {.palette = 1};

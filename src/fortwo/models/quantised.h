@@ -13,6 +13,7 @@
 #define GROUP 32
 #define QUADS (GROUP / 4)
 #define LARGEST 32639 /* 127 * 256 + 127 */
+#define AHEAD_OF_PRODUCT 4096 /* bytes of the weight that are fetched in advance */
 
 /* Sixteen fp16 numbers. */
 static inline vector halves(const uint16_t *from) {
@@ -42,103 +43,241 @@ static inline __attribute__((always_inline)) integers dot(integers sums, words w
 #endif
 }
 
-/* A row of x in whole numbers of 16 bits, x = scale * (256 * a[i] + a[I + i]) in each group; offset is the sum of x as rounded. */
-static inline void round_row(long I, const float *x, int8_t *a, float *scale, float *offset) {
-    for (long g = 0; g < I / GROUP; g++) {
-        const float *from = x + g * GROUP;
+/* A weight in tiles. minimum: with 4 bits. */
+typedef struct {
+    long bits, O, I;
+    const uint8_t *q;
+    const uint16_t *scale, *minimum;
+} held;
+
+/* T rows of I inputs in whole numbers of 16 bits: x = scale * (256 * high + low) in each group; offset is the sum of x as rounded. They lie in blocks
+   of `rows` rows, the last of which begins early enough to be whole: in a block, for each group, the high bytes of its rows, then the low ones. */
+typedef struct {
+    long T, I, rows, blocks;
+    int8_t *a;
+    float *scale, *offset;
+} rounded;
+
+static rounded rounded_of(long T, long I) { /* to be given back by free(x.a) */
+    long rows = T >= 8 ? 8 : T >= 4 ? 4 : T >= 2 ? 2 : 1, blocks = (T + rows - 1) / rows, all = blocks * rows;
+    int8_t *a = aligned_alloc(64, (all * (2 * I + I / GROUP * 2 * sizeof(float)) + 63) / 64 * 64);
+    float *scale = (float *)(a + 2 * all * I);
+    return (rounded){T, I, rows, blocks, a, scale, scale + all * (I / GROUP)};
+}
+
+static inline long block_start(const rounded *x, long b) { return b * x->rows < x->T - x->rows ? b * x->rows : x->T - x->rows; }
+
+/* Row t, into every block that it is in. */
+static inline void round_row(const rounded *x, long t, const float *row) {
+    long G = x->I / GROUP;
+    for (long g = 0; g < G; g++) {
+        const float *from = row + g * GROUP;
         float top = 0;
         for (int i = 0; i < GROUP; i++) top = fabsf(from[i]) > top ? fabsf(from[i]) : top;
         float by = top > 0 ? LARGEST / top : 0;
-        int32_t sum = 0, rounded[GROUP];
-        for (int i = 0; i < GROUP; i++) rounded[i] = (int32_t)rintf(from[i] * by);
-        for (int i = 0; i < GROUP; i++) sum += rounded[i];
-        for (int i = 0; i < GROUP; i++) a[g * GROUP + i] = (int8_t)((rounded[i] + 128) >> 8);
-        for (int i = 0; i < GROUP; i++) a[I + g * GROUP + i] = (int8_t)rounded[i];
-        scale[g] = top / LARGEST;
-        offset[g] = scale[g] * sum;
+        int32_t sum = 0, whole[GROUP];
+        for (int i = 0; i < GROUP; i++) whole[i] = (int32_t)rintf(from[i] * by);
+        for (int i = 0; i < GROUP; i++) sum += whole[i];
+        for (long b = t / x->rows; b < x->blocks; b++) {
+            long r = t - block_start(x, b), at = b * G + g;
+            if (r < 0 || r >= x->rows) continue;
+            int8_t *high = x->a + (at * 2 * x->rows + r) * GROUP, *low = high + x->rows * GROUP;
+            for (int i = 0; i < GROUP; i++) high[i] = (int8_t)((whole[i] + 128) >> 8);
+            for (int i = 0; i < GROUP; i++) low[i] = (int8_t)whole[i];
+            x->scale[at * x->rows + r] = top / LARGEST;
+            x->offset[at * x->rows + r] = top / LARGEST * sum;
+        }
     }
 }
 
-/* `rows` rows times one tile; y is where the tile's first output of the first row belongs, `wide` outputs of it are wanted. */
-static inline __attribute__((always_inline)) void row_tile(int bits, int rows, long I, long O, const uint8_t *q, const uint16_t *scale,
-                                                           const uint16_t *minimum, const int8_t *a, const float *a_scale,
-                                                           const float *a_offset, float *y, long wide) {
-    long G = I / GROUP;
+/* Sixteen outputs of a group for `rows` rows: what their whole numbers add to the sums. */
+static inline __attribute__((always_inline)) void add_group(int bits, int rows, const integers *whole, const uint16_t *scale,
+                                                            const uint16_t *minimum, const float *x_scale, const float *x_offset, vector *sums) {
+    vector d = halves(scale), m = bits == 8 ? d * -128.0f : halves(minimum);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        sums[r] += __builtin_convertvector((whole[r] << 8) + whole[rows + r], vector) * (x_scale[r] * d);
+        sums[r] += m * x_offset[r];
+    }
+}
+
+static inline __attribute__((always_inline)) void store_sums(int rows, const vector *sums, float *y, long y_row, long wide) {
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        if (wide == WIDTH) *(vector *)(y + r * y_row) = sums[r];
+        else memcpy(y + r * y_row, &sums[r], wide * sizeof(float));
+    }
+}
+
+/* One block times one tile. a, scales and offsets are the block's, q, scale and minimum the tile's. */
+static inline __attribute__((always_inline)) void block_dots(int bits, int rows, long G, const uint8_t *q, const uint16_t *scale,
+                                                             const uint16_t *minimum, const int8_t *a, const float *x_scale,
+                                                             const float *x_offset, float *y, long y_row, long wide) {
     vector sums[8];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) sums[r] = (vector){0};
     for (long g = 0; g < G; g++) {
         words w[QUADS];
+        integers whole[16];
 #pragma GCC unroll 8
         for (int i = 0; i < QUADS; i++) {
-            words found = *(const words *)(q + (bits == 8 ? g * QUADS + i : g * QUADS / 2 + i / 2) * 4 * WIDTH);
-            if (bits == 8 || i % 2 == 0) __builtin_prefetch((const char *)(q + (bits == 8 ? g * QUADS + i : g * QUADS / 2 + i / 2) * 4 * WIDTH) + 32768);
+            const uint8_t *from = q + (bits == 8 ? g * QUADS + i : g * QUADS / 2 + i / 2) * 4 * WIDTH;
+            words found = *(const words *)from;
+            if (bits == 8 || i % 2 == 0) __builtin_prefetch(from + AHEAD_OF_PRODUCT);
             w[i] = bits == 8 ? found : (i % 2 ? found >> 4 : found) & 0x0f0f0f0f;
         }
-        vector d = halves(scale + g * WIDTH), m = bits == 8 ? d * -128.0f : halves(minimum + g * WIDTH);
+#pragma GCC unroll 16
+        for (int r = 0; r < 2 * rows; r++) {
+            whole[r] = (integers){0};
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            integers whole = {0};
-#pragma GCC unroll 8
-            for (int i = 0; i < QUADS; i++) whole = dot(whole, w[i], a + 2 * r * I + g * GROUP + 4 * i);
-            whole <<= 8;
-#pragma GCC unroll 8
-            for (int i = 0; i < QUADS; i++) whole = dot(whole, w[i], a + (2 * r + 1) * I + g * GROUP + 4 * i);
-            sums[r] += __builtin_convertvector(whole, vector) * a_scale[r * G + g] * d + m * a_offset[r * G + g];
+            for (int i = 0; i < QUADS; i++) whole[r] = dot(whole[r], w[i], a + (g * 2 * rows + r) * GROUP + 4 * i);
         }
+        add_group(bits, rows, whole, scale + g * WIDTH, minimum + g * WIDTH, x_scale + g * rows, x_offset + g * rows, sums);
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-        if (wide == WIDTH) *(vector *)(y + r * O) = sums[r];
-        else memcpy(y + r * O, &sums[r], wide * sizeof(float));
+    store_sums(rows, sums, y, y_row, wide);
+}
+
+static int whole_tiles = 1;
+
+void use_whole_tiles(long use) { whole_tiles = use; } /* for tests, which compare */
+
+#ifdef AMX
+#define RING 4 /* whole numbers of as many groups are on their way at once: what a tile stores can be read only a while later */
+#define LAG 2
+
+static void whole_tiles_begin(long rows) {
+    struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape __attribute__((aligned(64))) = {.palette = 1};
+    for (int i = 0; i < 2; i++) shape.bytes[i] = 64, shape.rows[i] = 2 * rows;     /* results */
+    for (int i = 2; i < 4; i++) shape.bytes[i] = GROUP, shape.rows[i] = 2 * rows;  /* x */
+    for (int i = 4; i < 6; i++) shape.bytes[i] = 64, shape.rows[i] = QUADS;        /* weights */
+    __asm__ volatile("" ::"m"(shape));
+    _tile_loadconfig(&shape);
+}
+
+/* The 4 bits of a tile as bytes. */
+static inline void widen(long G, const uint8_t *q, uint8_t *to) {
+    __m512i low = _mm512_set1_epi8(15);
+    for (long i = 0; i < G * QUADS / 2; i++) {
+        __builtin_prefetch(q + i * 64 + AHEAD_OF_PRODUCT);
+        __m512i found = _mm512_loadu_si512(q + i * 64);
+        _mm512_store_si512(to + i * 128, _mm512_and_si512(found, low));
+        _mm512_store_si512(to + i * 128 + 64, _mm512_and_si512(_mm512_srli_epi16(found, 4), low));
     }
 }
 
-static inline __attribute__((always_inline)) void grouped(int bits, long T, long I, long O, const float *x, const uint8_t *q,
-                                                          const uint16_t *scale, const uint16_t *minimum, float *y) {
-    long G = I / GROUP, bytes = WIDTH * I * bits / 8;
-    int8_t *a = malloc(2 * T * I + 2 * T * G * sizeof(float));
-    float *a_scale = (float *)(a + 2 * T * I), *a_offset = a_scale + T * G;
+/* The same as block_dots; q in bytes. */
+static inline __attribute__((always_inline)) void block_tiles(int bits, int rows, long G, const uint8_t *q, const uint16_t *scale,
+                                                              const uint16_t *minimum, const int8_t *a, const float *x_scale,
+                                                              const float *x_offset, float *y, long y_row, long wide) {
+    vector sums[8];
+    integers ring[RING][16] __attribute__((aligned(64)));
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) sums[r] = (vector){0};
+#define BEGIN(g, sum, left, right)                                \
+    _tile_loadd(right, q + (g) * GROUP * WIDTH, 64);              \
+    _tile_loadd(left, a + (g) * 2 * rows * GROUP, GROUP);         \
+    _tile_zero(sum);                                              \
+    _tile_dpbsud(sum, left, right);                               \
+    _tile_stored(sum, ring[(g) % RING], 64);
+#define END(g) add_group(bits, rows, ring[(g) % RING], scale + (g) * WIDTH, minimum + (g) * WIDTH, x_scale + (g) * rows, x_offset + (g) * rows, sums);
+    long g = 0;
+    for (; g < LAG && g < G; g++) { BEGIN(g, 0, 2, 4) }
+    for (; g + 1 < G; g += 2) {
+        BEGIN(g, 0, 2, 4)
+        END(g - LAG)
+        BEGIN(g + 1, 1, 3, 5)
+        END(g + 1 - LAG)
+    }
+    if (g < G) {
+        BEGIN(g, 0, 2, 4)
+        END(g - LAG)
+    }
+    for (long left = G > LAG ? G - LAG : 0; left < G; left++) { END(left) }
+#undef BEGIN
+#undef END
+    store_sums(rows, sums, y, y_row, wide);
+}
+#endif
+
+/* What a thread needs for the products of rounded rows, between two of these. Returns memory for one tile of any of these widths. */
+static uint8_t *products_begin(const rounded *x, long widest) {
+    static _Thread_local struct { uint8_t *at; long size; } room;
+    if (WIDTH * widest > room.size) {
+        free(room.at);
+        room.size = WIDTH * widest;
+        room.at = aligned_alloc(64, room.size);
+    }
+#ifdef AMX
+    if (whole_tiles && tiles_allowed()) whole_tiles_begin(x->rows);
+#endif
+    return room.at;
+}
+
+static void products_end(void) {
+#ifdef AMX
+    if (whole_tiles && tiles_allowed()) _tile_release();
+#endif
+}
+
+/* Outputs o to o + 15 of all rows; y is row 0, output 0. */
+static void tile_product(const held *w, const rounded *x, long o, float *y, long y_row, uint8_t *room) {
+    long G = w->I / GROUP, wide = w->O - o < WIDTH ? w->O - o : WIDTH;
+    const uint8_t *q = w->q + o * w->I * w->bits / 8;
+    const uint16_t *d = w->scale + o * G, *m = w->bits == 8 ? d : w->minimum + o * G;
+#ifdef AMX
+    int tiles = whole_tiles && tiles_allowed();
+    if (tiles && w->bits == 4) {
+        widen(G, q, room);
+        q = room;
+    }
+#else
+    int tiles = 0;
+    (void)room;
+#endif
+    for (long b = 0; b < x->blocks; b++) {
+        const int8_t *a = x->a + b * 2 * x->rows * x->I;
+        const float *x_scale = x->scale + b * x->rows * G, *x_offset = x->offset + b * x->rows * G;
+        float *to = y + block_start(x, b) * y_row + o;
+        if (tiles && w->bits == 8 && b == 0) 
+            for (long i = 0; i < G * GROUP * WIDTH; i += 64) __builtin_prefetch(q + i + AHEAD_OF_PRODUCT);
+#ifdef AMX
+#define BLOCK_OF(bits, rows)                                                                                   \
+    if (tiles) block_tiles(bits, rows, G, q, d, m, a, x_scale, x_offset, to, y_row, wide);                     \
+    else block_dots(bits, rows, G, q, d, m, a, x_scale, x_offset, to, y_row, wide);                            \
+    break;
+#else
+#define BLOCK_OF(bits, rows)                                                           \
+    block_dots(bits, rows, G, q, d, m, a, x_scale, x_offset, to, y_row, wide);         \
+    break;
+#endif
+        switch (w->bits * 8 + x->rows) {
+        case 4 * 8 + 1: BLOCK_OF(4, 1)
+        case 4 * 8 + 2: BLOCK_OF(4, 2)
+        case 4 * 8 + 4: BLOCK_OF(4, 4)
+        case 4 * 8 + 8: BLOCK_OF(4, 8)
+        case 8 * 8 + 1: BLOCK_OF(8, 1)
+        case 8 * 8 + 2: BLOCK_OF(8, 2)
+        case 8 * 8 + 4: BLOCK_OF(8, 4)
+        case 8 * 8 + 8: BLOCK_OF(8, 8)
+        }
+#undef BLOCK_OF
+    }
+}
+
+/* y (T, O) = x (T, I) W', W in 4 or 8 bits. */
+void grouped_product(long bits, long T, long I, long O, const float *x, const uint8_t *q, const uint16_t *scale, const uint16_t *minimum, float *y) {
+    held w = {bits, O, I, q, scale, minimum};
+    rounded a = rounded_of(T, I);
 #pragma omp parallel
     {
+        uint8_t *room = products_begin(&a, I);
 #pragma omp for schedule(static)
-        for (long t = 0; t < T; t++) round_row(I, x + t * I, a + 2 * t * I, a_scale + t * G, a_offset + t * G);
+        for (long t = 0; t < T; t++) round_row(&a, t, x + t * I);
 #pragma omp for schedule(static)
-        for (long o = 0; o < O; o += WIDTH) {
-            const uint8_t *tile = q + o / WIDTH * bytes;
-            const uint16_t *d = scale + o * G, *m = bits == 8 ? scale : minimum + o * G;
-            long wide = O - o < WIDTH ? O - o : WIDTH;
-            for (long t = 0; t < T;) {
-                const int8_t *row = a + 2 * t * I;
-                const float *row_scale = a_scale + t * G, *row_offset = a_offset + t * G;
-                float *to = y + t * O + o;
-                if (T - t >= 8) {
-                    row_tile(bits, 8, I, O, tile, d, m, row, row_scale, row_offset, to, wide);
-                    t += 8;
-                } else if (T - t >= 4) {
-                    row_tile(bits, 4, I, O, tile, d, m, row, row_scale, row_offset, to, wide);
-                    t += 4;
-                } else if (T - t >= 2) {
-                    row_tile(bits, 2, I, O, tile, d, m, row, row_scale, row_offset, to, wide);
-                    t += 2;
-                } else {
-                    row_tile(bits, 1, I, O, tile, d, m, row, row_scale, row_offset, to, wide);
-                    t++;
-                }
-            }
-        }
+        for (long o = 0; o < O; o += WIDTH) tile_product(&w, &a, o, y, O, room);
+        products_end();
     }
-    free(a);
-}
-
-/* y (T, O) = x (T, I) W', W in 4 bits. */
-void product_int4(long T, long I, long O, const float *x, const uint8_t *q, const uint16_t *scale, const uint16_t *minimum, float *y) {
-    grouped(4, T, I, O, x, q, scale, minimum, y);
-}
-
-/* The same with W in 8 bits; minimum is not looked at. */
-void product_int8(long T, long I, long O, const float *x, const uint8_t *q, const uint16_t *scale, const uint16_t *minimum, float *y) {
-    grouped(8, T, I, O, x, q, scale, minimum, y);
+    free(a.a);
 }
 
 /* Lay out a weight (O, I) whose scales and minima (O, G), in floats, are given; q is zero where O is no multiple of 16. */

@@ -1,0 +1,218 @@
+/* A step of many sequences at once: one new token of each through all layers, with the adapters of each. Weights are held in 4 or 8 bits (quantised.h),
+   adapters in bf16. kernels.c includes this once.
+
+   B rows, D hidden, H query heads, K key/value heads, E head size, I intermediate, r rank; of an adapter A is (ranks, in), B (r, out). */
+
+enum { QKV, O, GATE_UP, DOWN, GROUPS };
+#define SHARE(outputs) ((outputs) / WIDTH / 8 + 1) /* sixteens that a thread takes at once: neighbours, so that what is fetched in advance is its own */
+#define PARTS 3 /* projections of a fused product, at most */
+
+typedef struct { /* one fused product's update: of adapter n, A is at A + n * ranks * in, each B at B + n * r * width, as (width / 16, r, 16) */
+    long ranks;
+    const void *A;
+    long parts;
+    struct { long first, width, from, r; const void *B; } part[PARTS];
+} update;
+
+typedef struct {
+    const float *attention_norm, *mlp_norm, *bias, *q_norm, *k_norm;
+    held w[GROUPS];
+} layer;
+
+typedef struct { /* who answers for rows members[first] to members[last - 1]: place `at` of a bank with these updates (layers, GROUPS) */
+    const update *updates;
+    long at, first, last;
+    double scale;
+} adapter;
+
+typedef struct {
+    long layers, D, H, K, E, I;
+    double eps;
+} shape;
+
+static void root_mean_square(long D, const float *x, const float *weight, float eps, float *out) {
+    float squares = 0;
+    for (long d = 0; d < D; d++) squares += x[d] * x[d];
+    float by = 1 / sqrtf(squares / D + eps);
+    for (long d = 0; d < D; d++) out[d] = x[d] * by * weight[d];
+}
+
+/* A head of q or k: its norm, where there is one, and its rotation. */
+static void turn(long E, const float *norm, float eps, const float *cosine, const float *sine, float *x) {
+    if (norm) root_mean_square(E, x, norm, eps, x);
+    for (long e = 0; e < E / 2; e++) {
+        float first = x[e], second = x[E / 2 + e];
+        x[e] = first * cosine[e] - second * sine[e];
+        x[E / 2 + e] = second * cosine[E / 2 + e] + first * sine[E / 2 + e];
+    }
+}
+
+/* The sum of products of bf16 numbers; I is a multiple of 32. */
+static inline float bf16_dot(long I, const bf16 *a, const bf16 *x) {
+#ifdef __AVX512BF16__
+    __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (long i = 0; i < I; i += 32)
+        sums[i / 32 % 2] = _mm512_dpbf16_ps(sums[i / 32 % 2], (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(x + i));
+    return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
+#else
+    float sum = 0;
+    for (long i = 0; i < I; i++) sum += from_bf16(a[i]) * from_bf16(x[i]);
+    return sum;
+#endif
+}
+
+static inline vector bf16_sixteen(const bf16 *from) {
+    vector to;
+    for (int n = 0; n < WIDTH; n++) to[n] = from_bf16(from[n]);
+    return to;
+}
+
+/* h (B, ranks of all) = scale A x for the rows of each adapter; shared among the threads that come here. */
+static void go_in(long N, const adapter *adapters, const long *members, long index, long I, const bf16 *x, float *h, long h_row) {
+#pragma omp for schedule(dynamic, 16)
+    for (long task = 0; task < N * h_row; task++) {
+        const adapter *one = adapters + task / h_row;
+        const update *own = one->updates + index;
+        long j = task % h_row;
+        if (j >= own->ranks) continue;
+        const bf16 *A = (const bf16 *)own->A + (one->at * own->ranks + j) * I;
+        for (long m = one->first; m < one->last; m++) h[members[m] * h_row + j] = one->scale * bf16_dot(I, A, x + members[m] * I);
+    }
+}
+
+static inline __attribute__((always_inline)) void add_rows(int rows, const long *members, long r, const bf16 *B,
+                                                                 const float *h, long h_row, float *y, long y_row) {
+    vector sums[4];
+    for (int k = 0; k < rows; k++) sums[k] = *(vector *)(y + members[k] * y_row);
+    for (long j = 0; j < r; j++) {
+        vector b = bf16_sixteen(B + j * WIDTH);
+        for (int k = 0; k < rows; k++) sums[k] += h[members[k] * h_row + j] * b;
+    }
+    for (int k = 0; k < rows; k++) *(vector *)(y + members[k] * y_row) = sums[k];
+}
+
+/* What the adapters add to outputs o to o + 15 of their rows of y. */
+static void go_out(long N, const adapter *adapters, const long *members, long index, long o, const float *h, long h_row, float *y, long y_row) {
+    for (const adapter *one = adapters; one < adapters + N; one++) {
+        const update *own = one->updates + index;
+        for (long p = 0; p < own->parts; p++) {
+            long first = own->part[p].first, wide = own->part[p].width, r = own->part[p].r;
+            if (o < first || o >= first + wide) continue;
+            const bf16 *B = (const bf16 *)own->part[p].B + one->at * r * wide + (o - first) * r;
+            for (long i = 0; i < r; i += 2) __builtin_prefetch(B + (r + i) * WIDTH);
+            const float *ranks = h + own->part[p].from;
+            for (long m = one->first; m < one->last;)
+                if (one->last - m >= 4) add_rows(4, members + m, r, B, ranks, h_row, y + o, y_row), m += 4;
+                else add_rows(1, members + m, r, B, ranks, h_row, y + o, y_row), m++;
+        }
+    }
+}
+
+static long most_ranks(long N, const adapter *adapters, long from, long to) {
+    long ranks = 0;
+    for (const adapter *one = adapters; one < adapters + N; one++)
+        for (long index = from; index < to; index++) ranks = one->updates[index].ranks > ranks ? one->updates[index].ranks : ranks;
+    return ranks;
+}
+
+/* y (rows, O) += what the adapters add to one fused product of x (rows, I); index: layer * GROUPS + product. */
+void add_updates(long N, const adapter *adapters, const long *members, long index, long rows, long I, long O, const bf16 *x, float *y) {
+    long ranks = most_ranks(N, adapters, index, index + 1);
+    float *h = malloc(rows * ranks * sizeof(float));
+#pragma omp parallel
+    {
+        go_in(N, adapters, members, index, I, x, h, ranks);
+#pragma omp for schedule(dynamic, SHARE(O))
+        for (long o = 0; o < O; o += WIDTH) go_out(N, adapters, members, index, o, h, ranks, y, O);
+    }
+    free(h);
+}
+
+/* y = x W' + what the adapters add to it; shared among the threads that come here. x: in whole numbers, narrow: in bf16, for the adapters. */
+static void whole_product(const held *w, const rounded *x, const bf16 *narrow, long N, const adapter *adapters, const long *members, long index,
+                          float *h, long h_row, float *y, uint8_t *room) {
+    if (N) go_in(N, adapters, members, index, w->I, narrow, h, h_row);
+#pragma omp for schedule(dynamic, SHARE(w->O))
+    for (long o = 0; o < w->O; o += WIDTH) {
+        tile_product(w, x, o, y, w->O, room);
+        if (N) go_out(N, adapters, members, index, o, h, h_row, y, w->O);
+    }
+}
+
+/* Row t of x as whole numbers, and in bf16 where that is wanted. */
+static void give(const rounded *whole, long t, const float *x, bf16 *narrow) {
+    long I = whole->I;
+    round_row(whole, t, x + t * I);
+    if (narrow)
+        for (long i = 0; i < I; i++) narrow[t * I + i] = to_bf16(x[t * I + i]);
+}
+
+/* x (B, D): what the first layer reads; becomes what comes after the last. cosine and sine (B, E); places (layers, B) are where the rows' keys and
+   values lie, seen[b] how many tokens there are with the new one. All outputs of fused products, and B's parts, are whole sixteens. */
+void decode_layers(long B, const shape *s, const layer *layers, const float *cosine, const float *sine, const place *places, const long *seen,
+                         long N, const adapter *adapters, const long *members, float *x) {
+    long D = s->D, H = s->H, K = s->K, E = s->E, I = s->I, L = s->layers, heads = H + 2 * K, G = H / K, longest = 0;
+    float eps = s->eps;
+    for (long b = 0; b < B; b++) longest = seen[b] > longest ? seen[b] : longest;
+    longest = PAD(longest);
+    long ranks = PAD(most_ranks(N, adapters, 0, L * GROUPS)), widest = D > I ? D : I;
+    widest = widest > H * E ? widest : H * E;
+    long out = heads * E > 2 * I ? heads * E : 2 * I;
+    out = out > D ? out : D;
+    float *memory = aligned_alloc(64, (B * (out + 2 * widest + ranks + K * G * longest) * sizeof(float) + 63) / 64 * 64);
+    float *y = memory, *in = y + B * out, *h = in + B * widest, *scores = h + B * ranks;
+    bf16 *narrow = N ? (bf16 *)(scores + B * K * G * longest) : 0;
+    rounded by_D = rounded_of(B, D), by_HE = rounded_of(B, H * E), by_I = rounded_of(B, I);
+#pragma omp parallel
+    {
+        uint8_t *room = products_begin(&by_D, widest);
+        for (long l = 0; l < L; l++) {
+            const layer *own = layers + l;
+#pragma omp for schedule(static)
+            for (long b = 0; b < B; b++) {
+                if (l) for (long d = 0; d < D; d++) x[b * D + d] += y[b * D + d];
+                root_mean_square(D, x + b * D, own->attention_norm, eps, in + b * D);
+                give(&by_D, b, in, narrow);
+            }
+            whole_product(own->w + QKV, &by_D, narrow, N, adapters, members, l * GROUPS + QKV, h, ranks, y, room);
+#pragma omp for schedule(dynamic)
+            for (long task = 0; task < B * K; task++) {
+                long b = task / K, head = task % K;
+                float *q = y + b * heads * E, *key = q + (H + head) * E, *value = key + K * E;
+                const float *c = cosine + b * E, *n = sine + b * E;
+                q += head * G * E;
+                if (own->bias) {
+                    for (long e = 0; e < G * E; e++) q[e] += own->bias[head * G * E + e];
+                    for (long e = 0; e < E; e++) key[e] += own->bias[(H + head) * E + e], value[e] += own->bias[(H + K + head) * E + e];
+                }
+                for (long g = 0; g < G; g++) turn(E, own->q_norm, eps, c, n, q + g * E);
+                turn(E, own->k_norm, eps, c, n, key);
+                attend(G, E, places + l * B + b, head, seen[b], q, key, value, in + (b * H + head * G) * E, scores + task * G * longest);
+            }
+#pragma omp for schedule(static)
+            for (long b = 0; b < B; b++) give(&by_HE, b, in, narrow);
+            whole_product(own->w + O, &by_HE, narrow, N, adapters, members, l * GROUPS + O, h, ranks, y, room);
+#pragma omp for schedule(static)
+            for (long b = 0; b < B; b++) {
+                for (long d = 0; d < D; d++) x[b * D + d] += y[b * D + d];
+                root_mean_square(D, x + b * D, own->mlp_norm, eps, in + b * D);
+                give(&by_D, b, in, narrow);
+            }
+            whole_product(own->w + GATE_UP, &by_D, narrow, N, adapters, members, l * GROUPS + GATE_UP, h, ranks, y, room);
+#pragma omp for schedule(static)
+            for (long b = 0; b < B; b++) {
+                const float *gate = y + 2 * b * I, *up = gate + I;
+                for (long i = 0; i < I; i++) in[b * I + i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
+                give(&by_I, b, in, narrow);
+            }
+            whole_product(own->w + DOWN, &by_I, narrow, N, adapters, members, l * GROUPS + DOWN, h, ranks, y, room);
+        }
+#pragma omp for schedule(static)
+        for (long i = 0; i < B * D; i++) x[i] += y[i];
+        products_end();
+    }
+    free(by_D.a);
+    free(by_HE.a);
+    free(by_I.a);
+    free(memory);
+}

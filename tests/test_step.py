@@ -1,0 +1,79 @@
+"""A step in one kernel gives what the decoder's own operations give, with any adapters on any rows.
+
+Tolerance: 1e-4 on logits near 10 (the same numbers in 16 bits and bf16, sums in another order).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fortwo.engine.runner import Runner
+from fortwo.engine.scheduler import Sequence as Running
+from fortwo.models import kernels
+from fortwo.models.choice import Choice
+from fortwo.models.decoder import Decoder
+from fortwo.models.lora import LoraConfig
+from fortwo.models.step import Step
+from tests.parts import as_decoder, decoder, make_rows, random_lora
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.skipif(not kernels.usable(torch.empty(0)), reason="there is no C compiler")
+CLOSE = {"atol": 1e-4, "rtol": 1e-5}
+SHAPES = {
+    "all": LoraConfig(r=4, alpha=12),
+    "some": LoraConfig(r=3, alpha=6, target_modules=("k_proj", "v_proj", "up_proj"), layers=(0, 2)),
+    "down": LoraConfig(r=16, alpha=16, target_modules=("down_proj",)),
+}
+
+
+def replies(home: Decoder, adapters: list[str | None], steps: int = 4) -> Tensor:
+    """Logits (steps, rows, V) of sequences of different lengths, the same tokens whatever comes out."""
+    runner, found = Runner(home), []
+    for seed, (key, shape) in enumerate(SHAPES.items()):
+        runner.attach(key, random_lora(home, seed, shape), frozen=True)
+    lengths = [3 + 7 * row % 30 + (120 if row == 1 else 0) for row in range(len(adapters))]  # one outgrows its pool
+    rows = [Running(row, key) for row, key in zip(make_rows(lengths), adapters, strict=True)]
+    runner.prefill(rows)
+    for step in range(steps):
+        for number, row in enumerate(rows):
+            row.tokens.append(5 + number + step)
+            assert runner.extend(row)
+        found.append(runner.step(rows))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("form", ["int4", "int8"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "adapters",
+    [[None], ["all"], [None, "down", "some"], ["some", None, "all", "all", "down", "all", "some", "all", "all"]],
+    ids=["plain", "one", "three", "nine"],
+)
+def test_one_kernel_is_the_decoder(
+    tiles: None, form: str, family: str, adapters: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = as_decoder(tiny_model(family, hidden_size=64)).in_forms(Choice.fixed(form))
+    assert Step(home).takes(len(adapters))
+    found = replies(home, adapters)
+    monkeypatch.setattr(Step, "takes", lambda step, rows: False)
+    wanted = replies(home, adapters)
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    assert (found[0] - found[-1]).abs().max() > 0.1
+
+
+def test_rows_with_an_adapter_are_not_the_plain_ones() -> None:
+    home = decoder().in_forms(Choice.fixed("int4"))
+    plain, mixed = replies(home, [None, None, None]), replies(home, [None, "all", None])
+    torch.testing.assert_close(mixed[:, [0, 2]], plain[:, [0, 2]], atol=2e-3, rtol=0)  # their prompts are read in other company
+    assert (mixed[:, 1] - plain[:, 1]).abs().max() > 0.1
+
+
+def test_other_weights_and_shapes_are_left_to_the_decoder() -> None:
+    assert not Step(decoder()).takes(1)
+    several = decoder().in_forms(Choice(((4, "int4"), (8, "fp32"))))
+    assert Step(several).takes(4)
+    assert not Step(several).takes(5)
+    narrow = as_decoder(tiny_model("llama", head_dim=8))
+    assert not Step(narrow.in_forms(Choice.fixed("int8"))).takes(1)
