@@ -56,7 +56,7 @@ class Runner:
         self.cache = Cache(decoder.config, decoder.device, tokens)
         self._live: dict[str, Lora] = {}
         self._one_kernel = Step(decoder)
-        self._banks = Banks(decoder.config, decoder.device, self._one_kernel.adapters)
+        self._banks = Banks(decoder.config, decoder.device, self._one_kernel.laid)
         self._numbers = count(1)
         self._roots: dict[str | None, int] = {None: 0}  # whose keys and values may be kept for others
 

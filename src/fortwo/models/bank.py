@@ -1,14 +1,12 @@
-"""Adapters that are only served, stacked by shape, so that rows of many adapters share a forward.
+"""Adapters that are only served, stacked by shape, so that rows of many adapters take one batched product each.
 
-The idea of BGMV and S-LoRA (Chen et al. 2023, arXiv:2310.18547; Sheng et al. 2023, arXiv:2311.03285): each adapter's
-weights are read once, in place. In bf16 by a kernel of our own (step.h); elsewhere by torch's batched product, for
-which the adapters of a batch lie side by side. Shape suffixes as in `decoder`, and N adapters, M rows of each, r rank.
-This module knows no requests and no files.
+The idea of BGMV and S-LoRA (Chen et al. 2023, arXiv:2310.18547; Sheng et al. 2023, arXiv:2311.03285) for torch's own
+batched product: the adapters of a batch lie side by side in the stack, and their weights are read once, in place.
+Shape suffixes as in `decoder`, and N adapters, M rows of each, r rank. This module knows no requests and no files.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,13 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fortwo.models import kernels
-from fortwo.models.lora import GROUPS, Lora, LoraConfig, LoraGroup, Segment, Update
+from fortwo.models.laid import Laid, Rows
+from fortwo.models.lora import Lora, LoraConfig, LoraGroup, Segment, Update
 
 if TYPE_CHECKING:
     from fortwo.models.decoder import DecoderConfig
 
-_UPDATE = 18  # numbers of step.h's `update`
 ROOM = 64  # adapters for which room is made at once on the CPU, where memory that was never touched costs nothing
 ROOM_ELSEWHERE = 8
 SPARE = 16  # adapters that have gone whose memory may stay
@@ -43,20 +40,11 @@ class _Stack:
 
 
 class Bank:
-    """Adapters of one shape (LoraConfig without dropout), held in `dtype`. keys: whose tensors lie in each place of the
-    stacks."""
+    """Adapters of one shape (LoraConfig without dropout). keys: whose tensors lie in each place of the stacks."""
 
-    def __init__(
-        self,
-        config: LoraConfig,
-        decoder: DecoderConfig,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, config: LoraConfig, decoder: DecoderConfig, device: torch.device | str) -> None:
         self.config = config
         self.keys: list[str] = []
-        self._table: Tensor | None = None
-        self._in_sixteens = dtype == torch.bfloat16
         self._room = 0
         self._step = ROOM if torch.device(device).type == "cpu" else ROOM_ELSEWHERE
         self._touched = 0  # places that were ever filled
@@ -64,11 +52,8 @@ class Bank:
         self.layers: list[dict[str, _Stack]] = [
             {
                 name: _Stack(
-                    torch.empty(0, *group.A_RI.shape, device=device, dtype=dtype),
-                    [
-                        (first, last, torch.empty(0, *self._laid(B_Or).shape, device=device, dtype=dtype))
-                        for first, last, B_Or in group.Bs
-                    ],
+                    torch.empty(0, *group.A_RI.shape, device=device),
+                    [(first, last, torch.empty(0, *B_Or.t().shape, device=device)) for first, last, B_Or in group.Bs],
                 )
                 for name, group in groups.items()
             }
@@ -91,7 +76,7 @@ class Bank:
                 for name, stack in stacks.items():
                     stack.A_NRI[place] = groups[name].A_RI
                     for (*_, B_NrO), (*_, B_Or) in zip(stack.Bs, groups[name].Bs, strict=True):
-                        B_NrO[place] = self._laid(B_Or)
+                        B_NrO[place] = B_Or.t()
 
     def remove(self, key: str) -> None:
         """The last adapter takes its place."""
@@ -111,28 +96,13 @@ class Bank:
             [
                 {
                     name: LoraGroup(
-                        stack.A_NRI[place],
-                        [(first, last, self._plain(B_NrO[place])) for first, last, B_NrO in stack.Bs],
+                        stack.A_NRI[place], [(first, last, B_NrO[place].t()) for first, last, B_NrO in stack.Bs]
                     )
                     for name, stack in stacks.items()
                 }
                 for stacks in self.layers
             ],
         )
-
-    @property
-    def table(self) -> Tensor:
-        """step.h's `update` of each layer and fused product (layers, 4, 18); moves when the bank grows."""
-        if self._table is None:
-            self._table = torch.tensor([[_update(groups.get(name)) for name in GROUPS] for groups in self.layers])
-        return self._table
-
-    def _laid(self, B_Or: Tensor) -> Tensor:
-        """B as the stack holds it: (r, O), or for the kernel (O / 16, r, 16)."""
-        return B_Or.view(-1, 16, B_Or.shape[1]).transpose(1, 2) if self._in_sixteens else B_Or.t()
-
-    def _plain(self, laid: Tensor) -> Tensor:
-        return laid.transpose(1, 2).reshape(-1, laid.shape[1]) if self._in_sixteens else laid.t()
 
     def gather(self, keys: Sequence[str]) -> int:
         """Have these adapters among the first N of the stacks, at least half of which are theirs; N."""
@@ -162,53 +132,7 @@ class Bank:
             for stack in stacks.values():
                 stack.A_NRI = resized(stack.A_NRI)
                 stack.Bs = [(first, last, resized(B_NrO)) for first, last, B_NrO in stack.Bs]
-        self._room, self._touched, self._table = room, len(self.keys), None
-
-
-def _update(stack: _Stack | None) -> list[int]:
-    if stack is None:
-        return [0] * _UPDATE
-    found, rank = [stack.A_NRI.shape[1], stack.A_NRI.data_ptr(), len(stack.Bs)], 0
-    for first, last, B_NrO in stack.Bs:
-        r = B_NrO.shape[2]  # they are in sixteens
-        found += [first, last - first, rank, r, B_NrO.data_ptr()]
-        rank += r
-    return found + [0] * (_UPDATE - len(found))
-
-
-class Rows:
-    """The rows of a forward that adapters of banks in bf16 answer for. rows: of each adapter, None for all of them.
-
-    adapters_N5 and members are step.h's; the banks must not change in the meantime.
-    """
-
-    def __init__(self, answering: Mapping[tuple[Bank, str], Sequence[int] | None]) -> None:
-        self._banks = [bank for bank, _ in answering]
-        self._whole = [rows for rows in answering.values()] == [None]
-        self.members = torch.tensor([row for rows in answering.values() for row in rows or ()], dtype=torch.int64)
-        adapters, first = [], 0
-        for (bank, key), rows in answering.items():
-            last = first + len(rows or ())
-            adapters.append([bank.table.data_ptr(), bank.keys.index(key), first, last, bits(bank.config.scale)])
-            first = last
-        self.adapters_N5 = torch.tensor(adapters)
-
-    def changes(self, layer: int, group: str) -> bool:
-        return any(group in bank.layers[layer] for bank in self._banks)
-
-    def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
-        if self._whole and len(self.members) != len(x_TI):
-            self.members = torch.arange(len(x_TI))
-            self.adapters_N5[0, 3] = len(x_TI)
-        index = layer * len(GROUPS) + list(GROUPS).index(group)
-        sizes = len(x_TI), x_TI.shape[1], y_TO.shape[1]
-        x_TI = x_TI.bfloat16().contiguous()
-        kernels.call("add_updates", None, len(self.adapters_N5), self.adapters_N5, self.members, index, *sizes, x_TI, y_TO)
-
-
-def bits(number: float) -> int:
-    """A double's bits as a whole number."""
-    return int(struct.unpack("q", struct.pack("d", number))[0])
+        self._room, self._touched = room, len(self.keys)
 
 
 class Stacked:
@@ -239,31 +163,41 @@ class Stacked:
 
 
 class Banks:
-    """All adapters that are only served, a bank for each shape. dtype: in bf16 they answer through the kernel."""
+    """All adapters that are served. laid: in bf16, for the kernel; else in fp32, a bank for each shape."""
 
-    def __init__(self, decoder: DecoderConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, decoder: DecoderConfig, device: torch.device, laid: bool = False) -> None:
         self._decoder = decoder
         self._device = device
-        self._dtype = dtype
+        self._laid: dict[str, Laid] | None = {} if laid else None
         self._banks: dict[LoraConfig, Bank] = {}
         self._homes: dict[str, Bank] = {}
 
     def __contains__(self, key: str) -> bool:
-        return key in self._homes
+        return key in (self._homes if self._laid is None else self._laid)
 
     def add(self, key: str, lora: Lora) -> None:
+        if self._laid is not None:
+            self._laid[key] = Laid.of(lora)
+            return
         c = lora.config
         shape = LoraConfig(c.r, c.alpha, target_modules=c.target_modules, layers=c.layers)
         if shape not in self._banks:
-            self._banks[shape] = Bank(shape, self._decoder, self._device, self._dtype)
+            self._banks[shape] = Bank(shape, self._decoder, self._device)
         bank = self._banks[shape]
         bank.add(key, lora)
         self._homes[key] = bank
 
     def copy(self, key: str, lora: Lora) -> None:
-        self._homes[key].copy(key, lora)
+        """The adapter's tensors as they are now."""
+        if self._laid is None:
+            self._homes[key].copy(key, lora)
+        else:
+            self._laid[key] = Laid.of(lora)
 
     def remove(self, key: str) -> None:
+        if self._laid is not None:
+            self._laid.pop(key, None)
+            return
         bank = self._homes.pop(key, None)
         if bank is not None:
             bank.remove(key)
@@ -275,13 +209,13 @@ class Banks:
 
     def whole(self, key: str) -> Update:
         """The update of a forward all of whose rows are this adapter's."""
-        return Segment(self.lora(key)) if self._dtype == torch.float32 else Rows({(self._homes[key], key): None})
+        return Segment(self.lora(key)) if self._laid is None else Rows([(self._laid[key], None)])
 
     def updates(self, rows: Mapping[str, Sequence[int]]) -> list[Update]:
         """Updates of the rows of each adapter. In fp32 batched, but for adapters with many more rows than the others."""
+        if self._laid is not None:
+            return [Rows([(self._laid[key], own) for key, own in rows.items()])] if rows else []
         found: list[Update] = []
-        if self._dtype != torch.float32:
-            return [Rows({(self._homes[key], key): own for key, own in rows.items()})] if rows else []
         for bank in dict.fromkeys(self._homes[key] for key in rows):
             own = {key: rows[key] for key in rows if self._homes[key] is bank}
             most = batched_rows([len(members) for members in own.values()])

@@ -39,9 +39,12 @@ class Form(Protocol):
 
 
 class Regions:
-    """Memory for weights in large pages: a product of one row reads all weights once and would wait for page tables."""
+    """Memory for weights in large pages: a product of one row reads all weights once and would wait for page tables.
 
-    def __init__(self) -> None:
+    region: bytes that are taken at once."""
+
+    def __init__(self, region: int = REGION) -> None:
+        self._size = region
         self._region = torch.empty(0, dtype=torch.uint8)
 
     def hold(self, tensor: Tensor) -> Tensor:
@@ -50,7 +53,7 @@ class Regions:
             return tensor
         size = -(-tensor.nbytes // 64) * 64
         if size > len(self._region):
-            pages = mmap.mmap(-1, max(size, REGION))
+            pages = mmap.mmap(-1, max(size, self._size))
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 pages.madvise(mmap.MADV_HUGEPAGE)
             self._region = torch.frombuffer(pages, dtype=torch.uint8)

@@ -1,17 +1,15 @@
 /* A step of many sequences at once: one new token of each through all layers, with the adapters of each. Weights are held in 4 or 8 bits (quantised.h),
    adapters in bf16. kernels.c includes this once.
 
-   B rows, D hidden, H query heads, K key/value heads, E head size, I intermediate, r rank; of an adapter A is (ranks, in), B (r, out). */
+   B rows, D hidden, H query heads, K key/value heads, E head size, I intermediate, r rank, made even. */
 
 enum { QKV, O, GATE_UP, DOWN, GROUPS };
 #define SHARE(outputs) ((outputs) / WIDTH / 8 + 1) /* sixteens that a thread takes at once: neighbours, so that what is fetched in advance is its own */
 #define PARTS 3 /* projections of a fused product, at most */
 
-typedef struct { /* one fused product's update: of adapter n, A is at A + n * ranks * in, each B at B + n * r * width, as (width / 16, r, 16) */
-    long ranks;
-    const void *A;
-    long parts;
-    struct { long first, width, from, r; const void *B; } part[PARTS];
+typedef struct { /* one fused product's update: where in the adapter A (ranks, in) lies, and of each part B, as (width / 16, r / 2, 16, 2) */
+    long ranks, A, parts;
+    struct { long first, width, from, pairs, B; } part[PARTS];
 } update;
 
 typedef struct {
@@ -19,9 +17,10 @@ typedef struct {
     held w[GROUPS];
 } layer;
 
-typedef struct { /* who answers for rows members[first] to members[last - 1]: place `at` of a bank with these updates (layers, GROUPS) */
+typedef struct { /* who answers for rows members[first] to members[last - 1]; updates: (layers, GROUPS) */
     const update *updates;
-    long at, first, last;
+    const bf16 *weights;
+    long first, last;
     double scale;
 } adapter;
 
@@ -51,8 +50,10 @@ static void turn(long E, const float *norm, float eps, const float *cosine, cons
 static inline float bf16_dot(long I, const bf16 *a, const bf16 *x) {
 #ifdef __AVX512BF16__
     __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (long i = 0; i < I; i += 32)
+    for (long i = 0; i < I; i += 32) {
+        __builtin_prefetch(a + i + 2 * I);
         sums[i / 32 % 2] = _mm512_dpbf16_ps(sums[i / 32 % 2], (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(x + i));
+    }
     return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
 #else
     float sum = 0;
@@ -61,49 +62,54 @@ static inline float bf16_dot(long I, const bf16 *a, const bf16 *x) {
 #endif
 }
 
-static inline vector bf16_sixteen(const bf16 *from) {
-    vector to;
-    for (int n = 0; n < WIDTH; n++) to[n] = from_bf16(from[n]);
-    return to;
+/* sums + the products of sixteen pairs of bf16 numbers with the pair at h. */
+static inline __attribute__((always_inline)) vector add_pairs(vector sums, words pairs, const bf16 *h) {
+    uint32_t two;
+    memcpy(&two, h, 4);
+#ifdef __AVX512BF16__
+    return (vector)_mm512_dpbf16_ps((__m512)sums, (__m512bh)(__m512i)pairs, (__m512bh)_mm512_set1_epi32(two));
+#else
+    return sums + (vector)(pairs << 16) * from_bf16(h[0]) + (vector)(pairs & 0xffff0000) * from_bf16(h[1]);
+#endif
 }
 
-/* h (B, ranks of all) = scale A x for the rows of each adapter; shared among the threads that come here. */
-static void go_in(long N, const adapter *adapters, const long *members, long index, long I, const bf16 *x, float *h, long h_row) {
+/* h (rows, ranks) = scale A x for the rows of each adapter; shared among the threads that come here. */
+static void go_in(long N, const adapter *adapters, const long *members, long index, long I, const bf16 *x, bf16 *h, long h_row) {
 #pragma omp for schedule(dynamic, 16)
     for (long task = 0; task < N * h_row; task++) {
         const adapter *one = adapters + task / h_row;
         const update *own = one->updates + index;
         long j = task % h_row;
         if (j >= own->ranks) continue;
-        const bf16 *A = (const bf16 *)own->A + (one->at * own->ranks + j) * I;
-        for (long m = one->first; m < one->last; m++) h[members[m] * h_row + j] = one->scale * bf16_dot(I, A, x + members[m] * I);
+        const bf16 *A = one->weights + own->A + j * I;
+        for (long m = one->first; m < one->last; m++) h[members[m] * h_row + j] = to_bf16(one->scale * bf16_dot(I, A, x + members[m] * I));
     }
 }
 
-static inline __attribute__((always_inline)) void add_rows(int rows, const long *members, long r, const bf16 *B,
-                                                                 const float *h, long h_row, float *y, long y_row) {
+static inline __attribute__((always_inline)) void add_rows(int rows, const long *members, long pairs, const bf16 *B, const bf16 *h,
+                                                           long h_row, float *y, long y_row) {
     vector sums[4];
     for (int k = 0; k < rows; k++) sums[k] = *(vector *)(y + members[k] * y_row);
-    for (long j = 0; j < r; j++) {
-        vector b = bf16_sixteen(B + j * WIDTH);
-        for (int k = 0; k < rows; k++) sums[k] += h[members[k] * h_row + j] * b;
+    for (long j = 0; j < pairs; j++) {
+        words b = *(const words *)(B + 2 * j * WIDTH);
+        for (int k = 0; k < rows; k++) sums[k] = add_pairs(sums[k], b, h + members[k] * h_row + 2 * j);
     }
     for (int k = 0; k < rows; k++) *(vector *)(y + members[k] * y_row) = sums[k];
 }
 
 /* What the adapters add to outputs o to o + 15 of their rows of y. */
-static void go_out(long N, const adapter *adapters, const long *members, long index, long o, const float *h, long h_row, float *y, long y_row) {
+static void go_out(long N, const adapter *adapters, const long *members, long index, long o, const bf16 *h, long h_row, float *y, long y_row) {
     for (const adapter *one = adapters; one < adapters + N; one++) {
         const update *own = one->updates + index;
         for (long p = 0; p < own->parts; p++) {
-            long first = own->part[p].first, wide = own->part[p].width, r = own->part[p].r;
+            long first = own->part[p].first, wide = own->part[p].width, pairs = own->part[p].pairs;
             if (o < first || o >= first + wide) continue;
-            const bf16 *B = (const bf16 *)own->part[p].B + one->at * r * wide + (o - first) * r;
-            for (long i = 0; i < r; i += 2) __builtin_prefetch(B + (r + i) * WIDTH);
-            const float *ranks = h + own->part[p].from;
+            const bf16 *B = one->weights + own->part[p].B + (o - first) * 2 * pairs;
+            for (long j = 0; j < pairs; j++) __builtin_prefetch(B + 2 * (pairs + j) * WIDTH);
+            const bf16 *ranks = h + own->part[p].from;
             for (long m = one->first; m < one->last;)
-                if (one->last - m >= 4) add_rows(4, members + m, r, B, ranks, h_row, y + o, y_row), m += 4;
-                else add_rows(1, members + m, r, B, ranks, h_row, y + o, y_row), m++;
+                if (one->last - m >= 4) add_rows(4, members + m, pairs, B, ranks, h_row, y + o, y_row), m += 4;
+                else add_rows(1, members + m, pairs, B, ranks, h_row, y + o, y_row), m++;
         }
     }
 }
@@ -118,7 +124,7 @@ static long most_ranks(long N, const adapter *adapters, long from, long to) {
 /* y (rows, O) += what the adapters add to one fused product of x (rows, I); index: layer * GROUPS + product. */
 void add_updates(long N, const adapter *adapters, const long *members, long index, long rows, long I, long O, const bf16 *x, float *y) {
     long ranks = most_ranks(N, adapters, index, index + 1);
-    float *h = malloc(rows * ranks * sizeof(float));
+    bf16 *h = malloc(rows * ranks * sizeof(bf16));
 #pragma omp parallel
     {
         go_in(N, adapters, members, index, I, x, h, ranks);
@@ -130,7 +136,7 @@ void add_updates(long N, const adapter *adapters, const long *members, long inde
 
 /* y = x W' + what the adapters add to it; shared among the threads that come here. x: in whole numbers, narrow: in bf16, for the adapters. */
 static void whole_product(const held *w, const rounded *x, const bf16 *narrow, long N, const adapter *adapters, const long *members, long index,
-                          float *h, long h_row, float *y, uint8_t *room) {
+                          bf16 *h, long h_row, float *y, uint8_t *room) {
     if (N) go_in(N, adapters, members, index, w->I, narrow, h, h_row);
 #pragma omp for schedule(dynamic, SHARE(w->O))
     for (long o = 0; o < w->O; o += WIDTH) {
@@ -160,8 +166,8 @@ void decode_layers(long B, const shape *s, const layer *layers, const float *cos
     long out = heads * E > 2 * I ? heads * E : 2 * I;
     out = out > D ? out : D;
     float *memory = aligned_alloc(64, (B * (out + 2 * widest + ranks + K * G * longest) * sizeof(float) + 63) / 64 * 64);
-    float *y = memory, *in = y + B * out, *h = in + B * widest, *scores = h + B * ranks;
-    bf16 *narrow = N ? (bf16 *)(scores + B * K * G * longest) : 0;
+    float *y = memory, *in = y + B * out, *scores = in + B * widest;
+    bf16 *h = (bf16 *)(scores + B * K * G * longest), *narrow = N ? h + B * ranks : 0;
     rounded by_D = rounded_of(B, D), by_HE = rounded_of(B, H * E), by_I = rounded_of(B, I);
 #pragma omp parallel
     {

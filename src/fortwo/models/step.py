@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from fortwo.models import kernels
-from fortwo.models.bank import Rows, bits
 from fortwo.models.decoder import Decoder
 from fortwo.models.forms import Grouped, Weight
+from fortwo.models.laid import SIXTEEN, Rows, bits
 from fortwo.models.lora import Update
-
-WHOLE = 16  # outputs that the kernel computes together
 
 
 class Step:
@@ -31,12 +29,12 @@ class Step:
         self._shape = torch.tensor(sizes)
         q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
         held = all(isinstance(weight, Weight) for weight in (decoder.layers[0].qkv_OD, decoder.head))
-        self._fits = held and all(size % WHOLE == 0 for size in (c.hidden, q, kv, c.intermediate, c.head_size))
+        self._fits = held and all(size % SIXTEEN == 0 for size in (c.hidden, q, kv, c.intermediate, c.head_size))
 
     @property
-    def adapters(self) -> torch.dtype:
-        """What the adapters that it serves are held in."""
-        return torch.bfloat16 if self._fits else torch.float32
+    def laid(self) -> bool:
+        """Whether adapters are to be laid out for the kernel."""
+        return self._fits
 
     def takes(self, rows: int) -> bool:
         """Whether this many rows are multiplied with weights in 4 or 8 bits."""

@@ -1,0 +1,106 @@
+"""Adapters in bf16, laid out for the kernel that adds what many of them change in many rows (step.h).
+
+The idea of Punica's and S-LoRA's kernels (Chen et al. 2023, arXiv:2310.18547; Sheng et al. 2023, arXiv:2311.03285):
+rows of any adapters share a forward, and each adapter's weights are read once. Shape suffixes as in `decoder`, and
+N adapters.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fortwo.models import kernels
+from fortwo.models.forms import Regions
+from fortwo.models.lora import GROUPS, Lora
+
+SIXTEEN = 16  # outputs that the kernel computes together
+_NUMBERS = 18  # of step.h's `update`
+
+
+@dataclass(frozen=True)
+class Laid:
+    """One adapter. flat: for each layer and fused product A (ranks, in), then each B as (out / 16, r / 2, 16, 2); an
+    odd rank has a zero more.
+
+    table: step.h's `update` of each layer and fused product (layers, 4, 18).
+    """
+
+    flat: Tensor
+    table: Tensor
+    scale: float
+    groups: tuple[frozenset[str], ...]  # of each layer, those that change
+
+    @classmethod
+    def of(cls, lora: Lora) -> Laid:
+        """A copy. Outputs are whole sixteens."""
+        parts: list[Tensor] = []
+        table, at = [], 0
+
+        def put(tensor: Tensor) -> int:
+            nonlocal at
+            parts.append(tensor.detach().flatten())
+            at += tensor.numel()
+            return at - tensor.numel()
+
+        for groups in lora.layers:
+            for name in GROUPS:
+                numbers, rank = [0], 0
+                if name in groups:
+                    ranks = [B_Or.shape[1] for *_, B_Or in groups[name].Bs]
+                    As = [_even(A_rI, 0) for A_rI in groups[name].A_RI.split(ranks)]
+                    numbers = [sum(map(len, As)), put(torch.cat(As)), len(ranks)]
+                    for first, last, B_Or in groups[name].Bs:
+                        B_Or = _even(B_Or, 1)
+                        laid = B_Or.view(-1, SIXTEEN, B_Or.shape[1] // 2, 2).transpose(1, 2)
+                        numbers += [first, last - first, rank, B_Or.shape[1] // 2, put(laid)]
+                        rank += B_Or.shape[1]
+                table.append(numbers + [0] * (_NUMBERS - len(numbers)))
+        flat = Regions(0).hold(torch.cat([part.bfloat16() for part in parts]))
+        return cls(flat, torch.tensor(table), lora.config.scale, tuple(frozenset(groups) for groups in lora.layers))
+
+
+def _even(tensor: Tensor, dimension: int) -> Tensor:
+    """With a zero more where its size is odd."""
+    if tensor.shape[dimension] % 2 == 0:
+        return tensor.contiguous()
+    return torch.cat([tensor, torch.zeros_like(tensor.narrow(dimension, 0, 1))], dimension)
+
+
+class Rows:
+    """The rows of a forward that adapters answer for: of each adapter, None for all there are.
+
+    adapters_N5 and members are step.h's.
+    """
+
+    def __init__(self, answering: Sequence[tuple[Laid, Sequence[int] | None]]) -> None:
+        self._laid = [laid for laid, _ in answering]  # they live as long as their addresses
+        self._whole = any(rows is None for _, rows in answering)
+        self.members = torch.tensor([row for _, rows in answering for row in rows or ()], dtype=torch.int64)
+        adapters, first = [], 0
+        for laid, rows in answering:
+            last = first + len(rows or ())
+            adapters.append([laid.table.data_ptr(), laid.flat.data_ptr(), first, last, bits(laid.scale)])
+            first = last
+        self.adapters_N5 = torch.tensor(adapters)
+
+    def changes(self, layer: int, group: str) -> bool:
+        return any(group in laid.groups[layer] for laid in self._laid)
+
+    def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
+        if self._whole and len(self.members) != len(x_TI):
+            self.members = torch.arange(len(x_TI))
+            self.adapters_N5[0, 3] = len(x_TI)
+        index = layer * len(GROUPS) + list(GROUPS).index(group)
+        sizes = len(x_TI), x_TI.shape[1], y_TO.shape[1]
+        told = len(self.adapters_N5), self.adapters_N5, self.members
+        kernels.call("add_updates", None, *told, index, *sizes, x_TI.bfloat16().contiguous(), y_TO)
+
+
+def bits(number: float) -> int:
+    """A double's bits as a whole number."""
+    return int(struct.unpack("q", struct.pack("d", number))[0])
