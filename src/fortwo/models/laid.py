@@ -24,8 +24,8 @@ _NUMBERS = 18  # of step.h's `update`
 
 @dataclass(frozen=True)
 class Laid:
-    """One adapter. flat: for each layer and fused product A (ranks, in), then each B as (out / 16, r / 2, 16, 2); an
-    odd rank has a zero more.
+    """One adapter. flat: for each layer and fused product A as (ranks / 16, in / 2, 16, 2), then each B as
+    (out / 16, r / 2, 16, 2), with zeros where a rank is odd or ranks are no whole sixteens.
 
     table: step.h's `update` of each layer and fused product (layers, 4, 18).
     """
@@ -51,24 +51,28 @@ class Laid:
             for name in GROUPS:
                 numbers, rank = [0], 0
                 if name in groups:
-                    ranks = [B_Or.shape[1] for *_, B_Or in groups[name].Bs]
-                    As = [_even(A_rI, 0) for A_rI in groups[name].A_RI.split(ranks)]
-                    numbers = [sum(map(len, As)), put(torch.cat(As)), len(ranks)]
-                    for first, last, B_Or in groups[name].Bs:
-                        B_Or = _even(B_Or, 1)
-                        laid = B_Or.view(-1, SIXTEEN, B_Or.shape[1] // 2, 2).transpose(1, 2)
-                        numbers += [first, last - first, rank, B_Or.shape[1] // 2, put(laid)]
+                    Bs = [(first, last, _padded(B_Or, 1, 2)) for first, last, B_Or in groups[name].Bs]
+                    parts_of_A = groups[name].A_RI.split([B_Or.shape[1] for *_, B_Or in groups[name].Bs])
+                    A_RI = _padded(torch.cat([_padded(A_rI, 0, 2) for A_rI in parts_of_A]), 0, SIXTEEN)
+                    numbers = [len(A_RI), put(_in_pairs(A_RI)), len(Bs)]
+                    for first, last, B_Or in Bs:
+                        numbers += [first, last - first, rank, B_Or.shape[1] // 2, put(_in_pairs(B_Or))]
                         rank += B_Or.shape[1]
                 table.append(numbers + [0] * (_NUMBERS - len(numbers)))
         flat = Regions(0).hold(torch.cat([part.bfloat16() for part in parts]))
         return cls(flat, torch.tensor(table), lora.config.scale, tuple(frozenset(groups) for groups in lora.layers))
 
 
-def _even(tensor: Tensor, dimension: int) -> Tensor:
-    """With a zero more where its size is odd."""
-    if tensor.shape[dimension] % 2 == 0:
-        return tensor.contiguous()
-    return torch.cat([tensor, torch.zeros_like(tensor.narrow(dimension, 0, 1))], dimension)
+def _padded(tensor: Tensor, dimension: int, whole: int) -> Tensor:
+    """With zeros, so that its size is a multiple of `whole`."""
+    missing = -tensor.shape[dimension] % whole
+    shape = [missing if n == dimension else size for n, size in enumerate(tensor.shape)]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dimension) if missing else tensor
+
+
+def _in_pairs(tensor: Tensor) -> Tensor:
+    """(N, M) as (N / 16, M / 2, 16, 2)."""
+    return tensor.reshape(-1, SIXTEEN, tensor.shape[1] // 2, 2).transpose(1, 2)
 
 
 class Rows:

@@ -7,7 +7,8 @@ enum { QKV, O, GATE_UP, DOWN, GROUPS };
 #define SHARE(outputs) ((outputs) / WIDTH / 8 + 1) /* sixteens that a thread takes at once: neighbours, so that what is fetched in advance is its own */
 #define PARTS 3 /* projections of a fused product, at most */
 
-typedef struct { /* one fused product's update: where in the adapter A (ranks, in) lies, and of each part B, as (width / 16, r / 2, 16, 2) */
+typedef struct { /* one fused product's update: where in the adapter A lies, as (ranks / 16, in / 2, 16, 2), and of each part B, as
+                    (width / 16, r / 2, 16, 2) */
     long ranks, A, parts;
     struct { long first, width, from, pairs, B; } part[PARTS];
 } update;
@@ -46,22 +47,6 @@ static void turn(long E, const float *norm, float eps, const float *cosine, cons
     }
 }
 
-/* The sum of products of bf16 numbers; I is a multiple of 32. */
-static inline float bf16_dot(long I, const bf16 *a, const bf16 *x) {
-#ifdef __AVX512BF16__
-    __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (long i = 0; i < I; i += 32) {
-        __builtin_prefetch(a + i + 2 * I);
-        sums[i / 32 % 2] = _mm512_dpbf16_ps(sums[i / 32 % 2], (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(x + i));
-    }
-    return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
-#else
-    float sum = 0;
-    for (long i = 0; i < I; i++) sum += from_bf16(a[i]) * from_bf16(x[i]);
-    return sum;
-#endif
-}
-
 /* sums + the products of sixteen pairs of bf16 numbers with the pair at h. */
 static inline __attribute__((always_inline)) vector add_pairs(vector sums, words pairs, const bf16 *h) {
     uint32_t two;
@@ -73,16 +58,37 @@ static inline __attribute__((always_inline)) vector add_pairs(vector sums, words
 #endif
 }
 
+/* Sixteen ranks of h = scale A x, for four rows or one. */
+static inline __attribute__((always_inline)) void in_rows(int rows, const long *members, long I, const bf16 *A, float scale, const bf16 *x, bf16 *h,
+                                                          long h_row) {
+    vector sums[4] = {{0}}; /* of each row, or of every fourth pair of one row */
+    int ways = 4 / rows;
+    for (long i = 0; i < I; i += 2 * ways) {
+        __builtin_prefetch(A + (i + 128) * WIDTH);
+        for (int k = 0; k < 4; k++)
+            sums[k] = add_pairs(sums[k], *(const words *)(A + (i + (rows == 1 ? 2 * k : 0)) * WIDTH),
+                                x + members[rows == 1 ? 0 : k] * I + i + (rows == 1 ? 2 * k : 0));
+    }
+    if (rows == 1) sums[0] += sums[1] + sums[2] + sums[3];
+    for (int k = 0; k < rows; k++)
+        for (int n = 0; n < WIDTH; n++) h[members[k] * h_row + n] = to_bf16(scale * sums[k][n]);
+}
+
 /* h (rows, ranks) = scale A x for the rows of each adapter; shared among the threads that come here. */
 static void go_in(long N, const adapter *adapters, const long *members, long index, long I, const bf16 *x, bf16 *h, long h_row) {
-#pragma omp for schedule(dynamic, 16)
-    for (long task = 0; task < N * h_row; task++) {
-        const adapter *one = adapters + task / h_row;
+    long blocks = 0, tiles = h_row / WIDTH;
+    for (long n = 0; n < N; n++) blocks = adapters[n].last - adapters[n].first > blocks ? adapters[n].last - adapters[n].first : blocks;
+    blocks = (blocks + 3) / 4;
+#pragma omp for schedule(dynamic)
+    for (long task = 0; task < N * tiles * blocks; task++) {
+        const adapter *one = adapters + task / blocks / tiles;
         const update *own = one->updates + index;
-        long j = task % h_row;
-        if (j >= own->ranks) continue;
-        const bf16 *A = one->weights + own->A + j * I;
-        for (long m = one->first; m < one->last; m++) h[members[m] * h_row + j] = to_bf16(one->scale * bf16_dot(I, A, x + members[m] * I));
+        long first = task / blocks % tiles * WIDTH, m = one->first + task % blocks * 4;
+        if (first >= own->ranks) continue;
+        const bf16 *A = one->weights + own->A + first * I;
+        if (one->last - m >= 4) in_rows(4, members + m, I, A, one->scale, x, h + first, h_row);
+        else
+            for (; m < one->last; m++) in_rows(1, members + m, I, A, one->scale, x, h + first, h_row);
     }
 }
 
@@ -161,7 +167,7 @@ void decode_layers(long B, const shape *s, const layer *layers, const float *cos
     float eps = s->eps;
     for (long b = 0; b < B; b++) longest = seen[b] > longest ? seen[b] : longest;
     longest = PAD(longest);
-    long ranks = PAD(most_ranks(N, adapters, 0, L * GROUPS)), widest = D > I ? D : I;
+    long ranks = most_ranks(N, adapters, 0, L * GROUPS), widest = D > I ? D : I;
     widest = widest > H * E ? widest : H * E;
     long out = heads * E > 2 * I ? heads * E : 2 * I;
     out = out > D ? out : D;
