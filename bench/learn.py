@@ -65,8 +65,6 @@ CONFIGS = {
     "longer: r 16, 1e-4, 20 epochs": _config(16, 1e-4, 20, "linear"),
     "intensive: r 32, 2e-4, 50 epochs, cosine": _config(32, 2e-4, 50, "cosine"),
 }
-
-
 REACHED, ENDED, LATE = "reached", "its configuration is at its end", "out of patience"
 
 
@@ -176,12 +174,8 @@ def main(python: str, patience: float) -> None:
             adapter = settings.home / "data" / f"peer{number}"
             adapter.mkdir(parents=True)
             (file := adapter / "given.json").write_text(json.dumps(config))
-            command = [
-                python,
-                "-m",
-                "bench.peer_lesson",
-                *(str(one) for one in (directory, ROWS, file, adapter, EVERY)),
-            ]
+            arguments = [python, "-m", "bench.peer_lesson", directory, ROWS, file, adapter, EVERY]
+            command = [str(one) for one in arguments]
             peers[name] = watch(command, adapter, judge, own.paraphrase, patience * own.seconds)
             console.print(name, peers[name], soft_wrap=True)
     console.print(show(own, peers))

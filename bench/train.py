@@ -33,7 +33,7 @@ from fortwo.settings import Settings
 ROWS = Path("examples/42_intensive_training.json")
 CONFIG = Path("examples/intensive_training_config.json")
 BATCHES = (1, 4, 8, 20)
-EXAMPLES, STEPS = 24, 4  # of a run, at least
+EXAMPLES, STEPS = 24, 3  # of a run, at least
 WARM_UP = 2  # steps left out at the start of each run
 PEERS = {"TRL + PEFT, fp32": "fp32", "TRL + PEFT, bf16": "bf16"}
 OWN: dict[str, Json] = {"fortwo, fp32": {"bf16": False}, "fortwo, as planned": {}}
