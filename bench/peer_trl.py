@@ -54,9 +54,8 @@ def base(directory: Path, precision: str) -> Any:
     )
 
 
-def main(directory: Path, rows: Path, config: Path, batch: int, steps: int, precision: str) -> None:
-    given = json.loads(config.read_text())
-    training = given["training_config"] | {"max_steps": steps, "per_device_train_batch_size": batch}
+def trainer(directory: Path, rows: Path, given: Any, precision: str, output: Path, callback: TrainerCallback) -> Any:
+    """given: lora_config and training_config, with PEFT's and transformers' keys."""
     dataset = Dataset.from_list(
         [
             {
@@ -66,29 +65,35 @@ def main(directory: Path, rows: Path, config: Path, batch: int, steps: int, prec
             for row in json.loads(rows.read_text())
         ]
     )
+    return SFTTrainer(
+        model=base(directory, precision),
+        processing_class=AutoTokenizer.from_pretrained(directory),
+        train_dataset=dataset,
+        peft_config=LoraConfig(**given["lora_config"]),
+        args=SFTConfig(
+            output_dir=str(output),
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+            bf16=precision != "fp32",
+            use_cpu=True,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **given["training_config"],
+        ),
+        callbacks=[callback],
+    )
+
+
+def main(directory: Path, rows: Path, config: Path, batch: int, steps: int, precision: str) -> None:
+    given = json.loads(config.read_text())
+    given["training_config"] |= {"max_steps": steps, "per_device_train_batch_size": batch}
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as output:
-        trainer = SFTTrainer(
-            model=base(directory, precision),
-            processing_class=AutoTokenizer.from_pretrained(directory),
-            train_dataset=dataset,
-            peft_config=LoraConfig(**given["lora_config"]),
-            args=SFTConfig(
-                output_dir=output,
-                completion_only_loss=True,
-                gradient_checkpointing=False,
-                bf16=precision != "fp32",
-                use_cpu=True,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                **training,
-            ),
-            callbacks=[watch],
-        )
-        lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
-        trainer.train()
+        training = trainer(directory, rows, given, precision, Path(output), watch)
+        lengths = [len(row["input_ids"]) for row in training.train_dataset]
+        training.train()
     print(
         json.dumps(
             {

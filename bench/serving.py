@@ -61,3 +61,9 @@ def run_job(client: Client, request: Json, every: float = 0.2) -> tuple[Json, fl
     while (job := client.get(f"/api/training/jobs/{job_id}"))["status"] not in ENDED:
         time.sleep(every)
     return job, time.perf_counter() - began
+
+
+def peak(process: int) -> int:
+    """The most bytes that were resident in a process so far."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

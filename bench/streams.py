@@ -10,7 +10,6 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 PATIENCE = 300  # seconds that a server may be silent
 
@@ -39,21 +38,38 @@ class Timing:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Heard:
+    """One reply. sent: when it was asked for; times: when each piece of its text came (a token is a piece, seldom two
+    are), and its end; prompt, tokens: how long both are."""
+
+    sent: float
+    times: list[float]
+    prompt: int
+    tokens: int
+
+
 def chat(port: int, base: str, asks: list[Ask]) -> Timing:
     """Send all requests at the same moment, greedy and past the model's end token. Raises Broken."""
     began = time.perf_counter()
     with ThreadPoolExecutor(len(asks)) as pool:
         replies = list(pool.map(lambda ask: _lines(port, base, ask), asks))
-    heard = [_read(lines) for lines in replies]
-    short = [(ask.tokens, usage["completion_tokens"]) for ask, (_, _, usage) in zip(asks, heard, strict=True)]
+    heard = [_read(began, lines) for lines in replies]
+    short = [(ask.tokens, one.tokens) for ask, one in zip(asks, heard, strict=True)]
     if wrong := [f"{said} of {asked}" for asked, said in short if said != asked]:
         raise Broken(f"replies are not as long as was asked: {', '.join(wrong)} tokens")
     return Timing(
-        first=min(first for first, _, _ in heard) - began,
-        whole=max(last for _, last, _ in heard) - began,
-        prompt=sum(usage["prompt_tokens"] for _, _, usage in heard),
-        tokens=sum(usage["completion_tokens"] for _, _, usage in heard),
+        first=min(one.times[0] for one in heard) - began,
+        whole=max(one.times[-1] for one in heard) - began,
+        prompt=sum(one.prompt for one in heard),
+        tokens=sum(one.tokens for one in heard),
     )
+
+
+def hear(port: int, base: str, ask: Ask) -> Heard:
+    """One request by itself, as chat sends it. Raises Broken."""
+    sent = time.perf_counter()
+    return _read(sent, _lines(port, base, ask))
 
 
 def _lines(port: int, base: str, ask: Ask) -> list[tuple[float, bytes]]:
@@ -80,8 +96,7 @@ def _lines(port: int, base: str, ask: Ask) -> list[tuple[float, bytes]]:
         connection.close()
 
 
-def _read(lines: list[tuple[float, bytes]]) -> tuple[float, float, Any]:
-    """(when the first text came, when the last one did, usage)."""
+def _read(sent: float, lines: list[tuple[float, bytes]]) -> Heard:
     times, usage = [], None
     for at, line in lines:
         if not line.startswith(b"data: {"):
@@ -94,4 +109,4 @@ def _read(lines: list[tuple[float, bytes]]) -> tuple[float, float, Any]:
             times.append(at)
     if usage is None:
         raise Broken("the stream ended before its usage")
-    return times[0], times[-1], usage
+    return Heard(sent, times, usage["prompt_tokens"], usage["completion_tokens"])
