@@ -63,8 +63,8 @@ class Runner:
     # ------------------------------------------------------------ adapters
 
     def attach(self, key: str, lora: Lora, *, frozen: bool = False) -> None:
-        """Serve a copy of `lora` under `key`. frozen: it will not change any more, so prefixes are kept for it; else it is
-        copied again whenever prompts are read, and nothing outlives a reply."""
+        """Serve a copy of `lora` under `key`. frozen: it will not change any more, so prefixes are kept for it; else it
+        is copied again whenever prompts are read, and nothing outlives a reply."""
         self.detach(key)
         self._banks.add(key, lora)
         if frozen:

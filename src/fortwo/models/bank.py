@@ -212,7 +212,7 @@ class Banks:
         return Segment(self.lora(key)) if self._laid is None else Rows([(self._laid[key], None)])
 
     def updates(self, rows: Mapping[str, Sequence[int]]) -> list[Update]:
-        """Updates of the rows of each adapter. In fp32 batched, but for adapters with many more rows than the others."""
+        """Updates of the rows of each adapter: in fp32 batched, but for adapters with many more rows than others."""
         if self._laid is not None:
             return [Rows([(self._laid[key], own) for key, own in rows.items()])] if rows else []
         found: list[Update] = []
