@@ -17,11 +17,13 @@ import torch
 
 from fortwo.errors import TrainingFailed
 from fortwo.jobs.checkpoints import CheckpointStore
-from fortwo.models.lora import Lora, LoraConfig
+from fortwo.models.lora import Lora
+from fortwo.models.lora_config import LoraConfig
 from fortwo.records import Checkpoint, Dataset, Evaluated, Phase, Plan, Prompt, TrainEvent, Waiting
 from fortwo.train import courses
+from fortwo.train.adapter import lora_config
 from fortwo.train.checkpoints import Best, Clock, Run, due
-from fortwo.train.loop import Trained, lora_config, teach
+from fortwo.train.loop import Trained, teach
 from fortwo.train.objective import Row
 from tests.parts import decoder
 from tests.test_loop import FACT, ROWS, SMALL, School, changed, examined, phases, same, steps

@@ -18,7 +18,8 @@ from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from fortwo.models.decoder import Decoder, DecoderConfig
-from fortwo.models.lora import Lora, LoraConfig
+from fortwo.models.lora import Lora
+from fortwo.models.lora_config import LoraConfig
 from fortwo.records import Delta, FinishReason, Phase, Prompt, Sampling, TrainEvent, Waiting
 
 CONTEXT = 256

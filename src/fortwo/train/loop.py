@@ -20,7 +20,7 @@ from torch import Tensor
 from fortwo.data.render import Renderer
 from fortwo.facts import metrics
 from fortwo.models.decoder import Decoder
-from fortwo.models.lora import Lora, LoraConfig
+from fortwo.models.lora import Lora
 from fortwo.records import (
     Checkpoint,
     Dataset,
@@ -37,6 +37,7 @@ from fortwo.records import (
     Waiting,
 )
 from fortwo.train import checkpoints, courses
+from fortwo.train.adapter import lora_config
 from fortwo.train.checkpoints import Clock, Run
 from fortwo.train.escalation import WORDS, mix_at, next_round, told
 from fortwo.train.estimate import MICRO_TOKENS
@@ -159,15 +160,6 @@ def teach(
         "peak_bytes": peak_bytes(decoder.device),
     }
     return Trained(lora, report, report.metrics, actual, metrics.met(report.metrics, plan.targets))
-
-
-def lora_config(plan: Plan) -> LoraConfig:
-    return LoraConfig(
-        r=plan["r"],
-        alpha=plan["lora_alpha"],
-        dropout=plan["lora_dropout"],
-        target_modules=tuple(plan["target_modules"]),
-    )
 
 
 def _optimizer(lora: Lora, plan: Plan) -> torch.optim.Optimizer:
