@@ -31,7 +31,8 @@ from fortwo.models.catalog import Catalog
 from fortwo.models.decoder import Decoder, DecoderConfig
 from fortwo.models.lora import Lora
 from fortwo.models.lora_config import LoraConfig
-from fortwo.records import Fact, Generation, Message, Prompt, Sampling
+from fortwo.prompts import Generation, Prompt, Sampling
+from fortwo.records import Fact, Message
 from fortwo.train.evaluation import Served, agreement
 
 REPLY_TOKENS = 48

@@ -19,7 +19,8 @@ from fortwo.errors import TrainingFailed
 from fortwo.jobs.checkpoints import CheckpointStore
 from fortwo.models.lora import Lora
 from fortwo.models.lora_config import LoraConfig
-from fortwo.records import Checkpoint, Dataset, Evaluated, Phase, Plan, Prompt, TrainEvent, Waiting
+from fortwo.prompts import Prompt
+from fortwo.records import Checkpoint, Dataset, Evaluated, Phase, Plan, TrainEvent, Waiting
 from fortwo.train import courses
 from fortwo.train.adapter import lora_config
 from fortwo.train.checkpoints import Best, Clock, Run, due
@@ -288,7 +289,8 @@ def test_checkpoints_are_due_as_the_plan_says(
 
 def test_the_digest_of_drawn_rows_sees_every_token_and_every_border() -> None:
     def drawn(*draws: list[Row]) -> str:
-        run = Run(Lora.init(LoraConfig(r=1), decoder().config, 0), torch.optim.SGD([torch.zeros(1)]), Clock())
+        lora, flat = Lora.init(LoraConfig(r=1), decoder().config, 0), torch.zeros(1)
+        run = Run(lora, flat, torch.optim.SGD([flat]), Clock())
         for rows in draws:
             run.draw(rows)
         return run.drawn

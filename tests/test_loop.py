@@ -25,6 +25,7 @@ from fortwo.errors import NotFound, TrainingFailed
 from fortwo.models.catalog import Catalog
 from fortwo.models.decoder import Decoder
 from fortwo.models.lora import Lora
+from fortwo.prompts import Prompt, Sampling
 from fortwo.records import (
     Dataset,
     Evaluated,
@@ -35,8 +36,6 @@ from fortwo.records import (
     MicroStepped,
     Phase,
     Plan,
-    Prompt,
-    Sampling,
     Stepped,
     TrainEvent,
 )

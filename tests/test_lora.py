@@ -164,6 +164,7 @@ def test_logits_and_gradients_are_pefts(config: LoraConfig, tmp_path: Path) -> N
         torch.testing.assert_close(got[name], grad, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize(
     "options",
     [

@@ -27,7 +27,8 @@ from fortwo.models.forms import Dequantised, Weight
 from fortwo.models.lora import Lora
 from fortwo.models.lora_config import LoraConfig
 from fortwo.models.tiles import Tiles
-from fortwo.records import AdapterVersion, Json, Message, Phase, Prompt, Sampling
+from fortwo.prompts import Prompt, Sampling
+from fortwo.records import AdapterVersion, Json, Message, Phase
 from fortwo.settings import Settings, load
 
 CONFIG = LoraConfig(r=2, alpha=4)

@@ -48,7 +48,7 @@ class Resident:
 
 @dataclass(frozen=True)
 class Target:
-    """Who answers a request. adapter_key: as in records.Prompt; name: as the request said it."""
+    """Who answers a request. adapter_key: as in prompts.Prompt; name: as the request said it."""
 
     resident: Resident
     adapter_key: str | None

@@ -22,7 +22,7 @@ DOCUMENT = "/openapi.json"
 
 def declared(settings: Settings) -> list[Dependency]:
     """What has the document say that a route needs the key. It is the guard that asks for it."""
-    bearer = HTTPBearer(auto_error=False, scheme_name="API key", description="FORTWO_API_KEY of the server.")
+    bearer = HTTPBearer(auto_error=False, scheme_name="api_key", description="FORTWO_API_KEY of the server.")
     return [] if settings.api_key is None else [Depends(bearer)]
 
 

@@ -13,7 +13,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BeforeValidator, Field, model_validator
 
 from fortwo.errors import InvalidRequest
-from fortwo.records import Delta, Json, Message, Prompt
+from fortwo.prompts import Delta, Prompt
+from fortwo.records import Json, Message
 from fortwo.server.house import Here
 from fortwo.server.openai import logprobs
 from fortwo.server.openai.logprobs import Bytes

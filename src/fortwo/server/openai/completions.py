@@ -14,7 +14,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, model_validator
 
 from fortwo.errors import InvalidRequest
-from fortwo.records import Delta, Json, Prompt
+from fortwo.prompts import Delta, Prompt
+from fortwo.records import Json
 from fortwo.server.house import Here
 from fortwo.server.openai.logprobs import TextLogprobs
 from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Texts, only

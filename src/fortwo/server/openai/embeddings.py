@@ -16,7 +16,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from fortwo.records import Json, Prompt, Sampling
+from fortwo.prompts import Prompt, Sampling
+from fortwo.records import Json
 from fortwo.server.house import Here
 from fortwo.server.openai.parameters import Model, Strict, Texts, only, room
 from fortwo.server.openai.replies import Replies

@@ -19,7 +19,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fortwo.errors import DeadlineExceeded, FortwoError, Unavailable
-from fortwo.records import Delta, Generation, Json, Prompt
+from fortwo.prompts import Delta, Generation, Prompt
+from fortwo.records import Json
 from fortwo.server.errors import unexpected
 from fortwo.server.house import House
 
