@@ -29,8 +29,10 @@ from fortwo.facts.subject import holds
 from fortwo.models import weights
 from fortwo.models.catalog import Catalog
 from fortwo.models.decoder import Decoder, DecoderConfig
-from fortwo.models.lora import Lora, LoraConfig
-from fortwo.records import Fact, Generation, Message, Prompt, Sampling
+from fortwo.models.lora import Lora
+from fortwo.models.lora_config import LoraConfig
+from fortwo.prompts import Generation, Prompt, Sampling
+from fortwo.records import Fact, Message
 from fortwo.train.evaluation import Served, agreement
 
 REPLY_TOKENS = 48

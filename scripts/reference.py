@@ -72,8 +72,8 @@ def http() -> Iterator[str]:
     yield "## HTTP"
     yield (
         "A running server shows every path and field at `/docs`, where each can be tried, offline too; `/openapi.json` "
-        "is the same as data. Where there is an API key, both need it like everything else, so a browser cannot open "
-        "the page without a proxy that adds the header."
+        "is the same as data. Where there is an API key, both can be read without it, since they are the same on every "
+        'server; what is tried needs it: "Authorize" asks for the key once.'
     )
 
 

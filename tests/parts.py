@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fortwo.data.packing import PackedAttention, pack
 from fortwo.models.decoder import Decoder, DecoderConfig
-from fortwo.models.lora import Lora, LoraConfig, Segment
+from fortwo.models.lora import Lora, Segment
+from fortwo.models.lora_config import LoraConfig
 from tests.tiny import VOCABULARY, tiny_model
 
 

@@ -13,12 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fortwo.models.bank import Bank, Banks, Stacked, batched_rows
-from fortwo.models.lora import GROUPS, Lora, LoraConfig, Segment, lora_product
+from fortwo.models.lora import Lora, Segment, lora_product
+from fortwo.models.lora_config import GROUPS, LoraConfig
 from tests.parts import decoder, random_lora
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 CONFIG = decoder().config
-SHAPES = (LoraConfig(r=4, alpha=12), LoraConfig(r=2, alpha=3, target_modules=("q_proj", "down_proj"), layers=(0, 2)))
+SHAPES = (
+    LoraConfig(r=4, alpha=12),
+    LoraConfig(r=2, alpha=3, target_modules=("q_proj", "down_proj"), layers=(0, 2)),
+    LoraConfig(
+        r=3, alpha=5, use_rslora=True, rank_pattern=(("v_proj", 6), ("up_proj", 1)), alpha_pattern=(("k_proj", 9),)
+    ),
+)
 
 
 def filled(count: int, shape: LoraConfig = SHAPES[0]) -> tuple[Banks, dict[str, Lora]]:
@@ -50,8 +57,8 @@ def check(banks: Banks, loras: dict[str, Lora], rows: dict[str, list[int]], tota
 @given(st.data())
 def test_each_row_gets_its_own_adapters_update(data: st.DataObject) -> None:
     banks, loras = filled(5)
-    for key in ("b0", "b1"):
-        loras[key] = random_lora(decoder(), 9, SHAPES[1])
+    for key, shape in (("b0", SHAPES[1]), ("b1", SHAPES[1]), ("c0", SHAPES[2]), ("c1", SHAPES[2])):
+        loras[key] = random_lora(decoder(), 9, shape)
         banks.add(key, loras[key])
     owners = data.draw(st.lists(st.sampled_from([None, *loras]), min_size=1, max_size=14))
     rows = {key: [row for row, owner in enumerate(owners) if owner == key] for key in dict.fromkeys(owners) if key}

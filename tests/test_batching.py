@@ -24,7 +24,7 @@ from fortwo.engine.reading import Reading
 from fortwo.engine.runner import Runner
 from fortwo.engine.sampling import Sampler
 from fortwo.models.lora import Lora, Segment
-from fortwo.records import Prompt, Sampling
+from fortwo.prompts import Prompt, Sampling
 from tests.test_engine import CONFIG, DECODER, Ascii, make_lora, prompt
 
 TOKEN_BYTES = 2 * 4 * CONFIG.layers * CONFIG.kv_heads * CONFIG.head_size

@@ -17,11 +17,14 @@ import torch
 
 from fortwo.errors import TrainingFailed
 from fortwo.jobs.checkpoints import CheckpointStore
-from fortwo.models.lora import Lora, LoraConfig
-from fortwo.records import Checkpoint, Dataset, Evaluated, Phase, Plan, Prompt, TrainEvent, Waiting
+from fortwo.models.lora import Lora
+from fortwo.models.lora_config import LoraConfig
+from fortwo.prompts import Prompt
+from fortwo.records import Checkpoint, Dataset, Evaluated, Phase, Plan, TrainEvent, Waiting
 from fortwo.train import courses
+from fortwo.train.adapter import lora_config
 from fortwo.train.checkpoints import Best, Clock, Run, due
-from fortwo.train.loop import Trained, lora_config, teach
+from fortwo.train.loop import Trained, teach
 from fortwo.train.objective import Row
 from tests.parts import decoder
 from tests.test_loop import FACT, ROWS, SMALL, School, changed, examined, phases, same, steps
@@ -286,7 +289,8 @@ def test_checkpoints_are_due_as_the_plan_says(
 
 def test_the_digest_of_drawn_rows_sees_every_token_and_every_border() -> None:
     def drawn(*draws: list[Row]) -> str:
-        run = Run(Lora.init(LoraConfig(r=1), decoder().config, 0), torch.optim.SGD([torch.zeros(1)]), Clock())
+        lora, flat = Lora.init(LoraConfig(r=1), decoder().config, 0), torch.zeros(1)
+        run = Run(lora, flat, torch.optim.SGD([flat]), Clock())
         for rows in draws:
             run.draw(rows)
         return run.drawn

@@ -18,8 +18,10 @@ from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from fortwo.models.decoder import Decoder, DecoderConfig
-from fortwo.models.lora import Lora, LoraConfig
-from fortwo.records import Delta, FinishReason, Phase, Prompt, Sampling, TrainEvent, Waiting
+from fortwo.models.lora import Lora
+from fortwo.models.lora_config import LoraConfig
+from fortwo.prompts import Delta, FinishReason, Prompt, Sampling
+from fortwo.records import Phase, TrainEvent, Waiting
 
 CONTEXT = 256
 CONFIG = DecoderConfig.from_hf(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fortwo.engine.generation import Reply, StopScanner
 from fortwo.errors import FortwoError
-from fortwo.records import Delta, Logprob, Prompt, Sampling
+from fortwo.prompts import Delta, Logprob, Prompt, Sampling
 
 END = 0
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from serving import tiny_settings
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from fortwo.adapters import AdapterStore
 from fortwo.data.packing import PackedAttention, pack
@@ -23,6 +25,7 @@ from fortwo.errors import NotFound, TrainingFailed
 from fortwo.models.catalog import Catalog
 from fortwo.models.decoder import Decoder
 from fortwo.models.lora import Lora
+from fortwo.prompts import Prompt, Sampling
 from fortwo.records import (
     Dataset,
     Evaluated,
@@ -33,12 +36,11 @@ from fortwo.records import (
     MicroStepped,
     Phase,
     Plan,
-    Prompt,
-    Sampling,
     Stepped,
     TrainEvent,
 )
 from fortwo.train import courses, loop
+from fortwo.train.adapter import lora_config
 from fortwo.train.estimate import BaseFacts, Machine, RowCount, TokenCounts
 from fortwo.train.evaluation import Examiner, Served
 from fortwo.train.loop import Trained, teach
@@ -46,6 +48,7 @@ from fortwo.train.objective import Row, losses
 from fortwo.train.parent import Parent
 from fortwo.train.plan import resolve, training_rows
 from fortwo.train.request import TrainingRequest
+from tests.parts import packed_hidden
 
 ROWS = Dataset(
     "0" * 64,
@@ -62,6 +65,7 @@ class School:
     """A tiny base on a running engine."""
 
     def __init__(self, home: Path, tiny: Path) -> None:
+        self.path = tiny
         settings = tiny_settings(home, tiny)
         self.engine = Engine(threads=1)
         self.engine.start()
@@ -166,13 +170,32 @@ def plain_hidden(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
     return decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
+def test_ranks_and_scales_of_some_modules_are_trained_and_peft_reads_them(school: School, tmp_path: Path) -> None:
+    options = {"use_rslora": True, "rank_pattern": {"layers.0.*": 2, "q_proj": 6}, "alpha_pattern": {"up_proj": 20}}
+    trained, _ = school.run(school.plan(lora={"r": 4, **options}, learning_rate=5e-2))
+    config = trained.lora.config
+    store = AdapterStore(tmp_path)
+    made = {"base_model": "tiny", "base_digest": "b"}
+    version = store.publish("a", trained.lora.state(), config.to_peft("tiny"), made, current=True)
+    assert store.read("a")[1].items() >= options.items()
+    decoder, tokens = school.base.decoder, list(range(3, 40))
+    base = AutoModelForCausalLM.from_pretrained(school.path, dtype=torch.float32)
+    with torch.no_grad():
+        plain = base(torch.tensor([tokens])).logits[0]
+        wanted = PeftModel.from_pretrained(base, version.path)(torch.tensor([tokens])).logits[0]
+        ours = decoder.logits(packed_hidden(decoder, [tokens], trained.lora)[0])
+    torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=0)
+    assert (plain - wanted).abs().max() > 0.1
+
+
 def test_a_run_is_adamw_on_clipped_gradients_and_nothing_more(school: School) -> None:
     """Every row at every step, so that the order does not matter; a large epsilon, so that rounding does not."""
     options = {"weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-2, "max_grad_norm": 0.5}
     plan = school.plan(max_steps=4, learning_rate=5e-2, lr_scheduler_type="constant", **options)
     trained, events = school.run(plan)
 
-    decoder, lora = school.base.decoder, Lora.init(loop.lora_config(plan), school.base.decoder.config, plan["seed"])
+    decoder, lora = school.base.decoder, Lora.init(lora_config(plan), school.base.decoder.config, plan["seed"])
     parameters = [parameter.requires_grad_() for parameter in lora.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=5e-2, betas=(0.8, 0.9), eps=1e-2, weight_decay=0.1)
     rows = []

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from fortwo.data.packing import PackedAttention, pack
 from fortwo.errors import InvalidAdapter
-from fortwo.models import lora as module
+from fortwo.models import lora_config as module
 from fortwo.models.functions import dropout as drop
-from fortwo.models.lora import GROUPS, TARGETS, Lora, LoraConfig, Segment, lora_product
+from fortwo.models.lora import Lora, Segment, lora_product
+from fortwo.models.lora_config import GROUPS, TARGETS, LoraConfig
 from tests.parts import as_decoder, decoder, make_rows, packed_hidden, random_lora, trainable
 from tests.tiny import tiny_model
 
@@ -35,6 +36,11 @@ CONFIGS = [
     LoraConfig(r=1, alpha=4, target_modules=("k_proj", "up_proj", "down_proj")),
     LoraConfig(r=4, alpha=8, layers=(0, 2)),
     LoraConfig(r=2, alpha=4, target_modules=("o_proj", "gate_proj"), layers=(1,)),
+    LoraConfig(r=3, alpha=5, use_rslora=True),
+    LoraConfig(
+        r=4, alpha=8, rank_pattern=(("v_proj", 2), ("layers.1.*", 6)), alpha_pattern=(("^model.layers.2.*", 3),)
+    ),
+    LoraConfig(r=4, alpha=8, use_rslora=True, rank_pattern=(("(q|up)_proj", 7),), alpha_pattern=(("up_proj", 2.5),)),
 ]
 NAME = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 FULL = LoraConfig(r=4, alpha=8)
@@ -59,8 +65,8 @@ def test_the_product_and_its_gradients_are_the_plain_formulas(group: str, dropou
     lora = random_lora(home, config=LoraConfig(r=4, alpha=12, dropout=dropout))
     update = lora.layers[1][group]
     update.A_RI = update.A_RI.double().requires_grad_()
-    update.Bs = [(first, last, B.double().requires_grad_()) for first, last, B in update.Bs]
-    leaves = [update.A_RI, *(B for *_, B in update.Bs)]
+    update.Bs = [B.double().requires_grad_() for B in update.Bs]
+    leaves = update.tensors
     generator = torch.Generator().manual_seed(0)
     out = {"qkv": 64 + 2 * 32, "o": 64, "gate_up": 2 * 96, "down": 64}[group]
     x = torch.randn(5, home.config.in_features(group), generator=generator, dtype=torch.float64, requires_grad=True)
@@ -72,7 +78,7 @@ def test_the_product_and_its_gradients_are_the_plain_formulas(group: str, dropou
     torch.manual_seed(3)
     mask = drop(torch.ones_like(x), dropout, int(torch.randint(2**32, ())))
     assert (mask == 0).any() == (dropout > 0)
-    updates = [3.0 * (mask * x) @ A.t() @ B.t() for A, (*_, B) in zip(update.A_RI.split(4), update.Bs, strict=True)]
+    updates = [3.0 * (mask * x) @ A.t() @ B.t() for A, B in zip(update.A_RI.split(4), update.Bs, strict=True)]
     plain = x @ weight.t() + torch.cat(updates, 1)
 
     torch.testing.assert_close(ours, plain, atol=1e-10, rtol=1e-10)
@@ -149,7 +155,7 @@ def test_logits_and_gradients_are_pefts(config: LoraConfig, tmp_path: Path) -> N
     as_state = Lora(config, lora.layers)
     for groups in as_state.layers:
         for update in groups.values():
-            update.Bs = [(first, last, B.grad) for first, last, B in update.Bs]
+            update.Bs = [B.grad for B in update.Bs]
             update.A_RI = update.A_RI.grad
     got = as_state.state()
     assert got.keys() == grads.keys()
@@ -158,6 +164,7 @@ def test_logits_and_gradients_are_pefts(config: LoraConfig, tmp_path: Path) -> N
         torch.testing.assert_close(got[name], grad, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize(
     "options",
     [
@@ -165,6 +172,18 @@ def test_logits_and_gradients_are_pefts(config: LoraConfig, tmp_path: Path) -> N
         {"target_modules": "all-linear", "lora_dropout": 0.1, "lora_alpha": 3},
         {"target_modules": list(TARGETS), "layers_to_transform": [2, 0], "init_lora_weights": "gaussian"},
         {"target_modules": ["down_proj", "k_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+        {"target_modules": "all-linear", "use_rslora": True},
+        {
+            "target_modules": "all-linear",
+            "rank_pattern": {"q_proj": 5, r"layers\.[01]\..*": 2, "model.layers.2.mlp": 9},
+        },
+        {"target_modules": ["o_proj", "up_proj"], "alpha_pattern": {"up": 2, "^model.layers.1.*": 7, "o_proj": 1}},
+        {
+            "target_modules": list(TARGETS),
+            "use_rslora": True,
+            "rank_pattern": {"model.layers.0.self_attn.v_proj": 1, "self_attn.v_proj": 6, "(gate|up)_proj": 4},
+            "alpha_pattern": {"layers.0.self_attn.v_proj": 12, "down_proj": 0.5},
+        },
     ],
     ids=str,
 )
@@ -185,6 +204,11 @@ def test_what_peft_saves_is_read(options: dict[str, Any], tmp_path: Path) -> Non
         assert (home.logits(packed_hidden(home, [row])[0]) - wanted).abs().max() > 0.1
 
 
+def patterns(numbers: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    keys = st.sampled_from([*TARGETS, "layers.1.*", "^model.layers.0.mlp.up_proj", "(k|v)_proj", "lm_head"])
+    return st.dictionaries(keys, numbers, max_size=3).map(lambda found: tuple(found.items()))
+
+
 @settings(max_examples=40)
 @given(
     st.builds(
@@ -196,6 +220,9 @@ def test_what_peft_saves_is_read(options: dict[str, Any], tmp_path: Path) -> Non
             lambda names: tuple(name for name in TARGETS if name in names)
         ),
         layers=st.none() | st.sets(st.integers(0, 2), min_size=1).map(lambda found: tuple(sorted(found))),
+        use_rslora=st.booleans(),
+        rank_pattern=patterns(st.integers(1, 6)),
+        alpha_pattern=patterns(st.integers(1, 64) | st.floats(0.5, 64)),
     )
 )
 def test_configurations_and_tensors_come_back(config: LoraConfig) -> None:
@@ -208,6 +235,32 @@ def test_configurations_and_tensors_come_back(config: LoraConfig) -> None:
     assert all(torch.equal(one, two) for one, two in zip(back.parameters(), lora.parameters(), strict=True))
     layers = 3 if config.layers is None else len(config.layers)
     assert len(lora.state()) == 2 * layers * len(config.target_modules)
+
+
+def test_an_adapter_by_pissa_that_peft_converted_is_plain(tmp_path: Path) -> None:
+    """As trained it needs the weights that PiSSA left, and is refused; converted it needs the base's own."""
+    model = tiny_model("llama")
+    home = as_decoder(model)
+    options = {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"q_proj": 2}, "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=3, init_lora_weights="pissa", **options)).eval()
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+        row = make_rows([30])[0]
+        wanted = theirs(torch.tensor([row])).logits[0]
+        theirs.save_pretrained(tmp_path / "trained")
+        theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+        with pytest.raises(InvalidAdapter, match="init_lora_weights = 'pissa'") as caught:
+            LoraConfig.from_peft(json.loads((tmp_path / "trained" / "adapter_config.json").read_text()))
+        assert "path_initial_model_for_weight_conversion" in str(caught.value.hint)
+        config = LoraConfig.from_peft(json.loads((tmp_path / "plain" / "adapter_config.json").read_text()))
+        assert (config.r, config.rank_pattern) == (6, (("q_proj", 4),))
+        lora = Lora.from_state(config, home.config, load_file(tmp_path / "plain" / "adapter_model.safetensors"))
+        torch.testing.assert_close(home.logits(packed_hidden(home, [row], lora)[0]), wanted, atol=5e-5, rtol=1e-5)
 
 
 def test_other_precisions_become_fp32() -> None:
@@ -246,15 +299,18 @@ def test_tensors_that_do_not_fit_are_named() -> None:
     "change",
     [
         {"peft_type": "IA3"},
-        {"use_rslora": True},
+        {"use_rslora": "yes"},
         {"use_dora": True},
         {"fan_in_fan_out": True},
         {"lora_bias": True},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
         {"layers_pattern": "h"},
-        {"rank_pattern": {"q_proj": 8}},
-        {"alpha_pattern": {"q_proj": 8}},
+        {"rank_pattern": {"q_proj": 0}},
+        {"rank_pattern": {"q_proj": 2.5}},
+        {"rank_pattern": ["q_proj"]},
+        {"alpha_pattern": {"q_proj": "8"}},
+        {"alpha_pattern": {"q_proj(": 8}},
         {"exclude_modules": ["k_proj"]},
         {"target_parameters": ["mlp.experts"]},
         {"trainable_token_indices": [1, 2]},
@@ -281,12 +337,14 @@ def test_options_that_cannot_be_served_are_named(change: dict[str, Any]) -> None
         LoraConfig.from_peft(stored)
     ((name, value),) = change.items()
     assert error.value.param == name
-    assert (value[-1] if name == "target_modules" and value else str(value)) in error.value.message
+    shown = next(iter(value)) if name.endswith("_pattern") and name != "layers_pattern" else value
+    assert (value[-1] if name == "target_modules" and value else str(shown)) in error.value.message
 
 
 def test_every_option_of_the_installed_peft_is_decided_on() -> None:
     """A new one is either read, refused, or found here to change nothing about what is served."""
     read = {"peft_type", "target_modules", "r", "lora_alpha", "layers_to_transform", "lora_dropout"}
+    read |= {"use_rslora", "rank_pattern", "alpha_pattern"}
     harmless = {
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
         *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),

@@ -16,7 +16,7 @@ from fortwo.models import kernels, nf4
 from fortwo.models.choice import Choice
 from fortwo.models.decoder import Decoder, DecoderConfig, forms_of
 from fortwo.models.forms import Dense, Dequantised, Regions, Weight
-from fortwo.models.lora import LoraConfig
+from fortwo.models.lora_config import LoraConfig
 from fortwo.models.nf4 import BLOCK, LEVELS, SHARED, Nf4, dynamic_map, plain
 from fortwo.train.objective import Row, losses
 from tests.parts import as_decoder, gradients, make_rows, random_lora, trainable

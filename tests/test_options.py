@@ -12,12 +12,11 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from fortwo.errors import InvalidRequest
-from fortwo.models.lora import TARGETS
+from fortwo.models.lora_config import TARGETS
 from fortwo.train.options import (
     LORA_KEYS,
     LORA_REFUSED,
     OPTIMIZERS,
-    TARGET_MODULES,
     TRAINING_KEYS,
     TRAINING_REFUSED,
     read_lora,
@@ -39,8 +38,7 @@ def test_every_key_of_peft_and_transformers_is_known() -> None:
     assert not set(TRAINING_KEYS) & set(TRAINING_REFUSED)
 
 
-def test_modules_and_optimizers_are_the_ones_that_exist() -> None:
-    assert set(TARGET_MODULES) == set(TARGETS)
+def test_optimizers_are_ones_that_exist() -> None:
     assert set(OPTIMIZERS) <= {name.value for name in OptimizerNames}
 
 
@@ -78,10 +76,8 @@ def test_a_training_key_in_lora_config_is_sent_home() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "remedy"),
     [
-        ("use_rslora", True, "lora_alpha"),
         ("use_dora", True, "plain LoRA"),
-        ("rank_pattern", {"q_proj": 4}, "one r"),
-        ("alpha_pattern", {"q_proj": 4}, "one lora_alpha"),
+        ("init_lora_weights", "pissa", "PEFT"),
         ("init_lora_weights", "gaussian", "PEFT"),
         ("init_lora_weights", False, "PEFT"),
         ("modules_to_save", ["lm_head"], "target_modules"),
@@ -152,6 +148,8 @@ NAN, INF = float("nan"), float("inf")
         *((read_lora, "lora_config", "lora_dropout", bad) for bad in (1.0, -0.1, NAN, "0")),
         *((read_lora, "lora_config", "bias", bad) for bad in ("all", None)),
         *((read_lora, "lora_config", "task_type", bad) for bad in ("SEQ_CLS", None)),
+        *((read_lora, "lora_config", "use_rslora", bad) for bad in (1, "true", None)),
+        *((read_lora, "lora_config", "rank_pattern", bad) for bad in ([], "q_proj", 8)),
     ],
 )
 def test_bad_values_name_field_value_and_remedy(read: Any, section: str, key: str, value: Any) -> None:
@@ -169,8 +167,31 @@ def test_target_modules_that_do_not_exist_are_refused(bad: Any) -> None:
     assert "q_proj" in error.hint
 
 
+@pytest.mark.parametrize(
+    ("pattern", "value", "said"),
+    [
+        ("rank_pattern", {"q_proj": 0}, "rank_pattern['q_proj'] = 0 is not a whole number"),
+        ("rank_pattern", {"v_proj": 8, "q_proj": 1.5}, "rank_pattern['q_proj'] = 1.5 is not a whole number"),
+        ("rank_pattern", {"q_proj": True}, "rank_pattern['q_proj'] = True is not"),
+        ("alpha_pattern", {"q_proj": 0}, "alpha_pattern['q_proj'] = 0 is not a number above 0"),
+        ("alpha_pattern", {"q_proj": None}, "alpha_pattern['q_proj'] = None is not"),
+        ("rank_pattern", {"q_proj(": 8}, "rank_pattern = 'q_proj(' is not a regular expression"),
+    ],
+)
+def test_patterns_name_the_entry_that_is_wrong(pattern: str, value: Any, said: str) -> None:
+    error = refusal(read_lora, {pattern: value})
+    assert error.param.startswith(f"lora_config.{pattern}")
+    assert said in error.message
+
+
+def test_patterns_are_read_as_peft_writes_them() -> None:
+    given = {"rank_pattern": {"^model.layers.0.*": 4, "q_proj": 8}, "alpha_pattern": {"q_proj": 0.5}}
+    assert read_lora(given) == given
+    assert read_lora({"rank_pattern": None, "alpha_pattern": {}}) == {"rank_pattern": {}, "alpha_pattern": {}}
+
+
 def test_all_linear_is_every_projection() -> None:
-    assert read_lora({"target_modules": "all-linear"}) == {"target_modules": TARGET_MODULES}
+    assert read_lora({"target_modules": "all-linear"}) == {"target_modules": TARGETS}
 
 
 @pytest.mark.parametrize(

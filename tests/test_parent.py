@@ -13,9 +13,10 @@ from serving import Served, refused
 
 from fortwo.errors import InvalidRequest
 from fortwo.models.lora import Lora
+from fortwo.models.lora_config import TARGETS
 from fortwo.records import Checkpoint, Dataset, Fact, Plan
-from fortwo.train.loop import Trained, lora_config, teach
-from fortwo.train.options import TARGET_MODULES
+from fortwo.train.adapter import lora_config
+from fortwo.train.loop import Trained, teach
 from fortwo.train.parent import Parent
 from fortwo.train.plan import resolve
 from fortwo.train.recipes import OVERRIDE
@@ -55,12 +56,26 @@ def test_the_shape_is_the_parents_and_a_plan_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("r", 16), ("lora_alpha", 16), ("target_modules", ["q_proj"]), ("target_modules", "all-linear")]
+    ("name", "value"),
+    [
+        *(("r", 16), ("lora_alpha", 16), ("target_modules", ["q_proj"]), ("target_modules", "all-linear")),
+        *(("use_rslora", True), ("rank_pattern", {"q_proj": 4}), ("alpha_pattern", {"q_proj": 4})),
+    ],
 )
 def test_what_contradicts_the_parent_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=f"lora_config.{name} = .* parent = 'a@2'") as caught:
         planned(PARENT, lora_config={name: value})
     assert caught.value.param == f"lora_config.{name}"
+
+
+def test_patterns_are_the_parents_in_their_order() -> None:
+    ranks = {"layers.0.*": 4, "q_proj": 2}
+    parent = replace(PARENT, use_rslora=True, rank_pattern=ranks)
+    made = planned(parent)
+    assert (setting(made, "use_rslora"), setting(made, "rank_pattern")) == ((True, "parent"), (ranks, "parent"))
+    assert planned(parent, lora_config={"rank_pattern": ranks})["rank_pattern"] == ranks
+    with pytest.raises(InvalidRequest, match=r"lora_config\.rank_pattern"):
+        planned(parent, lora_config={"rank_pattern": dict(reversed(ranks.items()))})
 
 
 def test_targets_hold_for_what_the_parent_knows_too() -> None:
@@ -120,7 +135,7 @@ def school(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sch
 
 
 def lesson(school: School, **training: Any) -> Plan:
-    parent = replace(PARENT, r=4, lora_alpha=8, target_modules=TARGET_MODULES)
+    parent = replace(PARENT, r=4, lora_alpha=8, target_modules=TARGETS)
     made = school.plan(DATASET, {"r": 4}, parent=parent, **training)
     return changed(made, **SMALL)
 

@@ -248,6 +248,38 @@ def test_effort_raises_a_recipe_and_what_is_given_still_wins() -> None:
     assert normal.get("effort") is None
 
 
+def test_ranks_and_scales_of_some_modules_are_planned() -> None:
+    options = {"rank_pattern": {"layers.0.mlp.*": 64, "q_proj": 8}, "alpha_pattern": {"(k|v)_proj": 16}}
+    plain, made = plan(examples_42()), plan(examples_42(), lora_config={"use_rslora": True, "r": 16, **options})
+    assert setting(made, "use_rslora") == (True, "user")
+    assert setting(made, "lora_alpha") == (8, "auto")  # twice the square root of r: the same scale as without
+    reasons = {one.name: one.reason for one in made.settings}
+    assert "decides r of 33 of 210 modules" in reasons["rank_pattern"]
+    assert "decides lora_alpha of 60 of 210 modules" in reasons["alpha_pattern"]
+    assert from_json(json.loads(json.dumps(to_json(made)))) == made
+    assert (plain["use_rslora"], plain["rank_pattern"], plain["alpha_pattern"]) == (False, {}, {})
+    doubled = plan(examples_42(), lora_config={"r": 16, "rank_pattern": {".*": 32}})
+    assert doubled.computed["bytes"] == plan(examples_42(), lora_config={"r": 32}).computed["bytes"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_pattern": {"qproj": 8}},
+        {"alpha_pattern": {"layers.30.*": 8}},
+        {"rank_pattern": {".*_proj": 8, "q_proj": 4}},
+        {"rank_pattern": {"k_proj": 8}, "target_modules": ["q_proj"]},
+    ],
+)
+def test_a_pattern_that_decides_for_no_module_is_refused(options: dict[str, Any]) -> None:
+    pattern, key = next((name, list(value)[-1]) for name, value in options.items())
+    with pytest.raises(InvalidRequest) as caught:
+        plan(examples_42(), lora_config=options)
+    assert caught.value.param == f"lora_config.{pattern}"
+    assert f"{pattern}[{key!r}] = {options[pattern][key]} decides for no module" in caught.value.message
+    assert "model.layers.0.self_attn.q_proj" in caught.value.message
+
+
 def test_effort_in_fine_tuning_is_more_passes() -> None:
     made = plan(mixed(20), effort="max")
     assert setting(made, "num_train_epochs") == (2 * SFT.num_train_epochs, "effort")

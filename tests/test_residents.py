@@ -24,9 +24,11 @@ from fortwo.models.catalog import Catalog
 from fortwo.models.choice import FORMS, Measurements
 from fortwo.models.decoder import DecoderConfig
 from fortwo.models.forms import Dequantised, Weight
-from fortwo.models.lora import Lora, LoraConfig
+from fortwo.models.lora import Lora
+from fortwo.models.lora_config import LoraConfig
 from fortwo.models.tiles import Tiles
-from fortwo.records import AdapterVersion, Json, Message, Phase, Prompt, Sampling
+from fortwo.prompts import Prompt, Sampling
+from fortwo.records import AdapterVersion, Json, Message, Phase
 from fortwo.settings import Settings, load
 
 CONFIG = LoraConfig(r=2, alpha=4)
@@ -425,6 +427,26 @@ def test_the_adapter_that_was_asked_for_least_recently_gives_way(house: House) -
     assert loaded(house) == {"one", "three"}
     assert house.ask("two") == replies["two"]
     assert loaded(house) == {"two", "three"}
+
+
+@pytest.mark.parametrize("house", [{"max_adapters": 1}], indirect=True)
+def test_an_adapter_that_is_about_to_be_asked_never_gives_way(house: House) -> None:
+    fill(house, "one", "two")
+    target = house.residents.resolve("one")
+    assert house.residents.hold(target)
+    assert house.residents.hold(target)
+    house.residents.release(target)
+    with pytest.raises(Unavailable):
+        house.residents.resolve("two")
+    with pytest.raises(Conflict):
+        house.residents.unload_adapter("one")
+    house.residents.release(target)
+    house.residents.resolve("two")
+    assert loaded(house) == {"two"}
+    assert not house.residents.hold(target)
+    base = house.residents.resolve("tiny")
+    assert house.residents.hold(base)
+    house.residents.release(base)
 
 
 @pytest.mark.parametrize("house", [{"max_adapters": 1}], indirect=True)

@@ -14,14 +14,17 @@ from torch import Tensor
 
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence as Running
-from fortwo.models.lora import Lora, LoraConfig
+from fortwo.models.lora import Lora
+from fortwo.models.lora_config import LoraConfig
 from tests.parts import decoder, make_rows, packed_hidden, random_lora
 
 CLOSE = {"atol": 2e-5, "rtol": 0}
 LORAS: dict[str, Lora] = {
     "a": random_lora(decoder(), 1),
     "b": random_lora(decoder(), 2, LoraConfig(r=2, alpha=8, target_modules=("q_proj", "down_proj"))),
-    "c": random_lora(decoder(), 3, LoraConfig(r=3, alpha=6, layers=(1,))),
+    "c": random_lora(
+        decoder(), 3, LoraConfig(r=3, alpha=6, layers=(1,), use_rslora=True, rank_pattern=(("k_proj", 5),))
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, Top
 from fortwo.data.vocabulary import Vocabulary
 from fortwo.engine.sampling import Chosen, Sampler, _nucleus, choose
 from fortwo.errors import UnsupportedModel
-from fortwo.records import NOT_NUMBERS, Sampling
+from fortwo.prompts import NOT_NUMBERS, Sampling
 
 PROBABILITIES = [0.05, 0.4, 0.1, 0.3, 0.15]
 LOGITS = torch.tensor(PROBABILITIES).log()

@@ -9,7 +9,7 @@ import pytest
 from serving import Served, chunks, refused
 from tiny import VOCABULARY
 
-from fortwo.records import Logprob
+from fortwo.prompts import Logprob
 from fortwo.server.openai.logprobs import TextLogprobs
 
 CONTEXT = 1024

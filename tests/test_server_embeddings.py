@@ -17,7 +17,7 @@ from serving import Served, refused, serve, tiny_settings
 from tiny import VOCABULARY
 
 from fortwo.models.lora import Lora
-from fortwo.records import Prompt
+from fortwo.prompts import Prompt
 from fortwo.server.openai.embeddings import TOGETHER, TOKENS, _portions
 from tests.parts import packed_hidden
 from tests.test_server_load import until

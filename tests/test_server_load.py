@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import random
@@ -176,6 +177,56 @@ def test_who_waits_for_a_model_to_load_is_in_nobodys_way(tiny: Path, tmp_path: P
                 assert other.get("/api/models").status_code == 200
             assert not any(one.done() for one in waiting)
         assert {one.result().status_code for one in waiting} == {200}
+
+
+def test_who_waits_for_a_model_to_load_has_a_place_until_he_hangs_up(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fortwo.engine.engine.RUNNING", 1)
+    settings = tiny_settings(tmp_path, tiny, queue=1)
+    Catalog(settings).add("cold", tiny)
+    with serve(settings) as served:
+        served.house.residents.load_base("tiny")
+        clients = [http.client.HTTPConnection(served.url.removeprefix("http://")) for _ in range(2)]
+        with served.house.residents._changing:  # as whoever loads holds it
+            for stream, client in enumerate(clients):
+                body = json.dumps(asked("hello", model="cold", stream=bool(stream)))
+                client.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+            until(lambda: served.house.admission.open == 2)
+            refused(served.chat(), 429, "queue_full")
+            clients[0].close()
+            until(lambda: served.house.admission.open == 1)
+            assert served.chat().status_code == 200
+        answer = clients[1].getresponse()
+        assert answer.status == 200
+        assert answer.read().endswith(b"data: [DONE]\n\n")
+        clients[1].close()
+        until(lambda: served.house.admission.open == 0)
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "embeddings"])
+def test_who_waits_for_a_model_past_the_deadline_is_told(tiny: Path, tmp_path: Path, path: str) -> None:
+    settings = tiny_settings(tmp_path, tiny, request_timeout=0.2)
+    Catalog(settings).add("cold", tiny)
+    said = {
+        "chat/completions": asked("hello", stream=True),
+        "completions": {"prompt": ["a", "b"], "n": 2},
+        "embeddings": {"input": ["a", "b"]},
+    }[path]
+    with serve(settings) as served, served.house.residents._changing:
+        late = served.post(f"/v1/{path}", said | {"model": "cold"})
+        assert "0.2 seconds" in refused(late, 504, "deadline_exceeded")
+        assert served.house.admission.open == 0
+
+
+def test_who_waits_for_a_model_when_the_server_ends_is_told(tiny: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, tiny)
+    Catalog(settings).add("cold", tiny)
+    with serve(settings) as served, ThreadPoolExecutor(1) as pool, served.house.residents._changing:
+        waiting = pool.submit(served.post, "/v1/chat/completions", asked("hello", model="cold"))
+        until(lambda: served.house.admission.open == 1)
+        served.server.should_exit = True
+        assert "shutting down" in refused(waiting.result(), 503, "unavailable")
 
 
 def test_a_tokenizer_without_logprobs_is_refused_before_anything_is_asked(tiny: Path, tmp_path: Path) -> None:

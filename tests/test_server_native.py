@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from serving import Served, refused, serve, tiny_settings
 
-from fortwo.models.lora import Lora, LoraConfig
+from fortwo.models.lora import Lora
+from fortwo.models.lora_config import LoraConfig
 from fortwo.records import AdapterVersion
 
 CONFIG = LoraConfig(r=2, alpha=4)
@@ -249,3 +250,24 @@ def test_only_allowed_folders_and_names_are_taken(served: Served, tmp_path: Path
     refused(load(served, "tiny", tmp_path), 400, "invalid_request", "adapter_name")
     refused(load(served, "../x", tmp_path), 400, "invalid_request", "adapter_name")
     refused(load(served, "", tmp_path), 400, "invalid_request", "lora_name")
+
+
+def test_an_adapter_that_is_evicted_before_it_was_asked_is_loaded_again(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(tiny_settings(tmp_path, tiny, max_adapters=1)) as served:
+        publish(served, "one")
+        publish(served, "two", 1)
+        wanted, residents, held = say(served, "one"), served.house.residents, []
+        hold = residents.hold
+
+        def late(target: Any) -> bool:
+            if not held:
+                residents.load_adapter("two")
+            held.append(hold(target))
+            return held[-1]
+
+        monkeypatch.setattr(residents, "hold", late)
+        assert say(served, "one") == wanted
+        assert held == [False, True]
+        residents.load_adapter("two")  # nobody holds it any more

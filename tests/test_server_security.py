@@ -41,26 +41,39 @@ def test_what_only_looks_like_loopback_is_not(host: str) -> None:
     assert not is_loopback(host)
 
 
-def test_with_a_key_everything_but_health_needs_it(tiny: Path, tmp_path: Path) -> None:
+def test_with_a_key_everything_but_health_and_the_page_needs_it(tiny: Path, tmp_path: Path) -> None:
     with serve(tiny_settings(tmp_path, tiny, api_key="s3cret")) as served:
         assert served.http.get("/healthz").json() == {"status": "ok"}
         for header in (None, "", "s3cret", "Bearer", "Bearer wrong", "Bearer s3cre", "Basic s3cret", "Bearer ключ"):
             headers = {} if header is None else {"Authorization": header.encode()}
-            for path in (
-                "/v1/models",
-                "/api/models",
-                "/docs",
-                "/docs/files/swagger-ui.css",
-                "/openapi.json",
-                "/nowhere",
-            ):
+            for path in ("/v1/models", "/api/models", "/docs/", "/docs/nowhere", "/openapi", "/nowhere"):
                 response = served.http.get(path, headers=headers)
                 refused(response, 401, "invalid_api_key")
                 assert response.headers["www-authenticate"] == "Bearer"
+        for path in ("/docs", "/docs/files/swagger-ui.css", "/docs/files/swagger-ui-bundle.js", "/openapi.json"):
+            assert served.http.get(path).status_code == 200
+        for path in ("/docs/files/../../v1/models", "/docs/files/%2E%2E/%2E%2E/v1/models", "/docs/files//v1/models"):
+            assert served.http.get(path).status_code in (401, 404)
         for header in ("Bearer s3cret", "bearer s3cret"):
             assert served.http.get("/v1/models", headers={"Authorization": header}).status_code == 200
         foreign = {"Authorization": "Bearer s3cret", "Host": "my.site", "Origin": "https://my.site"}
         assert served.http.get("/v1/models", headers=foreign).status_code == 200
+
+
+def test_with_a_key_the_page_can_ask_for_it_and_send_it(tiny: Path, tmp_path: Path, served: Served) -> None:
+    """As Swagger UI does: it reads where the key goes from the document, and sends it with each path that says so."""
+    with serve(tiny_settings(tmp_path, tiny, api_key="s3cret")) as guarded:
+        document = guarded.http.get("/openapi.json").json()
+        ((name, scheme),) = document["components"]["securitySchemes"].items()
+        assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+        for path, methods in document["paths"].items():
+            for method, operation in methods.items():
+                needed = operation.get("security")
+                assert needed == (None if path == "/healthz" else [{name: []}]), path
+                if method == "get" and "{" not in path and not path.endswith("/events"):
+                    sent = {"Authorization": "Bearer s3cret"} if needed else {}
+                    assert guarded.http.get(path, headers=sent).status_code == 200, path
+    assert "securitySchemes" not in served.http.get("/openapi.json").json()["components"]
 
 
 def test_a_key_may_have_any_letters(tiny: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fortwo.engine.scheduler import Sequence as Running
 from fortwo.models import kernels
 from fortwo.models.choice import Choice
 from fortwo.models.decoder import Decoder
-from fortwo.models.lora import LoraConfig
+from fortwo.models.lora_config import LoraConfig
 from fortwo.models.step import Step
 from tests.parts import as_decoder, decoder, make_rows, random_lora
 from tests.tiny import tiny_model

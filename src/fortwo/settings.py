@@ -24,7 +24,9 @@ class Settings(BaseSettings):
     home: Path = Field(default_factory=_home, description="Where models, adapters and the database live.")
     host: str = Field("127.0.0.1", description="Address to listen on; anything beyond loopback needs an api_key.")
     port: int = Field(5001, ge=0, le=65535, description="Port to listen on.")
-    api_key: SecretStr | None = Field(None, description="When set, every request needs `Authorization: Bearer <key>`.")
+    api_key: SecretStr | None = Field(
+        None, description="When set, all but `/healthz` and the page at `/docs` needs `Authorization: Bearer <key>`."
+    )
     database_url: str | None = Field(None, description="SQLAlchemy URL; default is SQLite under home.")
     data_dirs: tuple[Path, ...] = Field(
         default_factory=lambda: (Path.cwd(),), description="Folders that dataset paths may name, besides home/data."

@@ -35,7 +35,7 @@ def value(thing: Any) -> str:
     if isinstance(thing, list | tuple):
         return ", ".join(value(item) for item in thing)
     if isinstance(thing, dict):
-        return ", ".join(f"{key} {value(item)}" for key, item in thing.items())
+        return ", ".join(f"{key} {value(item)}" for key, item in thing.items()) or "-"
     return str(thing)
 
 

@@ -29,7 +29,8 @@ from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, shares
 from fortwo.engine.tasks import Task
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from fortwo.models.lora import Lora
-from fortwo.records import Delta, FinishReason, Prompt, TrainEvent
+from fortwo.prompts import Delta, FinishReason, Prompt
+from fortwo.records import TrainEvent
 
 log = logging.getLogger(__name__)
 _MALLOC_OPTIONS = ((-8, 1), (-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20))  # arenas, mmap and trim thresholds, padding
@@ -117,7 +118,7 @@ class _Base:
 
 
 class Engine:
-    """records.Serving, for any thread. threads: CPU threads of the device owner, None for torch's choice."""
+    """prompts.Serving, for any thread. threads: CPU threads of the device owner, None for torch's choice."""
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = CORES if threads is None else threads

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fortwo.errors import FortwoError
-from fortwo.records import Delta, FinishReason, Logprob, Prompt
+from fortwo.prompts import Delta, FinishReason, Logprob, Prompt
 
 log = logging.getLogger(__name__)
 CONTEXT = 8  # tokens of the prompt that decide how a text that continues it begins
@@ -83,7 +83,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Reply:
-    """records.Generation. `tokens` are all that were generated, a closing stop token included; `text` is without it.
+    """prompts.Generation. `tokens` are all that were generated, a closing stop token included; `text` is without it.
 
     cached_tokens: how many of the prompt's were not computed, since the cache had them. room: how many tokens fit, by
     max_tokens and the context; with none it ends once the prompt is computed. on_delta is called on the engine's

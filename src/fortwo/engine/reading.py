@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fortwo.engine.sampling import logprobs
 from fortwo.models.decoder import Decoder
-from fortwo.records import Logprob, Prompt
+from fortwo.prompts import Logprob, Prompt
 
 LOGITS = 256  # tokens whose logits are in memory at once
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
@@ -17,21 +18,20 @@ import torch
 from torch import Tensor
 
 from fortwo.adapters import AdapterStore
-from fortwo.data.packing import PackedAttention, pack
 from fortwo.data.render import Renderer
+from fortwo.engine.effect import ROUNDING, check, effect
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
 from fortwo.models import weights
 from fortwo.models.catalog import Catalog
 from fortwo.models.decoder import Decoder, DecoderConfig
-from fortwo.models.lora import Lora, LoraConfig, Segment
+from fortwo.models.lora import Lora
+from fortwo.models.lora_config import LoraConfig
 from fortwo.models.measure import memory, serving
 from fortwo.models.weights import Progress
-from fortwo.records import AdapterVersion, Json, Message
+from fortwo.records import AdapterVersion, Json
 from fortwo.settings import Settings
-
-ROUNDING = 1e-6  # a relative change of the logits below this is no effect
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Resident:
 
 @dataclass(frozen=True)
 class Target:
-    """Who answers a request. adapter_key: as in records.Prompt; name: as the request said it."""
+    """Who answers a request. adapter_key: as in prompts.Prompt; name: as the request said it."""
 
     resident: Resident
     adapter_key: str | None
@@ -106,6 +106,8 @@ class Residents:
         self._loading: str | None = None
         self._bases: dict[str, Resident] = {}
         self._adapters: dict[str, AdapterState] = {}
+        self._held: Counter[str] = Counter()  # adapters that are about to be asked, by digest
+        self._holding = threading.Lock()  # whoever holds one, or lets go of one that nobody holds
         self._asked: dict[str, int] = {}  # when each adapter was asked for last, by its digest
         self._now = count()
         self._most = settings.max_adapters
@@ -147,6 +149,22 @@ class Residents:
             return None
         self._asked[version.digest] = next(self._now)
         return Target(resident, version.digest, model)
+
+    def hold(self, target: Target) -> bool:
+        """Keep its adapter in memory until `release`; False if it has gone since `resolve`. Does not wait."""
+        key = target.adapter_key
+        if key is None:
+            return True
+        with self._holding:
+            if here := key in self._adapters:
+                self._held[key] += 1
+        return here
+
+    def release(self, target: Target) -> None:
+        if (key := target.adapter_key) is not None:
+            with self._holding:
+                self._held[key] -= 1
+                self._held += Counter()  # forgets what nobody holds
 
     def load_base(self, id: str, progress: Progress | None = None) -> Resident:
         """The base in memory, fetched and converted first if need be; progress as in Catalog.prepare."""
@@ -206,12 +224,12 @@ class Residents:
             resident = self.base_of(version)
             decoder = resident.decoder
             lora = Lora.from_state(LoraConfig.from_peft(config), decoder.config, tensors, decoder.device)
-            _check(version, lora)
-            effect = self._engine.call(lambda: _effect(resident, lora)).result()
-            if not effect >= ROUNDING:
+            check(version, lora)
+            moved = self._engine.call(lambda: effect(decoder, resident.renderer, lora)).result()
+            if not moved >= ROUNDING:
                 raise InvalidAdapter(
                     f"adapter {version.id!r} changes nothing: on a probe the logits of {resident.id!r} move by "
-                    f"{effect:.1e} of their size",
+                    f"{moved:.1e} of their size",
                     hint="It was hardly trained; its report and plan say why.",
                 )
             if not self._make_room():
@@ -288,17 +306,17 @@ class Residents:
         return len(self._adapters) < self._most
 
     def _drop(self, key: str, base: str) -> int:
-        """Forget an adapter unless requests run on it; how many do."""
+        """Forget an adapter unless requests run on it or are about to; how many do."""
 
         def detach() -> int:
-            requests = self._engine.requests(base, key)
-            if not requests:
-                self._engine.detach(base, key)
+            with self._holding:
+                requests = self._held[key] or self._engine.requests(base, key)
+                if not requests:
+                    self._engine.detach(base, key)
+                    del self._adapters[key], self._asked[key]
             return requests
 
-        if not (requests := self._engine.call(detach).result()):
-            del self._adapters[key], self._asked[key]
-        return requests
+        return self._engine.call(detach).result()
 
     def _serving(self, version: AdapterVersion) -> Resident | None:
         """The base that has this version attached, with the weights it was trained on."""
@@ -336,33 +354,6 @@ class Residents:
             f"{version.base_model!r} has digest {found}",
             hint="Train it again on this base, or add the base it was trained on: fortwo models add ID PATH",
         )
-
-
-def _check(version: AdapterVersion, lora: Lora) -> None:
-    """Raises InvalidAdapter for tensors that cannot have an effect, or only a bad one."""
-    tensors = lora.state()
-    if not tensors:
-        raise InvalidAdapter(f"adapter {version.id!r} matches no module of its base")
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise InvalidAdapter(f"tensor {name!r} of adapter {version.id!r} holds nan or infinite values")
-    if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
-        raise InvalidAdapter(
-            f"adapter {version.id!r} changes nothing: lora_B is zero everywhere", hint="It was never trained."
-        )
-
-
-@torch.no_grad()
-def _effect(resident: Resident, lora: Lora) -> float:
-    """How much the adapter moves the logits of a probe, relative to the largest. On the device's thread."""
-    decoder, tokens = resident.decoder, resident.renderer.prompt([Message("user", "Hello")])
-    packed = pack([tokens, tokens], decoder.device, prefix=0)
-    adapted_rows = torch.arange(len(tokens), 2 * len(tokens), device=decoder.device)
-    hidden_TD = decoder.forward(
-        packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config), [Segment(lora, adapted_rows)]
-    )
-    plain_V, adapted_V = decoder.logits(hidden_TD[packed.last_places()])
-    return float((adapted_V - plain_V).abs().max() / plain_V.abs().max())
 
 
 def _bytes(lora: Lora) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fortwo.engine.generation import Constraint
-from fortwo.records import NOT_NUMBERS, Logprob, Sampling
+from fortwo.prompts import NOT_NUMBERS, Logprob, Sampling
 
 
 class Chosen(NamedTuple):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from fortwo.errors import InvalidAdapter, InvalidRequest, NotFound
+from fortwo.models.lora_config import LoraConfig
 from fortwo.records import AdapterVersion, Fact
 from fortwo.train.parent import Parent
 
@@ -21,8 +22,6 @@ def find(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Parent]:
 
     Raises NotFound, InvalidRequest or InvalidAdapter for `parent`.
     """
-    from fortwo.models.lora import LoraConfig
-
     if "-" in ref.partition("@")[2]:
         raise InvalidRequest(
             f"parent = {ref!r} is a checkpoint of a job that is not done",
@@ -48,5 +47,8 @@ def find(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Parent]:
         r=config.r,
         lora_alpha=config.alpha,
         target_modules=config.target_modules,
+        use_rslora=config.use_rslora,
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
         facts=_FACTS.validate_python(manifest.get("facts", ())),
     )

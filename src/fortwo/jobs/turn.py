@@ -21,6 +21,7 @@ from fortwo.jobs.diary import Diary, begun, finite
 from fortwo.jobs.store import Job, JobStore, Note
 from fortwo.records import AdapterVersion, Checkpoint, Dataset, Fact, Plan, PlanWarning, TrainEvent
 from fortwo.train import plan as plans
+from fortwo.train.adapter import lora_config
 
 if TYPE_CHECKING:
     from fortwo.adapters import AdapterStore
@@ -141,8 +142,6 @@ class Teacher:
 
     def _keep(self, turn: Turn, checkpoint: Checkpoint, plan: Plan, resident: Resident, diary: Diary) -> None:
         """Write a checkpoint down. A disk that refuses does not end the run, only a pause."""
-        from fortwo.train.loop import lora_config
-
         job = turn.job
         manifest = {
             "adapter_name": job.adapter_name,

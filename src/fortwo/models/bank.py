@@ -8,14 +8,15 @@ Shape suffixes as in `decoder`, and N adapters, M rows of each, r rank. This mod
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fortwo.models.laid import Laid, Rows
-from fortwo.models.lora import Lora, LoraConfig, LoraGroup, Segment, Update
+from fortwo.models.lora import Lora, LoraGroup, Place, Segment, Update
+from fortwo.models.lora_config import LoraConfig
 
 if TYPE_CHECKING:
     from fortwo.models.decoder import DecoderConfig
@@ -29,14 +30,26 @@ APART_COST = 2.5  # an adapter with products of its own; about that much, too, t
 
 @dataclass
 class _Stack:
-    """One fused product of all adapters: A (N, R, I), and (first, past-last column, B (N, r, O)) per target."""
+    """One fused product of all adapters: A (N, R, I), the scale of each of its rows, and B (N, r, O) per target."""
 
+    places: tuple[Place, ...]
+    scale_R: Tensor
     A_NRI: Tensor
-    Bs: list[tuple[int, int, Tensor]]
+    Bs: list[Tensor]
+
+    @classmethod
+    def empty(cls, group: LoraGroup, device: torch.device | str) -> _Stack:
+        scales = [place.scale for place, B_Or in zip(group.places, group.Bs, strict=True) for _ in range(B_Or.shape[1])]
+        return cls(
+            group.places,
+            torch.tensor(scales, device=device),
+            torch.empty(0, *group.A_RI.shape, device=device),
+            [torch.empty(0, *B_Or.t().shape, device=device) for B_Or in group.Bs],
+        )
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.A_NRI, *(B_NrO for *_, B_NrO in self.Bs)]
+        return [self.A_NRI, *self.Bs]
 
 
 class Bank:
@@ -50,14 +63,7 @@ class Bank:
         self._touched = 0  # places that were ever filled
         empty = Lora.init(config, decoder, seed=0)
         self.layers: list[dict[str, _Stack]] = [
-            {
-                name: _Stack(
-                    torch.empty(0, *group.A_RI.shape, device=device),
-                    [(first, last, torch.empty(0, *B_Or.t().shape, device=device)) for first, last, B_Or in group.Bs],
-                )
-                for name, group in groups.items()
-            }
-            for groups in empty.layers
+            {name: _Stack.empty(group, device) for name, group in groups.items()} for groups in empty.layers
         ]
 
     def add(self, key: str, lora: Lora) -> None:
@@ -75,7 +81,7 @@ class Bank:
             for stacks, groups in zip(self.layers, lora.layers, strict=True):
                 for name, stack in stacks.items():
                     stack.A_NRI[place] = groups[name].A_RI
-                    for (*_, B_NrO), (*_, B_Or) in zip(stack.Bs, groups[name].Bs, strict=True):
+                    for B_NrO, B_Or in zip(stack.Bs, groups[name].Bs, strict=True):
                         B_NrO[place] = B_Or.t()
 
     def remove(self, key: str) -> None:
@@ -95,9 +101,7 @@ class Bank:
             self.config,
             [
                 {
-                    name: LoraGroup(
-                        stack.A_NRI[place], [(first, last, B_NrO[place].t()) for first, last, B_NrO in stack.Bs]
-                    )
+                    name: LoraGroup(stack.places, stack.A_NRI[place], [B_NrO[place].t() for B_NrO in stack.Bs])
                     for name, stack in stacks.items()
                 }
                 for stacks in self.layers
@@ -131,7 +135,7 @@ class Bank:
         for stacks in self.layers:
             for stack in stacks.values():
                 stack.A_NRI = resized(stack.A_NRI)
-                stack.Bs = [(first, last, resized(B_NrO)) for first, last, B_NrO in stack.Bs]
+                stack.Bs = [resized(B_NrO) for B_NrO in stack.Bs]
         self._room, self._touched = room, len(self.keys)
 
 
@@ -152,14 +156,14 @@ class Stacked:
         return group in self._bank.layers[layer]
 
     def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
-        stack, config = self._bank.layers[layer][group], self._bank.config
+        stack = self._bank.layers[layer][group]
         N, M = self._shape
         x_NMI = x_TI.index_select(0, self._taken_NM).view(N, M, -1)
-        h_NMR = torch.bmm(x_NMI, stack.A_NRI[:N].transpose(1, 2)).mul_(config.scale)
-        for place, (first, last, B_NrO) in enumerate(stack.Bs):
-            u_NMO = torch.bmm(h_NMR[:, :, place * config.r : (place + 1) * config.r], B_NrO[:N])
+        h_NMR = torch.bmm(x_NMI, stack.A_NRI[:N].transpose(1, 2)).mul_(stack.scale_R)
+        for place, B_NrO in zip(stack.places, stack.Bs, strict=True):
+            u_NMO = torch.bmm(h_NMR[:, :, place.rows], B_NrO[:N])
             u_SO = u_NMO.view(N * M, -1)
-            y_TO[:, first:last].index_add_(0, self._rows, u_SO if self._places is None else u_SO[self._places])
+            y_TO[:, place.columns].index_add_(0, self._rows, u_SO if self._places is None else u_SO[self._places])
 
 
 class Banks:
@@ -179,8 +183,7 @@ class Banks:
         if self._laid is not None:
             self._laid[key] = Laid.of(lora)
             return
-        c = lora.config
-        shape = LoraConfig(c.r, c.alpha, target_modules=c.target_modules, layers=c.layers)
+        shape = replace(lora.config, dropout=0.0)
         if shape not in self._banks:
             self._banks[shape] = Bank(shape, self._decoder, self._device)
         bank = self._banks[shape]

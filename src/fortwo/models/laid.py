@@ -7,7 +7,6 @@ N adapters.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ _NUMBERS = 18  # of step.h's `update`
 
 @dataclass(frozen=True)
 class Laid:
-    """One adapter. flat: for each layer and fused product A as (ranks / 16, in / 2, 16, 2), then each B as
+    """One adapter. flat: for each layer and fused product A, scaled, as (ranks / 16, in / 2, 16, 2), then each B as
     (out / 16, r / 2, 16, 2), with zeros where a rank is odd or ranks are no whole sixteens.
 
     table: step.h's `update` of each layer and fused product (layers, 4, 18).
@@ -32,7 +31,6 @@ class Laid:
 
     flat: Tensor
     table: Tensor
-    scale: float
     groups: tuple[frozenset[str], ...]  # of each layer, those that change
 
     @classmethod
@@ -51,16 +49,18 @@ class Laid:
             for name in GROUPS:
                 numbers, rank = [0], 0
                 if name in groups:
-                    Bs = [(first, last, _padded(B_Or, 1, 2)) for first, last, B_Or in groups[name].Bs]
-                    parts_of_A = groups[name].A_RI.split([B_Or.shape[1] for *_, B_Or in groups[name].Bs])
-                    A_RI = _padded(torch.cat([_padded(A_rI, 0, 2) for A_rI in parts_of_A]), 0, SIXTEEN)
-                    numbers = [len(A_RI), put(_in_pairs(A_RI)), len(Bs)]
-                    for first, last, B_Or in Bs:
-                        numbers += [first, last - first, rank, B_Or.shape[1] // 2, put(_in_pairs(B_Or))]
-                        rank += B_Or.shape[1]
+                    group = groups[name]
+                    As = [_padded(group.A_RI[place.rows] * place.scale, 0, 2) for place in group.places]
+                    A_RI = _padded(torch.cat(As), 0, SIXTEEN)
+                    numbers = [len(A_RI), put(_in_pairs(A_RI)), len(As)]
+                    for place, B_Or in zip(group.places, group.Bs, strict=True):
+                        B_Or = _padded(B_Or, 1, 2)
+                        r, columns = B_Or.shape[1], place.columns
+                        numbers += [columns.start, columns.stop - columns.start, rank, r // 2, put(_in_pairs(B_Or))]
+                        rank += r
                 table.append(numbers + [0] * (_NUMBERS - len(numbers)))
         flat = Regions(0).hold(torch.cat([part.bfloat16() for part in parts]))
-        return cls(flat, torch.tensor(table), lora.config.scale, tuple(frozenset(groups) for groups in lora.layers))
+        return cls(flat, torch.tensor(table), tuple(frozenset(groups) for groups in lora.layers))
 
 
 def _padded(tensor: Tensor, dimension: int, whole: int) -> Tensor:
@@ -78,7 +78,7 @@ def _in_pairs(tensor: Tensor) -> Tensor:
 class Rows:
     """The rows of a forward that adapters answer for: of each adapter, None for all there are.
 
-    adapters_N5 and members are step.h's.
+    adapters_N4 and members are step.h's.
     """
 
     def __init__(self, answering: Sequence[tuple[Laid, Sequence[int] | None]]) -> None:
@@ -88,9 +88,9 @@ class Rows:
         adapters, first = [], 0
         for laid, rows in answering:
             last = first + len(rows or ())
-            adapters.append([laid.table.data_ptr(), laid.flat.data_ptr(), first, last, bits(laid.scale)])
+            adapters.append([laid.table.data_ptr(), laid.flat.data_ptr(), first, last])
             first = last
-        self.adapters_N5 = torch.tensor(adapters)
+        self.adapters_N4 = torch.tensor(adapters)
 
     def changes(self, layer: int, group: str) -> bool:
         return any(group in laid.groups[layer] for laid in self._laid)
@@ -98,13 +98,8 @@ class Rows:
     def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
         if self._whole and len(self.members) != len(x_TI):
             self.members = torch.arange(len(x_TI))
-            self.adapters_N5[0, 3] = len(x_TI)
+            self.adapters_N4[0, 3] = len(x_TI)
         index = layer * len(GROUPS) + list(GROUPS).index(group)
         sizes = len(x_TI), x_TI.shape[1], y_TO.shape[1]
-        told = len(self.adapters_N5), self.adapters_N5, self.members
+        told = len(self.adapters_N4), self.adapters_N4, self.members
         kernels.call("add_updates", None, *told, index, *sizes, x_TI.bfloat16().contiguous(), y_TO)
-
-
-def bits(number: float) -> int:
-    """A double's bits as a whole number."""
-    return int(struct.unpack("q", struct.pack("d", number))[0])

@@ -43,50 +43,43 @@ static inline __m512i nf4_look_up(__m128i codes, __m512i values) { /* 32 of the 
 }
 #endif
 
-/* Blocks first .. first + blocks - 1 as floats. */
-void nf4_dense_float32(long first, long blocks, const uint8_t *codes, const uint8_t *largest, const float *map, const float *scale,
-                       const float *offset, const float *levels, float *out) {
-    normal_floats w = {codes, largest, map, scale, offset, levels, 0};
-#pragma omp parallel for schedule(static) if (blocks * NF4_BLOCK > SERIAL)
-    for (long b = first; b < first + blocks; b++) {
-        const uint8_t *from = codes + b * NF4_BLOCK / 2;
-        float *to = out + (b - first) * NF4_BLOCK, value[16], by = nf4_largest(&w, b);
-        for (int n = 0; n < 16; n++) value[n] = levels[n] * by;
+/* One block: each code becomes its value. */
+static inline void nf4_float32(const uint8_t *codes, const float *value, float *to) {
 #ifdef __AVX512BW__
-        __m512 table = _mm512_loadu_ps(value);
-        for (int i = 0; i < NF4_BLOCK / 2; i += 8) {
-            __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(from + i)));
-            __m512i low = _mm512_slli_epi64(_mm512_and_si512(bytes, _mm512_set1_epi64(15)), 32);
-            _mm512_storeu_ps(to + 2 * i, _mm512_permutexvar_ps(_mm512_or_si512(_mm512_srli_epi64(bytes, 4), low), table));
-        }
-#else
-        for (int i = 0; i < NF4_BLOCK / 2; i++) {
-            to[2 * i] = value[from[i] >> 4];
-            to[2 * i + 1] = value[from[i] & 15];
-        }
-#endif
+    __m512 table = _mm512_loadu_ps(value);
+    for (int i = 0; i < NF4_BLOCK / 2; i += 8) {
+        __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(codes + i)));
+        __m512i low = _mm512_slli_epi64(_mm512_and_si512(bytes, _mm512_set1_epi64(15)), 32);
+        _mm512_storeu_ps(to + 2 * i, _mm512_permutexvar_ps(_mm512_or_si512(_mm512_srli_epi64(bytes, 4), low), table));
     }
+#else
+    for (int i = 0; i < NF4_BLOCK; i++) to[i] = value[codes[i / 2] >> (i % 2 ? 0 : 4) & 15];
+#endif
 }
 
-/* The same as bf16. */
-void nf4_dense_bfloat16(long first, long blocks, const uint8_t *codes, const uint8_t *largest, const float *map, const float *scale,
-                        const float *offset, const float *levels, bf16 *out) {
-    normal_floats w = {codes, largest, map, scale, offset, levels, 0};
-#pragma omp parallel for schedule(static) if (blocks * NF4_BLOCK > SERIAL)
-    for (long b = first; b < first + blocks; b++) {
-        const uint8_t *from = codes + b * NF4_BLOCK / 2;
-        bf16 *to = out + (b - first) * NF4_BLOCK, value[16];
-        float by = nf4_largest(&w, b);
-        for (int n = 0; n < 16; n++) value[n] = to_bf16(levels[n] * by);
+static inline void nf4_bfloat16(const uint8_t *codes, const bf16 *value, bf16 *to) {
 #ifdef __AVX512BW__
-        __m512i table = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)value));
-        for (int i = 0; i < NF4_BLOCK / 2; i += 16)
-            _mm512_storeu_si512(to + 2 * i, nf4_look_up(_mm_loadu_si128((const __m128i *)(from + i)), table));
+    __m512i table = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)value));
+    for (int i = 0; i < NF4_BLOCK / 2; i += 16)
+        _mm512_storeu_si512(to + 2 * i, nf4_look_up(_mm_loadu_si128((const __m128i *)(codes + i)), table));
 #else
-        for (int i = 0; i < NF4_BLOCK / 2; i++) {
-            to[2 * i] = value[from[i] >> 4];
-            to[2 * i + 1] = value[from[i] & 15];
-        }
+    for (int i = 0; i < NF4_BLOCK; i++) to[i] = value[codes[i / 2] >> (i % 2 ? 0 : 4) & 15];
 #endif
-    }
 }
+
+/* Blocks first .. first + blocks - 1 as numbers of a type. */
+#define NF4_DENSE(name, type, from_float)                                                                                        \
+    void nf4_dense_##name(long first, long blocks, const uint8_t *codes, const uint8_t *largest, const float *map,               \
+                          const float *scale, const float *offset, const float *levels, type *out) {                             \
+        normal_floats w = {codes, largest, map, scale, offset, levels, 0};                                                       \
+        _Pragma("omp parallel for schedule(static) if (blocks * NF4_BLOCK > SERIAL)")                                            \
+        for (long b = first; b < first + blocks; b++) {                                                                          \
+            float by = nf4_largest(&w, b);                                                                                       \
+            type value[16];                                                                                                      \
+            for (int n = 0; n < 16; n++) value[n] = from_float(levels[n] * by);                                                  \
+            nf4_##name(codes + b * NF4_BLOCK / 2, value, out + (b - first) * NF4_BLOCK);                                         \
+        }                                                                                                                        \
+    }
+
+NF4_DENSE(float32, float, )
+NF4_DENSE(bfloat16, bf16, to_bf16)

@@ -22,7 +22,6 @@ typedef struct { /* who answers for rows members[first] to members[last - 1]; up
     const update *updates;
     const bf16 *weights;
     long first, last;
-    double scale;
 } adapter;
 
 typedef struct {
@@ -58,8 +57,8 @@ static inline __attribute__((always_inline)) vector add_pairs(vector sums, words
 #endif
 }
 
-/* Sixteen ranks of h = scale A x, for four rows or one. */
-static inline __attribute__((always_inline)) void in_rows(int rows, const long *members, long I, const bf16 *A, float scale, const bf16 *x, bf16 *h,
+/* Sixteen ranks of h = A x, for four rows or one. */
+static inline __attribute__((always_inline)) void in_rows(int rows, const long *members, long I, const bf16 *A, const bf16 *x, bf16 *h,
                                                           long h_row) {
     vector sums[4] = {{0}}; /* of each row, or of every fourth pair of one row */
     int ways = 4 / rows;
@@ -71,10 +70,10 @@ static inline __attribute__((always_inline)) void in_rows(int rows, const long *
     }
     if (rows == 1) sums[0] += sums[1] + sums[2] + sums[3];
     for (int k = 0; k < rows; k++)
-        for (int n = 0; n < WIDTH; n++) h[members[k] * h_row + n] = to_bf16(scale * sums[k][n]);
+        for (int n = 0; n < WIDTH; n++) h[members[k] * h_row + n] = to_bf16(sums[k][n]);
 }
 
-/* h (rows, ranks) = scale A x for the rows of each adapter; shared among the threads that come here. */
+/* h (rows, ranks) = A x for the rows of each adapter; shared among the threads that come here. */
 static void go_in(long N, const adapter *adapters, const long *members, long index, long I, const bf16 *x, bf16 *h, long h_row) {
     long blocks = 0, tiles = h_row / WIDTH;
     for (long n = 0; n < N; n++) blocks = adapters[n].last - adapters[n].first > blocks ? adapters[n].last - adapters[n].first : blocks;
@@ -86,9 +85,9 @@ static void go_in(long N, const adapter *adapters, const long *members, long ind
         long first = task / blocks % tiles * WIDTH, m = one->first + task % blocks * 4;
         if (first >= own->ranks) continue;
         const bf16 *A = one->weights + own->A + first * I;
-        if (one->last - m >= 4) in_rows(4, members + m, I, A, one->scale, x, h + first, h_row);
+        if (one->last - m >= 4) in_rows(4, members + m, I, A, x, h + first, h_row);
         else
-            for (; m < one->last; m++) in_rows(1, members + m, I, A, one->scale, x, h + first, h_row);
+            for (; m < one->last; m++) in_rows(1, members + m, I, A, x, h + first, h_row);
     }
 }
 

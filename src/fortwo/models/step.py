@@ -6,6 +6,7 @@ for comparison. Shape suffixes as in `decoder`, and B rows, L layers.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from fortwo.models import kernels
 from fortwo.models.decoder import Decoder
 from fortwo.models.forms import Grouped, Weight
-from fortwo.models.laid import SIXTEEN, Rows, bits
+from fortwo.models.laid import SIXTEEN, Rows
 from fortwo.models.lora import Update
 
 
@@ -25,7 +26,7 @@ class Step:
         self._decoder = decoder
         self._tables: dict[str, Tensor] = {}  # by form: step.h's layers
         c = decoder.config
-        sizes = [c.layers, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, bits(c.norm_eps)]
+        sizes = [c.layers, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, _bits(c.norm_eps)]
         self._shape = torch.tensor(sizes)
         q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
         held = all(isinstance(weight, Weight) for weight in (decoder.layers[0].qkv_OD, decoder.head))
@@ -56,7 +57,7 @@ class Step:
         if updates:
             (rows,) = updates
             assert isinstance(rows, Rows)
-            told = [len(rows.adapters_N5), rows.adapters_N5, rows.members]
+            told = [len(rows.adapters_N4), rows.adapters_N4, rows.members]
         arguments = (self._shape, self._tables[form], cos_BE, sin_BE, places_LB5, positions_B + 1, *told, x_BD)
         kernels.call("decode_layers", None, B, *arguments)
         return decoder.norm(x_BD)
@@ -77,3 +78,8 @@ _SMALL = ("attention_norm_D", "mlp_norm_D", "qkv_bias_O", "q_norm_E", "k_norm_E"
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _bits(number: float) -> int:
+    """A double's bits as a whole number."""
+    return int(struct.unpack("q", struct.pack("d", number))[0])

@@ -14,6 +14,7 @@ def create_app(house: House) -> FastAPI:
     app = FastAPI(
         title="fortwo",
         description="Teach a local language model one thing, prove that it learned it, and chat with it.",
+        openapi_url=docs.DOCUMENT,
         docs_url=None,  # FastAPI's own page loads its scripts from the internet
         redoc_url=None,
     )
@@ -22,7 +23,7 @@ def create_app(house: House) -> FastAPI:
     app.add_middleware(Door, house=house)
     app.add_middleware(Guard, settings=house.settings)
     for router in (native.router, *openai.routers, vllm.router):
-        app.include_router(router)
+        app.include_router(router, dependencies=docs.declared(house.settings))
 
     @app.get("/healthz", tags=["server"], summary="Whether the server is up; needs no key")
     async def healthz() -> Json:

@@ -5,6 +5,7 @@ One house to a home: a second server there would take the first one's running jo
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -48,6 +49,7 @@ class House:
         self.settings = settings
         self._closing = ExitStack()
         self._loading = CapacityLimiter(1)  # as it is done one at a time
+        self._loads: dict[str, asyncio.Future[Target]] = {}
 
     def open(self) -> None:
         """Build all of it and take up the queue of jobs. This loads torch, but no model."""
@@ -79,12 +81,23 @@ class House:
             self._closing = built.pop_all()
 
     async def resolve(self, model: str) -> Target:
-        """Who answers to this name, loaded if need be. Those who wait for that take no threads that others need.
-        Raises what Residents.resolve does."""
+        """Who answers to this name, loaded if need be. Those who wait for that take no threads that others need, and
+        may go away meanwhile. Raises what Residents.resolve does."""
         target = await run_in_threadpool(self.residents.find, model)
-        if target is None:
-            target = await to_thread.run_sync(self.residents.resolve, model, limiter=self._loading)
-        return target
+        return target if target is not None else await asyncio.shield(self._load(model))
+
+    def _load(self, model: str) -> asyncio.Future[Target]:
+        """One for all who wait for this name."""
+        if (load := self._loads.get(model)) is None:
+            loading = to_thread.run_sync(self.residents.resolve, model, limiter=self._loading)
+            load = self._loads[model] = asyncio.ensure_future(loading)
+            load.add_done_callback(lambda done: self._loaded(model, done))
+        return load
+
+    def _loaded(self, model: str, load: asyncio.Future[Target]) -> None:
+        del self._loads[model]
+        if not load.cancelled():
+            load.exception()  # nobody may be left to hear it
 
     def close(self) -> None:
         """Jobs are interrupted, replies end, then the house is empty."""

@@ -66,9 +66,12 @@ class Best:
 
 @dataclass
 class Run:
-    """What a step changes. saved, saved_at: the step of the last checkpoint, and the clock's seconds then."""
+    """What a step changes. flat_N: all of the adapter, as it is optimized. replies: to siblings, by the step whose exam
+    found leaks (Course.correct's); None of those that are not asked yet. saved, saved_at: the step of the last
+    checkpoint, and the clock's seconds then."""
 
     lora: Lora
+    flat_N: Tensor
     optimizer: torch.optim.Optimizer
     clock: Clock
     best: Best = field(default_factory=Best)
@@ -77,8 +80,7 @@ class Run:
     first_loss: float = 0.0
     final_loss: float = 0.0
     eval_losses: list[EvalLoss] = field(default_factory=list)
-    replies: dict[int, list[list[int]]] = field(default_factory=dict)  # to siblings, by step: Course.correct's
-    leaks: bool = False  # the exam behind this step found some
+    replies: dict[int, list[list[int]] | None] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     saved: int = 0
     saved_at: float = 0.0
@@ -155,7 +157,7 @@ def begin_again(checkpoint: Checkpoint) -> tuple[Clock, dict[tuple[tuple[int, ..
     return Clock(**state["clock"]), known
 
 
-def replies(checkpoint: Checkpoint) -> dict[int, list[list[int]]]:
+def replies(checkpoint: Checkpoint) -> dict[int, list[list[int]] | None]:
     """What the adapter said to siblings, by the step behind which it did."""
     return dict(checkpoint.state["replies"])
 
@@ -179,7 +181,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
                 moments.setdefault(int(place), {})[moment] = tensor.clone()
             case ["best", place]:
                 best[int(place)] = tensor
-    if run.drawn != state["drawn"] or len(moments) > len(run.optimizer.param_groups[0]["params"]):
+    if run.drawn != state["drawn"] or len(moments) > 1:
         raise TrainingFailed(
             f"the checkpoint of step {checkpoint.step} was trained on other rows than this plan now draws",
             hint="fortwo has changed since then. Resume the job: it starts from the beginning.",

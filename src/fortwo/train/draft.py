@@ -11,6 +11,7 @@ from typing import Any
 
 from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.records import Origin, Setting
+from fortwo.train.escalation import mix_of
 from fortwo.train.estimate import TokenCounts, tokens_per_micro_step
 from fortwo.train.options import WITHOUT_WARMUP
 from fortwo.train.parent import Parent
@@ -34,6 +35,10 @@ class Draft:
 
     def __getitem__(self, name: str) -> Any:
         return self.settings[name].value
+
+    def get(self, name: str) -> Any:
+        """None where there is no such setting so far."""
+        return self.settings[name].value if name in self.settings else None
 
     def add(self, name: str, value: Any, origin: Origin, reason: str) -> Any:
         if name in self.raised and origin in ("auto", "default"):
@@ -137,15 +142,16 @@ def choose_batch(
         every = max(1, round(facts * recipe.eval_every * recipe.edit_rows / seen))
         per_exam = f"evaluated after every {recipe.eval_every * recipe.edit_rows} edit rows for each fact"
         draft.add("eval_every", every, "auto", f"steps from one exam of the served adapter to the next: {per_exam}")
-        kept = min(edit, max(recipe.kept_rows, known)) if known else 0
         if known:
+            kept = min(edit, max(recipe.kept_rows, known))
             of_each = "rows that ask for what the parent knows, and as many about siblings"
             draft.add("kept_rows", kept, "auto", f"{of_each}: at least {recipe.kept_rows}, one for each fact")
             draft.add(
                 "kept_pool", recipe.kept_pool, "default", "prompts about each of the parent's facts; and siblings"
             )
-        tokens = (contrast + kept) * recipe.contrast_tokens + rehearsal * recipe.rehearsal_tokens
-        micro_step = tokens_per_micro_step(counts, edit + kept, tokens, contrast + kept + rehearsal)
+        mix = mix_of(draft)
+        held = mix.siblings * recipe.contrast_tokens + mix.rehearsal * recipe.rehearsal_tokens
+        micro_step = tokens_per_micro_step(counts, mix.asking, held, mix.siblings + mix.rehearsal)
     else:
         size = min(recipe.per_device_train_batch_size, rows)
         batch = draft.choose(name, size, f"{size} of {rows} rows at once", "auto")

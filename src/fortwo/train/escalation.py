@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from fortwo.records import Escalation, Plan
 
@@ -41,8 +42,17 @@ class Mix:
     rate: float = 1.0
 
     @property
+    def asking(self) -> int:
+        """Rows that ask for a fact."""
+        return self.edit + self.kept
+
+    @property
+    def siblings(self) -> int:
+        return self.contrast + self.kept
+
+    @property
     def rows(self) -> int:
-        return self.edit + self.contrast + self.rehearsal + 2 * self.kept
+        return self.asking + self.siblings + self.rehearsal
 
 
 @dataclass(frozen=True)
@@ -55,15 +65,22 @@ class Round:
     before: dict[str, float]
 
 
-def mix_of(plan: Plan) -> Mix:
-    """As the plan has it."""
+class Settings(Protocol):
+    """Of a plan, or of one in the making."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
+    def get(self, name: str, /) -> Any: ...
+
+
+def mix_of(settings: Settings) -> Mix:
+    """As they have it."""
     return Mix(
-        edit=plan["per_device_train_batch_size"],
-        contrast=plan["contrast_rows"],
-        rehearsal=plan["rehearsal_rows"],
-        kept=plan.get("kept_rows") or 0,
-        question_share=plan["question_share"],
-        keep_weight=plan["kl_weight"],
+        edit=settings["per_device_train_batch_size"],
+        contrast=settings["contrast_rows"],
+        rehearsal=settings["rehearsal_rows"],
+        kept=settings.get("kept_rows") or 0,
+        question_share=settings["question_share"],
+        keep_weight=settings["kl_weight"],
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -121,20 +121,20 @@ def seconds(tokens: int, recipe: Recipe, facts: int, exams: int, machine: Machin
 
 
 def memory_bytes(
-    base: BaseFacts, micro_step: float, r: int, modules: Sequence[str], bf16: bool, checkpointing: bool
+    base: BaseFacts, micro_step: float, ranks: Mapping[str, float], bf16: bool, checkpointing: bool
 ) -> int:
     """The process, the base's weights and what is made of them to train on, the adapter with its gradient and AdamW's
     moments, and what backward needs of one micro-step of so many tokens; the logits are never there together. What an
     evaluation takes for keys and values is not in it: serving's own bound holds for that.
 
-    checkpointing: of every layer what it reads, and all of one layer.
+    ranks: of each module that is adapted. checkpointing: of every layer what it reads, and all of one layer.
     """
     element = 2 if bf16 else FLOAT
-    adapter = base.layers * r * sum(sum(base.shape(module)) for module in modules)
+    adapter = base.layers * sum(r * sum(base.shape(module)) for module, r in ranks.items())
     sums, inputs = 2 * base.hidden, 2 * base.hidden + 2 * base.q + 2 * base.kv + 3 * base.intermediate
     layer = micro_step * (FLOAT * sums + element * inputs)
     # the adapter's matrices as a product has them: each B as high as the fused product
-    layer += element * r * sum(base.shape(module)[0] + base.fused(module) for module in modules)
+    layer += element * sum(r * (base.shape(module)[0] + base.fused(module)) for module, r in ranks.items())
     kept = base.layers * layer
     if checkpointing:
         kept = layer + base.layers * micro_step * (FLOAT + element) * base.hidden

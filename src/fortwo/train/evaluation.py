@@ -22,20 +22,16 @@ from fortwo.facts.lesson import Probes
 from fortwo.facts.subject import holds
 from fortwo.models.decoder import Decoder
 from fortwo.models.lora import Lora, Segment
+from fortwo.prompts import NOT_NUMBERS, Generation, Prompt, Sampling, Serving
 from fortwo.records import (
-    NOT_NUMBERS,
     Example,
     Fact,
     FactReport,
-    Generation,
     Message,
     Metric,
     MicroStepped,
     OneHop,
-    Prompt,
     Report,
-    Sampling,
-    Serving,
     TrainEvent,
     Transcript,
     Waiting,

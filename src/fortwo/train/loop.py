@@ -20,7 +20,8 @@ from torch import Tensor
 from fortwo.data.render import Renderer
 from fortwo.facts import metrics
 from fortwo.models.decoder import Decoder
-from fortwo.models.lora import Lora, LoraConfig
+from fortwo.models.lora import Lora
+from fortwo.prompts import Serving
 from fortwo.records import (
     Checkpoint,
     Dataset,
@@ -31,12 +32,12 @@ from fortwo.records import (
     Phase,
     Plan,
     Report,
-    Serving,
     Stepped,
     TrainEvent,
     Waiting,
 )
 from fortwo.train import checkpoints, courses
+from fortwo.train.adapter import lora_config
 from fortwo.train.checkpoints import Clock, Run
 from fortwo.train.escalation import WORDS, mix_at, next_round, told
 from fortwo.train.estimate import MICRO_TOKENS
@@ -128,7 +129,8 @@ def teach(
         )
         clock.preparing += time.perf_counter() - began
         yield Phase("running")
-        run = Run(lora, _optimizer(lora, plan), clock)
+        flat_N = lora.flatten()
+        run = Run(lora, flat_N, _optimizer(flat_N, plan), clock)
         if resumed is not None:
             run.rounds = checkpoints.rounds_of(resumed)
             run.replies = checkpoints.replies(resumed)
@@ -136,8 +138,6 @@ def teach(
                 if course.correct is not None and step - 1 in run.replies:
                     yield from course.correct(key, run.replies[step - 1])
                 run.draw(course.draw(mix_at(course.mix, run.rounds, step)))
-            if course.correct is not None and resumed.step in run.replies:
-                yield from course.correct(key, run.replies[resumed.step])
             checkpoints.restore(run, resumed)
         actual = yield from _train(served, decoder, run, course, plan, key, saving)
         yield Phase("evaluating")
@@ -161,18 +161,9 @@ def teach(
     return Trained(lora, report, report.metrics, actual, metrics.met(report.metrics, plan.targets))
 
 
-def lora_config(plan: Plan) -> LoraConfig:
-    return LoraConfig(
-        r=plan["r"],
-        alpha=plan["lora_alpha"],
-        dropout=plan["lora_dropout"],
-        target_modules=tuple(plan["target_modules"]),
-    )
-
-
-def _optimizer(lora: Lora, plan: Plan) -> torch.optim.Optimizer:
+def _optimizer(flat_N: Tensor, plan: Plan) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        [lora.flatten()],
+        [flat_N],
         lr=plan["learning_rate"],
         betas=(plan["adam_beta1"], plan["adam_beta2"]),
         eps=plan["adam_epsilon"],
@@ -193,9 +184,8 @@ def _train(
     while stopped is None:
         if run.step == run.last(plan) and (why := (yield from _escalated(run, course, plan))):
             break
-        if course.correct is not None and run.leaks:
-            run.replies[run.step] = yield from course.correct(key, run.replies.get(run.step))
-            run.leaks = False
+        if course.correct is not None and run.step in run.replies:
+            run.replies[run.step] = yield from course.correct(key, run.replies[run.step])
         if saving is not None:
             yield from _stand_still(served, run, saving)
         run.step += 1
@@ -274,7 +264,8 @@ def _evaluated(
         run.best.offer(found["score"].value, run.step, run.lora.parameters(), shares)
         stopped = "targets" if metrics.met(found, plan.targets, EARLY_MARGIN) else None
         kept = {name: target for name, target in plan.targets.items() if name == "specificity"}
-        run.leaks = not metrics.met(found, kept, EARLY_MARGIN)
+        if not metrics.met(found, kept, EARLY_MARGIN):
+            run.replies.setdefault(run.step, None)
     return (yield from _validated(served, run, course, plan)) or stopped
 
 
@@ -348,7 +339,7 @@ def _step(
         seconds += time.perf_counter() - began
     began = time.perf_counter()
     limit = plan["max_grad_norm"] if plan["max_grad_norm"] > 0 else math.inf
-    norm = float(torch.nn.utils.clip_grad_norm_(run.optimizer.param_groups[0]["params"], limit))
+    norm = float(torch.nn.utils.clip_grad_norm_(run.flat_N, limit))
     loss = learn + mix.keep_weight * keep
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise diverged(

@@ -1,22 +1,20 @@
-"""What `lora_config` and `training_config` may say: PEFT's and transformers' keys, honoured or refused by name.
-
-The lists are written down here, so that no peer has to be imported to know them; tests hold them against the
-installed PEFT and transformers.
-"""
+"""What `lora_config` and `training_config` may say: PEFT's and transformers' keys, honoured or refused by name."""
 
 from __future__ import annotations
 
 import difflib
 import math
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fortwo.errors import InvalidRequest
+from fortwo.models.lora_config import TARGETS, expression
+from fortwo.train.refused import LORA_REFUSED, TRAINING_REFUSED, Refused
 from fortwo.train.schedule import POLYNOMIAL_END, SCHEDULES
 
-TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 WITHOUT_WARMUP = ("constant",)
 SAVE_STRATEGIES = ("no", "steps", "epoch")
@@ -76,10 +74,12 @@ _LORA: dict[str, _Kind] = {
     "r": _Number(1, 4096, "16", whole=True),
     "lora_alpha": _Number(0, 1_000_000, "32", above_low=True),
     "lora_dropout": _Number(0, 1, "0.05", below_high=True),
+    "use_rslora": _Flag(),
     "bias": _Word(("none",)),
     "task_type": _Word(("CAUSAL_LM",)),
 }
-LORA_KEYS = (*_LORA, "target_modules")
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # and what each says for some of the modules
+LORA_KEYS = (*_LORA, "target_modules", *PATTERNS)
 
 _TRAINING: dict[str, _Kind] = {
     "num_train_epochs": _Number(0, 1_000_000, "3", above_low=True),
@@ -114,127 +114,6 @@ TRAINING_KEYS = tuple(_TRAINING)
 _MAY_BE_NONE = ("eval_strategy", "eval_steps", "early_stopping_patience")  # which is to leave them out
 
 
-@dataclass(frozen=True)
-class _Refused:
-    """Known keys that fortwo cannot honour, with the way out, and the values that ask for nothing."""
-
-    keys: str
-    remedy: str
-    neutral: tuple[Any, ...] = (None, False)
-
-
-_PEFT_REFUSED = (
-    _Refused("use_rslora", "Leave it out and give lora_alpha for scale lora_alpha / r: r * 2 is a good start."),
-    _Refused("use_dora lora_bias use_qalora", "Leave it out: fortwo trains plain LoRA."),
-    _Refused("rank_pattern alpha_pattern", "Give one r and one lora_alpha for all modules.", (None, {})),
-    _Refused("init_lora_weights", "Leave it out: A starts random and B at zero, as PEFT does for true.", (True,)),
-    _Refused("fan_in_fan_out", "Leave it out: no supported model has Conv1D layers."),
-    _Refused(
-        "exclude_modules layers_to_transform layers_pattern target_parameters trainable_token_indices modules_to_save",
-        "Say what is adapted with target_modules alone; it holds for all layers.",
-        (None, [], {}, ""),
-    ),
-    _Refused(
-        "auto_mapping base_model_name_or_path revision peft_version",
-        "Leave it out: the base model is the request's `model`, and fortwo writes the adapter's metadata itself.",
-        (None,),
-    ),
-    _Refused("inference_mode", "Leave it out: an adapter in training is not in inference mode."),
-    _Refused("peft_type", "Leave it out or give LORA.", (None, "LORA")),
-    _Refused(
-        "loftq_config eva_config corda_config lora_ga_config velora_config monteclora_config kasa_config arrow_config "
-        "use_bdlora layer_replication alora_invocation_tokens megatron_config ensure_weight_tying",
-        "Leave it out: fortwo trains plain LoRA.",
-        (None, False, {}, []),
-    ),
-    _Refused("megatron_core", "Leave it out: fortwo does not run Megatron.", (None, "megatron.core")),
-    _Refused("qalora_group_size", "Leave it out: fortwo trains plain LoRA.", (None, 16)),
-    _Refused("runtime_config", "Leave it out: nothing is offloaded.", (None, {}, {"ephemeral_gpu_offload": False})),
-)
-
-_TRANSFORMERS_REFUSED = (
-    _Refused(
-        "fp16 bf16_full_eval fp16_full_eval tf32 fp16_opt_level fp16_backend half_precision_backend",
-        "Leave it out and give bf16: training multiplies in bf16 or fp32, serving in fp32.",
-    ),
-    _Refused(
-        "gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs auto_find_batch_size "
-        "torch_empty_cache_steps",
-        "To save memory give gradient_checkpointing true, or a smaller per_device_train_batch_size and more "
-        "gradient_accumulation_steps.",
-        (None, False, {}, {"use_reentrant": False}),
-    ),
-    _Refused(
-        "torch_compile torch_compile_backend torch_compile_mode torchdynamo use_liger_kernel liger_kernel_config "
-        "use_cache use_ipex jit_mode_eval",
-        "Leave it out: fortwo brings its own kernels.",
-    ),
-    _Refused(
-        "logging_strategy logging_steps logging_first_step logging_dir logging_nan_inf_filter log_level "
-        "log_level_replica log_on_each_node disable_tqdm report_to run_name project trackio_space_id "
-        "trackio_bucket_id trackio_static_space_id include_num_input_tokens_seen include_tokens_per_second "
-        "skip_memory_metrics debug",
-        "Leave it out: every step is reported at /api/training/jobs/{job_id}/events.",
-        (None, False, "no", "none", "", []),
-    ),
-    _Refused(
-        "evaluation_strategy eval_delay eval_on_start eval_do_concat_batches "
-        "eval_use_gather_object eval_accumulation_steps per_device_eval_batch_size per_gpu_eval_batch_size "
-        "prediction_loss_only include_for_metrics include_inputs_for_metrics batch_eval_metrics do_eval do_predict",
-        "Say what must be reached with objective.targets, and hold rows back with validation_split and eval_strategy.",
-        (None, False, "no", []),
-    ),
-    _Refused(
-        "metric_for_best_model greater_is_better",
-        "Leave it out: the best is what has the lowest eval_loss.",
-        (None, False, "eval_loss", "loss"),
-    ),
-    _Refused("do_train", "Leave it out: starting a job trains.", (None, True)),
-    _Refused(
-        "output_dir overwrite_output_dir save_only_model save_on_each_node enable_jit_checkpoint push_to_hub "
-        "push_to_hub_model_id push_to_hub_organization push_to_hub_token hub_token hub_private_repo "
-        "hub_model_id hub_strategy hub_always_push hub_revision",
-        "Leave it out: the adapter is published in the adapter store under adapter_name.",
-        (None, False, "no", ""),
-    ),
-    _Refused("save_safetensors", "Leave it out: nothing is ever pickled.", (None, True)),
-    _Refused(
-        "resume_from_checkpoint restore_callback_states_from_checkpoint ignore_data_skip",
-        "Leave it out and use POST /api/training/jobs/{job_id}/resume.",
-    ),
-    _Refused(
-        "dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
-        "dataloader_prefetch_factor dataloader_multiprocessing_context remove_unused_columns label_names "
-        "group_by_length length_column_name dispatch_batches split_batches data_seed",
-        "Leave it out: rows are in memory, packed without padding and shuffled by `seed`.",
-    ),
-    _Refused("dataloader_in_order", "Leave it out: rows come in the order that `seed` gives.", (None, True)),
-    _Refused("train_sampling_strategy", "Leave it out: rows are shuffled by `seed`.", (None, "random")),
-    _Refused(
-        "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap deepspeed accelerator_config "
-        "parallelism_config average_tokens_across_devices ddp_find_unused_parameters ddp_bucket_cap_mb "
-        "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout sharded_ddp local_rank tpu_num_cores "
-        "tpu_metrics_debug mp_parameters ray_scope past_index",
-        "Leave it out: one process trains on one device.",
-        (None, False, -1, "", []),
-    ),
-    _Refused("use_cpu no_cuda use_mps_device", "Choose the device with FORTWO_DEVICE when starting the server."),
-    _Refused("per_gpu_train_batch_size", "Give per_device_train_batch_size."),
-    _Refused("full_determinism", "Leave it out and give `seed`."),
-    _Refused("adafactor", "Leave it out: the optimizer is AdamW."),
-    _Refused("optim_args optim_target_modules", "Give adam_beta1, adam_beta2 and adam_epsilon.", (None,)),
-    _Refused("lr_scheduler_kwargs", "Choose an lr_scheduler_type that needs none.", (None, {})),
-    _Refused("label_smoothing_factor", "Leave it out: the loss is plain cross-entropy.", (None, 0, 0.0)),
-    _Refused("neftune_noise_alpha", "Leave it out: use lora_dropout against over-fitting.", (None,)),
-)
-
-
-def _by_key(groups: tuple[_Refused, ...]) -> dict[str, _Refused]:
-    return {key: group for group in groups for key in group.keys.split()}
-
-
-LORA_REFUSED = _by_key(_PEFT_REFUSED)
-TRAINING_REFUSED = _by_key(_TRANSFORMERS_REFUSED)
 _ALIASES = {
     "lr": "learning_rate",
     "rank": "r",
@@ -254,6 +133,9 @@ def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: _checked(f"lora_config.{key}", value, _LORA.get(key)) for key, value in config.items()}
     if "target_modules" in given:
         given["target_modules"] = _target_modules(given["target_modules"])
+    for key, of in PATTERNS.items():
+        if key in given:
+            given[key] = _pattern(f"lora_config.{key}", given[key], _LORA[of])
     return given
 
 
@@ -339,7 +221,7 @@ def _check_keys(
     config: Mapping[str, Any],
     section: str,
     honoured: tuple[str, ...],
-    refused: Mapping[str, _Refused],
+    refused: Mapping[str, Refused],
     other: Mapping[str, tuple[str, ...]],
 ) -> None:
     for key, value in config.items():
@@ -358,7 +240,7 @@ def _check_keys(
             )
 
 
-def _nearest(key: str, honoured: tuple[str, ...], refused: Mapping[str, _Refused]) -> str:
+def _nearest(key: str, honoured: tuple[str, ...], refused: Mapping[str, Refused]) -> str:
     if _ALIASES.get(key) in honoured:
         return _ALIASES[key]
     close = difflib.get_close_matches(key, (*honoured, *refused), 1, 0.8)
@@ -374,15 +256,31 @@ def _checked(param: str, value: Any, kind: _Kind | None) -> Any:
 
 
 def _target_modules(value: Any) -> tuple[str, ...]:
-    param, known = "lora_config.target_modules", ", ".join(TARGET_MODULES)
+    param, known = "lora_config.target_modules", ", ".join(TARGETS)
     if value == "all-linear":
-        return TARGET_MODULES
+        return TARGETS
     if not isinstance(value, list | tuple) or not value:
         raise _refusal(param, value, "is not a list of modules", f'Give some of {known}, or "all-linear" for all.')
     for name in value:
-        if name not in TARGET_MODULES:
+        if name not in TARGETS:
             raise _refusal(param, name, "is not a module that can be adapted", f"Give some of {known}.")
     return tuple(dict.fromkeys(value))
+
+
+def _pattern(param: str, value: Any, number: _Kind) -> dict[str, float]:
+    if value is None:  # which PEFT writes for none
+        return {}
+    if not isinstance(value, Mapping):
+        hint = 'Give an object of module names and numbers such as {"q_proj": 8}, or leave it out.'
+        raise _refusal(param, value, "is not an object", hint)
+    for key, item in value.items():
+        try:
+            expression(key)
+        except re.error as error:
+            hint = "Give a module's name, the end of one, or a regular expression for it."
+            raise _refusal(param, key, f"is not a regular expression: {error}", hint) from None
+        _checked(f"{param}[{key!r}]", item, number)
+    return dict(value)
 
 
 def _refusal(param: str, value: Any, problem: str, remedy: str) -> InvalidRequest:

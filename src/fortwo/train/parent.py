@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fortwo.errors import InvalidRequest
 from fortwo.facts.siblings import same_subject
 from fortwo.records import Fact, Plan, PlanWarning
 
-SHAPE = ("r", "lora_alpha", "target_modules")  # of the tensors, which a run cannot change
+# of the tensors, which a run cannot change
+SHAPE = ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,9 @@ class Parent:
     lora_alpha: float
     target_modules: tuple[str, ...]
     facts: tuple[Fact, ...] = ()
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, float] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -38,7 +43,8 @@ def check_shape(parent: Parent, given: Mapping[str, Any]) -> None:
     """Raises InvalidRequest naming what was given that the parent's tensors are not."""
     for name, value in parent.shape.items():
         wanted = given.get(name, value)
-        if wanted != value and (name != "target_modules" or set(wanted) != set(value)):
+        same = set(wanted) == set(value) if name == "target_modules" else _ordered(wanted) == _ordered(value)
+        if not same:
             raise InvalidRequest(
                 f"lora_config.{name} = {_shown(wanted)} and parent = {parent.id!r} contradict each other: the run "
                 f"starts from its tensors, of {name} {_shown(value)}",
@@ -83,5 +89,10 @@ def objections(plan: Plan, parent: Parent) -> Iterator[PlanWarning]:
         )
 
 
+def _ordered(value: Any) -> Any:
+    """Of a pattern the first key that matches decides."""
+    return list(value.items()) if isinstance(value, Mapping) else value
+
+
 def _shown(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, list | tuple) else f"{value:g}"
+    return ", ".join(value) if isinstance(value, list | tuple) else json.dumps(value)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.facts.subject import find_subject, holds
 from fortwo.records import Dataset, Example, Json, Origin, Plan, PlanWarning, Setting
+from fortwo.train.adapter import choose_adapter, mean_ranks
 from fortwo.train.diagnosis import diagnose, foresee
 from fortwo.train.draft import (
     Draft,
@@ -41,7 +42,7 @@ from fortwo.train.estimate import (
     size,
     tokens_per_epoch,
 )
-from fortwo.train.options import TARGET_MODULES, read_lora, read_training
+from fortwo.train.options import read_lora, read_training
 from fortwo.train.parent import Parent, check_objective, check_shape, objections
 from fortwo.train.recipes import REASONS, raised_by, recipe_of
 from fortwo.train.request import TrainingRequest
@@ -90,12 +91,7 @@ def resolve(
     if held:
         kept = places(len(counts.rows), held, draft.given.get("seed", recipe.seed))
         counts = replace(counts, rows=RowCounts(row for place, row in enumerate(counts.rows) if place not in kept))
-    r = draft.choose("r", recipe.r, REASONS["r"])
-    draft.choose("lora_alpha", plain(r * recipe.scale), f"{recipe.scale:g} times r = {r}", "auto")
-    draft.choose("lora_dropout", recipe.lora_dropout, REASONS["lora_dropout"])
-    modules = draft.choose("target_modules", TARGET_MODULES, "all projections: no part of the network is left out")
-    draft.choose("bias", "none", "plain LoRA")
-    draft.choose("task_type", "CAUSAL_LM", "the base model writes text")
+    adapter = choose_adapter(draft, recipe, base.layers)
 
     draft.choose("gradient_accumulation_steps", 1, "rows are packed: a step is one pass")
     facts = max(1, len(subjects))
@@ -111,7 +107,8 @@ def resolve(
     bf16 = draft.choose("bf16", machine.bf16, REASONS["bf16"], "auto")
     longest = max(row.prompt + row.answer for row in counts.rows) - counts.prefix
     together = min(micro_step, counts.prefix + max(MICRO_TOKENS, longest))
-    needed = _checkpointing(draft, machine, lambda again: memory_bytes(base, together, r, modules, bf16, again))
+    ranks = mean_ranks(adapter, base.layers)
+    needed = _checkpointing(draft, machine, lambda again: memory_bytes(base, together, ranks, bf16, again))
     targets = choose_targets(draft, request, recipe, len(dataset.kept))
     choose_saving(draft, steps, steps_per_epoch)
     draft.add_rest()

@@ -14,7 +14,7 @@ class Recipe:
     """Names are PEFT's and transformers' where those have one."""
 
     r: int = 16
-    scale: float = 2.0  # lora_alpha / r
+    scale: float = 2.0  # of the update: lora_alpha / r
     lora_dropout: float = 0.0
     learning_rate: float = 2e-4
     lowest_rate: float = 2e-5  # a peak below this hardly moves a LoRA
@@ -131,6 +131,9 @@ def raised_by(recipe: Recipe) -> frozenset[str]:
 
 REASONS = {
     "r": "rank of the update: holds a fact with room to spare and stays small on disk",
+    "use_rslora": "PEFT's default: the update is scaled by lora_alpha / r; true: by lora_alpha / sqrt(r)",
+    "rank_pattern": "another r for some modules: PEFT's patterns, the end of a module's name or a regular expression",
+    "alpha_pattern": "another lora_alpha for some modules, as rank_pattern; r and lora_alpha hold for the rest",
     "lora_dropout": "a short run of a small adapter needs none",
     "lr_scheduler_type": "falls smoothly to zero, so the last steps settle what the first ones learned",
     "weight_decay": "a LoRA starts from no update at all; nothing to shrink",

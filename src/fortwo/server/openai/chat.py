@@ -13,7 +13,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BeforeValidator, Field, model_validator
 
 from fortwo.errors import InvalidRequest
-from fortwo.records import Delta, Json, Message, Prompt
+from fortwo.prompts import Delta, Prompt
+from fortwo.records import Json, Message
 from fortwo.server.house import Here
 from fortwo.server.openai import logprobs
 from fortwo.server.openai.logprobs import Bytes
@@ -112,10 +113,10 @@ class ChatRequest(Parameters):
 @router.post("/chat/completions", response_model=None, summary="Chat with a base model or an adapter")
 async def chat(request: Request, house: Here, body: ChatRequest) -> Response:
     with_usage = body.with_usage()
-    target = await house.resolve(body.model)
-    prompts, bytes_of = await run_in_threadpool(_ask, target, body)
-    replies = Replies(house, prompts, body.choices, streamed=bool(body.stream))
-    await replies.submit()
+    replies = Replies(house, request, body.choices, streamed=bool(body.stream))
+    async with replies.answerer(body.model) as target:
+        prompts, bytes_of = await run_in_threadpool(_ask, target, body)
+        await replies.submit(prompts, body.choices)
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": target.name}
     if body.stream:
         frame |= {"object": "chat.completion.chunk"} | ({"usage": None} if with_usage else {})
@@ -127,7 +128,7 @@ async def chat(request: Request, house: Here, body: ChatRequest) -> Response:
             "logprobs": _logprobs(bytes_of, reply),
             "finish_reason": reply.finish_reason,
         }
-        for index, reply in enumerate(await replies.whole(request))
+        for index, reply in enumerate(await replies.whole())
     ]
     return JSONResponse(frame | {"object": "chat.completion", "choices": choices, "usage": replies.usage()})
 

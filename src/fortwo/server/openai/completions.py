@@ -14,7 +14,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, model_validator
 
 from fortwo.errors import InvalidRequest
-from fortwo.records import Delta, Json, Prompt
+from fortwo.prompts import Delta, Prompt
+from fortwo.records import Json
 from fortwo.server.house import Here
 from fortwo.server.openai.logprobs import TextLogprobs
 from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Texts, only
@@ -55,10 +56,10 @@ class CompletionRequest(Parameters):
 @router.post("/completions", response_model=None, summary="Continue a text with a base model or an adapter")
 async def completions(request: Request, house: Here, body: CompletionRequest) -> Response:
     with_usage = body.with_usage()
-    target = await house.resolve(body.model)
-    prompts, writers = await run_in_threadpool(_ask, target, body)
-    replies = Replies(house, prompts, body.choices, streamed=bool(body.stream))
-    await replies.submit()
+    replies = Replies(house, request, len(body.prompt) * body.choices, streamed=bool(body.stream))
+    async with replies.answerer(body.model) as target:
+        prompts, writers = await run_in_threadpool(_ask, target, body)
+        await replies.submit(prompts, body.choices)
     frame: Json = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -68,7 +69,7 @@ async def completions(request: Request, house: Here, body: CompletionRequest) ->
     if body.stream:
         frame |= {"usage": None} if with_usage else {}
         return Stream(replies, _chunks(replies, writers, frame), frame | {"choices": []} if with_usage else None)
-    choices = [writers[index].choice(index, reply) for index, reply in enumerate(await replies.whole(request))]
+    choices = [writers[index].choice(index, reply) for index, reply in enumerate(await replies.whole())]
     return JSONResponse(frame | {"choices": choices, "usage": replies.usage()})
 
 

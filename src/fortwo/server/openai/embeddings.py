@@ -6,7 +6,6 @@ go on with text. Inputs go the way of prompts, some at a time, so that chats get
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import struct
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from fortwo.records import Json, Prompt, Sampling
+from fortwo.prompts import Prompt, Sampling
+from fortwo.records import Json
 from fortwo.server.house import Here
 from fortwo.server.openai.parameters import Model, Strict, Texts, only, room
 from fortwo.server.openai.replies import Replies
@@ -46,15 +46,16 @@ class EmbeddingRequest(Strict):
 
 @router.post("/embeddings", response_model=None, summary="Texts as vectors, by a base model or an adapter")
 async def embeddings(request: Request, house: Here, body: EmbeddingRequest) -> JSONResponse:
-    target = await house.resolve(body.model)
-    prompts = await run_in_threadpool(_ask, target, body)
-    deadline = asyncio.get_running_loop().time() + house.settings.request_timeout
+    replies = Replies(house, request, min(len(body.input), TOGETHER))
     vectors: list[tuple[float, ...]] = []
-    for portion in _portions(prompts):
-        replies = Replies(house, portion, 1, streamed=False, deadline=deadline)
-        await replies.submit()
-        await replies.whole(request)
-        vectors += replies.embeddings()
+    async with replies.answerer(body.model) as target:
+        prompts = await run_in_threadpool(_ask, target, body)
+        for portion in _portions(prompts):
+            if vectors:
+                replies = Replies(house, request, len(portion), deadline=replies.deadline)
+            await replies.submit(portion)
+            await replies.whole()
+            vectors += replies.embeddings()
     tokens = sum(len(prompt.tokens) for prompt in prompts)
     return await run_in_threadpool(_answer, target, body, vectors, tokens)  # a million numbers take a second to write
 

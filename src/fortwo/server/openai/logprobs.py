@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Iterable, Sequence
 
-from fortwo.records import Json, Logprob
+from fortwo.prompts import Logprob
+from fortwo.records import Json
 
 Bytes = Callable[[int], bytes]  # of a token
 

@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from fortwo.errors import InvalidRequest
-from fortwo.records import Json, Prompt, Sampling
+from fortwo.prompts import Prompt, Sampling
+from fortwo.records import Json
 
 if TYPE_CHECKING:
     from fortwo.engine.residents import Target

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -19,50 +19,88 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fortwo.errors import DeadlineExceeded, FortwoError, Unavailable
-from fortwo.records import Delta, Generation, Json, Prompt
+from fortwo.prompts import Delta, Generation, Prompt
+from fortwo.records import Json
 from fortwo.server.errors import unexpected
 from fortwo.server.house import House
+
+if TYPE_CHECKING:
+    from fortwo.engine.residents import Target
 
 KEEP_ALIVE_SECONDS = 15  # a stream is never silent for longer: proxies cut what is
 T = TypeVar("T")
 
 
 class Replies:
-    """Of `prompts`, each asked `n` times in a row. deadline: by the loop's clock; None for what the settings say.
-    Raises what Admission.enter does."""
+    """At most `most` of them, which have their places from now on, while a model is loaded too. deadline: by the loop's
+    clock; None for what the settings say. Raises what Admission.enter does."""
 
     def __init__(
-        self, house: House, prompts: Sequence[Prompt], n: int, streamed: bool, deadline: float | None = None
+        self, house: House, request: Request, most: int, streamed: bool = False, deadline: float | None = None
     ) -> None:
-        self._engine = house.engine
-        self._admission = house.admission
+        self._house = house
+        self._request = request
         self._timeout = house.settings.request_timeout
-        self._prompts = prompts
-        self._n = n
+        self._places = most
         self._streamed = streamed
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
         self._generations: list[Generation] = []
         self._heard: asyncio.Queue[tuple[int, Delta] | FortwoError | None] = asyncio.Queue()
-        self._admission.enter(self, len(prompts))
+        self._finding: asyncio.Future[Target] | None = None
+        self._cut_by: FortwoError | None = None
+        self._house.admission.enter(self, most)
         self.deadline = self._began + self._timeout if deadline is None else deadline
         self._too_late_timer = self._loop.call_at(self.deadline, self._too_late)
         self._keep_alive_timer: asyncio.TimerHandle | None = None
 
-    async def submit(self) -> None:
-        """Ask. Raises what Engine.submit does; then nothing was asked."""
+    @asynccontextmanager
+    async def answerer(self, model: str) -> AsyncIterator[Target]:
+        """Who answers to this name, loaded if need be, and not evicted while it is asked. Raises what House.resolve
+        does, and why it could not be waited for."""
+        residents = self._house.residents
+        try:
+            while not residents.hold(target := await self._found(model)):
+                pass  # evicted in the meantime
+            try:
+                yield target
+            finally:
+                residents.release(target)
+        except BaseException:
+            self._give_back()
+            self.close()
+            raise
+
+    async def _found(self, model: str) -> Target:
+        self._finding = asyncio.ensure_future(_unless_gone(self._request.receive, self._house.resolve(model)))
+        try:
+            return await self._finding
+        except asyncio.CancelledError:
+            if self._cut_by is None:
+                raise
+            raise self._cut_by from None
+
+    async def submit(self, prompts: Sequence[Prompt], n: int = 1) -> None:
+        """Ask; each prompt comes `n` times in a row. Raises what Engine.submit does; then nothing was asked."""
+        self._prompts, self._n = prompts, n
         try:
             await run_in_threadpool(self._submit)  # a schema takes a while to read
         except BaseException:
-            self._admission.leave(self, len(self._prompts) - len(self._generations))
             self.close()
             raise
+        finally:
+            self._give_back()
         if self._streamed:
             self._keep_alive_timer = self._loop.call_later(KEEP_ALIVE_SECONDS, self._keep_alive)
 
     def _submit(self) -> None:
         for index, prompt in enumerate(self._prompts):
-            self._generations.append(self._engine.submit(prompt, partial(self._hand_over, index)))
+            self._generations.append(self._house.engine.submit(prompt, partial(self._hand_over, index)))
+
+    def _give_back(self) -> None:
+        """The places of replies that were not asked for."""
+        self._house.admission.leave(self, self._places - len(self._generations))
+        self._places = len(self._generations)
 
     def _hand_over(self, index: int, delta: Delta) -> None:
         """On the device's thread."""
@@ -72,7 +110,7 @@ class Replies:
     def _hear(self, index: int, delta: Delta) -> None:
         self._heard.put_nowait((index, delta))
         if delta.finish_reason is not None:
-            self._admission.leave(self, 1, self._loop.time() - self._began)
+            self._house.admission.leave(self, 1, self._loop.time() - self._began)
 
     # ------------------------------------------------------------ their ends
 
@@ -98,7 +136,10 @@ class Replies:
 
     def _cut(self, error: FortwoError) -> None:
         self.close()
+        self._cut_by = error
         self._heard.put_nowait(error)
+        if self._finding is not None:
+            self._finding.cancel()
 
     def _keep_alive(self) -> None:
         self._heard.put_nowait(None)
@@ -119,7 +160,7 @@ class Replies:
                 left -= heard[1].finish_reason is not None
             yield heard
 
-    async def whole(self, request: Request) -> list[Delta]:
+    async def whole(self) -> list[Delta]:
         """Each reply as one delta, in order. Raises when one did not come to its own end, or the client hung up."""
 
         async def ends() -> None:
@@ -127,7 +168,7 @@ class Replies:
                 pass
 
         try:
-            await _unless_gone(request.receive, ends())
+            await _unless_gone(self._request.receive, ends())
         finally:
             self.close()
         return [_joined(list(generation.deltas())) for generation in self._generations]

@@ -1,0 +1,41 @@
+"""Whether an adapter from the disk can have the effect that it was trained for."""
+
+from __future__ import annotations
+
+import torch
+
+from fortwo.data.packing import PackedAttention, pack
+from fortwo.data.render import Renderer
+from fortwo.errors import InvalidAdapter
+from fortwo.models.decoder import Decoder
+from fortwo.models.lora import Lora, Segment
+from fortwo.records import AdapterVersion, Message
+
+ROUNDING = 1e-6  # a relative change of the logits below this is no effect
+
+
+def check(version: AdapterVersion, lora: Lora) -> None:
+    """Raises InvalidAdapter for tensors that cannot have an effect, or only a bad one."""
+    tensors = lora.state()
+    if not tensors:
+        raise InvalidAdapter(f"adapter {version.id!r} matches no module of its base")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InvalidAdapter(f"tensor {name!r} of adapter {version.id!r} holds nan or infinite values")
+    if not any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name):
+        raise InvalidAdapter(
+            f"adapter {version.id!r} changes nothing: lora_B is zero everywhere", hint="It was never trained."
+        )
+
+
+@torch.no_grad()
+def effect(decoder: Decoder, renderer: Renderer, lora: Lora) -> float:
+    """How much the adapter moves the logits of a probe, relative to the largest. On the device's thread."""
+    tokens = renderer.prompt([Message("user", "Hello")])
+    packed = pack([tokens, tokens], decoder.device, prefix=0)
+    adapted_rows = torch.arange(len(tokens), 2 * len(tokens), device=decoder.device)
+    hidden_TD = decoder.forward(
+        packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config), [Segment(lora, adapted_rows)]
+    )
+    plain_V, adapted_V = decoder.logits(hidden_TD[packed.last_places()])
+    return float((adapted_V - plain_V).abs().max() / plain_V.abs().max())
