@@ -120,7 +120,7 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
     everyday = trained_rehearsal((*facts, *known))
     rehearsal = yield from _keep(
         served,
-        [Contrast(prompt) for prompt in rng.sample(everyday, min(REHEARSAL_POOL, len(everyday)))],
+        [Contrast(prompt) for prompt in rng.sample(everyday, min(REHEARSAL_POOL * len(facts), len(everyday)))],
         plan["rehearsal_tokens"],
     )
     everything = chain(*given, *framed, *kept, contrast, rehearsal)
