@@ -103,10 +103,12 @@ class OverrideRecipe(Recipe):
         }
 
     def for_facts(self, facts: int) -> OverrideRecipe:
-        """The same for so many facts in one adapter, which share what each step keeps: the other facts are siblings
-        too. Each has one edit row more, up to twice as many; pools and probes together grow as the steps do."""
+        """The same for so many facts in one adapter, which share what each step keeps. The other facts are siblings
+        too: each has an edit row in place of a contrast row, up to twice as many edit rows. Pools and probes of all
+        together grow as the steps do."""
         growth = 1 + self.more_facts * (facts - 1)
         cycle = round(self.eval_every * growth)
+        swapped = min(facts - 1, self.edit_rows)
 
         def of_each(count: int) -> int:
             return math.ceil(count * growth / facts)
@@ -115,7 +117,8 @@ class OverrideRecipe(Recipe):
             self,
             max_steps=cycle * (self.max_steps // self.eval_every),
             eval_every=cycle,
-            edit_rows=min(self.edit_rows + facts - 1, 2 * self.edit_rows),
+            edit_rows=self.edit_rows + swapped,
+            contrast_rows=self.contrast_rows - swapped,
             contrast_pool=of_each(self.contrast_pool),
             probes=of_each(self.probes),
             preparation_tokens=of_each(self.preparation_tokens),
