@@ -104,8 +104,8 @@ class OverrideRecipe(Recipe):
 
     def for_facts(self, facts: int) -> OverrideRecipe:
         """The same for so many facts in one adapter, which share what each step keeps. The other facts are siblings
-        too: each has an edit row in place of a contrast row, up to twice as many edit rows. Pools and probes of all
-        together grow as the steps do."""
+        too: each has an edit row in place of a contrast row, up to twice as many edit rows; half as many rehearsal
+        rows come along, since more steps stray further. Pools and probes of all together grow as the steps do."""
         growth = 1 + self.more_facts * (facts - 1)
         cycle = round(self.eval_every * growth)
         swapped = min(facts - 1, self.edit_rows)
@@ -119,6 +119,7 @@ class OverrideRecipe(Recipe):
             eval_every=cycle,
             edit_rows=self.edit_rows + swapped,
             contrast_rows=self.contrast_rows - swapped,
+            rehearsal_rows=self.rehearsal_rows + swapped // 2,
             contrast_pool=of_each(self.contrast_pool),
             probes=of_each(self.probes),
             preparation_tokens=of_each(self.preparation_tokens),
