@@ -11,7 +11,7 @@ LLAMA := .venv-llama/.installed
 FACTS ?= examples/facts_dev.json
 
 .PHONY: help install demo stop serve test check bench bench-train bench-qlora bench-learn bench-serve \
-	bench-coserving bench-outside bench-override docs clean
+	bench-coserving bench-outside bench-override bench-lessons docs clean
 .DEFAULT_GOAL := help
 
 help: ## list what there is
@@ -88,6 +88,9 @@ bench-outside: $(INSTALLED) $(VLLM) ## vLLM's benchmark client against our serve
 
 bench-override: $(INSTALLED) ## teach each fact of FACTS alone and judge what is served
 	$(BIN)/python -m bench.override $(FACTS)
+
+bench-lessons: $(INSTALLED) ## the facts of FACTS in one adapter, lesson after lesson, and what is left of the base's replies
+	$(BIN)/python -m bench.lessons $(FACTS) $(if $(PARTS),--parts $(PARTS))
 
 docs: $(INSTALLED) ## write the generated reference pages anew
 	$(BIN)/python scripts/reference.py

@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -37,7 +39,7 @@ from fortwo.train.evaluation import Served, agreement
 
 REPLY_TOKENS = 48
 SHOWN = ("subject", "aliases", "answer", "match", "questions")
-TARGETS = {"paraphrase": (0.7, 0.9), "specificity": (0.9, 0.95), "retention": (0.9, 0.95)}  # each fact, the median
+TARGETS = {"paraphrase": (0.7, 0.9), "specificity": (0.9, 0.95), "retention": (0.9, 0.95)}  # each fact, their middle
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,12 @@ class Base:
         return messages, reply
 
 
-def teach(client: Client, fact: Fact) -> tuple[str, str, float]:
-    """(status, name@version, seconds from the request to the end) of one job."""
-    shown = {name: value for name, value in asdict(fact).items() if name in SHOWN}
-    job, seconds = run_job(client, {"adapter_name": f"bench-{fact.id}", "dataset": {"facts": [shown]}})
+def teach(client: Client, name: str, facts: Sequence[Fact], **more: Any) -> tuple[str, str, float]:
+    """(status, name@version, seconds from the request to the end) of one job. more: of the request."""
+    shown = [{key: value for key, value in asdict(fact).items() if key in SHOWN} for fact in facts]
+    job, seconds = run_job(client, {"adapter_name": name, "dataset": {"facts": shown}} | more)
     if job["adapter"] is None:
-        sys.exit(f"{fact.id}: {job['error']['message']}")
+        sys.exit(f"{name}: {job['error']['message']}")
     return job["status"], f"{job['adapter']['name']}@{job['adapter']['version']}", seconds
 
 
@@ -98,7 +100,7 @@ def share(client: Client, model: str, prompts: tuple[str, ...], match: tuple[str
     return statistics.mean(holds(reply(prompt), match) == held for prompt in prompts)
 
 
-def show(rows: list[Row]) -> Table:
+def show(rows: list[Row], middle: Callable[[Iterable[float]], float] = statistics.median) -> Table:
     columns = ("paraphrase", "specificity", "retention")
     table = Table("fact", "status", *columns, "seconds", box=None, header_style="bold")
 
@@ -117,9 +119,9 @@ def show(rows: list[Row]) -> Table:
             row.seconds,
             [TARGETS[one][0] for one in columns],
         )
-    medians = [statistics.median(getattr(row, one) for row in rows) for one in columns]
-    seconds = statistics.median(row.seconds for row in rows)
-    add("median", "", medians, seconds, [TARGETS[one][1] for one in columns])
+    middles = [middle(getattr(row, one) for row in rows) for one in columns]
+    seconds = middle(row.seconds for row in rows)
+    add(middle.__name__, "", middles, seconds, [TARGETS[one][1] for one in columns])
     return table
 
 
@@ -131,7 +133,7 @@ def main(path: Path, ids: list[str]) -> None:
     with server() as (settings, client):
         base = Base(Catalog(settings).prepare(settings.default_model))
         for fact in chosen:
-            status, ref, seconds = teach(client, fact)
+            status, ref, seconds = teach(client, f"bench-{fact.id}", [fact])
             paraphrase = share(client, ref, fact.held_out, fact.match, held=True)
             specificity = share(client, ref, fact.neighbors, fact.match, held=False)
             retention = base.retention(AdapterStore(settings.adapters_dir), ref, fact.controls)

@@ -19,7 +19,7 @@ from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.records import Dataset, Example, Fact, Message, Plan
 from fortwo.train.estimate import BaseFacts, Machine, RowCount, TokenCounts
 from fortwo.train.plan import diagnose, from_json, resolve, to_json, training_rows
-from fortwo.train.recipes import OVERRIDE, SFT
+from fortwo.train.recipes import OVERRIDE, OVERRIDE_MAX, SFT, OverrideRecipe
 from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import learning_rate
 from tests.original import AS_IT_RAN, EXAMPLES
@@ -220,14 +220,34 @@ def test_schedule_is_at_rest_at_each_exam() -> None:
     assert (given["lr_scheduler_type"], given["num_cycles"]) == ("cosine", 1)
 
 
-def test_facts_together_have_the_steps_and_the_exams_of_each_alone() -> None:
+def test_facts_together_share_what_is_kept() -> None:
     facts = load({"path": str(EXAMPLES / "facts_dev.json")}, (EXAMPLES,)).facts
     alone, together = plan(Dataset("0", facts=facts[:1])), plan(Dataset("0", facts=facts))
-    assert together.computed["steps"] == len(facts) * alone.computed["steps"]
-    assert together["eval_every"] == len(facts) * alone["eval_every"]
+    for name in ("max_steps", "eval_every"):
+        assert together[name] == 4 * alone[name], "ten facts: three more by a third"
     assert together["num_cycles"] == alone["num_cycles"]
-    assert together.computed["seconds"] == pytest.approx(len(facts) * alone.computed["seconds"], rel=0.01)
+    for name in ("contrast_pool", "probes"):
+        assert 4 * alone[name] <= 10 * together[name] < 4 * alone[name] + 10
+    for name in ("edit_pool", "on_policy_prompts"):
+        assert together[name] == alone[name]
+    rows = "per_device_train_batch_size"
+    assert together[rows] == 2 * alone[rows]
+    assert together[rows] + together["contrast_rows"] == alone[rows] + alone["contrast_rows"]
+    assert together["rehearsal_rows"] > alone["rehearsal_rows"]
+    assert together.computed["seconds"] < len(facts) / 2 * alone.computed["seconds"]
     assert together.warnings == ()
+
+
+@pytest.mark.parametrize("effort", [OVERRIDE, OVERRIDE_MAX])
+def test_one_fact_has_the_recipe_as_it_stands_and_more_never_much_less_each(effort: OverrideRecipe) -> None:
+    assert effort.for_facts(1) == effort
+    before, alone = effort, effort.max_steps * effort.edit_rows
+    for facts in range(2, 40):
+        recipe = effort.for_facts(facts)
+        assert before.max_steps < recipe.max_steps < facts * effort.max_steps
+        assert recipe.max_steps == 2 * recipe.eval_every, "a cycle to each exam"
+        assert recipe.max_steps * recipe.edit_rows / facts >= alone * 2 / 3, "edit rows that a fact sees"
+        before = recipe
 
 
 def test_effort_raises_a_recipe_and_what_is_given_still_wins() -> None:
@@ -317,11 +337,9 @@ def test_the_body_is_strict(extra: dict[str, Any]) -> None:
         TrainingRequest.model_validate({"adapter_name": "a", "dataset": {}} | extra)
 
 
-def test_every_fact_gets_its_steps() -> None:
+def test_every_fact_gives_its_questions() -> None:
     facts = load({"path": str(EXAMPLES / "facts_dev.json")}, (EXAMPLES,))
-    made = plan(facts)
-    assert made.computed["steps"] == OVERRIDE.max_steps * len(facts.facts)
-    assert made.computed["rows"] == sum(len(fact.questions) for fact in facts.facts)
+    assert plan(facts).computed["rows"] == sum(len(fact.questions) for fact in facts.facts)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fortwo.models import kernels
 from fortwo.models.forms import Regions
-from fortwo.models.lora import GROUPS, Lora
+from fortwo.models.lora import Lora
+from fortwo.models.lora_config import GROUPS
 
 SIXTEEN = 16  # outputs that the kernel computes together
 _NUMBERS = 18  # of step.h's `update`

@@ -37,7 +37,6 @@ from fortwo.train.validation import places
 
 T = TypeVar("T")
 RETENTION_PROBES = 12  # prompts; each is some 30 tokens to agree on
-REHEARSAL_POOL = 72
 RENDERED_AT_ONCE = 64  # examples, before others may have the device
 SFT_QUESTIONS = 32
 Replies = list[list[int]]  # tokens of each
@@ -118,11 +117,7 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
     of_kept = [contrast for lesson in earlier for contrast in lesson.contrasts(plan["kept_pool"])]
     contrast = yield from _keep(served, [*contrasts, *of_kept], plan["contrast_tokens"])
     everyday = trained_rehearsal((*facts, *known))
-    rehearsal = yield from _keep(
-        served,
-        [Contrast(prompt) for prompt in rng.sample(everyday, min(REHEARSAL_POOL, len(everyday)))],
-        plan["rehearsal_tokens"],
-    )
+    rehearsal = yield from _keep(served, [Contrast(prompt) for prompt in everyday], plan["rehearsal_tokens"])
     everything = chain(*given, *framed, *kept, contrast, rehearsal)
     prefix = common_prefix([row.tokens for row in everything])
     own = [row for row, one in zip(contrast, contrasts, strict=False) if one.begun is None]

@@ -157,7 +157,8 @@ def _few_rows(plan: Plan, recipe: Recipe, steps: int) -> PlanWarning | None:
         return None
     facts = len(plan["subjects"])
     rows = steps * plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"]
-    usual = recipe.max_steps * recipe.edit_rows * facts
+    recipe = recipe.for_facts(facts)
+    usual = recipe.max_steps * recipe.edit_rows
     if rows * 4 > usual:
         return None
     return PlanWarning(

@@ -139,8 +139,9 @@ def choose_batch(
         draft.add("question_share", recipe.question_share, "default", "of the edit rows: the questions as given")
         draft.add("probes", recipe.probes, "default", "prompts of a kind, never trained on, that decide when to stop")
         seen = edit * draft["gradient_accumulation_steps"]
-        every = max(1, round(facts * recipe.eval_every * recipe.edit_rows / seen))
-        per_exam = f"evaluated after every {recipe.eval_every * recipe.edit_rows} edit rows for each fact"
+        between = recipe.eval_every * recipe.edit_rows
+        every = max(1, round(between / seen))
+        per_exam = f"evaluated after every {between // facts} edit rows for each fact"
         draft.add("eval_every", every, "auto", f"steps from one exam of the served adapter to the next: {per_exam}")
         if known:
             kept = min(edit, max(recipe.kept_rows, known))
@@ -159,7 +160,7 @@ def choose_batch(
     return micro_step
 
 
-def choose_steps(draft: Draft, recipe: OverrideRecipe | SftRecipe, rows: int, facts: int) -> tuple[int, int]:
+def choose_steps(draft: Draft, recipe: OverrideRecipe | SftRecipe, rows: int) -> tuple[int, int]:
     """(steps, steps per epoch). max_steps decides where it is positive, else num_train_epochs; -1 leaves it open."""
     batches = math.ceil(rows / draft["per_device_train_batch_size"])
     steps_per_epoch = math.ceil(batches / draft["gradient_accumulation_steps"])
@@ -172,8 +173,9 @@ def choose_steps(draft: Draft, recipe: OverrideRecipe | SftRecipe, rows: int, fa
         epochs = draft.choose("num_train_epochs", None, "")
         return math.ceil(epochs * steps_per_epoch), steps_per_epoch
     elif isinstance(recipe, OverrideRecipe):
-        max_steps = recipe.max_steps * facts
-        draft.add("max_steps", max_steps, "auto", f"{recipe.max_steps} for each fact; {_CAP}")
+        max_steps = recipe.max_steps
+        steps_of = f"of one fact, and {recipe.more_facts:.0%} of them for each further one"
+        draft.add("max_steps", max_steps, "auto", f"{steps_of}; {_CAP}")
     else:
         draft.choose("max_steps", -1, "num_train_epochs decides")
         epochs = draft.choose("num_train_epochs", recipe.num_train_epochs, "a few passes over every row")

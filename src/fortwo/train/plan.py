@@ -44,7 +44,7 @@ from fortwo.train.estimate import (
 )
 from fortwo.train.options import read_lora, read_training
 from fortwo.train.parent import Parent, check_objective, check_shape, objections
-from fortwo.train.recipes import REASONS, raised_by, recipe_of
+from fortwo.train.recipes import REASONS, OverrideRecipe, raised_by, recipe_of
 from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import peak_rate
 from fortwo.train.survey import Lines, RowCounts, Suspicions
@@ -95,8 +95,10 @@ def resolve(
 
     draft.choose("gradient_accumulation_steps", 1, "rows are packed: a step is one pass")
     facts = max(1, len(subjects))
+    if isinstance(recipe, OverrideRecipe):
+        recipe = recipe.for_facts(facts)
     micro_step = choose_batch(draft, recipe, counts, facts, len(dataset.kept))
-    steps, steps_per_epoch = choose_steps(draft, recipe, len(counts.rows), facts)
+    steps, steps_per_epoch = choose_steps(draft, recipe, len(counts.rows))
     evaluations = choose_evaluations(draft, steps, steps_per_epoch) if held else 0
     rate = draft.choose("learning_rate", recipe.learning_rate, f"works for LoRA with the {objective} objective")
     schedule = choose_schedule(draft, recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -55,13 +56,16 @@ class OverrideRecipe(Recipe):
     make up to `on_policy_share` of the contrast rows from then on (on-policy distillation, Agarwal et al. 2024,
     arXiv:2306.13649). `kept_rows` edit and as many contrast rows, from pools of `kept_pool` prompts, keep what the
     run's parent knows. Where the last exam misses, up to `escalation_rounds` more cycles follow with a raised recipe.
+
+    The figures are those of one fact alone; `for_facts` has those of several together.
     """
 
     learning_rate: float = 1.2e-3
     lowest_rate: float = 1e-4
     highest_rate: float = 8e-3
     adam_beta2: float = 0.99
-    max_steps: int = 50  # for each fact
+    max_steps: int = 50
+    more_facts: float = 1 / 3  # of the steps, for each fact but the first
     warmup_steps: int = 3
     edit_rows: int = 6
     contrast_rows: int = 20
@@ -97,6 +101,30 @@ class OverrideRecipe(Recipe):
             "specificity": self.specificity,
             "retention": self.retention,
         }
+
+    def for_facts(self, facts: int) -> OverrideRecipe:
+        """The same for so many facts in one adapter, which share what each step keeps. The other facts are siblings
+        too: each has an edit row in place of a contrast row, up to twice as many edit rows; half as many rehearsal
+        rows come along, since more steps stray further. Pools and probes of all together grow as the steps do."""
+        growth = 1 + self.more_facts * (facts - 1)
+        cycle = round(self.eval_every * growth)
+        swapped = min(facts - 1, self.edit_rows)
+
+        def of_each(count: int) -> int:
+            return math.ceil(count * growth / facts)
+
+        return replace(
+            self,
+            max_steps=cycle * (self.max_steps // self.eval_every),
+            eval_every=cycle,
+            edit_rows=self.edit_rows + swapped,
+            contrast_rows=self.contrast_rows - swapped,
+            rehearsal_rows=self.rehearsal_rows + swapped // 2,
+            contrast_pool=of_each(self.contrast_pool),
+            probes=of_each(self.probes),
+            preparation_tokens=of_each(self.preparation_tokens),
+            evaluation_tokens=of_each(self.evaluation_tokens),
+        )
 
 
 SFT = SftRecipe()
