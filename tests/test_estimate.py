@@ -82,13 +82,15 @@ def test_the_phases_of_plain_fine_tuning() -> None:
 
 
 def test_memory_by_hand() -> None:
-    def found(bf16: bool = False, checkpointing: bool = False, base: BaseFacts = BASE) -> Memory:
-        return memory(base, 10, 2, ["q_proj"], bf16, checkpointing, replies=1000)
+    def found(bf16: bool = False, checkpointing: bool = False, best: bool = False, base: BaseFacts = BASE) -> Memory:
+        return memory(base, 10, 2, ["q_proj"], bf16, checkpointing, best, replies=1000)
 
-    held = PROCESS + 1000 + 20 + 9 * 4 * (2 * 2 * 16)
+    adapter = 4 * (2 * 2 * 16)
+    held = PROCESS + 1000 + 20 + 7 * adapter
     # of each of 10 tokens and 2 layers: 16 numbers in sums, 88 that products and their like read; A and B of q_proj
     layer = 10 * 4 * (16 + 88) + 4 * 2 * (8 + 16)
     assert found().training == held + round(1.35 * (2 * layer + 5 * HEAD_BYTES))
+    assert found(best=True).training - found().training == found(best=True).exam - found().exam == 2 * adapter
     again = layer + 2 * 10 * 8 * 8
     assert found(checkpointing=True).training == held + round(1.35 * (again + 5 * HEAD_BYTES))
     narrow = 10 * (4 * 16 + 2 * 88) + 2 * 2 * (8 + 16)

@@ -56,10 +56,13 @@ def test_whole_numbers_multiply_as_the_dense_weight_does(bits: int, rows: int, o
 
 @compiled
 def test_fp32_is_not_held_beside_a_form_that_is_the_weight_itself() -> None:
-    hold = forms_of(Choice(((8, "int4"), (512, "bf16"))), exact=True)
+    def held(weight_OI: Tensor, is_head: bool = False) -> Weight:
+        found = forms_of(Choice(((8, "int4"), (512, "bf16"))), exact=True)(weight_OI, is_head)
+        assert isinstance(found, Weight)
+        return found
+
     given = Grouped.of(random(20, 64), 4, Regions()).dense()
-    same, other, head = hold(given, False), hold(random(20, 64), False), hold(given, True)
-    assert isinstance(same, Weight) and isinstance(other, Weight) and isinstance(head, Weight)
+    same, other, head = held(given), held(random(20, 64)), held(given, is_head=True)
     assert set(same.forms) == {"int4", "bf16"}
     assert torch.equal(same.dense(torch.float32), given)
     assert set(other.forms) == set(head.forms) == {"int4", "bf16", "fp32"}

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 FLOAT = 4  # bytes: adapters are trained in fp32
 PROCESS = 400 << 20  # bytes of a server that holds nothing yet
-STATES = 9  # copies of an adapter: itself, gradient, two moments, the best one; the four of a checkpoint being written
+STATES = 7  # copies of an adapter: itself, its gradient, two moments; all but the gradient in a checkpoint's writing
+OF_BEST = 2  # more of them where the best adapter is kept
 HEAD_BYTES = 12 << 20  # of logits at once
 HEAD_COPIES = 5  # of them: the adapter's, the teacher's, the slope, and what products make of those
 LOOSE = 1.35  # memory that tensors of changing sizes take, to what they hold
@@ -226,13 +227,20 @@ class Memory:
 
 
 def memory(
-    base: BaseFacts, micro_step: float, r: int, modules: Sequence[str], bf16: bool, checkpointing: bool, replies: int
+    base: BaseFacts,
+    micro_step: float,
+    r: int,
+    modules: Sequence[str],
+    bf16: bool,
+    checkpointing: bool,
+    best: bool,
+    replies: int,
 ) -> Memory:
     """The process, the base's weights and what is made of them to train on, the adapter with its gradient, AdamW's
     moments and copies; and either what backward needs of one micro-step of so many tokens (the logits are never there
     together), or keys and values of `replies` tokens.
 
-    checkpointing: of every layer what it reads, and all of one layer.
+    checkpointing: of every layer what it reads, and all of one layer. best: the best adapter is kept.
     """
     element = 2 if bf16 else FLOAT
     adapter = base.layers * r * sum(sum(base.shape(module)) for module in modules)
@@ -243,7 +251,8 @@ def memory(
     kept = base.layers * layer
     if checkpointing:
         kept = layer + base.layers * micro_step * (FLOAT + element) * base.hidden
-    held = PROCESS + base.bytes + (base.bf16_copy if bf16 else base.fp32_copy) + STATES * FLOAT * adapter
+    states = STATES + (OF_BEST if best else 0)
+    held = PROCESS + base.bytes + (base.bf16_copy if bf16 else base.fp32_copy) + states * FLOAT * adapter
     keys_values = base.kv_token * (replies if base.cache is None else min(replies, base.cache))
     return Memory(held + round(LOOSE * (kept + HEAD_COPIES * HEAD_BYTES)), held + round(LOOSE * keys_values))
 

@@ -114,8 +114,10 @@ def resolve(
     bf16 = draft.choose("bf16", machine.bf16, REASONS["bf16"], "auto")
     longest = max(row.prompt + row.answer for row in counts.rows) - counts.prefix
     together = min(micro_step, counts.prefix + max(MICRO_TOKENS, longest))
-    replies = reply_tokens(counts)
-    needed = _checkpointing(draft, machine, lambda again: memory(base, together, r, modules, bf16, again, replies))
+    best, replies = objective == "override" or held > 0, reply_tokens(counts)
+    needed = _checkpointing(
+        draft, machine, lambda again: memory(base, together, r, modules, bf16, again, best, replies)
+    )
     targets = choose_targets(draft, request, recipe, len(dataset.kept))
     choose_saving(draft, steps, steps_per_epoch)
     draft.add_rest()
