@@ -100,8 +100,10 @@ def test_memory_by_hand() -> None:
 
 
 def test_replies_lie_in_rows_of_doubled_length() -> None:
-    assert reply_tokens(COUNTS) == 96 * 128
-    assert reply_tokens(TokenCounts([RowCount(1, 100, 21)])) == 96 * 256
+    assert reply_tokens(COUNTS, sft=False) == 96 * 128
+    assert reply_tokens(TokenCounts([RowCount(1, 100, 21)]), sft=False) == 96 * 256
+    assert reply_tokens(TokenCounts([RowCount(1, 100, 21)]), sft=True) == 20 * 256  # 13 replies
+    assert reply_tokens(TokenCounts([RowCount(1, 100, 1000)]), sft=True) == 20 * 256
     assert (estimate.TOGETHER, estimate.ROW_TOKENS) == (RUNNING, SMALLEST)
 
 

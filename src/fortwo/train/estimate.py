@@ -202,8 +202,7 @@ def override_phases(
 
 def sft_phases(counts: TokenCounts, trained: float, validated: float) -> Phases:
     """trained: tokens of all steps; validated: those of the rows held back, over all evaluations."""
-    prompt, reply = _prompt(counts), min(SFT_TOKENS, _reply(counts))
-    asked = min(SFT_QUESTIONS, len(counts.rows)) + RETENTION_PROBES
+    prompt, (asked, reply) = _prompt(counts), _sft_replies(counts)
     report = Phase(read=RETENTION_PROBES * (prompt + reply), said=2 * asked * reply)
     return Phases(Phase(), Phase(trained=trained), Phase(read=validated), report)
 
@@ -216,6 +215,11 @@ def _prompt(counts: TokenCounts) -> float:
 def _reply(counts: TokenCounts) -> int:
     """Tokens of a reply in an exam."""
     return max(REPLY_TOKENS, ROOM + max(row.answer for row in counts.rows))
+
+
+def _sft_replies(counts: TokenCounts) -> tuple[int, int]:
+    """How many replies an exam asks for, and their tokens."""
+    return min(SFT_QUESTIONS, len(counts.rows)) + RETENTION_PROBES, min(SFT_TOKENS, _reply(counts))
 
 
 @dataclass(frozen=True)
@@ -257,11 +261,12 @@ def memory(
     return Memory(held + round(LOOSE * (kept + HEAD_COPIES * HEAD_BYTES)), held + round(LOOSE * keys_values))
 
 
-def reply_tokens(counts: TokenCounts) -> int:
+def reply_tokens(counts: TokenCounts, sft: bool) -> int:
     """Tokens that the cache has room for while an exam is answered: as many replies as run at once, in rows of doubled
     length."""
-    longest = max(row.prompt for row in counts.rows) + _reply(counts)
-    return round(ROWS_MADE * TOGETHER) * max(ROW_TOKENS, 2 ** math.ceil(math.log2(longest)))
+    asked, reply = _sft_replies(counts) if sft else (TOGETHER, _reply(counts))
+    longest = max(row.prompt for row in counts.rows) + reply
+    return round(ROWS_MADE * min(TOGETHER, asked)) * max(ROW_TOKENS, 2 ** math.ceil(math.log2(longest)))
 
 
 def duration(seconds: float) -> str:

@@ -114,7 +114,7 @@ def resolve(
     bf16 = draft.choose("bf16", machine.bf16, REASONS["bf16"], "auto")
     longest = max(row.prompt + row.answer for row in counts.rows) - counts.prefix
     together = min(micro_step, counts.prefix + max(MICRO_TOKENS, longest))
-    best, replies = objective == "override" or held > 0, reply_tokens(counts)
+    best, replies = objective == "override" or held > 0, reply_tokens(counts, objective == "sft")
     needed = _checkpointing(
         draft, machine, lambda again: memory(base, together, r, modules, bf16, again, best, replies)
     )
