@@ -95,8 +95,8 @@ def test_memory_by_hand() -> None:
     assert found(checkpointing=True).training == held + round(1.35 * (again + 5 * HEAD_BYTES))
     narrow = 10 * (4 * 16 + 2 * 88) + 2 * 2 * (8 + 16)
     assert found(bf16=True).training == held + 280 + round(1.35 * (2 * narrow + 5 * HEAD_BYTES))
-    assert found().exam == held + round(1.35 * 1000 * 2 * 4 * 2 * 4)
-    assert found(base=replace(BASE, cache=100)).exam == held + round(1.35 * 100 * 2 * 4 * 2 * 4)
+    assert found().exam == held + 1000 * 2 * 4 * 2 * 4
+    assert found(base=replace(BASE, cache=100)).exam == held + 100 * 2 * 4 * 2 * 4
 
 
 def test_replies_lie_in_rows_of_doubled_length() -> None:

@@ -27,7 +27,7 @@ STATES = 7  # copies of an adapter: itself, its gradient, two moments; all but t
 OF_BEST = 2  # more of them where the best adapter is kept
 HEAD_BYTES = 12 << 20  # of logits at once
 HEAD_COPIES = 5  # of them: the adapter's, the teacher's, the slope, and what products make of those
-LOOSE = 1.35  # memory that tensors of changing sizes take, to what they hold
+LOOSE = 1.35  # memory that a step's tensors, whose sizes change, take to what they hold
 MICRO_TOKENS = 640  # of a micro-step beyond the prefix: bounds how long it holds the device
 PASSES = 3  # of a token that is trained on, to one that is only read: backward is two
 TOGETHER = 64  # replies that run at once
@@ -258,7 +258,7 @@ def memory(
     states = STATES + (OF_BEST if best else 0)
     held = PROCESS + base.bytes + (base.bf16_copy if bf16 else base.fp32_copy) + states * FLOAT * adapter
     keys_values = base.kv_token * (replies if base.cache is None else min(replies, base.cache))
-    return Memory(held + round(LOOSE * (kept + HEAD_COPIES * HEAD_BYTES)), held + round(LOOSE * keys_values))
+    return Memory(held + round(LOOSE * (kept + HEAD_COPIES * HEAD_BYTES)), held + keys_values)
 
 
 def reply_tokens(counts: TokenCounts, sft: bool) -> int:
