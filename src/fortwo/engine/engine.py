@@ -37,7 +37,7 @@ CORES = torch.get_num_threads()  # before an engine takes them
 RUNNING = 64  # requests of one base that decode together
 PROMPT_TOKENS = 2048  # of prompts that are computed in a turn
 PROMPT_TOKENS_BESIDE = 256  # the same while replies run: bounds how long they stand still
-TIDY_SECONDS = 10.0  # of a job, after which memory that it freed goes back to the system; 0.2 s are spent on that
+TIDY_SECONDS = 20.0  # of a job, after which memory that it freed goes back to the system; half a second goes by that
 POLL_SECONDS = 0.05  # how often a job that waits for something else than requests is asked again
 
 
@@ -322,14 +322,14 @@ class Engine:
         if not self._tasks or self._stopping or not self._share.job_may_run(requests=self._busy):
             return
         task = self._tasks[0]
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), task.waiting
         for base in self._bases.values():
             base.runner.cache.trim()
         task.advance()
         self._share.worked(time.perf_counter() - began)
         if task.done:
             self._tasks.popleft()
-        if task.done or began - self._tidied > TIDY_SECONDS:
+        if task.done or (task.waiting and not waited) or began - self._tidied > TIDY_SECONDS:
             heap.give_back()
             self._tidied = time.perf_counter()
         self._stalled = task.waiting and not task.done and not self._busy
