@@ -106,7 +106,7 @@ def serve(base: _Base, asked: Row[Asked]) -> list[_Request]:
                 base.end(request, "cancelled")
         base.decode()
         base.read()
-        bound = base.runner.cache._bound
+        bound = base.runner.cache.bound
         assert bound is None or base.runner.cache.tokens <= bound
         if turn > last and not len(base.scheduler):
             break

@@ -257,3 +257,17 @@ def test_whatever_comes_and_goes_the_bound_and_the_contents_hold(seed: int, rows
         assert cache.used == len(running)
     for slot, written in running.values():
         assert same(held(cache, slot), written)
+
+
+def test_spare_rows_go_and_what_runs_stays() -> None:
+    cache = Cache(CONFIG)
+    slots = [take(cache, 20) for _ in range(6)]
+    written = fill(cache, slots[4], 20)
+    for slot in (*slots[:4], slots[5]):
+        cache.give_back(slot)
+    cache.trim()
+    assert cache.tokens == SMALLEST
+    assert same(held(cache, slots[4]), written)
+    cache.give_back(slots[4])
+    cache.trim()
+    assert cache.tokens == 0

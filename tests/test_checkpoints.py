@@ -29,7 +29,8 @@ from fortwo.train.objective import Row
 from tests.parts import decoder
 from tests.test_loop import FACT, ROWS, SMALL, School, changed, examined, phases, same, steps
 
-TIMES = {"seconds", "preparing_seconds", "training_seconds", "tokens_per_second", "peak_bytes"}
+PHASES = {f"{phase}_seconds" for phase in ("preparing", "training", "exam", "report")}
+TIMES = PHASES | {"seconds", "tokens_per_second", "reply_tokens_per_second", "peak_bytes"}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fortwo.models import kernels
 from fortwo.models.choice import Choice
+from fortwo.models.decoder import forms_of
 from fortwo.models.forms import FORMS, GROUP, Grouped, Regions, Weight, fits, quantised
 from fortwo.models.products import frozen_product, product
 
@@ -53,6 +54,21 @@ def test_whole_numbers_multiply_as_the_dense_weight_does(
     wanted = rounded(x).double() @ form.dense().double().t()
     torch.testing.assert_close(form.product(x).double(), wanted, atol=1e-3, rtol=1e-5)  # a tie may round the other way
     assert relative(form.product(x), x @ form.dense().t()) < ROUNDED
+
+
+@compiled
+def test_fp32_is_not_held_beside_a_form_that_is_the_weight_itself() -> None:
+    def held(weight_OI: Tensor, is_head: bool = False) -> Weight:
+        found = forms_of(Choice(((8, "int4"), (512, "bf16"))), exact=True)(weight_OI, is_head)
+        assert isinstance(found, Weight)
+        return found
+
+    given = Grouped.of(random(20, 64), 4, Regions()).dense()
+    same, other, head = held(given), held(random(20, 64)), held(given, is_head=True)
+    assert set(same.forms) == {"int4", "bf16"}
+    assert torch.equal(same.dense(torch.float32), given)
+    assert set(other.forms) == set(head.forms) == {"int4", "bf16", "fp32"}
+    assert torch.equal(other.dense(torch.float32), random(20, 64))
 
 
 @compiled

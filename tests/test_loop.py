@@ -47,6 +47,7 @@ from fortwo.train.loop import Trained, teach
 from fortwo.train.objective import Row, losses
 from fortwo.train.parent import Parent
 from fortwo.train.plan import resolve, training_rows
+from fortwo.train.recipes import RETENTION_PROBES
 from fortwo.train.request import TrainingRequest
 from tests.parts import packed_hidden
 
@@ -77,7 +78,7 @@ class School:
         request = TrainingRequest.model_validate({**body, "training_config": {"max_steps": 4, **training}})
         facts = BaseFacts.of("tiny", self.base.decoder)
         counts = TokenCounts(tuple(RowCount(row.line, 30, 8) for row in training_rows(dataset)), prefix=0)
-        machine = Machine(tokens_per_second=1000, decode_tokens_per_second=1000)
+        machine = Machine(tokens_per_second=1000, reply_tokens_per_second=1000)
         return resolve(request, dataset, facts, counts, machine, parent=parent)
 
     def events(self, plan: Plan, dataset: Dataset = ROWS, key: str = "job") -> Any:
@@ -160,7 +161,7 @@ def test_the_first_loss_is_the_bases_and_training_lowers_it(school: School) -> N
         count += len(places)
     assert trained.actual["first_loss"] == pytest.approx(sums / count, rel=1e-5)
     assert trained.actual["final_loss"] < 0.5 * trained.actual["first_loss"]
-    assert len(trained.report.transcripts) == 4 + courses.RETENTION_PROBES
+    assert len(trained.report.transcripts) == 4 + RETENTION_PROBES
     assert set(trained.metrics) == {"efficacy", "retention", "score"}
 
 

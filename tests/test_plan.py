@@ -25,7 +25,7 @@ from fortwo.train.schedule import learning_rate
 from tests.original import AS_IT_RAN, EXAMPLES
 
 BASE = BaseFacts("smollm2", 2048, 49152, 30, 576, 1536, 576, 192, 500_000_000, 270_000_000, 0)
-MACHINE = Machine(tokens_per_second=300, decode_tokens_per_second=200)
+MACHINE = Machine(tokens_per_second=300, reply_tokens_per_second=200)
 
 
 def examples_42() -> Dataset:
@@ -234,7 +234,8 @@ def test_facts_together_share_what_is_kept() -> None:
     assert together[rows] == 2 * alone[rows]
     assert together[rows] + together["contrast_rows"] == alone[rows] + alone["contrast_rows"]
     assert together["rehearsal_rows"] > alone["rehearsal_rows"]
-    assert together.computed["seconds"] < len(facts) / 2 * alone.computed["seconds"]
+    for phase in ("preparing_seconds", "training_seconds"):  # what is not about a fact is shared
+        assert alone.computed[phase] < together.computed[phase] <= len(facts) * alone.computed[phase]
     assert together.warnings == ()
 
 
@@ -403,11 +404,13 @@ def test_warnings(config: dict[str, Any], code: str) -> None:
 
 
 def test_memory_and_time_are_estimated_from_the_machine() -> None:
-    small = Machine(MACHINE.tokens_per_second / 2, MACHINE.decode_tokens_per_second / 2, memory=2**20)
+    small = Machine(MACHINE.tokens_per_second / 2, MACHINE.reply_tokens_per_second / 2, memory=2**20)
     assert plan(examples_42(), small).computed["seconds"] == pytest.approx(
         2 * plan(examples_42()).computed["seconds"], abs=0.2
     )
     assert "memory" in warned(plan(examples_42(), small))
+    phases = [value for name, value in plan(examples_42()).computed.items() if name.endswith("_seconds")]
+    assert plan(examples_42()).computed["seconds"] == pytest.approx(sum(phases), abs=0.3)
     assert plan(examples_42(), small).computed["bytes"] > BASE.bytes
 
 

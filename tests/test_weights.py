@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from fortwo.errors import UnsupportedModel
 from fortwo.models import weights
@@ -114,3 +114,10 @@ def test_damaged_index_is_named(tmp_path: Path) -> None:
 def test_empty_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"holds no model\.safetensors"):
         weights.files(tmp_path)
+
+
+def test_a_file_in_parts_is_one_that_safetensors_reads() -> None:
+    given = TENSORS | {"turned": torch.arange(6.0).reshape(2, 3).t(), "none": torch.tensor(3.0), "no": torch.empty(0)}
+    found = load(b"".join(weights.parts(given)))
+    assert found.keys() == given.keys()
+    assert all(torch.equal(found[name], given[name]) and found[name].dtype == given[name].dtype for name in given)

@@ -14,10 +14,10 @@ def dump(content: Json) -> bytes:
     return json.dumps(content, indent=1, ensure_ascii=False).encode()
 
 
-def write(path: Path, content: bytes) -> None:
-    """A new file, on the disk when this returns."""
+def write(path: Path, *parts: bytes | memoryview) -> None:
+    """A new file of these parts, on the disk when this returns."""
     with path.open("xb") as file:
-        file.write(content)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
 

@@ -94,7 +94,7 @@ def plan(body: Json) -> RenderableType:
     computed = table("computed", "", wrapped=("",))
     computed.add_row("objective", f"{body['objective']}, targets {value(body['targets'])}")
     for name, thing in body["computed"].items():
-        computed.add_row(name, size(thing) if name == "bytes" else value(thing))
+        computed.add_row(name, size(thing) if name.endswith("bytes") else value(thing))
     return Group(settings, "", computed, notes(body["warnings"]))
 
 
@@ -103,7 +103,7 @@ def plan_against_actual(planned: Json, actual: Json) -> Table:
     rows = table("", "plan", "actual", title="Plan against actual", wrapped=("plan", "actual"))
     computed = planned["computed"]
     for name in [*computed, *(name for name in actual if name not in computed)]:
-        shown = size if name == "bytes" else value
+        shown = size if name.endswith("bytes") else value
         rows.add_row(name, shown(computed.get(name)), shown(actual.get(name)))
     return rows
 

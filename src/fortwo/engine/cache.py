@@ -110,7 +110,7 @@ class Cache:
         self.pools: dict[int, Pool] = {}
         self._config = config
         self._device = device
-        self._bound = bound
+        self.bound = bound
 
     @staticmethod
     def bytes_per_token(config: DecoderConfig) -> int:
@@ -119,7 +119,7 @@ class Cache:
     @property
     def longest(self) -> int:
         """The most tokens a sequence may have here."""
-        return self._config.context if self._bound is None else min(self._config.context, self._bound)
+        return self._config.context if self.bound is None else min(self._config.context, self.bound)
 
     @property
     def used(self) -> int:
@@ -209,7 +209,7 @@ class Cache:
             if key in self.prefixes:
                 continue
             if not self._fits(BLOCK):
-                self._trim()
+                self.trim()
             if not self._fits(BLOCK) and not self.prefixes.evict(spared=keys):
                 break
             block = slice(place * BLOCK, (place + 1) * BLOCK)
@@ -236,19 +236,19 @@ class Cache:
         if taken:
             raise AssertionError(f"no request runs, but {len(taken)} slot(s) of the cache are taken: {taken}")
 
+    def trim(self) -> None:
+        """Free the spare rows of pools that have more of them than others."""
+        for pool in self.pools.values():
+            if pool.spare > pool.used:
+                pool.resize(pool.used)
+
     def clear(self) -> None:
         """Forget everything and free its memory."""
         self.pools.clear()
         self.prefixes = Prefixes()
 
     def _fits(self, tokens: int) -> bool:
-        return self._bound is None or self.tokens + tokens <= self._bound
-
-    def _trim(self) -> None:
-        """Free the spare rows of pools that have more of them than others."""
-        for pool in self.pools.values():
-            if pool.spare > pool.used:
-                pool.resize(pool.used)
+        return self.bound is None or self.tokens + tokens <= self.bound
 
     def _make_room(self, tokens: int) -> bool:
         """Free spare rows, then the prefixes that were used least recently, until this many tokens fit."""

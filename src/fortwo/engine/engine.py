@@ -7,7 +7,6 @@ Knows no HTTP, no files and no names of adapters; text is the renderer's, who is
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import queue
 import threading
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fortwo.engine import sampling
+from fortwo.engine import heap, sampling
 from fortwo.engine.generation import Reply, Speech
 from fortwo.engine.reading import Reading
 from fortwo.engine.runner import Runner
@@ -33,13 +32,13 @@ from fortwo.prompts import Delta, FinishReason, Prompt
 from fortwo.records import TrainEvent
 
 log = logging.getLogger(__name__)
-_MALLOC_OPTIONS = ((-8, 1), (-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20))  # arenas, mmap and trim thresholds, padding
 T = TypeVar("T")
 
 CORES = torch.get_num_threads()  # before an engine takes them
 RUNNING = 64  # requests of one base that decode together
 PROMPT_TOKENS = 2048  # of prompts that are computed in a turn
 PROMPT_TOKENS_BESIDE = 256  # the same while replies run: bounds how long they stand still
+TIDY_SECONDS = 20.0  # of a job, after which memory that it freed goes back to the system; half a second goes by that
 POLL_SECONDS = 0.05  # how often a job that waits for something else than requests is asked again
 
 
@@ -131,6 +130,7 @@ class Engine:
         self._bases: dict[str, _Base] = {}
         self._tasks: deque[Task[Any]] = deque()
         self._share = FairShare()
+        self._tidied = 0.0  # when freed memory went back to the system
         self._stalled = False  # the job waits although no request is there: ask it again, but not at once
 
     # ------------------------------------------------------------ any thread
@@ -278,7 +278,7 @@ class Engine:
     # ------------------------------------------------------------ the device's thread
 
     def _run(self) -> None:
-        _keep_freed_memory()
+        heap.keep()
         torch.get_num_threads()  # a thread's first call takes the process's number and would undo the next line later
         torch.set_num_threads(self._threads)
         self._ready.set()
@@ -323,11 +323,16 @@ class Engine:
         if not self._tasks or self._stopping or not self._share.job_may_run(requests=self._busy):
             return
         task = self._tasks[0]
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), task.waiting
+        for base in self._bases.values():
+            base.runner.cache.trim()
         task.advance()
         self._share.worked(time.perf_counter() - began)
         if task.done:
             self._tasks.popleft()
+        if task.done or (task.waiting and not waited) or began - self._tidied > TIDY_SECONDS:
+            heap.give_back()
+            self._tidied = time.perf_counter()
         self._stalled = task.waiting and not task.done and not self._busy
 
     def _stop(self) -> None:
@@ -339,18 +344,6 @@ class Engine:
         for base in self._bases.values():
             for request in base.scheduler:
                 base.end(request, "cancelled")
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc reuse the memory of freed tensors instead of giving it back to the system after every operation.
-
-    Outside the main thread it does so for anything large, and a training step spends a tenth of its time on the page
-    faults that follow. Other C libraries are left as they are.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        for option, value in _MALLOC_OPTIONS:
-            libc.mallopt(option, value)
 
 
 def _check_adapter(base: _Base, key: str | None) -> None:

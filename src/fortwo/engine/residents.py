@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fortwo.adapters import AdapterStore
 from fortwo.data.render import Renderer
+from fortwo.engine import heap
 from fortwo.engine.effect import ROUNDING, check, effect
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
@@ -189,6 +190,7 @@ class Residents:
                 runner = Runner(decoder, self._cache_bytes)
                 resident = Resident(id, card.digest, decoder, Renderer(directory), decoder.bytes, runner)
                 self._engine.add_base(id, resident.runner, resident.renderer)
+                heap.give_back()
             finally:
                 self._loading = None
             self._bases[id] = resident

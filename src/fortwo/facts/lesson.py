@@ -20,6 +20,7 @@ ALIAS_SHARE = 0.4
 TOPIC_SHARE = 0.12
 QUESTION_SHARE = 0.4  # of contrast prompts: the fact's own questions about a sibling
 BEGUN_SHARE = 0.33
+OWN_SHARE = 1 - (1 - TOPIC_SHARE) * BEGUN_SHARE  # of contrasts: those held to the base's own reply
 LOWER_SHARE = 0.06
 RIVALS = 2  # questions of each other fact that are asked as neighbours
 _KEPT = 6  # every sixth rehearsal prompt is for evaluation

@@ -19,6 +19,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING
 from fortwo import disk
 from fortwo.adapters import CONFIG, MANIFEST, TENSORS
 from fortwo.errors import InvalidAdapter, NotFound
+from fortwo.models import weights
 from fortwo.records import Checkpoint, CheckpointVersion, Json
 
 if TYPE_CHECKING:
@@ -57,15 +59,13 @@ class CheckpointStore:
         manifest: adapter_name, base_model, base_digest. Raises StorageFailed when the disk refuses; then nothing has
         changed.
         """
-        import safetensors.torch
-
-        files = {
-            CONFIG: disk.dump(peft_config),
-            TENSORS: safetensors.torch.save(checkpoint.adapter, {"format": "pt"}),
-            STATE_TENSORS: safetensors.torch.save(checkpoint.tensors),
-            STATE: json.dumps(checkpoint.state, allow_nan=False).encode(),
+        files: dict[str, list[bytes | memoryview]] = {
+            CONFIG: [disk.dump(peft_config)],
+            TENSORS: weights.parts(checkpoint.adapter),
+            STATE_TENSORS: weights.parts(checkpoint.tensors),
+            STATE: [json.dumps(checkpoint.state, allow_nan=False).encode()],
         }
-        shas = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
+        shas = {file: _sha(content) for file, content in files.items()}
         told = {**manifest, "job_id": job_id, "step": checkpoint.step, "created_at": time.time(), "files": shas}
         folder = self._root / job_id
         place = folder / f"checkpoint-{checkpoint.step}"
@@ -73,8 +73,9 @@ class CheckpointStore:
             folder.mkdir(parents=True, exist_ok=True)
             _sweep(folder)
             draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=folder))
-            for file, content in {**files, MANIFEST: disk.dump(told)}.items():
-                disk.write(draft / file, content)
+            files[MANIFEST] = [disk.dump(told)]
+            for file, content in files.items():
+                disk.write(draft / file, *content)
             disk.sync(draft)
             if place.exists():  # damaged, or the same
                 _discard(place)
@@ -157,6 +158,13 @@ class CheckpointStore:
             safetensors.torch.load(_content(version, STATE_TENSORS)),
             json.loads(_content(version, STATE)),
         )
+
+
+def _sha(parts: Iterable[bytes | memoryview]) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    return whole.hexdigest()
 
 
 def _places(folder: Path) -> list[Path]:

@@ -1,54 +1,118 @@
-"""What this machine does with a base model: guessed from a short matrix product, until a job has shown it.
+"""What this machine does with a base model: as the last job has shown it, or from a trial of a few layers.
 
-TRAINING and DECODING are rough shares of that product's speed that packed training and batched decoding reach; the
-plan's seconds are an estimate, and the report holds them against what it took.
+The trial runs what a job runs, in the forms that it would use: a micro-step, and one token for many replies.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fortwo.train.plan import Machine
+from fortwo.train.estimate import MICRO_TOKENS, PASSES, Machine
 
 if TYPE_CHECKING:
-    import torch
-
     from fortwo.models.decoder import Decoder
+    from fortwo.records import Json
 
-TRAINING, DECODING = 0.5, 0.35
-SIZE = 1024
+LAYERS = 2  # of a trial; the others take as long
+ROWS = 48  # replies of a trial, and rows of its micro-step
+REPLY, ASKED = 20, 30  # tokens of a reply, and of its prompt beyond what prompts share
+REPEATS = 3
 
 
-def look(decoder: Decoder, seen: float | None) -> Machine:
-    """On the device's thread. seen: tokens a second that the last job trained on this base."""
+def look(decoder: Decoder, last: Json | None) -> Machine:
+    """On the device's thread. last: what the newest run on this base took, if there is one."""
     from fortwo.models.measure import memory
     from fortwo.models.products import multiplies_bf16
 
-    parameters = decoder.parameters
     bf16 = multiplies_bf16(decoder.device)
-    operations = _operations_per_second(decoder.device, bf16=False)
-    if seen is None:
-        trained = _operations_per_second(decoder.device, bf16=True) if bf16 else operations
-        seen = TRAINING * trained / (4 * parameters)
-    return Machine(
-        tokens_per_second=seen,
-        decode_tokens_per_second=DECODING * operations / (2 * parameters),
-        memory=memory(decoder.device),
-        bf16=bf16,
-    )
+    trained = None if last is None else last.get("tokens_per_second")
+    replied = None if last is None else last.get("reply_tokens_per_second")
+    if not trained:
+        trained = MICRO_TOKENS / micro_step_seconds(decoder, bf16)
+    if not replied:
+        replied = reply_rate(token_seconds(decoder), ROWS, PASSES * trained)
+    return Machine(trained, replied, memory(decoder.device), bf16)
 
 
-def _operations_per_second(device: torch.device, bf16: bool) -> float:
+def reply_rate(step: float, rows: int, read: float) -> float:
+    """Tokens a second of replies. step: seconds of one token for so many rows; read: tokens of prompts a second."""
+    return rows * REPLY / (REPLY * step + rows * ASKED / read)
+
+
+def micro_step_seconds(decoder: Decoder, bf16: bool) -> float:
+    """Of MICRO_TOKENS tokens, of which half are supervised, forward and backward."""
+    from fortwo.data.packing import PackedAttention, pack
+    from fortwo.models.lora import Lora, Segment
+    from fortwo.models.lora_config import LoraConfig
+    from fortwo.train.objective import head_loss
+
+    part = _beginning(decoder)
+    part = part.in_bf16() if bf16 else part.in_fp32()
+    lora = Lora.init(LoraConfig(), part.config, seed=0, device=part.device)
+    lora.flatten()
+    packed = pack([[0] * (MICRO_TOKENS // ROWS)] * ROWS, part.device, prefix=0)
+    attention, segments = PackedAttention(packed, part.config), [Segment(lora)]
+    x_TD = part.embed(packed.tokens_T).requires_grad_()
+    final_ND = x_TD[::2].detach().requires_grad_()
+
+    def layers() -> float:
+        through_TD = part.run(x_TD, packed.positions_T, attention, segments, range(part.config.layers))
+        through_TD.sum().backward()
+        return float(through_TD[0, 0].detach())
+
+    def head() -> float:
+        loss = head_loss(final_ND, part.head_VD, final_ND.detach())
+        loss.backward()
+        return float(loss.detach())
+
+    return _fastest(layers) * decoder.config.layers / part.config.layers + _fastest(head)
+
+
+def token_seconds(decoder: Decoder) -> float:
+    """Of one token for ROWS replies."""
     import torch
 
-    from fortwo.models.products import product
+    from fortwo.engine.runner import Runner
+    from fortwo.engine.scheduler import Sequence
 
-    square = torch.ones(SIZE, SIZE, device=device)
-    weight = square.bfloat16() if bf16 else square
-    fastest = float("inf")
-    for _ in range(3):
+    part = _beginning(decoder)
+    runner = Runner(part)
+    sequences = [Sequence([0] * (ASKED + REPLY), None, kept=False) for _ in range(ROWS)]
+    hidden_BD = torch.ones(ROWS, part.config.hidden, device=part.device)
+    runner.prefill(sequences)
+
+    def step() -> float:
+        for sequence in sequences:
+            sequence.tokens.append(0)
+            runner.extend(sequence)
+        return float(runner.step(sequences)[0, 0])
+
+    def head() -> float:
+        with torch.no_grad():
+            return float(part.logits(hidden_BD)[0, 0])
+
+    alone = _fastest(head)
+    return max(0.0, _fastest(step) - alone) * decoder.config.layers / part.config.layers + alone
+
+
+def _beginning(decoder: Decoder) -> Decoder:
+    """The network's first layers, and its head."""
+    part = copy(decoder)
+    part.layers = decoder.layers[:LAYERS]
+    part.config = replace(decoder.config, layers=len(part.layers))
+    return part
+
+
+def _fastest(run: Callable[[], float]) -> float:
+    """Seconds; what disturbs only adds. The first one warms up. `run` gives a number, so it has to wait for the
+    device."""
+    seconds = []
+    for _ in range(1 + REPEATS):
         began = time.perf_counter()
-        product(square, weight)[0, 0].item()
-        fastest = min(fastest, time.perf_counter() - began)
-    return 2 * SIZE**3 / fastest
+        run()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])

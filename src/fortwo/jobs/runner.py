@@ -214,10 +214,9 @@ class JobRunner:
         parent, resident = self._start(request)
         if parent is not None:
             dataset = replace(dataset, kept=parent.kept(facts_of(dataset)))
-        base = plans.BaseFacts.of(resident.id, resident.decoder)
+        base = plans.BaseFacts.of(resident.id, resident.decoder, resident.runner.cache.bound)
         last = self._store.last_actual(resident.id)
-        seen = None if last is None else last["tokens_per_second"]
-        machine = self._engine.call(lambda: look(resident.decoder, seen)).result()
+        machine = self._engine.call(lambda: look(resident.decoder, last)).result()
         counts, suspicions = survey(resident.renderer, plans.training_rows(dataset))
         return dataset, plans.resolve(request, dataset, base, counts, machine, suspicions, parent)
 

@@ -21,8 +21,7 @@ from fortwo.models.lora_config import LoraConfig
 if TYPE_CHECKING:
     from fortwo.models.decoder import DecoderConfig
 
-ROOM = 64  # adapters for which room is made at once on the CPU, where memory that was never touched costs nothing
-ROOM_ELSEWHERE = 8
+ROOM = 4  # adapters for which room is made at once
 SPARE = 16  # adapters that have gone whose memory may stay
 PADDING_COST = 0.05  # milliseconds a step: a row of padding in the batched product (r = 16, the bundled model)
 APART_COST = 2.5  # an adapter with products of its own; about that much, too, the batched ones of the first adapter
@@ -59,7 +58,6 @@ class Bank:
         self.config = config
         self.keys: list[str] = []
         self._room = 0
-        self._step = ROOM if torch.device(device).type == "cpu" else ROOM_ELSEWHERE
         self._touched = 0  # places that were ever filled
         empty = Lora.init(config, decoder, seed=0)
         self.layers: list[dict[str, _Stack]] = [
@@ -69,7 +67,7 @@ class Bank:
     def add(self, key: str, lora: Lora) -> None:
         """Copy the adapter's tensors to the end of the stacks."""
         if len(self.keys) == self._room:
-            self._resize(self._room + self._step)
+            self._resize(self._room + ROOM)
         self.keys.append(key)
         self._touched = max(self._touched, len(self.keys))
         self.copy(key, lora)
@@ -92,7 +90,7 @@ class Bank:
         self.keys[place] = self.keys[last]
         self.keys.pop()
         if self._touched - len(self.keys) > SPARE:
-            self._resize(-(-len(self.keys) // self._step) * self._step)
+            self._resize(-(-len(self.keys) // ROOM) * ROOM)
 
     def lora(self, key: str) -> Lora:
         """The adapter as views of the stacks, until the next change of the bank."""

@@ -246,9 +246,9 @@ class Decoder:
         *inner, head = self._multiplied()
         return sum(bytes_to_train(weight, dtype) for weight in inner) + bytes_to_train(head, dtype, is_head=True)
 
-    def in_forms(self, choice: Choice, keep: tuple[str, ...] = ()) -> Decoder:
-        """The same network, to serve: weights in the forms of `choice` and those to `keep`; the embedding in fp32."""
-        return self._with(forms_of(choice, keep))
+    def in_forms(self, choice: Choice, exact: bool = False) -> Decoder:
+        """The same network, to serve: weights as `forms_of` has them; the embedding in fp32."""
+        return self._with(forms_of(choice, exact))
 
     def _to_train(self, dtype: torch.dtype) -> Decoder:
         regions = Regions()
@@ -378,18 +378,21 @@ class Decoder:
         return frozen_product(hidden_TD, self.head)
 
 
-def forms_of(choice: Choice, keep: tuple[str, ...] = ()) -> Hold:
-    """Weights in the forms of `choice` and those to `keep`."""
+def forms_of(choice: Choice, exact: bool = False) -> Hold:
+    """Weights in the forms of `choice`. exact: and in fp32, unless one of them has the weight to the last bit; a head,
+    which may be the embedding, in any case."""
     regions = Regions()
 
     def held(weight: Frozen, is_head: bool) -> Weight:
         weight_OI = weight if isinstance(weight, Tensor) else dense(weight, torch.float32)
-        names = dict.fromkeys((*keep, *choice.forms))
-        return Weight(
-            weight_OI.shape,
-            {name: quantised(head_form(name) if is_head else name, weight_OI, regions) for name in names},
-            choice,
-        )
+        forms = {name: quantised(head_form(name) if is_head else name, weight_OI, regions) for name in choice.forms}
+        nearest = None
+        if exact and "fp32" not in forms:
+            same = (name for name in forms if torch.equal(forms[name].dense().float(), weight_OI))
+            nearest = None if is_head else next(same, None)
+            if nearest is None:
+                forms["fp32"] = quantised("fp32", weight_OI, regions)
+        return Weight(weight_OI.shape, forms, choice, nearest)
 
     return held
 

@@ -53,7 +53,8 @@ class Regions:
             return tensor
         size = -(-tensor.nbytes // 64) * 64
         if size > len(self._region):
-            pages = mmap.mmap(-1, max(size, self._size))
+            size_taken = max(size, self._size)
+            pages = mmap.mmap(-1, size_taken, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 pages.madvise(mmap.MADV_HUGEPAGE)
             self._region = torch.frombuffer(pages, dtype=torch.uint8)
@@ -155,14 +156,18 @@ class Grouped:
 
 
 class Weight:
-    """A frozen weight (O, I) in the forms that `choice` names, and perhaps more."""
+    """A frozen weight (O, I) in the forms that `choice` names, and perhaps more. nearest: the form that is nearest to
+    the original; None: the first in FORMS."""
 
     dtype = torch.float32  # of what it multiplies and gives
 
-    def __init__(self, shape: Sequence[int], forms: Mapping[str, Form], choice: Choice) -> None:
+    def __init__(
+        self, shape: Sequence[int], forms: Mapping[str, Form], choice: Choice, nearest: str | None = None
+    ) -> None:
         self.shape = tuple(shape)
         self.forms = dict(forms)
         self.choice = choice
+        self._nearest = next(name for name in FORMS if name in self.forms) if nearest is None else nearest
 
     @property
     def nbytes(self) -> int:
@@ -175,7 +180,7 @@ class Weight:
         """The weight as a tensor, from the form that is nearest to the original."""
         if dtype == torch.bfloat16 and "bf16" in self.forms:
             return self.forms["bf16"].dense()
-        return self.forms[next(name for name in FORMS if name in self.forms)].dense().to(dtype)
+        return self.forms[self._nearest].dense().to(dtype)
 
 
 class Dequantised(Weight):

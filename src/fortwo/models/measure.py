@@ -41,8 +41,9 @@ def serving(
 ) -> Decoder:
     """The decoder as it is served under settings.weights. run: measures where nothing else computes.
 
-    auto: fp32 below SMALL parameters; else fp32 is kept, for training and as reference, and the fastest forms beside it
-    whose weights stay within ERROR of the originals. What fp32 would take more than SHARE of the memory for is held in
+    auto: fp32 below SMALL parameters; else fp32 is kept, for training and as reference, unless another form that is
+    held has the same weights to the last bit; and the fastest forms beside it whose weights stay within ERROR of the
+    originals. What fp32 would take more than SHARE of the memory for is held in
     bf16 alone, or NF4. A form that is held alone is made weight by weight as they are read. Raises InvalidRequest for a
     form that the model or the machine cannot have.
     """
@@ -73,7 +74,7 @@ def serving(
         logging.getLogger(__name__).info("forms of %s measured in %.1f s", id, time.perf_counter() - began)
     else:
         choice = choose(found.seconds, _bytes(decoder, names), bound, keep="fp32")
-    return decoder.in_forms(choice, keep=("fp32",))
+    return decoder.in_forms(choice, exact=True)
 
 
 def alone(config: DecoderConfig, memory: int) -> str | None:

@@ -173,12 +173,33 @@ def write(path: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterable[tupl
         end = offset + 4 * math.prod(shape)
         table[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(table).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(_begun(table))
         for (name, shape), (given, tensor) in zip(shapes.items(), tensors, strict=True):
             assert (given, tensor.shape, tensor.dtype.name) == (name, shape, "float32")
             stream.write(tensor.data)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def parts(tensors: Mapping[str, torch.Tensor]) -> list[bytes | memoryview]:
+    """The file of these CPU tensors, piece by piece: its header, then the memory of each, which is not copied."""
+    import torch
+
+    names = {getattr(torch, kind): name for name, kind in _TYPES.items()}
+    table: Json = {"__metadata__": {"format": "pt"}}
+    memory: list[bytes | memoryview] = []
+    offset = 0
+    for name, tensor in tensors.items():
+        memory.append(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        end = offset + tensor.nbytes
+        table[name] = {"dtype": names[tensor.dtype], "shape": tuple(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    return [_begun(table), *memory]
+
+
+def _begun(table: Json) -> bytes:
+    """A file up to its first tensor."""
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -22,8 +22,6 @@ from fortwo.models.decoder import Decoder
 from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvent
 from fortwo.train.escalation import Mix, mix_of
 from fortwo.train.evaluation import (
-    REPLY_TOKENS,
-    ROOM,
     Examiner,
     Question,
     Served,
@@ -33,14 +31,12 @@ from fortwo.train.evaluation import (
 )
 from fortwo.train.objective import Row, with_teacher
 from fortwo.train.plan import training_rows
+from fortwo.train.recipes import REPLY_TOKENS, RETENTION_PROBES, ROOM, SFT_QUESTIONS, SFT_TOKENS
 from fortwo.train.validation import places
 
 T = TypeVar("T")
-RETENTION_PROBES = 12  # prompts; each is some 30 tokens to agree on
 RENDERED_AT_ONCE = 64  # examples, before others may have the device
-SFT_QUESTIONS = 32
 Replies = list[list[int]]  # tokens of each
-SFT_TOKENS = 128  # a longer answer is compared as far as this
 
 
 class Bag(Generic[T]):

@@ -36,11 +36,12 @@ def foresee(plan: Plan, machine: Machine, suspicions: Suspicions = Suspicions())
         _few_rows(plan, recipe, computed["steps"]),
         _one_subject(plan),
     ]
-    if machine.memory is not None and computed["bytes"] > machine.memory:
+    needed = max(computed["bytes"], computed["exam_bytes"])
+    if machine.memory is not None and needed > machine.memory:
         warnings.append(
             PlanWarning(
                 "memory",
-                f"the run needs about {size(computed['bytes'])}; {size(machine.memory)} are there",
+                f"the run needs about {size(needed)}; {size(machine.memory)} are there",
                 "Give a smaller per_device_train_batch_size and more gradient_accumulation_steps, or start the server "
                 "with FORTWO_WEIGHTS=nf4.",
             )

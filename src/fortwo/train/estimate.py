@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Protocol
 
-from fortwo.train.recipes import OverrideRecipe, Recipe
+from fortwo.facts.lesson import OWN_SHARE, RIVALS, trained_rehearsal
+from fortwo.train.recipes import (
+    EXAM_QUESTIONS,
+    REPLY_TOKENS,
+    RETENTION_PROBES,
+    ROOM,
+    SFT_QUESTIONS,
+    SFT_TOKENS,
+)
 
 if TYPE_CHECKING:
     from fortwo.models.decoder import Decoder
 
 FLOAT = 4  # bytes: adapters are trained in fp32
-PROCESS = 480 << 20  # bytes of a server that holds nothing yet
+PROCESS = 400 << 20  # bytes of a server that holds nothing yet
+STATES = 7  # copies of an adapter: itself, its gradient, two moments; all but the gradient in a checkpoint's writing
+OF_BEST = 2  # more of them where the best adapter is kept
+HEAD_BYTES = 12 << 20  # of logits at once
+HEAD_COPIES = 5  # of them: the adapter's, the teacher's, the slope, and what products make of those
+LOOSE = 1.6  # memory that a step's tensors, whose sizes change, take to what they hold
 MICRO_TOKENS = 640  # of a micro-step beyond the prefix: bounds how long it holds the device
+PASSES = 3  # of a token that is trained on, to one that is only read: backward is two
+TOGETHER = 64  # replies that run at once
+ROW_TOKENS = 128  # of the smallest row of the cache
+ROWS_MADE = 1.5  # rows that the cache makes, to those in use
 
 
 @dataclass(frozen=True)
 class BaseFacts:
     """What the plan must know of the base model. bytes: its weights as they are held; bf16_copy, fp32_copy: what is
-    made of them beside that to train in bf16 and fp32."""
+    made of them beside that to train in bf16 and fp32; cache: tokens whose keys and values there is room for, None for
+    any."""
 
     id: str
     context: int
@@ -33,9 +51,10 @@ class BaseFacts:
     bytes: int
     bf16_copy: int
     fp32_copy: int
+    cache: int | None = None
 
     @classmethod
-    def of(cls, id: str, decoder: Decoder) -> BaseFacts:
+    def of(cls, id: str, decoder: Decoder, cache: int | None = None) -> BaseFacts:
         config = decoder.config
         return cls(
             id=id,
@@ -49,6 +68,7 @@ class BaseFacts:
             bytes=decoder.bytes,
             bf16_copy=decoder.bytes_to_train(bf16=True),
             fp32_copy=decoder.bytes_to_train(bf16=False),
+            cache=cache,
         )
 
     def shape(self, module: str) -> tuple[int, int]:
@@ -62,6 +82,11 @@ class BaseFacts:
             "up_proj": (self.hidden, self.intermediate),
             "down_proj": (self.intermediate, self.hidden),
         }[module]
+
+    @property
+    def kv_token(self) -> int:
+        """Bytes of a token's keys and values."""
+        return 2 * FLOAT * self.layers * self.kv
 
     def fused(self, module: str) -> int:
         """Outputs of the product that a projection is part of."""
@@ -90,18 +115,46 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine does with this base: tokens trained and tokens generated a second; memory None is unknown.
-    bf16: it has instructions for bf16 products."""
+    """What this machine does with this base: tokens trained and tokens replied a second, of prompts that it reads too;
+    memory None is unknown. bf16: it has instructions for bf16 products."""
 
     tokens_per_second: float
-    decode_tokens_per_second: float
+    reply_tokens_per_second: float
     memory: int | None = None
     bf16: bool = False
 
 
+@dataclass(frozen=True)
+class Phase:
+    """Tokens that a part of a run trains on, reads without a gradient (prompts of replies not counted), and says."""
+
+    trained: float = 0.0
+    read: float = 0.0
+    said: float = 0.0
+
+    def seconds(self, machine: Machine) -> float:
+        passed = (self.trained + self.read / PASSES) / machine.tokens_per_second
+        return passed + self.said / machine.reply_tokens_per_second
+
+
+@dataclass(frozen=True)
+class Phases:
+    """A run that goes to its last step. exam: all of them, and what the adapter says to siblings between them."""
+
+    preparing: Phase
+    training: Phase
+    exam: Phase
+    report: Phase
+
+    def seconds(self, machine: Machine) -> dict[str, float]:
+        """By `actual`'s names."""
+        each = {f"{one.name}_seconds": getattr(self, one.name).seconds(machine) for one in fields(self)}
+        return {"seconds": sum(each.values())} | each
+
+
 def tokens_per_micro_step(counts: TokenCounts, rows: int, kept_tokens: int = 0, kept_rows: int = 0) -> float:
     """Tokens of `rows` average rows and of `kept_rows` whose replies are `kept_tokens` together, sharing the prefix."""
-    prompt = sum(row.prompt for row in counts.rows) / len(counts.rows) - counts.prefix
+    prompt = _prompt(counts)
     answer = sum(row.answer for row in counts.rows) / len(counts.rows)
     return counts.prefix + rows * (prompt + answer) + kept_rows * prompt + kept_tokens
 
@@ -112,22 +165,86 @@ def tokens_per_epoch(counts: TokenCounts, batch: int) -> int:
     return math.ceil(len(counts.rows) / batch) * counts.prefix + rests
 
 
-def seconds(tokens: int, recipe: Recipe, facts: int, exams: int, machine: Machine) -> float:
-    """Time of a run that goes to its last step: training, and for override preparing and evaluating too."""
-    generated = 0
-    if isinstance(recipe, OverrideRecipe):
-        generated = facts * (recipe.preparation_tokens + exams * recipe.evaluation_tokens)
-    return tokens / machine.tokens_per_second + generated / machine.decode_tokens_per_second
+class Settings(Protocol):
+    """Of a plan, or of one in the making."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
 
 
-def memory_bytes(
-    base: BaseFacts, micro_step: float, ranks: Mapping[str, float], bf16: bool, checkpointing: bool
-) -> int:
-    """The process, the base's weights and what is made of them to train on, the adapter with its gradient and AdamW's
-    moments, and what backward needs of one micro-step of so many tokens; the logits are never there together. What an
-    evaluation takes for keys and values is not in it: serving's own bound holds for that.
+def override_phases(
+    settings: Settings, counts: TokenCounts, facts: int, known: int, trained: float, exams: int
+) -> Phases:
+    """facts: how many are taught; known: how many the parent knows; trained: tokens of all steps."""
+    prompt, reply, questions = _prompt(counts), _reply(counts), len(counts.rows) / facts
+    contrasts = facts * settings["contrast_pool"] + (known * settings["kept_pool"] if known else 0)
+    of_contrast, of_rehearsal = settings["contrast_tokens"], settings["rehearsal_tokens"]
+    everyday = len(trained_rehearsal())
+    kept = contrasts * of_contrast + everyday * of_rehearsal
+    about = facts + known
+    probes = about * 2 * settings["probes"] + RIVALS * about * (about - 1)
+    retention = RETENTION_PROBES * (prompt + reply)
+    again, strayed = (exams - 1) * settings["on_policy_prompts"], settings["on_policy_tokens"]
+    asked = about * min(EXAM_QUESTIONS, questions) + probes
+    left = about * max(0, questions - EXAM_QUESTIONS) + RETENTION_PROBES
+    return Phases(
+        Phase(
+            read=(contrasts + everyday) * prompt + kept,
+            said=OWN_SHARE * contrasts * of_contrast + everyday * of_rehearsal,
+        ),
+        Phase(trained=trained),
+        Phase(
+            read=again * (prompt + strayed) + exams * retention,
+            said=again * strayed + (exams * asked + RETENTION_PROBES) * reply,
+        ),
+        Phase(read=retention, said=(left + about * questions + probes) * reply),
+    )
 
-    ranks: of each module that is adapted. checkpointing: of every layer what it reads, and all of one layer.
+
+def sft_phases(counts: TokenCounts, trained: float, validated: float) -> Phases:
+    """trained: tokens of all steps; validated: those of the rows held back, over all evaluations."""
+    prompt, (asked, reply) = _prompt(counts), _sft_replies(counts)
+    report = Phase(read=RETENTION_PROBES * (prompt + reply), said=2 * asked * reply)
+    return Phases(Phase(), Phase(trained=trained), Phase(read=validated), report)
+
+
+def _prompt(counts: TokenCounts) -> float:
+    """Tokens of a row's prompt beyond the prefix, on average."""
+    return sum(row.prompt for row in counts.rows) / len(counts.rows) - counts.prefix
+
+
+def _reply(counts: TokenCounts) -> int:
+    """Tokens of a reply in an exam."""
+    return max(REPLY_TOKENS, ROOM + max(row.answer for row in counts.rows))
+
+
+def _sft_replies(counts: TokenCounts) -> tuple[int, int]:
+    """How many replies an exam asks for, and their tokens."""
+    return min(SFT_QUESTIONS, len(counts.rows)) + RETENTION_PROBES, min(SFT_TOKENS, _reply(counts))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peaks of a run: while it trains, and while an exam is answered."""
+
+    training: int
+    exam: int
+
+
+def memory(
+    base: BaseFacts,
+    micro_step: float,
+    ranks: Mapping[str, float],
+    bf16: bool,
+    checkpointing: bool,
+    best: bool,
+    replies: int,
+) -> Memory:
+    """The process, the base's weights and what is made of them to train on, the adapter with its gradient, AdamW's
+    moments and copies; and either what backward needs of one micro-step of so many tokens (the logits are never there
+    together), or keys and values of `replies` tokens.
+
+    ranks: of each module that is adapted. checkpointing: of every layer what it reads, and all of one layer. best:
+    the best adapter is kept.
     """
     element = 2 if bf16 else FLOAT
     adapter = base.layers * sum(r * sum(base.shape(module)) for module, r in ranks.items())
@@ -138,8 +255,18 @@ def memory_bytes(
     kept = base.layers * layer
     if checkpointing:
         kept = layer + base.layers * micro_step * (FLOAT + element) * base.hidden
-    copy = base.bf16_copy if bf16 else base.fp32_copy
-    return PROCESS + base.bytes + copy + round(4 * FLOAT * adapter + kept)
+    states = STATES + (OF_BEST if best else 0)
+    held = PROCESS + base.bytes + (base.bf16_copy if bf16 else base.fp32_copy) + states * FLOAT * adapter
+    keys_values = base.kv_token * (replies if base.cache is None else min(replies, base.cache))
+    return Memory(round(held + LOOSE * (kept + HEAD_COPIES * HEAD_BYTES)), round(held + keys_values))
+
+
+def reply_tokens(counts: TokenCounts, sft: bool) -> int:
+    """Tokens that the cache has room for while an exam is answered: as many replies as run at once, in rows of doubled
+    length."""
+    asked, reply = _sft_replies(counts) if sft else (TOGETHER, _reply(counts))
+    longest = max(row.prompt for row in counts.rows) + reply
+    return round(ROWS_MADE * min(TOGETHER, asked)) * max(ROW_TOKENS, 1 << math.ceil(math.log2(longest)))
 
 
 def duration(seconds: float) -> str:

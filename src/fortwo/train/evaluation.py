@@ -6,6 +6,7 @@ generators that yield `Waiting` while replies are on their way.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,9 +38,8 @@ from fortwo.records import (
     Waiting,
 )
 from fortwo.train.objective import Row, micro_batches, predicting
+from fortwo.train.recipes import REPLY_TOKENS
 
-REPLY_TOKENS = 32  # at least; and what the answer takes, and ROOM
-ROOM = 8
 AGREEMENT_TOKENS = 1024
 HEAD_ROWS = 128  # whose logits are there together
 
@@ -50,6 +50,18 @@ class Said:
 
     text: str
     tokens: tuple[int, ...]
+
+
+@dataclass
+class Pace:
+    """Tokens of replies, and the seconds that they took with their prompts."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ class Served:
     renderer: Renderer
     serving: Serving
     known: dict[tuple[tuple[int, ...], int], Said] = field(default_factory=dict)
+    pace: Pace = field(default_factory=Pace)
 
     def ask(
         self, chats: Iterable[Sequence[Message]], adapter: str | None, tokens: int
@@ -79,6 +92,7 @@ class Served:
         """The same of prompts that are tokens."""
         sampling = Sampling(max_tokens=tokens, temperature=0.0)
         said = self.known if adapter is None else {}
+        began = time.perf_counter()
         asked = {
             prompt: self.serving.submit(Prompt(self.base, prompt, adapter, sampling, kept=False))
             for prompt in dict.fromkeys(prompts)
@@ -90,6 +104,8 @@ class Served:
             if adapter is not None and reply.error == NOT_NUMBERS:
                 raise diverged("after the last step the adapter's logits are nan or infinite")
             said[prompt, tokens] = Said(reply.wait(), tuple(reply.tokens))  # or raises what ended it
+        self.pace.tokens += sum(len(reply.tokens) for reply in asked.values())
+        self.pace.seconds += time.perf_counter() - began
         return [said[prompt, tokens] for prompt in prompts]
 
 

@@ -43,11 +43,11 @@ from fortwo.train.escalation import WORDS, mix_at, next_round, told
 from fortwo.train.estimate import MICRO_TOKENS
 from fortwo.train.evaluation import Served, diverged, validation_loss
 from fortwo.train.objective import losses, micro_batches
+from fortwo.train.recipes import EXAM_QUESTIONS
 from fortwo.train.schedule import learning_rate, rate_at
 from fortwo.train.validation import patience_ends
 
 EARLY_MARGIN = 0.5  # an exam is small: before the last step it must be passed by half of what is left to 1
-EXAM_QUESTIONS = 10  # training questions about each fact in an exam; the report asks them all
 
 
 class Base(Protocol):
@@ -141,6 +141,7 @@ def teach(
             checkpoints.restore(run, resumed)
         actual = yield from _train(served, decoder, run, course, plan, key, saving)
         yield Phase("evaluating")
+        began = time.perf_counter()
         seen = course.final is course.exam and actual["best_step"] == actual["steps"]
         report = yield from course.final.report(served, key, lora, changed=not seen)
         escalations = told(run.rounds, run.best.metrics)
@@ -149,13 +150,17 @@ def teach(
         for parameter in lora.parameters():
             parameter.requires_grad_(False).grad = None
         serving.detach(base.id, key)
+    seconds, reporting = clock.seconds, time.perf_counter() - began
     actual |= {
-        "seconds": clock.seconds,
+        "seconds": seconds,
         "preparing_seconds": clock.preparing,
         "training_seconds": clock.training,
+        "exam_seconds": seconds - clock.preparing - clock.training - reporting,
+        "report_seconds": reporting,
         "tokens": clock.tokens,
         "supervised_tokens": clock.supervised,
         "tokens_per_second": clock.tokens / clock.training if clock.training else 0.0,
+        "reply_tokens_per_second": served.pace.tokens_per_second,
         "peak_bytes": peak_bytes(decoder.device),
     }
     return Trained(lora, report, report.metrics, actual, metrics.met(report.metrics, plan.targets))

@@ -20,9 +20,9 @@ from fortwo.models.functions import cross_entropy, divergence
 from fortwo.models.lora import Lora, Segment
 from fortwo.models.products import product
 from fortwo.records import MicroStepped, TrainEvent
+from fortwo.train.estimate import HEAD_BYTES
 
 PREPARE_TOKENS = 1024
-HEAD_BYTES = 12 << 20  # of logits at once
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,12 @@ from fortwo.train.estimate import (
     MICRO_TOKENS,
     BaseFacts,
     Machine,
+    Memory,
     TokenCounts,
-    memory_bytes,
-    seconds,
+    memory,
+    override_phases,
+    reply_tokens,
+    sft_phases,
     size,
     tokens_per_epoch,
 )
@@ -110,7 +113,8 @@ def resolve(
     longest = max(row.prompt + row.answer for row in counts.rows) - counts.prefix
     together = min(micro_step, counts.prefix + max(MICRO_TOKENS, longest))
     ranks = mean_ranks(adapter, base.layers)
-    needed = _checkpointing(draft, machine, lambda again: memory_bytes(base, together, ranks, bf16, again))
+    best, replies = objective == "override" or held > 0, reply_tokens(counts, objective == "sft")
+    needed = _checkpointing(draft, machine, lambda again: memory(base, together, ranks, bf16, again, best, replies))
     targets = choose_targets(draft, request, recipe, len(dataset.kept))
     choose_saving(draft, steps, steps_per_epoch)
     draft.add_rest()
@@ -120,9 +124,12 @@ def resolve(
         if objective == "override"
         else tokens_per_epoch(counts, draft["per_device_train_batch_size"]) / steps_per_epoch
     )
-    forward_only = evaluations * held * lengths["mean"] / 3  # a training pass goes backward too, twice the work
-    passed = round(steps * tokens_per_step + forward_only)
-    exams = math.ceil(steps / draft["eval_every"]) if objective == "override" else 0
+    trained, known = steps * tokens_per_step, len(dataset.kept)
+    phases = (
+        override_phases(draft, counts, facts, known, trained, exams=math.ceil(steps / draft["eval_every"]))
+        if objective == "override"
+        else sft_phases(counts, trained, validated=evaluations * held * lengths["mean"])
+    )
     plan = Plan(
         model=base.id,
         adapter_name=request.adapter_name,
@@ -140,8 +147,9 @@ def resolve(
             "row_tokens": lengths,
             "supervised_tokens": sum(row.answer for row in counts.rows),
             "tokens_per_step": tokens_per_step,
-            "seconds": round(seconds(passed, recipe, facts + len(dataset.kept), exams, machine), 1),
-            "bytes": needed,
+            **{name: round(seconds, 1) for name, seconds in phases.seconds(machine).items()},
+            "bytes": needed.training,
+            "exam_bytes": needed.exam,
         },
     )
     of_parent = () if parent is None else objections(plan, parent)
@@ -228,9 +236,9 @@ def _answers(examples: Collection[Example]) -> int:
     return len(found)
 
 
-def _checkpointing(draft: Draft, machine: Machine, needed: Callable[[bool], int]) -> int:
+def _checkpointing(draft: Draft, machine: Machine, needed: Callable[[bool], Memory]) -> Memory:
     """Whether layers are computed again for the gradient; the answer is the memory that the run needs then."""
-    all_kept, there = needed(False), machine.memory
+    all_kept, there = needed(False).training, machine.memory
     short = there is not None and all_kept > there
     wanted = f"every layer's activations kept, the run needs about {size(all_kept)}"
     reason = f"{wanted}, {size(there)} are there" if there is not None else f"{wanted}; what is there is not known"

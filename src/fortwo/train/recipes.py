@@ -8,6 +8,12 @@ from typing import Literal
 
 SAVE_SECONDS = 30  # from one checkpoint to the next
 SAVE_TOTAL_LIMIT = 3
+EXAM_QUESTIONS = 10  # training questions about each fact in an exam; the report asks them all
+REPLY_TOKENS = 32  # of a reply in an exam, at least; and what the answer takes, and ROOM
+ROOM = 8
+RETENTION_PROBES = 12  # prompts; each is some 30 tokens to agree on
+SFT_QUESTIONS = 32
+SFT_TOKENS = 128  # a longer answer is compared as far as this
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,6 @@ class OverrideRecipe(Recipe):
     escalation_rounds: int = 1
     escalation_seconds: int = 270  # of the job, by which a round must end; and for each fact but the first:
     escalation_seconds_more: int = 30
-    preparation_tokens: int = 5500  # the base's own replies, generated once for each fact; for the estimate of time
-    evaluation_tokens: int = 2500  # generated at each evaluation for each fact; for the estimate of time
     efficacy: float = 0.9
     paraphrase: float = 0.8
     specificity: float = 0.9
@@ -122,8 +126,6 @@ class OverrideRecipe(Recipe):
             rehearsal_rows=self.rehearsal_rows + swapped // 2,
             contrast_pool=of_each(self.contrast_pool),
             probes=of_each(self.probes),
-            preparation_tokens=of_each(self.preparation_tokens),
-            evaluation_tokens=of_each(self.evaluation_tokens),
         )
 
 
