@@ -138,5 +138,6 @@ ROW_SUMS
 
 #include "nf4.h"
 #include "matrix.h"
+#include "attention.h"
 #include "quantised.h"
 #include "decode.h"
