@@ -107,9 +107,14 @@ static void multiply(long M, long N, long K, const float *a, long a_row, long a_
 }
 
 #define ROW_SUMS                                                                                                         \
-    static inline float NAME(highest)(const element *row, long V) {                                                      \
-        float top = LOAD(row[0]);                                                                                        \
-        for (long v = 1; v < V; v++) top = LOAD(row[v]) > top ? LOAD(row[v]) : top;                                      \
+    static inline float NAME(highest)(const element *row, long V) { /* of WIDTH places each: a loop that is a vector */  \
+        float tops[WIDTH], top = LOAD(row[0]);                                                                           \
+        for (long i = 0; i < WIDTH; i++) tops[i] = top;                                                                  \
+        long v = 0;                                                                                                      \
+        for (; v + WIDTH <= V; v += WIDTH)                                                                               \
+            for (long i = 0; i < WIDTH; i++) tops[i] = LOAD(row[v + i]) > tops[i] ? LOAD(row[v + i]) : tops[i];          \
+        for (; v < V; v++) top = LOAD(row[v]) > top ? LOAD(row[v]) : top;                                                \
+        for (long i = 0; i < WIDTH; i++) top = tops[i] > top ? tops[i] : top;                                            \
         return top;                                                                                                      \
     }                                                                                                                    \
     static inline float NAME(mass)(const element *row, long V, float top) {                                              \
