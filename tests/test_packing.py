@@ -81,7 +81,9 @@ def test_attention_is_torchs_row_by_row(kv_heads: int, start: list[int], lengths
 
 
 @pytest.mark.parametrize("tiles", [True, False])
-@pytest.mark.parametrize(("start", "lengths"), [([], [1]), ([*range(24)], [31, 5, 40, 16, 17]), ([1, 2, 3], [150, 1, 33])])
+@pytest.mark.parametrize(
+    ("start", "lengths"), [([], [1]), ([*range(24)], [31, 5, 40, 16, 17]), ([1, 2, 3], [150, 1, 33])]
+)
 @pytest.mark.parametrize(("kv_heads", "size"), [(1, 64), (2, 32), (4, 96), (2, 24)])
 def test_attention_in_bf16_is_the_plain_formula(
     kv_heads: int, size: int, start: list[int], lengths: list[int], tiles: bool, monkeypatch: pytest.MonkeyPatch

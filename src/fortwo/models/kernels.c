@@ -149,5 +149,6 @@ ROW_SUMS
 #include "nf4.h"
 #include "matrix.h"
 #include "attention.h"
+#include "losses.h"
 #include "quantised.h"
 #include "decode.h"
