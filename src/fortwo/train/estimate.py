@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 FLOAT = 4  # bytes: adapters are trained in fp32
 PROCESS = 480 << 20  # bytes of a server that holds nothing yet
-MICRO_TOKENS = 640  # of a micro-step beyond the prefix: bounds how long it holds the device
+MICRO_TOKENS = 1280  # of a micro-step beyond the prefix: bounds how long it holds the device
 
 
 @dataclass(frozen=True)
