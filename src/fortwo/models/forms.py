@@ -238,8 +238,8 @@ def _nf4_alone(weight_OI: Frozen) -> Nf4 | None:
 
 
 def _tiles(weight_OI: Frozen) -> Tiles | None:
-    held = weight_OI.forms.get("bf16") if isinstance(weight_OI, Weight) else weight_OI
-    return held if isinstance(held, Tiles) else None
+    held = weight_OI.forms.values() if isinstance(weight_OI, Weight) else [weight_OI]
+    return next((one for one in held if isinstance(one, Tiles)), None)
 
 
 def quantised(name: str, weight_OI: Tensor, regions: Regions) -> Form:
