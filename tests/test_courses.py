@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -13,10 +13,10 @@ import pytest
 
 from fortwo.facts.metrics import score
 from fortwo.facts.siblings import names
-from fortwo.records import Dataset, Fact, OneHop, Plan
+from fortwo.records import Dataset, Fact, OneHop, Plan, TrainEvent, Waiting
 from fortwo.train import courses
 from fortwo.train.courses import Bag, Course, Turns
-from fortwo.train.evaluation import Served
+from fortwo.train.evaluation import Served, together
 from fortwo.train.objective import Row
 from tests.test_loop import School, changed
 
@@ -54,6 +54,19 @@ def test_turns_give_every_pool_its_share_and_one_pool_alone_is_a_bag() -> None:
     bag, alone = Bag(range(9), Random(1)), Turns([range(9)], Random(1))
     assert [bag.draw(4) for _ in range(5)] == [alone.draw(4) for _ in range(5)]
     assert Turns([()], Random(0)).draw(3) == []
+
+
+def test_what_runs_together_takes_turns_and_comes_to_its_end() -> None:
+    done: list[str] = []
+
+    def run(name: str, turns: int) -> Generator[TrainEvent, None, None]:
+        for turn in range(turns):
+            done.append(f"{name}{turn}")
+            yield Waiting()
+        done.append(name)
+
+    assert list(together(run("a", 3), run("b", 1), run("c", 0))) == [Waiting()] * 4
+    assert done == ["a0", "b0", "c", "a1", "b", "a2", "a"]
 
 
 def test_rows_of_several_facts_share_a_step_and_none_to_keep_names_a_fact(school: School) -> None:

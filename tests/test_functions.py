@@ -23,6 +23,7 @@ from fortwo.models.functions import (
 
 TYPES = [torch.float32, torch.bfloat16]
 SIZES = [3, 16, 100]  # below a vector, a vector, several and a rest
+VOCABULARIES = [*SIZES, 32, 4128]  # what the kernels for the head take, and what they do not
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -142,7 +143,7 @@ def test_rotation_turns_the_first_heads_and_leaves_the_rest(size: int, dtype: to
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", VOCABULARIES)
 def test_cross_entropy_and_its_gradient(size: int, dtype: torch.dtype) -> None:
     logits, tokens = (8 * random(5, size)).to(dtype), torch.tensor([0, 1, 2, size - 1, 0])
     exact = logits.double().requires_grad_()
@@ -155,7 +156,7 @@ def test_cross_entropy_and_its_gradient(size: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", VOCABULARIES)
 def test_divergence_and_its_gradient(size: int, dtype: torch.dtype) -> None:
     logits, wanted = (4 * random(5, size)).to(dtype), (4 * random(5, size, seed=1)).to(dtype)
     exact = logits.double().requires_grad_()

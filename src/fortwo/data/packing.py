@@ -123,7 +123,7 @@ class _Attention(torch.autograd.Function):
         mixed_THE = qkv_TNE.new_empty(T, heads, E)
         lse_TH = qkv_TNE.new_empty(T, heads, dtype=torch.float32)
         ctx.shape = (prefix, rows_2R.shape[1], rows_2R[0], rows_2R[1], heads, kv_heads, E)
-        kernels.call("attention", qkv_TNE.dtype, *ctx.shape, qkv_TNE, mixed_THE, lse_TH)
+        _attend("", qkv_TNE, *ctx.shape, qkv_TNE, mixed_THE, lse_TH)
         ctx.save_for_backward(qkv_TNE, lse_TH)
         return mixed_THE
 
@@ -131,8 +131,16 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_THE: Tensor) -> Any:
         qkv_TNE, lse_TH = ctx.saved_tensors
         grad_TNE = torch.empty_like(qkv_TNE)
-        kernels.call("attention_backward", qkv_TNE.dtype, *ctx.shape, qkv_TNE, lse_TH, grad_THE.contiguous(), grad_TNE)
+        _attend("_backward", qkv_TNE, *ctx.shape, qkv_TNE, lse_TH, grad_THE.contiguous(), grad_TNE)
         return grad_TNE, None, None, None, None
+
+
+def _attend(direction: str, qkv_TNE: Tensor, *arguments: Tensor | int) -> None:
+    """The kernel on AMX's tiles where there are such, else the one for every processor."""
+    if qkv_TNE.dtype == torch.bfloat16 and qkv_TNE.shape[2] % 32 == 0 and kernels.multiplies_tiles():
+        kernels.call(f"attention_tiles{direction}", None, *arguments)
+    else:
+        kernels.call(f"attention{direction}", qkv_TNE.dtype, *arguments)
 
 
 def _causal(length: int, before: int, device: torch.device) -> Tensor:

@@ -23,6 +23,7 @@ from fortwo.models.forms import Frozen, Regions, Weight, bytes_to_train, dense, 
 from fortwo.models.functions import add_norm, rms_norm, rotate, swiglu
 from fortwo.models.lora import Update, lora_product
 from fortwo.models.products import frozen_product
+from fortwo.models.tiles import Tiles
 
 Hold = Callable[[Frozen, bool], Frozen]  # how a weight is held; and whether it is the head
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -243,8 +244,7 @@ class Decoder:
     def bytes_to_train(self, bf16: bool) -> int:
         """Memory that in_bf16 or in_fp32 takes beside what is held."""
         dtype = torch.bfloat16 if bf16 else torch.float32
-        *inner, head = self._multiplied()
-        return sum(bytes_to_train(weight, dtype) for weight in inner) + bytes_to_train(head, dtype, is_head=True)
+        return sum(bytes_to_train(weight, dtype) for weight in self._multiplied())
 
     def in_forms(self, choice: Choice, exact: bool = False) -> Decoder:
         """The same network, to serve: weights as `forms_of` has them; the embedding in fp32."""
@@ -252,9 +252,7 @@ class Decoder:
 
     def _to_train(self, dtype: torch.dtype) -> Decoder:
         regions = Regions()
-        return self._with(
-            lambda weight, is_head: dense(weight, dtype) if is_head else trained_on(weight, regions, dtype)
-        )
+        return self._with(lambda weight, is_head: trained_on(weight, regions, dtype))
 
     def _with(self, change: Hold) -> Decoder:
         other = copy(self)
@@ -272,9 +270,9 @@ class Decoder:
         return other
 
     @property
-    def head_VD(self) -> Tensor:
+    def head_VD(self) -> Tensor | Tiles:
         """The head of a network to train on. Raises TypeError for one that is held in forms."""
-        if not isinstance(self.head, Tensor):
+        if isinstance(self.head, Weight):
             raise TypeError("train on in_fp32() or in_bf16(): these weights are held to serve")
         return self.head
 

@@ -223,12 +223,12 @@ def trained_on(weight_OI: Frozen, regions: Regions, dtype: torch.dtype = torch.b
     return (Tiles.of(dense(weight_OI, dtype), regions) if tiles is None else tiles).with_turned(regions)
 
 
-def bytes_to_train(weight_OI: Frozen, dtype: torch.dtype, is_head: bool = False) -> int:
-    """What `trained_on`, or `dense` for the head, takes beside the weight."""
+def bytes_to_train(weight_OI: Frozen, dtype: torch.dtype) -> int:
+    """What `trained_on` takes beside the weight."""
     size = math.prod(weight_OI.shape) * dtype.itemsize
     if _nf4_alone(weight_OI) is not None:
         return 0
-    if dtype == torch.bfloat16 and kernels.multiplies_tiles() and not is_head:
+    if dtype == torch.bfloat16 and kernels.multiplies_tiles():
         return size if _tiles(weight_OI) is not None else 2 * size
     held = weight_OI.forms.values() if isinstance(weight_OI, Weight) else [weight_OI]
     tensors = (form.weight_OI if isinstance(form, Dense) else form for form in held)
@@ -243,8 +243,8 @@ def _nf4_alone(weight_OI: Frozen) -> Nf4 | None:
 
 
 def _tiles(weight_OI: Frozen) -> Tiles | None:
-    held = weight_OI.forms.get("bf16") if isinstance(weight_OI, Weight) else weight_OI
-    return held if isinstance(held, Tiles) else None
+    held = weight_OI.forms.values() if isinstance(weight_OI, Weight) else [weight_OI]
+    return next((one for one in held if isinstance(one, Tiles)), None)
 
 
 def quantised(name: str, weight_OI: Tensor, regions: Regions) -> Form:

@@ -185,7 +185,7 @@ def cross_entropy(logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
     """
     if kernels.usable(logits_NV):
         loss_N = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
-        kernels.call("cross_entropy", logits_NV.dtype, *logits_NV.shape, logits_NV, tokens_N, loss_N)
+        kernels.call(*_by_vectors("cross_entropy", logits_NV), *logits_NV.shape, logits_NV, tokens_N, loss_N)
         return loss_N, logits_NV
     slope_NV = torch.softmax(logits_NV, -1)
     slope_NV[torch.arange(len(tokens_N), device=tokens_N.device), tokens_N] -= 1
@@ -199,8 +199,16 @@ def divergence(logits_NV: Tensor, wanted_NV: Tensor) -> tuple[Tensor, Tensor]:
     """
     if kernels.usable(logits_NV, wanted_NV):
         loss_N = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
-        kernels.call("divergence", logits_NV.dtype, *logits_NV.shape, logits_NV, wanted_NV, loss_N)
+        kernels.call(*_by_vectors("divergence", logits_NV), *logits_NV.shape, logits_NV, wanted_NV, loss_N)
         return loss_N, logits_NV
     log_q_NV, log_p_NV = F.log_softmax(logits_NV, -1), F.log_softmax(wanted_NV, -1)
     p_NV = log_p_NV.exp()
     return torch.linalg.vecdot(p_NV, log_p_NV - log_q_NV), log_q_NV.exp() - p_NV
+
+
+def _by_vectors(loss: str, logits_NV: Tensor) -> tuple[str, torch.dtype | None]:
+    """Which kernel of a loss takes these logits, as `kernels.call` names it."""
+    dtype = logits_NV.dtype
+    if dtype == torch.bfloat16 and logits_NV.shape[1] % 32 == 0 and kernels.multiplies_tiles():
+        return f"{loss}_vectors", None
+    return loss, dtype

@@ -46,9 +46,16 @@ void NAME(swiglu)(long T, long I, const element *gate_up, element *out) {
 #pragma omp parallel for schedule(static) if (T * I > SERIAL)
     for (long t = 0; t < T; t++) {
         const element *gate = gate_up + 2 * t * I, *up = gate + I;
-        for (long i = 0; i < I; i++) {
-            float g = LOAD(gate[i]);
-            out[t * I + i] = STORE(g / (1 + exponential(-g)) * LOAD(up[i]));
+        element *to = out + t * I;
+        for (long line = 0; line < I; line += LINE) {
+            long end = line + LINE < I ? line + LINE : I;
+            FETCH(gate + 2 * I + line, 0);
+            FETCH(up + 2 * I + line, 0);
+            FETCH(to + I + line, 1);
+            for (long i = line; i < end; i++) {
+                float g = LOAD(gate[i]);
+                to[i] = STORE(g / (1 + exponential(-g)) * LOAD(up[i]));
+            }
         }
     }
 }
@@ -58,10 +65,18 @@ void NAME(swiglu_backward)(long T, long I, const element *gate_up, const element
     for (long t = 0; t < T; t++) {
         const element *gate = gate_up + 2 * t * I, *up = gate + I, *g = grad + t * I;
         element *to_gate = grad_gate_up + 2 * t * I, *to_up = to_gate + I;
-        for (long i = 0; i < I; i++) {
-            float x = LOAD(gate[i]), s = 1 / (1 + exponential(-x)), above = LOAD(g[i]);
-            to_gate[i] = STORE(above * LOAD(up[i]) * s * (1 + x * (1 - s)));
-            to_up[i] = STORE(above * x * s);
+        for (long line = 0; line < I; line += LINE) {
+            long end = line + LINE < I ? line + LINE : I;
+            FETCH(gate + 2 * I + line, 0);
+            FETCH(up + 2 * I + line, 0);
+            FETCH(g + I + line, 0);
+            FETCH(to_gate + 2 * I + line, 1);
+            FETCH(to_up + 2 * I + line, 1);
+            for (long i = line; i < end; i++) {
+                float x = LOAD(gate[i]), s = 1 / (1 + exponential(-x)), above = LOAD(g[i]);
+                to_gate[i] = STORE(above * LOAD(up[i]) * s * (1 + x * (1 - s)));
+                to_up[i] = STORE(above * x * s);
+            }
         }
     }
 }

@@ -37,7 +37,7 @@ static void root_mean_square(long D, const float *x, const float *weight, float 
 }
 
 /* A head of q or k: its norm, where there is one, and its rotation. */
-static void turn(long E, const float *norm, float eps, const float *cosine, const float *sine, float *x) {
+static void rotate_head(long E, const float *norm, float eps, const float *cosine, const float *sine, float *x) {
     if (norm) root_mean_square(E, x, norm, eps, x);
     for (long e = 0; e < E / 2; e++) {
         float first = x[e], second = x[E / 2 + e];
@@ -196,8 +196,8 @@ void decode_layers(long B, const shape *s, const layer *layers, const float *cos
                     for (long e = 0; e < G * E; e++) q[e] += own->bias[head * G * E + e];
                     for (long e = 0; e < E; e++) key[e] += own->bias[(H + head) * E + e], value[e] += own->bias[(H + K + head) * E + e];
                 }
-                for (long g = 0; g < G; g++) turn(E, own->q_norm, eps, c, n, q + g * E);
-                turn(E, own->k_norm, eps, c, n, key);
+                for (long g = 0; g < G; g++) rotate_head(E, own->q_norm, eps, c, n, q + g * E);
+                rotate_head(E, own->k_norm, eps, c, n, key);
                 attend(G, E, places + l * B + b, head, seen[b], q, key, value, in + (b * H + head * G) * E, scores + task * G * longest);
             }
 #pragma omp for schedule(static)

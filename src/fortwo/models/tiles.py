@@ -23,11 +23,11 @@ LONGEST_SUM = 8192  # inputs: more of them, and a panel does not lie in a core's
 @dataclass(frozen=True)
 class Tiles:
     """A frozen bf16 weight (O, I). laid: (panels, steps, 2 tiles, 16 pairs of inputs, 16 outputs, 2); turned: its
-    transpose, where products with that are wanted too."""
+    transpose, where products with that are wanted too; not laid where they would be sums of too many numbers."""
 
     shape: tuple[int, int]
     laid: Tensor
-    turned: Tiles | None = None
+    turned: Tiles | Tensor | None = None
 
     dtype: ClassVar[torch.dtype] = torch.bfloat16
 
@@ -43,9 +43,11 @@ class Tiles:
 
     def with_turned(self, regions: Regions) -> Tiles:
         """The same weight, and its transpose beside."""
-        return Tiles(self.shape, self.laid, Tiles.of(self.dense().t(), regions))
+        turned_IO = self.dense().t()
+        laid = turned_IO.shape[1] <= LONGEST_SUM
+        return Tiles(self.shape, self.laid, Tiles.of(turned_IO, regions) if laid else turned_IO)
 
-    def t(self) -> Tiles:
+    def t(self) -> Tiles | Tensor:
         assert self.turned is not None, "only with_turned has both"
         return self.turned
 

@@ -28,6 +28,7 @@ from fortwo.train.evaluation import (
     hops_from,
     questions_about,
     questions_of,
+    together,
 )
 from fortwo.train.objective import Row, with_teacher
 from fortwo.train.plan import training_rows
@@ -111,9 +112,17 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
     ]
     contrasts = [contrast for lesson in lessons for contrast in lesson.contrasts(plan["contrast_pool"])]
     of_kept = [contrast for lesson in earlier for contrast in lesson.contrasts(plan["kept_pool"])]
-    contrast = yield from _keep(served, [*contrasts, *of_kept], plan["contrast_tokens"])
     everyday = trained_rehearsal((*facts, *known))
-    rehearsal = yield from _keep(served, [Contrast(prompt) for prompt in everyday], plan["rehearsal_tokens"])
+    rehearsed = [Contrast(prompt) for prompt in everyday]
+    tokens = max(REPLY_TOKENS, ROOM + max(row.supervised for row in chain(*given, *kept)))
+    exam, final = _exams(lessons, earlier, plan["probes"], tokens)
+    contrast: list[Row] = []
+    rehearsal: list[Row] = []
+    yield from together(
+        _keep(served, [*contrasts, *of_kept], plan["contrast_tokens"], contrast),
+        _keep(served, rehearsed, plan["rehearsal_tokens"], rehearsal),
+        final.ask_base(served),
+    )
     everything = chain(*given, *framed, *kept, contrast, rehearsal)
     prefix = common_prefix([row.tokens for row in everything])
     own = [row for row, one in zip(contrast, contrasts, strict=False) if one.begun is None]
@@ -149,8 +158,6 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
         strayed.refill((yield from with_teacher(decoder, rows, prefix)))
         return replies
 
-    tokens = max(REPLY_TOKENS, ROOM + max(row.supervised for row in chain(*given, *kept)))
-    exam, final = _exams(lessons, earlier, plan["probes"], tokens)
     return Course(prefix, mix_of(plan), draw, exam, final, correct=correct)
 
 
@@ -263,12 +270,13 @@ def _parted(rows: Sequence[T], parts: int) -> list[Sequence[T]]:
     return [rows[part * size : (part + 1) * size] for part in range(parts)]
 
 
-def _keep(served: Served, contrasts: Sequence[Contrast], tokens: int) -> Generator[TrainEvent, None, list[Row]]:
-    """Rows to keep: the base's own first tokens, or an answer begun about a sibling."""
+def _keep(
+    served: Served, contrasts: Sequence[Contrast], tokens: int, rows: list[Row]
+) -> Generator[TrainEvent, None, None]:
+    """Add the rows to keep: the base's own first tokens, or an answer begun about a sibling."""
     own = [contrast for contrast in contrasts if contrast.begun is None]
     replies = yield from served.ask([_asked(contrast.prompt) for contrast in own], None, tokens)
     said = {contrast.prompt: reply.tokens for contrast, reply in zip(own, replies, strict=True)}
-    rows = []
     for contrast in contrasts:
         prompt = served.renderer.prompt(list(_asked(contrast.prompt)))
         if contrast.begun is None:
@@ -279,4 +287,3 @@ def _keep(served: Served, contrasts: Sequence[Contrast], tokens: int) -> Generat
             )
             reply = begun[supervised.index(True) :]
         rows.append(Row((*prompt, *reply), len(prompt), keep=True))
-    return rows

@@ -118,6 +118,17 @@ def diverged(found: str) -> TrainingFailed:
     )
 
 
+def together(*runs: Generator[TrainEvent, None, None]) -> Generator[TrainEvent, None, None]:
+    """All of them at the same time, so that what each asks for is answered in one batch."""
+    left = list(runs)
+    while left:
+        for run in list(left):
+            try:
+                yield next(run)
+            except StopIteration:
+                left.remove(run)
+
+
 @dataclass(frozen=True)
 class Question:
     """One thing to ask. passes: whether a reply is right; None where only the base's own reply counts (retention).
@@ -173,7 +184,7 @@ class Examiner:
             self._said.clear()
         yield from self._ask_adapter(served, key, self.questions)
         found = yield from self._metrics(served, lora, self.questions)
-        yield from self._ask_base(served, self.questions)
+        yield from self.ask_base(served)
         transcripts = []
         for question in self.questions:
             base, reply = self._base[question.messages].text, self._said[question.messages].text
@@ -206,15 +217,16 @@ class Examiner:
         found = _shares(asked, self._said)
         kept = [question for question in self.questions if question.passes is None]
         if kept:
-            yield from self._ask_base(served, kept)
+            yield from self._ask(served, None, kept, self._base)
             found["retention"] = agreement(served, lora, [(q.messages, self._base[q.messages]) for q in kept])
         return found | {"score": _score(found)}
 
     def _ask_adapter(self, served: Served, key: str, asked: Sequence[Question]) -> Generator[TrainEvent, None, None]:
         yield from self._ask(served, key, asked, self._said)
 
-    def _ask_base(self, served: Served, asked: Sequence[Question]) -> Generator[TrainEvent, None, None]:
-        yield from self._ask(served, None, asked, self._base)
+    def ask_base(self, served: Served) -> Generator[TrainEvent, None, None]:
+        """Everything, once: a report says what the base says, whenever that was."""
+        yield from self._ask(served, None, self.questions, self._base)
 
     def _ask(
         self, served: Served, key: str | None, asked: Sequence[Question], said: dict[tuple[Message, ...], Said]

@@ -19,6 +19,7 @@ from fortwo.models.decoder import Decoder
 from fortwo.models.functions import cross_entropy, divergence
 from fortwo.models.lora import Lora, Segment
 from fortwo.models.products import product
+from fortwo.models.tiles import Tiles
 from fortwo.records import MicroStepped, TrainEvent
 from fortwo.train.estimate import HEAD_BYTES
 
@@ -101,8 +102,8 @@ class _HeadLoss(torch.autograd.Function):
     (Hsu et al. 2024, arXiv:2410.10989)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, target: Tensor) -> Tensor:
-        rows = max(1, HEAD_BYTES // (head_VD.element_size() * len(head_VD)))
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor | Tiles, target: Tensor) -> Tensor:
+        rows = max(1, HEAD_BYTES // (head_VD.dtype.itemsize * head_VD.shape[0]))
         total, gradients = hidden_ND.new_zeros(()), []
         for chunk_ND, wanted in zip(hidden_ND.split(rows), target.split(rows), strict=True):
             logits_NV = product(chunk_ND.to(head_VD.dtype), head_VD)
@@ -121,7 +122,7 @@ class _HeadLoss(torch.autograd.Function):
         return grad * gradient_ND, None, None
 
 
-def head_loss(hidden_ND: Tensor, head_VD: Tensor, target: Tensor) -> Tensor:
+def head_loss(hidden_ND: Tensor, head_VD: Tensor | Tiles, target: Tensor) -> Tensor:
     """Sum over rows of what the head's distribution loses against a target; hidden_ND gets the gradient.
 
     Cross-entropy where the target is tokens (N,); KL(target || here) where it is the teacher's hidden states (N, D).

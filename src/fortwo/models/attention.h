@@ -1,0 +1,308 @@
+/* Attention over packed rows, as in kernels.h, in bf16 on AMX's tiles; kernels.c includes this once, behind matrix.h. E is a multiple of 32.
+
+   A task is one key/value head of one row: its queries, of all heads that share it, are one matrix. Scores, sums and gradients are float;
+   probabilities and their slopes are rounded to bf16 for the products. */
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+#define CHUNK 256 /* queries whose probabilities are there together, backward */
+#define SQUARE (PANEL * STEP)
+
+/* c (32, 32) (+)= a times a panel of `count` steps. */
+static void patch(long count, const bf16 *a, long a_row, const bf16 *panel, float *c, long c_row, int add) {
+    float *corners[4] = {c, c + 16, c + 16 * c_row, c + 16 * c_row + 16};
+    if (add) {
+        _tile_loadd(0, corners[0], 4 * c_row);
+        _tile_loadd(1, corners[1], 4 * c_row);
+        _tile_loadd(2, corners[2], 4 * c_row);
+        _tile_loadd(3, corners[3], 4 * c_row);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (long k = 0; k < count; k++) tile_step(a + k * STEP, a_row, panel + k * SQUARE);
+    _tile_stored(0, corners[0], 4 * c_row);
+    _tile_stored(1, corners[1], 4 * c_row);
+    _tile_stored(2, corners[2], 4 * c_row);
+    _tile_stored(3, corners[3], 4 * c_row);
+}
+
+/* Panels of rows (count, E) whose products are summed over E: outputs are rows, zero beyond `count`. */
+static void lay_rows(long count, long E, const bf16 **rows, long head, bf16 *to) {
+    for (long s = 0; s < steps(count) * STEP; s += 16)
+        for (long e = 0; e < E; e += STEP) {
+            __m512i r[16];
+            for (long i = 0; i < 16; i++) r[i] = s + i < count ? _mm512_loadu_si512(rows[s + i] + head + e) : _mm512_setzero_si512();
+            transpose(r);
+            bf16 *tile = to + s / PANEL * PANEL * E + e * PANEL + s % PANEL / 16 * TILE;
+            for (long i = 0; i < 16; i++) _mm512_store_si512(tile + i * STEP, r[i]);
+        }
+}
+
+/* The same for sums over rows: outputs are E. */
+static void lay_columns(long count, long E, const bf16 **rows, long head, bf16 *to) {
+    __m512i low = _mm512_loadu_si512(zip[0]), high = _mm512_loadu_si512(zip[1]), none = _mm512_setzero_si512();
+    long all = steps(count);
+    for (long s = 0; s < all * STEP; s += 2)
+        for (long e = 0; e < E; e += PANEL) {
+            bf16 *row = to + e * all * STEP + s / STEP * SQUARE + s % STEP / 2 * STEP;
+            __m512i even = s < count ? _mm512_loadu_si512(rows[s] + head + e) : none;
+            __m512i odd = s + 1 < count ? _mm512_loadu_si512(rows[s + 1] + head + e) : none;
+            _mm512_store_si512(row, _mm512_permutex2var_epi16(even, low, odd));
+            _mm512_store_si512(row + TILE, _mm512_permutex2var_epi16(even, high, odd));
+        }
+}
+
+/* `exponential` of 16. */
+static inline __m512 exponentials(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x); /* what is no number stays none */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x), p = _mm512_set1_ps(1.9875691500e-4f);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+static inline __mmask16 first(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1; }
+
+static inline void store_bf16(bf16 *to, __m512 left, __m512 right) { /* 32 numbers */
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(right, left));
+}
+
+/* e^(scaling (score - highest)) of the first n scores as bf16, zero up to `seen` (a multiple of 32). Returns their sum; lse: the logarithm of the
+   softmax's. */
+static float unscaled_softmax(const float *scores, long n, long seen, float scaling, bf16 *out, float *lse) {
+    __m512 highest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps(), by = _mm512_set1_ps(scaling);
+    for (long s = 0; s < n; s += 16) highest = _mm512_mask_max_ps(highest, first(n - s), highest, _mm512_loadu_ps(scores + s));
+    float top = _mm512_reduce_max_ps(highest);
+    highest = _mm512_set1_ps(top);
+    for (long s = 0; s < seen; s += 32) {
+        __m512 left = _mm512_sub_ps(_mm512_loadu_ps(scores + s), highest), right = _mm512_sub_ps(_mm512_loadu_ps(scores + s + 16), highest);
+        left = _mm512_maskz_mov_ps(first(n - s), exponentials(_mm512_mul_ps(left, by)));
+        right = _mm512_maskz_mov_ps(first(n - s - 16), exponentials(_mm512_mul_ps(right, by)));
+        sum = _mm512_add_ps(sum, _mm512_add_ps(left, right));
+        store_bf16(out + s, left, right);
+    }
+    float all = _mm512_reduce_add_ps(sum);
+    *lse = logf(all) + top * scaling;
+    return all;
+}
+
+/* The first n scores become probabilities, their slopes those before the softmax; zero up to `seen`. out: the slopes as bf16. */
+static void softmax_backward(float *scores, float *slopes, long n, long seen, float scaling, float lse, bf16 *out) {
+    __m512 delta = _mm512_setzero_ps(), by = _mm512_set1_ps(scaling), sum = _mm512_set1_ps(lse);
+    for (long s = 0; s < seen; s += 16) {
+        __m512 p = exponentials(_mm512_fmsub_ps(_mm512_loadu_ps(scores + s), by, sum));
+        p = _mm512_maskz_mov_ps(first(n - s), p);
+        delta = _mm512_mask3_fmadd_ps(p, _mm512_loadu_ps(slopes + s), delta, first(n - s));
+        _mm512_storeu_ps(scores + s, p);
+    }
+    delta = _mm512_set1_ps(_mm512_reduce_add_ps(delta));
+    for (long s = 0; s < seen; s += 32) {
+        __m512 left = _mm512_sub_ps(_mm512_loadu_ps(slopes + s), delta), right = _mm512_sub_ps(_mm512_loadu_ps(slopes + s + 16), delta);
+        left = _mm512_maskz_mul_ps(first(n - s), left, _mm512_loadu_ps(scores + s));
+        right = _mm512_maskz_mul_ps(first(n - s - 16), right, _mm512_loadu_ps(scores + s + 16));
+        _mm512_storeu_ps(slopes + s, left);
+        _mm512_storeu_ps(slopes + s + 16, right);
+        store_bf16(out + s, left, right);
+    }
+}
+
+/* 32 rows of `seen` numbers as 32 columns of bf16. */
+static void turn(const float *rows, long row, long seen, bf16 *to, long to_row) {
+    for (long s = 0; s < seen; s += 16) {
+        __m512i left[16], right[16];
+        for (long i = 0; i < 16; i++) left[i] = _mm512_loadu_si512(rows + i * row + s), right[i] = _mm512_loadu_si512(rows + (16 + i) * row + s);
+        transpose(left);
+        transpose(right);
+        for (long i = 0; i < 16; i++) store_bf16(to + (s + i) * to_row, (__m512)left[i], (__m512)right[i]);
+    }
+}
+
+/* One task: the keys that its queries see are the prefix's and the row's own, up to each query's place. The queries of a token lie together. */
+typedef struct {
+    long r, k, before, start, L, S, Sp, M, Mp;
+} packed_task;
+
+static packed_task packed_task_of(long task, long P, long R, const long *starts, const long *lengths, long H, long K) {
+    long r = task / K, before = r < R ? P : 0, start = r < R ? starts[r] : 0, L = r < R ? lengths[r] : P, S = before + L, M = L * (H / K);
+    return (packed_task){r, task % K, before, start, L, S, steps(S) * STEP, M, steps(M) * STEP};
+}
+
+static inline long keys_seen(const packed_task *t, long m, long G) { /* by the queries up to m, rounded up to whole steps */
+    long last = m < t->M ? m : t->M - 1;
+    return steps(t->before + last / G + 1) * STEP;
+}
+
+/* Room of a thread's own, of which parts are taken one after the other; each begins at a line of the cache. */
+typedef struct { char *at; long size, taken; } arena;
+
+static void *take(arena *room, long bytes) {
+    void *at = room->at + room->taken;
+    room->taken += (bytes + 63) / 64 * 64;
+    return at;
+}
+
+static void make_room(arena *room, long bytes) {
+    if (bytes > room->size) {
+        free(room->at);
+        room->size = (bytes + 63) / 64 * 64;
+        room->at = aligned_alloc(64, room->size);
+    }
+    room->taken = 0;
+}
+
+void attention_tiles(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, bf16 *out, float *lse) {
+    long N = H + 2 * K, G = H / K, tasks = (R + (P > 0)) * K;
+    float scaling = 1 / sqrtf((float)E);
+#pragma omp parallel
+    {
+        static _Thread_local arena room;
+        tiles_begin();
+#pragma omp for schedule(dynamic) nowait
+        for (long task = 0; task < tasks; task++) {
+            packed_task t = packed_task_of(task, P, R, starts, lengths, H, K);
+            make_room(&room, t.Sp * (8 + 4 * E + 32 * 6) + 32 * E * 4 + t.Mp * E * 2 + 1024);
+            const bf16 **rows = take(&room, t.S * sizeof(bf16 *));
+            bf16 *keys = take(&room, t.Sp * E * 2), *values = take(&room, t.Sp * E * 2), *q = take(&room, t.Mp * E * 2);
+            float *scores = take(&room, 32 * t.Sp * 4), *mixed = take(&room, 32 * E * 4), sums[32];
+            bf16 *mass = take(&room, 32 * t.Sp * 2);
+            for (long s = 0; s < t.S; s++) rows[s] = qkv + (s < t.before ? s : t.start + s - t.before) * N * E;
+            lay_rows(t.S, E, rows, (H + t.k) * E, keys);
+            lay_columns(t.S, E, rows, (H + K + t.k) * E, values);
+            for (long i = 0; i < t.L; i++) memcpy(q + i * G * E, qkv + ((t.start + i) * N + t.k * G) * E, G * E * sizeof(bf16));
+            memset(q + t.M * E, 0, (t.Mp - t.M) * E * sizeof(bf16));
+            for (long m = 0; m < t.M; m += 32) {
+                long seen = keys_seen(&t, m + 31, G), tall = t.M - m < 32 ? t.M - m : 32;
+                for (long s = 0; s < seen; s += PANEL) patch(E / STEP, q + m * E, E, keys + s * E, scores + s, t.Sp, 0);
+                for (long row = 0; row < tall; row++) {
+                    long i = (m + row) / G, g = (m + row) % G;
+                    float *at = lse + (t.start + i) * H + t.k * G + g;
+                    sums[row] = unscaled_softmax(scores + row * t.Sp, t.before + i + 1, seen, scaling, mass + row * t.Sp, at);
+                }
+                memset(mass + tall * t.Sp, 0, (32 - tall) * t.Sp * sizeof(bf16));
+                for (long e = 0; e < E; e += PANEL) patch(seen / STEP, mass, t.Sp, values + e * t.Sp, mixed + e, E, 0);
+                for (long row = 0; row < tall; row++) {
+                    long i = (m + row) / G, g = (m + row) % G;
+                    bf16 *to = out + ((t.start + i) * H + t.k * G + g) * E;
+                    __m512 by = _mm512_set1_ps(1 / sums[row]);
+                    const float *from = mixed + row * E;
+                    for (long e = 0; e < E; e += 32)
+                        store_bf16(to + e, _mm512_mul_ps(_mm512_loadu_ps(from + e), by), _mm512_mul_ps(_mm512_loadu_ps(from + e + 16), by));
+                }
+            }
+        }
+        _tile_release();
+    }
+}
+
+void attention_tiles_backward(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, const float *lse,
+                              const bf16 *grad, bf16 *grad_qkv) {
+    long N = H + 2 * K, G = H / K, tasks = (R + (P > 0)) * K;
+    float scaling = 1 / sqrtf((float)E), *shared = malloc((2 * (R + 1) * K * P * E + 1) * sizeof(float));
+#pragma omp parallel
+    {
+        static _Thread_local arena room;
+        tiles_begin();
+#pragma omp for schedule(dynamic)
+        for (long task = 0; task < tasks; task++) {
+            packed_task t = packed_task_of(task, P, R, starts, lengths, H, K);
+            make_room(&room, t.Sp * (8 + 14 * E + 32 * 10 + CHUNK * 4) + 8 * CHUNK * E + 32 * E * 4 + 2048);
+            const bf16 **rows = take(&room, t.S * sizeof(bf16 *)), *q_rows[CHUNK], *g_rows[CHUNK];
+            bf16 *keys = take(&room, t.Sp * E * 2), *values = take(&room, t.Sp * E * 2), *key_columns = take(&room, t.Sp * E * 2);
+            float *grad_k = take(&room, t.Sp * E * 4), *grad_v = take(&room, t.Sp * E * 4), *grad_q = take(&room, 32 * E * 4);
+            float *scores = take(&room, 32 * t.Sp * 4), *slopes = take(&room, 32 * t.Sp * 4);
+            bf16 *q = take(&room, CHUNK * E * 2), *g = take(&room, CHUNK * E * 2), *q_columns = take(&room, CHUNK * E * 2);
+            bf16 *g_columns = take(&room, CHUNK * E * 2), *slope = take(&room, 32 * t.Sp * 2);
+            bf16 *turned_p = take(&room, t.Sp * CHUNK * 2), *turned_slopes = take(&room, t.Sp * CHUNK * 2);
+            for (long s = 0; s < t.S; s++) rows[s] = qkv + (s < t.before ? s : t.start + s - t.before) * N * E;
+            lay_rows(t.S, E, rows, (H + t.k) * E, keys);
+            lay_rows(t.S, E, rows, (H + K + t.k) * E, values);
+            lay_columns(t.S, E, rows, (H + t.k) * E, key_columns);
+            memset(grad_k, 0, t.Sp * E * sizeof(float));
+            memset(grad_v, 0, t.Sp * E * sizeof(float));
+            for (long from = 0; from < t.M; from += CHUNK) {
+                long count = t.M - from < CHUNK ? t.M - from : CHUNK, blocks = steps(count), seen[CHUNK / 32];
+                for (long m = 0; m < blocks * 32; m++) {
+                    q_rows[m] = q + m * E, g_rows[m] = g + m * E;
+                    if (m < count) {
+                        long i = t.start + (from + m) / G, head = t.k * G + (from + m) % G;
+                        memcpy(q + m * E, qkv + (i * N + head) * E, E * sizeof(bf16));
+                        memcpy(g + m * E, grad + (i * H + head) * E, E * sizeof(bf16));
+                    } else {
+                        memset(q + m * E, 0, E * sizeof(bf16));
+                        memset(g + m * E, 0, E * sizeof(bf16));
+                    }
+                }
+                lay_columns(blocks * 32, E, q_rows, 0, q_columns);
+                lay_columns(blocks * 32, E, g_rows, 0, g_columns);
+                for (long b = 0; b < blocks; b++) {
+                    long m = 32 * b, all = seen[b] = keys_seen(&t, from + m + 31, G), tall = count - m < 32 ? count - m : 32;
+                    for (long s = 0; s < all; s += PANEL) patch(E / STEP, q + m * E, E, keys + s * E, scores + s, t.Sp, 0);
+                    for (long s = 0; s < all; s += PANEL) patch(E / STEP, g + m * E, E, values + s * E, slopes + s, t.Sp, 0);
+                    for (long row = 0; row < 32; row++) {
+                        long i = (from + m + row) / G, h = (from + m + row) % G, n = row < tall ? t.before + i + 1 : 0;
+                        float sum = row < tall ? lse[(t.start + i) * H + t.k * G + h] : 0;
+                        softmax_backward(scores + row * t.Sp, slopes + row * t.Sp, n, all, scaling, sum, slope + row * t.Sp);
+                    }
+                    turn(scores, t.Sp, all, turned_p + m, CHUNK);
+                    turn(slopes, t.Sp, all, turned_slopes + m, CHUNK);
+                    for (long e = 0; e < E; e += PANEL) patch(all / STEP, slope, t.Sp, key_columns + e * t.Sp, grad_q + e, E, 0);
+                    for (long row = 0; row < tall; row++) {
+                        long i = (from + m + row) / G, h = (from + m + row) % G;
+                        bf16 *to = grad_qkv + ((t.start + i) * N + t.k * G + h) * E;
+                        const float *at = grad_q + row * E;
+                        __m512 by = _mm512_set1_ps(scaling);
+                        for (long e = 0; e < E; e += 32)
+                            store_bf16(to + e, _mm512_mul_ps(_mm512_loadu_ps(at + e), by), _mm512_mul_ps(_mm512_loadu_ps(at + e + 16), by));
+                    }
+                }
+                for (long s = 0, b = 0; s < seen[blocks - 1]; s += 32) {
+                    while (seen[b] <= s) b++; /* queries before this block see none of these keys */
+                    for (long e = 0; e < E; e += PANEL) {
+                        long at = e * blocks * STEP + b * SQUARE;
+                        patch(blocks - b, turned_slopes + s * CHUNK + 32 * b, CHUNK, q_columns + at, grad_k + s * E + e, E, 1);
+                        patch(blocks - b, turned_p + s * CHUNK + 32 * b, CHUNK, g_columns + at, grad_v + s * E + e, E, 1);
+                    }
+                }
+            }
+            for (long s = 0; s < t.S; s++) {
+                float *at_k = grad_k + s * E, *at_v = grad_v + s * E;
+                for (long e = 0; e < E; e++) at_k[e] *= scaling;
+                if (s < P) {
+                    float *to = shared + ((t.r * K + t.k) * P + s) * 2 * E;
+                    memcpy(to, at_k, E * sizeof(float));
+                    memcpy(to + E, at_v, E * sizeof(float));
+                } else {
+                    bf16 *to = grad_qkv + ((t.start + s - t.before) * N + H + t.k) * E;
+                    for (long e = 0; e < E; e += 32) {
+                        store_bf16(to + e, _mm512_loadu_ps(at_k + e), _mm512_loadu_ps(at_k + e + 16));
+                        store_bf16(to + K * E + e, _mm512_loadu_ps(at_v + e), _mm512_loadu_ps(at_v + e + 16));
+                    }
+                }
+            }
+        }
+        _tile_release();
+#pragma omp for schedule(static)
+        for (long s = 0; s < P * K; s++) {
+            bf16 *to = grad_qkv + (s / K * N + H + s % K) * E;
+            for (long e = 0; e < 2 * E; e += 32) {
+                __m512 left = _mm512_setzero_ps(), right = left;
+                for (long r = 0; r <= R; r++) {
+                    const float *at = shared + ((r * K + s % K) * P + s / K) * 2 * E + e;
+                    left = _mm512_add_ps(left, _mm512_loadu_ps(at));
+                    right = _mm512_add_ps(right, _mm512_loadu_ps(at + 16));
+                }
+                store_bf16(to + (e < E ? e : (K - 1) * E + e), left, right);
+            }
+        }
+    }
+    free(shared);
+}
+#endif
