@@ -55,8 +55,8 @@ def test_what_a_phase_takes() -> None:
 
 def test_the_phases_of_an_override() -> None:
     found = override_phases(SETTINGS, COUNTS, facts=1, known=0, trained=1000, exams=2)
-    # 100 contrast and 72 rehearsal prompts of 20 tokens; 0.7096 of the contrast replies are the base's own
-    assert found.preparing == Phase(read=172 * 20 + 100 * 10 + 72 * 20, said=pytest.approx(0.7096 * 1000 + 1440))
+    # 100 contrast and 140 rehearsal prompts of 20 tokens; 0.7096 of the contrast replies are the base's own
+    assert found.preparing == Phase(read=240 * 20 + 100 * 10 + 140 * 20, said=pytest.approx(0.7096 * 1000 + 2800))
     assert found.training == Phase(trained=1000)
     # twice 10 questions and 10 probes, the base's 12 replies to keep, 8 siblings between the exams
     assert found.exam == Phase(read=8 * 24 + 2 * 12 * 52, said=8 * 4 + (2 * 20 + 12) * 32)
@@ -83,7 +83,7 @@ def test_the_phases_of_plain_fine_tuning() -> None:
 
 def test_memory_by_hand() -> None:
     def found(bf16: bool = False, checkpointing: bool = False, best: bool = False, base: BaseFacts = BASE) -> Memory:
-        return memory(base, 10, 2, ["q_proj"], bf16, checkpointing, best, replies=1000)
+        return memory(base, 10, {"q_proj": 2}, bf16, checkpointing, best, replies=1000)
 
     adapter = 4 * (2 * 2 * 16)
     held = PROCESS + 1000 + 20 + 7 * adapter
