@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from fortwo import disk
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound
+from fortwo.models import weights
 from fortwo.records import AdapterVersion, Json
 
 if TYPE_CHECKING:
@@ -60,10 +61,8 @@ class AdapterStore:
 
         Raises StorageFailed when the disk refuses; then nothing has changed.
         """
-        import safetensors.torch
-
-        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        files = {CONFIG: disk.dump(peft_config), TENSORS: safetensors.torch.save(contiguous, {"format": "pt"})}
+        held = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+        files = {CONFIG: disk.dump(peft_config), TENSORS: b"".join(weights.parts(held))}
         return self._commit(name, files, manifest, current)
 
     def adopt(self, name: str, directory: Path, manifest: Json) -> AdapterVersion:
