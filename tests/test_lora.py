@@ -175,7 +175,7 @@ def test_logits_and_gradients_are_pefts(config: LoraConfig, tmp_path: Path) -> N
         {"target_modules": "all-linear", "use_rslora": True},
         {
             "target_modules": "all-linear",
-            "rank_pattern": {"q_proj": 5, r"layers\.[01]\..*": 2, "model.layers.2.mlp": 9},
+            "rank_pattern": {"q_proj": 5, r"layers\.[01]\.mlp\..*": 2, "model.layers.2.mlp": 9},
         },
         {"target_modules": ["o_proj", "up_proj"], "alpha_pattern": {"up": 2, "^model.layers.1.*": 7, "o_proj": 1}},
         {
@@ -237,6 +237,7 @@ def test_configurations_and_tensors_come_back(config: LoraConfig) -> None:
     assert len(lora.state()) == 2 * layers * len(config.target_modules)
 
 
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning")
 def test_an_adapter_by_pissa_that_peft_converted_is_plain(tmp_path: Path) -> None:
     """As trained it needs the weights that PiSSA left, and is refused; converted it needs the base's own."""
     model = tiny_model("llama")
