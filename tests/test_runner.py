@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fortwo.engine.runner import Runner
+from fortwo.engine.runner import Runner, prefill_groups
 from fortwo.engine.scheduler import Sequence as Running
 from fortwo.models.lora import Lora
 from fortwo.models.lora_config import LoraConfig
@@ -182,3 +182,12 @@ def test_live_tensors_are_served_and_a_detached_adapter_is_gone(runner: Runner) 
     runner.detach("live")
     runner.detach("live")
     assert not runner.has("live")
+
+
+def test_which_prompts_are_read_together() -> None:
+    """Whole ones of one adapter always; where adapters can be mixed, all that are alone or begun."""
+    rows = sequences([3, 4, 5, 6, 7], adapters="aab c")
+    lengths = [3, 4, 5, 6, 2]
+    assert prefill_groups(rows, lengths, mixed=False) == [[0, 1], [2], [3], [4]]
+    assert prefill_groups(rows, lengths, mixed=True) == [[0, 1], [2, 3, 4]]
+    assert prefill_groups(rows[:2], lengths[:2], mixed=True) == [[0, 1]]

@@ -140,9 +140,10 @@ class Runner:
         for key in self._live.keys() & {sequence.adapter for sequence in sequences}:
             self._banks.copy(key, self._live[key])
         logits: dict[int, Tensor] = {}
-        for places in _prefill_groups(sequences, lengths):
+        for places in prefill_groups(sequences, lengths, mixed=self._one_kernel.laid):
             group, parts = [sequences[place] for place in places], [lengths[place] for place in places]
             whole = all(_is_whole(sequence, length) for sequence, length in zip(group, parts, strict=True))
+            whole = whole and len({sequence.adapter for sequence in group}) == 1
             even = len(parts) * max(parts) <= 2 * sum(parts)  # the grid of a pack is as wide as its longest row
             hidden_TD, spans = self._prefill_whole(group) if whole and even else self._prefill_parts(group, parts)
             done = {}  # places of sequences, with where in T their last token lies
@@ -181,13 +182,13 @@ class Runner:
                     stored[slot.row, :, P : P + length] = new_KTE[:, start : start + length]
             return attention(layer, qkv_TNE)
 
-        updates = self._updates(sequences[:1], whole=True)
+        updates = self._updates([sequences[0].adapter] * len(packed.tokens_T))
         hidden_TD = self.decoder.forward(packed.tokens_T, packed.positions_T, attend, updates)
         return hidden_TD, [[*range(P), *range(start, start + length)] for _, start, length in rests]
 
     def _prefill_parts(self, sequences: Sequence[Running], lengths: Sequence[int]) -> tuple[Tensor, list[list[int]]]:
-        """The next tokens of sequences of one adapter, after what their slots hold.
-        Hidden states (T, D), and where in T the tokens of each lie."""
+        """The next tokens of sequences, after what their slots hold. Hidden states (T, D), and where in T the tokens of
+        each lie."""
         device = self.decoder.device
         tokens: list[int] = []
         positions: list[int] = []
@@ -219,7 +220,7 @@ class Runner:
             torch.tensor(tokens, device=device),
             torch.tensor(positions, device=device),
             attend,
-            self._updates(sequences[:1], whole=True),
+            self._updates([one.adapter for one, length in zip(sequences, lengths, strict=True) for _ in range(length)]),
         )
         return hidden_TD, [list(range(start, start + length)) for _, _, start, length, _ in parts]
 
@@ -239,7 +240,7 @@ class Runner:
         positions_B = torch.tensor([len(sequence.tokens) - 1 for sequence in rows], device=device)
         tokens_B = torch.tensor([sequence.tokens[-1] for sequence in rows], device=device)
         attention = _StepAttention(parts, positions_B)
-        hidden_BD = self.decoder.forward(tokens_B, positions_B, attention, self._updates(rows))
+        hidden_BD = self.decoder.forward(tokens_B, positions_B, attention, self._updates([row.adapter for row in rows]))
         self._told(rows, hidden_BD)
         if order != list(range(len(order))):
             hidden_BD = hidden_BD[torch.tensor(order, device=device).argsort()]
@@ -247,9 +248,10 @@ class Runner:
 
     def _step_at_once(self, sequences: Sequence[Running]) -> Tensor:
         places = [self.cache.places(_slot(sequence)) for sequence in sequences]
+        keys = [sequence.adapter for sequence in sequences]
         tokens_B = torch.tensor([sequence.tokens[-1] for sequence in sequences])
         positions_B = torch.tensor([len(sequence.tokens) - 1 for sequence in sequences])
-        return self._one_kernel(tokens_B, positions_B, torch.stack(places, 1), self._updates(sequences))
+        return self._one_kernel(tokens_B, positions_B, torch.stack(places, 1), self._updates(keys))
 
     def _told(self, sequences: Sequence[Running], hidden_BD: Tensor) -> None:
         for row, sequence in enumerate(sequences):
@@ -257,11 +259,10 @@ class Runner:
                 sequence.listener.hear(hidden_BD[row : row + 1], _slot(sequence).length)
             _slot(sequence).length += 1
 
-    def _updates(self, sequences: Sequence[Running], whole: bool = False) -> list[Update]:
-        """What the adapters add to the rows of these sequences; whole: to all rows there are."""
-        keys = [sequence.adapter for sequence in sequences]
-        if whole:
-            return [] if keys[0] is None else [self._banks.whole(keys[0])]
+    def _updates(self, keys: Sequence[str | None]) -> list[Update]:
+        """What the adapters add. keys: of each row of a forward."""
+        if len(set(keys)) == 1:
+            return [] if keys[0] is None else [self._banks.whole(keys[0], len(keys))]
         rows: dict[str, list[int]] = {}
         for row, key in enumerate(keys):
             if key is not None:
@@ -299,9 +300,14 @@ def _is_whole(sequence: Running, length: int) -> bool:
     return length == len(sequence.tokens)
 
 
-def _prefill_groups(sequences: Sequence[Running], lengths: Sequence[int]) -> list[list[int]]:
-    """Places of sequences to compute in one forward: those of one adapter, begun ones apart from whole ones."""
+def prefill_groups(sequences: Sequence[Running], lengths: Sequence[int], mixed: bool) -> list[list[int]]:
+    """Places of sequences to compute in one forward. Whole ones of one adapter are together, since what they begin with
+    is computed once; of the others those of one adapter, and where `mixed` all of them."""
     groups: dict[tuple[str | None, bool], list[int]] = {}
     for place, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
         groups.setdefault((sequence.adapter, _is_whole(sequence, length)), []).append(place)
-    return list(groups.values())
+    if not mixed:
+        return list(groups.values())
+    alike = [places for (_, whole), places in groups.items() if whole and len(places) > 1]
+    others = sorted(place for (_, whole), places in groups.items() if not whole or len(places) == 1 for place in places)
+    return [*alike, others] if others else alike

@@ -208,9 +208,9 @@ class Banks:
     def lora(self, key: str) -> Lora:
         return self._homes[key].lora(key)
 
-    def whole(self, key: str) -> Update:
+    def whole(self, key: str, rows: int) -> Update:
         """The update of a forward all of whose rows are this adapter's."""
-        return Segment(self.lora(key)) if self._laid is None else Rows([(self._laid[key], None)])
+        return Segment(self.lora(key)) if self._laid is None else Rows([(self._laid[key], range(rows))])
 
     def updates(self, rows: Mapping[str, Sequence[int]]) -> list[Update]:
         """Updates of the rows of each adapter: in fp32 batched, but for adapters with many more rows than others."""

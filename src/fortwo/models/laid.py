@@ -77,29 +77,21 @@ def _in_pairs(tensor: Tensor) -> Tensor:
 
 
 class Rows:
-    """The rows of a forward that adapters answer for: of each adapter, None for all there are.
+    """The rows of a forward that each of some adapters answers for. adapters_N4 and members are step.h's."""
 
-    adapters_N4 and members are step.h's.
-    """
-
-    def __init__(self, answering: Sequence[tuple[Laid, Sequence[int] | None]]) -> None:
+    def __init__(self, answering: Sequence[tuple[Laid, Sequence[int]]]) -> None:
         self._laid = [laid for laid, _ in answering]  # they live as long as their addresses
-        self._whole = any(rows is None for _, rows in answering)
-        self.members = torch.tensor([row for _, rows in answering for row in rows or ()], dtype=torch.int64)
+        self.members = torch.tensor([row for _, rows in answering for row in rows])
         adapters, first = [], 0
         for laid, rows in answering:
-            last = first + len(rows or ())
-            adapters.append([laid.table.data_ptr(), laid.flat.data_ptr(), first, last])
-            first = last
+            adapters.append([laid.table.data_ptr(), laid.flat.data_ptr(), first, first + len(rows)])
+            first += len(rows)
         self.adapters_N4 = torch.tensor(adapters)
 
     def changes(self, layer: int, group: str) -> bool:
         return any(group in laid.groups[layer] for laid in self._laid)
 
     def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
-        if self._whole and len(self.members) != len(x_TI):
-            self.members = torch.arange(len(x_TI))
-            self.adapters_N4[0, 3] = len(x_TI)
         index = layer * len(GROUPS) + list(GROUPS).index(group)
         sizes = len(x_TI), x_TI.shape[1], y_TO.shape[1]
         told = len(self.adapters_N4), self.adapters_N4, self.members
