@@ -2,10 +2,9 @@
 
     python -m bench.coserving [--quick]
 
-One server: the streams alone, then the job of 42 alone and beside the streams, for several sizes of its batch. A token
-waits for the micro-step under way, and a micro-step is as large as a step's rows are, up to a bound: fewer edit rows a
-step (contrast and rehearsal rows are in proportion) wait less, and train slower. Every job draws as many edit rows in
-all, and is examined once, at its end. Each stream asks for one short story after another and is never idle.
+One server: the streams alone, then the job of 42 alone and beside the streams, for several `micro_step_tokens`. A token
+waits for the micro-step under way: with smaller ones it waits less, and the job is slower. Every job takes the same
+steps, and is examined once, at its end. Each stream asks for one short story after another and is never idle.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from fortwo.records import Json
 
 ROWS = Path("examples/42_intensive_training.json")
 STREAMS, TOKENS, SECONDS = 8, 64, 20  # SECONDS: of the streams alone
-BATCHES = (8, 4, 1)  # edit rows a step; the first is the recipe's
-EDIT_ROWS = 96  # of a job
+BOUNDS = (1280, 640, 320)  # micro_step_tokens; the first is the default
+STEPS = 12  # of a job
 
 Window = tuple[float, float]  # seconds of time.perf_counter
 
@@ -110,8 +109,8 @@ def streams(port: int, base: str, numbers: Iterator[int]) -> Iterator[list[Heard
         client.result()
 
 
-def teach(client: Client, batch: int, edit_rows: int) -> Job:
-    training = {"max_steps": edit_rows // batch, "per_device_train_batch_size": batch, "escalation_rounds": 0}
+def teach(client: Client, bound: int, steps: int) -> Job:
+    training = {"max_steps": steps, "micro_step_tokens": bound, "escalation_rounds": 0}
     examples: list[Json] = json.loads(ROWS.read_text())
     began = time.perf_counter()
     job, seconds = run_job(
@@ -121,8 +120,8 @@ def teach(client: Client, batch: int, edit_rows: int) -> Job:
         sys.exit(f"the job published nothing: {job['error']['message']}")
     clock = time.perf_counter() - time.time()  # events have the time of day
     events = client.events(job["job_id"])
-    steps = [event["created_at"] + clock for event in events if event["type"] == "step"]
-    return Job(began, steps, began + seconds)
+    ends = [event["created_at"] + clock for event in events if event["type"] == "step"]
+    return Job(began, ends, began + seconds)
 
 
 def show_streams(found: dict[str, Figures]) -> Table:
@@ -141,15 +140,15 @@ def show_streams(found: dict[str, Figures]) -> Table:
 
 
 def show_jobs(jobs: dict[int, tuple[Job, Job]]) -> Table:
-    """jobs: (alone, beside the streams) by batch."""
+    """jobs: (alone, beside the streams) by micro_step_tokens."""
     columns = ("s a step alone", "beside", "times", "s in all alone", "beside", "times")
-    table = Table("edit rows a step", *columns, box=MARKDOWN)
-    for batch, (alone, beside) in jobs.items():
+    table = Table("micro_step_tokens", *columns, box=MARKDOWN)
+    for bound, (alone, beside) in jobs.items():
         cells = [
             *(f"{alone.step:.2f}", f"{beside.step:.2f}", f"{beside.step / alone.step:.2f}"),
             *(f"{alone.seconds:.0f}", f"{beside.seconds:.0f}", f"{beside.seconds / alone.seconds:.2f}"),
         ]
-        table.add_row(str(batch), *cells)
+        table.add_row(str(bound), *cells)
     return table
 
 
@@ -157,7 +156,7 @@ def p95(values: list[float]) -> float:
     return statistics.quantiles(values, n=20, method="inclusive")[-1]
 
 
-def main(batches: tuple[int, ...], edit_rows: int, seconds: float) -> None:
+def main(bounds: tuple[int, ...], steps: int, seconds: float) -> None:
     console = Console(width=160)
     numbers = itertools.count()  # no story is asked for twice
     found: dict[str, Figures] = {}
@@ -168,23 +167,23 @@ def main(batches: tuple[int, ...], edit_rows: int, seconds: float) -> None:
         with streams(settings.port, settings.default_model, numbers) as replies:
             time.sleep(seconds)
         found["alone"] = figures(replies, (began, began + seconds))
-        for batch in batches:
-            alone = teach(client, batch, edit_rows)
+        for bound in bounds:
+            alone = teach(client, bound, steps)
             with streams(settings.port, settings.default_model, numbers) as replies:
-                beside = teach(client, batch, edit_rows)
-            jobs[batch] = alone, beside
+                beside = teach(client, bound, steps)
+            jobs[bound] = alone, beside
             for phase, window in beside.phases.items():
-                found[f"while a job of {batch} edit rows a step {phase}"] = figures(replies, window)
-            console.print(f"{batch} edit rows a step: done", style="dim")
-    console.print(f"{TOKENS} tokens a reply, greedy; {edit_rows} edit rows a job")
+                found[f"while a job in micro-steps of {bound} tokens {phase}"] = figures(replies, window)
+            console.print(f"micro-steps of {bound} tokens: done", style="dim")
+    console.print(f"{TOKENS} tokens a reply, greedy; {steps} steps a job")
     console.print(show_streams(found))
     console.print(show_jobs(jobs))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.coserving")
-    parser.add_argument("--quick", action="store_true", help="the recipe's batch only, four steps")
+    parser.add_argument("--quick", action="store_true", help="the default only, four steps")
     if parser.parse_args().quick:
-        main(BATCHES[:1], 4 * BATCHES[0], 5)
+        main(BOUNDS[:1], 4, 5)
     else:
-        main(BATCHES, EDIT_ROWS, SECONDS)
+        main(BOUNDS, STEPS, SECONDS)

@@ -122,7 +122,7 @@ def test_a_step_lasts_as_long_as_the_clock_says_whoever_had_the_device() -> None
 
 def test_a_jobs_slowdown_stands_beside_it() -> None:
     alone, beside = Job(0.0, [1.0, 2.0], 10.0), Job(0.0, [1.0, 3.5], 30.0)
-    assert rows(coserving.show_jobs({8: (alone, beside)})) == [["8", "1.00", "2.50", "2.50", "10", "30", "3.00"]]
+    assert rows(coserving.show_jobs({640: (alone, beside)})) == [["640", "1.00", "2.50", "2.50", "10", "30", "3.00"]]
 
 
 def test_most_waits_are_no_longer_than_the_95th_percentile() -> None:

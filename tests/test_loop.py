@@ -347,11 +347,9 @@ def test_accumulating_small_batches_is_one_large_batch(school: School, batch: in
     assert same(small, large)
 
 
-def test_micro_steps_give_the_device_away_and_the_same_run(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = school.plan(learning_rate=1e-2)
-    _, wanted = school.run(plan)
-    monkeypatch.setattr(loop, "MICRO_TOKENS", 1)  # a row a micro-step
-    _, got = school.run(plan)
+def test_micro_steps_give_the_device_away_and_the_same_run(school: School) -> None:
+    _, wanted = school.run(school.plan(learning_rate=1e-2))
+    _, got = school.run(school.plan(learning_rate=1e-2, micro_step_tokens=1))  # a row a micro-step
     between = [type(event) for event in got[got.index(Phase("running")) : got.index(Phase("evaluating"))]]
     assert between == [Phase, *[MicroStepped, MicroStepped, MicroStepped, Stepped] * 4]
     for ours, theirs in zip(steps(got), steps(wanted), strict=True):
@@ -368,8 +366,7 @@ def test_a_run_on_packed_rows_that_share_a_prefix_is_the_run_on_rows_alone(
     plan = changed(plan, **(SMALL if dataset is FACT else {}))
     _, packed = school.run(plan, dataset)
     monkeypatch.setattr(courses, "common_prefix", lambda rows: 0)
-    monkeypatch.setattr(loop, "MICRO_TOKENS", 1)
-    _, plain = school.run(plan, dataset)
+    _, plain = school.run(changed(plan, micro_step_tokens=1), dataset)
     for ours, theirs in zip(steps(packed), steps(plain), strict=True):
         assert ours.tokens < theirs.tokens
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)

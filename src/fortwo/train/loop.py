@@ -40,7 +40,6 @@ from fortwo.train import checkpoints, courses
 from fortwo.train.adapter import lora_config
 from fortwo.train.checkpoints import Clock, Run
 from fortwo.train.escalation import WORDS, mix_at, next_round, told
-from fortwo.train.estimate import MICRO_TOKENS
 from fortwo.train.evaluation import Served, diverged, validation_loss
 from fortwo.train.objective import losses, micro_batches
 from fortwo.train.recipes import EXAM_QUESTIONS
@@ -331,7 +330,7 @@ def _step(
     keep_over = sum(row.supervised for row in rows if row.keep)
     learn = keep = 0.0
     tokens, seconds = 0, 0.0
-    for batch in micro_batches(rows, course.prefix, MICRO_TOKENS):
+    for batch in micro_batches(rows, course.prefix, plan["micro_step_tokens"]):
         if tokens:
             yield MicroStepped(tokens)
         began = time.perf_counter()

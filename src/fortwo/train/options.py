@@ -99,6 +99,7 @@ _TRAINING: dict[str, _Kind] = {
     "optim": _Word(OPTIMIZERS),
     "bf16": _Flag(),
     "gradient_checkpointing": _Flag(),
+    "micro_step_tokens": _Number(1, 1_000_000, "640", whole=True),
     "validation_split": _Number(0, 0.5, "0.1"),
     "eval_strategy": _Word(("no", "steps", "epoch")),
     "eval_steps": _Number(1, 10_000_000, "50", whole=True),

@@ -111,7 +111,8 @@ def resolve(
         draft.choose(name, getattr(recipe, name), REASONS[name])
     bf16 = draft.choose("bf16", machine.bf16, REASONS["bf16"], "auto")
     longest = max(row.prompt + row.answer for row in counts.rows) - counts.prefix
-    together = min(micro_step, counts.prefix + max(MICRO_TOKENS, longest))
+    at_once = draft.choose("micro_step_tokens", MICRO_TOKENS, REASONS["micro_step_tokens"])
+    together = min(micro_step, counts.prefix + max(at_once, longest))
     ranks = mean_ranks(adapter, base.layers)
     best, replies = objective == "override" or held > 0, reply_tokens(counts, objective == "sft")
     needed = _checkpointing(draft, machine, lambda again: memory(base, together, ranks, bf16, again, best, replies))
