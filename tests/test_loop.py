@@ -39,7 +39,7 @@ from fortwo.records import (
     Stepped,
     TrainEvent,
 )
-from fortwo.train import courses, loop
+from fortwo.train import courses
 from fortwo.train.adapter import lora_config
 from fortwo.train.estimate import BaseFacts, Machine, RowCount, TokenCounts
 from fortwo.train.evaluation import Examiner, Served
