@@ -180,7 +180,7 @@ class Runner:
                     if P:
                         stored[slot.row, :, :P] = new_KTE[:, :P]
                     stored[slot.row, :, P : P + length] = new_KTE[:, start : start + length]
-            return attention(layer, qkv_TNE)
+            return attention(layer, qkv_TNE.bfloat16()).float() if self._one_kernel.tiles else attention(layer, qkv_TNE)
 
         updates = self._updates([sequences[0].adapter] * len(packed.tokens_T))
         hidden_TD = self.decoder.forward(packed.tokens_T, packed.positions_T, attend, updates)

@@ -59,7 +59,16 @@ class Lora:
     @classmethod
     def init(cls, config: LoraConfig, decoder: DecoderConfig, seed: int, device: torch.device | str = "cpu") -> Lora:
         """A as in PEFT (Kaiming uniform, a = sqrt(5)), B zero: at the start the adapter changes nothing."""
-        generator = torch.Generator().manual_seed(seed)
+        generator, lora = torch.Generator().manual_seed(seed), cls._empty(config, decoder, device)
+        for groups in lora.layers:
+            for group in groups.values():
+                bound = 1 / math.sqrt(group.A_RI.shape[1])
+                group.A_RI.copy_(torch.empty(group.A_RI.shape).uniform_(-bound, bound, generator=generator))
+        return lora
+
+    @classmethod
+    def _empty(cls, config: LoraConfig, decoder: DecoderConfig, device: torch.device | str) -> Lora:
+        """B is zero, A has yet to be written."""
         layers = []
         for index in range(decoder.layers):
             groups = {}
@@ -72,11 +81,9 @@ class Lora:
                     R += r
                 if not places:
                     continue
-                in_features = decoder.in_features(group)
-                bound = 1 / math.sqrt(in_features)
-                A_RI = torch.empty(R, in_features).uniform_(-bound, bound, generator=generator)
+                A_RI = torch.empty(R, decoder.in_features(group), device=device)
                 Bs = [torch.zeros(_size(place.columns), _size(place.rows), device=device) for place in places]
-                groups[group] = LoraGroup(tuple(places), A_RI.to(device), Bs)
+                groups[group] = LoraGroup(tuple(places), A_RI, Bs)
             layers.append(groups)
         return cls(config, layers)
 
@@ -118,7 +125,7 @@ class Lora:
 
         Raises InvalidAdapter naming the first tensor that is missing, foreign or of the wrong shape.
         """
-        lora = cls.init(config, decoder, seed=0, device=device)
+        lora = cls._empty(config, decoder, device)
         wanted = lora.state()
         if foreign := sorted(set(tensors) - set(wanted)):
             raise InvalidAdapter(

@@ -37,6 +37,11 @@ class Step:
         """Whether adapters are to be laid out for the kernel."""
         return self._fits
 
+    @property
+    def tiles(self) -> bool:
+        """Whether attention over prompts may be in bf16, as their products are: where that is the processor's."""
+        return self._fits and kernels.multiplies_tiles()
+
     def takes(self, rows: int) -> bool:
         """Whether this many rows are multiplied with weights in 4 or 8 bits."""
         weight = self._decoder.layers[0].qkv_OD
