@@ -78,3 +78,10 @@ def test_other_weights_and_shapes_are_left_to_the_decoder() -> None:
     assert not Step(several).takes(5)
     narrow = as_decoder(tiny_model("llama", head_dim=8))
     assert not Step(narrow.in_forms(Choice.fixed("int8"))).takes(1)
+
+
+def test_without_kernels_adapters_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    home = decoder().in_forms(Choice.fixed("bf16"))
+    assert Step(home).laid
+    monkeypatch.setattr(kernels, "_library", lambda: None)
+    assert not Step(home).laid

@@ -20,11 +20,14 @@ from fortwo.models.choice import ROWS, Choice, Measured, Measurements, Seconds, 
 from fortwo.models.decoder import Decoder, DecoderConfig, Hold, forms_of
 from fortwo.models.forms import Form, Frozen, Regions, fits, head_form, quantised
 from fortwo.models.products import multiplies_bf16
+from fortwo.models.step import WHOLE_STEP, Step
 from fortwo.settings import Settings
 
 SMALL = 10_000_000  # parameters; below them a forward is not made of products
 SAMPLE = 100_000_000  # parameters that are measured; fewer would lie in the processor's caches
-MANY = 64  # rows from which one layer is enough
+STEP_ROWS = 64  # at most of a decode step; with more rows one layer is enough to measure
+APART = 7e-5, 6e-10  # seconds a layer, and of each of its rows for each hidden number, that a step takes longer in
+# many calls than in one kernel: of 30 layers of 576 numbers 2 ms, and 0.3 ms a row
 ERROR = 0.01  # of the weights, relative: what `auto` may lose by rounding them
 SHARE = 0.5  # of the memory: what `auto` may hold
 
@@ -61,7 +64,7 @@ def serving(
     c = decoder.config
     shape = (c.layers, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, c.vocabulary, *names)
     threads = settings.threads or os.cpu_count() or 1
-    about = f"{processor()} {kernels.identity()} {threads} {shape}"
+    about = f"{processor()} {kernels.identity()} {threads} {shape} {APART}"
     key = hashlib.sha256(about.encode()).hexdigest()[:16]
     known, bound = Measurements(settings.home), SHARE * memory(device)
     found = known.all().get(key)
@@ -124,7 +127,8 @@ def error(name: str, weights: list[Tensor]) -> float:
 
 
 def measure(decoder: Decoder, names: list[str]) -> Seconds:
-    """Seconds that the products of one forward take, by form and rows: of a sample of the layers, and the head."""
+    """Seconds that the products of one forward take, by form and rows: of a sample of the layers, and the head. For the
+    rows of a decode step, what it takes longer by a form that has no kernel for the whole step."""
     *layers, head = decoder.weights()
     sample, taken = [head], head.numel()
     for weight_OI in layers:
@@ -139,10 +143,17 @@ def measure(decoder: Decoder, names: list[str]) -> Seconds:
         widths = [weight_OI.shape[1] for weight_OI in sample]
         found[name] = {}
         for rows in ROWS:
-            few = slice(None) if rows < MANY else slice(1, 5)
+            few = slice(None) if rows <= STEP_ROWS else slice(1, 5)
             part = sum(one.numel() for one in sample[few]) / decoder.parameters
-            found[name][rows] = _seconds(forms[few], widths[few], rows) / part
+            found[name][rows] = _seconds(forms[few], widths[few], rows) / part + _apart(decoder, name, rows)
     return found
+
+
+def _apart(decoder: Decoder, name: str, rows: int) -> float:
+    if rows > STEP_ROWS or (name in WHOLE_STEP and Step.fits(decoder.config)):
+        return 0.0
+    a_layer, a_number = APART
+    return decoder.config.layers * (a_layer + a_number * rows * decoder.config.hidden)
 
 
 @torch.no_grad()

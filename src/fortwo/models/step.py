@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from fortwo.models import kernels
-from fortwo.models.decoder import Decoder
+from fortwo.models.decoder import Decoder, DecoderConfig
 from fortwo.models.forms import Grouped, Weight
 from fortwo.models.laid import SIXTEEN, Rows
 from fortwo.models.lora import Update
 
+WHOLE_STEP = ("int8", "int4")  # forms that there is a kernel for
+
 
 class Step:
-    """The decoder's step. Raises nothing: `takes` says for how many rows it is there."""
+    """The decoder's step; `takes` says for how many rows it is there."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -28,9 +30,14 @@ class Step:
         c = decoder.config
         sizes = [c.layers, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, _bits(c.norm_eps)]
         self._shape = torch.tensor(sizes)
-        q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
         held = all(isinstance(weight, Weight) for weight in (decoder.layers[0].qkv_OD, decoder.head))
-        self._fits = held and all(size % SIXTEEN == 0 for size in (c.hidden, q, kv, c.intermediate, c.head_size))
+        self._fits = held and kernels.usable(decoder.embedding_VD) and self.fits(c)
+
+    @staticmethod
+    def fits(config: DecoderConfig) -> bool:
+        """Whether all of the network's sizes are whole sixteens."""
+        c = config
+        return all(size % SIXTEEN == 0 for size in (c.hidden, c.intermediate, c.head_size))
 
     @property
     def laid(self) -> bool:
@@ -45,7 +52,7 @@ class Step:
     def takes(self, rows: int) -> bool:
         """Whether this many rows are multiplied with weights in 4 or 8 bits."""
         weight = self._decoder.layers[0].qkv_OD
-        return self._fits and isinstance(weight, Weight) and weight.choice.form(rows) in ("int4", "int8")
+        return self._fits and isinstance(weight, Weight) and weight.choice.form(rows) in WHOLE_STEP
 
     def __call__(self, tokens_B: Tensor, positions_B: Tensor, places_LB5: Tensor, updates: Sequence[Update]) -> Tensor:
         """Hidden states (B, D) after the final norm. places: step.h's `place` of each row's keys and values, which have
