@@ -38,8 +38,8 @@ S = TypeVar("S", bound=Sequence)
 
 
 class Scheduler(Generic[S]):
-    """The requests of one base: at most `limit` that run, and those that wait, first come first served. Who runs is
-    read in first, in parts if its prompt is long, and then decodes."""
+    """The requests of one base: at most `limit` that run, and those that wait, first come first served, a job's last.
+    Who runs is read in first, in parts if its prompt is long, and then decodes."""
 
     def __init__(self, limit: int) -> None:
         self.running: list[S] = []
@@ -62,7 +62,11 @@ class Scheduler(Generic[S]):
         return [sequence for sequence in self.running if sequence.unread > 1]
 
     def add(self, sequence: S) -> None:
-        self.waiting.append(sequence)
+        """It waits behind those who came before; what a job asks (`kept` is False) lets everybody else pass."""
+        place = len(self.waiting)
+        while sequence.kept and place and not self.waiting[place - 1].kept:
+            place -= 1
+        self.waiting.insert(place, sequence)
 
     def admits(self, unread: int, budget: int) -> bool:
         """Whether who waited longest, with so many tokens to compute, would get some of this turn's budget."""
