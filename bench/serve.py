@@ -2,7 +2,7 @@
 
     python -m bench.serve [--quick] [--threads N] [--only KIND ...]
 
-All are up for the whole run and take turns in every round; who is not asked is stopped, since some spin as they wait.
+All are up for the whole run and take turns in every round; who is not asked is stopped, lest it spins as it waits.
 Adapters are random, of rank 16 on all seven projections, the same files for everybody. Replies are greedy and exactly
 as long as asked. Servers are asked by one client over HTTP, libraries in a process of their own. A peer that cannot be
 installed, or fails, is named with its reason, and the rest goes on.
