@@ -142,6 +142,8 @@ static int whole_tiles = 1;
 void use_whole_tiles(long use) { whole_tiles = use; } /* for tests, which compare */
 
 #ifdef AMX
+static inline int uses_tiles(void) { return whole_tiles && tiles_allowed(); }
+
 #define RING 4 /* whole numbers of as many groups are on their way at once: what a tile stores can be read only a while later */
 #define LAG 2
 
@@ -150,8 +152,7 @@ static void whole_tiles_begin(long rows) {
     for (int i = 0; i < 2; i++) shape.bytes[i] = 64, shape.rows[i] = 2 * rows;     /* results */
     for (int i = 2; i < 4; i++) shape.bytes[i] = GROUP, shape.rows[i] = 2 * rows;  /* x */
     for (int i = 4; i < 6; i++) shape.bytes[i] = 64, shape.rows[i] = QUADS;        /* weights */
-    __asm__ volatile("" ::"m"(shape));
-    _tile_loadconfig(&shape);
+    load_shape(&shape);
 }
 
 /* The 4 bits of a tile as bytes. */
@@ -208,14 +209,14 @@ static uint8_t *products_begin(const rounded *x, long widest) {
         room.at = aligned_alloc(64, room.size);
     }
 #ifdef AMX
-    if (whole_tiles && tiles_allowed()) whole_tiles_begin(x->rows);
+    if (uses_tiles()) whole_tiles_begin(x->rows);
 #endif
     return room.at;
 }
 
 static void products_end(void) {
 #ifdef AMX
-    if (whole_tiles && tiles_allowed()) _tile_release();
+    if (uses_tiles()) _tile_release();
 #endif
 }
 
@@ -224,31 +225,27 @@ static void tile_product(const held *w, const rounded *x, long o, float *y, long
     long G = w->I / GROUP, wide = w->O - o < WIDTH ? w->O - o : WIDTH;
     const uint8_t *q = w->q + o * w->I * w->bits / 8;
     const uint16_t *d = w->scale + o * G, *m = w->bits == 8 ? d : w->minimum + o * G;
+    int tiles = 0;
+    (void)room;
 #ifdef AMX
-    int tiles = whole_tiles && tiles_allowed();
+    tiles = uses_tiles();
     if (tiles && w->bits == 4) {
         widen(G, q, room);
         q = room;
-    }
-#else
-    int tiles = 0;
-    (void)room;
+    } else if (tiles)
+        for (long i = 0; i < G * GROUP * WIDTH; i += 64) __builtin_prefetch(q + i + AHEAD_OF_PRODUCT);
 #endif
     for (long b = 0; b < x->blocks; b++) {
         const int8_t *a = x->a + b * 2 * x->rows * x->I;
         const float *x_scale = x->scale + b * x->rows * G, *x_offset = x->offset + b * x->rows * G;
         float *to = y + block_start(x, b) * y_row + o;
-        if (tiles && w->bits == 8 && b == 0) 
-            for (long i = 0; i < G * GROUP * WIDTH; i += 64) __builtin_prefetch(q + i + AHEAD_OF_PRODUCT);
 #ifdef AMX
-#define BLOCK_OF(bits, rows)                                                                                   \
-    if (tiles) block_tiles(bits, rows, G, q, d, m, a, x_scale, x_offset, to, y_row, wide);                     \
-    else block_dots(bits, rows, G, q, d, m, a, x_scale, x_offset, to, y_row, wide);                            \
+#define BLOCK_OF(bits, rows) \
+    if (tiles) block_tiles(bits, rows, G, q, d, m, a, x_scale, x_offset, to, y_row, wide);              \
+    else block_dots(bits, rows, G, q, d, m, a, x_scale, x_offset, to, y_row, wide);                     \
     break;
 #else
-#define BLOCK_OF(bits, rows)                                                           \
-    block_dots(bits, rows, G, q, d, m, a, x_scale, x_offset, to, y_row, wide);         \
-    break;
+#define BLOCK_OF(bits, rows) block_dots(bits, rows, G, q, d, m, a, x_scale, x_offset, to, y_row, wide); break;
 #endif
         switch (w->bits * 8 + x->rows) {
         case 4 * 8 + 1: BLOCK_OF(4, 1)
