@@ -21,6 +21,34 @@ typedef struct {
     long row_step, head_step, row;
 } place;
 
+#define TOGETHER 4 /* queries that read a key, or a value, together */
+
+/* Scores of `count` queries at q with the sixteen keys from s on, the last key where there are fewer. */
+static inline __attribute__((always_inline)) void score_sixteen(int count, long E, long s, long seen, const float *q, const float *keys,
+                                                                float scaling, float *scores, long row) {
+    vector sums[TOGETHER][WIDTH];
+    for (int n = 0; n < WIDTH; n++) {
+        const float *k = keys + (s + n < seen ? s + n : seen - 1) * E;
+        vector own[TOGETHER] = {{0}};
+        for (long e = 0; e < E; e += WIDTH) {
+            vector key = *(const vector *)(k + e);
+            for (int g = 0; g < count; g++) own[g] += *(const vector *)(q + g * E + e) * key;
+        }
+        for (int g = 0; g < count; g++) sums[g][n] = own[g];
+    }
+    for (int g = 0; g < count; g++) *(vector *)(scores + g * row + s) = sums_of(sums[g]) * scaling;
+}
+
+static inline __attribute__((always_inline)) void attend_together(int count, long E, long seen, const float *q, const float *keys,
+                                                                  const float *values, float scaling, float *out, float *scores, long row) {
+    for (long s = 0; s < seen; s += WIDTH) {
+        for (long b = 0; b < WIDTH * E; b += 16) __builtin_prefetch(values + s * E + b);
+        score_sixteen(count, E, s, seen, q, keys, scaling, scores, row);
+    }
+    for (int g = 0; g < count; g++) softmax(scores + g * row, seen, seen);
+    multiply(count, E, seen, scores, row, 1, values, E, out, E, 0);
+}
+
 /* One token's queries of one key/value head, G of them at q, with its key and value; `seen` tokens are there with it. out (G, E). Scores: G * PAD(seen). */
 static void attend(long G, long E, const place *at, long head, long seen, const float *q, const float *key, const float *value, float *out,
                    float *scores) {
@@ -29,18 +57,16 @@ static void attend(long G, long E, const place *at, long head, long seen, const 
     memcpy(keys + (seen - 1) * E, key, E * sizeof(float));
     memcpy(values + (seen - 1) * E, value, E * sizeof(float));
     long row = PAD(seen);
-    for (long s = 0; s < seen; s += WIDTH)
-        for (long g = 0; g < G; g++) {
-            vector sums[WIDTH];
-            for (int n = 0; n < WIDTH; n++) {
-                const float *k = keys + (s + n < seen ? s + n : seen - 1) * E;
-                sums[n] = (vector){0};
-                for (long e = 0; e < E; e += WIDTH) sums[n] += *(const vector *)(q + g * E + e) * *(const vector *)(k + e);
-            }
-            *(vector *)(scores + g * row + s) = sums_of(sums) * scaling;
+    for (long g = 0; g < G; g += TOGETHER) {
+#define ATTEND(count) attend_together(count, E, seen, q + g * E, keys, values, scaling, out + g * E, scores + g * row, row)
+        switch (G - g) {
+        case 1: ATTEND(1); break;
+        case 2: ATTEND(2); break;
+        case 3: ATTEND(3); break;
+        default: ATTEND(4);
         }
-    for (long g = 0; g < G; g++) softmax(scores + g * row, seen, seen);
-    multiply(G, E, seen, scores, row, 1, values, E, out, E, 0);
+#undef ATTEND
+    }
 }
 
 /* Row b brings qkv (H + 2K, E) and stands at positions[b] of row rows[b] of the cache. Its keys and values are written there, then its queries attend

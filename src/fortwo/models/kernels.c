@@ -55,10 +55,26 @@ static inline uint32_t hash(uint32_t place, uint32_t seed) {
     return h;
 }
 
+static inline float largest_of(vector v) {
+    float top = v[0];
+    for (int n = 1; n < WIDTH; n++) top = v[n] > top ? v[n] : top;
+    return top;
+}
+
+/* Of n > 0 numbers. Lane by lane, which is a vector; one after the other took a third of a decode step's attention. */
+static inline float largest(const float *x, long n) {
+    float tops[WIDTH];
+    long i = 0;
+    for (long lane = 0; lane < WIDTH; lane++) tops[lane] = x[0];
+    for (; i + WIDTH <= n; i += WIDTH)
+        for (long lane = 0; lane < WIDTH; lane++) tops[lane] = x[i + lane] > tops[lane] ? x[i + lane] : tops[lane];
+    for (long lane = 0; i < n; i++, lane++) tops[lane] = x[i] > tops[lane] ? x[i] : tops[lane];
+    return largest_of(*(vector *)tops);
+}
+
 /* The first n of `seen` scores become their softmax, the rest zero. Returns the logarithm of the sum. */
 static inline float softmax(float *scores, long n, long seen) {
-    float top = scores[0], sum = 0;
-    for (long s = 1; s < n; s++) top = scores[s] > top ? scores[s] : top;
+    float top = largest(scores, n), sum = 0;
     for (long s = 0; s < n; s++) {
         scores[s] = exponential(scores[s] - top);
         sum += scores[s];

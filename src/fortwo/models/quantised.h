@@ -72,9 +72,9 @@ static inline void round_row(const rounded *x, long t, const float *row) {
     long G = x->I / GROUP;
     for (long g = 0; g < G; g++) {
         const float *from = row + g * GROUP;
-        float top = 0;
-        for (int i = 0; i < GROUP; i++) top = fabsf(from[i]) > top ? fabsf(from[i]) : top;
-        float by = top > 0 ? LARGEST / top : 0;
+        float size[GROUP];
+        for (int i = 0; i < GROUP; i++) size[i] = fabsf(from[i]);
+        float top = largest(size, GROUP), by = top > 0 ? LARGEST / top : 0;
         int32_t sum = 0, whole[GROUP];
         for (int i = 0; i < GROUP; i++) whole[i] = (int32_t)rintf(from[i] * by);
         for (int i = 0; i < GROUP; i++) sum += whole[i];
@@ -128,9 +128,14 @@ static inline __attribute__((always_inline)) void block_dots(int bits, int rows,
         }
 #pragma GCC unroll 16
         for (int r = 0; r < 2 * rows; r++) {
+            integers other = {0}; /* two sums, neither of which waits for the other */
             whole[r] = (integers){0};
-#pragma GCC unroll 8
-            for (int i = 0; i < QUADS; i++) whole[r] = dot(whole[r], w[i], a + (g * 2 * rows + r) * GROUP + 4 * i);
+#pragma GCC unroll 4
+            for (int i = 0; i < QUADS; i += 2) {
+                whole[r] = dot(whole[r], w[i], a + (g * 2 * rows + r) * GROUP + 4 * i);
+                other = dot(other, w[i + 1], a + (g * 2 * rows + r) * GROUP + 4 * i + 4);
+            }
+            whole[r] += other;
         }
         add_group(bits, rows, whole, scale + g * WIDTH, minimum + g * WIDTH, x_scale + g * rows, x_offset + g * rows, sums);
     }
@@ -142,7 +147,9 @@ static int whole_tiles = 1;
 void use_whole_tiles(long use) { whole_tiles = use; } /* for tests, which compare */
 
 #ifdef AMX
-static inline int uses_tiles(void) { return whole_tiles && tiles_allowed(); }
+#define FILLED 8 /* rows of a block from which on a tile is faster than sixteen sums */
+
+static inline int uses_tiles(long rows) { return whole_tiles && rows >= FILLED && tiles_allowed(); }
 
 #define RING 4 /* whole numbers of as many groups are on their way at once: what a tile stores can be read only a while later */
 #define LAG 2
@@ -209,14 +216,15 @@ static uint8_t *products_begin(const rounded *x, long widest) {
         room.at = aligned_alloc(64, room.size);
     }
 #ifdef AMX
-    if (uses_tiles()) whole_tiles_begin(x->rows);
+    if (uses_tiles(x->rows)) whole_tiles_begin(x->rows);
 #endif
     return room.at;
 }
 
-static void products_end(void) {
+static void products_end(const rounded *x) {
+    (void)x;
 #ifdef AMX
-    if (uses_tiles()) _tile_release();
+    if (uses_tiles(x->rows)) _tile_release();
 #endif
 }
 
@@ -228,7 +236,7 @@ static void tile_product(const held *w, const rounded *x, long o, float *y, long
     int tiles = 0;
     (void)room;
 #ifdef AMX
-    tiles = uses_tiles();
+    tiles = uses_tiles(x->rows);
     if (tiles && w->bits == 4) {
         widen(G, q, room);
         q = room;
@@ -272,7 +280,7 @@ void grouped_product(long bits, long T, long I, long O, const float *x, const ui
         for (long t = 0; t < T; t++) round_row(&a, t, x + t * I);
 #pragma omp for schedule(static)
         for (long o = 0; o < O; o += WIDTH) tile_product(&w, &a, o, y, O, room);
-        products_end();
+        products_end(&a);
     }
     free(a.a);
 }

@@ -220,7 +220,7 @@ void decode_layers(long B, const shape *s, const layer *layers, const float *cos
         }
 #pragma omp for schedule(static)
         for (long i = 0; i < B * D; i++) x[i] += y[i];
-        products_end();
+        products_end(&by_D);
     }
     free(by_D.a);
     free(by_HE.a);
