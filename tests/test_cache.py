@@ -22,7 +22,7 @@ def fill(cache: Cache, slot: Slot, length: int, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     slot.length = length
     written = []
-    for tensor in cache.pools[slot.capacity].k + cache.pools[slot.capacity].v:
+    for tensor in cache.pools[slot.capacity].kv.flatten(0, 1):
         tensor[slot.row, :, :length] = torch.randn(tensor.shape[1], length, tensor.shape[3], generator=generator)
         written.append(tensor[slot.row, :, :length].clone())
     return written
@@ -30,7 +30,7 @@ def fill(cache: Cache, slot: Slot, length: int, seed: int = 0) -> list[Tensor]:
 
 def held(cache: Cache, slot: Slot) -> list[Tensor]:
     pool = cache.pools[slot.capacity]
-    return [tensor[slot.row, :, : slot.length] for tensor in pool.k + pool.v]
+    return [tensor[slot.row, :, : slot.length] for tensor in pool.kv.flatten(0, 1)]
 
 
 def same(found: list[Tensor], wanted: list[Tensor]) -> bool:

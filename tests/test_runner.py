@@ -188,6 +188,7 @@ def test_which_prompts_are_read_together() -> None:
     """Whole ones of one adapter always; where adapters can be mixed, all that are alone or begun."""
     rows = sequences([3, 4, 5, 6, 7], adapters="aab c")
     lengths = [3, 4, 5, 6, 2]
-    assert prefill_groups(rows, lengths, mixed=False) == [[0, 1], [2], [3], [4]]
-    assert prefill_groups(rows, lengths, mixed=True) == [[0, 1], [2, 3, 4]]
-    assert prefill_groups(rows[:2], lengths[:2], mixed=True) == [[0, 1]]
+    apart = prefill_groups(rows, lengths, mixed=False)
+    assert [places for places, _ in apart] == [[0, 1], [2], [3], [4]]
+    assert prefill_groups(rows, lengths, mixed=True) == [([0, 1], True), ([2, 3, 4], False)]
+    assert prefill_groups(rows[:2], lengths[:2], mixed=True) == [([0, 1], True)]

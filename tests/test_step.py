@@ -1,6 +1,7 @@
 """A step in one kernel gives what the decoder's own operations give, with any adapters on any rows.
 
-Tolerance: 1e-4 on logits near 10 (the same numbers in 16 bits and bf16, sums in another order).
+Tolerance: 0.03 on logits near 10, 2e-3 on average (the same numbers in 16 bits and bf16, but sums in another order,
+after which keys and values are rounded to fp16).
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from tests.parts import as_decoder, decoder, make_rows, random_lora
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not kernels.usable(torch.empty(0)), reason="there is no C compiler")
-CLOSE = {"atol": 1e-4, "rtol": 1e-5}
 SHAPES = {
     "all": LoraConfig(r=4, alpha=12),
     "some": LoraConfig(r=3, alpha=6, target_modules=("k_proj", "v_proj", "up_proj"), layers=(0, 2)),
@@ -59,7 +59,8 @@ def test_one_kernel_is_the_decoder(
     found = replies(home, adapters)
     monkeypatch.setattr(Step, "takes", lambda step, rows: False)
     wanted = replies(home, adapters)
-    torch.testing.assert_close(found, wanted, **CLOSE)
+    torch.testing.assert_close(found, wanted, atol=0.03, rtol=0)
+    assert (found - wanted).abs().mean() < 2e-3
     assert (found[0] - found[-1]).abs().max() > 0.1
 
 

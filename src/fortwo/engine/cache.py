@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fortwo.engine.prefixes import BLOCK, Prefixes
 from fortwo.models.decoder import DecoderConfig
+from fortwo.models.forms import Regions
 
 SMALLEST = 128  # tokens of the smallest row; the others are its doubles
 
@@ -31,15 +32,22 @@ class Slot:
 
 
 class Pool:
-    """k and v per layer as (rows, kv_heads, capacity, head_size); slots: who lies in each row."""
+    """Keys and values (2, layers, rows, kv_heads, capacity, head_size) as `dtype`; slots: who lies in each row."""
 
-    def __init__(self, config: DecoderConfig, capacity: int, device: torch.device | str) -> None:
-        shape = (0, config.kv_heads, capacity, config.head_size)
+    def __init__(self, config: DecoderConfig, capacity: int, device: torch.device | str, dtype: torch.dtype) -> None:
         self.capacity = capacity
-        self.k = [torch.zeros(shape, device=device) for _ in range(config.layers)]
-        self.v = [torch.zeros(shape, device=device) for _ in range(config.layers)]
+        self.kv = torch.empty(
+            2, config.layers, 0, config.kv_heads, capacity, config.head_size, device=device, dtype=dtype
+        )
         self.slots: list[Slot | None] = []
-        self._places: Tensor | None = None
+
+    @property
+    def k(self) -> Tensor:
+        return self.kv[0]
+
+    @property
+    def v(self) -> Tensor:
+        return self.kv[1]
 
     @property
     def used(self) -> int:
@@ -55,28 +63,23 @@ class Pool:
         self.slots[slot.row] = slot
         return slot
 
-    @property
-    def places(self) -> Tensor:
-        """step.h's `place` of row 0 in each layer (layers, 5)."""
-        if self._places is None:
-            steps = self.k[0].stride()[:2]
-            self._places = torch.tensor(
-                [[k.data_ptr(), v.data_ptr(), *steps, 0] for k, v in zip(self.k, self.v, strict=True)]
-            )
-        return self._places
+    def place(self, slot: Slot) -> list[int]:
+        """Where the slot's keys and values are: decode.h's `place`."""
+        kinds, layers, rows, heads = self.kv.stride()[:4]
+        k = self.kv.data_ptr() + slot.row * rows * self.kv.itemsize
+        return [k, k + kinds * self.kv.itemsize, layers, heads]
 
     def resize(self, rows: int) -> None:
         """Have this many rows, at least those in use."""
         self.gather([slot for slot in self.slots if slot is not None])
         kept = min(rows, len(self.slots))
-        for tensors in (self.k, self.v):
-            for layer, old in enumerate(tensors):
-                new = old.new_empty(rows, *old.shape[1:])
-                new[:kept] = old[:kept]
-                new[kept:] = 0  # what is masked is multiplied by zero, and zero times nan is nan
-                tensors[layer] = new
+        shape = (*self.kv.shape[:2], rows, *self.kv.shape[3:])
+        cpu = self.kv.device.type == "cpu"
+        new = Regions(0).take(shape, self.kv.dtype) if cpu and rows else self.kv.new_empty(shape)
+        new[:, :, :kept] = self.kv[:, :, :kept]
+        new[:, :, kept:] = 0  # what is masked is multiplied by zero, and zero times nan is nan
+        self.kv = new
         self.slots = self.slots[:kept] + [None] * (rows - kept)
-        self._places = None
 
     def gather(self, slots: list[Slot]) -> None:
         """Bring these to the lowest rows, by as few moves as possible."""
@@ -89,32 +92,39 @@ class Pool:
     def _swap(self, slot: Slot, row: int) -> None:
         other, came_from = self.slots[row], slot.row
         length = max(slot.length, 0 if other is None else other.length)
-        for tensor in self.k + self.v:
-            here, there = tensor[row, :, :length], tensor[came_from, :, :length]
-            if other is None:
-                here.copy_(there)
-            else:
-                held = here.clone()
-                here.copy_(there)
-                there.copy_(held)
+        here, there = self.kv[:, :, row, :, :length], self.kv[:, :, came_from, :, :length]
+        if other is None:
+            here.copy_(there)
+        else:
+            held = here.clone()
+            here.copy_(there)
+            there.copy_(held)
         self.slots[row], self.slots[came_from], slot.row = slot, other, row
         if other is not None:
             other.row = came_from
 
 
 class Cache:
-    """bound: how many tokens fit, spare rows and kept prefixes included; None for as many as come."""
+    """bound: how many tokens fit, spare rows and kept prefixes included; None for as many as come. dtype: of keys and
+    values."""
 
-    def __init__(self, config: DecoderConfig, device: torch.device | str = "cpu", bound: int | None = None) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        device: torch.device | str = "cpu",
+        bound: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.prefixes = Prefixes()
         self.pools: dict[int, Pool] = {}
         self._config = config
         self._device = device
+        self._dtype = dtype
         self.bound = bound
 
     @staticmethod
-    def bytes_per_token(config: DecoderConfig) -> int:
-        return 2 * 4 * config.layers * config.kv_heads * config.head_size
+    def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+        return 2 * dtype.itemsize * config.layers * config.kv_heads * config.head_size
 
     @property
     def longest(self) -> int:
@@ -133,7 +143,7 @@ class Cache:
 
     @property
     def bytes(self) -> int:
-        return self.tokens * self.bytes_per_token(self._config)
+        return self.tokens * self.bytes_per_token(self._config, self._dtype)
 
     def take(self, length: int) -> Slot | None:
         """A slot with room for `length` tokens; None where the bound leaves no room for it."""
@@ -145,7 +155,7 @@ class Cache:
             return None
         pool = self.pools.get(capacity)
         if pool is None:
-            pool = self.pools[capacity] = Pool(self._config, capacity, self._device)
+            pool = self.pools[capacity] = Pool(self._config, capacity, self._device, self._dtype)
         if not pool.spare:
             rows = max(1, len(pool.slots) // 2)
             if not self._fits(rows * capacity):
@@ -163,8 +173,7 @@ class Cache:
         if larger is None:
             return False
         old, new = self.pools[slot.capacity], self.pools[larger.capacity]
-        for source, target in zip(old.k + old.v, new.k + new.v, strict=True):
-            target[larger.row, :, : slot.length] = source[slot.row, :, : slot.length]
+        new.kv[:, :, larger.row, :, : slot.length] = old.kv[:, :, slot.row, :, : slot.length]
         self.give_back(slot)
         slot.capacity, slot.row = larger.capacity, larger.row
         new.slots[slot.row] = slot
@@ -175,15 +184,12 @@ class Cache:
         if pool.slots[slot.row] is not slot:
             raise AssertionError(f"{slot} was given back twice")
         if not pool.v[-1][slot.row].isfinite().all():  # later layers carry on what earlier ones began
-            for v in pool.v:  # see resize
-                v[slot.row].zero_()
+            pool.v[:, slot.row] = 0  # see resize
         pool.slots[slot.row] = None
 
-    def places(self, slot: Slot) -> Tensor:
-        """Where the slot's keys and values are in each layer (layers, 5): step.h's `place`."""
-        places_L5 = self.pools[slot.capacity].places.clone()
-        places_L5[:, 4] = slot.row
-        return places_L5
+    def place(self, slot: Slot) -> list[int]:
+        """Where the slot's keys and values are: decode.h's `place`."""
+        return self.pools[slot.capacity].place(slot)
 
     def together(self, slots: Iterable[Slot]) -> list[tuple[Pool, list[Slot]]]:
         """Bring slots side by side: for each pool those of its rows 0, 1, ..., in this order."""
@@ -213,8 +219,7 @@ class Cache:
             if not self._fits(BLOCK) and not self.prefixes.evict(spared=keys):
                 break
             block = slice(place * BLOCK, (place + 1) * BLOCK)
-            k_LKSE, v_LKSE = (torch.stack([layer[slot.row, :, block] for layer in both]) for both in (pool.k, pool.v))
-            self.prefixes.add(slot.root, key, torch.stack([k_LKSE, v_LKSE]))
+            self.prefixes.add(slot.root, key, pool.kv[:, :, slot.row, :, block].clone())
         self.prefixes.touch(keys)
 
     def recall(self, slot: Slot, tokens: list[int]) -> None:
@@ -223,10 +228,7 @@ class Cache:
             return
         both = torch.cat(self.prefixes.blocks(found), 3)
         slot.length = both.shape[3]
-        pool = self.pools[slot.capacity]
-        for stored, found_LKSE in zip((pool.k, pool.v), both, strict=True):
-            for tensor, found_KSE in zip(stored, found_LKSE, strict=True):
-                tensor[slot.row, :, : slot.length] = found_KSE
+        self.pools[slot.capacity].kv[:, :, slot.row, :, : slot.length] = both
 
     # ------------------------------------------------------------ the bound
 

@@ -7,7 +7,7 @@ The runner knows tensors and slots; who runs when is the scheduler's business.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from typing import Protocol
 
@@ -15,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fortwo.data.packing import PackedAttention, pack
+from fortwo.data.packing import PackedAttention, common_prefix, pack
 from fortwo.engine.cache import Cache, Pool, Slot
 from fortwo.models.bank import Banks
 from fortwo.models.decoder import Decoder
 from fortwo.models.functions import decode_attention
 from fortwo.models.lora import Lora, Update
+from fortwo.models.prefill import Piece, Prefill
 from fortwo.models.step import Step
 
 log = logging.getLogger(__name__)
+Computed = tuple[list[int], Tensor, list[list[int]]]  # places of sequences; hidden states (T, D); where in T each lies
 
 
 class Listener(Protocol):
@@ -52,10 +54,12 @@ class Runner:
     def __init__(self, decoder: Decoder, bound: int | None = None) -> None:
         self.decoder = decoder
         self._heads = [decoder.config.heads, decoder.config.kv_heads, decoder.config.kv_heads]
-        tokens = None if bound is None else bound // Cache.bytes_per_token(decoder.config)
-        self.cache = Cache(decoder.config, decoder.device, tokens)
-        self._live: dict[str, Lora] = {}
         self._one_kernel = Step(decoder)
+        self._prompts = Prefill(decoder)
+        dtype = torch.float16 if self._one_kernel.laid else torch.float32
+        tokens = None if bound is None else bound // Cache.bytes_per_token(decoder.config, dtype)
+        self.cache = Cache(decoder.config, decoder.device, tokens, dtype)
+        self._live: dict[str, Lora] = {}
         self._banks = Banks(decoder.config, decoder.device, self._one_kernel.laid)
         self._numbers = count(1)
         self._roots: dict[str | None, int] = {None: 0}  # whose keys and values may be kept for others
@@ -140,18 +144,13 @@ class Runner:
         for key in self._live.keys() & {sequence.adapter for sequence in sequences}:
             self._banks.copy(key, self._live[key])
         logits: dict[int, Tensor] = {}
-        for places in prefill_groups(sequences, lengths, mixed=self._one_kernel.laid):
-            group, parts = [sequences[place] for place in places], [lengths[place] for place in places]
-            whole = all(_is_whole(sequence, length) for sequence, length in zip(group, parts, strict=True))
-            whole = whole and len({sequence.adapter for sequence in group}) == 1
-            even = len(parts) * max(parts) <= 2 * sum(parts)  # the grid of a pack is as wide as its longest row
-            hidden_TD, spans = self._prefill_whole(group) if whole and even else self._prefill_parts(group, parts)
+        for places, hidden_TD, spans in self._computed(sequences, lengths):
             done = {}  # places of sequences, with where in T their last token lies
-            for place, sequence, length, span in zip(places, group, parts, spans, strict=True):
-                slot = _slot(sequence)
+            for place, span in zip(places, spans, strict=True):
+                sequence, slot = sequences[place], _slot(sequences[place])
                 if sequence.listener is not None:
                     sequence.listener.hear(hidden_TD[span], slot.length)
-                slot.length += length
+                slot.length += len(span)
                 if slot.length == len(sequence.tokens):
                     done[place] = span[-1]
                     self._keep(slot, sequence)
@@ -161,6 +160,41 @@ class Runner:
         if not logits:
             return torch.empty(0, self.decoder.config.vocabulary, device=self.decoder.device)
         return torch.stack([logits[place] for place in sorted(logits)])
+
+    def _computed(self, sequences: Sequence[Running], lengths: Sequence[int]) -> Iterator[Computed]:
+        """The next tokens of each sequence, of some after the other."""
+        groups = prefill_groups(sequences, lengths, mixed=self._one_kernel.laid)
+        if self._prompts.takes:
+            yield self._prefill_at_once(sequences, lengths, groups)
+            return
+        for places, alike in groups:
+            group, parts = [sequences[place] for place in places], [lengths[place] for place in places]
+            even = len(parts) * max(parts) <= 2 * sum(parts)  # the grid of a pack is as wide as its longest row
+            yield places, *(self._prefill_whole(group) if alike and even else self._prefill_parts(group, parts))
+
+    def _prefill_at_once(
+        self, sequences: Sequence[Running], lengths: Sequence[int], groups: Iterable[tuple[list[int], bool]]
+    ) -> Computed:
+        """All in one kernel; what those of a group that is alike begin with is computed once."""
+        pieces: list[Piece] = []
+        keys: list[str | None] = []  # whose rows they are
+        found: dict[int, list[int]] = {}  # where in T the tokens of each place lie
+
+        def put(tokens: Sequence[int], before: int, places: Sequence[int]) -> None:
+            slots = [self.cache.place(_slot(sequences[place])) for place in places]
+            pieces.append(Piece(tokens, before, slots))
+            for place in places:
+                found[place] = found.get(place, []) + list(range(len(keys), len(keys) + len(tokens)))
+            keys.extend([sequences[places[0]].adapter] * len(tokens))
+
+        for places, alike in groups:
+            shared = common_prefix([sequences[place].tokens for place in places]) if alike and len(places) > 1 else 0
+            if shared:
+                put(sequences[places[0]].tokens[:shared], 0, places)
+            for place in places:
+                tokens, begun = sequences[place].tokens, _slot(sequences[place]).length
+                put(tokens[begun + shared : begun + lengths[place]], begun + shared, [place])
+        return list(found), self._prompts(pieces, self._updates(keys)), list(found.values())
 
     def _prefill_whole(self, sequences: Sequence[Running]) -> tuple[Tensor, list[list[int]]]:
         """Sequences of one adapter of which nothing is known; what they begin with in common is computed once.
@@ -180,7 +214,7 @@ class Runner:
                     if P:
                         stored[slot.row, :, :P] = new_KTE[:, :P]
                     stored[slot.row, :, P : P + length] = new_KTE[:, start : start + length]
-            return attention(layer, qkv_TNE.bfloat16()).float() if self._one_kernel.tiles else attention(layer, qkv_TNE)
+            return attention(layer, qkv_TNE)
 
         updates = self._updates([sequences[0].adapter] * len(packed.tokens_T))
         hidden_TD = self.decoder.forward(packed.tokens_T, packed.positions_T, attend, updates)
@@ -209,10 +243,11 @@ class Runner:
                 k_KSE, v_KSE = (stored[layer][slot.row, :, : before + length] for stored in (pool.k, pool.v))
                 k_KSE[:, before:] = k_TKE[part].transpose(0, 1)
                 v_KSE[:, before:] = v_TKE[part].transpose(0, 1)
-                q_1HLE = q_THE[part].transpose(0, 1)[None]
-                mixed_1HLE = F.scaled_dot_product_attention(
-                    q_1HLE, k_KSE[None], v_KSE[None], attn_mask=mask_LS, enable_gqa=True
+                q_1HLE, seen = (
+                    q_THE[part].transpose(0, 1)[None],
+                    (k_KSE[None].to(q_THE.dtype), v_KSE[None].to(q_THE.dtype)),
                 )
+                mixed_1HLE = F.scaled_dot_product_attention(q_1HLE, *seen, attn_mask=mask_LS, enable_gqa=True)
                 mixed_THE[part] = mixed_1HLE[0].transpose(0, 1)
             return mixed_THE
 
@@ -247,11 +282,8 @@ class Runner:
         return self.decoder.logits(hidden_BD)
 
     def _step_at_once(self, sequences: Sequence[Running]) -> Tensor:
-        places = [self.cache.places(_slot(sequence)) for sequence in sequences]
-        keys = [sequence.adapter for sequence in sequences]
-        tokens_B = torch.tensor([sequence.tokens[-1] for sequence in sequences])
-        positions_B = torch.tensor([len(sequence.tokens) - 1 for sequence in sequences])
-        return self._one_kernel(tokens_B, positions_B, torch.stack(places, 1), self._updates(keys))
+        rows = [(one.tokens[-1], len(one.tokens) - 1, self.cache.place(_slot(one))) for one in sequences]
+        return self._one_kernel(rows, self._updates([sequence.adapter for sequence in sequences]))
 
     def _told(self, sequences: Sequence[Running], hidden_BD: Tensor) -> None:
         for row, sequence in enumerate(sequences):
@@ -300,14 +332,15 @@ def _is_whole(sequence: Running, length: int) -> bool:
     return length == len(sequence.tokens)
 
 
-def prefill_groups(sequences: Sequence[Running], lengths: Sequence[int], mixed: bool) -> list[list[int]]:
-    """Places of sequences to compute in one forward. Whole ones of one adapter are together, since what they begin with
-    is computed once; of the others those of one adapter, and where `mixed` all of them."""
+def prefill_groups(sequences: Sequence[Running], lengths: Sequence[int], mixed: bool) -> list[tuple[list[int], bool]]:
+    """Places of sequences to compute together, and whether they are alike: all whole, and of one adapter, so that what
+    they begin with is computed once. The others are grouped by adapter; where adapters can be `mixed`, all that are
+    alone or begun."""
     groups: dict[tuple[str | None, bool], list[int]] = {}
     for place, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
         groups.setdefault((sequence.adapter, _is_whole(sequence, length)), []).append(place)
     if not mixed:
-        return list(groups.values())
-    alike = [places for (_, whole), places in groups.items() if whole and len(places) > 1]
+        return [(places, whole) for (_, whole), places in groups.items()]
+    alike = [(places, True) for (_, whole), places in groups.items() if whole and len(places) > 1]
     others = sorted(place for (_, whole), places in groups.items() if not whole or len(places) == 1 for place in places)
-    return [*alike, others] if others else alike
+    return [*alike, (others, False)] if others else alike

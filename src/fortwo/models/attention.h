@@ -158,9 +158,35 @@ static void make_room(arena *room, long bytes) {
     room->taken = 0;
 }
 
+/* A task's queries over its keys and values, which are laid. Room: q (Mp, E), scores and mass (32, Sp), mixed (32, E). lse may be absent. */
+static void attend_tiles(const packed_task *t, long H, long G, long N, long E, const bf16 *qkv, const bf16 *keys, const bf16 *values, bf16 *q,
+                         float *scores, bf16 *mass, float *mixed, bf16 *out, float *lse) {
+    float scaling = 1 / sqrtf((float)E), sums[32], unused;
+    for (long i = 0; i < t->L; i++) memcpy(q + i * G * E, qkv + ((t->start + i) * N + t->k * G) * E, G * E * sizeof(bf16));
+    memset(q + t->M * E, 0, (t->Mp - t->M) * E * sizeof(bf16));
+    for (long m = 0; m < t->M; m += 32) {
+        long seen = keys_seen(t, m + 31, G), tall = t->M - m < 32 ? t->M - m : 32;
+        for (long s = 0; s < seen; s += PANEL) patch(E / STEP, q + m * E, E, keys + s * E, scores + s, t->Sp, 0);
+        for (long row = 0; row < tall; row++) {
+            long i = (m + row) / G, g = (m + row) % G;
+            float *at = lse ? lse + (t->start + i) * H + t->k * G + g : &unused;
+            sums[row] = unscaled_softmax(scores + row * t->Sp, t->before + i + 1, seen, scaling, mass + row * t->Sp, at);
+        }
+        memset(mass + tall * t->Sp, 0, (32 - tall) * t->Sp * sizeof(bf16));
+        for (long e = 0; e < E; e += PANEL) patch(seen / STEP, mass, t->Sp, values + e * t->Sp, mixed + e, E, 0);
+        for (long row = 0; row < tall; row++) {
+            long i = (m + row) / G, g = (m + row) % G;
+            bf16 *to = out + ((t->start + i) * H + t->k * G + g) * E;
+            __m512 by = _mm512_set1_ps(1 / sums[row]);
+            const float *from = mixed + row * E;
+            for (long e = 0; e < E; e += 32)
+                store_bf16(to + e, _mm512_mul_ps(_mm512_loadu_ps(from + e), by), _mm512_mul_ps(_mm512_loadu_ps(from + e + 16), by));
+        }
+    }
+}
+
 void attention_tiles(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, bf16 *out, float *lse) {
     long N = H + 2 * K, G = H / K, tasks = (R + (P > 0)) * K;
-    float scaling = 1 / sqrtf((float)E);
 #pragma omp parallel
     {
         static _Thread_local arena room;
@@ -171,32 +197,12 @@ void attention_tiles(long P, long R, const long *starts, const long *lengths, lo
             make_room(&room, t.Sp * (8 + 4 * E + 32 * 6) + 32 * E * 4 + t.Mp * E * 2 + 1024);
             const bf16 **rows = take(&room, t.S * sizeof(bf16 *));
             bf16 *keys = take(&room, t.Sp * E * 2), *values = take(&room, t.Sp * E * 2), *q = take(&room, t.Mp * E * 2);
-            float *scores = take(&room, 32 * t.Sp * 4), *mixed = take(&room, 32 * E * 4), sums[32];
+            float *scores = take(&room, 32 * t.Sp * 4), *mixed = take(&room, 32 * E * 4);
             bf16 *mass = take(&room, 32 * t.Sp * 2);
             for (long s = 0; s < t.S; s++) rows[s] = qkv + (s < t.before ? s : t.start + s - t.before) * N * E;
             lay_rows(t.S, E, rows, (H + t.k) * E, keys);
             lay_columns(t.S, E, rows, (H + K + t.k) * E, values);
-            for (long i = 0; i < t.L; i++) memcpy(q + i * G * E, qkv + ((t.start + i) * N + t.k * G) * E, G * E * sizeof(bf16));
-            memset(q + t.M * E, 0, (t.Mp - t.M) * E * sizeof(bf16));
-            for (long m = 0; m < t.M; m += 32) {
-                long seen = keys_seen(&t, m + 31, G), tall = t.M - m < 32 ? t.M - m : 32;
-                for (long s = 0; s < seen; s += PANEL) patch(E / STEP, q + m * E, E, keys + s * E, scores + s, t.Sp, 0);
-                for (long row = 0; row < tall; row++) {
-                    long i = (m + row) / G, g = (m + row) % G;
-                    float *at = lse + (t.start + i) * H + t.k * G + g;
-                    sums[row] = unscaled_softmax(scores + row * t.Sp, t.before + i + 1, seen, scaling, mass + row * t.Sp, at);
-                }
-                memset(mass + tall * t.Sp, 0, (32 - tall) * t.Sp * sizeof(bf16));
-                for (long e = 0; e < E; e += PANEL) patch(seen / STEP, mass, t.Sp, values + e * t.Sp, mixed + e, E, 0);
-                for (long row = 0; row < tall; row++) {
-                    long i = (m + row) / G, g = (m + row) % G;
-                    bf16 *to = out + ((t.start + i) * H + t.k * G + g) * E;
-                    __m512 by = _mm512_set1_ps(1 / sums[row]);
-                    const float *from = mixed + row * E;
-                    for (long e = 0; e < E; e += 32)
-                        store_bf16(to + e, _mm512_mul_ps(_mm512_loadu_ps(from + e), by), _mm512_mul_ps(_mm512_loadu_ps(from + e + 16), by));
-                }
-            }
+            attend_tiles(&t, H, G, N, E, qkv, keys, values, q, scores, mass, mixed, out, lse);
         }
         _tile_release();
     }

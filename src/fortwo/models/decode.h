@@ -15,23 +15,33 @@ static inline vector sums_of(const vector *v) {
 #undef FOLD
 }
 
-/* Where keys and values are: of row `row` they are (K, length, E), a row begins every row_step floats, a head every head_step. */
+/* Where a row's keys and values are: (length, E) for each layer and head, a layer and a head so many numbers after the one before. */
 typedef struct {
-    float *k, *v;
-    long row_step, head_step, row;
+    void *k, *v;
+    long layer_step, head_step;
 } place;
 
 #define TOGETHER 4 /* queries that read a key, or a value, together */
 
+/* Sixteen numbers, in fp16 or fp32. */
+static inline __attribute__((always_inline)) vector sixteen(int half, const void *from, long at) {
+    return half ? halves((const uint16_t *)from + at) : *(const vector *)((const float *)from + at);
+}
+
+static inline void store_sixteen(int half, void *to, long at, const float *from) {
+    if (half) store_halves((uint16_t *)to + at, *(const vector *)from);
+    else *(vector *)((float *)to + at) = *(const vector *)from;
+}
+
 /* Scores of `count` queries at q with the sixteen keys from s on, the last key where there are fewer. */
-static inline __attribute__((always_inline)) void score_sixteen(int count, long E, long s, long seen, const float *q, const float *keys,
-                                                                float scaling, float *scores, long row) {
+static inline __attribute__((always_inline)) void score_sixteen(int half, int count, long E, long s, long seen, const float *q, const void *keys,
+                                                                long first, float scaling, float *scores, long row) {
     vector sums[TOGETHER][WIDTH];
     for (int n = 0; n < WIDTH; n++) {
-        const float *k = keys + (s + n < seen ? s + n : seen - 1) * E;
+        long k = first + (s + n < seen ? s + n : seen - 1) * E;
         vector own[TOGETHER] = {{0}};
         for (long e = 0; e < E; e += WIDTH) {
-            vector key = *(const vector *)(k + e);
+            vector key = sixteen(half, keys, k + e);
             for (int g = 0; g < count; g++) own[g] += *(const vector *)(q + g * E + e) * key;
         }
         for (int g = 0; g < count; g++) sums[g][n] = own[g];
@@ -39,26 +49,43 @@ static inline __attribute__((always_inline)) void score_sixteen(int count, long 
     for (int g = 0; g < count; g++) *(vector *)(scores + g * row + s) = sums_of(sums[g]) * scaling;
 }
 
-static inline __attribute__((always_inline)) void attend_together(int count, long E, long seen, const float *q, const float *keys,
-                                                                  const float *values, float scaling, float *out, float *scores, long row) {
-    for (long s = 0; s < seen; s += WIDTH) {
-        for (long b = 0; b < WIDTH * E; b += 16) __builtin_prefetch(values + s * E + b);
-        score_sixteen(count, E, s, seen, q, keys, scaling, scores, row);
-    }
-    for (int g = 0; g < count; g++) softmax(scores + g * row, seen, seen);
-    multiply(count, E, seen, scores, row, 1, values, E, out, E, 0);
+/* out (count, E), `wide` vectors of it from e on: the sum of values, each times its probability. */
+static inline __attribute__((always_inline)) void mix_values(int half, int count, int wide, long E, long e, long seen, const float *p, long row,
+                                                             const void *values, long first, float *out) {
+    vector sums[TOGETHER][4] = {{{0}}};
+    for (long s = 0; s < seen; s++)
+        for (int n = 0; n < wide; n++) {
+            vector value = sixteen(half, values, first + s * E + e + n * WIDTH);
+            for (int g = 0; g < count; g++) sums[g][n] += p[g * row + s] * value;
+        }
+    for (int g = 0; g < count; g++)
+        for (int n = 0; n < wide; n++) *(vector *)(out + g * E + e + n * WIDTH) = sums[g][n];
 }
 
-/* One token's queries of one key/value head, G of them at q, with its key and value; `seen` tokens are there with it. out (G, E). Scores: G * PAD(seen). */
-static void attend(long G, long E, const place *at, long head, long seen, const float *q, const float *key, const float *value, float *out,
-                   float *scores) {
-    float *keys = at->k + at->row * at->row_step + head * at->head_step, *values = at->v + at->row * at->row_step + head * at->head_step;
+static inline __attribute__((always_inline)) void attend_together(int half, int count, long E, long seen, const float *q, const void *keys,
+                                                                  const void *values, long first, float *out, float *scores) {
+    long row = PAD(seen), size = half ? sizeof(uint16_t) : sizeof(float), e = 0;
     float scaling = 1 / sqrtf((float)E);
-    memcpy(keys + (seen - 1) * E, key, E * sizeof(float));
-    memcpy(values + (seen - 1) * E, value, E * sizeof(float));
-    long row = PAD(seen);
+    for (long s = 0; s < seen; s += WIDTH) {
+        for (long b = 0; b < WIDTH * E * size; b += 64) __builtin_prefetch((const char *)values + (first + s * E) * size + b);
+        score_sixteen(half, count, E, s, seen, q, keys, first, scaling, scores, row);
+    }
+    for (int g = 0; g < count; g++) softmax(scores + g * row, seen, seen);
+    for (; e + 4 * WIDTH <= E; e += 4 * WIDTH) mix_values(half, count, 4, E, e, seen, scores, row, values, first, out);
+    for (; e < E; e += WIDTH) mix_values(half, count, 1, E, e, seen, scores, row, values, first, out);
+}
+
+/* One token's queries of one key/value head, G of them at q, with its key and value; `seen` tokens are there with it. out (G, E). Scores: G * PAD(seen).
+   half: keys and values are in fp16, else in fp32. */
+static inline __attribute__((always_inline)) void attend(int half, long G, long E, const place *at, long layer, long head, long seen, const float *q,
+                                                         const float *key, const float *value, float *out, float *scores) {
+    long first = layer * at->layer_step + head * at->head_step, row = PAD(seen);
+    for (long e = 0; e < E; e += WIDTH) {
+        store_sixteen(half, at->k, first + (seen - 1) * E + e, key + e);
+        store_sixteen(half, at->v, first + (seen - 1) * E + e, value + e);
+    }
     for (long g = 0; g < G; g += TOGETHER) {
-#define ATTEND(count) attend_together(count, E, seen, q + g * E, keys, values, scaling, out + g * E, scores + g * row, row)
+#define ATTEND(count) attend_together(half, count, E, seen, q + g * E, at->k, at->v, first, out + g * E, scores + g * row)
         switch (G - g) {
         case 1: ATTEND(1); break;
         case 2: ATTEND(2); break;
@@ -69,11 +96,11 @@ static void attend(long G, long E, const place *at, long head, long seen, const 
     }
 }
 
-/* Row b brings qkv (H + 2K, E) and stands at positions[b] of row rows[b] of the cache. Its keys and values are written there, then its queries attend
-   to everything up to there. E is a multiple of 16. */
+/* Row b brings qkv (H + 2K, E) and stands at positions[b] of row rows[b] of the cache, in fp16 or fp32. Its keys and values are written there, then its
+   queries attend to everything up to there. E is a multiple of 16. */
 void decode_attention(long B, long H, long K, long E, long row_step, long head_step, const long *rows, const long *positions, const float *qkv,
-                      float *k, float *v, float *out) {
-    long G = H / K, work = 0, longest = 0;
+                      void *k, void *v, float *out, long half) {
+    long G = H / K, work = 0, longest = 0, size = half ? sizeof(uint16_t) : sizeof(float);
     for (long b = 0; b < B; b++) {
         work += (positions[b] + 1) * H * E;
         longest = positions[b] + 1 > longest ? positions[b] + 1 : longest;
@@ -82,11 +109,12 @@ void decode_attention(long B, long H, long K, long E, long row_step, long head_s
     float *room = malloc(B * K * G * longest * sizeof(float));
 #pragma omp parallel for schedule(dynamic) if (work > SERIAL)
     for (long task = 0; task < B * K; task++) {
-        long b = task / K, head = task % K;
-        place at = {k, v, row_step, head_step, rows[b]};
-        const float *own = qkv + b * (H + 2 * K) * E;
-        attend(G, E, &at, head, positions[b] + 1, own + head * G * E, own + (H + head) * E, own + (H + K + head) * E,
-               out + (b * H + head * G) * E, room + task * G * longest);
+        long b = task / K, head = task % K, row = rows[b] * row_step * size;
+        place at = {(char *)k + row, (char *)v + row, 0, head_step};
+        const float *own = qkv + b * (H + 2 * K) * E, *q = own + head * G * E, *key = own + (H + head) * E, *value = key + K * E;
+        float *to = out + (b * H + head * G) * E, *scores = room + task * G * longest;
+        if (half) attend(1, G, E, &at, 0, head, positions[b] + 1, q, key, value, to, scores);
+        else attend(0, G, E, &at, 0, head, positions[b] + 1, q, key, value, to, scores);
     }
     free(room);
 }

@@ -221,7 +221,7 @@ class Decoder:
                     down_DI=held(read(f"{mlp}.down_proj.weight", c.hidden, c.intermediate)),
                 )
             )
-        self._inverse_frequency_E2 = _inverse_frequency(c).to(self.device)
+        self.inverse_frequency_E2 = _inverse_frequency(c).to(self.device)
 
     def weights(self) -> list[Tensor]:
         """What the network multiplies with, as fp32: each layer's four, and the head."""
@@ -316,7 +316,7 @@ class Decoder:
 
     def angles(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (T, E) of the rotary embedding, each angle in both halves."""
-        angles_TE2 = positions_T[:, None].float() * self._inverse_frequency_E2
+        angles_TE2 = positions_T[:, None].float() * self.inverse_frequency_E2
         angles_TE = torch.cat([angles_TE2, angles_TE2], -1)
         return angles_TE.cos(), angles_TE.sin()
 

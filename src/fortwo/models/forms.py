@@ -51,16 +51,19 @@ class Regions:
         """A copy in such memory; on another device than the CPU the tensor itself."""
         if tensor.device.type != "cpu" or not tensor.numel():
             return tensor
-        size = -(-tensor.nbytes // 64) * 64
+        return self.take(tensor.shape, tensor.dtype).copy_(tensor)
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor in such memory, of any numbers."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        size = -(-nbytes // 64) * 64
         if size > len(self._region):
-            size_taken = max(size, self._size)
-            pages = mmap.mmap(-1, size_taken, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            pages = mmap.mmap(-1, max(size, self._size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 pages.madvise(mmap.MADV_HUGEPAGE)
             self._region = torch.frombuffer(pages, dtype=torch.uint8)
-        taken, self._region = self._region[: tensor.nbytes], self._region[size:]
-        held = taken.view(tensor.dtype).view(tensor.shape)
-        return held.copy_(tensor)
+        taken, self._region = self._region[:nbytes], self._region[size:]
+        return taken.view(dtype).view(tuple(shape))
 
 
 @dataclass(frozen=True)

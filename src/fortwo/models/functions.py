@@ -160,12 +160,13 @@ def decode_attention(qkv_BNE: Tensor, k: Tensor, v: Tensor, rows_B: Tensor, posi
     Positions and lengths are not checked."""
     K, E = k.shape[1], k.shape[3]
     B, H = qkv_BNE.shape[0], qkv_BNE.shape[1] - 2 * K
-    if qkv_BNE.dtype == k.dtype == torch.float32 and E % 16 == 0 and k.stride(2) == E and kernels.usable(qkv_BNE, k):
+    fits = qkv_BNE.dtype == torch.float32 and k.dtype in (torch.float32, torch.float16) and E % 16 == 0
+    if fits and k.stride(2) == E and kernels.usable(qkv_BNE):
+        half = int(k.dtype == torch.float16)
         out_BHE = qkv_BNE.new_empty(B, H, E)
         steps = k.stride(0), k.stride(1)
-        kernels.call(
-            "decode_attention", None, B, H, K, E, *steps, rows_B, positions_B, qkv_BNE.contiguous(), k, v, out_BHE
-        )
+        told = (*steps, rows_B, positions_B, qkv_BNE.contiguous(), k, v, out_BHE, half)
+        kernels.call("decode_attention", None, B, H, K, E, *told)
         return out_BHE
     q_BHE, k_BKE, v_BKE = qkv_BNE.split([H, K, K], 1)
     k[rows_B, :, positions_B], v[rows_B, :, positions_B] = k_BKE.to(k.dtype), v_BKE.to(v.dtype)

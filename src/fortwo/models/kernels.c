@@ -172,3 +172,4 @@ ROW_SUMS
 #include "quantised.h"
 #include "decode.h"
 #include "step.h"
+#include "prefill.h"

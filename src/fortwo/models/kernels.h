@@ -4,22 +4,23 @@
    all kinds, H query heads, K key/value heads, E head size, V vocabulary. Each kernel is held to the plain formula by tests/test_functions.py. */
 
 /* sum = x + y (y may be absent: then sum is x and not written); out = sum * scale * weight with scale = 1 / sqrt(mean(sum^2) + eps). */
+static inline float NAME(add_norm_row)(long D, const float *x, const element *y, const float *weight, float eps, float *sum, element *out) {
+    if (y) {
+        for (long d = 0; d < D; d++) sum[d] = x[d] + LOAD(y[d]);
+        x = sum;
+    }
+    float squares = 0;
+    for (long d = 0; d < D; d++) squares += x[d] * x[d];
+    float by = 1 / sqrtf(squares / D + eps);
+    for (long d = 0; d < D; d++) out[d] = STORE(x[d] * by * weight[d]);
+    return by;
+}
+
 void NAME(add_norm)(long T, long D, const float *x, const element *y, const float *weight, float eps, float *sum, element *out,
                     float *scale) {
 #pragma omp parallel for schedule(static) if (T * D > SERIAL)
-    for (long t = 0; t < T; t++) {
-        const float *row = x + t * D;
-        if (y) {
-            float *to = sum + t * D;
-            for (long d = 0; d < D; d++) to[d] = row[d] + LOAD(y[t * D + d]);
-            row = to;
-        }
-        float squares = 0;
-        for (long d = 0; d < D; d++) squares += row[d] * row[d];
-        float by = 1 / sqrtf(squares / D + eps);
-        scale[t] = by;
-        for (long d = 0; d < D; d++) out[t * D + d] = STORE(row[d] * by * weight[d]);
-    }
+    for (long t = 0; t < T; t++)
+        scale[t] = NAME(add_norm_row)(D, x + t * D, y ? y + t * D : 0, weight, eps, sum + t * D, out + t * D);
 }
 
 /* grad_x of add_norm; along is what reaches sum by other ways (may be absent). grad_y is the same as an element (may be absent). */

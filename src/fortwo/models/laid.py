@@ -20,6 +20,7 @@ from fortwo.models.lora_config import GROUPS
 
 SIXTEEN = 16  # outputs that the kernel computes together
 _NUMBERS = 18  # of step.h's `update`
+OVER = 512  # numbers behind the last: a tile reads on where a rank does not fill it
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Laid:
                         numbers += [columns.start, columns.stop - columns.start, rank, r // 2, put(_in_pairs(B_Or))]
                         rank += r
                 table.append(numbers + [0] * (_NUMBERS - len(numbers)))
+        parts.append(torch.zeros(OVER))
         flat = Regions(0).hold(torch.cat([part.bfloat16() for part in parts]))
         return cls(flat, torch.tensor(table), tuple(frozenset(groups) for groups in lora.layers))
 

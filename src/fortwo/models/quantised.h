@@ -31,6 +31,24 @@ static inline vector halves(const uint16_t *from) {
 #endif
 }
 
+static inline void store_halves(uint16_t *to, vector from) {
+#ifdef __AVX512F__
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)from, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int n = 0; n < WIDTH; n++) {
+        union { float value; uint32_t bits; } x = {from[n]}, small;
+        uint32_t sign = x.bits >> 16 & 0x8000, size = x.bits & 0x7fffffff, half;
+        x.bits = size;
+        if (size >= 0x47800000) half = size > 0x7f800000 ? 0x7e00 : 0x7c00; /* no number, or too large for one */
+        else if (size < 0x38800000) { /* the last place of 1/2 is that of the smallest halves */
+            small.value = x.value + 0.5f;
+            half = small.bits - 0x3f000000;
+        } else half = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
+        to[n] = sign | half;
+    }
+#endif
+}
+
 /* sums[n] += the dot product of the four unsigned bytes of w[n] with the four signed bytes at a. */
 static inline __attribute__((always_inline)) integers dot(integers sums, words w, const int8_t *a) {
 #ifdef __AVX512VNNI__

@@ -24,21 +24,29 @@ typedef struct { /* who answers for rows members[first] to members[last - 1]; up
     long first, last;
 } adapter;
 
-typedef struct {
+typedef struct { /* inverse: the E / 2 frequencies of the rotary embedding */
     long layers, D, H, K, E, I;
     double eps;
+    const float *embedding, *norm, *inverse;
 } shape;
 
-static void root_mean_square(long D, const float *x, const float *weight, float eps, float *out) {
-    float squares = 0;
-    for (long d = 0; d < D; d++) squares += x[d] * x[d];
-    float by = 1 / sqrtf(squares / D + eps);
-    for (long d = 0; d < D; d++) out[d] = x[d] * by * weight[d];
+typedef struct { /* the new token of a sequence, where it stands, and where the sequence's keys and values are */
+    long token, position;
+    place at;
+} fresh;
+
+/* cos and sin (E) of a position, each angle in both halves. */
+static void angles(const shape *s, long position, float *cosine, float *sine) {
+    for (long e = 0; e < s->E; e++) {
+        float angle = position * s->inverse[e % (s->E / 2)];
+        cosine[e] = cosf(angle);
+        sine[e] = sinf(angle);
+    }
 }
 
 /* A head of q or k: its norm, where there is one, and its rotation. */
 static void rotate_head(long E, const float *norm, float eps, const float *cosine, const float *sine, float *x) {
-    if (norm) root_mean_square(E, x, norm, eps, x);
+    if (norm) add_norm_row_float32(E, x, 0, norm, eps, 0, x);
     for (long e = 0; e < E / 2; e++) {
         float first = x[e], second = x[E / 2 + e];
         x[e] = first * cosine[e] - second * sine[e];
@@ -158,20 +166,19 @@ static void give(const rounded *whole, long t, const float *x, bf16 *narrow) {
         for (long i = 0; i < I; i++) narrow[t * I + i] = to_bf16(x[t * I + i]);
 }
 
-/* x (B, D): what the first layer reads; becomes what comes after the last. cosine and sine (B, E); places (layers, B) are where the rows' keys and
-   values lie, seen[b] how many tokens there are with the new one. All outputs of fused products, and B's parts, are whole sixteens. */
-void decode_layers(long B, const shape *s, const layer *layers, const float *cosine, const float *sine, const place *places, const long *seen,
-                         long N, const adapter *adapters, const long *members, float *x) {
+/* out (B, D): hidden states of the rows after the final norm. Keys and values are in fp16. All outputs of fused products, and B's parts, are whole
+   sixteens. */
+void decode_layers(long B, const shape *s, const layer *layers, const fresh *rows, long N, const adapter *adapters, const long *members, float *out) {
     long D = s->D, H = s->H, K = s->K, E = s->E, I = s->I, L = s->layers, heads = H + 2 * K, G = H / K, longest = 0;
     float eps = s->eps;
-    for (long b = 0; b < B; b++) longest = seen[b] > longest ? seen[b] : longest;
+    for (long b = 0; b < B; b++) longest = rows[b].position + 1 > longest ? rows[b].position + 1 : longest;
     longest = PAD(longest);
     long ranks = most_ranks(N, adapters, 0, L * GROUPS), widest = D > I ? D : I;
     widest = widest > H * E ? widest : H * E;
-    long out = heads * E > 2 * I ? heads * E : 2 * I;
-    out = out > D ? out : D;
-    float *memory = aligned_alloc(64, (B * (out + 2 * widest + ranks + K * G * longest) * sizeof(float) + 63) / 64 * 64);
-    float *y = memory, *in = y + B * out, *scores = in + B * widest;
+    long most = heads * E > 2 * I ? heads * E : 2 * I;
+    most = most > D ? most : D;
+    float *memory = aligned_alloc(64, (B * (most + 2 * widest + ranks + K * G * longest + D + 2 * E) * sizeof(float) + 63) / 64 * 64);
+    float *x = memory, *cosine = x + B * D, *sine = cosine + B * E, *y = sine + B * E, *in = y + B * most, *scores = in + B * widest;
     bf16 *h = (bf16 *)(scores + B * K * G * longest), *narrow = N ? h + B * ranks : 0;
     rounded by_D = rounded_of(B, D), by_HE = rounded_of(B, H * E), by_I = rounded_of(B, I);
 #pragma omp parallel
@@ -181,8 +188,13 @@ void decode_layers(long B, const shape *s, const layer *layers, const float *cos
             const layer *own = layers + l;
 #pragma omp for schedule(static)
             for (long b = 0; b < B; b++) {
-                if (l) for (long d = 0; d < D; d++) x[b * D + d] += y[b * D + d];
-                root_mean_square(D, x + b * D, own->attention_norm, eps, in + b * D);
+                if (l)
+                    for (long d = 0; d < D; d++) x[b * D + d] += y[b * D + d];
+                else {
+                    memcpy(x + b * D, s->embedding + rows[b].token * D, D * sizeof(float));
+                    angles(s, rows[b].position, cosine + b * E, sine + b * E);
+                }
+                add_norm_row_float32(D, x + b * D, 0, own->attention_norm, eps, 0, in + b * D);
                 give(&by_D, b, in, narrow);
             }
             whole_product(own->w + QKV, &by_D, narrow, N, adapters, members, l * GROUPS + QKV, h, ranks, y, room);
@@ -198,7 +210,7 @@ void decode_layers(long B, const shape *s, const layer *layers, const float *cos
                 }
                 for (long g = 0; g < G; g++) rotate_head(E, own->q_norm, eps, c, n, q + g * E);
                 rotate_head(E, own->k_norm, eps, c, n, key);
-                attend(G, E, places + l * B + b, head, seen[b], q, key, value, in + (b * H + head * G) * E, scores + task * G * longest);
+                attend(1, G, E, &rows[b].at, l, head, rows[b].position + 1, q, key, value, in + (b * H + head * G) * E, scores + task * G * longest);
             }
 #pragma omp for schedule(static)
             for (long b = 0; b < B; b++) give(&by_HE, b, in, narrow);
@@ -206,7 +218,7 @@ void decode_layers(long B, const shape *s, const layer *layers, const float *cos
 #pragma omp for schedule(static)
             for (long b = 0; b < B; b++) {
                 for (long d = 0; d < D; d++) x[b * D + d] += y[b * D + d];
-                root_mean_square(D, x + b * D, own->mlp_norm, eps, in + b * D);
+                add_norm_row_float32(D, x + b * D, 0, own->mlp_norm, eps, 0, in + b * D);
                 give(&by_D, b, in, narrow);
             }
             whole_product(own->w + GATE_UP, &by_D, narrow, N, adapters, members, l * GROUPS + GATE_UP, h, ranks, y, room);
@@ -219,7 +231,7 @@ void decode_layers(long B, const shape *s, const layer *layers, const float *cos
             whole_product(own->w + DOWN, &by_I, narrow, N, adapters, members, l * GROUPS + DOWN, h, ranks, y, room);
         }
 #pragma omp for schedule(static)
-        for (long i = 0; i < B * D; i++) x[i] += y[i];
+        for (long b = 0; b < B; b++) add_norm_row_float32(D, x + b * D, y + b * D, s->norm, eps, x + b * D, out + b * D);
         products_end(&by_D);
     }
     free(by_D.a);

@@ -1,0 +1,288 @@
+/* Prompts through all layers: the new tokens of some sequences, with the adapters of each, in bf16 on AMX's tiles, sums and what is carried from layer
+   to layer in fp32. kernels.c includes this once, behind step.h.
+
+   T tokens, R sequences, D hidden, H query heads, K key/value heads, E head size, I intermediate; D, H * E and I are multiples of 32. Rows come in
+   strips of 32. */
+
+#ifdef AMX
+#define QUERIES 64 /* tokens whose queries are one task of attention */
+
+typedef struct { /* w: panels as matrix.h has them */
+    const float *attention_norm, *mlp_norm, *bias, *q_norm, *k_norm;
+    const bf16 *w[GROUPS];
+} paneled;
+
+typedef struct { /* tokens start to start + length - 1, after `before` that the cache holds: a part of one prompt, or what several begin with.
+                    Their keys and values go to `copies` places from `first` on; those of all before them are in each. */
+    long first, copies, before, start, length;
+} piece;
+
+/* Which adapters answer for rows of strip m: those at of[first[m]] to of[first[m + 1] - 1]. h (pairs of these, 32, h_row): what goes in, of a pair,
+   each part's ranks filled up to 32 with zeros, and zeros for rows of others. */
+typedef struct {
+    const adapter *adapters;
+    long *row, *first, *of, h_row;
+    bf16 *h;
+} answers;
+
+static inline long filled(long n) { return steps(n) * STEP; }
+
+static answers answers_of(long T, long N, const adapter *adapters, const long *members, long indices) {
+    answers all = {adapters, malloc(T * sizeof(long)), calloc(T / PANEL + 2, sizeof(long)), malloc((T + 1) * sizeof(long)), 0, 0};
+    long strips = (T + PANEL - 1) / PANEL;
+    for (long t = 0; t < T; t++) all.row[t] = -1;
+    for (long n = 0; n < N; n++)
+        for (long m = adapters[n].first; m < adapters[n].last; m++) all.row[members[m]] = n;
+    for (long m = 0, pairs = 0; m < strips; m++) {
+        for (long t = m * PANEL; t < T && t < (m + 1) * PANEL; t++) {
+            long seen = all.row[t] < 0;
+            for (long i = all.first[m]; i < pairs; i++) seen |= all.of[i] == all.row[t];
+            if (!seen) all.of[pairs++] = all.row[t];
+        }
+        all.first[m + 1] = pairs;
+    }
+    for (const adapter *one = adapters; one < adapters + N; one++)
+        for (long index = 0; index < indices; index++) {
+            long wide = 0;
+            for (long p = 0; p < one->updates[index].parts; p++) wide += filled(2 * one->updates[index].part[p].pairs);
+            all.h_row = wide > all.h_row ? wide : all.h_row;
+        }
+    all.h = aligned_alloc(64, (all.first[strips] * PANEL * all.h_row + 1) * sizeof(bf16) / 64 * 64 + 64);
+    return all;
+}
+
+/* h = A x of one strip and adapter. a: the strip (32, K). */
+static void go_in_strip(const answers *all, long T, long pair, long m, long index, long K, const bf16 *a) {
+    const adapter *one = all->adapters + all->of[pair];
+    const update *own = one->updates + index;
+    bf16 *h = all->h + pair * PANEL * all->h_row;
+    float sums[PANEL * own->ranks + 1] __attribute__((aligned(64)));
+    for (long first = 0; first < own->ranks; first += WIDTH) {
+        const bf16 *A = one->weights + own->A + first * K;
+        _tile_zero(0);
+        _tile_zero(1);
+        for (long k = 0; k < K / STEP; k++) {
+            _tile_loadd(6, A + k * TILE, 64);
+            _tile_loadd(4, a + k * STEP, 2 * K);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, a + 16 * K + k * STEP, 2 * K);
+            _tile_dpbf16ps(1, 5, 6);
+        }
+        _tile_stored(0, sums + first, 4 * own->ranks);
+        _tile_stored(1, sums + 16 * own->ranks + first, 4 * own->ranks);
+    }
+    memset(h, 0, PANEL * all->h_row * sizeof(bf16));
+    for (long r = 0; r < PANEL && m * PANEL + r < T; r++) {
+        if (all->row[m * PANEL + r] != all->of[pair]) continue;
+        bf16 *to = h + r * all->h_row;
+        for (long p = 0; p < own->parts; p++) {
+            const float *from = sums + r * own->ranks + own->part[p].from;
+            for (long i = 0; i < 2 * own->part[p].pairs; i++) to[i] = to_bf16(from[i]);
+            to += filled(2 * own->part[p].pairs);
+        }
+    }
+}
+
+/* A strip of x times a panel of outputs o to o + 31, and what adapters add, into sums (32, 32). ahead: whether the panels that follow are fetched. */
+static void paneled_block(const answers *all, long m, long index, long o, long K, const bf16 *a, const bf16 *panel, int ahead, float *sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long k = 0; k < K / STEP; k++, panel += 2 * TILE) {
+        if (ahead)
+            for (long i = 0; i < 2 * TILE; i += 32) __builtin_prefetch(panel + 4 * TILE + i);
+        tile_step(a + k * STEP, K, panel);
+    }
+    for (long pair = all->first[m]; pair < all->first[m + 1]; pair++) {
+        const adapter *one = all->adapters + all->of[pair];
+        const update *own = one->updates + index;
+        const bf16 *h = all->h + pair * PANEL * all->h_row;
+        for (long p = 0; p < own->parts; p++) {
+            long first = own->part[p].first, ranks = 2 * own->part[p].pairs;
+            if (o >= first && o < first + own->part[p].width)
+                for (long k = 0; k < steps(ranks); k++) {
+                    /* a tile of fewer than 32 ranks goes on into what follows, which the zeros of h undo */
+                    const bf16 *left = one->weights + own->part[p].B + (o - first) * ranks + k * TILE, *right = left + WIDTH * ranks;
+                    _tile_loadd(6, left, 64);
+                    _tile_loadd(7, right, 64);
+                    _tile_loadd(4, h + k * STEP, 2 * all->h_row);
+                    _tile_dpbf16ps(0, 4, 6);
+                    _tile_dpbf16ps(1, 4, 7);
+                    _tile_loadd(5, h + 16 * all->h_row + k * STEP, 2 * all->h_row);
+                    _tile_dpbf16ps(2, 5, 6);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+            h += filled(ranks);
+        }
+    }
+    _tile_stored(0, sums, 4 * PANEL);
+    _tile_stored(1, sums + 16, 4 * PANEL);
+    _tile_stored(2, sums + 16 * PANEL, 4 * PANEL);
+    _tile_stored(3, sums + 16 * PANEL + 16, 4 * PANEL);
+}
+
+/* What becomes of x W' (T, N): it is stored in bf16; or added to `sum`; or its left half gates its right half (SwiGLU), stored in bf16. */
+typedef enum { STORED, ADDED, GATED } fate;
+
+static void finish_block(fate what, long tall, const float *sums, const float *up, bf16 *c, float *sum, long row) {
+    for (long r = 0; r < tall; r++) {
+        __m512 left = _mm512_load_ps(sums + r * PANEL), right = _mm512_load_ps(sums + r * PANEL + 16);
+        if (what == ADDED) {
+            float *to = sum + r * row;
+            _mm512_storeu_ps(to, _mm512_add_ps(left, _mm512_loadu_ps(to)));
+            _mm512_storeu_ps(to + 16, _mm512_add_ps(right, _mm512_loadu_ps(to + 16)));
+            continue;
+        }
+        if (what == GATED) {
+            __m512 one = _mm512_set1_ps(1), none = _mm512_setzero_ps();
+            __m512 l = _mm512_add_ps(one, exponentials(_mm512_sub_ps(none, left))), h = _mm512_add_ps(one, exponentials(_mm512_sub_ps(none, right)));
+            left = _mm512_mul_ps(_mm512_div_ps(left, l), _mm512_load_ps(up + r * PANEL));
+            right = _mm512_mul_ps(_mm512_div_ps(right, h), _mm512_load_ps(up + r * PANEL + 16));
+        }
+        store_bf16(c + r * row, left, right);
+    }
+}
+
+/* One fused product of all rows; shared among the threads that come here. a: rows of K, whole strips of them; row: numbers of a row of c, or of sum. */
+static void paneled_product(fate what, const answers *all, long index, long T, long N, long K, const bf16 *a, const bf16 *w, bf16 *c, float *sum,
+                            long row) {
+    long strips = (T + PANEL - 1) / PANEL, apart = K * PANEL, panels = N / PANEL, twice = what == GATED;
+    if (all->first[strips]) {
+#pragma omp for schedule(dynamic)
+        for (long pair = 0; pair < all->first[strips]; pair++) {
+            long m = 0;
+            while (all->first[m + 1] <= pair) m++;
+            go_in_strip(all, T, pair, m, index, K, a + m * PANEL * K);
+        }
+    }
+    if (twice) panels /= 2;
+    long fit = RESIDENT / (apart * (1 + twice) * (long)sizeof(bf16)), wanted = 4 * omp_get_num_threads();
+    long across = fit < 1 ? panels : (panels + fit - 1) / fit;
+    if (across < wanted) across = panels < wanted ? panels : wanted;
+#pragma omp for schedule(dynamic)
+    for (long task = 0; task < across; task++) {
+        float sums[2 * PANEL * PANEL] __attribute__((aligned(64)));
+        for (long m = 0; m < strips; m++)
+            for (long p = task * panels / across; p < (task + 1) * panels / across; p++) {
+                long at = m * PANEL * row + p * PANEL, tall = T - m * PANEL < PANEL ? T - m * PANEL : PANEL;
+                paneled_block(all, m, index, p * PANEL, K, a + m * PANEL * K, w + p * apart, m == 0, sums);
+                if (twice)
+                    paneled_block(all, m, index, (panels + p) * PANEL, K, a + m * PANEL * K, w + (panels + p) * apart, m == 0, sums + PANEL * PANEL);
+                finish_block(what, tall, sums, sums + PANEL * PANEL, c + at, sum + at, row);
+            }
+    }
+}
+
+/* A token's heads: bias, norms, rotation; keys and values go to the cache, to `copies` places as number `number` of their tokens. */
+static void into_cache(long l, const shape *s, const paneled *own, const float *cosine, const float *sine, const place *places, long copies,
+                       long number, bf16 *heads) {
+    long H = s->H, K = s->K, E = s->E;
+    for (long n = 0; n < H + 2 * K; n++) {
+        float x[E];
+        for (long e = 0; e < E; e++) x[e] = from_bf16(heads[n * E + e]) + (own->bias ? own->bias[n * E + e] : 0);
+        if (n < H + K) rotate_head(E, n < H ? own->q_norm : own->k_norm, s->eps, cosine, sine, x);
+        if (n < H)
+            for (long e = 0; e < E; e++) heads[n * E + e] = to_bf16(x[e]);
+        else
+            for (const place *one = places; one < places + copies; one++) {
+                uint16_t *to = n < H + K ? one->k : one->v;
+                to += l * one->layer_step + (n - H) % K * one->head_step + number * E;
+                for (long e = 0; e < E; e += WIDTH) store_halves(to + e, *(vector *)(x + e));
+            }
+    }
+}
+
+typedef struct { const piece *own; long head, from, to; } queries;
+
+/* The tasks of attention: some queries of a piece and head. Returns how many. */
+static long tasks_of(long R, const piece *pieces, long K, queries *to) {
+    long count = 0;
+    for (const piece *one = pieces; one < pieces + R; one++)
+        for (long from = 0; from < one->length; from += QUERIES)
+            for (long head = 0; head < K; head++, count++)
+                if (to) to[count] = (queries){one, head, from, from + QUERIES < one->length ? from + QUERIES : one->length};
+    return count;
+}
+
+static void lay_halves(long count, long E, const uint16_t *from, const bf16 **rows, bf16 *room) {
+    for (long s = 0; s < count; s++) {
+        rows[s] = room + s * E;
+        for (long e = 0; e < E; e += 32) store_bf16(room + s * E + e, (__m512)halves(from + s * E + e), (__m512)halves(from + s * E + e + 16));
+    }
+}
+
+static void attend_task(long l, const shape *s, const place *places, const queries *task, const bf16 *qkv, bf16 *out) {
+    static _Thread_local arena room;
+    long H = s->H, K = s->K, E = s->E, N = H + 2 * K, G = H / K, L = task->to - task->from;
+    long before = task->own->before + task->from, start = task->own->start + task->from, S = before + L;
+    const place *held = places + task->own->first;
+    packed_task t = {0, task->head, before, start, L, S, filled(S), L * G, filled(L * G)};
+    make_room(&room, t.Sp * (8 + 6 * E + 32 * 6) + 32 * E * 4 + t.Mp * E * 2 + 1024);
+    const bf16 **rows = take(&room, S * sizeof(bf16 *));
+    bf16 *plain = take(&room, S * E * 2), *keys = take(&room, t.Sp * E * 2), *values = take(&room, t.Sp * E * 2), *q = take(&room, t.Mp * E * 2);
+    float *scores = take(&room, 32 * t.Sp * 4), *mixed = take(&room, 32 * E * 4);
+    bf16 *mass = take(&room, 32 * t.Sp * 2);
+    long at = l * held->layer_step + task->head * held->head_step;
+    lay_halves(S, E, (const uint16_t *)held->k + at, rows, plain);
+    lay_rows(S, E, rows, 0, keys);
+    lay_halves(S, E, (const uint16_t *)held->v + at, rows, plain);
+    lay_columns(S, E, rows, 0, values);
+    attend_tiles(&t, H, G, N, E, qkv, keys, values, q, scores, mass, mixed, out, 0);
+}
+
+/* out (T, D): hidden states of the tokens after the final norm. Every token is in one of R pieces. */
+void prefill_layers(long T, long R, const shape *s, const paneled *layers, const long *tokens, const piece *pieces, const place *places, long N,
+                    const adapter *adapters, const long *members, float *out) {
+    long D = s->D, H = s->H, K = s->K, E = s->E, I = s->I, L = s->layers, heads = H + 2 * K, strips = (T + PANEL - 1) / PANEL;
+    answers all = answers_of(T, N, adapters, members, L * GROUPS);
+    long count = tasks_of(R, pieces, K, 0), widest = D > H * E ? D : H * E;
+    queries *tasks = malloc(count * sizeof(queries));
+    tasks_of(R, pieces, K, tasks);
+    const piece **piece_of = malloc(T * sizeof(piece *));
+    for (const piece *one = pieces; one < pieces + R; one++)
+        for (long i = 0; i < one->length; i++) piece_of[one->start + i] = one;
+    bf16 *memory = aligned_alloc(64, strips * PANEL * (heads * E + widest + I) * sizeof(bf16));
+    bf16 *qkv = memory, *in = qkv + strips * PANEL * heads * E, *gated = in + strips * PANEL * widest;
+    memset(memory, 0, strips * PANEL * (heads * E + widest + I) * sizeof(bf16)); /* rows beyond T are numbers, too */
+    float *x = aligned_alloc(64, (T * (D + 2 * E) * sizeof(float) + 63) / 64 * 64), *cosine = x + T * D, *sine = cosine + T * E;
+#pragma omp parallel
+    {
+        tiles_begin();
+#pragma omp for schedule(static)
+        for (long t = 0; t < T; t++) {
+            memcpy(x + t * D, s->embedding + tokens[t] * D, D * sizeof(float));
+            angles(s, piece_of[t]->before + t - piece_of[t]->start, cosine + t * E, sine + t * E);
+        }
+        for (long l = 0; l < L; l++) {
+            const paneled *own = layers + l;
+#pragma omp for schedule(static)
+            for (long t = 0; t < T; t++) add_norm_row_bfloat16(D, x + t * D, 0, own->attention_norm, s->eps, 0, in + t * D);
+            paneled_product(STORED, &all, l * GROUPS + QKV, T, heads * E, D, in, own->w[QKV], qkv, 0, heads * E);
+#pragma omp for schedule(static)
+            for (long t = 0; t < T; t++) {
+                const piece *its = piece_of[t];
+                into_cache(l, s, own, cosine + t * E, sine + t * E, places + its->first, its->copies, its->before + t - its->start, qkv + t * heads * E);
+            }
+#pragma omp for schedule(dynamic)
+            for (long task = count - 1; task >= 0; task--) attend_task(l, s, places, tasks + task, qkv, in);
+            paneled_product(ADDED, &all, l * GROUPS + O, T, D, H * E, in, own->w[O], 0, x, D);
+#pragma omp for schedule(static)
+            for (long t = 0; t < T; t++) add_norm_row_bfloat16(D, x + t * D, 0, own->mlp_norm, s->eps, 0, in + t * D);
+            paneled_product(GATED, &all, l * GROUPS + GATE_UP, T, 2 * I, D, in, own->w[GATE_UP], gated, 0, I);
+            paneled_product(ADDED, &all, l * GROUPS + DOWN, T, D, I, gated, own->w[DOWN], 0, x, D);
+        }
+#pragma omp for schedule(static)
+        for (long t = 0; t < T; t++) add_norm_row_float32(D, x + t * D, 0, s->norm, s->eps, 0, out + t * D);
+        _tile_release();
+    }
+    free(memory);
+    free(x);
+    free(piece_of);
+    free(tasks);
+    free(all.row);
+    free(all.first);
+    free(all.of);
+    free(all.h);
+}
+#endif

@@ -1,0 +1,68 @@
+"""Prompts through all layers in one kernel (prefill.h), the adapters of each included.
+
+For weights that are held in bf16 on processors with AMX's tiles; what is carried from layer to layer is fp32. `decoder`
+computes the same from torch's operations, for everything else and for comparison. Shape suffixes as in `decoder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fortwo.models import kernels
+from fortwo.models.decoder import Decoder
+from fortwo.models.forms import Form, Weight
+from fortwo.models.lora import Update
+from fortwo.models.step import Step, answering, layers_of, shape_of
+from fortwo.models.tiles import PANEL, Tiles
+
+FORM = "bf16"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of a prompt, or those that several prompts begin with, after `before` that are computed already. places:
+    decode.h's `place` of each of these prompts, whose keys and values have room for them."""
+
+    tokens: Sequence[int]
+    before: int
+    places: Sequence[Sequence[int]]
+
+
+class Prefill:
+    """`takes` says whether there is a kernel for this decoder."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._shape = shape_of(decoder)
+        c, weight = decoder.config, decoder.layers[0].qkv_OD
+        whole = all(size % PANEL == 0 for size in (c.hidden, c.intermediate, c.head_size))
+        tiles = isinstance(weight, Weight) and isinstance(weight.forms.get(FORM), Tiles)
+        self._layers = layers_of(decoder, FORM, _laid) if Step(decoder).laid and whole and tiles else None
+
+    @property
+    def takes(self) -> bool:
+        return self._layers is not None
+
+    def __call__(self, pieces: Sequence[Piece], updates: Sequence[Update]) -> Tensor:
+        """Hidden states (T, D) after the final norm of all pieces' tokens, one after the other. updates: whose rows
+        are these."""
+        tokens = [token for piece in pieces for token in piece.tokens]
+        places = [place for piece in pieces for place in piece.places]
+        table, first, start = [], 0, 0
+        for piece in pieces:
+            table.append((first, len(piece.places), piece.before, start, len(piece.tokens)))
+            first += len(piece.places)
+            start += len(piece.tokens)
+        hidden_TD = torch.empty(len(tokens), self._decoder.config.hidden)
+        told = (torch.tensor(tokens), torch.tensor(table), torch.tensor(places), *answering(updates))
+        kernels.call("prefill_layers", None, len(tokens), len(pieces), self._shape, self._layers, *told, hidden_TD)
+        return hidden_TD
+
+
+def _laid(form: Form) -> list[int]:
+    assert isinstance(form, Tiles)
+    return [form.laid.data_ptr()]
