@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from fortwo.models import kernels
 from fortwo.models.forms import Regions
-from fortwo.models.lora import Lora
+from fortwo.models.lora import Lora, LoraGroup, Place
 from fortwo.models.lora_config import GROUPS
 
 SIXTEEN = 16  # outputs that the kernel computes together
 _NUMBERS = 18  # of step.h's `update`
+_OFFSETS = [1, 7, 12, 17]  # those of them that say where A and each B begin
 
 
 @dataclass(frozen=True)
@@ -37,31 +39,51 @@ class Laid:
     @classmethod
     def of(cls, lora: Lora) -> Laid:
         """A copy. Outputs are whole sixteens."""
-        parts: list[Tensor] = []
-        table, at = [], 0
+        flats, tables, at = [], [], 0
+        for _, run in groupby(lora.layers, _places):
+            flat_LN, table_LGN = _lay(list(run), at)
+            flats.append(flat_LN.flatten())
+            tables.append(table_LGN.flatten(0, 1))
+            at += flat_LN.numel()
+        flat = Regions(0).hold(torch.cat(flats))
+        return cls(flat, torch.cat(tables), tuple(frozenset(groups) for groups in lora.layers))
 
-        def put(tensor: Tensor) -> int:
-            nonlocal at
-            parts.append(tensor.detach().flatten())
-            at += tensor.numel()
-            return at - tensor.numel()
 
-        for groups in lora.layers:
-            for name in GROUPS:
-                numbers, rank = [0], 0
-                if name in groups:
-                    group = groups[name]
-                    As = [_padded(group.A_RI[place.rows] * place.scale, 0, 2) for place in group.places]
-                    A_RI = _padded(torch.cat(As), 0, SIXTEEN)
-                    numbers = [len(A_RI), put(_in_pairs(A_RI)), len(As)]
-                    for place, B_Or in zip(group.places, group.Bs, strict=True):
-                        B_Or = _padded(B_Or, 1, 2)
-                        r, columns = B_Or.shape[1], place.columns
-                        numbers += [columns.start, columns.stop - columns.start, rank, r // 2, put(_in_pairs(B_Or))]
-                        rank += r
-                table.append(numbers + [0] * (_NUMBERS - len(numbers)))
-        flat = Regions(0).hold(torch.cat([part.bfloat16() for part in parts]))
-        return cls(flat, torch.tensor(table), tuple(frozenset(groups) for groups in lora.layers))
+def _places(groups: dict[str, LoraGroup]) -> list[tuple[Place, ...]]:
+    """What is the same in layers that are laid out together."""
+    return [groups[name].places if name in groups else () for name in GROUPS]
+
+
+def _lay(layers: Sequence[dict[str, LoraGroup]], begin: int) -> tuple[Tensor, Tensor]:
+    """flat (L, its length) and table (L, 4, 18) of L layers alike, the first of which lies at `begin`."""
+    parts: list[Tensor] = []
+    at, table = 0, []
+
+    def put(tensor_LNM: Tensor) -> int:
+        nonlocal at
+        parts.append(_in_pairs(tensor_LNM))
+        at += parts[-1].shape[1]
+        return at - parts[-1].shape[1]
+
+    for name in GROUPS:
+        numbers, rank = [0], 0
+        if name in layers[0]:
+            places = layers[0][name].places
+            A_LRI = torch.stack([groups[name].A_RI.detach() for groups in layers])
+            As = [_padded((A_LRI[:, place.rows] * place.scale).bfloat16(), 1, 2) for place in places]
+            A_LRI = _padded(torch.cat(As, 1), 1, SIXTEEN)
+            numbers = [A_LRI.shape[1], put(A_LRI), len(places)]
+            for n, place in enumerate(places):
+                B_LOr = torch.stack([groups[name].Bs[n].detach() for groups in layers])
+                B_LOr = _padded(B_LOr.bfloat16(), 2, 2)
+                r, columns = B_LOr.shape[2], place.columns
+                numbers += [columns.start, columns.stop - columns.start, rank, r // 2, put(B_LOr)]
+                rank += r
+        table.append(numbers + [0] * (_NUMBERS - len(numbers)))
+    flat_LN = torch.cat(parts, 1) if parts else torch.empty(len(layers), 0, dtype=torch.bfloat16)
+    table_LGN = torch.tensor(table).repeat(len(layers), 1, 1)
+    table_LGN[:, :, _OFFSETS] += begin + at * torch.arange(len(layers))[:, None, None]
+    return flat_LN, table_LGN
 
 
 def _padded(tensor: Tensor, dimension: int, whole: int) -> Tensor:
@@ -71,9 +93,11 @@ def _padded(tensor: Tensor, dimension: int, whole: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dimension) if missing else tensor
 
 
-def _in_pairs(tensor: Tensor) -> Tensor:
-    """(N, M) as (N / 16, M / 2, 16, 2)."""
-    return tensor.reshape(-1, SIXTEEN, tensor.shape[1] // 2, 2).transpose(1, 2)
+def _in_pairs(tensor_LNM: Tensor) -> Tensor:
+    """Each (N, M) as (N / 16, M / 2, 16, 2), flat. Two numbers are moved as one."""
+    L, N, M = tensor_LNM.shape
+    pairs = tensor_LNM.view(torch.int32).view(L, N // SIXTEEN, SIXTEEN, M // 2)
+    return pairs.transpose(2, 3).flatten(1).view(torch.bfloat16)
 
 
 class Rows:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -108,9 +108,8 @@ class Lora:
         for index, groups in enumerate(self.layers):
             for group in groups.values():
                 for place, B_Or in zip(group.places, group.Bs, strict=True):
-                    prefix = f"base_model.model.{module_name(index, place.target)}"
-                    tensors[f"{prefix}.lora_A.weight"] = group.A_RI[place.rows].detach()
-                    tensors[f"{prefix}.lora_B.weight"] = B_Or.detach()
+                    A, B = _names(index, place)
+                    tensors[A], tensors[B] = group.A_RI[place.rows].detach(), B_Or.detach()
         return tensors
 
     @classmethod
@@ -121,26 +120,29 @@ class Lora:
         tensors: Mapping[str, Tensor],
         device: torch.device | str = "cpu",
     ) -> Lora:
-        """The adapter in PEFT's names, as fp32 on `device`.
+        """The adapter in PEFT's names, as fp32 on `device`; B tensors that are so already are not copied.
 
         Raises InvalidAdapter naming the first tensor that is missing, foreign or of the wrong shape.
         """
-        lora = cls._empty(config, decoder, device)
+        lora = cls._empty(config, decoder, "meta")
         wanted = lora.state()
         if foreign := sorted(set(tensors) - set(wanted)):
             raise InvalidAdapter(
                 f"tensor {foreign[0]!r} has no place in this base model",
                 hint="Check that the adapter was trained on this base and lists every target module.",
             )
-        with torch.no_grad():
-            for name, place in wanted.items():
-                if name not in tensors:
-                    raise InvalidAdapter(f"tensor {name!r} is missing from the adapter")
-                if tensors[name].shape != place.shape:
-                    raise InvalidAdapter(
-                        f"tensor {name!r} is {tuple(tensors[name].shape)}, this base needs {tuple(place.shape)}"
-                    )
-                place.copy_(tensors[name])
+        for name, place in wanted.items():
+            if name not in tensors:
+                raise InvalidAdapter(f"tensor {name!r} is missing from the adapter")
+            if tensors[name].shape != place.shape:
+                raise InvalidAdapter(
+                    f"tensor {name!r} is {tuple(tensors[name].shape)}, this base needs {tuple(place.shape)}"
+                )
+        for index, groups in enumerate(lora.layers):
+            for group in groups.values():
+                As, Bs = zip(*(_names(index, place) for place in group.places), strict=True)
+                group.A_RI = torch.cat([tensors[name].detach().to(device, torch.float32) for name in As])
+                group.Bs = [tensors[name].detach().to(device, torch.float32) for name in Bs]
         return lora
 
 
@@ -156,21 +158,21 @@ class Update(Protocol):
 
 @dataclass(frozen=True)
 class Segment:
-    """The rows of a forward that one adapter answers for; rows None means all of them."""
+    """The rows of a forward that one adapter answers for; all of them unless said."""
 
     lora: Lora
-    rows: Tensor | None = None
+    rows: Tensor | slice = field(default_factory=lambda: slice(None))
 
     def changes(self, layer: int, group: str) -> bool:
         return group in self.lora.layers[layer]
 
     def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
         update, rows = self.lora.layers[layer][group], self.rows
-        h_TR = product(x_TI if rows is None else x_TI[rows], update.A_RI)
+        h_TR = product(x_TI[rows], update.A_RI)
         for place, B_Or in zip(update.places, update.Bs, strict=True):
             h_Tr = h_TR[:, place.rows]
-            if rows is None:
-                y_TO[:, place.columns].addmm_(h_Tr, B_Or.t(), alpha=place.scale)
+            if isinstance(rows, slice):
+                y_TO[rows, place.columns].addmm_(h_Tr, B_Or.t(), alpha=place.scale)
             else:
                 y_TO[rows, place.columns] += place.scale * (h_Tr @ B_Or.t())
 
@@ -239,6 +241,12 @@ def lora_product(
     for segment in segments:
         segment.add_to(y_TO, x_TI, layer, group)
     return y_TO
+
+
+def _names(layer: int, place: Place) -> tuple[str, str]:
+    """PEFT's names of a target's A and B."""
+    prefix = f"base_model.model.{module_name(layer, place.target)}"
+    return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
 
 
 def _size(part: slice) -> int:
