@@ -51,16 +51,19 @@ class Regions:
         """A copy in such memory; on another device than the CPU the tensor itself."""
         if tensor.device.type != "cpu" or not tensor.numel():
             return tensor
-        size = -(-tensor.nbytes // 64) * 64
+        return self.zeros(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def zeros(self, count: int, dtype: torch.dtype) -> Tensor:
+        """So many of them in such memory."""
+        taken = count * dtype.itemsize
+        size = -(-taken // 64) * 64
         if size > len(self._region):
-            size_taken = max(size, self._size)
-            pages = mmap.mmap(-1, size_taken, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            pages = mmap.mmap(-1, max(size, self._size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 pages.madvise(mmap.MADV_HUGEPAGE)
             self._region = torch.frombuffer(pages, dtype=torch.uint8)
-        taken, self._region = self._region[: tensor.nbytes], self._region[size:]
-        held = taken.view(tensor.dtype).view(tensor.shape)
-        return held.copy_(tensor)
+        held, self._region = self._region[:taken], self._region[size:]
+        return held.view(dtype)
 
 
 @dataclass(frozen=True)

@@ -156,3 +156,4 @@ ROW_SUMS
 #include "quantised.h"
 #include "decode.h"
 #include "step.h"
+#include "laid.h"

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from fortwo.models import kernels
 from fortwo.models.forms import Regions
-from fortwo.models.lora import Lora, LoraGroup, Place
+from fortwo.models.lora import Lora
 from fortwo.models.lora_config import GROUPS
 
 SIXTEEN = 16  # outputs that the kernel computes together
 _NUMBERS = 18  # of step.h's `update`
-_OFFSETS = [1, 7, 12, 17]  # those of them that say where A and each B begin
 
 
 @dataclass(frozen=True)
@@ -39,65 +37,35 @@ class Laid:
     @classmethod
     def of(cls, lora: Lora) -> Laid:
         """A copy. Outputs are whole sixteens."""
-        flats, tables, at = [], [], 0
-        for _, run in groupby(lora.layers, _places):
-            flat_LN, table_LGN = _lay(list(run), at)
-            flats.append(flat_LN.flatten())
-            tables.append(table_LGN.flatten(0, 1))
-            at += flat_LN.numel()
-        flat = Regions(0).hold(torch.cat(flats))
-        return cls(flat, torch.cat(tables), tuple(frozenset(groups) for groups in lora.layers))
+        matrices, scales, held = [], [], []
+        table, at = [], 0
+
+        def put(x_NM: Tensor, at: int, first: int = 0, scale: float = 1.0) -> None:
+            held.append(x_NM.contiguous())
+            matrices.append([held[-1].data_ptr(), *x_NM.shape, at, first])
+            scales.append(scale)
+
+        for groups in lora.layers:
+            for name in GROUPS:
+                numbers = [0]
+                if name in groups:
+                    group, rank = groups[name], 0
+                    ranks = [_whole(B_Or.shape[1], 2) for B_Or in group.Bs]
+                    numbers = [_whole(sum(ranks), SIXTEEN), at, len(ranks)]
+                    A_at, at = at, at + numbers[0] * group.A_RI.shape[1]
+                    for place, B_Or, r in zip(group.places, group.Bs, ranks, strict=True):
+                        put(group.A_RI[place.rows], A_at, rank, place.scale)
+                        put(B_Or, at)
+                        numbers += [place.columns.start, len(B_Or), rank, r // 2, at]
+                        rank, at = rank + r, at + len(B_Or) * r
+                table.append(numbers + [0] * (_NUMBERS - len(numbers)))
+        flat = Regions(0).zeros(at, torch.bfloat16)
+        kernels.call("lay_pairs", None, len(matrices), torch.tensor(matrices), torch.tensor(scales), flat)
+        return cls(flat, torch.tensor(table), tuple(frozenset(groups) for groups in lora.layers))
 
 
-def _places(groups: dict[str, LoraGroup]) -> list[tuple[Place, ...]]:
-    """What is the same in layers that are laid out together."""
-    return [groups[name].places if name in groups else () for name in GROUPS]
-
-
-def _lay(layers: Sequence[dict[str, LoraGroup]], begin: int) -> tuple[Tensor, Tensor]:
-    """flat (L, its length) and table (L, 4, 18) of L layers alike, the first of which lies at `begin`."""
-    parts: list[Tensor] = []
-    at, table = 0, []
-
-    def put(tensor_LNM: Tensor) -> int:
-        nonlocal at
-        parts.append(_in_pairs(tensor_LNM))
-        at += parts[-1].shape[1]
-        return at - parts[-1].shape[1]
-
-    for name in GROUPS:
-        numbers, rank = [0], 0
-        if name in layers[0]:
-            places = layers[0][name].places
-            A_LRI = torch.stack([groups[name].A_RI.detach() for groups in layers])
-            As = [_padded((A_LRI[:, place.rows] * place.scale).bfloat16(), 1, 2) for place in places]
-            A_LRI = _padded(torch.cat(As, 1), 1, SIXTEEN)
-            numbers = [A_LRI.shape[1], put(A_LRI), len(places)]
-            for n, place in enumerate(places):
-                B_LOr = torch.stack([groups[name].Bs[n].detach() for groups in layers])
-                B_LOr = _padded(B_LOr.bfloat16(), 2, 2)
-                r, columns = B_LOr.shape[2], place.columns
-                numbers += [columns.start, columns.stop - columns.start, rank, r // 2, put(B_LOr)]
-                rank += r
-        table.append(numbers + [0] * (_NUMBERS - len(numbers)))
-    flat_LN = torch.cat(parts, 1) if parts else torch.empty(len(layers), 0, dtype=torch.bfloat16)
-    table_LGN = torch.tensor(table).repeat(len(layers), 1, 1)
-    table_LGN[:, :, _OFFSETS] += begin + at * torch.arange(len(layers))[:, None, None]
-    return flat_LN, table_LGN
-
-
-def _padded(tensor: Tensor, dimension: int, whole: int) -> Tensor:
-    """With zeros, so that its size is a multiple of `whole`."""
-    missing = -tensor.shape[dimension] % whole
-    shape = [missing if n == dimension else size for n, size in enumerate(tensor.shape)]
-    return torch.cat([tensor, tensor.new_zeros(shape)], dimension) if missing else tensor
-
-
-def _in_pairs(tensor_LNM: Tensor) -> Tensor:
-    """Each (N, M) as (N / 16, M / 2, 16, 2), flat. Two numbers are moved as one."""
-    L, N, M = tensor_LNM.shape
-    pairs = tensor_LNM.view(torch.int32).view(L, N // SIXTEEN, SIXTEEN, M // 2)
-    return pairs.transpose(2, 3).flatten(1).view(torch.bfloat16)
+def _whole(size: int, of: int) -> int:
+    return -(-size // of) * of
 
 
 class Rows:

@@ -59,33 +59,21 @@ class Lora:
     @classmethod
     def init(cls, config: LoraConfig, decoder: DecoderConfig, seed: int, device: torch.device | str = "cpu") -> Lora:
         """A as in PEFT (Kaiming uniform, a = sqrt(5)), B zero: at the start the adapter changes nothing."""
-        generator, lora = torch.Generator().manual_seed(seed), cls._empty(config, decoder, device)
-        for groups in lora.layers:
-            for group in groups.values():
-                bound = 1 / math.sqrt(group.A_RI.shape[1])
-                group.A_RI.copy_(torch.empty(group.A_RI.shape).uniform_(-bound, bound, generator=generator))
-        return lora
+        generator = torch.Generator().manual_seed(seed)
 
-    @classmethod
-    def _empty(cls, config: LoraConfig, decoder: DecoderConfig, device: torch.device | str) -> Lora:
-        """B is zero, A has yet to be written."""
-        layers = []
-        for index in range(decoder.layers):
-            groups = {}
-            for group, names in GROUPS.items():
-                places, R = [], 0
-                for name in (name for name in names if name in config.target_modules and config.changes(index)):
-                    module = module_name(index, name)
-                    r, columns = config.rank(module), slice(*decoder.columns(name))
-                    places.append(Place(name, slice(R, R + r), columns, config.scale(module)))
-                    R += r
-                if not places:
-                    continue
-                A_RI = torch.empty(R, decoder.in_features(group), device=device)
-                Bs = [torch.zeros(_size(place.columns), _size(place.rows), device=device) for place in places]
-                groups[group] = LoraGroup(tuple(places), A_RI, Bs)
-            layers.append(groups)
-        return cls(config, layers)
+        def start(places: tuple[Place, ...], inputs: int) -> LoraGroup:
+            bound = 1 / math.sqrt(inputs)
+            A_RI = torch.empty(places[-1].rows.stop, inputs).uniform_(-bound, bound, generator=generator)
+            Bs = [torch.zeros(_size(place.columns), _size(place.rows), device=device) for place in places]
+            return LoraGroup(places, A_RI.to(device), Bs)
+
+        return cls(
+            config,
+            [
+                {name: start(places, decoder.in_features(name)) for name, places in groups.items()}
+                for groups in _places(config, decoder)
+            ],
+        )
 
     def parameters(self) -> list[Tensor]:
         return [tensor for groups in self.layers for group in groups.values() for tensor in group.tensors]
@@ -124,26 +112,37 @@ class Lora:
 
         Raises InvalidAdapter naming the first tensor that is missing, foreign or of the wrong shape.
         """
-        lora = cls._empty(config, decoder, "meta")
-        wanted = lora.state()
+        layers = _places(config, decoder)
+        wanted = {}
+        for index, groups in enumerate(layers):
+            for group, places in groups.items():
+                for place in places:
+                    A, B = _names(index, place)
+                    wanted[A] = (_size(place.rows), decoder.in_features(group))
+                    wanted[B] = (_size(place.columns), _size(place.rows))
         if foreign := sorted(set(tensors) - set(wanted)):
             raise InvalidAdapter(
                 f"tensor {foreign[0]!r} has no place in this base model",
                 hint="Check that the adapter was trained on this base and lists every target module.",
             )
-        for name, place in wanted.items():
+        for name, shape in wanted.items():
             if name not in tensors:
                 raise InvalidAdapter(f"tensor {name!r} is missing from the adapter")
-            if tensors[name].shape != place.shape:
-                raise InvalidAdapter(
-                    f"tensor {name!r} is {tuple(tensors[name].shape)}, this base needs {tuple(place.shape)}"
-                )
-        for index, groups in enumerate(lora.layers):
-            for group in groups.values():
-                As, Bs = zip(*(_names(index, place) for place in group.places), strict=True)
-                group.A_RI = torch.cat([tensors[name].detach().to(device, torch.float32) for name in As])
-                group.Bs = [tensors[name].detach().to(device, torch.float32) for name in Bs]
-        return lora
+            if tensors[name].shape != shape:
+                raise InvalidAdapter(f"tensor {name!r} is {tuple(tensors[name].shape)}, this base needs {shape}")
+
+        def take(index: int, places: tuple[Place, ...]) -> LoraGroup:
+            As, Bs = zip(*(_names(index, place) for place in places), strict=True)
+            given = {name: tensors[name].detach().to(device, torch.float32) for name in As + Bs}
+            return LoraGroup(places, torch.cat([given[name] for name in As]), [given[name] for name in Bs])
+
+        return cls(
+            config,
+            [
+                {group: take(index, places) for group, places in groups.items()}
+                for index, groups in enumerate(layers)
+            ],
+        )
 
 
 class Update(Protocol):
@@ -241,6 +240,24 @@ def lora_product(
     for segment in segments:
         segment.add_to(y_TO, x_TI, layer, group)
     return y_TO
+
+
+def _places(config: LoraConfig, decoder: DecoderConfig) -> list[dict[str, tuple[Place, ...]]]:
+    """What the adapter changes, by layer and fused product."""
+    layers = []
+    for index in range(decoder.layers):
+        groups = {}
+        for group, names in GROUPS.items():
+            places, R = [], 0
+            for name in (name for name in names if name in config.target_modules and config.changes(index)):
+                module = module_name(index, name)
+                r, columns = config.rank(module), slice(*decoder.columns(name))
+                places.append(Place(name, slice(R, R + r), columns, config.scale(module)))
+                R += r
+            if places:
+                groups[group] = tuple(places)
+        layers.append(groups)
+    return layers
 
 
 def _names(layer: int, place: Place) -> tuple[str, str]:
