@@ -12,7 +12,7 @@ from fortwo.models.lora import Lora, Segment
 from fortwo.records import AdapterVersion, Message
 
 ROUNDING = 1e-6  # a relative change of the logits below this is no effect
-PROBE = 4  # tokens: several, for what changes only whom attention looks at; few, as replies wait meanwhile
+PROBE = 2  # tokens: more than one, for what changes only where attention looks; few, since replies wait meanwhile
 
 
 def check(version: AdapterVersion, lora: Lora) -> None:
