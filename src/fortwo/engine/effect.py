@@ -20,7 +20,9 @@ def check(version: AdapterVersion, lora: Lora) -> None:
     tensors = lora.parameters()
     if not tensors:
         raise InvalidAdapter(f"adapter {version.id!r} matches no module of its base")
-    if not torch.stack([tensor.sum() for tensor in tensors]).isfinite().all():  # of large numbers a sum may overflow too
+    if (
+        not torch.stack([tensor.sum() for tensor in tensors]).isfinite().all()
+    ):  # of large numbers a sum may overflow too
         for name, tensor in lora.state().items():
             if not tensor.isfinite().all():
                 raise InvalidAdapter(f"tensor {name!r} of adapter {version.id!r} holds nan or infinite values")
@@ -36,8 +38,6 @@ def effect(decoder: Decoder, renderer: Renderer, lora: Lora) -> float:
     tokens = renderer.prompt([Message("user", "Hello")])[-PROBE:]
     packed = pack([tokens, tokens], decoder.device, prefix=0)
     adapted = Segment(lora, slice(len(tokens), None))
-    hidden_TD = decoder.forward(
-        packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config), [adapted]
-    )
+    hidden_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config), [adapted])
     plain_V, adapted_V = decoder.logits(hidden_TD[packed.last_places()])
     return float((adapted_V - plain_V).abs().max() / plain_V.abs().max())

@@ -37,7 +37,9 @@ class Laid:
     @classmethod
     def of(cls, lora: Lora) -> Laid:
         """A copy. Outputs are whole sixteens."""
-        matrices, scales, held = [], [], []
+        matrices: list[list[int]] = []  # laid.h's
+        scales: list[float] = []
+        held: list[Tensor] = []  # they live as long as their addresses
         table, at = [], 0
 
         def put(x_NM: Tensor, at: int, first: int = 0, scale: float = 1.0) -> None:

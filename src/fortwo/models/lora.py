@@ -138,10 +138,7 @@ class Lora:
 
         return cls(
             config,
-            [
-                {group: take(index, places) for group, places in groups.items()}
-                for index, groups in enumerate(layers)
-            ],
+            [{group: take(index, places) for group, places in groups.items()} for index, groups in enumerate(layers)],
         )
 
 
