@@ -54,6 +54,15 @@ def check(banks: Banks, loras: dict[str, Lora], rows: dict[str, list[int]], tota
         assert torch.equal(mixed[others], plain[others]), "plain rows are touched"
 
 
+def test_rows_that_follow_each_other_may_be_named_as_a_slice() -> None:
+    lora, x, weight = random_lora(decoder()), torch.randn(7, CONFIG.hidden), torch.randn(CONFIG.hidden, CONFIG.hidden)
+    with torch.no_grad():
+        wanted = lora_product(x, weight, 1, "o", [Segment(lora, torch.arange(3, 7))])
+        found = lora_product(x, weight, 1, "o", [Segment(lora, slice(3, None))])
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    assert torch.equal(found[:3], x[:3] @ weight.t()), "plain rows are touched"
+
+
 @given(st.data())
 def test_each_row_gets_its_own_adapters_update(data: st.DataObject) -> None:
     banks, loras = filled(5)

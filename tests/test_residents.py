@@ -333,7 +333,8 @@ def test_an_adapter_of_another_shape_is_refused_naming_the_tensor(house: House, 
 
 
 @pytest.mark.parametrize(
-    ("strength", "reason"), [(0.0, "zero everywhere"), (1e-12, "changes nothing"), (float("nan"), "nan")]
+    ("strength", "reason"),
+    [(0.0, "zero everywhere"), (1e-12, "changes nothing"), (float("nan"), "nan"), (float("inf"), "infinite")],
 )
 def test_an_adapter_without_effect_is_refused_with_the_reason(house: House, strength: float, reason: str) -> None:
     version = house.store_only("dud", house.lora(strength))
@@ -343,6 +344,14 @@ def test_an_adapter_without_effect_is_refused_with_the_reason(house: House, stre
     with pytest.raises(NotFound):
         house.engine.submit(Prompt("tiny", (1,), version.digest))
     assert house.residents.load_base("tiny").runner.cache.used == 0
+
+
+def test_numbers_whose_sum_is_infinite_are_not_called_so(house: House) -> None:
+    lora = house.lora()
+    lora.layers[0]["o"].Bs[0].fill_(3e38)
+    house.store_only("large", lora)
+    with pytest.raises(InvalidAdapter, match="on a probe"):
+        house.residents.load_adapter("large")
 
 
 def test_a_weak_but_real_effect_is_served(house: House) -> None:

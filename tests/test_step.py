@@ -15,7 +15,8 @@ from fortwo.engine.scheduler import Sequence as Running
 from fortwo.models import kernels
 from fortwo.models.choice import Choice
 from fortwo.models.decoder import Decoder
-from fortwo.models.lora_config import LoraConfig
+from fortwo.models.laid import Laid
+from fortwo.models.lora_config import GROUPS, LoraConfig
 from fortwo.models.step import Step
 from tests.parts import as_decoder, decoder, make_rows, random_lora
 from tests.tiny import tiny_model
@@ -70,6 +71,34 @@ def test_rows_with_an_adapter_are_not_the_plain_ones() -> None:
     plain, mixed = replies(home, [None, None, None]), replies(home, [None, "all", None])
     torch.testing.assert_close(mixed[:, [0, 2]], plain[:, [0, 2]], atol=0.05, rtol=0)
     assert (mixed[:, 1] - plain[:, 1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [*SHAPES.values(), LoraConfig(r=3, alpha=5, rank_pattern=(("v_proj", 6), ("up_proj", 1), ("0.o_proj", 17)))],
+)
+def test_an_adapter_is_laid_out_as_the_table_says(shape: LoraConfig) -> None:
+    lora = random_lora(decoder(), config=shape)
+    laid = Laid.of(lora)
+
+    def read(at: int, rows: int, inputs: int) -> Tensor:
+        pairs = laid.flat[at : at + rows * inputs].view(rows // 16, inputs // 2, 16, 2)
+        return pairs.transpose(1, 2).reshape(rows, inputs)
+
+    for layer, groups in enumerate(lora.layers):
+        for index, name in enumerate(GROUPS):
+            R, A, parts, *numbers = laid.table[layer * len(GROUPS) + index].tolist()
+            assert parts == (len(groups[name].places) if name in groups else 0)
+            if name in groups:
+                group, wanted = groups[name], torch.zeros(R, groups[name].A_RI.shape[1], dtype=torch.bfloat16)
+                for n, (place, B_Or) in enumerate(zip(group.places, group.Bs, strict=True)):
+                    first, width, rank, pairs, B = numbers[5 * n : 5 * n + 5]
+                    found, r = read(B, width, 2 * pairs), B_Or.shape[1]
+                    assert first == place.columns.start
+                    assert torch.equal(found[:, :r], B_Or.bfloat16())
+                    assert not found[:, r:].any()
+                    wanted[rank : rank + r] = (group.A_RI[place.rows] * place.scale).bfloat16()
+                assert torch.equal(read(A, *wanted.shape), wanted)
 
 
 def test_other_weights_and_shapes_are_left_to_the_decoder() -> None:

@@ -74,10 +74,8 @@ class Pool:
         self.gather([slot for slot in self.slots if slot is not None])
         kept = min(rows, len(self.slots))
         shape = (*self.kv.shape[:2], rows, *self.kv.shape[3:])
-        cpu = self.kv.device.type == "cpu"
-        new = Regions(0).take(shape, self.kv.dtype) if cpu and rows else self.kv.new_empty(shape)
-        new[:, :, :kept] = self.kv[:, :, :kept]
-        new[:, :, kept:] = 0  # what is masked is multiplied by zero, and zero times nan is nan
+        new = Regions(0).zeros(shape, self.kv.dtype) if self.kv.device.type == "cpu" else self.kv.new_zeros(shape)
+        new[:, :, :kept] = self.kv[:, :, :kept]  # the rest is zero: what is masked is multiplied by zero, and nan stays
         self.kv = new
         self.slots = self.slots[:kept] + [None] * (rows - kept)
 

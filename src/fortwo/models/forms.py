@@ -51,10 +51,10 @@ class Regions:
         """A copy in such memory; on another device than the CPU the tensor itself."""
         if tensor.device.type != "cpu" or not tensor.numel():
             return tensor
-        return self.take(tensor.shape, tensor.dtype).copy_(tensor)
+        return self.zeros(tensor.shape, tensor.dtype).copy_(tensor)
 
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor in such memory, of any numbers."""
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of zeros in such memory."""
         nbytes = math.prod(shape) * dtype.itemsize
         size = -(-nbytes // 64) * 64
         if size > len(self._region):

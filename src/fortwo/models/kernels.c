@@ -173,3 +173,4 @@ ROW_SUMS
 #include "decode.h"
 #include "step.h"
 #include "prefill.h"
+#include "laid.h"

@@ -23,7 +23,9 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 _SOURCES = tuple(
     Path(__file__).with_name(name)
-    for name in "kernels.c kernels.h matrix.h attention.h losses.h quantised.h nf4.h decode.h step.h prefill.h".split()
+    for name in (
+        "kernels.c kernels.h matrix.h attention.h losses.h quantised.h nf4.h decode.h step.h prefill.h laid.h"
+    ).split()
 )
 _COMPILE = (
     *("cc", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),

@@ -38,44 +38,37 @@ class Laid:
     @classmethod
     def of(cls, lora: Lora) -> Laid:
         """A copy. Outputs are whole sixteens."""
-        parts: list[Tensor] = []
+        matrices: list[list[int]] = []  # laid.h's
+        scales: list[float] = []
+        held: list[Tensor] = []  # they live as long as their addresses
         table, at = [], 0
 
-        def put(tensor: Tensor) -> int:
-            nonlocal at
-            parts.append(tensor.detach().flatten())
-            at += tensor.numel()
-            return at - tensor.numel()
+        def put(x_NM: Tensor, at: int, first: int = 0, scale: float = 1.0) -> None:
+            held.append(x_NM.contiguous())
+            matrices.append([held[-1].data_ptr(), *x_NM.shape, at, first])
+            scales.append(scale)
 
         for groups in lora.layers:
             for name in GROUPS:
-                numbers, rank = [0], 0
+                numbers = [0]
                 if name in groups:
-                    group = groups[name]
-                    As = [_padded(group.A_RI[place.rows] * place.scale, 0, 2) for place in group.places]
-                    A_RI = _padded(torch.cat(As), 0, SIXTEEN)
-                    numbers = [len(A_RI), put(_in_pairs(A_RI)), len(As)]
-                    for place, B_Or in zip(group.places, group.Bs, strict=True):
-                        B_Or = _padded(B_Or, 1, 2)
-                        r, columns = B_Or.shape[1], place.columns
-                        numbers += [columns.start, columns.stop - columns.start, rank, r // 2, put(_in_pairs(B_Or))]
-                        rank += r
+                    group, rank = groups[name], 0
+                    ranks = [_whole(B_Or.shape[1], 2) for B_Or in group.Bs]
+                    numbers = [_whole(sum(ranks), SIXTEEN), at, len(ranks)]
+                    A_at, at = at, at + numbers[0] * group.A_RI.shape[1]
+                    for place, B_Or, r in zip(group.places, group.Bs, ranks, strict=True):
+                        put(group.A_RI[place.rows], A_at, rank, place.scale)
+                        put(B_Or, at)
+                        numbers += [place.columns.start, len(B_Or), rank, r // 2, at]
+                        rank, at = rank + r, at + len(B_Or) * r
                 table.append(numbers + [0] * (_NUMBERS - len(numbers)))
-        parts.append(torch.zeros(OVER))
-        flat = Regions(0).hold(torch.cat([part.bfloat16() for part in parts]))
+        flat = Regions(0).zeros((at + OVER,), torch.bfloat16)
+        kernels.call("lay_pairs", None, len(matrices), torch.tensor(matrices), torch.tensor(scales), flat)
         return cls(flat, torch.tensor(table), tuple(frozenset(groups) for groups in lora.layers))
 
 
-def _padded(tensor: Tensor, dimension: int, whole: int) -> Tensor:
-    """With zeros, so that its size is a multiple of `whole`."""
-    missing = -tensor.shape[dimension] % whole
-    shape = [missing if n == dimension else size for n, size in enumerate(tensor.shape)]
-    return torch.cat([tensor, tensor.new_zeros(shape)], dimension) if missing else tensor
-
-
-def _in_pairs(tensor: Tensor) -> Tensor:
-    """(N, M) as (N / 16, M / 2, 16, 2)."""
-    return tensor.reshape(-1, SIXTEEN, tensor.shape[1] // 2, 2).transpose(1, 2)
+def _whole(size: int, of: int) -> int:
+    return -(-size // of) * of
 
 
 class Rows:

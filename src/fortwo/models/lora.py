@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -59,33 +59,21 @@ class Lora:
     @classmethod
     def init(cls, config: LoraConfig, decoder: DecoderConfig, seed: int, device: torch.device | str = "cpu") -> Lora:
         """A as in PEFT (Kaiming uniform, a = sqrt(5)), B zero: at the start the adapter changes nothing."""
-        generator, lora = torch.Generator().manual_seed(seed), cls._empty(config, decoder, device)
-        for groups in lora.layers:
-            for group in groups.values():
-                bound = 1 / math.sqrt(group.A_RI.shape[1])
-                group.A_RI.copy_(torch.empty(group.A_RI.shape).uniform_(-bound, bound, generator=generator))
-        return lora
+        generator = torch.Generator().manual_seed(seed)
 
-    @classmethod
-    def _empty(cls, config: LoraConfig, decoder: DecoderConfig, device: torch.device | str) -> Lora:
-        """B is zero, A has yet to be written."""
-        layers = []
-        for index in range(decoder.layers):
-            groups = {}
-            for group, names in GROUPS.items():
-                places, R = [], 0
-                for name in (name for name in names if name in config.target_modules and config.changes(index)):
-                    module = module_name(index, name)
-                    r, columns = config.rank(module), slice(*decoder.columns(name))
-                    places.append(Place(name, slice(R, R + r), columns, config.scale(module)))
-                    R += r
-                if not places:
-                    continue
-                A_RI = torch.empty(R, decoder.in_features(group), device=device)
-                Bs = [torch.zeros(_size(place.columns), _size(place.rows), device=device) for place in places]
-                groups[group] = LoraGroup(tuple(places), A_RI, Bs)
-            layers.append(groups)
-        return cls(config, layers)
+        def start(places: tuple[Place, ...], inputs: int) -> LoraGroup:
+            bound = 1 / math.sqrt(inputs)
+            A_RI = torch.empty(places[-1].rows.stop, inputs).uniform_(-bound, bound, generator=generator)
+            Bs = [torch.zeros(_size(place.columns), _size(place.rows), device=device) for place in places]
+            return LoraGroup(places, A_RI.to(device), Bs)
+
+        return cls(
+            config,
+            [
+                {name: start(places, decoder.in_features(name)) for name, places in groups.items()}
+                for groups in _places(config, decoder)
+            ],
+        )
 
     def parameters(self) -> list[Tensor]:
         return [tensor for groups in self.layers for group in groups.values() for tensor in group.tensors]
@@ -108,9 +96,8 @@ class Lora:
         for index, groups in enumerate(self.layers):
             for group in groups.values():
                 for place, B_Or in zip(group.places, group.Bs, strict=True):
-                    prefix = f"base_model.model.{module_name(index, place.target)}"
-                    tensors[f"{prefix}.lora_A.weight"] = group.A_RI[place.rows].detach()
-                    tensors[f"{prefix}.lora_B.weight"] = B_Or.detach()
+                    A, B = _names(index, place)
+                    tensors[A], tensors[B] = group.A_RI[place.rows].detach(), B_Or.detach()
         return tensors
 
     @classmethod
@@ -121,27 +108,38 @@ class Lora:
         tensors: Mapping[str, Tensor],
         device: torch.device | str = "cpu",
     ) -> Lora:
-        """The adapter in PEFT's names, as fp32 on `device`.
+        """The adapter in PEFT's names, as fp32 on `device`; B tensors that are so already are not copied.
 
         Raises InvalidAdapter naming the first tensor that is missing, foreign or of the wrong shape.
         """
-        lora = cls._empty(config, decoder, device)
-        wanted = lora.state()
+        layers = _places(config, decoder)
+        wanted = {}
+        for index, groups in enumerate(layers):
+            for group, places in groups.items():
+                for place in places:
+                    A, B = _names(index, place)
+                    wanted[A] = (_size(place.rows), decoder.in_features(group))
+                    wanted[B] = (_size(place.columns), _size(place.rows))
         if foreign := sorted(set(tensors) - set(wanted)):
             raise InvalidAdapter(
                 f"tensor {foreign[0]!r} has no place in this base model",
                 hint="Check that the adapter was trained on this base and lists every target module.",
             )
-        with torch.no_grad():
-            for name, place in wanted.items():
-                if name not in tensors:
-                    raise InvalidAdapter(f"tensor {name!r} is missing from the adapter")
-                if tensors[name].shape != place.shape:
-                    raise InvalidAdapter(
-                        f"tensor {name!r} is {tuple(tensors[name].shape)}, this base needs {tuple(place.shape)}"
-                    )
-                place.copy_(tensors[name])
-        return lora
+        for name, shape in wanted.items():
+            if name not in tensors:
+                raise InvalidAdapter(f"tensor {name!r} is missing from the adapter")
+            if tensors[name].shape != shape:
+                raise InvalidAdapter(f"tensor {name!r} is {tuple(tensors[name].shape)}, this base needs {shape}")
+
+        def take(index: int, places: tuple[Place, ...]) -> LoraGroup:
+            As, Bs = zip(*(_names(index, place) for place in places), strict=True)
+            given = {name: tensors[name].detach().to(device, torch.float32) for name in As + Bs}
+            return LoraGroup(places, torch.cat([given[name] for name in As]), [given[name] for name in Bs])
+
+        return cls(
+            config,
+            [{group: take(index, places) for group, places in groups.items()} for index, groups in enumerate(layers)],
+        )
 
 
 class Update(Protocol):
@@ -156,21 +154,21 @@ class Update(Protocol):
 
 @dataclass(frozen=True)
 class Segment:
-    """The rows of a forward that one adapter answers for; rows None means all of them."""
+    """The rows of a forward that one adapter answers for; all of them unless said."""
 
     lora: Lora
-    rows: Tensor | None = None
+    rows: Tensor | slice = field(default_factory=lambda: slice(None))
 
     def changes(self, layer: int, group: str) -> bool:
         return group in self.lora.layers[layer]
 
     def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
         update, rows = self.lora.layers[layer][group], self.rows
-        h_TR = product(x_TI if rows is None else x_TI[rows], update.A_RI)
+        h_TR = product(x_TI[rows], update.A_RI)
         for place, B_Or in zip(update.places, update.Bs, strict=True):
             h_Tr = h_TR[:, place.rows]
-            if rows is None:
-                y_TO[:, place.columns].addmm_(h_Tr, B_Or.t(), alpha=place.scale)
+            if isinstance(rows, slice):
+                y_TO[rows, place.columns].addmm_(h_Tr, B_Or.t(), alpha=place.scale)
             else:
                 y_TO[rows, place.columns] += place.scale * (h_Tr @ B_Or.t())
 
@@ -239,6 +237,30 @@ def lora_product(
     for segment in segments:
         segment.add_to(y_TO, x_TI, layer, group)
     return y_TO
+
+
+def _places(config: LoraConfig, decoder: DecoderConfig) -> list[dict[str, tuple[Place, ...]]]:
+    """What the adapter changes, by layer and fused product."""
+    layers = []
+    for index in range(decoder.layers):
+        groups = {}
+        for group, names in GROUPS.items():
+            places, R = [], 0
+            for name in (name for name in names if name in config.target_modules and config.changes(index)):
+                module = module_name(index, name)
+                r, columns = config.rank(module), slice(*decoder.columns(name))
+                places.append(Place(name, slice(R, R + r), columns, config.scale(module)))
+                R += r
+            if places:
+                groups[group] = tuple(places)
+        layers.append(groups)
+    return layers
+
+
+def _names(layer: int, place: Place) -> tuple[str, str]:
+    """PEFT's names of a target's A and B."""
+    prefix = f"base_model.model.{module_name(layer, place.target)}"
+    return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
 
 
 def _size(part: slice) -> int:
