@@ -7,13 +7,13 @@ ends, one of them fails), all of them end and whoever listens is told why.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi.concurrency import run_in_threadpool
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -112,11 +112,11 @@ class Replies:
     def _hear(self, index: int, delta: Delta) -> None:
         if delta.finish_reason is not None:
             self._house.admission.leave(self, 1, self._loop.time() - self._began)
-        if (failure := _failure(delta)) is None:
+        if delta.finish_reason in ("error", "cancelled"):
+            self._fail(_failure(delta))
+        else:
             self._heard.append((index, delta))
             self._news.set()
-        else:
-            self._fail(failure)
 
     def _fail(self, error: FortwoError) -> None:
         """The first failure is the one that is told."""
@@ -203,13 +203,11 @@ class Replies:
         }
 
 
-def _failure(delta: Delta) -> FortwoError | None:
+def _failure(delta: Delta) -> FortwoError:
     """Why a reply did not come to its own end."""
     if delta.finish_reason == "error":
         return FortwoError(f"The generation failed: {delta.error}.", hint="Ask again; the server's log has more.")
-    if delta.finish_reason == "cancelled":
-        return Unavailable("The reply was cut off: its model was unloaded or the server stops.", hint="Ask again.")
-    return None
+    return Unavailable("The reply was cut off: its model was unloaded or the server stops.", hint="Ask again.")
 
 
 def _joined(deltas: list[Delta]) -> Delta:
@@ -258,7 +256,6 @@ class Stream(Response):
         del self.headers["content-length"]
         self._replies = replies
         self._frame = frame | ({"usage": None} if with_usage else {})
-        self._begin = f"data: {json.dumps(self._frame)[:-1]}, \"choices\": ["
         self._first = first
         self._choices = choices
         self._with_usage = with_usage
@@ -275,29 +272,30 @@ class Stream(Response):
 
     async def _write(self, send: Send) -> None:
         async for events in self._events():
-            await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": events, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _events(self) -> AsyncIterator[str]:
+    async def _events(self) -> AsyncIterator[bytes]:
         try:
             if self._first:
-                yield "".join(map(self._chunk, self._first))
+                yield b"".join(map(self._chunk, self._first))
             async for heard in self._replies.deltas():
-                if events := "".join(map(self._told, heard)):
+                if events := b"".join(map(self._told, heard)):
                     yield events
             usage = {"choices": [], "usage": self._replies.usage()}
-            yield (_event(self._frame | usage) if self._with_usage else "") + "data: [DONE]\n\n"
+            yield (_event(self._frame | usage) if self._with_usage else b"") + b"data: [DONE]\n\n"
         except FortwoError as error:
             yield _event(error.body())
         except Exception as error:
             yield _event(unexpected(error).body())
 
-    def _told(self, heard: Heard) -> str:
-        return ": waiting\n\n" if heard is None else "".join(map(self._chunk, self._choices(*heard)))
+    def _told(self, heard: Heard) -> bytes:
+        return b": waiting\n\n" if heard is None else b"".join(map(self._chunk, self._choices(*heard)))
 
-    def _chunk(self, choice: Json) -> str:
-        return f"{self._begin}{json.dumps(choice)}]}}\n\n"
+    def _chunk(self, choice: Json) -> bytes:
+        return _event(self._frame | {"choices": [choice]})
 
 
-def _event(data: Json) -> str:
-    return f"data: {json.dumps(data)}\n\n"
+def _event(data: Json) -> bytes:
+    """In ASCII: some clients take the line separators of Unicode for ends of a line."""
+    return b"data: " + to_json(data, ensure_ascii=True) + b"\n\n"
