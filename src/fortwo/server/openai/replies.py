@@ -256,6 +256,7 @@ class Stream(Response):
         del self.headers["content-length"]
         self._replies = replies
         self._frame = frame | ({"usage": None} if with_usage else {})
+        self._begin = b"data: " + to_json(self._frame, ensure_ascii=True)[:-1] + b',"choices":['
         self._first = first
         self._choices = choices
         self._with_usage = with_usage
@@ -293,7 +294,7 @@ class Stream(Response):
         return b": waiting\n\n" if heard is None else b"".join(map(self._chunk, self._choices(*heard)))
 
     def _chunk(self, choice: Json) -> bytes:
-        return _event(self._frame | {"choices": [choice]})
+        return self._begin + to_json(choice, ensure_ascii=True) + b"]}\n\n"
 
 
 def _event(data: Json) -> bytes:
