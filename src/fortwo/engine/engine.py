@@ -117,8 +117,8 @@ class _Base:
 
 
 class Engine:
-    """prompts.Serving, for any thread. threads: CPU threads of the device owner, None for torch's choice. on_told: called
-    on the device's thread once all requests of a step were told what it brought them, and when others were told."""
+    """prompts.Serving, for any thread. threads: CPU threads of the device owner, None for torch's choice. on_told:
+    called on the device's thread when all requests of a step have been told what it brought, or others something."""
 
     def __init__(self, threads: int | None = None, on_told: Callable[[], None] = lambda: None) -> None:
         self._threads = CORES if threads is None else threads

@@ -1,5 +1,5 @@
-"""What replies say, from the device's thread to the event loop: all of a step at once, since each crossing is a write to
-a pipe, a wake-up and a wait for the interpreter's lock."""
+"""What replies say, from the device's thread to the event loop: all of a step at once, since each crossing is a write
+to a pipe, a wake-up and a wait for the interpreter's lock."""
 
 from __future__ import annotations
 

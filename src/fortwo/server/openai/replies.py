@@ -160,8 +160,8 @@ class Replies:
     # ------------------------------------------------------------ what they say
 
     async def deltas(self) -> AsyncIterator[list[Heard]]:
-        """All that came since the last ones, as it comes; ends after each reply had a finish_reason. Raises when one did
-        not come to its own end."""
+        """What came since the last time, as it comes; ends after each reply had a finish_reason. Raises when one did not
+        come to its own end."""
         left = len(self._prompts)
         while left:
             await self._news.wait()
@@ -237,7 +237,7 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class Stream(Response):
-    """Replies as server-sent events: chunks, each `frame` with one choice; then usage when it is asked for, then [DONE].
+    """Replies as server-sent events: chunks, each `frame` with one choice, then usage when it is asked for, then [DONE].
     Once they flow, a failure can only be told in the stream; it is then the last event."""
 
     media_type = "text/event-stream"
