@@ -160,18 +160,18 @@ class Replies:
     # ------------------------------------------------------------ what they say
 
     async def deltas(self) -> AsyncIterator[list[Heard]]:
-        """What came since the last time, as it comes; ends after each reply had a finish_reason. Raises when one did not
-        come to its own end."""
+        """What came since the last time, as it comes; ends after each reply had a finish_reason. Raises when one did
+        not come to its own end."""
         left = len(self._prompts)
         while left:
             await self._news.wait()
             self._news.clear()
-            heard, self._heard = self._heard, []
+            heard, self._heard, failure = self._heard, [], self._failure
             if heard:
                 yield heard
-            if self._failure is not None:
-                raise self._failure
             left -= sum(one is not None and one[1].finish_reason is not None for one in heard)
+            if left and failure is not None:
+                raise failure
 
     async def whole(self) -> list[Delta]:
         """Each reply as one delta, in order. Raises when one did not come to its own end, or the client hung up."""
@@ -237,8 +237,8 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class Stream(Response):
-    """Replies as server-sent events: chunks, each `frame` with one choice, then usage when it is asked for, then [DONE].
-    Once they flow, a failure can only be told in the stream; it is then the last event."""
+    """Replies as server-sent events: chunks, each `frame` with one choice, then usage when it is asked for, then
+    [DONE]. Once they flow, a failure can only be told in the stream; it is then the last event."""
 
     media_type = "text/event-stream"
 
