@@ -266,6 +266,21 @@ def test_a_listener_that_fails_ends_its_request_alone(engine: Engine) -> None:
     assert other.wait(10) == alone("hello", 12)
 
 
+def test_all_that_a_step_says_is_told_before_it_is_sent_on() -> None:
+    told: list[Delta] = []
+    sent: list[int] = []  # how much was told each time
+    engine = Engine(threads=1, on_told=lambda: sent.append(len(told)))
+    engine.start()
+    engine.add_base("tiny", Runner(DECODER), Ascii())
+    engine.call(lambda: [engine.submit(prompt(), told.append) for _ in range(4)]).result()
+    until(lambda: sent[-1] == 4 * 12)
+    assert set(sent) == {4 * step for step in range(13)}
+    engine.call(lambda: engine.submit(long(), told.append)).result()
+    engine.close()
+    assert told[-1].finish_reason == "cancelled"
+    assert sent[-1] == len(told)
+
+
 def test_detach_cancels_what_still_runs_and_nothing_else(engine: Engine) -> None:
     engine.attach("tiny", "a", make_lora(0))
     mine, other = engine.submit(long(adapter="a")), engine.submit(prompt())

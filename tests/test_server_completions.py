@@ -182,3 +182,10 @@ def test_bad_input_is_named_with_its_value(
     served: Served, change: dict[str, Any], code: str, param: str, named: str
 ) -> None:
     assert named in refused(complete(served, **change), 400, code, param)
+
+
+def test_a_stream_is_ascii_so_that_no_client_takes_a_character_for_the_end_of_a_line(served: Served) -> None:
+    odd = "a\u2028b\u0085c\u00e9"
+    response = served.post("/v1/completions", {"model": "tiny", "prompt": odd, "echo": True, "stream": True})
+    assert response.content.isascii()
+    assert chunks(response)[0]["choices"][0]["text"].startswith(odd)

@@ -117,10 +117,12 @@ class _Base:
 
 
 class Engine:
-    """prompts.Serving, for any thread. threads: CPU threads of the device owner, None for torch's choice."""
+    """prompts.Serving, for any thread. threads: CPU threads of the device owner, None for torch's choice. on_told:
+    called on the device's thread when all requests of a step have been told what it brought, or others something."""
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, on_told: Callable[[], None] = lambda: None) -> None:
         self._threads = CORES if threads is None else threads
+        self._on_told = on_told
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fortwo-device", daemon=True)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -288,7 +290,9 @@ class Engine:
             self._serve()
             self._share.served(time.perf_counter() - began)
             self._work()
+            self._on_told()
         self._end_all()
+        self._on_told()
 
     @property
     def _busy(self) -> bool:
@@ -314,9 +318,11 @@ class Engine:
                     base.end(request, "cancelled")
             if len(base.scheduler):
                 base.decode()
+                self._on_told()
                 base.read()
             if not len(base.scheduler):
                 base.check_idle()
+        self._on_told()
 
     def _work(self) -> None:
         """One micro-step of the job."""

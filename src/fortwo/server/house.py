@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fortwo.errors import Conflict
 from fortwo.server.admission import Admission, closing
 from fortwo.server.errors import respond
+from fortwo.server.relay import Relay
 from fortwo.server.security import check_binding
 from fortwo.settings import Settings
 
@@ -47,6 +48,7 @@ class House:
     def __init__(self, settings: Settings) -> None:
         check_binding(settings)
         self.settings = settings
+        self.relay = Relay()
         self._closing = ExitStack()
         self._loading = CapacityLimiter(1)  # as it is done one at a time
         self._loads: dict[str, asyncio.Future[Target]] = {}
@@ -65,7 +67,7 @@ class House:
             built.enter_context(_only_one(self.settings))
             self.catalog = Catalog(self.settings)
             self.adapters = AdapterStore(self.settings.adapters_dir)
-            self.engine = Engine(self.settings.threads)
+            self.engine = Engine(self.settings.threads, self.relay.send)
             self.engine.start()
             built.callback(self.engine.close)
             self.checkpoints = CheckpointStore(self.settings.jobs_dir)

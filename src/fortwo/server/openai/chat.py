@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Request
@@ -112,15 +113,15 @@ class ChatRequest(Parameters):
 
 @router.post("/chat/completions", response_model=None, summary="Chat with a base model or an adapter")
 async def chat(request: Request, house: Here, body: ChatRequest) -> Response:
-    with_usage = body.with_usage()
     replies = Replies(house, request, body.choices, streamed=bool(body.stream))
     async with replies.answerer(body.model) as target:
         prompts, bytes_of = await run_in_threadpool(_ask, target, body)
         await replies.submit(prompts, body.choices)
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": target.name}
     if body.stream:
-        frame |= {"object": "chat.completion.chunk"} | ({"usage": None} if with_usage else {})
-        return Stream(replies, _chunks(replies, bytes_of, body, frame), frame | {"choices": []} if with_usage else None)
+        frame |= {"object": "chat.completion.chunk"}
+        first = [_piece(index, {"role": "assistant", "content": ""}) for index in range(body.choices)]
+        return Stream(replies, frame, partial(_pieces, bytes_of), first=first, with_usage=body.with_usage())
     choices = [
         {
             "index": index,
@@ -141,23 +142,16 @@ def _ask(target: Target, body: ChatRequest) -> tuple[list[Prompt], Bytes | None]
     return prompts, target.resident.renderer.vocabulary.bytes if body.logprobs else None
 
 
-async def _chunks(
-    replies: Replies, bytes_of: Bytes | None, body: ChatRequest, frame: Json
-) -> AsyncIterator[Json | None]:
-    def chunk(index: int, delta: Json, told: Json | None = None, reason: str | None = None) -> Json:
-        return frame | {"choices": [{"index": index, "delta": delta, "logprobs": told, "finish_reason": reason}]}
+def _pieces(bytes_of: Bytes | None, index: int, delta: Delta) -> Iterator[Json]:
+    """What a delta is in a stream: its text, its end."""
+    if delta.text or delta.logprobs:
+        yield _piece(index, {"content": delta.text}, _logprobs(bytes_of, delta))
+    if delta.finish_reason is not None:
+        yield _piece(index, {}, reason=delta.finish_reason)
 
-    for index in range(body.choices):
-        yield chunk(index, {"role": "assistant", "content": ""})
-    async for heard in replies.deltas():
-        if heard is None:
-            yield None
-            continue
-        index, delta = heard
-        if delta.text or delta.logprobs:
-            yield chunk(index, {"content": delta.text}, _logprobs(bytes_of, delta))
-        if delta.finish_reason is not None:
-            yield chunk(index, {}, reason=delta.finish_reason)
+
+def _piece(index: int, delta: Json, told: Json | None = None, reason: str | None = None) -> Json:
+    return {"index": index, "delta": delta, "logprobs": told, "finish_reason": reason}
 
 
 def _logprobs(bytes_of: Bytes | None, delta: Delta) -> Json | None:

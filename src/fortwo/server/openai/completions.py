@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -55,7 +54,6 @@ class CompletionRequest(Parameters):
 
 @router.post("/completions", response_model=None, summary="Continue a text with a base model or an adapter")
 async def completions(request: Request, house: Here, body: CompletionRequest) -> Response:
-    with_usage = body.with_usage()
     replies = Replies(house, request, len(body.prompt) * body.choices, streamed=bool(body.stream))
     async with replies.answerer(body.model) as target:
         prompts, writers = await run_in_threadpool(_ask, target, body)
@@ -67,8 +65,7 @@ async def completions(request: Request, house: Here, body: CompletionRequest) ->
         "model": target.name,
     }
     if body.stream:
-        frame |= {"usage": None} if with_usage else {}
-        return Stream(replies, _chunks(replies, writers, frame), frame | {"choices": []} if with_usage else None)
+        return Stream(replies, frame, lambda *heard: [writers[heard[0]].choice(*heard)], with_usage=body.with_usage())
     choices = [writers[index].choice(index, reply) for index, reply in enumerate(await replies.whole())]
     return JSONResponse(frame | {"choices": choices, "usage": replies.usage()})
 
@@ -103,8 +100,3 @@ class _Writer:
         text, self._echo = self._echo + delta.text, ""
         told = None if self._logprobs is None else self._logprobs.push(delta.logprobs)
         return {"index": index, "text": text, "logprobs": told, "finish_reason": delta.finish_reason}
-
-
-async def _chunks(replies: Replies, writers: list[_Writer], frame: Json) -> AsyncIterator[Json | None]:
-    async for heard in replies.deltas():
-        yield None if heard is None else frame | {"choices": [writers[heard[0]].choice(*heard)]}

@@ -7,13 +7,13 @@ ends, one of them fails), all of them end and whoever listens is told why.
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi.concurrency import run_in_threadpool
+from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fortwo.engine.residents import Target
 
 KEEP_ALIVE_SECONDS = 15  # a stream is never silent for longer: proxies cut what is
+Heard = tuple[int, Delta] | None  # place of the prompt, and what is new; None keeps a connection alive
 T = TypeVar("T")
 
 
@@ -46,9 +47,10 @@ class Replies:
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
         self._generations: list[Generation] = []
-        self._heard: asyncio.Queue[tuple[int, Delta] | FortwoError | None] = asyncio.Queue()
+        self._heard: list[Heard] = []  # and not yet passed on
+        self._failure: FortwoError | None = None  # after that
+        self._news = asyncio.Event()
         self._finding: asyncio.Future[Target] | None = None
-        self._cut_by: FortwoError | None = None
         self._house.admission.enter(self, most)
         self.deadline = self._began + self._timeout if deadline is None else deadline
         self._too_late_timer = self._loop.call_at(self.deadline, self._too_late)
@@ -76,9 +78,9 @@ class Replies:
         try:
             return await self._finding
         except asyncio.CancelledError:
-            if self._cut_by is None:
+            if self._failure is None:
                 raise
-            raise self._cut_by from None
+            raise self._failure from None
 
     async def submit(self, prompts: Sequence[Prompt], n: int = 1) -> None:
         """Ask; each prompt comes `n` times in a row. Raises what Engine.submit does; then nothing was asked."""
@@ -105,12 +107,22 @@ class Replies:
     def _hand_over(self, index: int, delta: Delta) -> None:
         """On the device's thread."""
         if self._streamed or delta.finish_reason is not None:
-            self._loop.call_soon_threadsafe(self._hear, index, delta)
+            self._house.relay.put(self._loop, partial(self._hear, index, delta))
 
     def _hear(self, index: int, delta: Delta) -> None:
-        self._heard.put_nowait((index, delta))
         if delta.finish_reason is not None:
             self._house.admission.leave(self, 1, self._loop.time() - self._began)
+        if delta.finish_reason in ("error", "cancelled"):
+            self._fail(_failure(delta))
+        else:
+            self._heard.append((index, delta))
+            self._news.set()
+
+    def _fail(self, error: FortwoError) -> None:
+        """The first failure is the one that is told."""
+        if self._failure is None:
+            self._failure = error
+        self._news.set()
 
     # ------------------------------------------------------------ their ends
 
@@ -136,29 +148,30 @@ class Replies:
 
     def _cut(self, error: FortwoError) -> None:
         self.close()
-        self._cut_by = error
-        self._heard.put_nowait(error)
+        self._fail(error)
         if self._finding is not None:
             self._finding.cancel()
 
     def _keep_alive(self) -> None:
-        self._heard.put_nowait(None)
+        self._heard.append(None)
+        self._news.set()
         self._keep_alive_timer = self._loop.call_later(KEEP_ALIVE_SECONDS, self._keep_alive)
 
     # ------------------------------------------------------------ what they say
 
-    async def deltas(self) -> AsyncIterator[tuple[int, Delta] | None]:
-        """(place of the prompt, delta) as they come, None to keep a connection alive; ends after each had a
-        finish_reason. Raises when one did not come to its own end."""
+    async def deltas(self) -> AsyncIterator[list[Heard]]:
+        """What came since the last time, as it comes; ends after each reply had a finish_reason. Raises when one did
+        not come to its own end."""
         left = len(self._prompts)
         while left:
-            heard = await self._heard.get()
-            if isinstance(heard, FortwoError):
-                raise heard
-            if heard is not None:
-                _check(heard[1])
-                left -= heard[1].finish_reason is not None
-            yield heard
+            await self._news.wait()
+            self._news.clear()
+            heard, self._heard, failure = self._heard, [], self._failure
+            if heard:
+                yield heard
+            left -= sum(one is not None and one[1].finish_reason is not None for one in heard)
+            if left and failure is not None:
+                raise failure
 
     async def whole(self) -> list[Delta]:
         """Each reply as one delta, in order. Raises when one did not come to its own end, or the client hung up."""
@@ -190,11 +203,11 @@ class Replies:
         }
 
 
-def _check(delta: Delta) -> None:
+def _failure(delta: Delta) -> FortwoError:
+    """Why a reply did not come to its own end."""
     if delta.finish_reason == "error":
-        raise FortwoError(f"The generation failed: {delta.error}.", hint="Ask again; the server's log has more.")
-    if delta.finish_reason == "cancelled":
-        raise Unavailable("The reply was cut off: its model was unloaded or the server stops.", hint="Ask again.")
+        return FortwoError(f"The generation failed: {delta.error}.", hint="Ask again; the server's log has more.")
+    return Unavailable("The reply was cut off: its model was unloaded or the server stops.", hint="Ask again.")
 
 
 def _joined(deltas: list[Delta]) -> Delta:
@@ -224,18 +237,29 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class Stream(Response):
-    """Replies as server-sent events, `chunks` as their data, then usage when it is asked for, then [DONE]. Once they
-    flow, a failure can only be told in the stream; it is then the last event."""
+    """Replies as server-sent events: chunks, each `frame` with one choice, then usage when it is asked for, then
+    [DONE]. Once they flow, a failure can only be told in the stream; it is then the last event."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, replies: Replies, chunks: AsyncIterator[Json | None], usage: Json | None) -> None:
-        """usage: the chunk that gets the replies' usage; None when it is not asked for."""
+    def __init__(
+        self,
+        replies: Replies,
+        frame: Json,
+        choices: Callable[[int, Delta], Iterable[Json]],
+        *,
+        first: Sequence[Json] = (),
+        with_usage: bool,
+    ) -> None:
+        """first: choices that come before the replies do. choices: what the chunks say of a delta."""
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._replies = replies
-        self._chunks = chunks
-        self._usage = usage
+        self._frame = frame | ({"usage": None} if with_usage else {})
+        self._begin = b"data: " + to_json(self._frame, ensure_ascii=True)[:-1] + b',"choices":['
+        self._first = first
+        self._choices = choices
+        self._with_usage = with_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -248,22 +272,31 @@ class Stream(Response):
             self._replies.close()
 
     async def _write(self, send: Send) -> None:
-        async for event in self._events():
-            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        async for events in self._events():
+            await send({"type": "http.response.body", "body": events, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _events(self) -> AsyncIterator[str]:
+    async def _events(self) -> AsyncIterator[bytes]:
         try:
-            async for chunk in self._chunks:
-                yield ": waiting\n\n" if chunk is None else _event(chunk)
-            if self._usage is not None:
-                yield _event(self._usage | {"usage": self._replies.usage()})
-            yield "data: [DONE]\n\n"
+            if self._first:
+                yield b"".join(map(self._chunk, self._first))
+            async for heard in self._replies.deltas():
+                if events := b"".join(map(self._told, heard)):
+                    yield events
+            usage = {"choices": [], "usage": self._replies.usage()}
+            yield (_event(self._frame | usage) if self._with_usage else b"") + b"data: [DONE]\n\n"
         except FortwoError as error:
             yield _event(error.body())
         except Exception as error:
             yield _event(unexpected(error).body())
 
+    def _told(self, heard: Heard) -> bytes:
+        return b": waiting\n\n" if heard is None else b"".join(map(self._chunk, self._choices(*heard)))
 
-def _event(data: Json) -> str:
-    return f"data: {json.dumps(data)}\n\n"
+    def _chunk(self, choice: Json) -> bytes:
+        return self._begin + to_json(choice, ensure_ascii=True) + b"]}\n\n"
+
+
+def _event(data: Json) -> bytes:
+    """In ASCII: some clients take the line separators of Unicode for ends of a line."""
+    return b"data: " + to_json(data, ensure_ascii=True) + b"\n\n"

@@ -1,0 +1,64 @@
+"""From the device's thread to the event loop: together, in order, and whatever one of them does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+
+import pytest
+
+from fortwo.server.relay import Relay
+
+
+def test_what_was_put_arrives_in_order_and_in_one_crossing(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[int] = []
+
+    async def listen() -> list[int]:
+        relay, loop = Relay(), asyncio.get_running_loop()
+        crossings: list[object] = []
+        cross = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: (crossings.append(call), cross(*call)))
+
+        def step(first: int) -> None:
+            for number in range(first, first + 32):
+                relay.put(loop, partial(heard.append, number))
+            relay.send()
+            relay.send()
+
+        await asyncio.to_thread(lambda: [step(0), step(32)])
+        while len(heard) < 64:
+            await asyncio.sleep(0)
+        return [len(call[1]) for call in crossings if call[0].__module__ == Relay.__module__]  # type: ignore[index]
+
+    assert asyncio.run(asyncio.wait_for(listen(), 10)) == [32, 32]
+    assert heard == list(range(64))
+
+
+def test_one_that_fails_silences_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[str] = []
+
+    def fail() -> None:
+        raise ValueError("the client is a teapot")
+
+    async def listen() -> None:
+        relay, loop = Relay(), asyncio.get_running_loop()
+        for call in (fail, lambda: heard.append("the other")):
+            relay.put(loop, call)
+        relay.send()
+        await asyncio.sleep(0.01)
+
+    asyncio.run(listen())
+    assert heard == ["the other"]
+    assert "teapot" in caplog.text
+
+
+def test_a_loop_that_has_ended_is_told_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    relay, loop = Relay(), asyncio.new_event_loop()
+    relay.put(loop, lambda: None)
+    loop.close()
+    with caplog.at_level(logging.WARNING):
+        relay.send()
+    assert "ended" in caplog.text
+    with pytest.raises(RuntimeError, match="ended"):
+        relay.put(loop, lambda: None)
