@@ -1,6 +1,6 @@
 """What each form of the base weights costs and gains: python -m bench.forms
 
-The base answers everyday prompts in fp32, greedily; then each form reads the same prompts and replies, and its
+The base answers everyday prompts in fp32, greedily; then each form is given the same prompts and replies, and its
 next-token distribution at every token of a reply is held against fp32's.
 """
 
@@ -13,7 +13,6 @@ import time
 import torch
 from torch import Tensor
 
-from fortwo.data.packing import PackedAttention, pack
 from fortwo.data.render import Renderer
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
@@ -41,15 +40,17 @@ def replies(decoder: Decoder, prompts: list[list[int]]) -> list[Sequence]:
     return rows
 
 
-@torch.no_grad()
 def distributions(decoder: Decoder, rows: list[Sequence]) -> Tensor:
-    """Logarithms of the next-token probabilities (tokens, V) at every token of the replies."""
-    found = []
-    for row in rows:
-        packed = pack([row.tokens], decoder.device)
-        hidden_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config))
-        found.append(decoder.logits(hidden_TD[-REPLY_TOKENS - 1 : -1]).log_softmax(-1))
-    return torch.cat(found)
+    """Logarithms of the next-token probabilities (tokens, V) at every token of the replies, each read as it is served:
+    prompts first, then step by step."""
+    runner, read = Runner(decoder), [Sequence(row.tokens[:-REPLY_TOKENS], None) for row in rows]
+    found = [runner.prefill(read)]
+    for _ in range(REPLY_TOKENS - 1):
+        for row, own in zip(rows, read, strict=True):
+            own.tokens.append(row.tokens[len(own.tokens)])
+            runner.extend(own)
+        found.append(runner.step(read))
+    return torch.cat(found).log_softmax(-1)
 
 
 def step_seconds(decoder: Decoder, prompt: list[int], count: int) -> float:
@@ -80,8 +81,11 @@ def main() -> None:
         "| form | MB | mean KL | same first token | " + " | ".join(f"{count} rows, ms a step" for count in ROWS) + " |"
     )
     print("|---|---|---|---|" + "---|" * len(ROWS))
-    for name in FORMS:
-        decoder = exact if name == "fp32" else exact.in_forms(Choice.fixed(name))
+    choices = {name: Choice.fixed(name) for name in FORMS} | {
+        "int4, prompts in bf16": Choice(((64, "int4"), (65, "bf16")))
+    }
+    for name, choice in choices.items():
+        decoder = exact if name == "fp32" else exact.in_forms(choice)
         found = distributions(decoder, rows)
         divergence = float((wanted.exp() * (wanted - found)).sum(-1).mean())
         same = float((wanted.argmax(-1) == found.argmax(-1)).float().mean())
