@@ -21,6 +21,7 @@ from fortwo.errors import UnsupportedModel
 from fortwo.models.choice import Choice
 from fortwo.models.forms import Frozen, Regions, Weight, bytes_to_train, dense, head_form, quantised, trained_on
 from fortwo.models.functions import add_norm, rms_norm, rotate, swiglu
+from fortwo.models.fused import Fused
 from fortwo.models.lora import Update, lora_product
 from fortwo.models.products import frozen_product
 from fortwo.models.tiles import Tiles
@@ -164,61 +165,30 @@ class Decoder:
         device: torch.device | str = "cpu",
         hold: Hold | None = None,
     ) -> None:
-        self.config = config
+        self.config = c = config
         self.device = torch.device(device)
-
-        def read(name: str, *shape: int) -> Tensor:
-            if name not in weights:
-                raise UnsupportedModel(f"tensor {name!r} is missing from the model's weights")
-            tensor = weights[name]
-            if tuple(tensor.shape) != shape:
-                raise UnsupportedModel(f"tensor {name!r} is {tuple(tensor.shape)}, the configuration needs {shape}")
-            return tensor.to(self.device)
-
-        def take(name: str, *shape: int) -> Tensor:
-            return read(name, *shape).float()
+        fused = Fused(config, weights, device)
 
         def held(weight: Tensor, is_head: bool = False) -> Frozen:
             return weight.float() if hold is None else hold(weight, is_head)
 
-        c = config
-        q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
-        self.embedding_VD = take("model.embed_tokens.weight", c.vocabulary, c.hidden)
-        self.norm_D = take("model.norm.weight", c.hidden)
-        self.head: Frozen = held(self.embedding_VD if c.tied else read("lm_head.weight", c.vocabulary, c.hidden), True)
+        self.embedding_VD = fused.embedding()
+        self.norm_D = fused.plain("model.norm.weight", c.hidden)
+        self.head: Frozen = held(self.embedding_VD if c.tied else fused.head(), True)
         self.layers: list[_Layer] = []
         for index in range(c.layers):
-            at, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
+            at = f"model.layers.{index}"
             self.layers.append(
                 _Layer(
-                    attention_norm_D=take(f"model.layers.{index}.input_layernorm.weight", c.hidden),
-                    qkv_OD=held(
-                        torch.cat(
-                            [
-                                read(f"{at}.q_proj.weight", q, c.hidden),
-                                read(f"{at}.k_proj.weight", kv, c.hidden),
-                                read(f"{at}.v_proj.weight", kv, c.hidden),
-                            ]
-                        )
-                    ),
-                    qkv_bias_O=torch.cat(
-                        [take(f"{at}.q_proj.bias", q), take(f"{at}.k_proj.bias", kv), take(f"{at}.v_proj.bias", kv)]
-                    )
-                    if c.qkv_bias
-                    else None,
-                    q_norm_E=take(f"{at}.q_norm.weight", c.head_size) if c.qk_norm else None,
-                    k_norm_E=take(f"{at}.k_norm.weight", c.head_size) if c.qk_norm else None,
-                    o_DI=held(read(f"{at}.o_proj.weight", c.hidden, q)),
-                    mlp_norm_D=take(f"model.layers.{index}.post_attention_layernorm.weight", c.hidden),
-                    gate_up_OD=held(
-                        torch.cat(
-                            [
-                                read(f"{mlp}.gate_proj.weight", c.intermediate, c.hidden),
-                                read(f"{mlp}.up_proj.weight", c.intermediate, c.hidden),
-                            ]
-                        )
-                    ),
-                    down_DI=held(read(f"{mlp}.down_proj.weight", c.hidden, c.intermediate)),
+                    attention_norm_D=fused.plain(f"{at}.input_layernorm.weight", c.hidden),
+                    qkv_OD=held(fused.weight(index, "qkv")),
+                    qkv_bias_O=fused.bias(index, "qkv") if c.qkv_bias else None,
+                    q_norm_E=fused.plain(f"{at}.self_attn.q_norm.weight", c.head_size) if c.qk_norm else None,
+                    k_norm_E=fused.plain(f"{at}.self_attn.k_norm.weight", c.head_size) if c.qk_norm else None,
+                    o_DI=held(fused.weight(index, "o")),
+                    mlp_norm_D=fused.plain(f"{at}.post_attention_layernorm.weight", c.hidden),
+                    gate_up_OD=held(fused.weight(index, "gate_up")),
+                    down_DI=held(fused.weight(index, "down")),
                 )
             )
         self._inverse_frequency_E2 = _inverse_frequency(c).to(self.device)
