@@ -22,7 +22,8 @@ from fortwo.models.choice import Choice
 from fortwo.models.forms import Frozen, Regions, Weight, bytes_to_train, dense, head_form, quantised, trained_on
 from fortwo.models.functions import add_norm, rms_norm, rotate, swiglu
 from fortwo.models.fused import Fused
-from fortwo.models.lora import Update, lora_product
+from fortwo.models.layer import Packed, WholeLayer, whole_layer
+from fortwo.models.lora import LoraGroup, Segment, Update, lora_product
 from fortwo.models.products import frozen_product
 from fortwo.models.tiles import Tiles
 
@@ -33,7 +34,8 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 class Attend(Protocol):
     """Attention of one layer over the tokens of this forward and whatever came before.
 
-    qkv (T, H + 2K, E): query heads, key heads, value heads. The result is (T, H, E).
+    qkv (T, H + 2K, E): query heads, key heads, value heads. The result is (T, H, E). One over packed rows says in
+    `packed` which: then layers may be computed whole.
     """
 
     def __call__(self, layer: int, qkv_TNE: Tensor, /) -> Tensor: ...
@@ -138,7 +140,7 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     attention_norm_D: Tensor
     qkv_OD: Frozen
     qkv_bias_O: Tensor | None
@@ -175,11 +177,11 @@ class Decoder:
         self.embedding_VD = fused.embedding()
         self.norm_D = fused.plain("model.norm.weight", c.hidden)
         self.head: Frozen = held(self.embedding_VD if c.tied else fused.head(), True)
-        self.layers: list[_Layer] = []
+        self.layers: list[Layer] = []
         for index in range(c.layers):
             at = f"model.layers.{index}"
             self.layers.append(
-                _Layer(
+                Layer(
                     attention_norm_D=fused.plain(f"{at}.input_layernorm.weight", c.hidden),
                     qkv_OD=held(fused.weight(index, "qkv")),
                     qkv_bias_O=fused.bias(index, "qkv") if c.qkv_bias else None,
@@ -314,10 +316,14 @@ class Decoder:
         heads = c.heads + 2 * c.kv_heads
         cos_TE, sin_TE = self.angles(positions_T)
         update_TD: Tensor | None = None
+        packed: Packed | None = getattr(attend, "packed", None)
 
         def through(index: int, x_TD: Tensor, update_TD: Tensor | None) -> tuple[Tensor, Tensor]:
             """What comes after the layer: the sum so far, and what the layer adds to it last."""
             layer = self.layers[index]
+            if packed is not None and WholeLayer.fits(c, layer, segments):
+                whole = WholeLayer(c, layer, *_trained(segments, index, dropout))
+                return whole_layer(whole, packed, (cos_TE, sin_TE), x_TD, update_TD)
             dtype = layer.qkv_OD.dtype
             x_TD, normed_TD = add_norm(x_TD, update_TD, layer.attention_norm_D, c.norm_eps, dtype)
             qkv_TO = lora_product(normed_TD, layer.qkv_OD, index, "qkv", segments, dropout)
@@ -363,6 +369,14 @@ def forms_of(choice: Choice, exact: bool = False) -> Hold:
         return Weight(weight_OI.shape, forms, choice, nearest)
 
     return held
+
+
+def _trained(segments: Sequence[Update], layer: int, dropout: bool) -> tuple[dict[str, LoraGroup], float]:
+    """What the one adapter of a training forward changes in a layer, and the probability of its dropout."""
+    for segment in segments:
+        assert isinstance(segment, Segment), "only one adapter over all rows has gradients"
+        return segment.lora.layers[layer], segment.lora.config.dropout if dropout else 0.0
+    return {}, 0.0
 
 
 def _inverse_frequency(config: DecoderConfig) -> Tensor:

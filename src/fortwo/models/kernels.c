@@ -183,7 +183,7 @@ ROW_SUMS
 #include "nf4.h"
 #include "matrix.h"
 #include "attention.h"
-#include "lora.h"
+#include "layer.h"
 #include "losses.h"
 #include "quantised.h"
 #include "decode.h"

@@ -23,7 +23,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 _SOURCES = tuple(
     Path(__file__).with_name(name)
-    for name in "kernels.c kernels.h matrix.h attention.h lora.h losses.h quantised.h nf4.h decode.h step.h".split()
+    for name in "kernels.c kernels.h matrix.h attention.h layer.h losses.h quantised.h nf4.h decode.h step.h".split()
 )
 _COMPILE = (
     *("cc", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),

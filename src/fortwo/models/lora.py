@@ -8,7 +8,7 @@ knows no files, no jobs and no requests.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from fortwo.errors import InvalidAdapter
-from fortwo.models import kernels
 from fortwo.models.functions import dropout as drop
-from fortwo.models.functions import kept_of
 from fortwo.models.lora_config import GROUPS, LoraConfig, module_name
 from fortwo.models.products import frozen_product, product
 from fortwo.models.tiles import Tiles
@@ -221,58 +219,6 @@ class _LoraProduct(torch.autograd.Function):
         return (grad_x_TI, None, None, None, grad_A_RI, *grad_Bs)
 
 
-class _TiledLoraProduct(torch.autograd.Function):
-    """The same in bf16 by one kernel there and one back (lora.h)."""
-
-    @staticmethod
-    def fits(x_TI: Tensor, weight_OI: Frozen, A_RI: Tensor) -> bool:
-        return isinstance(weight_OI, Tiles) and x_TI.dtype == torch.bfloat16 and A_RI.dtype == torch.float32
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TI: Tensor,
-        weight_OI: Tiles,
-        dropped: tuple[float, int] | None,
-        places: tuple[Place, ...],
-        A_RI: Tensor,
-        *Bs: Tensor,
-    ) -> Tensor:
-        x_TI = x_TI.contiguous()
-        (T, I), (O, R) = x_TI.shape, (weight_OI.shape[0], len(A_RI))  # noqa: E741
-        y_TO, h_TR, low_A_RI, low_B_OR = (x_TI.new_empty(shape) for shape in ((T, O), (T, R), (R, I), (O, R)))
-        seen_TI = mask = None
-        seed = kept = 0
-        if dropped is not None:
-            seen_TI, mask = torch.empty_like(x_TI), torch.empty(-(-T * I // 32), dtype=torch.int32)
-            seed, kept = dropped[1], kept_of(dropped[0])
-        given = T, I, O, R, x_TI, weight_OI.laid, A_RI, *_told(places, Bs)
-        kernels.call("lora_product", None, *given, seed, kept, mask, seen_TI, low_A_RI, low_B_OR, h_TR, y_TO)
-        ctx.save_for_backward(x_TI, h_TR, low_A_RI, low_B_OR, mask)
-        ctx.weight_OI, ctx.kept, ctx.places = weight_OI, kept, places
-        return y_TO
-
-    @staticmethod
-    def backward(ctx: Any, grad_TO: Tensor) -> Any:
-        x_TI, h_TR, low_A_RI, low_B_OR, mask = ctx.saved_tensors
-        grad_x_TI = torch.empty_like(x_TI) if ctx.needs_input_grad[0] else None
-        grad_A_RI = torch.empty_like(low_A_RI, dtype=torch.float32)
-        grad_Bs = [grad_A_RI.new_empty(_size(place.columns), _size(place.rows)) for place in ctx.places]
-        sizes = *x_TI.shape, *low_B_OR.shape
-        given = grad_TO.contiguous(), x_TI, ctx.weight_OI.laid, low_A_RI, low_B_OR, h_TR, mask, ctx.kept
-        out = *_told(ctx.places, grad_Bs), grad_A_RI, grad_x_TI
-        kernels.call("lora_product_backward", None, *sizes, *given, *out)
-        return (grad_x_TI, None, None, None, grad_A_RI, *grad_Bs)
-
-
-def _told(places: Sequence[Place], Bs: Sequence[Tensor]) -> list[Tensor | int | float | None]:
-    """Three targets as lora.h takes them."""
-    told: list[Tensor | int | float | None] = []
-    for place, B_Or in zip(places, Bs, strict=True):
-        told += [B_Or, place.columns.start, *B_Or.shape, float(place.scale)]
-    return told + [None, 0, 0, 0, 0.0] * (3 - len(Bs))
-
-
 def lora_product(
     x_TI: Tensor, weight_OI: Frozen, layer: int, group: str, segments: Iterable[Update], dropout: bool = False
 ) -> Tensor:
@@ -286,14 +232,18 @@ def lora_product(
         (segment,) = segments
         assert isinstance(segment, Segment), "only one adapter over all rows has gradients"
         update, p = segment.lora.layers[layer][group], segment.lora.config.dropout
-        drawn = (p, int(torch.randint(2**32, ()))) if dropout and p else None
-        way = _TiledLoraProduct if _TiledLoraProduct.fits(x_TI, weight_OI, update.A_RI) else _LoraProduct
-        y: Tensor = way.apply(x_TI, weight_OI, drawn, update.places, *update.tensors)  # type: ignore[no-untyped-call]
+        drawn = (p, draw_seed()) if dropout and p else None
+        y: Tensor = _LoraProduct.apply(x_TI, weight_OI, drawn, update.places, *update.tensors)  # type: ignore[no-untyped-call]
         return y
     y_TO = frozen_product(x_TI, weight_OI)
     for segment in segments:
         segment.add_to(y_TO, x_TI, layer, group)
     return y_TO
+
+
+def draw_seed() -> int:
+    """Of one dropout."""
+    return int(torch.randint(2**32, ()))
 
 
 def _size(part: slice) -> int:
