@@ -40,15 +40,14 @@ typedef struct {
 
 /* drop(x), and which numbers it keeps; as kernels.h has it. */
 static void draw(long size, long seed, long kept, const bf16 *x, bf16 *out, uint32_t *mask) {
+    words sixteen = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     __m512i most = _mm512_set1_epi32((int)(kept - 1));
     __m512 scale = _mm512_set1_ps(4294967296.0f / kept), left, right;
 #pragma omp parallel for schedule(static) private(left, right) if (size > SERIAL)
     for (long i = 0; i < size; i += 32) {
-        words place[2];
-        for (int n = 0; n < 32; n++) place[n / 16][n % 16] = (uint32_t)(i + n);
         __mmask32 within = size - i < 32 ? (1u << (size - i)) - 1 : ~0u, keeps = 0;
         for (int half = 0; half < 2; half++) {
-            words h = place[half] * 0x9e3779b9u + (uint32_t)seed;
+            words h = (sixteen + (uint32_t)(i + 16 * half)) * 0x9e3779b9u + (uint32_t)seed;
             for (int round = 0; round < 2; round++) {
                 h = (h ^ h >> 16) * 0x85ebca6bu;
                 h = (h ^ h >> 13) * 0xc2b2ae35u;
@@ -78,8 +77,18 @@ static void redraw(long size, long kept, const uint32_t *mask, const bf16 *x, co
     }
 }
 
+/* matrix_product, where left operands have spare rows behind them, as all in this file have. */
+static void spare_product(long M, long N, long K, const bf16 *a, long a_row, const bf16 *b, long b_n, long b_k, long K2, const bf16 *a2, long a2_row,
+                          const bf16 *b2, long b2_n, long b2_k, void *c, long c_row, long wide) {
+    factor f[2] = {{a, b, a_row, b_n, b_k, K, 0, 1}, {a2, b2, a2_row, b2_n, b2_k, K2, 0, 1}};
+    multiply_factors(M, N, f, c, c_row, wide);
+}
+
+/* Numbers of T rows of `row` numbers, and of the spare ones. */
+static inline long spared(long T, long row) { return (T + PANEL - 1) * row; }
+
 static product_memory remember_product(arena *room, const adapted *p, long T, long kept) {
-    product_memory m = {take(room, p->R * p->I * 2), take(room, p->O * p->R * 2), take(room, T * p->R * 2), 0};
+    product_memory m = {take(room, p->R * p->I * 2), take(room, p->O * p->R * 2), take(room, spared(T, p->R) * 2), 0};
     m.mask = take(room, kept && p->R ? (T * p->I + 31) / 32 * 4 : 0);
     return m;
 }
@@ -87,9 +96,9 @@ static product_memory remember_product(arena *room, const adapted *p, long T, lo
 static layer_memory remember(arena *room, const trained_layer *l, long T) {
     layer_memory m;
     m.x = take(room, T * l->D * 4), m.scale = take(room, T * 4), m.middle_scale = take(room, T * 4);
-    m.lse = take(room, T * l->H * 4), m.normed = take(room, T * l->D * 2), m.qkv = take(room, T * l->qkv.O * 2);
-    m.mixed = take(room, T * l->o.I * 2), m.middle_normed = take(room, T * l->D * 2), m.gate_up = take(room, T * l->gate_up.O * 2);
-    m.gated = take(room, T * l->down.I * 2);
+    m.lse = take(room, T * l->H * 4), m.normed = take(room, spared(T, l->D) * 2), m.qkv = take(room, T * l->qkv.O * 2);
+    m.mixed = take(room, spared(T, l->o.I) * 2), m.middle_normed = take(room, spared(T, l->D) * 2), m.gate_up = take(room, T * l->gate_up.O * 2);
+    m.gated = take(room, spared(T, l->down.I) * 2);
     m.of_qkv = remember_product(room, &l->qkv, T, l->kept), m.of_o = remember_product(room, &l->o, T, l->kept);
     m.of_gate_up = remember_product(room, &l->gate_up, T, l->kept), m.of_down = remember_product(room, &l->down, T, l->kept);
     return m;
@@ -119,9 +128,9 @@ static void product_forward(long T, const adapted *p, long kept, const bf16 *x, 
             }
         }
         if (kept) draw(T * I, p->seed, kept, x, seen, m->mask);
-        matrix_product(T, R, I, kept ? seen : x, I, m->A, I, 1, 0, 0, 0, 0, 0, 0, m->h, R, 0);
+        spare_product(T, R, I, kept ? seen : x, I, m->A, I, 1, 0, 0, 0, 0, 0, 0, m->h, R, 0);
     }
-    matrix_product(T, O, I, x, I, p->laid, 0, 0, R, m->h, R, m->B, R, 1, y, O, 0);
+    spare_product(T, O, I, x, I, p->laid, 0, 0, R, m->h, R, m->B, R, 1, y, O, 0);
 }
 
 /* from (M, N) as (N, M). */
@@ -149,24 +158,24 @@ static void product_backward(long T, const adapted *p, const adapted *to, long k
                              bf16 *grad_x) {
     long I = p->I, O = p->O, R = p->R, row = 0;
     static _Thread_local arena room;
-    make_room(&room, T * (6 * R + 4 * I) + R * O * 4 + 512);
-    bf16 *grad_h = take(&room, T * R * 2), *turned_grad = take(&room, T * R * 2), *turned_h = take(&room, T * R * 2);
+    make_room(&room, spared(T, 2 * R + 4 * I) + 2 * spared(R, 2 * T) + R * O * 4 + 512);
+    bf16 *grad_h = take(&room, spared(T, R) * 2), *turned_grad = take(&room, spared(R, T) * 2), *turned_h = take(&room, spared(R, T) * 2);
     bf16 *seen = take(&room, T * I * 2), *update = take(&room, T * I * 2);
     float *grad_B = take(&room, R * O * 4);
-    if (R) matrix_product(T, R, O, grad, O, m->B, 1, R, 0, 0, 0, 0, 0, 0, grad_h, R, 0);
-    if (grad_x) matrix_product(T, I, O, grad, O, p->laid, -1, -1, kept ? 0 : R, grad_h, R, m->A, 1, I, grad_x, I, 0);
+    if (R) spare_product(T, R, O, grad, O, m->B, 1, R, 0, 0, 0, 0, 0, 0, grad_h, R, 0);
+    if (grad_x) spare_product(T, I, O, grad, O, p->laid, -1, -1, kept ? 0 : R, grad_h, R, m->A, 1, I, grad_x, I, 0);
     if (!R) return;
     turned(T, R, grad_h, turned_grad);
     turned(T, R, m->h, turned_h);
     if (kept) {
-        if (grad_x) matrix_product(T, I, R, grad_h, R, m->A, 1, I, 0, 0, 0, 0, 0, 0, update, I, 0);
+        if (grad_x) spare_product(T, I, R, grad_h, R, m->A, 1, I, 0, 0, 0, 0, 0, 0, update, I, 0);
         redraw(T * I, kept, m->mask, x, update, seen, grad_x);
     }
-    matrix_product(R, I, T, turned_grad, T, kept ? seen : x, 1, I, 0, 0, 0, 0, 0, 0, to->A, I, 1);
+    spare_product(R, I, T, turned_grad, T, kept ? seen : x, 1, I, 0, 0, 0, 0, 0, 0, to->A, I, 1);
     for (int i = 0; i < 3; row += p->targets[i++].rank) {
         target t = p->targets[i];
         if (!t.rank) continue;
-        matrix_product(t.rank, t.outputs, T, turned_h + row * T, T, grad + t.column, 1, O, 0, 0, 0, 0, 0, 0, grad_B, t.outputs, 1);
+        spare_product(t.rank, t.outputs, T, turned_h + row * T, T, grad + t.column, 1, O, 0, 0, 0, 0, 0, 0, grad_B, t.outputs, 1);
         scatter(t.outputs, t.rank, grad_B, t.scale, to->targets[i].B);
     }
 }
@@ -179,8 +188,8 @@ void layer_forward(long T, const trained_layer *l, char *memory, long P, long R,
     layer_memory m = remember(&kept, l, T);
     static _Thread_local arena room;
     long D = l->D, N = l->H + 2 * l->K, widest = l->qkv.O > l->down.I ? l->qkv.O : l->down.I;
-    make_room(&room, T * 2 * (2 * widest + D) + 256);
-    bf16 *seen = take(&room, T * widest * 2), *between = take(&room, T * widest * 2), *out = take(&room, T * D * 2);
+    make_room(&room, spared(T, 2 * (2 * widest + D)) + 256);
+    bf16 *seen = take(&room, spared(T, widest) * 2), *between = take(&room, T * widest * 2), *out = take(&room, T * D * 2);
     if (!added) memcpy(m.x, x, T * D * sizeof(float));
     add_norm_bfloat16(T, D, x, added, l->attention_norm, l->eps, m.x, m.normed, m.scale);
     product_forward(T, &l->qkv, l->kept, m.normed, &m.of_qkv, seen, between);
@@ -200,12 +209,13 @@ void layer_backward(long T, const trained_layer *l, const trained_layer *to, cha
     layer_memory m = remember(&kept, l, T);
     static _Thread_local arena room;
     long D = l->D, N = l->H + 2 * l->K, I = l->down.I;
-    make_room(&room, T * (6 * I + 4 * l->qkv.O + 8 * D + 2 * l->o.I) + 1024);
-    bf16 *grad_gated = take(&room, T * I * 2), *grad_gate_up = take(&room, T * I * 4), *grad_normed = take(&room, T * D * 2);
-    bf16 *grad_o = take(&room, T * D * 2), *grad_mixed = take(&room, T * l->o.I * 2);
-    bf16 *grad_turned = take(&room, T * l->qkv.O * 2), *grad_qkv = take(&room, T * l->qkv.O * 2);
+    make_room(&room, spared(T, 6 * I + 4 * l->qkv.O + 10 * D + 2 * l->o.I) + 1024);
+    bf16 *grad_gated = take(&room, T * I * 2), *grad_gate_up = take(&room, spared(T, 2 * I) * 2), *grad_normed = take(&room, T * D * 2);
+    bf16 *grad_sum = take(&room, spared(T, D) * 2), *grad_o = take(&room, spared(T, D) * 2), *grad_mixed = take(&room, T * l->o.I * 2);
+    bf16 *grad_turned = take(&room, T * l->qkv.O * 2), *grad_qkv = take(&room, spared(T, l->qkv.O) * 2);
     float *grad_middle = take(&room, T * D * 4);
-    product_backward(T, &l->down, &to->down, l->kept, m.gated, &m.of_down, grad, grad_gated);
+    memcpy(grad_sum, grad, T * D * sizeof(bf16));
+    product_backward(T, &l->down, &to->down, l->kept, m.gated, &m.of_down, grad_sum, grad_gated);
     swiglu_backward_bfloat16(T, I, m.gate_up, grad_gated, grad_gate_up);
     product_backward(T, &l->gate_up, &to->gate_up, l->kept, m.middle_normed, &m.of_gate_up, grad_gate_up, grad_normed);
     add_norm_backward_bfloat16(T, D, middle, m.middle_scale, l->mlp_norm, grad_normed, along, grad_middle, grad_o);

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 Packed = tuple[int, Tensor]  # of an attention over packed rows: tokens of the prefix; starts and lengths (2, R)
 
 
+_PRODUCT = struct.Struct("2P4q" + 3 * "P3qd")  # layer.h's `adapted`
+_LAYER = struct.Struct("5qd2P")  # what comes before its four products
+
+
 class WholeLayer:
     """One layer as it is trained, for one forward and the backward that follows."""
 
@@ -48,7 +52,7 @@ class WholeLayer:
         """layer.h's `trained_layer`, with these parameters."""
         c, layer = self._config, self._layer
         norms = layer.attention_norm_D.data_ptr(), layer.mlp_norm_D.data_ptr()
-        told = struct.pack("5qd2P", c.hidden, c.heads, c.kv_heads, c.head_size, self._kept, c.norm_eps, *norms)
+        told = _LAYER.pack(c.hidden, c.heads, c.kv_heads, c.head_size, self._kept, c.norm_eps, *norms)
         weights, given = (layer.qkv_OD, layer.o_DI, layer.gate_up_OD, layer.down_DI), iter(tensors)
         for name, weight_OI, seed in zip(GROUPS, weights, self._seeds, strict=True):
             assert isinstance(weight_OI, Tiles)
@@ -59,7 +63,7 @@ class WholeLayer:
             for place in places:
                 targets += [next(given).data_ptr(), place.columns.start, *_sizes(place.columns, place.rows), place.scale]
             targets += [0, 0, 0, 0, 0.0] * (3 - len(places))
-            told += struct.pack("2P4q" + 3 * "P3qd", weight_OI.laid.data_ptr(), A, *weight_OI.shape, R, seed, *targets)
+            told += _PRODUCT.pack(weight_OI.laid.data_ptr(), A, *weight_OI.shape, R, seed, *targets)
         return told
 
 

@@ -18,11 +18,13 @@
 #define RESIDENT (1000 * 1024) /* bytes of panels that stay in a core's cache while the left operand passes */
 
 /* a (M, K) with a_row numbers from row to row; b (N, K) with steps b_n and b_k, of which one is 1, or both 0 for panels that are laid already, or
-   both -1 for the panels of its transpose (K outputs, N inputs). nf4: b's numbers are codes (nf4.h), and there is no b; the other step is a multiple of 64. */
+   both -1 for the panels of its transpose (K outputs, N inputs). nf4: b's numbers are codes (nf4.h), and there is no b; the other step is a multiple of
+   64. spare: behind a's last row there are 31 more that may be read; what is in them does not matter. */
 typedef struct {
     const bf16 *a, *b;
     long a_row, b_n, b_k, K;
     const normal_floats *nf4;
+    int spare;
 } factor;
 
 static inline long steps(long K) { return (K + STEP - 1) / STEP; }
@@ -200,14 +202,14 @@ void lay_panels(long N, long K, const bf16 *b, long b_n, long b_k, bf16 *to) {
     for (long p = 0; p < panels; p++) lay(&f, N, p, p + 1, to + p * apart, apart);
 }
 
-/* 32 rows of a: their whole steps in place, and what does not fill 32 rows and 32 inputs copied to `edge`, with zeros around. */
+/* 32 rows of a: their whole steps in place, and what does not fill 32 inputs, or 32 rows where none are spare, copied to `edge`, with zeros around. */
 typedef struct {
     const bf16 *a, *edge;
     long a_row, edge_row, whole, all;
 } strip;
 
 static strip strip_of(const factor *f, long M, long m, bf16 *edge) {
-    long tall = M - m < PANEL ? M - m : PANEL, all = steps(f->K), whole = tall < PANEL ? 0 : f->K / STEP, row = (all - whole) * STEP;
+    long tall = M - m < PANEL ? M - m : PANEL, all = steps(f->K), whole = tall < PANEL && !f->spare ? 0 : f->K / STEP, row = (all - whole) * STEP;
     const bf16 *a = f->a + m * f->a_row;
     if (whole < all) {
         memset(edge, 0, PANEL * row * sizeof(bf16));
