@@ -1,9 +1,7 @@
-"""A layer trained by one kernel is the decoder's own operations one after the other, to the bit; where there is no such
-kernel those run."""
+"""A layer trained by one kernel is the decoder's own operations one after the other, to the bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ from torch import Tensor
 from fortwo.models import kernels
 from fortwo.models.decoder import Decoder
 from fortwo.models.layer import WholeLayer
+from fortwo.models.lora import Lora, Segment
 from fortwo.models.lora_config import LoraConfig
 from fortwo.train.objective import Row, losses
 from tests.parts import as_decoder, make_rows, random_lora, trainable
@@ -43,33 +42,35 @@ def trained(
     return [found.learn.detach(), *(parameter.grad for parameter in lora.parameters() if parameter.grad is not None)]
 
 
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], list[bool]]:
-    """Lets layers be computed whole, or not; what is returned gets what was decided for each."""
-
-    def take(whole: bool) -> list[bool]:
-        decided: list[bool] = []
-        fits = WholeLayer.fits
-        monkeypatch.setattr(
-            WholeLayer, "fits", staticmethod(lambda *given: decided.append(whole and fits(*given)) or decided[-1])
-        )
-        return decided
-
-    return take
+def fits(home: Decoder, lora: Lora, rows: Tensor | None = None) -> bool:
+    return all(WholeLayer.fits(home.config, layer, [Segment(lora, rows)]) for layer in home.layers)
 
 
 @tiled
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("lengths", [[9], [40, 25, 31], [64]])
 def test_it_is_the_decoders_own_operations(
-    taken: Callable[[bool], list[bool]], config: LoraConfig, lengths: list[int]
+    monkeypatch: pytest.MonkeyPatch, config: LoraConfig, lengths: list[int]
 ) -> None:
     home = network()
-    plainly = taken(False)
-    wanted = trained(home, config, lengths)
-    whole = taken(True)
-    plainly.clear()
+    assert fits(home, random_lora(home, config=config))
     found = trained(home, config, lengths)
-    assert whole and not any(plainly)
+    again = trained(home, config, lengths, checkpointing=True)
+    monkeypatch.setattr(WholeLayer, "fits", staticmethod(lambda *_: False))
+    wanted = trained(home, config, lengths)
     assert len(found) == len(wanted) > 1
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+@tiled
+def test_what_the_kernel_does_not_know_is_left_to_the_decoder() -> None:
+    home = network()
+    lora = random_lora(home)
+    assert fits(home, lora)
+    assert not fits(home, lora, torch.tensor([0]))
+    with torch.no_grad():
+        assert not fits(home, lora)
+    assert not fits(as_decoder(tiny_model("llama", head_dim=32)), lora)
+    for other in (network("qwen2"), network("qwen3"), network(head_dim=16)):
+        assert not fits(other, random_lora(other))

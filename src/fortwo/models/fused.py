@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 class Fused:
     """Every method raises UnsupportedModel for a tensor that is missing or misshapen."""
 
-    def __init__(self, config: DecoderConfig, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: DecoderConfig, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu"
+    ) -> None:
         self.config = config
         self.device = torch.device(device)
         self._tensors = tensors
@@ -33,7 +35,9 @@ class Fused:
 
     def bias(self, layer: int, group: str) -> Tensor:
         """(O,), fp32."""
-        return self._joined([(f"{module_name(layer, name)}.bias", self._outputs(name)) for name in GROUPS[group]]).float()
+        return self._joined(
+            [(f"{module_name(layer, name)}.bias", self._outputs(name)) for name in GROUPS[group]]
+        ).float()
 
     def embedding(self) -> Tensor:
         """(V, D), fp32."""

@@ -1,4 +1,4 @@
-"""A layer of the decoder to train an adapter on, by one kernel there and one back (layer.h): bf16 weights in AMX's tiles.
+"""A layer of the decoder to train an adapter on, by one kernel there and one back (layer.h), in bf16 on AMX's tiles.
 
 The same operations, and the same numbers to the bit, as the decoder's own, one after the other. Shape suffixes as in
 `decoder`.
@@ -61,7 +61,12 @@ class WholeLayer:
                 A_RI = next(given)
                 places, A, R = group.places, A_RI.data_ptr(), len(A_RI)
             for place in places:
-                targets += [next(given).data_ptr(), place.columns.start, *_sizes(place.columns, place.rows), place.scale]
+                targets += [
+                    next(given).data_ptr(),
+                    place.columns.start,
+                    *_sizes(place.columns, place.rows),
+                    place.scale,
+                ]
             targets += [0, 0, 0, 0, 0.0] * (3 - len(places))
             told += _PRODUCT.pack(weight_OI.laid.data_ptr(), A, *weight_OI.shape, R, seed, *targets)
         return told
@@ -86,19 +91,19 @@ class _WholeLayer(torch.autograd.Function):
         given = T, told, memory, *_rows(packed), *angles, x_TD, update_TD
         kernels.call("layer_forward", None, *given, middle_TD, sum_TD)
         ctx.save_for_backward(memory, middle_TD, *parameters)
-        ctx.whole, ctx.packed, ctx.angles, ctx.added = whole, packed, angles, update_TD is not None
+        ctx.whole, ctx.told, ctx.packed, ctx.angles, ctx.added = whole, told, packed, angles, update_TD is not None
         return middle_TD, sum_TD
 
     @staticmethod
     def backward(ctx: Any, along_TD: Tensor, grad_TD: Tensor) -> Any:
         memory, middle_TD, *parameters = ctx.saved_tensors
-        flat = middle_TD.new_empty(sum(parameter.numel() for parameter in parameters))
-        parts = flat.split([parameter.numel() for parameter in parameters])
+        sizes = [parameter.numel() for parameter in parameters]
+        parts = middle_TD.new_empty(sum(sizes)).split(sizes)
         gradients = [part.view(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)]
         along_TD, grad_TD = along_TD.contiguous(), grad_TD.contiguous()
         grad_x_TD = torch.empty_like(along_TD) if ctx.needs_input_grad[3] else None
         grad_update_TD = torch.empty_like(grad_TD) if ctx.added and grad_x_TD is not None else None
-        told = len(middle_TD), ctx.whole.told(parameters), ctx.whole.told(gradients)
+        told = len(middle_TD), ctx.told, ctx.whole.told(gradients)
         given = memory, *_rows(ctx.packed), *ctx.angles, middle_TD, along_TD, grad_TD
         kernels.call("layer_backward", None, *told, *given, grad_x_TD, grad_update_TD)
         return (None, None, None, grad_x_TD, grad_update_TD, *gradients)

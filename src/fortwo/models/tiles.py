@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.models import kernels
@@ -79,12 +80,13 @@ def tiled_product(
 
 def _in_parts(x_TI: Tensor, weight_OI: Tiles) -> Tensor:
     """x @ weight.T, transposed, as fp32: a part of the inputs after the other, each a few of the panels."""
-    (O, I), panels = weight_OI.shape, LONGEST_SUM // PANEL  # noqa: E741
+    T, O, panels = len(x_TI), weight_OI.shape[0], LONGEST_SUM // PANEL  # noqa: E741
+    x_TI = F.pad(x_TI, (0, 0, 0, -T % PANEL))  # whole blocks of rows are read in place
     y_TO = torch.zeros(len(x_TI), O)
     for first in range(0, len(weight_OI.laid), panels):
         x_TP, laid = x_TI[:, first * PANEL : (first + panels) * PANEL], weight_OI.laid[first : first + panels]
         y_TO += tiled_product(x_TP, Tiles((O, x_TP.shape[1]), laid, transposed=True), dtype=torch.float32)
-    return y_TO
+    return y_TO[:T]
 
 
 def _side(x_TI: Tensor, weight_OI: Tensor | Tiles) -> list[Tensor | int | None]:

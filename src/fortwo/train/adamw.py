@@ -1,6 +1,6 @@
 """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over one flat parameter.
 
-torch's own classes bring its compiler into memory, 60 MB, and take a second for that.
+torch's own classes bring its compiler into memory and take a second for that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fortwo.models import kernels
 
 
 class AdamW:
-    """weight_N: fp32, with its gradient in `weight_N.grad`. betas, eps and weight_decay as torch.optim.AdamW has them."""
+    """weight_N: fp32, with its gradient in `weight_N.grad`. The other settings are torch.optim.AdamW's."""
 
     def __init__(self, weight_N: Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
         self._weight_N, self._betas, self._eps, self._weight_decay = weight_N.detach(), betas, eps, weight_decay
