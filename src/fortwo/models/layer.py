@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fortwo.models import kernels
 from fortwo.models.functions import kept_of
-from fortwo.models.lora import LoraGroup, Segment, Update, draw_seed
+from fortwo.models.lora import LoraGroup, Place, Segment, Update, draw_seed
 from fortwo.models.lora_config import GROUPS
 from fortwo.models.tiles import Tiles
 
@@ -56,7 +56,8 @@ class WholeLayer:
         weights, given = (layer.qkv_OD, layer.o_DI, layer.gate_up_OD, layer.down_DI), iter(tensors)
         for name, weight_OI, seed in zip(GROUPS, weights, self._seeds, strict=True):
             assert isinstance(weight_OI, Tiles)
-            places, targets, A, R = (), list[float](), 0, 0
+            places: tuple[Place, ...] = ()
+            targets, A, R = list[float](), 0, 0
             if (group := self._groups.get(name)) is not None:
                 A_RI = next(given)
                 places, A, R = group.places, A_RI.data_ptr(), len(A_RI)

@@ -154,7 +154,8 @@ def measure(fused: Fused, names: list[str]) -> Seconds:
 def _sample(fused: Fused, parameters: int) -> Iterator[Tensor]:
     """The head, and behind it as many weights as there must be for so many parameters."""
     places = itertools.product(range(fused.config.layers), GROUPS)
-    for read in (fused.head, *(partial(fused.weight, *place) for place in places)):
+    reads: list[Callable[[], Tensor]] = [fused.head, *(partial(fused.weight, *place) for place in places)]
+    for read in reads:
         if parameters <= 0:
             return
         weight_OI = read()
