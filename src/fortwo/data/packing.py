@@ -80,7 +80,7 @@ class PackedAttention:
         self.pack = pack
         self._heads = config.heads, config.kv_heads
         device = pack.tokens_T.device
-        self._rows = torch.tensor([pack.starts, pack.lengths])
+        self.packed = pack.prefix, torch.tensor([pack.starts, pack.lengths])
         self._masks = functools.cache(
             lambda: (_causal(pack.longest, pack.prefix, device), _causal(pack.prefix, 0, device))
         )
@@ -88,7 +88,7 @@ class PackedAttention:
     def __call__(self, layer: int, qkv_TNE: Tensor) -> Tensor:
         del layer
         if kernels.usable(qkv_TNE):
-            mixed: Tensor = _Attention.apply(qkv_TNE, self.pack.prefix, self._rows, *self._heads)  # type: ignore[no-untyped-call]
+            mixed: Tensor = _Attention.apply(qkv_TNE, *self.packed, *self._heads)  # type: ignore[no-untyped-call]
             return mixed
         return self.plain(qkv_TNE)
 

@@ -71,9 +71,14 @@ static inline __m512 exponentials(__m512 x) {
 
 static inline __mmask16 first(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1; }
 
-static inline void store_bf16(bf16 *to, __m512 left, __m512 right) { /* 32 numbers */
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(right, left));
+static inline __m512i as_bf16(__m512 left, __m512 right) { return (__m512i)_mm512_cvtne2ps_pbh(right, left); } /* 32 numbers as bf16 */
+
+static inline void as_floats(__m512i all, __m512 *left, __m512 *right) {
+    *left = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(all)), 16));
+    *right = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(all, 1)), 16));
 }
+
+static inline void store_bf16(bf16 *to, __m512 left, __m512 right) { _mm512_storeu_si512(to, as_bf16(left, right)); }
 
 /* e^(scaling (score - highest)) of the first n scores as bf16, zero up to `seen` (a multiple of 32). Returns their sum; lse: the logarithm of the
    softmax's. */

@@ -21,7 +21,9 @@ from fortwo.errors import UnsupportedModel
 from fortwo.models.choice import Choice
 from fortwo.models.forms import Frozen, Regions, Weight, bytes_to_train, dense, head_form, quantised, trained_on
 from fortwo.models.functions import add_norm, rms_norm, rotate, swiglu
-from fortwo.models.lora import Update, lora_product
+from fortwo.models.fused import Fused
+from fortwo.models.layer import Packed, WholeLayer, whole_layer
+from fortwo.models.lora import LoraGroup, Segment, Update, lora_product
 from fortwo.models.products import frozen_product
 from fortwo.models.tiles import Tiles
 
@@ -32,7 +34,8 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 class Attend(Protocol):
     """Attention of one layer over the tokens of this forward and whatever came before.
 
-    qkv (T, H + 2K, E): query heads, key heads, value heads. The result is (T, H, E).
+    qkv (T, H + 2K, E): query heads, key heads, value heads. The result is (T, H, E). One over packed rows says in
+    `packed` which: then layers may be computed whole.
     """
 
     def __call__(self, layer: int, qkv_TNE: Tensor, /) -> Tensor: ...
@@ -137,7 +140,7 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     attention_norm_D: Tensor
     qkv_OD: Frozen
     qkv_bias_O: Tensor | None
@@ -164,61 +167,30 @@ class Decoder:
         device: torch.device | str = "cpu",
         hold: Hold | None = None,
     ) -> None:
-        self.config = config
+        self.config = c = config
         self.device = torch.device(device)
-
-        def read(name: str, *shape: int) -> Tensor:
-            if name not in weights:
-                raise UnsupportedModel(f"tensor {name!r} is missing from the model's weights")
-            tensor = weights[name]
-            if tuple(tensor.shape) != shape:
-                raise UnsupportedModel(f"tensor {name!r} is {tuple(tensor.shape)}, the configuration needs {shape}")
-            return tensor.to(self.device)
-
-        def take(name: str, *shape: int) -> Tensor:
-            return read(name, *shape).float()
+        fused = Fused(config, weights, device)
 
         def held(weight: Tensor, is_head: bool = False) -> Frozen:
             return weight.float() if hold is None else hold(weight, is_head)
 
-        c = config
-        q, kv = c.heads * c.head_size, c.kv_heads * c.head_size
-        self.embedding_VD = take("model.embed_tokens.weight", c.vocabulary, c.hidden)
-        self.norm_D = take("model.norm.weight", c.hidden)
-        self.head: Frozen = held(self.embedding_VD if c.tied else read("lm_head.weight", c.vocabulary, c.hidden), True)
-        self.layers: list[_Layer] = []
+        self.embedding_VD = fused.embedding()
+        self.norm_D = fused.plain("model.norm.weight", c.hidden)
+        self.head: Frozen = held(self.embedding_VD if c.tied else fused.head(), True)
+        self.layers: list[Layer] = []
         for index in range(c.layers):
-            at, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
+            at = f"model.layers.{index}"
             self.layers.append(
-                _Layer(
-                    attention_norm_D=take(f"model.layers.{index}.input_layernorm.weight", c.hidden),
-                    qkv_OD=held(
-                        torch.cat(
-                            [
-                                read(f"{at}.q_proj.weight", q, c.hidden),
-                                read(f"{at}.k_proj.weight", kv, c.hidden),
-                                read(f"{at}.v_proj.weight", kv, c.hidden),
-                            ]
-                        )
-                    ),
-                    qkv_bias_O=torch.cat(
-                        [take(f"{at}.q_proj.bias", q), take(f"{at}.k_proj.bias", kv), take(f"{at}.v_proj.bias", kv)]
-                    )
-                    if c.qkv_bias
-                    else None,
-                    q_norm_E=take(f"{at}.q_norm.weight", c.head_size) if c.qk_norm else None,
-                    k_norm_E=take(f"{at}.k_norm.weight", c.head_size) if c.qk_norm else None,
-                    o_DI=held(read(f"{at}.o_proj.weight", c.hidden, q)),
-                    mlp_norm_D=take(f"model.layers.{index}.post_attention_layernorm.weight", c.hidden),
-                    gate_up_OD=held(
-                        torch.cat(
-                            [
-                                read(f"{mlp}.gate_proj.weight", c.intermediate, c.hidden),
-                                read(f"{mlp}.up_proj.weight", c.intermediate, c.hidden),
-                            ]
-                        )
-                    ),
-                    down_DI=held(read(f"{mlp}.down_proj.weight", c.hidden, c.intermediate)),
+                Layer(
+                    attention_norm_D=fused.plain(f"{at}.input_layernorm.weight", c.hidden),
+                    qkv_OD=held(fused.weight(index, "qkv")),
+                    qkv_bias_O=fused.bias(index, "qkv") if c.qkv_bias else None,
+                    q_norm_E=fused.plain(f"{at}.self_attn.q_norm.weight", c.head_size) if c.qk_norm else None,
+                    k_norm_E=fused.plain(f"{at}.self_attn.k_norm.weight", c.head_size) if c.qk_norm else None,
+                    o_DI=held(fused.weight(index, "o")),
+                    mlp_norm_D=fused.plain(f"{at}.post_attention_layernorm.weight", c.hidden),
+                    gate_up_OD=held(fused.weight(index, "gate_up")),
+                    down_DI=held(fused.weight(index, "down")),
                 )
             )
         self.inverse_frequency_E2 = _inverse_frequency(c).to(self.device)
@@ -344,10 +316,14 @@ class Decoder:
         heads = c.heads + 2 * c.kv_heads
         cos_TE, sin_TE = self.angles(positions_T)
         update_TD: Tensor | None = None
+        packed: Packed | None = getattr(attend, "packed", None)
 
         def through(index: int, x_TD: Tensor, update_TD: Tensor | None) -> tuple[Tensor, Tensor]:
             """What comes after the layer: the sum so far, and what the layer adds to it last."""
             layer = self.layers[index]
+            if packed is not None and WholeLayer.fits(c, layer, segments):
+                whole = WholeLayer(c, layer, *_trained(segments, index, dropout))
+                return whole_layer(whole, packed, (cos_TE, sin_TE), x_TD, update_TD)
             dtype = layer.qkv_OD.dtype
             x_TD, normed_TD = add_norm(x_TD, update_TD, layer.attention_norm_D, c.norm_eps, dtype)
             qkv_TO = lora_product(normed_TD, layer.qkv_OD, index, "qkv", segments, dropout)
@@ -393,6 +369,14 @@ def forms_of(choice: Choice, exact: bool = False) -> Hold:
         return Weight(weight_OI.shape, forms, choice, nearest)
 
     return held
+
+
+def _trained(segments: Sequence[Update], layer: int, dropout: bool) -> tuple[dict[str, LoraGroup], float]:
+    """What the one adapter of a training forward changes in a layer, and the probability of its dropout."""
+    for segment in segments:
+        assert isinstance(segment, Segment), "only one adapter over all rows has gradients"
+        return segment.lora.layers[layer], segment.lora.config.dropout if dropout else 0.0
+    return {}, 0.0
 
 
 def _inverse_frequency(config: DecoderConfig) -> Tensor:

@@ -223,7 +223,7 @@ def trained_on(weight_OI: Frozen, regions: Regions, dtype: torch.dtype = torch.b
     if dtype != torch.bfloat16 or not kernels.multiplies_tiles():
         return dense(weight_OI, dtype)
     tiles = _tiles(weight_OI)
-    return (Tiles.of(dense(weight_OI, dtype), regions) if tiles is None else tiles).with_turned(regions)
+    return Tiles.of(dense(weight_OI, dtype), regions) if tiles is None else tiles
 
 
 def bytes_to_train(weight_OI: Frozen, dtype: torch.dtype) -> int:
@@ -232,7 +232,7 @@ def bytes_to_train(weight_OI: Frozen, dtype: torch.dtype) -> int:
     if _nf4_alone(weight_OI) is not None:
         return 0
     if dtype == torch.bfloat16 and kernels.multiplies_tiles():
-        return size if _tiles(weight_OI) is not None else 2 * size
+        return 0 if _tiles(weight_OI) is not None else size
     held = weight_OI.forms.values() if isinstance(weight_OI, Weight) else [weight_OI]
     tensors = (form.weight_OI if isinstance(form, Dense) else form for form in held)
     return 0 if any(isinstance(one, Tensor) and one.dtype == dtype for one in tensors) else size

@@ -64,12 +64,17 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     No gradient: a caller drops the gradient's elements with the seed.
     """
     if kernels.usable(x):
-        y, kept = torch.empty_like(x, memory_format=torch.contiguous_format), round((1 - p) * 2**32)
-        kernels.call("dropout", x.dtype, x.numel(), seed, kept, x.contiguous(), y)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        kernels.call("dropout", x.dtype, x.numel(), seed, kept_of(p), x.contiguous(), y)
         return y
     generator = torch.Generator(x.device).manual_seed(seed)
     kept_x = torch.rand(x.shape, generator=generator, device=x.device) >= p
     return x * kept_x / (1 - p)
+
+
+def kept_of(p: float) -> int:
+    """What dropout with probability p keeps, of 2^32, as its kernels take it."""
+    return round((1 - p) * 2**32)
 
 
 def _added(

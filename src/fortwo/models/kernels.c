@@ -10,6 +10,7 @@
 #define LINE 64      /* numbers of a row that are worked on while those of the next row are fetched */
 #define BLOCK 16     /* queries of one head whose scores are there together */
 #define WIDTH 16
+#define PART 16384      /* numbers that are summed up in fp32 */
 #define PAD(n) (((n) + WIDTH - 1) / WIDTH * WIDTH)
 
 typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
@@ -147,6 +148,36 @@ static void multiply(long M, long N, long K, const float *a, long a_row, long a_
         return sum;                                                                                                      \
     }
 
+/* The sum of squares, the same with any number of threads. */
+void square_sum(long N, const float *x, double *sum) {
+    long parts = (N + PART - 1) / PART;
+    double *sums = malloc(parts * sizeof(double) + 1);
+#pragma omp parallel for schedule(static)
+    for (long part = 0; part < parts; part++) {
+        long last = (part + 1) * PART < N ? (part + 1) * PART : N;
+        float here = 0;
+        for (long i = part * PART; i < last; i++) here += x[i] * x[i];
+        sums[part] = here;
+    }
+    *sum = 0;
+    for (long part = 0; part < parts; part++) *sum += sums[part];
+    free(sums);
+}
+
+/* A step of AdamW in one pass; the gradient is scaled before it counts, and zero behind. rate: over the first moment's bias; by: of the root of the
+   second moment, for its bias; shrink: what decay leaves of x. */
+void adamw(long N, float *x, float *grad, float *first, float *second, float scale, float beta1, float beta2, float rate, float by, float eps,
+           float shrink) {
+#pragma omp parallel for simd schedule(static)
+    for (long i = 0; i < N; i++) {
+        float g = grad[i] * scale;
+        first[i] += (1 - beta1) * (g - first[i]);
+        second[i] += (1 - beta2) * (g * g - second[i]);
+        x[i] = x[i] * shrink - rate * first[i] / (sqrtf(second[i]) * by + eps);
+        grad[i] = 0;
+    }
+}
+
 #define element float
 #define NAME(kernel) kernel##_float32
 #define LOAD(x) (x)
@@ -168,6 +199,7 @@ ROW_SUMS
 #include "nf4.h"
 #include "matrix.h"
 #include "attention.h"
+#include "layer.h"
 #include "losses.h"
 #include "quantised.h"
 #include "decode.h"

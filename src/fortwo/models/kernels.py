@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _SOURCES = tuple(
     Path(__file__).with_name(name)
     for name in (
-        "kernels.c kernels.h matrix.h attention.h losses.h quantised.h nf4.h decode.h step.h prefill.h laid.h"
+        "kernels.c kernels.h matrix.h attention.h layer.h losses.h quantised.h nf4.h decode.h step.h prefill.h laid.h"
     ).split()
 )
 _COMPILE = (
@@ -56,8 +56,8 @@ def multiplies_tiles() -> bool:
     return library is not None and hasattr(library, "tiles_allowed") and bool(library.tiles_allowed())
 
 
-def call(kernel: str, element: torch.dtype | None, *arguments: Tensor | float | int | None) -> None:
-    """Run a kernel. Tensors are passed by address and must be contiguous; None is an absent one.
+def call(kernel: str, element: torch.dtype | None, *arguments: Tensor | bytes | float | int | None) -> None:
+    """Run a kernel. Tensors and bytes are passed by address and must be contiguous; None is an absent one.
 
     element: for kernels that there are for several types. The kinds of the arguments are those of the first call.
     """

@@ -213,7 +213,7 @@ class _LoraProduct(torch.autograd.Function):
         if ctx.dropped is None:
             grad_x_TI = product(grad_TO, ctx.weight_OI.t(), (grad_h_TR, A_RI.t()))
         else:
-            grad_x_TI = product(grad_TO, ctx.weight_OI.t()).add_(drop(grad_h_TR @ A_RI, *ctx.dropped))
+            grad_x_TI = product(grad_TO, ctx.weight_OI.t()).add_(drop(product(grad_h_TR, A_RI.t()), *ctx.dropped))
         return (grad_x_TI, None, None, None, grad_A_RI, *grad_Bs)
 
 
@@ -230,7 +230,7 @@ def lora_product(
         (segment,) = segments
         assert isinstance(segment, Segment), "only one adapter over all rows has gradients"
         update, p = segment.lora.layers[layer][group], segment.lora.config.dropout
-        drawn = (p, int(torch.randint(2**32, ()))) if dropout and p else None
+        drawn = (p, draw_seed()) if dropout and p else None
         y: Tensor = _LoraProduct.apply(x_TI, weight_OI, drawn, update.places, *update.tensors)  # type: ignore[no-untyped-call]
         return y
     y_TO = frozen_product(x_TI, weight_OI)
@@ -261,6 +261,11 @@ def _names(layer: int, place: Place) -> tuple[str, str]:
     """PEFT's names of a target's A and B."""
     prefix = f"base_model.model.{module_name(layer, place.target)}"
     return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+
+
+def draw_seed() -> int:
+    """Of one dropout."""
+    return int(torch.randint(2**32, ()))
 
 
 def _size(part: slice) -> int:

@@ -2,11 +2,7 @@
    V is a multiple of 32. */
 
 #if defined(__AMX_BF16__) && defined(__linux__)
-static inline void load_bf16(const bf16 *from, __m512 *left, __m512 *right) { /* 32 numbers */
-    __m512i all = _mm512_loadu_si512(from);
-    *left = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(all)), 16));
-    *right = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(all, 1)), 16));
-}
+static inline void load_bf16(const bf16 *from, __m512 *left, __m512 *right) { as_floats(_mm512_loadu_si512(from), left, right); }
 
 /* e^(x - highest) of a row, and their sum. */
 static float masses(const bf16 *row, long V, float *highest, float *mass) {

@@ -17,12 +17,14 @@
 #define AHEAD (8 * STEP)       /* numbers of a row that are fetched in advance */
 #define RESIDENT (1000 * 1024) /* bytes of panels that stay in a core's cache while the left operand passes */
 
-/* a (M, K) with a_row numbers from row to row; b (N, K) with steps b_n and b_k, of which one is 1, or both 0 for panels that are laid already.
-   nf4: b's numbers are codes (nf4.h), and there is no b; the other step is a multiple of 64. */
+/* a (M, K) with a_row numbers from row to row; b (N, K) with steps b_n and b_k, of which one is 1, or both 0 for panels that are laid already, or
+   both -1 for the panels of its transpose (K outputs, N inputs). nf4: b's numbers are codes (nf4.h), and there is no b; the other step is a multiple of
+   64. spare: behind a's last row there are 31 more that may be read; what is in them does not matter. */
 typedef struct {
     const bf16 *a, *b;
     long a_row, b_n, b_k, K;
     const normal_floats *nf4;
+    int spare;
 } factor;
 
 static inline long steps(long K) { return (K + STEP - 1) / STEP; }
@@ -101,10 +103,33 @@ static void lay_nf4(const factor *f, long first, long last, bf16 *to, long apart
         }
 }
 
+/* `lay`, from the panels of the transpose: its inputs become outputs. */
+static void lay_turned(const factor *f, long N, long first, long last, bf16 *to, long apart) {
+    __m512i low = _mm512_loadu_si512(zip[0]), high = _mm512_loadu_si512(zip[1]), rows[16];
+    for (long k = 0; k < steps(f->K); k++)
+        for (long p = first; p < last; p++) {
+            const bf16 *from = f->b + (k * steps(N) + p) * 2 * TILE;
+            bf16 *tile = to + (p - first) * apart + k * 2 * TILE;
+            for (int half = 0; half < 2; half++) {
+                for (long i = 0; i < 16; i++) rows[i] = _mm512_load_si512(from + half * TILE + i * STEP);
+                transpose(rows);
+                for (long i = 0; i < 16; i += 2) {
+                    bf16 *row = tile + (half * 16 + i) / 2 * STEP;
+                    _mm512_store_si512(row, _mm512_permutex2var_epi16(rows[i], low, rows[i + 1]));
+                    _mm512_store_si512(row + TILE, _mm512_permutex2var_epi16(rows[i], high, rows[i + 1]));
+                }
+            }
+        }
+}
+
 /* Panels first..last-1 of a factor, `apart` numbers from one to the next; what lies beyond N or K is zero. */
 static void lay(const factor *f, long N, long first, long last, bf16 *to, long apart) {
     if (f->nf4) {
         lay_nf4(f, first, last, to, apart);
+        return;
+    }
+    if (f->b_k == -1) {
+        lay_turned(f, N, first, last, to, apart);
         return;
     }
     if (f->b_k == 1) {
@@ -177,14 +202,14 @@ void lay_panels(long N, long K, const bf16 *b, long b_n, long b_k, bf16 *to) {
     for (long p = 0; p < panels; p++) lay(&f, N, p, p + 1, to + p * apart, apart);
 }
 
-/* 32 rows of a: their whole steps in place, and what does not fill 32 rows and 32 inputs copied to `edge`, with zeros around. */
+/* 32 rows of a: their whole steps in place, and what does not fill 32 inputs, or 32 rows where none are spare, copied to `edge`, with zeros around. */
 typedef struct {
     const bf16 *a, *edge;
     long a_row, edge_row, whole, all;
 } strip;
 
 static strip strip_of(const factor *f, long M, long m, bf16 *edge) {
-    long tall = M - m < PANEL ? M - m : PANEL, all = steps(f->K), whole = tall < PANEL ? 0 : f->K / STEP, row = (all - whole) * STEP;
+    long tall = M - m < PANEL ? M - m : PANEL, all = steps(f->K), whole = tall < PANEL && !f->spare ? 0 : f->K / STEP, row = (all - whole) * STEP;
     const bf16 *a = f->a + m * f->a_row;
     if (whole < all) {
         memset(edge, 0, PANEL * row * sizeof(bf16));

@@ -6,10 +6,12 @@ Knows weights and clocks; what becomes of the choice is `choice`'s, how a form m
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from fortwo.models import kernels
 from fortwo.models.choice import ROWS, Choice, Measured, Measurements, Seconds, choose, processor, worthwhile
 from fortwo.models.decoder import Decoder, DecoderConfig, Hold, forms_of
 from fortwo.models.forms import Form, Frozen, Regions, fits, head_form, quantised
+from fortwo.models.fused import Fused
+from fortwo.models.lora_config import GROUPS
 from fortwo.models.products import multiplies_bf16
 from fortwo.models.step import WHOLE_STEP, Step
 from fortwo.settings import Settings
@@ -47,21 +51,21 @@ def serving(
     auto: fp32 below SMALL parameters; else fp32 is kept, for training and as reference, unless another form that is
     held has the same weights to the last bit; and the fastest forms beside it whose weights stay within ERROR of the
     originals. What fp32 would take more than SHARE of the memory for is held in
-    bf16 alone, or NF4. A form that is held alone is made weight by weight as they are read. Raises InvalidRequest for a
-    form that the model or the machine cannot have.
+    bf16 alone, or NF4. Forms are made weight by weight as they are read. Raises InvalidRequest for a form that the
+    model or the machine cannot have.
     """
     setting = alone(config, memory(device)) if settings.weights == "auto" else settings.weights
     if setting is not None and setting != "fp32":
         return Decoder(config, weights, device, _checked(id, setting))
-    decoder = Decoder(config, weights, device)
-    if setting == "fp32" or decoder.parameters < SMALL:
-        return decoder
-    weights_OI = decoder.weights()
-    names = [name for name in _quick(decoder.device) if fits(name, weights_OI)]
-    names = worthwhile({name: error(name, weights_OI) for name in names}, _bytes(decoder, names), ERROR)
+    if setting == "fp32" or config.parameters < SMALL:
+        return Decoder(config, weights, device)
+    fused = Fused(config, weights, device)
+    first = [fused.weight(0, group) for group in GROUPS]  # the head is as wide as one of them
+    names = [name for name in _quick(device) if fits(name, first)]
+    names = worthwhile({name: error(name, fused) for name in names}, _bytes(config, names), ERROR)
     if names == ["fp32"]:
-        return decoder
-    c = decoder.config
+        return Decoder(config, weights, device)
+    c = config
     shape = (c.layers, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, c.vocabulary, *names)
     threads = settings.threads or os.cpu_count() or 1
     about = f"{processor()} {kernels.identity()} {threads} {shape} {APART}"
@@ -70,14 +74,14 @@ def serving(
     found = known.all().get(key)
     if found is None:
         began = time.perf_counter()
-        seconds = run(lambda: measure(decoder, names))
-        choice = choose(seconds, _bytes(decoder, names), bound, keep="fp32")
+        seconds = run(lambda: measure(fused, names))
+        choice = choose(seconds, _bytes(config, names), bound, keep="fp32")
         plain = {name: dict(by_rows) for name, by_rows in seconds.items()}
         known.put(key, Measured(id, processor(), threads, plain, choice.table))
         logging.getLogger(__name__).info("forms of %s measured in %.1f s", id, time.perf_counter() - began)
     else:
-        choice = choose(found.seconds, _bytes(decoder, names), bound, keep="fp32")
-    return decoder.in_forms(choice, exact=True)
+        choice = choose(found.seconds, _bytes(config, names), bound, keep="fp32")
+    return Decoder(config, weights, device, forms_of(choice, exact=True))
 
 
 def alone(config: DecoderConfig, memory: int) -> str | None:
@@ -115,45 +119,55 @@ def _quick(device: torch.device) -> list[str]:
     return ["fp32", *(["bf16"] if multiplies_bf16(device) else []), *(["int8", "int4"] if device.type == "cpu" else [])]
 
 
-def error(name: str, weights: list[Tensor]) -> float:
+def error(name: str, fused: Fused) -> float:
     """How far the form is from the weights, relative, in the worst of a few of them."""
     if name in ("fp32", "bf16"):
         return 0.0
-    few = [weights[0], weights[len(weights) // 2], weights[-2]]
+    layers = fused.config.layers
+    places = (0, "qkv"), (layers // 2, "qkv"), (layers - 1, "down")
+    few = (fused.weight(*place).float() for place in places)
     return max(
         float((quantised(name, weight_OI, Regions()).dense() - weight_OI).norm() / weight_OI.norm())
         for weight_OI in few
     )
 
 
-def measure(decoder: Decoder, names: list[str]) -> Seconds:
-    """Seconds that the products of one forward take, by form and rows: of a sample of the layers, and the head. For the
-    rows of a decode step, what it takes longer by a form that has no kernel for the whole step."""
-    *layers, head = decoder.weights()
-    sample, taken = [head], head.numel()
-    for weight_OI in layers:
-        if taken >= SAMPLE:
-            break
-        sample.append(weight_OI)
-        taken += weight_OI.numel()
+def measure(fused: Fused, names: list[str]) -> Seconds:
+    """Seconds that the products of one forward take, by form and rows: of a sample of the weights, in one form after
+    the other. For the rows of a decode step, what it takes longer by a form that has no kernel for the whole step."""
+    c = fused.config
     found: dict[str, dict[int, float]] = {}
     for name in names:
-        regions = Regions()
-        forms = [quantised(head_form(name), head, regions), *(quantised(name, one, regions) for one in sample[1:])]
-        widths = [weight_OI.shape[1] for weight_OI in sample]
+        regions, held = Regions(), list[tuple[Form, int, int]]()
+        for weight_OI in _sample(fused, SAMPLE):
+            form = quantised(name if held else head_form(name), weight_OI, regions)
+            held.append((form, weight_OI.shape[1], weight_OI.numel()))
         found[name] = {}
         for rows in ROWS:
-            few = slice(None) if rows <= STEP_ROWS else slice(1, 5)
-            part = sum(one.numel() for one in sample[few]) / decoder.parameters
-            found[name][rows] = _seconds(forms[few], widths[few], rows) / part + _apart(decoder, name, rows)
+            few = held if rows <= STEP_ROWS else held[1:5]
+            part = sum(numel for _, _, numel in few) / c.parameters
+            forms, widths = [form for form, _, _ in few], [width for _, width, _ in few]
+            found[name][rows] = _seconds(forms, widths, rows) / part + _apart(c, name, rows)
     return found
 
 
-def _apart(decoder: Decoder, name: str, rows: int) -> float:
-    if rows > STEP_ROWS or (name in WHOLE_STEP and Step.fits(decoder.config)):
+def _sample(fused: Fused, parameters: int) -> Iterator[Tensor]:
+    """The head, and behind it as many weights as there must be for so many parameters."""
+    places = itertools.product(range(fused.config.layers), GROUPS)
+    reads: list[Callable[[], Tensor]] = [fused.head, *(partial(fused.weight, *place) for place in places)]
+    for read in reads:
+        if parameters <= 0:
+            return
+        weight_OI = read()
+        parameters -= weight_OI.numel()
+        yield weight_OI
+
+
+def _apart(config: DecoderConfig, name: str, rows: int) -> float:
+    if rows > STEP_ROWS or (name in WHOLE_STEP and Step.fits(config)):
         return 0.0
     a_layer, a_number = APART
-    return decoder.config.layers * (a_layer + a_number * rows * decoder.config.hidden)
+    return config.layers * (a_layer + a_number * rows * config.hidden)
 
 
 @torch.no_grad()
@@ -169,6 +183,6 @@ def _seconds(forms: list[Form], widths: list[int], rows: int) -> float:
     return min(spent)
 
 
-def _bytes(decoder: Decoder, names: list[str]) -> dict[str, int]:
+def _bytes(config: DecoderConfig, names: list[str]) -> dict[str, int]:
     per_parameter = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0625, "int4": 0.625}
-    return {name: int(per_parameter[name] * decoder.parameters) for name in names}
+    return {name: int(per_parameter[name] * config.parameters) for name in names}

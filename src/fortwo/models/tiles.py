@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.models import kernels
@@ -22,12 +23,12 @@ LONGEST_SUM = 8192  # inputs: more of them, and a panel does not lie in a core's
 
 @dataclass(frozen=True)
 class Tiles:
-    """A frozen bf16 weight (O, I). laid: (panels, steps, 2 tiles, 16 pairs of inputs, 16 outputs, 2); turned: its
-    transpose, where products with that are wanted too; not laid where they would be sums of too many numbers."""
+    """A frozen bf16 weight (O, I). laid: (panels, steps, 2 tiles, 16 pairs of inputs, 16 outputs, 2), those of the
+    transpose where `transposed`: products turn them as they read them."""
 
     shape: tuple[int, int]
     laid: Tensor
-    turned: Tiles | Tensor | None = None
+    transposed: bool = False
 
     dtype: ClassVar[torch.dtype] = torch.bfloat16
 
@@ -41,25 +42,20 @@ class Tiles:
         kernels.call("lay_panels", None, O, I, weight_OI, *weight_OI.stride(), laid)
         return cls((O, I), regions.hold(laid))
 
-    def with_turned(self, regions: Regions) -> Tiles:
-        """The same weight, and its transpose beside."""
-        turned_IO = self.dense().t()
-        laid = turned_IO.shape[1] <= LONGEST_SUM
-        return Tiles(self.shape, self.laid, Tiles.of(turned_IO, regions) if laid else turned_IO)
-
-    def t(self) -> Tiles | Tensor:
-        assert self.turned is not None, "only with_turned has both"
-        return self.turned
+    def t(self) -> Tiles:
+        return Tiles(self.shape[::-1], self.laid, not self.transposed)
 
     @property
     def nbytes(self) -> int:
-        return self.laid.nbytes + (0 if self.turned is None else self.turned.nbytes)
+        return self.laid.nbytes
 
     def product(self, x_TI: Tensor) -> Tensor:
         """x @ weight.T in x's type."""
         return tiled_product(x_TI.bfloat16(), self, dtype=x_TI.dtype)
 
     def dense(self) -> Tensor:
+        if self.transposed:
+            return self.t().dense().t()
         panels, steps = self.laid.shape[:2]
         O, I = self.shape  # noqa: E741
         return self.laid.permute(0, 2, 4, 1, 3, 5).reshape(panels * PANEL, steps * STEP)[:O, :I]
@@ -72,18 +68,35 @@ def tiled_product(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """x @ weight.T, and for `more` = (h, B) + h @ B.T, in one sum. Everything is bf16; the result fp32 or bf16."""
-    T, O = len(x_TI), weight_OI.shape[0]  # noqa: E741
+    T, (O, I) = len(x_TI), weight_OI.shape  # noqa: E741
+    if isinstance(weight_OI, Tiles) and weight_OI.transposed and I > LONGEST_SUM:
+        assert more is None, "only the head's sums are as long"
+        return _in_parts(x_TI, weight_OI).to(dtype)
     y_TO = torch.empty(T, O, dtype=dtype)
     sides = _side(x_TI, weight_OI) + ([0, None, 0, None, 0, 0] if more is None else _side(*more))
     kernels.call("matrix_product", None, T, O, *sides, y_TO, O, int(dtype == torch.float32))
     return y_TO
 
 
+def _in_parts(x_TI: Tensor, weight_OI: Tiles) -> Tensor:
+    """x @ weight.T, transposed, as fp32: a part of the inputs after the other, each a few of the panels."""
+    T, O, panels = len(x_TI), weight_OI.shape[0], LONGEST_SUM // PANEL  # noqa: E741
+    x_TI = F.pad(x_TI, (0, 0, 0, -T % PANEL))  # whole blocks of rows are read in place
+    y_TO = torch.zeros(len(x_TI), O)
+    for first in range(0, len(weight_OI.laid), panels):
+        x_TP, laid = x_TI[:, first * PANEL : (first + panels) * PANEL], weight_OI.laid[first : first + panels]
+        y_TO += tiled_product(x_TP, Tiles((O, x_TP.shape[1]), laid, transposed=True), dtype=torch.float32)
+    return y_TO[:T]
+
+
 def _side(x_TI: Tensor, weight_OI: Tensor | Tiles) -> list[Tensor | int | None]:
     """One of the kernel's two factors."""
-    x_TI = x_TI.contiguous()
+    if x_TI.stride(1) != 1:
+        x_TI = x_TI.contiguous()
+    left: list[Tensor | int | None] = [x_TI.shape[1], x_TI, x_TI.stride(0)]
     if isinstance(weight_OI, Tiles):
-        return [x_TI.shape[1], x_TI, x_TI.shape[1], weight_OI.laid, 0, 0]
+        step = -1 if weight_OI.transposed else 0
+        return [*left, weight_OI.laid, step, step]
     if 1 not in weight_OI.stride():
         weight_OI = weight_OI.contiguous()
-    return [x_TI.shape[1], x_TI, x_TI.shape[1], weight_OI, *weight_OI.stride()]
+    return [*left, weight_OI, *weight_OI.stride()]

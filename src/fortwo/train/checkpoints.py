@@ -21,6 +21,7 @@ from fortwo.errors import TrainingFailed
 from fortwo.models.lora import Lora
 from fortwo.models.products import cpu_kernel, fix_cpu_kernel
 from fortwo.records import Checkpoint, EvalLoss, Plan
+from fortwo.train.adamw import AdamW
 from fortwo.train.escalation import Round
 from fortwo.train.evaluation import Said, Served
 from fortwo.train.objective import Row
@@ -72,7 +73,7 @@ class Run:
 
     lora: Lora
     flat_N: Tensor
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     clock: Clock
     best: Best = field(default_factory=Best)
     step: int = 0
@@ -119,8 +120,7 @@ def capture(run: Run, served: Served) -> Checkpoint:
     device = served.decoder.device
     if device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
-    for place, moments in run.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{place}.{name}": _copy(tensor) for name, tensor in moments.items()}
+    tensors |= {f"optimizer.0.{name}": _copy(tensor) for name, tensor in run.optimizer.state().items()}
     tensors |= {f"best.{place}": _copy(tensor) for place, tensor in enumerate(run.best.tensors)}
     clock = run.clock
     state = {
@@ -173,15 +173,15 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     Raises TrainingFailed (code checkpoint_stale) when these were other rows.
     """
     state = checkpoint.state
-    moments: dict[int, dict[str, Tensor]] = {}
+    moments: dict[str, Tensor] = {}
     best: dict[int, Tensor] = {}
     for name, tensor in checkpoint.tensors.items():
         match name.split("."):
-            case ["optimizer", place, moment]:
-                moments.setdefault(int(place), {})[moment] = tensor.clone()
+            case ["optimizer", "0", moment]:
+                moments[moment] = tensor
             case ["best", place]:
                 best[int(place)] = tensor
-    if run.drawn != state["drawn"] or len(moments) > 1:
+    if run.drawn != state["drawn"] or moments.keys() != run.optimizer.state().keys():
         raise TrainingFailed(
             f"the checkpoint of step {checkpoint.step} was trained on other rows than this plan now draws",
             hint="fortwo has changed since then. Resume the job: it starts from the beginning.",
@@ -191,7 +191,7 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     with torch.no_grad():
         for name, live in run.lora.state().items():
             live.copy_(checkpoint.adapter[name])
-    run.optimizer.load_state_dict({"state": moments, "param_groups": run.optimizer.state_dict()["param_groups"]})
+    run.optimizer.restore(moments)
     run.best = Best(
         **state["best"], tensors=[best[place].to(parameters[place].device, copy=True) for place in sorted(best)]
     )

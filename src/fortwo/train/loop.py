@@ -37,6 +37,7 @@ from fortwo.records import (
     Waiting,
 )
 from fortwo.train import checkpoints, courses
+from fortwo.train.adamw import AdamW
 from fortwo.train.adapter import lora_config
 from fortwo.train.checkpoints import Clock, Run
 from fortwo.train.escalation import WORDS, mix_at, next_round, told
@@ -165,15 +166,8 @@ def teach(
     return Trained(lora, report, report.metrics, actual, metrics.met(report.metrics, plan.targets))
 
 
-def _optimizer(flat_N: Tensor, plan: Plan) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        [flat_N],
-        lr=plan["learning_rate"],
-        betas=(plan["adam_beta1"], plan["adam_beta2"]),
-        eps=plan["adam_epsilon"],
-        weight_decay=plan["weight_decay"],
-        fused=True,
-    )
+def _optimizer(flat_N: Tensor, plan: Plan) -> AdamW:
+    return AdamW(flat_N, (plan["adam_beta1"], plan["adam_beta2"]), plan["adam_epsilon"], plan["weight_decay"])
 
 
 def _train(
@@ -195,8 +189,6 @@ def _train(
         run.step += 1
         rate = _rate(run, course, plan)
         run.peak_rate = max(run.peak_rate, rate)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
         stepped = yield from _step(decoder, run, course, plan, rate)
         run.final_loss = stepped.parts["learn"]
         if run.step == 1:
@@ -343,14 +335,13 @@ def _step(
         seconds += time.perf_counter() - began
     began = time.perf_counter()
     limit = plan["max_grad_norm"] if plan["max_grad_norm"] > 0 else math.inf
-    norm = float(torch.nn.utils.clip_grad_norm_(run.flat_N, limit))
+    norm = run.optimizer.gradient_norm()
     loss = learn + mix.keep_weight * keep
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise diverged(
             f"step {run.step}: the loss is {loss:g} and the gradient's norm {norm:g} at a learning rate of {rate:g}"
         )
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=False)
+    run.optimizer.step(rate, min(1.0, limit / (norm + 1e-6)))
     seconds += time.perf_counter() - began
     clock.training += seconds
     clock.tokens += tokens

@@ -1,0 +1,76 @@
+"""A layer trained by one kernel is the decoder's own operations one after the other, to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fortwo.models import kernels
+from fortwo.models.decoder import Decoder
+from fortwo.models.layer import WholeLayer
+from fortwo.models.lora import Lora, Segment
+from fortwo.models.lora_config import LoraConfig
+from fortwo.train.objective import Row, losses
+from tests.parts import as_decoder, make_rows, random_lora, trainable
+from tests.tiny import tiny_model
+
+tiled = pytest.mark.skipif(not kernels.multiplies_tiles(), reason="the processor has no tiles")
+CONFIGS = [
+    LoraConfig(r=16, alpha=32),
+    LoraConfig(r=16, alpha=32, dropout=0.15),
+    LoraConfig(r=3, alpha=5, dropout=0.5, target_modules=("k_proj", "v_proj", "up_proj", "down_proj")),
+    LoraConfig(r=20, alpha=8, dropout=0.1, rank_pattern=(("v_proj", 5),), layers=(1, 2)),
+]
+
+
+def network(family: str = "llama", **options: Any) -> Decoder:
+    return as_decoder(tiny_model(family, **{"head_dim": 32, **options})).in_bf16()
+
+
+def trained(
+    home: Decoder, config: LoraConfig, lengths: list[int], prefix: int = 3, checkpointing: bool = False
+) -> list[Tensor]:
+    """A loss and its gradients."""
+    lora = trainable(random_lora(home, config=config))
+    rows = [Row(tuple(row), prefix + 1) for row in make_rows(lengths, start=range(1, prefix + 1))]
+    torch.manual_seed(4)
+    found = losses(home, lora, prefix, rows, checkpointing)
+    found.learn.backward()
+    return [found.learn.detach(), *(parameter.grad for parameter in lora.parameters() if parameter.grad is not None)]
+
+
+def fits(home: Decoder, lora: Lora, rows: Tensor | None = None) -> bool:
+    return all(WholeLayer.fits(home.config, layer, [Segment(lora, rows)]) for layer in home.layers)
+
+
+@tiled
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("lengths", [[9], [40, 25, 31], [64]])
+def test_it_is_the_decoders_own_operations(
+    monkeypatch: pytest.MonkeyPatch, config: LoraConfig, lengths: list[int]
+) -> None:
+    home = network()
+    assert fits(home, random_lora(home, config=config))
+    found = trained(home, config, lengths)
+    again = trained(home, config, lengths, checkpointing=True)
+    monkeypatch.setattr(WholeLayer, "fits", staticmethod(lambda *_: False))
+    wanted = trained(home, config, lengths)
+    assert len(found) == len(wanted) > 1
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+@tiled
+def test_what_the_kernel_does_not_know_is_left_to_the_decoder() -> None:
+    home = network()
+    lora = random_lora(home)
+    assert fits(home, lora)
+    assert not fits(home, lora, torch.tensor([0]))
+    with torch.no_grad():
+        assert not fits(home, lora)
+    assert not fits(as_decoder(tiny_model("llama", head_dim=32)), lora)
+    for other in (network("qwen2"), network("qwen3"), network(head_dim=16)):
+        assert not fits(other, random_lora(other))
