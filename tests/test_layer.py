@@ -11,7 +11,7 @@ from torch import Tensor
 from fortwo.models import kernels
 from fortwo.models.decoder import Decoder
 from fortwo.models.layer import WholeLayer
-from fortwo.models.lora import Lora, Segment
+from fortwo.models.lora import Segment
 from fortwo.models.lora_config import LoraConfig
 from fortwo.train.objective import Row, losses
 from tests.parts import as_decoder, make_rows, random_lora, trainable
@@ -42,8 +42,8 @@ def trained(
     return [found.learn.detach(), *(parameter.grad for parameter in lora.parameters() if parameter.grad is not None)]
 
 
-def fits(home: Decoder, lora: Lora, rows: Tensor | None = None) -> bool:
-    return all(WholeLayer.fits(home.config, layer, [Segment(lora, rows)]) for layer in home.layers)
+def fits(home: Decoder, segment: Segment) -> bool:
+    return all(WholeLayer.fits(home.config, layer, [segment]) for layer in home.layers)
 
 
 @tiled
@@ -53,7 +53,7 @@ def test_it_is_the_decoders_own_operations(
     monkeypatch: pytest.MonkeyPatch, config: LoraConfig, lengths: list[int]
 ) -> None:
     home = network()
-    assert fits(home, random_lora(home, config=config))
+    assert fits(home, Segment(random_lora(home, config=config)))
     found = trained(home, config, lengths)
     again = trained(home, config, lengths, checkpointing=True)
     monkeypatch.setattr(WholeLayer, "fits", staticmethod(lambda *_: False))
@@ -67,10 +67,10 @@ def test_it_is_the_decoders_own_operations(
 def test_what_the_kernel_does_not_know_is_left_to_the_decoder() -> None:
     home = network()
     lora = random_lora(home)
-    assert fits(home, lora)
-    assert not fits(home, lora, torch.tensor([0]))
+    assert fits(home, Segment(lora))
+    assert not fits(home, Segment(lora, torch.tensor([0])))
     with torch.no_grad():
-        assert not fits(home, lora)
-    assert not fits(as_decoder(tiny_model("llama", head_dim=32)), lora)
+        assert not fits(home, Segment(lora))
+    assert not fits(as_decoder(tiny_model("llama", head_dim=32)), Segment(lora))
     for other in (network("qwen2"), network("qwen3"), network(head_dim=16)):
-        assert not fits(other, random_lora(other))
+        assert not fits(other, Segment(random_lora(other)))

@@ -45,7 +45,7 @@ class WholeLayer:
         if not torch.is_grad_enabled() or config.qkv_bias or config.qk_norm or config.head_size % 32:
             return False
         weights = layer.qkv_OD, layer.o_DI, layer.gate_up_OD, layer.down_DI
-        of_one = all(isinstance(segment, Segment) and segment.rows is None for segment in segments)
+        of_one = all(isinstance(segment, Segment) and segment.everywhere for segment in segments)
         return of_one and all(isinstance(weight, Tiles) for weight in weights)
 
     def told(self, tensors: Sequence[Tensor]) -> bytes:

@@ -159,6 +159,11 @@ class Segment:
     lora: Lora
     rows: Tensor | slice = field(default_factory=lambda: slice(None))
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether all rows are the adapter's."""
+        return isinstance(self.rows, slice) and self.rows == slice(None)
+
     def changes(self, layer: int, group: str) -> bool:
         return group in self.lora.layers[layer]
 
@@ -228,7 +233,7 @@ def lora_product(
     segments = [segment for segment in segments if segment.changes(layer, group)]
     if torch.is_grad_enabled() and segments:
         (segment,) = segments
-        assert isinstance(segment, Segment), "only one adapter over all rows has gradients"
+        assert isinstance(segment, Segment) and segment.everywhere, "only one adapter over all rows has gradients"
         update, p = segment.lora.layers[layer][group], segment.lora.config.dropout
         drawn = (p, draw_seed()) if dropout and p else None
         y: Tensor = _LoraProduct.apply(x_TI, weight_OI, drawn, update.places, *update.tensors)  # type: ignore[no-untyped-call]
