@@ -19,6 +19,7 @@ from fortwo.data.packing import PackedAttention, common_prefix, pack
 from fortwo.engine.cache import Cache, Pool, Slot
 from fortwo.models.bank import Banks
 from fortwo.models.decoder import Decoder
+from fortwo.models.forms import WIDE
 from fortwo.models.functions import decode_attention
 from fortwo.models.lora import Lora, Update
 from fortwo.models.prefill import Piece, Prefill
@@ -263,11 +264,12 @@ class Runner:
     def step(self, sequences: Sequence[Running]) -> Tensor:
         """Run the last token of each sequence whose other tokens are computed, and for which `extend` found room.
         Next-token logits (len(sequences), V), in order."""
-        device = self.decoder.device
-        if self._one_kernel.takes(len(sequences)):
-            hidden_BD = self._step_at_once(sequences)
+        few = len(sequences) < WIDE or not self._prompts.takes
+        if self._prompts.takes or self._one_kernel.takes(len(sequences)):
+            hidden_BD = self._step_at_once(sequences, few)
             self._told(sequences, hidden_BD)
             return self.decoder.logits(hidden_BD)
+        device = self.decoder.device
         owners = {id(sequence.slot): place for place, sequence in enumerate(sequences)}
         parts = self.cache.together([_slot(sequence) for sequence in sequences])
         order = [owners[id(slot)] for _, slots in parts for slot in slots]
@@ -281,9 +283,12 @@ class Runner:
             hidden_BD = hidden_BD[torch.tensor(order, device=device).argsort()]
         return self.decoder.logits(hidden_BD)
 
-    def _step_at_once(self, sequences: Sequence[Running]) -> Tensor:
+    def _step_at_once(self, sequences: Sequence[Running], few: bool) -> Tensor:
         rows = [(one.tokens[-1], len(one.tokens) - 1, self.cache.place(_slot(one))) for one in sequences]
-        return self._one_kernel(rows, self._updates([sequence.adapter for sequence in sequences]))
+        updates = self._updates([sequence.adapter for sequence in sequences])
+        if few and self._one_kernel.takes(len(sequences)):
+            return self._one_kernel(rows, updates)
+        return self._prompts([Piece([token], position, [place]) for token, position, place in rows], updates)
 
     def _told(self, sequences: Sequence[Running], hidden_BD: Tensor) -> None:
         for row, sequence in enumerate(sequences):

@@ -75,15 +75,11 @@ static inline __attribute__((always_inline)) void attend_together(int half, int 
     for (; e < E; e += WIDTH) mix_values(half, count, 1, E, e, seen, scores, row, values, first, out);
 }
 
-/* One token's queries of one key/value head, G of them at q, with its key and value; `seen` tokens are there with it. out (G, E). Scores: G * PAD(seen).
-   half: keys and values are in fp16, else in fp32. */
-static inline __attribute__((always_inline)) void attend(int half, long G, long E, const place *at, long layer, long head, long seen, const float *q,
-                                                         const float *key, const float *value, float *out, float *scores) {
-    long first = layer * at->layer_step + head * at->head_step, row = PAD(seen);
-    for (long e = 0; e < E; e += WIDTH) {
-        store_sixteen(half, at->k, first + (seen - 1) * E + e, key + e);
-        store_sixteen(half, at->v, first + (seen - 1) * E + e, value + e);
-    }
+/* One token's queries of one key/value head, G of them at q; the head's keys and values begin `first` numbers in, and there are `seen`. out (G, E).
+   Scores: G * PAD(seen). half: keys and values are in fp16, else in fp32. */
+static inline __attribute__((always_inline)) void look(int half, long G, long E, const place *at, long first, long seen, const float *q, float *out,
+                                                       float *scores) {
+    long row = PAD(seen);
     for (long g = 0; g < G; g += TOGETHER) {
 #define ATTEND(count) attend_together(half, count, E, seen, q + g * E, at->k, at->v, first, out + g * E, scores + g * row)
         switch (G - g) {
@@ -94,6 +90,17 @@ static inline __attribute__((always_inline)) void attend(int half, long G, long 
         }
 #undef ATTEND
     }
+}
+
+/* The same with a key and a value that come last of those seen. */
+static inline __attribute__((always_inline)) void attend(int half, long G, long E, const place *at, long layer, long head, long seen, const float *q,
+                                                         const float *key, const float *value, float *out, float *scores) {
+    long first = layer * at->layer_step + head * at->head_step;
+    for (long e = 0; e < E; e += WIDTH) {
+        store_sixteen(half, at->k, first + (seen - 1) * E + e, key + e);
+        store_sixteen(half, at->v, first + (seen - 1) * E + e, value + e);
+    }
+    look(half, G, E, at, first, seen, q, out, scores);
 }
 
 /* Row b brings qkv (H + 2K, E) and stands at positions[b] of row rows[b] of the cache, in fp16 or fp32. Its keys and values are written there, then its

@@ -22,6 +22,7 @@ from fortwo.models.nf4 import Nf4
 from fortwo.models.tiles import Tiles
 
 GROUP, TILE = 32, 16
+WIDE = 24  # rows from which on weights in 4 or 8 bits are made bf16 for AMX's tiles
 REGION = 32 << 20  # bytes of memory taken at once for quantised weights
 
 
@@ -88,8 +89,8 @@ class Grouped:
     """4 or 8 bits and, for each 32 inputs of an output, fp16 scale and minimum: w = scale * q + minimum, q in 0..15, as
     GGUF's Q4_1 has it; or w = scale * (q - 128), q in 1..255, as Q8_0. What came from either is the same again.
 
-    x is rounded to 16 bits in the same groups, sums are exact whole numbers. The kernel's layout is
-    described in quantised.h.
+    x is rounded to 16 bits in the same groups, sums are exact whole numbers; of WIDE rows and more both are rounded to
+    bf16 where there are tiles for that. The kernel's layout is described in quantised.h.
     """
 
     bits: int
@@ -137,8 +138,9 @@ class Grouped:
         O, I = self.shape  # noqa: E741
         T = x_TI.shape[0]
         y_TO = x_TI.new_empty(T, O)
-        x_TI = x_TI.contiguous()
-        kernels.call("grouped_product", None, self.bits, T, I, O, x_TI, self.q, self.scale_OG, self.minimum_OG, y_TO)
+        wide = T >= WIDE and kernels.multiplies_tiles()
+        told = self.bits, T, I, O, x_TI.contiguous(), self.q, self.scale_OG, self.minimum_OG, y_TO
+        kernels.call("wide_product" if wide else "grouped_product", None, *told)
         return y_TO
 
     def dense(self) -> Tensor:

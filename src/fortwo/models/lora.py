@@ -233,7 +233,8 @@ def lora_product(
     segments = [segment for segment in segments if segment.changes(layer, group)]
     if torch.is_grad_enabled() and segments:
         (segment,) = segments
-        assert isinstance(segment, Segment) and segment.everywhere, "only one adapter over all rows has gradients"
+        assert isinstance(segment, Segment), "only one adapter over all rows has gradients"
+        assert segment.everywhere
         update, p = segment.lora.layers[layer][group], segment.lora.config.dropout
         drawn = (p, draw_seed()) if dropout and p else None
         y: Tensor = _LoraProduct.apply(x_TI, weight_OI, drawn, update.places, *update.tensors)  # type: ignore[no-untyped-call]

@@ -23,6 +23,7 @@ from fortwo.models.decoder import Decoder, DecoderConfig, Hold, forms_of
 from fortwo.models.forms import Form, Frozen, Regions, fits, head_form, quantised
 from fortwo.models.fused import Fused
 from fortwo.models.lora_config import GROUPS
+from fortwo.models.prefill import Prefill
 from fortwo.models.products import multiplies_bf16
 from fortwo.models.step import WHOLE_STEP, Step
 from fortwo.settings import Settings
@@ -164,7 +165,8 @@ def _sample(fused: Fused, parameters: int) -> Iterator[Tensor]:
 
 
 def _apart(config: DecoderConfig, name: str, rows: int) -> float:
-    if rows > STEP_ROWS or (name in WHOLE_STEP and Step.fits(config)):
+    in_one = (name in WHOLE_STEP and Step.fits(config)) or (name == "bf16" and Prefill.fits(config))
+    if in_one or rows > STEP_ROWS:
         return 0.0
     a_layer, a_number = APART
     return config.layers * (a_layer + a_number * rows * config.hidden)

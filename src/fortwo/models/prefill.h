@@ -7,11 +7,6 @@
 #ifdef AMX
 #define QUERIES 64 /* tokens whose queries are one task of attention */
 
-typedef struct { /* w: panels as matrix.h has them */
-    const float *attention_norm, *mlp_norm, *bias, *q_norm, *k_norm;
-    const bf16 *w[GROUPS];
-} paneled;
-
 typedef struct { /* tokens start to start + length - 1, after `before` that the cache holds: a part of one prompt, or what several begin with.
                     Their keys and values go to `copies` places from `first` on; those of all before them are in each. */
     long first, copies, before, start, length;
@@ -51,6 +46,13 @@ static answers answers_of(long T, long N, const adapter *adapters, const long *m
     return all;
 }
 
+static void forget(answers *all) {
+    free(all->row);
+    free(all->first);
+    free(all->of);
+    free(all->h);
+}
+
 /* h = A x of one strip and adapter. a: the strip (32, K). */
 static void go_in_strip(const answers *all, long T, long pair, long m, long index, long K, const bf16 *a) {
     const adapter *one = all->adapters + all->of[pair];
@@ -83,6 +85,44 @@ static void go_in_strip(const answers *all, long T, long pair, long m, long inde
     }
 }
 
+/* A group of a tile of a weight in 4 or 8 bits as matrix.h's tile. */
+static inline __attribute__((always_inline)) void widen_tile(int bits, const uint8_t *q, vector d, vector m, bf16 *tile) {
+    __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+#pragma GCC unroll 8
+    for (int i = 0; i < QUADS; i++) {
+        const uint8_t *from = q + (bits == 8 ? i : i / 2) * 4 * WIDTH;
+        if (bits == 8 || i % 2 == 0) __builtin_prefetch(from + AHEAD_OF_PRODUCT);
+        words found = *(const words *)from;
+        __m512 four[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            words own = bits == 8 ? found >> 8 * j & 255 : found >> (8 * j + i % 2 * 4) & 15;
+            four[j] = (__m512)(__builtin_convertvector((integers)own, vector) * d + m);
+        }
+#pragma GCC unroll 2
+        for (int j = 0; j < 4; j += 2) {
+            __m512i both = (__m512i)_mm512_cvtne2ps_pbh(four[j + 1], four[j]);
+            _mm512_storeu_si512(tile + (i * 2 + j / 2) * STEP, _mm512_permutexvar_epi16(pairs, both));
+        }
+    }
+}
+
+/* Panel p of such a weight. */
+static void widen_panel(const held *w, long p, bf16 *to) {
+    long G = w->I / GROUP, bytes = GROUP * WIDTH * w->bits / 8;
+    for (long o = p * PANEL; o < (p + 1) * PANEL; o += WIDTH)
+        for (long g = 0; g < G; g++) {
+            bf16 *tile = to + g * 2 * TILE + o % PANEL / WIDTH * TILE;
+            if (o >= w->O) memset(tile, 0, TILE * sizeof(bf16)); /* half a panel is all there is */
+            else {
+                long at = o / WIDTH * G + g;
+                vector d = halves(w->scale + at * WIDTH);
+                if (w->bits == 8) widen_tile(8, w->q + at * bytes, d, d * -128.0f, tile);
+                else widen_tile(4, w->q + at * bytes, d, halves(w->minimum + at * WIDTH), tile);
+            }
+        }
+}
+
 /* A strip of x times a panel of outputs o to o + 31, and what adapters add, into sums (32, 32). ahead: whether the panels that follow are fetched. */
 static void paneled_block(const answers *all, long m, long index, long o, long K, const bf16 *a, const bf16 *panel, int ahead, float *sums) {
     _tile_zero(0);
@@ -91,7 +131,7 @@ static void paneled_block(const answers *all, long m, long index, long o, long K
     _tile_zero(3);
     for (long k = 0; k < K / STEP; k++, panel += 2 * TILE) {
         if (ahead)
-            for (long i = 0; i < 2 * TILE; i += 32) __builtin_prefetch(panel + 4 * TILE + i);
+            for (long i = 0; i < 2 * TILE; i += 32) __builtin_prefetch(panel + 16 * TILE + i, 0, 2);
         tile_step(a + k * STEP, K, panel);
     }
     for (long pair = all->first[m]; pair < all->first[m + 1]; pair++) {
@@ -122,16 +162,21 @@ static void paneled_block(const answers *all, long m, long index, long o, long K
     _tile_stored(3, sums + 16 * PANEL + 16, 4 * PANEL);
 }
 
-/* What becomes of x W' (T, N): it is stored in bf16; or added to `sum`; or its left half gates its right half (SwiGLU), stored in bf16. */
-typedef enum { STORED, ADDED, GATED } fate;
+/* What becomes of x W' (T, N): it is stored in bf16; or added to `sum`; or is `sum`; or its left half gates its right half (SwiGLU), stored in bf16. */
+typedef enum { STORED, ADDED, KEPT, GATED } fate;
 
-static void finish_block(fate what, long tall, const float *sums, const float *up, bf16 *c, float *sum, long row) {
+static void finish_block(fate what, long tall, long wide, const float *sums, const float *up, bf16 *c, float *sum, long row) {
     for (long r = 0; r < tall; r++) {
         __m512 left = _mm512_load_ps(sums + r * PANEL), right = _mm512_load_ps(sums + r * PANEL + 16);
         if (what == ADDED) {
             float *to = sum + r * row;
             _mm512_storeu_ps(to, _mm512_add_ps(left, _mm512_loadu_ps(to)));
             _mm512_storeu_ps(to + 16, _mm512_add_ps(right, _mm512_loadu_ps(to + 16)));
+            continue;
+        }
+        if (what == KEPT) {
+            _mm512_mask_storeu_ps(sum + r * row, first(wide), left);
+            _mm512_mask_storeu_ps(sum + r * row + 16, first(wide - 16), right);
             continue;
         }
         if (what == GATED) {
@@ -144,10 +189,11 @@ static void finish_block(fate what, long tall, const float *sums, const float *u
     }
 }
 
-/* One fused product of all rows; shared among the threads that come here. a: rows of K, whole strips of them; row: numbers of a row of c, or of sum. */
-static void paneled_product(fate what, const answers *all, long index, long T, long N, long K, const bf16 *a, const bf16 *w, bf16 *c, float *sum,
-                            long row) {
-    long strips = (T + PANEL - 1) / PANEL, apart = K * PANEL, panels = N / PANEL, twice = what == GATED;
+/* One fused product of all rows; shared among the threads that come here. a: rows of w's inputs, whole strips of them; row: numbers of a row of c, or
+   of sum. Weights that are not laid out are, a few panels at a time, which stay in a core's cache while the strips pass. */
+static void paneled_product(fate what, const answers *all, long index, long T, const held *w, const bf16 *a, bf16 *c, float *sum, long row) {
+    static _Thread_local arena room;
+    long K = w->I, strips = (T + PANEL - 1) / PANEL, apart = K * PANEL, panels = (w->O + PANEL - 1) / PANEL, twice = what == GATED;
     if (all->first[strips]) {
 #pragma omp for schedule(dynamic)
         for (long pair = 0; pair < all->first[strips]; pair++) {
@@ -157,25 +203,31 @@ static void paneled_product(fate what, const answers *all, long index, long T, l
         }
     }
     if (twice) panels /= 2;
-    long fit = RESIDENT / (apart * (1 + twice) * (long)sizeof(bf16)), wanted = 4 * omp_get_num_threads();
+    long fit = RESIDENT / (apart * (1 + twice) * (long)sizeof(bf16)), wanted = 8 * omp_get_num_threads();
     long across = fit < 1 ? panels : (panels + fit - 1) / fit;
     if (across < wanted) across = panels < wanted ? panels : wanted;
+    make_room(&room, w->bits == 16 ? 0 : (panels / across + 1) * (1 + twice) * apart * sizeof(bf16));
+    bf16 *made = (bf16 *)room.at;
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < across; task++) {
         float sums[2 * PANEL * PANEL] __attribute__((aligned(64)));
+        long first = task * panels / across;
         for (long m = 0; m < strips; m++)
-            for (long p = task * panels / across; p < (task + 1) * panels / across; p++) {
+            for (long p = first; p < (task + 1) * panels / across; p++) {
                 long at = m * PANEL * row + p * PANEL, tall = T - m * PANEL < PANEL ? T - m * PANEL : PANEL;
-                paneled_block(all, m, index, p * PANEL, K, a + m * PANEL * K, w + p * apart, m == 0, sums);
-                if (twice)
-                    paneled_block(all, m, index, (panels + p) * PANEL, K, a + m * PANEL * K, w + (panels + p) * apart, m == 0, sums + PANEL * PANEL);
-                finish_block(what, tall, sums, sums + PANEL * PANEL, c + at, sum + at, row);
+                for (long half = 0; half <= twice; half++) {
+                    long own = half * panels + p, ahead = m == 0 && w->bits == 16;
+                    bf16 *panel = w->bits == 16 ? (bf16 *)w->q + own * apart : made + (strips > 1 ? (p - first) * (1 + twice) + half : 0) * apart;
+                    if (m == 0 && w->bits != 16) widen_panel(w, own, panel);
+                    paneled_block(all, m, index, own * PANEL, K, a + m * PANEL * K, panel, ahead, sums + half * PANEL * PANEL);
+                }
+                finish_block(what, tall, w->O - p * PANEL, sums, sums + PANEL * PANEL, c + at, sum + at, row);
             }
     }
 }
 
 /* A token's heads: bias, norms, rotation; keys and values go to the cache, to `copies` places as number `number` of their tokens. */
-static void into_cache(long l, const shape *s, const paneled *own, const float *cosine, const float *sine, const place *places, long copies,
+static void into_cache(long l, const shape *s, const layer *own, const float *cosine, const float *sine, const place *places, long copies,
                        long number, bf16 *heads) {
     long H = s->H, K = s->K, E = s->E;
     for (long n = 0; n < H + 2 * K; n++) {
@@ -212,11 +264,25 @@ static void lay_halves(long count, long E, const uint16_t *from, const bf16 **ro
     }
 }
 
+/* The queries of one token, as a decode step has them: too few for tiles. */
+static void attend_alone(long l, long G, long E, const place *at, long head, long seen, const bf16 *q, bf16 *out) {
+    static _Thread_local arena room;
+    make_room(&room, (2 * G * E + G * PAD(seen)) * sizeof(float) + 256);
+    float *own = take(&room, G * E * sizeof(float)), *mixed = take(&room, G * E * sizeof(float)), *scores = take(&room, G * PAD(seen) * sizeof(float));
+    for (long i = 0; i < G * E; i++) own[i] = from_bf16(q[i]);
+    look(1, G, E, at, l * at->layer_step + head * at->head_step, seen, own, mixed, scores);
+    for (long i = 0; i < G * E; i++) out[i] = to_bf16(mixed[i]);
+}
+
 static void attend_task(long l, const shape *s, const place *places, const queries *task, const bf16 *qkv, bf16 *out) {
     static _Thread_local arena room;
     long H = s->H, K = s->K, E = s->E, N = H + 2 * K, G = H / K, L = task->to - task->from;
     long before = task->own->before + task->from, start = task->own->start + task->from, S = before + L;
     const place *held = places + task->own->first;
+    if (L == 1) {
+        attend_alone(l, G, E, held, task->head, S, qkv + (start * N + task->head * G) * E, out + (start * H + task->head * G) * E);
+        return;
+    }
     packed_task t = {0, task->head, before, start, L, S, filled(S), L * G, filled(L * G)};
     make_room(&room, t.Sp * (8 + 6 * E + 32 * 6) + 32 * E * 4 + t.Mp * E * 2 + 1024);
     const bf16 **rows = take(&room, S * sizeof(bf16 *));
@@ -232,7 +298,7 @@ static void attend_task(long l, const shape *s, const place *places, const queri
 }
 
 /* out (T, D): hidden states of the tokens after the final norm. Every token is in one of R pieces. */
-void prefill_layers(long T, long R, const shape *s, const paneled *layers, const long *tokens, const piece *pieces, const place *places, long N,
+void prefill_layers(long T, long R, const shape *s, const layer *layers, const long *tokens, const piece *pieces, const place *places, long N,
                     const adapter *adapters, const long *members, float *out) {
     long D = s->D, H = s->H, K = s->K, E = s->E, I = s->I, L = s->layers, heads = H + 2 * K, strips = (T + PANEL - 1) / PANEL;
     answers all = answers_of(T, N, adapters, members, L * GROUPS);
@@ -255,10 +321,10 @@ void prefill_layers(long T, long R, const shape *s, const paneled *layers, const
             angles(s, piece_of[t]->before + t - piece_of[t]->start, cosine + t * E, sine + t * E);
         }
         for (long l = 0; l < L; l++) {
-            const paneled *own = layers + l;
+            const layer *own = layers + l;
 #pragma omp for schedule(static)
             for (long t = 0; t < T; t++) add_norm_row_bfloat16(D, x + t * D, 0, own->attention_norm, s->eps, 0, in + t * D);
-            paneled_product(STORED, &all, l * GROUPS + QKV, T, heads * E, D, in, own->w[QKV], qkv, 0, heads * E);
+            paneled_product(STORED, &all, l * GROUPS + QKV, T, own->w + QKV, in, qkv, 0, heads * E);
 #pragma omp for schedule(static)
             for (long t = 0; t < T; t++) {
                 const piece *its = piece_of[t];
@@ -266,11 +332,11 @@ void prefill_layers(long T, long R, const shape *s, const paneled *layers, const
             }
 #pragma omp for schedule(dynamic)
             for (long task = count - 1; task >= 0; task--) attend_task(l, s, places, tasks + task, qkv, in);
-            paneled_product(ADDED, &all, l * GROUPS + O, T, D, H * E, in, own->w[O], 0, x, D);
+            paneled_product(ADDED, &all, l * GROUPS + O, T, own->w + O, in, 0, x, D);
 #pragma omp for schedule(static)
             for (long t = 0; t < T; t++) add_norm_row_bfloat16(D, x + t * D, 0, own->mlp_norm, s->eps, 0, in + t * D);
-            paneled_product(GATED, &all, l * GROUPS + GATE_UP, T, 2 * I, D, in, own->w[GATE_UP], gated, 0, I);
-            paneled_product(ADDED, &all, l * GROUPS + DOWN, T, D, I, gated, own->w[DOWN], 0, x, D);
+            paneled_product(GATED, &all, l * GROUPS + GATE_UP, T, own->w + GATE_UP, in, gated, 0, I);
+            paneled_product(ADDED, &all, l * GROUPS + DOWN, T, own->w + DOWN, gated, 0, x, D);
         }
 #pragma omp for schedule(static)
         for (long t = 0; t < T; t++) add_norm_row_float32(D, x + t * D, 0, s->norm, s->eps, 0, out + t * D);
@@ -280,9 +346,25 @@ void prefill_layers(long T, long R, const shape *s, const paneled *layers, const
     free(x);
     free(piece_of);
     free(tasks);
-    free(all.row);
-    free(all.first);
-    free(all.of);
-    free(all.h);
+    forget(&all);
+}
+
+/* y (T, O) = x (T, I) W', in bf16, sums in fp32; W in 4 or 8 bits, in whole tiles of 16 outputs, I a multiple of 32. */
+void wide_product(long bits, long T, long I, long O, const float *x, const uint8_t *q, const uint16_t *scale, const uint16_t *minimum, float *y) {
+    held w = {bits, O, I, q, scale, minimum};
+    long strips = (T + PANEL - 1) / PANEL;
+    answers none = answers_of(T, 0, 0, 0, 0);
+    bf16 *a = aligned_alloc(64, strips * PANEL * I * sizeof(bf16));
+    memset(a + T * I, 0, (strips * PANEL - T) * I * sizeof(bf16));
+#pragma omp parallel
+    {
+        tiles_begin();
+#pragma omp for schedule(static)
+        for (long i = 0; i < T * I; i += 32) store_bf16(a + i, _mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + 16));
+        paneled_product(KEPT, &none, 0, T, &w, a, 0, y, O);
+        _tile_release();
+    }
+    free(a);
+    forget(&none);
 }
 #endif

@@ -1,6 +1,7 @@
-"""Prompts through all layers in one kernel (prefill.h), the adapters of each included.
+"""Prompts through all layers in one kernel (prefill.h), the adapters of each included; steps of many rows, too.
 
-For weights that are held in bf16 on processors with AMX's tiles; what is carried from layer to layer is fp32. `decoder`
+Products are in bf16, on processors with AMX's tiles, whatever the weights are held in; what is carried from layer to
+layer is fp32. `decoder`
 computes the same from torch's operations, for everything else and for comparison. Shape suffixes as in `decoder`.
 """
 
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 
 from fortwo.models import kernels
-from fortwo.models.decoder import Decoder
-from fortwo.models.forms import Form, Weight
+from fortwo.models.decoder import Decoder, DecoderConfig
+from fortwo.models.forms import Weight
 from fortwo.models.lora import Update
 from fortwo.models.step import Step, answering, layers_of, shape_of
-from fortwo.models.tiles import PANEL, Tiles
+from fortwo.models.tiles import PANEL
 
-FORM = "bf16"
+FORMS = ("bf16", "int8", "int4")
+MANY = 512  # tokens
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,16 @@ class Prefill:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._shape = shape_of(decoder)
-        c, weight = decoder.config, decoder.layers[0].qkv_OD
-        whole = all(size % PANEL == 0 for size in (c.hidden, c.intermediate, c.head_size))
-        tiles = isinstance(weight, Weight) and isinstance(weight.forms.get(FORM), Tiles)
-        self._layers = layers_of(decoder, FORM, _laid) if Step(decoder).laid and whole and tiles else None
+        weight = decoder.layers[0].qkv_OD
+        form = weight.choice.form(MANY) if isinstance(weight, Weight) else None
+        fits = form in FORMS and Step(decoder).laid and self.fits(decoder.config)
+        self._layers = layers_of(decoder, form) if form is not None and fits else None
+
+    @staticmethod
+    def fits(config: DecoderConfig) -> bool:
+        """Whether the processor has tiles, and all of the network's sizes are whole panels."""
+        c = config
+        return kernels.multiplies_tiles() and all(size % PANEL == 0 for size in (c.hidden, c.intermediate, c.head_size))
 
     @property
     def takes(self) -> bool:
@@ -61,8 +69,3 @@ class Prefill:
         told = (torch.tensor(tokens), torch.tensor(table), torch.tensor(places), *answering(updates))
         kernels.call("prefill_layers", None, len(tokens), len(pieces), self._shape, self._layers, *told, hidden_TD)
         return hidden_TD
-
-
-def _laid(form: Form) -> list[int]:
-    assert isinstance(form, Tiles)
-    return [form.laid.data_ptr()]

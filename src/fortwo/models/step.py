@@ -7,7 +7,7 @@ for comparison. Shape suffixes as in `decoder`, and B rows.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from fortwo.models.decoder import Decoder, DecoderConfig
 from fortwo.models.forms import Form, Grouped, Weight
 from fortwo.models.laid import SIXTEEN, Rows
 from fortwo.models.lora import Update
+from fortwo.models.tiles import Tiles
 
 WHOLE_STEP = ("int8", "int4")  # forms that there is a kernel for
 
@@ -55,7 +56,7 @@ class Step:
         assert isinstance(weight, Weight)
         form = weight.choice.form(B)
         if form not in self._tables:
-            self._tables[form] = layers_of(decoder, form, _held)
+            self._tables[form] = layers_of(decoder, form)
         fresh_B6 = torch.tensor([(token, position, *place) for token, position, place in rows])
         hidden_BD = torch.empty(B, decoder.config.hidden)
         kernels.call(
@@ -72,13 +73,13 @@ def shape_of(decoder: Decoder) -> Tensor:
     return torch.tensor(sizes + [tensor.data_ptr() for tensor in tensors])
 
 
-def layers_of(decoder: Decoder, form: str, told: Callable[[Form], Sequence[int]]) -> Tensor:
-    """A row for each layer: where its norms and biases are, and what is told of each of its four weights."""
+def layers_of(decoder: Decoder, form: str) -> Tensor:
+    """step.h's `layer` of each; the decoder must outlive it."""
     rows = []
     for layer in decoder.layers:
         row = [_address(getattr(layer, name)) for name in _SMALL]
         for name in ("qkv_OD", "o_DI", "gate_up_OD", "down_DI"):
-            row += told(getattr(layer, name).forms[form])
+            row += _held(getattr(layer, name).forms[form])
         rows.append(row)
     return torch.tensor(rows)
 
@@ -93,7 +94,9 @@ def answering(updates: Sequence[Update]) -> tuple[int, Tensor | None, Tensor | N
 
 
 def _held(form: Form) -> list[int]:
-    """quantised.h's `held`."""
+    """quantised.h's `held`; of weights in 16 bits the panels."""
+    if isinstance(form, Tiles):
+        return [16, *form.shape, form.laid.data_ptr(), 0, 0]
     assert isinstance(form, Grouped)
     return [form.bits, *form.shape, *map(_address, (form.q, form.scale_OG, form.minimum_OG))]
 
