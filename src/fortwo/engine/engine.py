@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CORES = torch.get_num_threads()  # before an engine takes them
-RUNNING = 64  # requests of one base that decode together
+RUNNING = 96  # requests of one base that decode together
 PROMPT_TOKENS = 2048  # of prompts that are computed in a turn
 PROMPT_TOKENS_BESIDE = 256  # the same while replies run: bounds how long they stand still
 TIDY_SECONDS = 20.0  # of a job, after which memory that it freed goes back to the system; half a second goes by that
