@@ -89,19 +89,19 @@ def test_memory_by_hand() -> None:
     held = PROCESS + 1000 + 20 + 7 * adapter
     # of each of 10 tokens and 2 layers: 16 numbers in sums, 88 that products and their like read; A and B of q_proj
     layer = 10 * 4 * (16 + 88) + 4 * 2 * (8 + 16)
-    assert found().training == held + round(1.6 * (2 * layer + 5 * HEAD_BYTES))
+    assert found().training == held + round(1.05 * (2 * layer + 5 * HEAD_BYTES))
     assert found(best=True).training - found().training == found(best=True).exam - found().exam == 2 * adapter
     again = layer + 2 * 10 * 8 * 8
-    assert found(checkpointing=True).training == held + round(1.6 * (again + 5 * HEAD_BYTES))
+    assert found(checkpointing=True).training == held + round(1.05 * (again + 5 * HEAD_BYTES))
     narrow = 10 * (4 * 16 + 2 * 88) + 2 * 2 * (8 + 16)
-    assert found(bf16=True).training == held + 280 + round(1.6 * (2 * narrow + 5 * HEAD_BYTES))
+    assert found(bf16=True).training == held + 280 + round(1.05 * (2 * narrow + 5 * HEAD_BYTES))
     assert found().exam == held + 1000 * 2 * 4 * 2 * 4
     assert found(base=replace(BASE, cache=100)).exam == held + 100 * 2 * 4 * 2 * 4
 
 
 def test_replies_lie_in_rows_of_doubled_length() -> None:
-    assert reply_tokens(COUNTS, sft=False) == 96 * 128
-    assert reply_tokens(TokenCounts([RowCount(1, 100, 21)]), sft=False) == 96 * 256
+    assert reply_tokens(COUNTS, sft=False) == 144 * 128
+    assert reply_tokens(TokenCounts([RowCount(1, 100, 21)]), sft=False) == 144 * 256
     assert reply_tokens(TokenCounts([RowCount(1, 100, 21)]), sft=True) == 20 * 256  # 13 replies
     assert reply_tokens(TokenCounts([RowCount(1, 100, 1000)]), sft=True) == 20 * 256
     assert (estimate.TOGETHER, estimate.ROW_TOKENS) == (RUNNING, SMALLEST)

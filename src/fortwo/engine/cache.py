@@ -117,7 +117,7 @@ class Cache:
         self.pools: dict[int, Pool] = {}
         self._config = config
         self._device = device
-        self._dtype = dtype
+        self.dtype = dtype
         self.bound = bound
 
     @staticmethod
@@ -141,7 +141,7 @@ class Cache:
 
     @property
     def bytes(self) -> int:
-        return self.tokens * self.bytes_per_token(self._config, self._dtype)
+        return self.tokens * self.bytes_per_token(self._config, self.dtype)
 
     def take(self, length: int) -> Slot | None:
         """A slot with room for `length` tokens; None where the bound leaves no room for it."""
@@ -153,7 +153,7 @@ class Cache:
             return None
         pool = self.pools.get(capacity)
         if pool is None:
-            pool = self.pools[capacity] = Pool(self._config, capacity, self._device, self._dtype)
+            pool = self.pools[capacity] = Pool(self._config, capacity, self._device, self.dtype)
         if not pool.spare:
             rows = max(1, len(pool.slots) // 2)
             if not self._fits(rows * capacity):

@@ -214,7 +214,8 @@ class JobRunner:
         parent, resident = self._start(request)
         if parent is not None:
             dataset = replace(dataset, kept=parent.kept(facts_of(dataset)))
-        base = plans.BaseFacts.of(resident.id, resident.decoder, resident.runner.cache.bound)
+        cache = resident.runner.cache
+        base = plans.BaseFacts.of(resident.id, resident.decoder, cache.bound, cache.dtype.itemsize)
         last = self._store.last_actual(resident.id)
         machine = self._engine.call(lambda: look(resident.decoder, last)).result()
         counts, suspicions = survey(resident.renderer, plans.training_rows(dataset))

@@ -12,30 +12,36 @@ typedef struct { /* tokens start to start + length - 1, after `before` that the 
     long first, copies, before, start, length;
 } piece;
 
-/* Which adapters answer for rows of strip m: those at of[first[m]] to of[first[m + 1] - 1]. h (pairs of these, 32, h_row): what goes in, of a pair,
-   each part's ranks filled up to 32 with zeros, and zeros for rows of others. */
+#define FEW 8 /* rows of a strip; for no more of them an adapter is multiplied without tiles */
+
+/* Which adapters answer for rows of strip m: those at of[first[m]] to of[first[m + 1] - 1]; of such a pair, rows (32) are the strip's that are its own,
+   `many` how many. h (pairs, 32, h_row): what goes in; where tiles multiply, each part's ranks are filled up to 32 with zeros, and rows of others are
+   zero. */
 typedef struct {
     const adapter *adapters;
-    long *row, *first, *of, h_row;
+    long *first, *of, *many, *rows, h_row;
     bf16 *h;
 } answers;
 
 static inline long filled(long n) { return steps(n) * STEP; }
 
 static answers answers_of(long T, long N, const adapter *adapters, const long *members, long indices) {
-    answers all = {adapters, malloc(T * sizeof(long)), calloc(T / PANEL + 2, sizeof(long)), malloc((T + 1) * sizeof(long)), 0, 0};
-    long strips = (T + PANEL - 1) / PANEL;
-    for (long t = 0; t < T; t++) all.row[t] = -1;
+    long strips = (T + PANEL - 1) / PANEL, most = T + 1, *own = malloc(T * sizeof(long));
+    answers all = {adapters, calloc(strips + 1, sizeof(long)), malloc(most * sizeof(long)), calloc(most, sizeof(long)), malloc(most * PANEL * sizeof(long))};
+    for (long t = 0; t < T; t++) own[t] = -1;
     for (long n = 0; n < N; n++)
-        for (long m = adapters[n].first; m < adapters[n].last; m++) all.row[members[m]] = n;
+        for (long m = adapters[n].first; m < adapters[n].last; m++) own[members[m]] = n;
     for (long m = 0, pairs = 0; m < strips; m++) {
         for (long t = m * PANEL; t < T && t < (m + 1) * PANEL; t++) {
-            long seen = all.row[t] < 0;
-            for (long i = all.first[m]; i < pairs; i++) seen |= all.of[i] == all.row[t];
-            if (!seen) all.of[pairs++] = all.row[t];
+            if (own[t] < 0) continue;
+            long pair = all.first[m];
+            while (pair < pairs && all.of[pair] != own[t]) pair++;
+            if (pair == pairs) all.of[pairs++] = own[t];
+            all.rows[pair * PANEL + all.many[pair]++] = t % PANEL;
         }
         all.first[m + 1] = pairs;
     }
+    free(own);
     for (const adapter *one = adapters; one < adapters + N; one++)
         for (long index = 0; index < indices; index++) {
             long wide = 0;
@@ -47,17 +53,28 @@ static answers answers_of(long T, long N, const adapter *adapters, const long *m
 }
 
 static void forget(answers *all) {
-    free(all->row);
     free(all->first);
     free(all->of);
+    free(all->many);
+    free(all->rows);
     free(all->h);
 }
 
 /* h = A x of one strip and adapter. a: the strip (32, K). */
-static void go_in_strip(const answers *all, long T, long pair, long m, long index, long K, const bf16 *a) {
+static void go_in_strip(const answers *all, long pair, long index, long K, const bf16 *a) {
     const adapter *one = all->adapters + all->of[pair];
     const update *own = one->updates + index;
+    const long *rows = all->rows + pair * PANEL, many = all->many[pair];
     bf16 *h = all->h + pair * PANEL * all->h_row;
+    if (many <= FEW) {
+        for (long first = 0; first < own->ranks; first += WIDTH) {
+            const bf16 *A = one->weights + own->A + first * K;
+            long r = 0;
+            for (; r + 4 <= many; r += 4) in_rows(4, rows + r, K, A, a, h + first, all->h_row);
+            for (; r < many; r++) in_rows(1, rows + r, K, A, a, h + first, all->h_row);
+        }
+        return;
+    }
     float sums[PANEL * own->ranks + 1] __attribute__((aligned(64)));
     for (long first = 0; first < own->ranks; first += WIDTH) {
         const bf16 *A = one->weights + own->A + first * K;
@@ -74,12 +91,11 @@ static void go_in_strip(const answers *all, long T, long pair, long m, long inde
         _tile_stored(1, sums + 16 * own->ranks + first, 4 * own->ranks);
     }
     memset(h, 0, PANEL * all->h_row * sizeof(bf16));
-    for (long r = 0; r < PANEL && m * PANEL + r < T; r++) {
-        if (all->row[m * PANEL + r] != all->of[pair]) continue;
-        bf16 *to = h + r * all->h_row;
+    for (long i = 0; i < many; i++) {
+        bf16 *to = h + rows[i] * all->h_row;
         for (long p = 0; p < own->parts; p++) {
-            const float *from = sums + r * own->ranks + own->part[p].from;
-            for (long i = 0; i < 2 * own->part[p].pairs; i++) to[i] = to_bf16(from[i]);
+            const float *from = sums + rows[i] * own->ranks + own->part[p].from;
+            for (long rank = 0; rank < 2 * own->part[p].pairs; rank++) to[rank] = to_bf16(from[rank]);
             to += filled(2 * own->part[p].pairs);
         }
     }
@@ -123,6 +139,24 @@ static void widen_panel(const held *w, long p, bf16 *to) {
         }
 }
 
+/* What a pair of few rows adds to outputs o to o + 31. */
+static void add_few(const answers *all, long pair, long index, long o, float *sums) {
+    const adapter *one = all->adapters + all->of[pair];
+    const update *own = one->updates + index;
+    const long *rows = all->rows + pair * PANEL, many = all->many[pair];
+    for (long p = 0; p < own->parts; p++) {
+        long first = own->part[p].first, pairs = own->part[p].pairs;
+        if (o < first || o >= first + own->part[p].width) continue;
+        const bf16 *B = one->weights + own->part[p].B + (o - first) * 2 * pairs, *h = all->h + pair * PANEL * all->h_row + own->part[p].from;
+        for (long j = 0; j < 2 * pairs; j++) __builtin_prefetch(B + (2 * pairs + j) * 2 * WIDTH);
+        for (long half = 0; half < PANEL; half += WIDTH, B += 2 * WIDTH * pairs) {
+            long r = 0;
+            for (; r + 4 <= many; r += 4) add_rows(4, rows + r, pairs, B, h, all->h_row, sums + half, PANEL);
+            for (; r < many; r++) add_rows(1, rows + r, pairs, B, h, all->h_row, sums + half, PANEL);
+        }
+    }
+}
+
 /* A strip of x times a panel of outputs o to o + 31, and what adapters add, into sums (32, 32). ahead: whether the panels that follow are fetched. */
 static void paneled_block(const answers *all, long m, long index, long o, long K, const bf16 *a, const bf16 *panel, int ahead, float *sums) {
     _tile_zero(0);
@@ -135,6 +169,7 @@ static void paneled_block(const answers *all, long m, long index, long o, long K
         tile_step(a + k * STEP, K, panel);
     }
     for (long pair = all->first[m]; pair < all->first[m + 1]; pair++) {
+        if (all->many[pair] <= FEW) continue;
         const adapter *one = all->adapters + all->of[pair];
         const update *own = one->updates + index;
         const bf16 *h = all->h + pair * PANEL * all->h_row;
@@ -160,6 +195,8 @@ static void paneled_block(const answers *all, long m, long index, long o, long K
     _tile_stored(1, sums + 16, 4 * PANEL);
     _tile_stored(2, sums + 16 * PANEL, 4 * PANEL);
     _tile_stored(3, sums + 16 * PANEL + 16, 4 * PANEL);
+    for (long pair = all->first[m]; pair < all->first[m + 1]; pair++)
+        if (all->many[pair] <= FEW) add_few(all, pair, index, o, sums);
 }
 
 /* What becomes of x W' (T, N): it is stored in bf16; or added to `sum`; or is `sum`; or its left half gates its right half (SwiGLU), stored in bf16. */
@@ -199,7 +236,7 @@ static void paneled_product(fate what, const answers *all, long index, long T, c
         for (long pair = 0; pair < all->first[strips]; pair++) {
             long m = 0;
             while (all->first[m + 1] <= pair) m++;
-            go_in_strip(all, T, pair, m, index, K, a + m * PANEL * K);
+            go_in_strip(all, pair, index, K, a + m * PANEL * K);
         }
     }
     if (twice) panels /= 2;

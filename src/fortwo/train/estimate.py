@@ -26,10 +26,10 @@ STATES = 7  # copies of an adapter: itself, its gradient, two moments; all but t
 OF_BEST = 2  # more of them where the best adapter is kept
 HEAD_BYTES = 24 << 20  # of logits at once
 HEAD_COPIES = 5  # of them: the adapter's, the teacher's, the slope, and what products make of those
-LOOSE = 1.6  # memory that a step's tensors, whose sizes change, take to what they hold
+LOOSE = 1.05  # memory that a step's tensors, whose sizes change, take to what they hold
 MICRO_TOKENS = 1280  # of a micro-step beyond the prefix, unless the request says otherwise
 PASSES = 3  # of a token that is trained on, to one that is only read: backward is two
-TOGETHER = 64  # replies that run at once
+TOGETHER = 96  # replies that run at once
 ROW_TOKENS = 128  # of the smallest row of the cache
 ROWS_MADE = 1.5  # rows that the cache makes, to those in use
 
@@ -38,7 +38,7 @@ ROWS_MADE = 1.5  # rows that the cache makes, to those in use
 class BaseFacts:
     """What the plan must know of the base model. bytes: its weights as they are held; bf16_copy, fp32_copy: what is
     made of them beside that to train in bf16 and fp32; cache: tokens whose keys and values there is room for, None for
-    any."""
+    any; kv_element: bytes of one of their numbers."""
 
     id: str
     context: int
@@ -52,9 +52,10 @@ class BaseFacts:
     bf16_copy: int
     fp32_copy: int
     cache: int | None = None
+    kv_element: int = FLOAT
 
     @classmethod
-    def of(cls, id: str, decoder: Decoder, cache: int | None = None) -> BaseFacts:
+    def of(cls, id: str, decoder: Decoder, cache: int | None = None, kv_element: int = FLOAT) -> BaseFacts:
         config = decoder.config
         return cls(
             id=id,
@@ -69,6 +70,7 @@ class BaseFacts:
             bf16_copy=decoder.bytes_to_train(bf16=True),
             fp32_copy=decoder.bytes_to_train(bf16=False),
             cache=cache,
+            kv_element=kv_element,
         )
 
     def shape(self, module: str) -> tuple[int, int]:
@@ -86,7 +88,7 @@ class BaseFacts:
     @property
     def kv_token(self) -> int:
         """Bytes of a token's keys and values."""
-        return 2 * FLOAT * self.layers * self.kv
+        return 2 * self.kv_element * self.layers * self.kv
 
     def fused(self, module: str) -> int:
         """Outputs of the product that a projection is part of."""
