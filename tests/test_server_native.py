@@ -137,7 +137,7 @@ def test_an_adapter_that_answers_is_not_deleted_and_a_deleted_one_is_not_in_memo
         next(lines)
         assert "reborn@1" in refused(served.http.delete("/api/adapters/reborn"), 409, "conflict", "adapter_name")
         said = list(lines)
-    assert '"finish_reason": "length"' in said[-4]
+    assert '"finish_reason":"length"' in said[-4]
     assert served.http.delete("/api/adapters/reborn").status_code == 200
     resident = served.house.residents.load_base("tiny")
     assert not resident.runner.has(old.digest)

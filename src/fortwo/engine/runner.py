@@ -264,9 +264,8 @@ class Runner:
     def step(self, sequences: Sequence[Running]) -> Tensor:
         """Run the last token of each sequence whose other tokens are computed, and for which `extend` found room.
         Next-token logits (len(sequences), V), in order."""
-        few = len(sequences) < WIDE or not self._prompts.takes
         if self._prompts.takes or self._one_kernel.takes(len(sequences)):
-            hidden_BD = self._step_at_once(sequences, few)
+            hidden_BD = self._step_at_once(sequences)
             self._told(sequences, hidden_BD)
             return self.decoder.logits(hidden_BD)
         device = self.decoder.device
@@ -283,10 +282,11 @@ class Runner:
             hidden_BD = hidden_BD[torch.tensor(order, device=device).argsort()]
         return self.decoder.logits(hidden_BD)
 
-    def _step_at_once(self, sequences: Sequence[Running], few: bool) -> Tensor:
+    def _step_at_once(self, sequences: Sequence[Running]) -> Tensor:
         rows = [(one.tokens[-1], len(one.tokens) - 1, self.cache.place(_slot(one))) for one in sequences]
         updates = self._updates([sequence.adapter for sequence in sequences])
-        if few and self._one_kernel.takes(len(sequences)):
+        few = len(rows) < WIDE or not self._prompts.takes
+        if few and self._one_kernel.takes(len(rows)):
             return self._one_kernel(rows, updates)
         return self._prompts([Piece([token], position, [place]) for token, position, place in rows], updates)
 

@@ -1,5 +1,5 @@
-/* Prompts through all layers: the new tokens of some sequences, with the adapters of each, in bf16 on AMX's tiles, sums and what is carried from layer
-   to layer in fp32. kernels.c includes this once, behind step.h.
+/* Prompts, and steps of many rows, through all layers: the new tokens of some sequences, with the adapters of each, in bf16 on AMX's tiles, sums and what
+   is carried from layer to layer in fp32. kernels.c includes this once, behind step.h.
 
    T tokens, R sequences, D hidden, H query heads, K key/value heads, E head size, I intermediate; D, H * E and I are multiples of 32. Rows come in
    strips of 32. */
