@@ -81,11 +81,8 @@ def main() -> None:
         "| form | MB | mean KL | same first token | " + " | ".join(f"{count} rows, ms a step" for count in ROWS) + " |"
     )
     print("|---|---|---|---|" + "---|" * len(ROWS))
-    choices = {name: Choice.fixed(name) for name in FORMS} | {
-        "int4, prompts in bf16": Choice(((64, "int4"), (65, "bf16")))
-    }
-    for name, choice in choices.items():
-        decoder = exact if name == "fp32" else exact.in_forms(choice)
+    for name in FORMS:
+        decoder = exact if name == "fp32" else exact.in_forms(Choice.fixed(name))
         found = distributions(decoder, rows)
         divergence = float((wanted.exp() * (wanted - found)).sum(-1).mean())
         same = float((wanted.argmax(-1) == found.argmax(-1)).float().mean())
