@@ -20,9 +20,8 @@ def check(version: AdapterVersion, lora: Lora) -> None:
     tensors = lora.parameters()
     if not tensors:
         raise InvalidAdapter(f"adapter {version.id!r} matches no module of its base")
-    if (
-        not torch.stack([tensor.sum() for tensor in tensors]).isfinite().all()
-    ):  # of large numbers a sum may overflow too
+    sums = torch.stack([tensor.sum() for tensor in tensors])
+    if not sums.isfinite().all():  # of large numbers a sum may overflow too
         for name, tensor in lora.state().items():
             if not tensor.isfinite().all():
                 raise InvalidAdapter(f"tensor {name!r} of adapter {version.id!r} holds nan or infinite values")

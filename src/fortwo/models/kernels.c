@@ -10,7 +10,7 @@
 #define LINE 64      /* numbers of a row that are worked on while those of the next row are fetched */
 #define BLOCK 16     /* queries of one head whose scores are there together */
 #define WIDTH 16
-#define PART 16384      /* numbers that are summed up in fp32 */
+#define PART 16384   /* numbers that are summed up in fp32 */
 #define PAD(n) (((n) + WIDTH - 1) / WIDTH * WIDTH)
 
 typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
@@ -45,32 +45,30 @@ static inline float exponential(float x) {
     return p * power.value;
 }
 
-/* 32 bits without a pattern for each place (the finaliser of MurmurHash3, twice). */
-static inline uint32_t hash(uint32_t place, uint32_t seed) {
-    uint32_t h = place * 0x9e3779b9u + seed;
-    for (int round = 0; round < 2; round++) {
-        h = (h ^ h >> 16) * 0x85ebca6bu;
-        h = (h ^ h >> 13) * 0xc2b2ae35u;
-        h = (h ^ h >> 16) + seed;
+/* 32 bits without a pattern for each place (the finaliser of MurmurHash3, twice), for one or for sixteen. */
+#define HASH(number)                                                  \
+    static inline number hash_##number(number place, uint32_t seed) { \
+        number h = place * 0x9e3779b9u + seed;                        \
+        for (int round = 0; round < 2; round++) {                     \
+            h = (h ^ h >> 16) * 0x85ebca6bu;                          \
+            h = (h ^ h >> 13) * 0xc2b2ae35u;                          \
+            h = (h ^ h >> 16) + seed;                                 \
+        }                                                             \
+        return h;                                                     \
     }
-    return h;
-}
+HASH(uint32_t)
+HASH(words)
 
-static inline float largest_of(vector v) {
-    float top = v[0];
-    for (int n = 1; n < WIDTH; n++) top = v[n] > top ? v[n] : top;
-    return top;
-}
-
-/* Of n > 0 numbers. Lane by lane, which is a vector; one after the other took a third of a decode step's attention. */
+/* Of n > 0 numbers, lane by lane: a loop that is a vector. */
 static inline float largest(const float *x, long n) {
-    float tops[WIDTH];
+    float tops[WIDTH], top = x[0];
     long i = 0;
-    for (long lane = 0; lane < WIDTH; lane++) tops[lane] = x[0];
+    for (long lane = 0; lane < WIDTH; lane++) tops[lane] = top;
     for (; i + WIDTH <= n; i += WIDTH)
         for (long lane = 0; lane < WIDTH; lane++) tops[lane] = x[i + lane] > tops[lane] ? x[i + lane] : tops[lane];
     for (long lane = 0; i < n; i++, lane++) tops[lane] = x[i] > tops[lane] ? x[i] : tops[lane];
-    return largest_of(*(vector *)tops);
+    for (long lane = 0; lane < WIDTH; lane++) top = tops[lane] > top ? tops[lane] : top;
+    return top;
 }
 
 /* The first n of `seen` scores become their softmax, the rest zero. Returns the logarithm of the sum. */

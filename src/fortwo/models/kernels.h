@@ -86,7 +86,7 @@ void NAME(swiglu_backward)(long T, long I, const element *gate_up, const element
 void NAME(dropout)(long size, long seed, long kept, const element *x, element *out) {
     float scale = 4294967296.0f / kept;
 #pragma omp parallel for simd schedule(static) if (parallel : size > SERIAL)
-    for (long i = 0; i < size; i++) out[i] = hash((uint32_t)i, (uint32_t)seed) <= (uint32_t)(kept - 1) ? STORE(LOAD(x[i]) * scale) : 0;
+    for (long i = 0; i < size; i++) out[i] = hash_uint32_t((uint32_t)i, (uint32_t)seed) <= (uint32_t)(kept - 1) ? STORE(LOAD(x[i]) * scale) : 0;
 }
 
 /* The first `turned` of N heads are rotated by cos and sin (T, E), each angle in both halves; the others are copied. sign -1 turns back. */

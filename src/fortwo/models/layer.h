@@ -47,12 +47,7 @@ static void draw(long size, long seed, long kept, const bf16 *x, bf16 *out, uint
     for (long i = 0; i < size; i += 32) {
         __mmask32 within = size - i < 32 ? (1u << (size - i)) - 1 : ~0u, keeps = 0;
         for (int half = 0; half < 2; half++) {
-            words h = (sixteen + (uint32_t)(i + 16 * half)) * 0x9e3779b9u + (uint32_t)seed;
-            for (int round = 0; round < 2; round++) {
-                h = (h ^ h >> 16) * 0x85ebca6bu;
-                h = (h ^ h >> 13) * 0xc2b2ae35u;
-                h = (h ^ h >> 16) + (uint32_t)seed;
-            }
+            words h = hash_words(sixteen + (uint32_t)(i + 16 * half), (uint32_t)seed);
             keeps |= (__mmask32)_mm512_cmple_epu32_mask((__m512i)h, most) << 16 * half;
         }
         mask[i / 32] = keeps &= within;

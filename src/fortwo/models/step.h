@@ -188,13 +188,11 @@ void decode_layers(long B, const shape *s, const layer *layers, const fresh *row
             const layer *own = layers + l;
 #pragma omp for schedule(static)
             for (long b = 0; b < B; b++) {
-                if (l)
-                    for (long d = 0; d < D; d++) x[b * D + d] += y[b * D + d];
-                else {
+                if (!l) {
                     memcpy(x + b * D, s->embedding + rows[b].token * D, D * sizeof(float));
                     angles(s, rows[b].position, cosine + b * E, sine + b * E);
                 }
-                add_norm_row_float32(D, x + b * D, 0, own->attention_norm, eps, 0, in + b * D);
+                add_norm_row_float32(D, x + b * D, l ? y + b * D : 0, own->attention_norm, eps, x + b * D, in + b * D);
                 give(&by_D, b, in, narrow);
             }
             whole_product(own->w + QKV, &by_D, narrow, N, adapters, members, l * GROUPS + QKV, h, ranks, y, room);
@@ -217,8 +215,7 @@ void decode_layers(long B, const shape *s, const layer *layers, const fresh *row
             whole_product(own->w + O, &by_HE, narrow, N, adapters, members, l * GROUPS + O, h, ranks, y, room);
 #pragma omp for schedule(static)
             for (long b = 0; b < B; b++) {
-                for (long d = 0; d < D; d++) x[b * D + d] += y[b * D + d];
-                add_norm_row_float32(D, x + b * D, 0, own->mlp_norm, eps, 0, in + b * D);
+                add_norm_row_float32(D, x + b * D, y + b * D, own->mlp_norm, eps, x + b * D, in + b * D);
                 give(&by_D, b, in, narrow);
             }
             whole_product(own->w + GATE_UP, &by_D, narrow, N, adapters, members, l * GROUPS + GATE_UP, h, ranks, y, room);
