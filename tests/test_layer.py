@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fortwo.models import kernels
 from fortwo.models.decoder import Decoder
-from fortwo.models.layer import WholeLayer
-from fortwo.models.lora import Segment
+from fortwo.models.layer import trained_whole
+from fortwo.models.lora import Lora, Segment
 from fortwo.models.lora_config import LoraConfig
 from fortwo.train.objective import Row, losses
-from tests.parts import as_decoder, make_rows, random_lora, trainable
+from tests.parts import as_decoder, make_rows, random_lora
 from tests.tiny import tiny_model
 
 tiled = pytest.mark.skipif(not kernels.multiplies_tiles(), reason="the processor has no tiles")
@@ -34,7 +34,7 @@ def trained(
     home: Decoder, config: LoraConfig, lengths: list[int], prefix: int = 3, checkpointing: bool = False
 ) -> list[Tensor]:
     """A loss and its gradients."""
-    lora = trainable(random_lora(home, config=config))
+    lora = flat(home, config)
     rows = [Row(tuple(row), prefix + 1) for row in make_rows(lengths, start=range(1, prefix + 1))]
     torch.manual_seed(4)
     found = losses(home, lora, prefix, rows, checkpointing)
@@ -42,21 +42,27 @@ def trained(
     return [found.learn.detach(), *(parameter.grad for parameter in lora.parameters() if parameter.grad is not None)]
 
 
-def fits(home: Decoder, segment: Segment) -> bool:
-    return all(WholeLayer.fits(home.config, layer, [segment]) for layer in home.layers)
+def flat(home: Decoder, config: LoraConfig = LoraConfig()) -> Lora:
+    lora = random_lora(home, config=config)
+    lora.flatten()
+    return lora
+
+
+def fits(home: Decoder, *segments: Segment) -> bool:
+    return trained_whole(home.config, home.layers, segments) is not None
 
 
 @tiled
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("lengths", [[9], [40, 25, 31], [64]])
+@pytest.mark.parametrize("lengths", [[9], [40, 25, 31], [64], [90, 77, 60]])
 def test_it_is_the_decoders_own_operations(
     monkeypatch: pytest.MonkeyPatch, config: LoraConfig, lengths: list[int]
 ) -> None:
     home = network()
-    assert fits(home, Segment(random_lora(home, config=config)))
+    assert fits(home, Segment(flat(home, config)))
     found = trained(home, config, lengths)
     again = trained(home, config, lengths, checkpointing=True)
-    monkeypatch.setattr(WholeLayer, "fits", staticmethod(lambda *_: False))
+    monkeypatch.setattr("fortwo.models.decoder.trained_whole", lambda *_: None)
     wanted = trained(home, config, lengths)
     assert len(found) == len(wanted) > 1
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
@@ -66,11 +72,13 @@ def test_it_is_the_decoders_own_operations(
 @tiled
 def test_what_the_kernel_does_not_know_is_left_to_the_decoder() -> None:
     home = network()
-    lora = random_lora(home)
+    lora = flat(home)
     assert fits(home, Segment(lora))
+    assert not fits(home, Segment(lora), Segment(lora))
+    assert not fits(home, Segment(random_lora(home)))
     assert not fits(home, Segment(lora, torch.tensor([0])))
     with torch.no_grad():
         assert not fits(home, Segment(lora))
     assert not fits(as_decoder(tiny_model("llama", head_dim=32)), Segment(lora))
     for other in (network("qwen2"), network("qwen3"), network(head_dim=16)):
-        assert not fits(other, Segment(random_lora(other)))
+        assert not fits(other, Segment(flat(other)))

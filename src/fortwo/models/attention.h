@@ -9,23 +9,14 @@
 
 /* c (32, 32) (+)= a times a panel of `count` steps. */
 static void patch(long count, const bf16 *a, long a_row, const bf16 *panel, float *c, long c_row, int add) {
-    float *corners[4] = {c, c + 16, c + 16 * c_row, c + 16 * c_row + 16};
     if (add) {
-        _tile_loadd(0, corners[0], 4 * c_row);
-        _tile_loadd(1, corners[1], 4 * c_row);
-        _tile_loadd(2, corners[2], 4 * c_row);
-        _tile_loadd(3, corners[3], 4 * c_row);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+        _tile_loadd(0, c, 4 * c_row);
+        _tile_loadd(1, c + 16, 4 * c_row);
+        _tile_loadd(2, c + 16 * c_row, 4 * c_row);
+        _tile_loadd(3, c + 16 * c_row + 16, 4 * c_row);
+    } else tiles_clear();
     for (long k = 0; k < count; k++) tile_step(a + k * STEP, a_row, panel + k * SQUARE);
-    _tile_stored(0, corners[0], 4 * c_row);
-    _tile_stored(1, corners[1], 4 * c_row);
-    _tile_stored(2, corners[2], 4 * c_row);
-    _tile_stored(3, corners[3], 4 * c_row);
+    tiles_stored(c, c_row);
 }
 
 /* Panels of rows (count, E) whose products are summed over E: outputs are rows, zero beyond `count`. */
@@ -190,130 +181,144 @@ static void attend_tiles(const packed_task *t, long H, long G, long N, long E, c
     }
 }
 
-void attention_tiles(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, bf16 *out, float *lse) {
+/* `attention`, shared among the threads that come here with tiles; they do not wait for each other at its end. */
+static void attention_shared(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, bf16 *out, float *lse) {
+    static _Thread_local arena room;
     long N = H + 2 * K, G = H / K, tasks = (R + (P > 0)) * K;
+#pragma omp for schedule(dynamic) nowait
+    for (long task = 0; task < tasks; task++) {
+        packed_task t = packed_task_of(task, P, R, starts, lengths, H, K);
+        make_room(&room, t.Sp * (8 + 4 * E + 32 * 6) + 32 * E * 4 + t.Mp * E * 2 + 1024);
+        const bf16 **rows = take(&room, t.S * sizeof(bf16 *));
+        bf16 *keys = take(&room, t.Sp * E * 2), *values = take(&room, t.Sp * E * 2), *q = take(&room, t.Mp * E * 2);
+        float *scores = take(&room, 32 * t.Sp * 4), *mixed = take(&room, 32 * E * 4);
+        bf16 *mass = take(&room, 32 * t.Sp * 2);
+        for (long s = 0; s < t.S; s++) rows[s] = qkv + (s < t.before ? s : t.start + s - t.before) * N * E;
+        lay_rows(t.S, E, rows, (H + t.k) * E, keys);
+        lay_columns(t.S, E, rows, (H + K + t.k) * E, values);
+        attend_tiles(&t, H, G, N, E, qkv, keys, values, q, scores, mass, mixed, out, lse);
+    }
+}
+
+void attention_tiles(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, bf16 *out, float *lse) {
 #pragma omp parallel
     {
-        static _Thread_local arena room;
         tiles_begin();
-#pragma omp for schedule(dynamic) nowait
-        for (long task = 0; task < tasks; task++) {
-            packed_task t = packed_task_of(task, P, R, starts, lengths, H, K);
-            make_room(&room, t.Sp * (8 + 4 * E + 32 * 6) + 32 * E * 4 + t.Mp * E * 2 + 1024);
-            const bf16 **rows = take(&room, t.S * sizeof(bf16 *));
-            bf16 *keys = take(&room, t.Sp * E * 2), *values = take(&room, t.Sp * E * 2), *q = take(&room, t.Mp * E * 2);
-            float *scores = take(&room, 32 * t.Sp * 4), *mixed = take(&room, 32 * E * 4);
-            bf16 *mass = take(&room, 32 * t.Sp * 2);
-            for (long s = 0; s < t.S; s++) rows[s] = qkv + (s < t.before ? s : t.start + s - t.before) * N * E;
-            lay_rows(t.S, E, rows, (H + t.k) * E, keys);
-            lay_columns(t.S, E, rows, (H + K + t.k) * E, values);
-            attend_tiles(&t, H, G, N, E, qkv, keys, values, q, scores, mass, mixed, out, lse);
-        }
+        attention_shared(P, R, starts, lengths, H, K, E, qkv, out, lse);
         _tile_release();
     }
 }
 
-void attention_tiles_backward(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, const float *lse,
-                              const bf16 *grad, bf16 *grad_qkv) {
+/* `attention_backward`, shared likewise. between: of keys and values of the prefix, attention_between of them. */
+static void attention_backward_shared(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv,
+                                      const float *lse, const bf16 *grad, float *between, bf16 *grad_qkv) {
+    static _Thread_local arena room;
     long N = H + 2 * K, G = H / K, tasks = (R + (P > 0)) * K;
-    float scaling = 1 / sqrtf((float)E), *shared = malloc((2 * (R + 1) * K * P * E + 1) * sizeof(float));
-#pragma omp parallel
-    {
-        static _Thread_local arena room;
-        tiles_begin();
+    float scaling = 1 / sqrtf((float)E);
 #pragma omp for schedule(dynamic)
-        for (long task = 0; task < tasks; task++) {
-            packed_task t = packed_task_of(task, P, R, starts, lengths, H, K);
-            make_room(&room, t.Sp * (8 + 14 * E + 32 * 10 + CHUNK * 4) + 8 * CHUNK * E + 32 * E * 4 + 2048);
-            const bf16 **rows = take(&room, t.S * sizeof(bf16 *)), *q_rows[CHUNK], *g_rows[CHUNK];
-            bf16 *keys = take(&room, t.Sp * E * 2), *values = take(&room, t.Sp * E * 2), *key_columns = take(&room, t.Sp * E * 2);
-            float *grad_k = take(&room, t.Sp * E * 4), *grad_v = take(&room, t.Sp * E * 4), *grad_q = take(&room, 32 * E * 4);
-            float *scores = take(&room, 32 * t.Sp * 4), *slopes = take(&room, 32 * t.Sp * 4);
-            bf16 *q = take(&room, CHUNK * E * 2), *g = take(&room, CHUNK * E * 2), *q_columns = take(&room, CHUNK * E * 2);
-            bf16 *g_columns = take(&room, CHUNK * E * 2), *slope = take(&room, 32 * t.Sp * 2);
-            bf16 *turned_p = take(&room, t.Sp * CHUNK * 2), *turned_slopes = take(&room, t.Sp * CHUNK * 2);
-            for (long s = 0; s < t.S; s++) rows[s] = qkv + (s < t.before ? s : t.start + s - t.before) * N * E;
-            lay_rows(t.S, E, rows, (H + t.k) * E, keys);
-            lay_rows(t.S, E, rows, (H + K + t.k) * E, values);
-            lay_columns(t.S, E, rows, (H + t.k) * E, key_columns);
-            memset(grad_k, 0, t.Sp * E * sizeof(float));
-            memset(grad_v, 0, t.Sp * E * sizeof(float));
-            for (long from = 0; from < t.M; from += CHUNK) {
-                long count = t.M - from < CHUNK ? t.M - from : CHUNK, blocks = steps(count), seen[CHUNK / 32];
-                for (long m = 0; m < blocks * 32; m++) {
-                    q_rows[m] = q + m * E, g_rows[m] = g + m * E;
-                    if (m < count) {
-                        long i = t.start + (from + m) / G, head = t.k * G + (from + m) % G;
-                        memcpy(q + m * E, qkv + (i * N + head) * E, E * sizeof(bf16));
-                        memcpy(g + m * E, grad + (i * H + head) * E, E * sizeof(bf16));
-                    } else {
-                        memset(q + m * E, 0, E * sizeof(bf16));
-                        memset(g + m * E, 0, E * sizeof(bf16));
-                    }
-                }
-                lay_columns(blocks * 32, E, q_rows, 0, q_columns);
-                lay_columns(blocks * 32, E, g_rows, 0, g_columns);
-                for (long b = 0; b < blocks; b++) {
-                    long m = 32 * b, all = seen[b] = keys_seen(&t, from + m + 31, G), tall = count - m < 32 ? count - m : 32;
-                    for (long s = 0; s < all; s += PANEL) patch(E / STEP, q + m * E, E, keys + s * E, scores + s, t.Sp, 0);
-                    for (long s = 0; s < all; s += PANEL) patch(E / STEP, g + m * E, E, values + s * E, slopes + s, t.Sp, 0);
-                    for (long row = 0; row < 32; row++) {
-                        long i = (from + m + row) / G, h = (from + m + row) % G, n = row < tall ? t.before + i + 1 : 0;
-                        float sum = row < tall ? lse[(t.start + i) * H + t.k * G + h] : 0;
-                        softmax_backward(scores + row * t.Sp, slopes + row * t.Sp, n, all, scaling, sum, slope + row * t.Sp);
-                    }
-                    turn(scores, t.Sp, all, turned_p + m, CHUNK);
-                    turn(slopes, t.Sp, all, turned_slopes + m, CHUNK);
-                    for (long e = 0; e < E; e += PANEL) patch(all / STEP, slope, t.Sp, key_columns + e * t.Sp, grad_q + e, E, 0);
-                    for (long row = 0; row < tall; row++) {
-                        long i = (from + m + row) / G, h = (from + m + row) % G;
-                        bf16 *to = grad_qkv + ((t.start + i) * N + t.k * G + h) * E;
-                        const float *at = grad_q + row * E;
-                        __m512 by = _mm512_set1_ps(scaling);
-                        for (long e = 0; e < E; e += 32)
-                            store_bf16(to + e, _mm512_mul_ps(_mm512_loadu_ps(at + e), by), _mm512_mul_ps(_mm512_loadu_ps(at + e + 16), by));
-                    }
-                }
-                for (long s = 0, b = 0; s < seen[blocks - 1]; s += 32) {
-                    while (seen[b] <= s) b++; /* queries before this block see none of these keys */
-                    for (long e = 0; e < E; e += PANEL) {
-                        long at = e * blocks * STEP + b * SQUARE;
-                        patch(blocks - b, turned_slopes + s * CHUNK + 32 * b, CHUNK, q_columns + at, grad_k + s * E + e, E, 1);
-                        patch(blocks - b, turned_p + s * CHUNK + 32 * b, CHUNK, g_columns + at, grad_v + s * E + e, E, 1);
-                    }
+    for (long task = 0; task < tasks; task++) {
+        packed_task t = packed_task_of(task, P, R, starts, lengths, H, K);
+        make_room(&room, t.Sp * (8 + 14 * E + 32 * 10 + CHUNK * 4) + 8 * CHUNK * E + 32 * E * 4 + 2048);
+        const bf16 **rows = take(&room, t.S * sizeof(bf16 *)), *q_rows[CHUNK], *g_rows[CHUNK];
+        bf16 *keys = take(&room, t.Sp * E * 2), *values = take(&room, t.Sp * E * 2), *key_columns = take(&room, t.Sp * E * 2);
+        float *grad_k = take(&room, t.Sp * E * 4), *grad_v = take(&room, t.Sp * E * 4), *grad_q = take(&room, 32 * E * 4);
+        float *scores = take(&room, 32 * t.Sp * 4), *slopes = take(&room, 32 * t.Sp * 4);
+        bf16 *q = take(&room, CHUNK * E * 2), *g = take(&room, CHUNK * E * 2), *q_columns = take(&room, CHUNK * E * 2);
+        bf16 *g_columns = take(&room, CHUNK * E * 2), *slope = take(&room, 32 * t.Sp * 2);
+        bf16 *turned_p = take(&room, t.Sp * CHUNK * 2), *turned_slopes = take(&room, t.Sp * CHUNK * 2);
+        for (long s = 0; s < t.S; s++) rows[s] = qkv + (s < t.before ? s : t.start + s - t.before) * N * E;
+        lay_rows(t.S, E, rows, (H + t.k) * E, keys);
+        lay_rows(t.S, E, rows, (H + K + t.k) * E, values);
+        lay_columns(t.S, E, rows, (H + t.k) * E, key_columns);
+        memset(grad_k, 0, t.Sp * E * sizeof(float));
+        memset(grad_v, 0, t.Sp * E * sizeof(float));
+        for (long from = 0; from < t.M; from += CHUNK) {
+            long count = t.M - from < CHUNK ? t.M - from : CHUNK, blocks = steps(count), seen[CHUNK / 32];
+            for (long m = 0; m < blocks * 32; m++) {
+                q_rows[m] = q + m * E, g_rows[m] = g + m * E;
+                if (m < count) {
+                    long i = t.start + (from + m) / G, head = t.k * G + (from + m) % G;
+                    memcpy(q + m * E, qkv + (i * N + head) * E, E * sizeof(bf16));
+                    memcpy(g + m * E, grad + (i * H + head) * E, E * sizeof(bf16));
+                } else {
+                    memset(q + m * E, 0, E * sizeof(bf16));
+                    memset(g + m * E, 0, E * sizeof(bf16));
                 }
             }
-            for (long s = 0; s < t.S; s++) {
-                float *at_k = grad_k + s * E, *at_v = grad_v + s * E;
-                for (long e = 0; e < E; e++) at_k[e] *= scaling;
-                if (s < P) {
-                    float *to = shared + ((t.r * K + t.k) * P + s) * 2 * E;
-                    memcpy(to, at_k, E * sizeof(float));
-                    memcpy(to + E, at_v, E * sizeof(float));
-                } else {
-                    bf16 *to = grad_qkv + ((t.start + s - t.before) * N + H + t.k) * E;
-                    for (long e = 0; e < E; e += 32) {
-                        store_bf16(to + e, _mm512_loadu_ps(at_k + e), _mm512_loadu_ps(at_k + e + 16));
-                        store_bf16(to + K * E + e, _mm512_loadu_ps(at_v + e), _mm512_loadu_ps(at_v + e + 16));
-                    }
+            lay_columns(blocks * 32, E, q_rows, 0, q_columns);
+            lay_columns(blocks * 32, E, g_rows, 0, g_columns);
+            for (long b = 0; b < blocks; b++) {
+                long m = 32 * b, all = seen[b] = keys_seen(&t, from + m + 31, G), tall = count - m < 32 ? count - m : 32;
+                for (long s = 0; s < all; s += PANEL) patch(E / STEP, q + m * E, E, keys + s * E, scores + s, t.Sp, 0);
+                for (long s = 0; s < all; s += PANEL) patch(E / STEP, g + m * E, E, values + s * E, slopes + s, t.Sp, 0);
+                for (long row = 0; row < 32; row++) {
+                    long i = (from + m + row) / G, h = (from + m + row) % G, n = row < tall ? t.before + i + 1 : 0;
+                    float sum = row < tall ? lse[(t.start + i) * H + t.k * G + h] : 0;
+                    softmax_backward(scores + row * t.Sp, slopes + row * t.Sp, n, all, scaling, sum, slope + row * t.Sp);
+                }
+                turn(scores, t.Sp, all, turned_p + m, CHUNK);
+                turn(slopes, t.Sp, all, turned_slopes + m, CHUNK);
+                for (long e = 0; e < E; e += PANEL) patch(all / STEP, slope, t.Sp, key_columns + e * t.Sp, grad_q + e, E, 0);
+                for (long row = 0; row < tall; row++) {
+                    long i = (from + m + row) / G, h = (from + m + row) % G;
+                    bf16 *to = grad_qkv + ((t.start + i) * N + t.k * G + h) * E;
+                    const float *at = grad_q + row * E;
+                    __m512 by = _mm512_set1_ps(scaling);
+                    for (long e = 0; e < E; e += 32)
+                        store_bf16(to + e, _mm512_mul_ps(_mm512_loadu_ps(at + e), by), _mm512_mul_ps(_mm512_loadu_ps(at + e + 16), by));
+                }
+            }
+            for (long s = 0, b = 0; s < seen[blocks - 1]; s += 32) {
+                while (seen[b] <= s) b++; /* queries before this block see none of these keys */
+                for (long e = 0; e < E; e += PANEL) {
+                    long at = e * blocks * STEP + b * SQUARE;
+                    patch(blocks - b, turned_slopes + s * CHUNK + 32 * b, CHUNK, q_columns + at, grad_k + s * E + e, E, 1);
+                    patch(blocks - b, turned_p + s * CHUNK + 32 * b, CHUNK, g_columns + at, grad_v + s * E + e, E, 1);
                 }
             }
         }
-        _tile_release();
-#pragma omp for schedule(static)
-        for (long s = 0; s < P * K; s++) {
-            bf16 *to = grad_qkv + (s / K * N + H + s % K) * E;
-            for (long e = 0; e < 2 * E; e += 32) {
-                __m512 left = _mm512_setzero_ps(), right = left;
-                for (long r = 0; r <= R; r++) {
-                    const float *at = shared + ((r * K + s % K) * P + s / K) * 2 * E + e;
-                    left = _mm512_add_ps(left, _mm512_loadu_ps(at));
-                    right = _mm512_add_ps(right, _mm512_loadu_ps(at + 16));
+        for (long s = 0; s < t.S; s++) {
+            float *at_k = grad_k + s * E, *at_v = grad_v + s * E;
+            for (long e = 0; e < E; e++) at_k[e] *= scaling;
+            if (s < P) {
+                float *to = between + ((t.r * K + t.k) * P + s) * 2 * E;
+                memcpy(to, at_k, E * sizeof(float));
+                memcpy(to + E, at_v, E * sizeof(float));
+            } else {
+                bf16 *to = grad_qkv + ((t.start + s - t.before) * N + H + t.k) * E;
+                for (long e = 0; e < E; e += 32) {
+                    store_bf16(to + e, _mm512_loadu_ps(at_k + e), _mm512_loadu_ps(at_k + e + 16));
+                    store_bf16(to + K * E + e, _mm512_loadu_ps(at_v + e), _mm512_loadu_ps(at_v + e + 16));
                 }
-                store_bf16(to + (e < E ? e : (K - 1) * E + e), left, right);
             }
         }
     }
-    free(shared);
+#pragma omp for schedule(static)
+    for (long s = 0; s < P * K; s++) {
+        bf16 *to = grad_qkv + (s / K * N + H + s % K) * E;
+        for (long e = 0; e < 2 * E; e += 32) {
+            __m512 left = _mm512_setzero_ps(), right = left;
+            for (long r = 0; r <= R; r++) {
+                const float *at = between + ((r * K + s % K) * P + s / K) * 2 * E + e;
+                left = _mm512_add_ps(left, _mm512_loadu_ps(at));
+                right = _mm512_add_ps(right, _mm512_loadu_ps(at + 16));
+            }
+            store_bf16(to + (e < E ? e : (K - 1) * E + e), left, right);
+        }
+    }
+}
+
+static long attention_between(long P, long R, long K, long E) { return 2 * (R + 1) * K * P * E; }
+
+void attention_tiles_backward(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, const float *lse,
+                              const bf16 *grad, bf16 *grad_qkv) {
+    float *between = malloc((attention_between(P, R, K, E) + 1) * sizeof(float));
+#pragma omp parallel
+    {
+        tiles_begin();
+        attention_backward_shared(P, R, starts, lengths, H, K, E, qkv, lse, grad, between, grad_qkv);
+        _tile_release();
+    }
+    free(between);
 }
 #endif

@@ -22,8 +22,8 @@ from fortwo.models.choice import Choice
 from fortwo.models.forms import Frozen, Regions, Weight, bytes_to_train, dense, head_form, quantised, trained_on
 from fortwo.models.functions import add_norm, rms_norm, rotate, swiglu
 from fortwo.models.fused import Fused
-from fortwo.models.layer import Packed, WholeLayer, whole_layer
-from fortwo.models.lora import LoraGroup, Segment, Update, lora_product
+from fortwo.models.layer import Packed, TrainedLayers, through, trained_whole
+from fortwo.models.lora import Update, lora_product
 from fortwo.models.products import frozen_product
 from fortwo.models.tiles import Tiles
 
@@ -35,7 +35,7 @@ class Attend(Protocol):
     """Attention of one layer over the tokens of this forward and whatever came before.
 
     qkv (T, H + 2K, E): query heads, key heads, value heads. The result is (T, H, E). One over packed rows says in
-    `packed` which: then layers may be computed whole.
+    `packed` which: then all layers may be computed by one kernel.
     """
 
     def __call__(self, layer: int, qkv_TNE: Tensor, /) -> Tensor: ...
@@ -317,13 +317,13 @@ class Decoder:
         cos_TE, sin_TE = self.angles(positions_T)
         update_TD: Tensor | None = None
         packed: Packed | None = getattr(attend, "packed", None)
+        if packed is not None and (lora := trained_whole(c, self.layers, segments)) is not None:
+            p, own = lora.config.dropout if dropout else 0.0, {index: self.layers[index] for index in layers}
+            return through(TrainedLayers(c, own, lora, p, packed, (cos_TE, sin_TE), checkpointing), x_TD, lora)
 
-        def through(index: int, x_TD: Tensor, update_TD: Tensor | None) -> tuple[Tensor, Tensor]:
+        def layer_through(index: int, x_TD: Tensor, update_TD: Tensor | None) -> tuple[Tensor, Tensor]:
             """What comes after the layer: the sum so far, and what the layer adds to it last."""
             layer = self.layers[index]
-            if packed is not None and WholeLayer.fits(c, layer, segments):
-                whole = WholeLayer(c, layer, *_trained(segments, index, dropout))
-                return whole_layer(whole, packed, (cos_TE, sin_TE), x_TD, update_TD)
             dtype = layer.qkv_OD.dtype
             x_TD, normed_TD = add_norm(x_TD, update_TD, layer.attention_norm_D, c.norm_eps, dtype)
             qkv_TO = lora_product(normed_TD, layer.qkv_OD, index, "qkv", segments, dropout)
@@ -342,9 +342,9 @@ class Decoder:
 
         for index in layers:
             if checkpointing:
-                x_TD, update_TD = checkpoint(through, index, x_TD, update_TD, use_reentrant=False)
+                x_TD, update_TD = checkpoint(layer_through, index, x_TD, update_TD, use_reentrant=False)
             else:
-                x_TD, update_TD = through(index, x_TD, update_TD)
+                x_TD, update_TD = layer_through(index, x_TD, update_TD)
         return x_TD if update_TD is None else x_TD + update_TD
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
@@ -369,14 +369,6 @@ def forms_of(choice: Choice, exact: bool = False) -> Hold:
         return Weight(weight_OI.shape, forms, choice, nearest)
 
     return held
-
-
-def _trained(segments: Sequence[Update], layer: int, dropout: bool) -> tuple[dict[str, LoraGroup], float]:
-    """What the one adapter of a training forward changes in a layer, and the probability of its dropout."""
-    for segment in segments:
-        assert isinstance(segment, Segment), "only one adapter over all rows has gradients"
-        return segment.lora.layers[layer], segment.lora.config.dropout if dropout else 0.0
-    return {}, 0.0
 
 
 def _inverse_frequency(config: DecoderConfig) -> Tensor:

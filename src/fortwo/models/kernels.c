@@ -83,6 +83,9 @@ static inline float softmax(float *scores, long n, long seen) {
     return logf(sum) + top;
 }
 
+/* Of a function whose every caller is to get the same bits: compiled once. */
+#define SHARED static __attribute__((noinline, unused))
+
 /* LINE elements come into the cache, to be read or written soon: waiting for them took a fourth of what only passes over memory. */
 #define FETCH(at, write)                                                                                                  \
     for (unsigned long b = 0; b < LINE * sizeof(*(at)); b += 64) __builtin_prefetch((const char *)(at) + b, write)

@@ -4,7 +4,7 @@
    all kinds, H query heads, K key/value heads, E head size, V vocabulary. Each kernel is held to the plain formula by tests/test_functions.py. */
 
 /* sum = x + y (y may be absent: then sum is x and not written); out = sum * scale * weight with scale = 1 / sqrt(mean(sum^2) + eps). */
-static inline float NAME(add_norm_row)(long D, const float *x, const element *y, const float *weight, float eps, float *sum, element *out) {
+SHARED float NAME(add_norm_row)(long D, const float *x, const element *y, const float *weight, float eps, float *sum, element *out) {
     if (y) {
         for (long d = 0; d < D; d++) sum[d] = x[d] + LOAD(y[d]);
         x = sum;
@@ -24,21 +24,38 @@ void NAME(add_norm)(long T, long D, const float *x, const element *y, const floa
 }
 
 /* grad_x of add_norm; along is what reaches sum by other ways (may be absent). grad_y is the same as an element (may be absent). */
+SHARED void NAME(add_norm_backward_row)(long D, const float *sum, float by, const float *weight, const element *grad, const float *along,
+                                        float *grad_x, element *grad_y) {
+    float dot = 0;
+    for (long d = 0; d < D; d++) dot += LOAD(grad[d]) * weight[d] * sum[d];
+    dot *= by * by / D;
+    if (along)
+        for (long d = 0; d < D; d++) grad_x[d] = along[d] + by * (LOAD(grad[d]) * weight[d] - dot * sum[d]);
+    else
+        for (long d = 0; d < D; d++) grad_x[d] = by * (LOAD(grad[d]) * weight[d] - dot * sum[d]);
+    if (grad_y)
+        for (long d = 0; d < D; d++) grad_y[d] = STORE(grad_x[d]);
+}
+
 void NAME(add_norm_backward)(long T, long D, const float *sum, const float *scale, const float *weight, const element *grad,
                              const float *along, float *grad_x, element *grad_y) {
 #pragma omp parallel for schedule(static) if (T * D > SERIAL)
-    for (long t = 0; t < T; t++) {
-        const float *row = sum + t * D;
-        const element *g = grad + t * D;
-        float *to = grad_x + t * D, by = scale[t], dot = 0;
-        for (long d = 0; d < D; d++) dot += LOAD(g[d]) * weight[d] * row[d];
-        dot *= by * by / D;
-        if (along)
-            for (long d = 0; d < D; d++) to[d] = along[t * D + d] + by * (LOAD(g[d]) * weight[d] - dot * row[d]);
-        else
-            for (long d = 0; d < D; d++) to[d] = by * (LOAD(g[d]) * weight[d] - dot * row[d]);
-        if (grad_y)
-            for (long d = 0; d < D; d++) grad_y[t * D + d] = STORE(to[d]);
+    for (long t = 0; t < T * D; t += D)
+        NAME(add_norm_backward_row)(D, sum + t, scale[t / D], weight, grad + t, along ? along + t : 0, grad_x + t, grad_y ? grad_y + t : 0);
+}
+
+SHARED void NAME(swiglu_line)(long n, const element *gate, const element *up, element *out) {
+    for (long i = 0; i < n; i++) {
+        float g = LOAD(gate[i]);
+        out[i] = STORE(g / (1 + exponential(-g)) * LOAD(up[i]));
+    }
+}
+
+SHARED void NAME(swiglu_backward_line)(long n, const element *gate, const element *up, const element *grad, element *grad_gate, element *grad_up) {
+    for (long i = 0; i < n; i++) {
+        float x = LOAD(gate[i]), s = 1 / (1 + exponential(-x)), above = LOAD(grad[i]);
+        grad_gate[i] = STORE(above * LOAD(up[i]) * s * (1 + x * (1 - s)));
+        grad_up[i] = STORE(above * x * s);
     }
 }
 
@@ -53,10 +70,7 @@ void NAME(swiglu)(long T, long I, const element *gate_up, element *out) {
             FETCH(gate + 2 * I + line, 0);
             FETCH(up + 2 * I + line, 0);
             FETCH(to + I + line, 1);
-            for (long i = line; i < end; i++) {
-                float g = LOAD(gate[i]);
-                to[i] = STORE(g / (1 + exponential(-g)) * LOAD(up[i]));
-            }
+            NAME(swiglu_line)(end - line, gate + line, up + line, to + line);
         }
     }
 }
@@ -73,11 +87,7 @@ void NAME(swiglu_backward)(long T, long I, const element *gate_up, const element
             FETCH(g + I + line, 0);
             FETCH(to_gate + 2 * I + line, 1);
             FETCH(to_up + 2 * I + line, 1);
-            for (long i = line; i < end; i++) {
-                float x = LOAD(gate[i]), s = 1 / (1 + exponential(-x)), above = LOAD(g[i]);
-                to_gate[i] = STORE(above * LOAD(up[i]) * s * (1 + x * (1 - s)));
-                to_up[i] = STORE(above * x * s);
-            }
+            NAME(swiglu_backward_line)(end - line, gate + line, up + line, g + line, to_gate + line, to_up + line);
         }
     }
 }
@@ -89,23 +99,25 @@ void NAME(dropout)(long size, long seed, long kept, const element *x, element *o
     for (long i = 0; i < size; i++) out[i] = hash_uint32_t((uint32_t)i, (uint32_t)seed) <= (uint32_t)(kept - 1) ? STORE(LOAD(x[i]) * scale) : 0;
 }
 
+SHARED void NAME(rotate_row)(long N, long turned, long E, const element *x, const float *cosine, const float *sine, float sign, element *out) {
+    for (long n = 0; n < turned; n++) {
+        const element *from = x + n * E;
+        element *to = out + n * E;
+        for (long e = 0; e < E / 2; e++) {
+            float first = LOAD(from[e]), second = LOAD(from[E / 2 + e]);
+            to[e] = STORE(first * cosine[e] - sign * second * sine[e]);
+            to[E / 2 + e] = STORE(second * cosine[e] + sign * first * sine[e]);
+        }
+    }
+    memcpy(out + turned * E, x + turned * E, (N - turned) * E * sizeof(element));
+}
+
 /* The first `turned` of N heads are rotated by cos and sin (T, E), each angle in both halves; the others are copied. sign -1 turns back. */
 void NAME(rotate)(long T, long N, long turned, long E, const element *x, const float *cosine, const float *sine, float sign,
                   element *out) {
 #pragma omp parallel for schedule(static) if (T * N * E > SERIAL)
-    for (long t = 0; t < T; t++) {
-        const float *c = cosine + t * E, *s = sine + t * E;
-        for (long n = 0; n < turned; n++) {
-            const element *from = x + (t * N + n) * E;
-            element *to = out + (t * N + n) * E;
-            for (long e = 0; e < E / 2; e++) {
-                float first = LOAD(from[e]), second = LOAD(from[E / 2 + e]);
-                to[e] = STORE(first * c[e] - sign * second * s[e]);
-                to[E / 2 + e] = STORE(second * c[e] + sign * first * s[e]);
-            }
-        }
-        memcpy(out + (t * N + turned) * E, x + (t * N + turned) * E, (N - turned) * E * sizeof(element));
-    }
+    for (long t = 0; t < T; t++)
+        NAME(rotate_row)(N, turned, E, x + t * N * E, cosine + t * E, sine + t * E, sign, out + t * N * E);
 }
 
 /* Attention over rows laid end to end behind a shared prefix of P tokens: [P | rest of row 0 | rest of row 1 | ...]; a token looks at the prefix and

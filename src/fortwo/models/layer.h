@@ -1,9 +1,14 @@
-/* A layer of the decoder to train an adapter on, there and back, in bf16 on AMX's tiles; kernels.c includes this once, behind attention.h.
+/* The layers of the decoder to train an adapter on, there and back, in bf16 on AMX's tiles; kernels.c includes this once, behind attention.h.
 
-   The same operations as kernels.h and matrix.h have, one after the other, with what backward needs of them in one piece of memory. */
+   The same numbers as kernels.h and matrix.h find, one operation after the other. Rows come in strips of 32; a phase that all threads share ends
+   where they wait for each other. What goes into a product is made strip by strip with its share in A; what a product finds, block by block, goes on at
+   once to what comes behind it. */
 
-#if defined(__AMX_BF16__) && defined(__linux__)
-/* A target's B (outputs, rank), or its gradient, which answers for the columns from `column` on. */
+#ifdef AMX
+#define LOW 4   /* strips, of which all sums of a panel are there together */
+#define RUN 16 /* steps of a panel of few strips: they stay in a core's first cache */
+
+/* A target's B (outputs, rank), which answers for the columns from `column` on. */
 typedef struct {
     float *B;
     long column, outputs, rank;
@@ -18,206 +23,511 @@ typedef struct {
     target targets[3];
 } adapted;
 
-/* kept: of 2^32 numbers, by dropout; 0 where there is none. */
+/* x: what goes in (T, D); memory: layers_bytes of it, which all layers may share that are computed again when their gradients are wanted. */
 typedef struct {
-    long D, H, K, E, kept;
-    double eps;
+    float *x;
+    char *memory;
     const float *attention_norm, *mlp_norm;
     adapted qkv, o, gate_up, down;
 } trained_layer;
 
-/* What backward needs of a product: A and all B, scaled, as they were multiplied; what dropout kept; x A'. */
+/* kept: of 2^32 numbers, by dropout; 0 where there is none. P, R, starts and lengths as `attention` has them; cos and sin (T, E). D, I and E are
+   multiples of 32. */
 typedef struct {
-    bf16 *A, *B, *h;
+    long L, T, D, H, K, E, I, kept, again;
+    double eps;
+    long P, R;
+    const long *starts, *lengths;
+    const float *cosine, *sine;
+} training;
+
+/* What backward needs of a product: what dropout kept; x A' as columns. */
+typedef struct {
     uint32_t *mask;
+    bf16 *turned;
 } product_memory;
 
 typedef struct {
-    float *x, *scale, *middle_scale, *lse;
+    float *middle, *scale, *middle_scale, *lse;
     bf16 *normed, *qkv, *mixed, *middle_normed, *gate_up, *gated;
     product_memory of_qkv, of_o, of_gate_up, of_down;
 } layer_memory;
 
-/* drop(x), and which numbers it keeps; as kernels.h has it. */
-static void draw(long size, long seed, long kept, const bf16 *x, bf16 *out, uint32_t *mask) {
+/* A and B as panels, for one direction. */
+typedef struct { bf16 *A, *B; } sides;
+
+/* What the threads share for a layer: sides of its products; x A', or the gradient of it, by rows and by columns. */
+typedef struct {
+    sides qkv, o, gate_up, down;
+    bf16 *h, *turned;
+} workplace;
+
+static product_memory remember_product(arena *room, const training *t, const adapted *p) {
+    product_memory m = {take(room, t->kept && p->R ? t->T * p->I / 8 : 0), 0};
+    m.turned = take(room, filled(t->T) * (filled(p->R) + PANEL) * 2);
+    return m;
+}
+
+static layer_memory remember(char *memory, const training *t, const trained_layer *l, long *bytes) {
+    arena room = {memory, 0, 0};
+    layer_memory m;
+    long T = t->T, rows = filled(T) * 2; /* left operands have whole strips */
+    m.middle = take(&room, T * t->D * 4), m.scale = take(&room, T * 4), m.middle_scale = take(&room, T * 4), m.lse = take(&room, T * t->H * 4);
+    m.normed = take(&room, rows * t->D), m.qkv = take(&room, rows * l->qkv.O), m.mixed = take(&room, rows * l->o.I);
+    m.middle_normed = take(&room, rows * t->D), m.gate_up = take(&room, rows * 2 * t->I), m.gated = take(&room, rows * t->I);
+    m.of_qkv = remember_product(&room, t, &l->qkv), m.of_o = remember_product(&room, t, &l->o);
+    m.of_gate_up = remember_product(&room, t, &l->gate_up), m.of_down = remember_product(&room, t, &l->down);
+    if (bytes) *bytes = room.taken;
+    return m;
+}
+
+/* Bytes of each layer's memory. */
+void layers_bytes(const training *t, const trained_layer *layers, long *bytes) {
+    for (long l = 0; l < t->L; l++) remember(0, t, layers + l, bytes + l);
+}
+
+static sides sides_of(arena *room, const adapted *p) {
+    sides s = {take(room, filled(p->R) * p->I * 2), 0};
+    s.B = take(room, filled(p->R) * p->O * 2);
+    return s;
+}
+
+static workplace workplace_of(arena *room, const training *t, const trained_layer *l) {
+    workplace w = {sides_of(room, &l->qkv), sides_of(room, &l->o), sides_of(room, &l->gate_up), sides_of(room, &l->down), 0, 0};
+    long most = l->qkv.R;
+    for (const adapted *p = &l->o; p <= &l->down; p++) most = p->R > most ? p->R : most;
+    w.h = take(room, filled(t->T) * filled(most) * 2);
+    w.turned = take(room, filled(t->T) * filled(most) * 2);
+    return w;
+}
+
+/* There A as panels of ranks and B, scaled, as panels of outputs; back A as panels of inputs and B as panels of ranks. */
+static void lay_sides(const adapted *p, int back, sides to) {
+    long R = p->R, wide = steps(R) * 2 * TILE;
+    if (!R) return;
+    bf16 part[PANEL * R];
+#pragma omp for schedule(static) nowait
+    for (long i = 0; i < p->I; i += PANEL) {
+        for (long r = 0; r < R; r++)
+            for (long c = 0; c < PANEL; c++) part[r * PANEL + c] = to_bf16(p->A[r * p->I + i + c]);
+        factor f = {0, part, 0, back ? 1 : PANEL, back ? PANEL : 1, back ? R : PANEL};
+        if (back) lay(&f, PANEL, 0, 1, to.A + i / PANEL * wide, 0);
+        else lay(&f, R, 0, steps(R), to.A + i * PANEL, p->I * PANEL);
+    }
+#pragma omp for schedule(static) nowait
+    for (long o = 0; o < p->O; o += PANEL) {
+        memset(part, 0, sizeof part);
+        bf16 *at = part;
+        for (const target *t = p->targets; t < p->targets + 3; at += t->rank, t++)
+            for (long c = 0; c < PANEL; c++)
+                if (o + c >= t->column && o + c < t->column + t->outputs)
+                    for (long r = 0; r < t->rank; r++) at[c * R + r] = to_bf16(t->B[(o + c - t->column) * t->rank + r] * (float)t->scale);
+        factor f = {0, part, 0, back ? 1 : R, back ? R : 1, back ? PANEL : R};
+        if (back) lay(&f, R, 0, steps(R), to.B + o * PANEL, p->O * PANEL);
+        else lay(&f, PANEL, 0, 1, to.B + o / PANEL * wide, 0);
+    }
+}
+
+static void lay_all_sides(const trained_layer *l, int back, const workplace *w) {
+    lay_sides(&l->qkv, back, w->qkv);
+    lay_sides(&l->o, back, w->o);
+    lay_sides(&l->gate_up, back, w->gate_up);
+    lay_sides(&l->down, back, w->down);
+}
+
+/* drop(x) of numbers first to last - 1, and which of them it keeps; as kernels.h has it. */
+static void draw(long first, long last, long seed, long kept, const bf16 *x, bf16 *out, uint32_t *mask) {
     words sixteen = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     __m512i most = _mm512_set1_epi32((int)(kept - 1));
     __m512 scale = _mm512_set1_ps(4294967296.0f / kept), left, right;
-#pragma omp parallel for schedule(static) private(left, right) if (size > SERIAL)
-    for (long i = 0; i < size; i += 32) {
-        __mmask32 within = size - i < 32 ? (1u << (size - i)) - 1 : ~0u, keeps = 0;
+    for (long i = first; i < last; i += 32) {
+        __mmask32 keeps = 0;
         for (int half = 0; half < 2; half++) {
             words h = hash_words(sixteen + (uint32_t)(i + 16 * half), (uint32_t)seed);
             keeps |= (__mmask32)_mm512_cmple_epu32_mask((__m512i)h, most) << 16 * half;
         }
-        mask[i / 32] = keeps &= within;
+        mask[i / 32] = keeps;
         as_floats(_mm512_maskz_loadu_epi16(keeps, x + i), &left, &right);
-        _mm512_mask_storeu_epi16(out + i, within, as_bf16(_mm512_mul_ps(left, scale), _mm512_mul_ps(right, scale)));
+        store_bf16(out + i - first, _mm512_mul_ps(left, scale), _mm512_mul_ps(right, scale));
     }
 }
 
-/* seen = drop(x) and sum += drop(u), by what was drawn. */
-static void redraw(long size, long kept, const uint32_t *mask, const bf16 *x, const bf16 *u, bf16 *seen, bf16 *sum) {
-    __m512 scale = _mm512_set1_ps(4294967296.0f / kept), left, right, more, again;
-#pragma omp parallel for schedule(static) private(left, right, more, again) if (size > SERIAL)
-    for (long i = 0; i < size; i += 32) {
-        __mmask32 within = size - i < 32 ? (1u << (size - i)) - 1 : ~0u;
-        as_floats(_mm512_maskz_loadu_epi16(mask[i / 32], x + i), &left, &right);
-        _mm512_mask_storeu_epi16(seen + i, within, as_bf16(_mm512_mul_ps(left, scale), _mm512_mul_ps(right, scale)));
-        if (!sum) continue;
-        as_floats(_mm512_maskz_loadu_epi16(mask[i / 32], u + i), &left, &right);
-        as_floats(as_bf16(_mm512_mul_ps(left, scale), _mm512_mul_ps(right, scale)), &left, &right);
-        as_floats(_mm512_maskz_loadu_epi16(within, sum + i), &more, &again);
-        _mm512_mask_storeu_epi16(sum + i, within, as_bf16(_mm512_add_ps(more, left), _mm512_add_ps(again, right)));
+/* drop(x) of 32 numbers, by what was drawn; there may have been no dropout. */
+static inline __m512i dropped(const uint32_t *mask, __m512 scale, const bf16 *x) {
+    __m512 left, right;
+    if (!mask) return _mm512_loadu_si512(x);
+    as_floats(_mm512_maskz_loadu_epi16(*mask, x), &left, &right);
+    return as_bf16(_mm512_mul_ps(left, scale), _mm512_mul_ps(right, scale));
+}
+
+/* h of a strip: a (32, K) times panels of R outputs, in rows of whole steps; turned: the same as columns of Tp numbers, zero beyond `tall`. */
+static void strip_in(long tall, long K, const bf16 *a, long R, const bf16 *panels, bf16 *h, bf16 *turned, long Tp) {
+    float sums[SQUARE] __attribute__((aligned(64)));
+    for (long p = 0; p < steps(R); p++) {
+        patch(K / STEP, a, K, panels + p * K * PANEL, sums, PANEL, 0);
+        for (long r = 0; r < PANEL; r++) store_bf16(h + r * filled(R) + p * PANEL, _mm512_load_ps(sums + r * PANEL), _mm512_load_ps(sums + r * PANEL + 16));
+        memset(sums + tall * PANEL, 0, (PANEL - tall) * PANEL * sizeof(float));
+        turn(sums, PANEL, PANEL, turned + p * PANEL * Tp, Tp);
     }
 }
 
-/* matrix_product, where left operands have spare rows behind them, as all in this file have. */
-static void spare_product(long M, long N, long K, const bf16 *a, long a_row, const bf16 *b, long b_n, long b_k, long K2, const bf16 *a2, long a2_row,
-                          const bf16 *b2, long b2_n, long b2_k, void *c, long c_row, long wide) {
-    factor f[2] = {{a, b, a_row, b_n, b_k, K, 0, 1}, {a2, b2, a2_row, b2_n, b2_k, K2, 0, 1}};
-    multiply_factors(M, N, f, c, c_row, wide);
+/* The same of drop(x), rows m to m + tall - 1 of it. */
+static void dropped_in(const training *t, const adapted *p, long m, long tall, const bf16 *x, sides own, const workplace *w, const product_memory *to) {
+    static _Thread_local arena room;
+    if (!p->R) return;
+    const bf16 *seen = x + m * p->I;
+    if (t->kept) {
+        make_room(&room, PANEL * p->I * 2);
+        bf16 *kept = take(&room, PANEL * p->I * 2);
+        draw(m * p->I, (m + tall) * p->I, p->seed, t->kept, x, kept, to->mask);
+        seen = kept;
+    }
+    strip_in(tall, p->I, seen, p->R, own.A, w->h + m * filled(p->R), to->turned + m, filled(t->T));
 }
 
-/* Numbers of T rows of `row` numbers, and of the spare ones. */
-static inline long spared(long T, long row) { return (T + PANEL - 1) * row; }
-
-static product_memory remember_product(arena *room, const adapted *p, long T, long kept) {
-    product_memory m = {take(room, p->R * p->I * 2), take(room, p->O * p->R * 2), take(room, spared(T, p->R) * 2), 0};
-    m.mask = take(room, kept && p->R ? (T * p->I + 31) / 32 * 4 : 0);
-    return m;
+/* How many tasks some units of work become, `bytes` of panels each. */
+static long tasks_of_units(long units, long bytes, long strips) {
+    long fit = RESIDENT / bytes, wanted = (strips <= LOW ? 8 : 2) * omp_get_num_threads(), across = fit < 1 ? units : (units + fit - 1) / fit;
+    return across >= wanted ? across : units < wanted ? units : wanted;
 }
 
-static layer_memory remember(arena *room, const trained_layer *l, long T) {
-    layer_memory m;
-    m.x = take(room, T * l->D * 4), m.scale = take(room, T * 4), m.middle_scale = take(room, T * 4);
-    m.lse = take(room, T * l->H * 4), m.normed = take(room, spared(T, l->D) * 2), m.qkv = take(room, T * l->qkv.O * 2);
-    m.mixed = take(room, spared(T, l->o.I) * 2), m.middle_normed = take(room, spared(T, l->D) * 2), m.gate_up = take(room, T * l->gate_up.O * 2);
-    m.gated = take(room, spared(T, l->down.I) * 2);
-    m.of_qkv = remember_product(room, &l->qkv, T, l->kept), m.of_o = remember_product(room, &l->o, T, l->kept);
-    m.of_gate_up = remember_product(room, &l->gate_up, T, l->kept), m.of_down = remember_product(room, &l->down, T, l->kept);
-    return m;
+/* What becomes of a product: its heads are rotated; or it is added to `from`; or its left half gates its right half (SwiGLU). */
+typedef enum { TURNED, SUMMED, SWISHED } ending;
+
+static void product_end(ending what, const training *t, const layer_memory *m, long at, long n, long tall, const float *sums, const float *from, float *to) {
+    long E = t->E, N = t->H + 2 * t->K, D = t->D, I = t->I;
+    for (long r = 0; r < tall; r++, sums += PANEL) {
+        if (what == SUMMED) {
+            long here = (at + r) * D + n * PANEL;
+            __m512 left, right;
+            as_floats(as_bf16(_mm512_load_ps(sums), _mm512_load_ps(sums + 16)), &left, &right);
+            _mm512_storeu_ps(to + here, _mm512_add_ps(_mm512_loadu_ps(from + here), left));
+            _mm512_storeu_ps(to + here + 16, _mm512_add_ps(_mm512_loadu_ps(from + here + 16), right));
+        } else if (what == TURNED) {
+            bf16 head[E];
+            for (long e = 0; e < E; e += PANEL) store_bf16(head + e, _mm512_load_ps(sums + e * PANEL), _mm512_load_ps(sums + e * PANEL + 16));
+            long number = n * PANEL / E;
+            rotate_row_bfloat16(1, number < t->H + t->K, E, head, t->cosine + (at + r) * E, t->sine + (at + r) * E, 1, m->qkv + ((at + r) * N + number) * E);
+        } else {
+            bf16 *gate = m->gate_up + (at + r) * 2 * I + n * PANEL, *up = gate + I;
+            store_bf16(gate, _mm512_load_ps(sums), _mm512_load_ps(sums + 16));
+            store_bf16(up, _mm512_load_ps(sums + SQUARE), _mm512_load_ps(sums + SQUARE + 16));
+            swiglu_line_bfloat16(PANEL, gate, up, m->gated + (at + r) * I + n * PANEL);
+        }
+    }
 }
 
-/* Bytes that a layer remembers of T tokens. */
-void layer_bytes(long T, const trained_layer *l, long *bytes) {
-    arena none = {0};
-    remember(&none, l, T);
-    *bytes = none.taken;
+/* Steps of h that panel n of the outputs looks at. */
+static void ranks_of(const adapted *p, long n, long *first, long *last) {
+    long rank = 0;
+    *first = *last = 0;
+    for (const target *t = p->targets; t < p->targets + 3; rank += t->rank, t++)
+        if (t->rank && n * PANEL < t->column + t->outputs && (n + 1) * PANEL > t->column) {
+            if (*last == 0) *first = rank / STEP;
+            *last = steps(rank + t->rank);
+        }
 }
 
-static void product_forward(long T, const adapted *p, long kept, const bf16 *x, const product_memory *m, bf16 *seen, bf16 *y) {
-    long I = p->I, O = p->O, R = p->R;
-    if (R) {
-#pragma omp parallel
-        {
-#pragma omp for schedule(static) nowait
-            for (long i = 0; i < R * I; i++) m->A[i] = to_bf16(p->A[i]);
-#pragma omp for schedule(static)
-            for (long o = 0; o < O; o++) {
-                bf16 *to = m->B + o * R;
-                memset(to, 0, R * sizeof(bf16));
-                for (const target *t = p->targets; t < p->targets + 3; to += t->rank, t++)
-                    if (o >= t->column && o < t->column + t->outputs)
-                        for (long r = 0; r < t->rank; r++) to[r] = to_bf16(t->B[(o - t->column) * t->rank + r] * (float)t->scale);
+static void product_forward(ending what, const training *t, const adapted *p, const bf16 *x, sides own, const workplace *w, const layer_memory *m,
+                            const float *from, float *to) {
+    long I = p->I, apart = I * PANEL, ranks = steps(p->R), strips = steps(t->T), panels = p->O / PANEL;
+    long count = what == TURNED ? t->E / PANEL : what == SWISHED ? 2 : 1, units = panels / count;
+    long across = tasks_of_units(units, count * apart * sizeof(bf16), strips), first, last;
+#pragma omp for schedule(dynamic)
+    for (long task = 0; task < across; task++) {
+        float sums[count * SQUARE] __attribute__((aligned(64)));
+        for (long s = 0; s < strips; s++)
+            for (long unit = task * units / across; unit < (task + 1) * units / across; unit++) {
+                for (long i = 0; i < count; i++) {
+                    long n = what == SWISHED ? unit + i * units : unit * count + i;
+                    const bf16 *a = x + s * PANEL * I, *panel = p->laid + n * apart;
+                    tiles_clear();
+                    for (long k = 0; k < I / STEP; k++) tile_step(a + k * STEP, I, panel + k * SQUARE);
+                    ranks_of(p, n, &first, &last);
+                    for (long k = first; k < last; k++) tile_step(w->h + s * PANEL * filled(p->R) + k * STEP, filled(p->R), own.B + (n * ranks + k) * SQUARE);
+                    tiles_stored(sums + i * SQUARE, PANEL);
+                }
+                long n = what == SWISHED ? unit : unit * count, tall = t->T - s * PANEL < PANEL ? t->T - s * PANEL : PANEL;
+                product_end(what, t, m, s * PANEL, n, tall, sums, from, to);
             }
-        }
-        if (kept) draw(T * I, p->seed, kept, x, seen, m->mask);
-        spare_product(T, R, I, kept ? seen : x, I, m->A, I, 1, 0, 0, 0, 0, 0, 0, m->h, R, 0);
     }
-    spare_product(T, O, I, x, I, p->laid, 0, 0, R, m->h, R, m->B, R, 1, y, O, 0);
 }
 
-/* from (M, N) as (N, M). */
-static void turned(long M, long N, const bf16 *from, bf16 *to) {
-    for (long m = 0; m < M; m++)
-        for (long n = 0; n < N; n++) to[n * M + m] = from[m * N + n];
+/* The gradient of a strip's x of panel n from that of frozen weights, sums (32, 32), and from the adapter's share; swiglu: on through that to
+   grad_gate_up. */
+static void product_back_end(const training *t, const adapted *p, long s, long n, float *sums, sides own, const workplace *w, const product_memory *m,
+                             bf16 *grad_x, const bf16 *gate_up, bf16 *grad_gate_up) {
+    long I = p->I, R = filled(p->R), tall = t->T - s * PANEL < PANEL ? t->T - s * PANEL : PANEL;
+    float share[SQUARE] __attribute__((aligned(64)));
+    int drops = R && t->kept;
+    __m512 scale = _mm512_set1_ps(drops ? 4294967296.0f / t->kept : 1), left, right, more, again;
+    if (R) patch(R / STEP, w->h + s * PANEL * R, R, own.A + n * R * PANEL, drops ? share : sums, PANEL, !drops);
+    for (long r = 0; r < tall; r++) {
+        long at = (s * PANEL + r) * I + n * PANEL, gate = (s * PANEL + r) * 2 * I + n * PANEL;
+        __m512i found = as_bf16(_mm512_load_ps(sums + r * PANEL), _mm512_load_ps(sums + r * PANEL + 16));
+        if (drops) {
+            bf16 update[PANEL];
+            store_bf16(update, _mm512_load_ps(share + r * PANEL), _mm512_load_ps(share + r * PANEL + 16));
+            as_floats(dropped(m->mask + at / 32, scale, update), &left, &right);
+            as_floats(found, &more, &again);
+            found = as_bf16(_mm512_add_ps(more, left), _mm512_add_ps(again, right));
+        }
+        bf16 line[PANEL];
+        _mm512_storeu_si512(gate_up ? line : grad_x + at, found);
+        if (gate_up) swiglu_backward_line_bfloat16(PANEL, gate_up + gate, gate_up + gate + I, line, grad_gate_up + gate, grad_gate_up + gate + I);
+    }
 }
 
-/* into (O, R) = scale times the transpose of from (R, O). */
-static void scatter(long O, long R, const float *from, float scale, float *into) {
+static void add_block(long tall, const float *sums, float *to, long row) {
+    for (long r = 0; r < tall; r++)
+        for (long i = 0; i < PANEL; i++) to[r * row + i] += sums[r * PANEL + i];
+}
+
+/* To the gradient of A, 32 columns of it: the gradient of h as columns, times what was seen. */
+static void add_to_A(const training *t, const adapted *p, long n, const bf16 *x, const uint32_t *mask, const bf16 *turned, long shift, bf16 *panel) {
+    long T = t->T, I = p->I, Tp = filled(T), words = I / 32;
+    float sums[SQUARE] __attribute__((aligned(64))), *to = (float *)((char *)p->A + shift) + n * PANEL;
+    __m512i low = _mm512_loadu_si512(zip[0]), high = _mm512_loadu_si512(zip[1]), none = _mm512_setzero_si512();
+    __m512 scale = _mm512_set1_ps(mask ? 4294967296.0f / t->kept : 1);
+    for (long s = 0; s < Tp; s += 2) {
+        const uint32_t *at = mask ? mask + s * words + n : 0;
+        __m512i even = s < T ? dropped(at, scale, x + s * I + n * PANEL) : none;
+        __m512i odd = s + 1 < T ? dropped(at ? at + words : 0, scale, x + (s + 1) * I + n * PANEL) : none;
+        bf16 *row = panel + s / STEP * SQUARE + s % STEP / 2 * STEP;
+        _mm512_store_si512(row, _mm512_permutex2var_epi16(even, low, odd));
+        _mm512_store_si512(row + TILE, _mm512_permutex2var_epi16(even, high, odd));
+    }
+    for (long r = 0; r < p->R; r += PANEL) {
+        patch(Tp / STEP, turned + r * Tp, Tp, panel, sums, PANEL, 0);
+        add_block(p->R - r < PANEL ? p->R - r : PANEL, sums, to + r * I, I);
+    }
+}
+
+/* to (columns, row) += scale times the transpose of sums (32, 32), columns `from` to end - 1 of its first `ranks` rows. */
+static void add_turned(const float *sums, long from, long end, long ranks, long row, float *to, float scale) {
     __m512 by = _mm512_set1_ps(scale);
-#pragma omp parallel for schedule(static) if (O * R > SERIAL)
-    for (long o = 0; o < O; o += 16)
-        for (long r = 0; r < R; r += 16) {
+    for (long c = 0; c < PANEL; c += 16)
+        for (long r = 0; r < PANEL && r < ranks; r += 16) {
             __m512i block[16];
-            for (long i = 0; i < 16; i++)
-                block[i] = r + i < R ? (__m512i)_mm512_mul_ps(_mm512_maskz_loadu_ps(first(O - o), from + (r + i) * O + o), by) : _mm512_setzero_si512();
+            for (long i = 0; i < 16; i++) block[i] = _mm512_load_si512(sums + (r + i) * PANEL + c);
             transpose(block);
-            for (long i = 0; i < 16 && o + i < O; i++) _mm512_mask_storeu_epi32(into + (o + i) * R + r, first(R - r), block[i]);
+            for (long i = 0; i < 16; i++)
+                if (c + i >= from && c + i < end) {
+                    float *at = to + (c + i) * row + r;
+                    __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(first(ranks - r), at), _mm512_mul_ps((__m512)block[i], by));
+                    _mm512_mask_storeu_ps(at, first(ranks - r), sum);
+                }
         }
 }
 
-/* The gradients of x (may be absent), and those of A and the Bs to where `to` says. */
-static void product_backward(long T, const adapted *p, const adapted *to, long kept, const bf16 *x, const product_memory *m, const bf16 *grad,
-                             bf16 *grad_x) {
-    long I = p->I, O = p->O, R = p->R, row = 0;
-    static _Thread_local arena room;
-    make_room(&room, spared(T, 2 * R + 4 * I) + 2 * spared(R, 2 * T) + R * O * 4 + 512);
-    bf16 *grad_h = take(&room, spared(T, R) * 2), *turned_grad = take(&room, spared(R, T) * 2), *turned_h = take(&room, spared(R, T) * 2);
-    bf16 *seen = take(&room, T * I * 2), *update = take(&room, T * I * 2);
-    float *grad_B = take(&room, R * O * 4);
-    if (R) spare_product(T, R, O, grad, O, m->B, 1, R, 0, 0, 0, 0, 0, 0, grad_h, R, 0);
-    if (grad_x) spare_product(T, I, O, grad, O, p->laid, -1, -1, kept ? 0 : R, grad_h, R, m->A, 1, I, grad_x, I, 0);
-    if (!R) return;
-    turned(T, R, grad_h, turned_grad);
-    turned(T, R, m->h, turned_h);
-    if (kept) {
-        if (grad_x) spare_product(T, I, R, grad_h, R, m->A, 1, I, 0, 0, 0, 0, 0, 0, update, I, 0);
-        redraw(T * I, kept, m->mask, x, update, seen, grad_x);
-    }
-    spare_product(R, I, T, turned_grad, T, kept ? seen : x, 1, I, 0, 0, 0, 0, 0, 0, to->A, I, 1);
-    for (int i = 0; i < 3; row += p->targets[i++].rank) {
-        target t = p->targets[i];
-        if (!t.rank) continue;
-        spare_product(t.rank, t.outputs, T, turned_h + row * T, T, grad + t.column, 1, O, 0, 0, 0, 0, 0, 0, grad_B, t.outputs, 1);
-        scatter(t.outputs, t.rank, grad_B, t.scale, to->targets[i].B);
+/* To the gradients of the Bs, 32 outputs of them: h as columns, times the gradient of y. */
+static void add_to_B(const training *t, const adapted *p, long n, const bf16 *grad, const bf16 *turned, long shift, bf16 *panel) {
+    long Tp = filled(t->T), rank = 0, o = n * PANEL;
+    float sums[SQUARE] __attribute__((aligned(64)));
+    factor f = {0, grad + o, 0, 1, p->O, t->T};
+    int laid = 0;
+    for (const target *one = p->targets; one < p->targets + 3; rank += one->rank, one++) {
+        long from = one->column > o ? one->column : o, end = one->column + one->outputs < o + PANEL ? one->column + one->outputs : o + PANEL;
+        if (!one->rank || from >= end) continue;
+        if (!laid++) lay(&f, PANEL, 0, 1, panel, 0);
+        for (long r = 0; r < one->rank; r += PANEL) {
+            patch(Tp / STEP, turned + (rank + r) * Tp, Tp, panel, sums, PANEL, 0);
+            add_turned(sums, from - o, end - o, one->rank - r, one->rank, (float *)((char *)one->B + shift) + (o - one->column) * one->rank + r, one->scale);
+        }
     }
 }
 
-/* x (T, D) fp32, and what is added to it first (may be absent), become middle (T, D) and what is added to that, sum (T, D) bf16. P, R, starts and
-   lengths as `attention` has them; cos and sin (T, E). memory: layer_bytes of it. */
-void layer_forward(long T, const trained_layer *l, char *memory, long P, long R, const long *starts, const long *lengths, const float *cosine,
-                   const float *sine, const float *x, const bf16 *added, float *middle, bf16 *sum) {
-    arena kept = {memory, 0, 0};
-    layer_memory m = remember(&kept, l, T);
+/* grad (T, O) by way of W and A to grad_x, or through SwiGLU to grad_gate_up, or to neither, and to the gradients of A and the Bs, `shift` bytes behind these. */
+static void product_backward(const training *t, const adapted *p, const bf16 *grad, sides own, const workplace *w, const bf16 *x, const product_memory *m,
+                             long shift, bf16 *grad_x, const bf16 *gate_up, bf16 *grad_gate_up) {
     static _Thread_local arena room;
-    long D = l->D, N = l->H + 2 * l->K, widest = l->qkv.O > l->down.I ? l->qkv.O : l->down.I;
-    make_room(&room, spared(T, 2 * (2 * widest + D)) + 256);
-    bf16 *seen = take(&room, spared(T, widest) * 2), *between = take(&room, T * widest * 2), *out = take(&room, T * D * 2);
-    if (!added) memcpy(m.x, x, T * D * sizeof(float));
-    add_norm_bfloat16(T, D, x, added, l->attention_norm, l->eps, m.x, m.normed, m.scale);
-    product_forward(T, &l->qkv, l->kept, m.normed, &m.of_qkv, seen, between);
-    rotate_bfloat16(T, N, l->H + l->K, l->E, between, cosine, sine, 1, m.qkv);
-    attention_tiles(P, R, starts, lengths, l->H, l->K, l->E, m.qkv, m.mixed, m.lse);
-    product_forward(T, &l->o, l->kept, m.mixed, &m.of_o, seen, out);
-    add_norm_bfloat16(T, D, m.x, out, l->mlp_norm, l->eps, middle, m.middle_normed, m.middle_scale);
-    product_forward(T, &l->gate_up, l->kept, m.middle_normed, &m.of_gate_up, seen, m.gate_up);
-    swiglu_bfloat16(T, l->down.I, m.gate_up, m.gated);
-    product_forward(T, &l->down, l->kept, m.gated, &m.of_down, seen, sum);
+    long I = p->I, O = p->O, strips = steps(t->T), panels = I / PANEL, across = tasks_of_units(panels, O * PANEL * sizeof(bf16), strips);
+    long low = strips <= LOW, part = low ? RUN : O / STEP, most = low ? 1 : (panels + across - 1) / across;
+    if (low) across = panels;
+    make_room(&room, (most * part * SQUARE + filled(t->T) * PANEL) * sizeof(bf16) + 128);
+    bf16 *to = take(&room, most * part * SQUARE * sizeof(bf16)), *panel = take(&room, filled(t->T) * PANEL * sizeof(bf16));
+    const uint32_t *mask = t->kept ? m->mask : 0;
+#pragma omp for schedule(dynamic) nowait
+    for (long task = 0; task < across; task++) {
+        float sums[LOW * SQUARE] __attribute__((aligned(64)));
+        long first = task * panels / across, last = (task + 1) * panels / across;
+        for (long k = 0; (grad_x || gate_up) && k < O / STEP; k += part) {
+            long here = O / STEP - k < part ? O / STEP - k : part;
+            factor f = {0, p->laid + k * panels * SQUARE, 0, -1, -1, here * STEP};
+            lay_turned(&f, I, first, last, to, part * SQUARE);
+            for (long s = 0; s < strips; s++)
+                for (long n = first; n < last; n++) {
+                    float *own_sums = sums + (low ? s : 0) * SQUARE;
+                    patch(here, grad + s * PANEL * O + k * STEP, O, to + (n - first) * part * SQUARE, own_sums, PANEL, k > 0);
+                    if (k + here == O / STEP) product_back_end(t, p, s, n, own_sums, own, w, m, grad_x, gate_up, grad_gate_up);
+                }
+        }
+        for (long n = first; p->R && n < last; n++) add_to_A(t, p, n, x, mask, w->turned, shift, panel);
+    }
+#pragma omp for schedule(dynamic)
+    for (long n = 0; n < (p->R ? O / PANEL : 0); n++) add_to_B(t, p, n, grad, m->turned, shift, panel);
 }
 
-/* Gradients: `along` what reaches middle, `grad` what reaches sum; grad_x and grad_added may be absent; those of the adapter where `to` says. */
-void layer_backward(long T, const trained_layer *l, const trained_layer *to, char *memory, long P, long R, const long *starts, const long *lengths,
-                    const float *cosine, const float *sine, const float *middle, const float *along, const bf16 *grad, float *grad_x, bf16 *grad_added) {
-    arena kept = {memory, 0, 0};
-    layer_memory m = remember(&kept, l, T);
+static inline long tall_of(long T, long s) { return T - s < PANEL ? T - s : PANEL; }
+
+/* A layer, by all threads: from its x to `out`, which is the x of the next one, whose sides are laid meanwhile (both may be absent). */
+static void layer_there(const training *t, const trained_layer *l, const layer_memory *m, const workplace *w, float *out, const trained_layer *next,
+                        const workplace *next_w) {
+    long T = t->T, D = t->D;
+#pragma omp for schedule(dynamic)
+    for (long s = 0; s < T; s += PANEL) {
+        for (long r = s; r < s + tall_of(T, s); r++)
+            m->scale[r] = add_norm_row_bfloat16(D, l->x + r * D, 0, l->attention_norm, t->eps, 0, m->normed + r * D);
+        dropped_in(t, &l->qkv, s, tall_of(T, s), m->normed, w->qkv, w, &m->of_qkv);
+    }
+    product_forward(TURNED, t, &l->qkv, m->normed, w->qkv, w, m, 0, 0);
+    attention_shared(t->P, t->R, t->starts, t->lengths, t->H, t->K, t->E, m->qkv, m->mixed, m->lse);
+    if (next) lay_all_sides(next, 0, next_w);
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+    for (long s = 0; s < T; s += PANEL) dropped_in(t, &l->o, s, tall_of(T, s), m->mixed, w->o, w, &m->of_o);
+    product_forward(SUMMED, t, &l->o, m->mixed, w->o, w, m, l->x, m->middle);
+#pragma omp for schedule(dynamic)
+    for (long s = 0; s < T; s += PANEL) {
+        for (long r = s; r < s + tall_of(T, s); r++)
+            m->middle_scale[r] = add_norm_row_bfloat16(D, m->middle + r * D, 0, l->mlp_norm, t->eps, 0, m->middle_normed + r * D);
+        dropped_in(t, &l->gate_up, s, tall_of(T, s), m->middle_normed, w->gate_up, w, &m->of_gate_up);
+    }
+    product_forward(SWISHED, t, &l->gate_up, m->middle_normed, w->gate_up, w, m, 0, 0);
+#pragma omp for schedule(dynamic)
+    for (long s = 0; s < T; s += PANEL) dropped_in(t, &l->down, s, tall_of(T, s), m->gated, w->down, w, &m->of_down);
+    product_forward(SUMMED, t, &l->down, m->gated, w->down, w, m, m->middle, out);
+}
+
+/* Workplaces, large enough for each layer, and what else a pass needs: bytes. */
+static char *make_places(arena *room, const training *t, const trained_layer *layers, int count, long bytes, long *apart) {
+    *apart = 0;
+    for (long l = 0; l < t->L; l++) {
+        arena one = {0};
+        workplace_of(&one, t, layers + l);
+        *apart = one.taken > *apart ? one.taken : *apart;
+    }
+    make_room(room, count * *apart + bytes);
+    return take(room, count * *apart);
+}
+
+static workplace place_of(const training *t, const trained_layer *l, char *at) {
+    arena one = {at, 0, 0};
+    return workplace_of(&one, t, l);
+}
+
+/* x of the first layer through all of them to out (T, D). */
+void layers_forward(const training *t, const trained_layer *layers, float *out) {
     static _Thread_local arena room;
-    long D = l->D, N = l->H + 2 * l->K, I = l->down.I;
-    make_room(&room, spared(T, 6 * I + 4 * l->qkv.O + 10 * D + 2 * l->o.I) + 1024);
-    bf16 *grad_gated = take(&room, T * I * 2), *grad_gate_up = take(&room, spared(T, 2 * I) * 2), *grad_normed = take(&room, T * D * 2);
-    bf16 *grad_sum = take(&room, spared(T, D) * 2), *grad_o = take(&room, spared(T, D) * 2), *grad_mixed = take(&room, T * l->o.I * 2);
-    bf16 *grad_turned = take(&room, T * l->qkv.O * 2), *grad_qkv = take(&room, spared(T, l->qkv.O) * 2);
-    float *grad_middle = take(&room, T * D * 4);
-    memcpy(grad_sum, grad, T * D * sizeof(bf16));
-    product_backward(T, &l->down, &to->down, l->kept, m.gated, &m.of_down, grad_sum, grad_gated);
-    swiglu_backward_bfloat16(T, I, m.gate_up, grad_gated, grad_gate_up);
-    product_backward(T, &l->gate_up, &to->gate_up, l->kept, m.middle_normed, &m.of_gate_up, grad_gate_up, grad_normed);
-    add_norm_backward_bfloat16(T, D, middle, m.middle_scale, l->mlp_norm, grad_normed, along, grad_middle, grad_o);
-    product_backward(T, &l->o, &to->o, l->kept, m.mixed, &m.of_o, grad_o, grad_mixed);
-    attention_tiles_backward(P, R, starts, lengths, l->H, l->K, l->E, m.qkv, m.lse, grad_mixed, grad_turned);
-    rotate_bfloat16(T, N, l->H + l->K, l->E, grad_turned, cosine, sine, -1, grad_qkv);
-    product_backward(T, &l->qkv, &to->qkv, l->kept, m.normed, &m.of_qkv, grad_qkv, grad_x ? grad_normed : 0);
-    if (grad_x) add_norm_backward_bfloat16(T, D, m.x, m.scale, l->attention_norm, grad_normed, grad_middle, grad_x, grad_added);
+    long apart;
+    char *places = make_places(&room, t, layers, 2, 0, &apart);
+#pragma omp parallel
+    {
+        tiles_begin();
+        workplace w = place_of(t, layers, places);
+        lay_all_sides(layers, 0, &w);
+#pragma omp barrier
+        for (long l = 0; l < t->L; l++) {
+            const trained_layer *own = layers + l, *next = l + 1 < t->L ? own + 1 : 0;
+            layer_memory m = remember(own->memory, t, own, 0);
+            workplace next_w = next ? place_of(t, next, places + (l + 1) % 2 * apart) : w;
+            layer_there(t, own, &m, &w, next ? next->x : out, next, &next_w);
+            w = next_w;
+        }
+        _tile_release();
+    }
+}
+
+/* The gradients of what lies between products. along: of what comes after the layer, then of what goes into it; sum: the same in bf16. */
+typedef struct {
+    float *along, *middle, *between;
+    bf16 *sum, *gate_up, *normed, *o, *mixed, *rotated, *qkv;
+} slopes;
+
+static slopes slopes_of(arena *room, const training *t, const trained_layer *l) {
+    slopes g;
+    long T = t->T, D = t->D, rows = filled(T) * 2;
+    g.along = take(room, T * D * 4), g.middle = take(room, T * D * 4), g.between = take(room, attention_between(t->P, t->R, t->K, t->E) * 4);
+    g.sum = take(room, rows * D), g.gate_up = take(room, rows * 2 * t->I), g.normed = take(room, rows * D), g.o = take(room, rows * D);
+    g.mixed = take(room, rows * l->o.I), g.rotated = take(room, rows * l->qkv.O), g.qkv = take(room, rows * l->qkv.O);
+    return g;
+}
+
+/* The gradient of h of a strip, of that of y. */
+static void back_in(const training *t, const adapted *p, long s, const bf16 *grad, sides own, const workplace *w) {
+    if (p->R) strip_in(tall_of(t->T, s), p->O, grad + s * p->O, p->R, own.B, w->h + s * filled(p->R), w->turned + s, filled(t->T));
+}
+
+/* A layer's gradients, by all threads, from that of h of its last product to that of x, and of h of the last product of the layer below it. */
+static void layer_back(const training *t, const trained_layer *l, const layer_memory *m, const workplace *w, const slopes *g, long shift, float *grad_x,
+                       const trained_layer *below, const workplace *below_w) {
+    long T = t->T, D = t->D, E = t->E, N = t->H + 2 * t->K;
+    product_backward(t, &l->down, g->sum, w->down, w, m->gated, &m->of_down, shift, 0, m->gate_up, g->gate_up);
+#pragma omp for schedule(dynamic)
+    for (long s = 0; s < T; s += PANEL) back_in(t, &l->gate_up, s, g->gate_up, w->gate_up, w);
+    product_backward(t, &l->gate_up, g->gate_up, w->gate_up, w, m->middle_normed, &m->of_gate_up, shift, g->normed, 0, 0);
+#pragma omp for schedule(dynamic)
+    for (long s = 0; s < T; s += PANEL) {
+        for (long r = s; r < s + tall_of(T, s); r++)
+            add_norm_backward_row_bfloat16(D, m->middle + r * D, m->middle_scale[r], l->mlp_norm, g->normed + r * D, g->along + r * D,
+                                           g->middle + r * D, g->o + r * D);
+        back_in(t, &l->o, s, g->o, w->o, w);
+    }
+    product_backward(t, &l->o, g->o, w->o, w, m->mixed, &m->of_o, shift, g->mixed, 0, 0);
+    if (below) lay_all_sides(below, 1, below_w);
+    attention_backward_shared(t->P, t->R, t->starts, t->lengths, t->H, t->K, E, m->qkv, m->lse, g->mixed, g->between, g->rotated);
+#pragma omp for schedule(dynamic)
+    for (long s = 0; s < T; s += PANEL) {
+        for (long r = s; r < s + tall_of(T, s); r++)
+            rotate_row_bfloat16(N, t->H + t->K, E, g->rotated + r * N * E, t->cosine + r * E, t->sine + r * E, -1, g->qkv + r * N * E);
+        back_in(t, &l->qkv, s, g->qkv, w->qkv, w);
+    }
+    product_backward(t, &l->qkv, g->qkv, w->qkv, w, m->normed, &m->of_qkv, shift, grad_x ? g->normed : 0, 0, 0);
+    if (!grad_x) return;
+#pragma omp for schedule(dynamic)
+    for (long s = 0; s < T; s += PANEL) {
+        for (long r = s; r < s + tall_of(T, s); r++)
+            add_norm_backward_row_bfloat16(D, l->x + r * D, m->scale[r], l->attention_norm, g->normed + r * D, g->middle + r * D, grad_x + r * D,
+                                           g->sum + r * D);
+        if (below) back_in(t, &below->down, s, g->sum, below_w->down, below_w);
+    }
+}
+
+/* From the gradient of out to that of x, which may be absent; those of A and the Bs are added `shift` bytes behind these. */
+void layers_backward(const training *t, const trained_layer *layers, const float *grad, long shift, float *grad_x) {
+    static _Thread_local arena room;
+    arena rest = {0};
+    slopes_of(&rest, t, layers);
+    long apart, T = t->T, D = t->D, L = t->L;
+    char *places = make_places(&room, t, layers, 3, rest.taken, &apart);
+    slopes g = slopes_of(&room, t, layers);
+#pragma omp parallel
+    {
+        tiles_begin();
+        const trained_layer *top = layers + L - 1;
+        workplace w = place_of(t, top, places + (L - 1) % 2 * apart);
+        lay_all_sides(top, 1, &w);
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+        for (long s = 0; s < T; s += PANEL) {
+            memcpy(g.along + s * D, grad + s * D, tall_of(T, s) * D * sizeof(float));
+            for (long i = s * D; i < (s + tall_of(T, s)) * D; i += 32) store_bf16(g.sum + i, _mm512_loadu_ps(grad + i), _mm512_loadu_ps(grad + i + 16));
+            back_in(t, &top->down, s, g.sum, w.down, &w);
+        }
+        for (long l = L - 1; l >= 0; l--) {
+            const trained_layer *own = layers + l, *below = l ? own - 1 : 0;
+            layer_memory m = remember(own->memory, t, own, 0);
+            if (t->again) {
+                workplace again = place_of(t, own, places + 2 * apart);
+                lay_all_sides(own, 0, &again);
+#pragma omp barrier
+                layer_there(t, own, &m, &again, g.middle, 0, 0);
+            }
+            workplace below_w = below ? place_of(t, below, places + (l + 1) % 2 * apart) : w;
+            layer_back(t, own, &m, &w, &g, shift, below ? g.along : grad_x, below, &below_w);
+            w = below_w;
+        }
+        _tile_release();
+    }
 }
 #endif

@@ -1,13 +1,12 @@
-"""A layer of the decoder to train an adapter on, by one kernel there and one back (layer.h), in bf16 on AMX's tiles.
+"""The decoder's layers to train an adapter on, by one kernel there and one back (layer.h), in bf16 on AMX's tiles.
 
-The same operations, and the same numbers to the bit, as the decoder's own, one after the other. Shape suffixes as in
-`decoder`.
+The same numbers to the bit as the decoder's own operations find, one after the other. Shape suffixes as in `decoder`.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,117 +14,122 @@ from torch import Tensor
 
 from fortwo.models import kernels
 from fortwo.models.functions import kept_of
-from fortwo.models.lora import LoraGroup, Place, Segment, Update, draw_seed
+from fortwo.models.lora import Lora, LoraGroup, Segment, Update, draw_seeds
 from fortwo.models.lora_config import GROUPS
-from fortwo.models.tiles import Tiles
+from fortwo.models.tiles import PANEL, Tiles
 
 if TYPE_CHECKING:
     from fortwo.models.decoder import DecoderConfig, Layer
+    from fortwo.models.forms import Frozen
 
 Packed = tuple[int, Tensor]  # of an attention over packed rows: tokens of the prefix; starts and lengths (2, R)
 
 
-_PRODUCT = struct.Struct("2P4q" + 3 * "P3qd")  # layer.h's `adapted`
-_LAYER = struct.Struct("5qd2P")  # what comes before its four products
+_TRAINING = struct.Struct("9qd2q4P")  # layer.h's `training`
+_LAYER = struct.Struct("4P")  # what its `trained_layer` has before its four products
+_PRODUCT = struct.Struct("2P4q" + 3 * "P3qd")  # its `adapted`
+_NONE = (0, 0, 0, 0, 0.0)  # a target that there is not
 
 
-class WholeLayer:
-    """One layer as it is trained, for one forward and the backward that follows."""
-
-    def __init__(self, config: DecoderConfig, layer: Layer, groups: dict[str, LoraGroup], p: float) -> None:
-        """p: of the adapter's dropout."""
-        self._config, self._layer, self._groups = config, layer, groups
-        self._kept = kept_of(p) if p else 0
-        self._seeds = [draw_seed() if p and name in groups else 0 for name in GROUPS]
-        self.parameters = [tensor for name in GROUPS if name in groups for tensor in groups[name].tensors]
-
-    @staticmethod
-    def fits(config: DecoderConfig, layer: Layer, segments: Iterable[Update]) -> bool:
-        """Whether there is such a kernel."""
-        if not torch.is_grad_enabled() or config.qkv_bias or config.qk_norm or config.head_size % 32:
-            return False
-        weights = layer.qkv_OD, layer.o_DI, layer.gate_up_OD, layer.down_DI
-        of_one = all(isinstance(segment, Segment) and segment.everywhere for segment in segments)
-        return of_one and all(isinstance(weight, Tiles) for weight in weights)
-
-    def told(self, tensors: Sequence[Tensor]) -> bytes:
-        """layer.h's `trained_layer`, with these parameters."""
-        c, layer = self._config, self._layer
-        norms = layer.attention_norm_D.data_ptr(), layer.mlp_norm_D.data_ptr()
-        told = _LAYER.pack(c.hidden, c.heads, c.kv_heads, c.head_size, self._kept, c.norm_eps, *norms)
-        weights, given = (layer.qkv_OD, layer.o_DI, layer.gate_up_OD, layer.down_DI), iter(tensors)
-        for name, weight_OI, seed in zip(GROUPS, weights, self._seeds, strict=True):
-            assert isinstance(weight_OI, Tiles)
-            places: tuple[Place, ...] = ()
-            targets, A, R = list[float](), 0, 0
-            if (group := self._groups.get(name)) is not None:
-                A_RI = next(given)
-                places, A, R = group.places, A_RI.data_ptr(), len(A_RI)
-            for place in places:
-                targets += [
-                    next(given).data_ptr(),
-                    place.columns.start,
-                    *_sizes(place.columns, place.rows),
-                    place.scale,
-                ]
-            targets += [0, 0, 0, 0, 0.0] * (3 - len(places))
-            told += _PRODUCT.pack(weight_OI.laid.data_ptr(), A, *weight_OI.shape, R, seed, *targets)
-        return told
+def trained_whole(config: DecoderConfig, layers: Sequence[Layer], segments: Sequence[Update]) -> Lora | None:
+    """The adapter that is trained, where there is such a kernel: the only one, over all rows, optimized as one tensor
+    (`Lora.flatten`)."""
+    c = config
+    if not torch.is_grad_enabled() or c.qkv_bias or c.qk_norm or len(segments) != 1:
+        return None
+    (segment,) = segments
+    if not isinstance(segment, Segment) or not segment.everywhere or segment.lora.flat_N is None:
+        return None
+    whole = all(size % PANEL == 0 for size in (c.hidden, c.head_size, c.intermediate))
+    fits = whole and all(isinstance(weight, Tiles) for layer in layers for weight in _weights(layer))
+    return segment.lora if fits else None
 
 
-class _WholeLayer(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        whole: WholeLayer,
+class TrainedLayers:
+    """Some layers, for one forward and the backward that follows, which adds to the adapter's gradients where they are.
+
+    angles: cos and sin (T, E). p: of the adapter's dropout. again: keep what each layer reads, and compute the layer
+    once more when its gradient is wanted (`Decoder.run`).
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layers: Mapping[int, Layer],
+        lora: Lora,
+        p: float,
         packed: Packed,
         angles: tuple[Tensor, Tensor],
-        x_TD: Tensor,
-        update_TD: Tensor | None,
-        *parameters: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        T, told = len(x_TD), whole.told(parameters)
-        bytes_1 = torch.empty(1, dtype=torch.int64)
-        kernels.call("layer_bytes", None, T, told, bytes_1)
-        memory = torch.empty(int(bytes_1), dtype=torch.uint8)
-        middle_TD, sum_TD = torch.empty_like(x_TD), torch.empty_like(x_TD, dtype=torch.bfloat16)
-        given = T, told, memory, *_rows(packed), *angles, x_TD, update_TD
-        kernels.call("layer_forward", None, *given, middle_TD, sum_TD)
-        ctx.save_for_backward(memory, middle_TD, *parameters)
-        ctx.whole, ctx.told, ctx.packed, ctx.angles, ctx.added = whole, told, packed, angles, update_TD is not None
-        return middle_TD, sum_TD
+        again: bool,
+    ) -> None:
+        c, T, (prefix, rows_2R) = config, len(angles[0]), packed
+        self._flat_N, self._held, self._again = lora.flat_N, (rows_2R, angles), again
+        sizes = len(layers), T, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, kept_of(p) if p else 0, again
+        tables = [tensor.data_ptr() for tensor in (*rows_2R, *angles)]
+        self._training = _TRAINING.pack(*sizes, c.norm_eps, prefix, rows_2R.shape[1], *tables)
+        seeds = iter(draw_seeds(sum(len(lora.layers[index]) for index in layers) if p else 0))
+        self._table = bytearray()
+        for index, layer in layers.items():
+            norms = layer.attention_norm_D.data_ptr(), layer.mlp_norm_D.data_ptr()
+            self._table += _LAYER.pack(0, 0, *norms)
+            for name, weight_OI in zip(GROUPS, _weights(layer), strict=True):
+                group = lora.layers[index].get(name)
+                self._table += _product(weight_OI, group, 0 if group is None else next(seeds, 0))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """What comes after the last layer."""
+        size = _LAYER.size + len(GROUPS) * _PRODUCT.size
+        bytes_L = torch.empty(len(self._table) // size, dtype=torch.int64)
+        kernels.call("layers_bytes", None, self._training, bytes(self._table), bytes_L)
+        if self._again:
+            memory = [torch.empty(int(bytes_L.max()), dtype=torch.uint8)] * len(bytes_L)
+        else:
+            memory = [torch.empty(one, dtype=torch.uint8) for one in bytes_L.tolist()]
+        xs = [x_TD, *(torch.empty_like(x_TD) for _ in bytes_L[1:])]
+        for place, (x, own) in enumerate(zip(xs, memory, strict=True)):
+            struct.pack_into("2P", self._table, place * size, x.data_ptr(), own.data_ptr())
+        self._memory, self._told, out_TD = (xs, memory), bytes(self._table), torch.empty_like(x_TD)
+        kernels.call("layers_forward", None, self._training, self._told, out_TD)
+        return out_TD
+
+    def backward(self, grad_TD: Tensor, wanted: bool) -> Tensor | None:
+        """The gradient of x, if it is wanted."""
+        assert self._flat_N is not None and self._flat_N.grad is not None
+        grad_x_TD = torch.empty_like(grad_TD) if wanted else None
+        apart = self._flat_N.grad.data_ptr() - self._flat_N.data_ptr()
+        kernels.call("layers_backward", None, self._training, self._told, grad_TD, apart, grad_x_TD)
+        return grad_x_TD
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, layers: TrainedLayers, x_TD: Tensor, flat_N: Tensor) -> Tensor:
+        ctx.layers = layers
+        return layers.forward(x_TD.contiguous())
 
     @staticmethod
-    def backward(ctx: Any, along_TD: Tensor, grad_TD: Tensor) -> Any:
-        memory, middle_TD, *parameters = ctx.saved_tensors
-        sizes = [parameter.numel() for parameter in parameters]
-        parts = middle_TD.new_empty(sum(sizes)).split(sizes)
-        gradients = [part.view(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)]
-        along_TD, grad_TD = along_TD.contiguous(), grad_TD.contiguous()
-        grad_x_TD = torch.empty_like(along_TD) if ctx.needs_input_grad[3] else None
-        grad_update_TD = torch.empty_like(grad_TD) if ctx.added and grad_x_TD is not None else None
-        told = len(middle_TD), ctx.told, ctx.whole.told(gradients)
-        given = memory, *_rows(ctx.packed), *ctx.angles, middle_TD, along_TD, grad_TD
-        kernels.call("layer_backward", None, *told, *given, grad_x_TD, grad_update_TD)
-        return (None, None, None, grad_x_TD, grad_update_TD, *gradients)
+    def backward(ctx: Any, grad_TD: Tensor) -> Any:
+        return None, ctx.layers.backward(grad_TD.contiguous(), ctx.needs_input_grad[1]), None
 
 
-def whole_layer(
-    whole: WholeLayer, packed: Packed, angles: tuple[Tensor, Tensor], x_TD: Tensor, update_TD: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """What comes after the layer: x (T, D) with update (T, D; bf16) and attention added, and what the layer adds last.
-
-    angles: cos and sin (T, E).
-    """
-    found: tuple[Tensor, Tensor]
-    found = _WholeLayer.apply(whole, packed, angles, x_TD, update_TD, *whole.parameters)  # type: ignore[no-untyped-call]
-    return found
+def through(layers: TrainedLayers, x_TD: Tensor, lora: Lora) -> Tensor:
+    """What comes after the last layer (T, D), of x (T, D) fp32."""
+    y_TD: Tensor = _Through.apply(layers, x_TD, lora.flat_N)  # type: ignore[no-untyped-call]
+    return y_TD
 
 
-def _rows(packed: Packed) -> tuple[int, int, Tensor, Tensor]:
-    prefix, rows_2R = packed
-    return prefix, rows_2R.shape[1], rows_2R[0], rows_2R[1]
+def _weights(layer: Layer) -> tuple[Frozen, ...]:
+    return layer.qkv_OD, layer.o_DI, layer.gate_up_OD, layer.down_DI
 
 
-def _sizes(*parts: slice) -> list[int]:
-    return [int(part.stop - part.start) for part in parts]
+def _product(weight_OI: Frozen, group: LoraGroup | None, seed: int) -> bytes:
+    """layer.h's `adapted`."""
+    assert isinstance(weight_OI, Tiles)
+    laid = weight_OI.laid.data_ptr()
+    if group is None:
+        return _PRODUCT.pack(laid, 0, *weight_OI.shape, 0, 0, *_NONE * 3)
+    told: list[float] = []
+    for place, B_Or in zip(group.places, group.Bs, strict=True):
+        told += B_Or.data_ptr(), place.columns.start, *B_Or.shape, place.scale
+    told += _NONE * (3 - len(group.places))
+    return _PRODUCT.pack(laid, group.A_RI.data_ptr(), *weight_OI.shape, len(group.A_RI), seed, *told)

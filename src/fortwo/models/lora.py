@@ -55,6 +55,7 @@ class Lora:
     def __init__(self, config: LoraConfig, layers: list[dict[str, LoraGroup]]) -> None:
         self.config = config
         self.layers = layers
+        self.flat_N: Tensor | None = None
 
     @classmethod
     def init(cls, config: LoraConfig, decoder: DecoderConfig, seed: int, device: torch.device | str = "cpu") -> Lora:
@@ -79,7 +80,8 @@ class Lora:
         return [tensor for groups in self.layers for group in groups.values() for tensor in group.tensors]
 
     def flatten(self) -> Tensor:
-        """All parameters end to end (N,), to optimize as one; they become views of it, and their gradients of its."""
+        """All parameters end to end (N,), to optimize as one; they become views of it, and their gradients of its: a
+        backward adds to these where they are."""
         parameters = self.parameters()
         flat_N = torch.cat([parameter.detach().flatten() for parameter in parameters]).requires_grad_(True)
         flat_N.grad = torch.zeros_like(flat_N)
@@ -88,7 +90,14 @@ class Lora:
         for parameter, part, gradient in parts:
             parameter.data = part.view(parameter.shape)
             parameter.requires_grad_(True).grad = gradient.view(parameter.shape)
+        self.flat_N = flat_N
         return flat_N
+
+    def freeze(self) -> None:
+        """No gradients from here on, nor memory for them."""
+        self.flat_N = None
+        for parameter in self.parameters():
+            parameter.requires_grad_(False).grad = None
 
     def state(self) -> dict[str, Tensor]:
         """PEFT's names and shapes; A tensors are views of the stacked ones."""
@@ -236,7 +245,7 @@ def lora_product(
         assert isinstance(segment, Segment), "only one adapter over all rows has gradients"
         assert segment.everywhere
         update, p = segment.lora.layers[layer][group], segment.lora.config.dropout
-        drawn = (p, draw_seed()) if dropout and p else None
+        drawn = (p, *draw_seeds(1)) if dropout and p else None
         y: Tensor = _LoraProduct.apply(x_TI, weight_OI, drawn, update.places, *update.tensors)  # type: ignore[no-untyped-call]
         return y
     y_TO = frozen_product(x_TI, weight_OI)
@@ -269,9 +278,10 @@ def _names(layer: int, place: Place) -> tuple[str, str]:
     return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
 
 
-def draw_seed() -> int:
-    """Of one dropout."""
-    return int(torch.randint(2**32, ()))
+def draw_seeds(count: int) -> list[int]:
+    """Of so many dropouts, one after the other."""
+    seeds: list[int] = torch.randint(2**32, (count,)).tolist()
+    return seeds
 
 
 def _size(part: slice) -> int:

@@ -19,15 +19,16 @@
 
 /* a (M, K) with a_row numbers from row to row; b (N, K) with steps b_n and b_k, of which one is 1, or both 0 for panels that are laid already, or
    both -1 for the panels of its transpose (K outputs, N inputs). nf4: b's numbers are codes (nf4.h), and there is no b; the other step is a multiple of
-   64. spare: behind a's last row there are 31 more that may be read; what is in them does not matter. */
+   64. */
 typedef struct {
     const bf16 *a, *b;
     long a_row, b_n, b_k, K;
     const normal_floats *nf4;
-    int spare;
 } factor;
 
 static inline long steps(long K) { return (K + STEP - 1) / STEP; }
+
+static inline long filled(long K) { return steps(K) * STEP; }
 
 /* 16 outputs x 16 pairs, each pair 32 bits, from rows of pairs to columns of pairs. */
 static inline void transpose(__m512i *r) {
@@ -149,7 +150,7 @@ static void lay(const factor *f, long N, long first, long last, bf16 *to, long a
         return;
     }
     __m512i low = _mm512_loadu_si512(zip[0]), high = _mm512_loadu_si512(zip[1]);
-    for (long k = 0; k < steps(f->K) * STEP; k += 2)
+    for (long k = 0; k < filled(f->K); k += 2)
         for (long p = first; p < last; p++) {
             bf16 *row = to + (p - first) * apart + k / STEP * 2 * TILE + k % STEP / 2 * STEP;
             long wide = N - p * PANEL;
@@ -192,6 +193,20 @@ static inline void tile_step(const bf16 *a, long a_row, const bf16 *b) {
     _tile_dpbf16ps(3, 5, 7);
 }
 
+static inline void tiles_clear(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+static inline void tiles_stored(float *sums, long row) { /* (32, 32), with `row` numbers from row to row */
+    _tile_stored(0, sums, 4 * row);
+    _tile_stored(1, sums + 16, 4 * row);
+    _tile_stored(2, sums + 16 * row, 4 * row);
+    _tile_stored(3, sums + 16 * row + 16, 4 * row);
+}
+
 static inline int is_laid(const factor *f) { return f->b_n == 0 && f->b_k == 0; }
 
 /* All panels of b (N, K). */
@@ -202,14 +217,14 @@ void lay_panels(long N, long K, const bf16 *b, long b_n, long b_k, bf16 *to) {
     for (long p = 0; p < panels; p++) lay(&f, N, p, p + 1, to + p * apart, apart);
 }
 
-/* 32 rows of a: their whole steps in place, and what does not fill 32 inputs, or 32 rows where none are spare, copied to `edge`, with zeros around. */
+/* 32 rows of a: their whole steps in place, and what does not fill 32 inputs, or 32 rows, copied to `edge`, with zeros around. */
 typedef struct {
     const bf16 *a, *edge;
     long a_row, edge_row, whole, all;
 } strip;
 
 static strip strip_of(const factor *f, long M, long m, bf16 *edge) {
-    long tall = M - m < PANEL ? M - m : PANEL, all = steps(f->K), whole = tall < PANEL && !f->spare ? 0 : f->K / STEP, row = (all - whole) * STEP;
+    long tall = M - m < PANEL ? M - m : PANEL, all = steps(f->K), whole = tall < PANEL ? 0 : f->K / STEP, row = (all - whole) * STEP;
     const bf16 *a = f->a + m * f->a_row;
     if (whole < all) {
         memset(edge, 0, PANEL * row * sizeof(bf16));
@@ -222,10 +237,7 @@ static strip strip_of(const factor *f, long M, long m, bf16 *edge) {
    written then are fetched meanwhile: waiting for them took a fourth of a product. */
 static void block(int count, const strip *s, const bf16 *const *panels, float *sums, const char *c, long c_row, long tall) {
     long each = (PANEL + s->all - 1) / s->all, line = 0;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    tiles_clear();
     for (int i = 0; i < count; i++, s++) {
         const bf16 *panel = panels[i];
         for (long k = 0; k < s->whole; k++, panel += 2 * TILE) {
@@ -234,10 +246,7 @@ static void block(int count, const strip *s, const bf16 *const *panels, float *s
         }
         for (long k = s->whole; k < s->all; k++, panel += 2 * TILE) tile_step(s->edge + (k - s->whole) * STEP, s->edge_row, panel);
     }
-    _tile_stored(0, sums, 4 * PANEL);
-    _tile_stored(1, sums + 16, 4 * PANEL);
-    _tile_stored(2, sums + 16 * PANEL, 4 * PANEL);
-    _tile_stored(3, sums + 16 * PANEL + 16, 4 * PANEL);
+    tiles_stored(sums, PANEL);
 }
 
 /* c (M, N) = the sum of a b' over two factors (K = 0: without the second); c is bf16, or fp32 where `wide`, with c_row numbers from row to row. */

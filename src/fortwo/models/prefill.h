@@ -23,8 +23,6 @@ typedef struct {
     bf16 *h;
 } answers;
 
-static inline long filled(long n) { return steps(n) * STEP; }
-
 static answers answers_of(long T, long N, const adapter *adapters, const long *members, long indices) {
     long strips = (T + PANEL - 1) / PANEL, most = T + 1, *own = malloc(T * sizeof(long));
     answers all = {adapters, calloc(strips + 1, sizeof(long)), malloc(most * sizeof(long)), calloc(most, sizeof(long)), malloc(most * PANEL * sizeof(long))};
@@ -159,10 +157,7 @@ static void add_few(const answers *all, long pair, long index, long o, float *su
 
 /* A strip of x times a panel of outputs o to o + 31, and what adapters add, into sums (32, 32). ahead: whether the panels that follow are fetched. */
 static void paneled_block(const answers *all, long m, long index, long o, long K, const bf16 *a, const bf16 *panel, int ahead, float *sums) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    tiles_clear();
     for (long k = 0; k < K / STEP; k++, panel += 2 * TILE) {
         if (ahead)
             for (long i = 0; i < 2 * TILE; i += 32) __builtin_prefetch(panel + 16 * TILE + i, 0, 2);
@@ -191,10 +186,7 @@ static void paneled_block(const answers *all, long m, long index, long o, long K
             h += filled(ranks);
         }
     }
-    _tile_stored(0, sums, 4 * PANEL);
-    _tile_stored(1, sums + 16, 4 * PANEL);
-    _tile_stored(2, sums + 16 * PANEL, 4 * PANEL);
-    _tile_stored(3, sums + 16 * PANEL + 16, 4 * PANEL);
+    tiles_stored(sums, PANEL);
     for (long pair = all->first[m]; pair < all->first[m + 1]; pair++)
         if (all->many[pair] <= FEW) add_few(all, pair, index, o, sums);
 }

@@ -147,8 +147,7 @@ def teach(
         escalations = told(run.rounds, run.best.metrics)
         report = replace(report, eval_losses=tuple(run.eval_losses), escalations=escalations)
     finally:
-        for parameter in lora.parameters():
-            parameter.requires_grad_(False).grad = None
+        lora.freeze()
         serving.detach(base.id, key)
     seconds, reporting = clock.seconds, time.perf_counter() - began
     actual |= {
