@@ -9,12 +9,8 @@
 
 /* c (32, 32) (+)= a times a panel of `count` steps. */
 static void patch(long count, const bf16 *a, long a_row, const bf16 *panel, float *c, long c_row, int add) {
-    if (add) {
-        _tile_loadd(0, c, 4 * c_row);
-        _tile_loadd(1, c + 16, 4 * c_row);
-        _tile_loadd(2, c + 16 * c_row, 4 * c_row);
-        _tile_loadd(3, c + 16 * c_row + 16, 4 * c_row);
-    } else tiles_clear();
+    if (add) tiles_loaded(c, c_row);
+    else tiles_clear();
     for (long k = 0; k < count; k++) tile_step(a + k * STEP, a_row, panel + k * SQUARE);
     tiles_stored(c, c_row);
 }

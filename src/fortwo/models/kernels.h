@@ -44,14 +44,15 @@ void NAME(add_norm_backward)(long T, long D, const float *sum, const float *scal
         NAME(add_norm_backward_row)(D, sum + t, scale[t / D], weight, grad + t, along ? along + t : 0, grad_x + t, grad_y ? grad_y + t : 0);
 }
 
-SHARED void NAME(swiglu_line)(long n, const element *gate, const element *up, element *out) {
+SHARED void NAME(swiglu_line)(long n, const element *restrict gate, const element *restrict up, element *restrict out) {
     for (long i = 0; i < n; i++) {
         float g = LOAD(gate[i]);
         out[i] = STORE(g / (1 + exponential(-g)) * LOAD(up[i]));
     }
 }
 
-SHARED void NAME(swiglu_backward_line)(long n, const element *gate, const element *up, const element *grad, element *grad_gate, element *grad_up) {
+SHARED void NAME(swiglu_backward_line)(long n, const element *restrict gate, const element *restrict up, const element *restrict grad,
+                                       element *restrict grad_gate, element *restrict grad_up) {
     for (long i = 0; i < n; i++) {
         float x = LOAD(gate[i]), s = 1 / (1 + exponential(-x)), above = LOAD(grad[i]);
         grad_gate[i] = STORE(above * LOAD(up[i]) * s * (1 + x * (1 - s)));

@@ -101,6 +101,15 @@ static workplace workplace_of(arena *room, const training *t, const trained_laye
     return w;
 }
 
+/* scale times n numbers, as bf16. */
+static inline void narrow(long n, const float *from, float scale, bf16 *to) {
+    __m512 by = _mm512_set1_ps(scale);
+    for (long i = 0; i < n; i += 16) {
+        __m512 all = _mm512_mul_ps(_mm512_maskz_loadu_ps(first(n - i), from + i), by);
+        _mm256_mask_storeu_epi16(to + i, first(n - i), (__m256i)_mm512_cvtneps_pbh(all));
+    }
+}
+
 /* There A as panels of ranks and B, scaled, as panels of outputs; back A as panels of inputs and B as panels of ranks. */
 static void lay_sides(const adapted *p, int back, sides to) {
     long R = p->R, wide = steps(R) * 2 * TILE;
@@ -108,8 +117,10 @@ static void lay_sides(const adapted *p, int back, sides to) {
     bf16 part[PANEL * R];
 #pragma omp for schedule(static) nowait
     for (long i = 0; i < p->I; i += PANEL) {
-        for (long r = 0; r < R; r++)
-            for (long c = 0; c < PANEL; c++) part[r * PANEL + c] = to_bf16(p->A[r * p->I + i + c]);
+        for (long r = 0; r < R; r++) {
+            FETCH(p->A + r * p->I + i + PANEL, 0);
+            narrow(PANEL, p->A + r * p->I + i, 1, part + r * PANEL);
+        }
         factor f = {0, part, 0, back ? 1 : PANEL, back ? PANEL : 1, back ? R : PANEL};
         if (back) lay(&f, PANEL, 0, 1, to.A + i / PANEL * wide, 0);
         else lay(&f, R, 0, steps(R), to.A + i * PANEL, p->I * PANEL);
@@ -120,8 +131,7 @@ static void lay_sides(const adapted *p, int back, sides to) {
         bf16 *at = part;
         for (const target *t = p->targets; t < p->targets + 3; at += t->rank, t++)
             for (long c = 0; c < PANEL; c++)
-                if (o + c >= t->column && o + c < t->column + t->outputs)
-                    for (long r = 0; r < t->rank; r++) at[c * R + r] = to_bf16(t->B[(o + c - t->column) * t->rank + r] * (float)t->scale);
+                if (o + c >= t->column && o + c < t->column + t->outputs) narrow(t->rank, t->B + (o + c - t->column) * t->rank, t->scale, at + c * R);
         factor f = {0, part, 0, back ? 1 : R, back ? R : 1, back ? PANEL : R};
         if (back) lay(&f, R, 0, steps(R), to.B + o * PANEL, p->O * PANEL);
         else lay(&f, PANEL, 0, 1, to.B + o / PANEL * wide, 0);
@@ -185,6 +195,35 @@ static void dropped_in(const training *t, const adapted *p, long m, long tall, c
     strip_in(tall, p->I, seen, p->R, own.A, w->h + m * filled(p->R), to->turned + m, filled(t->T));
 }
 
+/* 32 lines of memory, `row` bytes from one to the next. */
+typedef struct {
+    const void *at;
+    long row;
+} lines;
+
+/* Rows a (32, 32 count) and a panel of as many steps. */
+typedef struct {
+    long count;
+    const bf16 *a;
+    long a_row;
+    const bf16 *panel;
+} span;
+
+/* Two spans multiplied into sums (32, 32), while some lines are fetched that will be read or written then: waiting for them took a fourth of a product. */
+static void multiply_spans(const span *s, float *sums, int add, int fetched, const lines *l) {
+    long each = (fetched * PANEL + s->count - 1) / s->count, line = 0;
+    if (add) tiles_loaded(sums, PANEL);
+    else tiles_clear();
+    for (long k = 0; k < s->count; k++) {
+        for (long end = line + each; line < fetched * PANEL && line < end; line++)
+            __builtin_prefetch((const char *)l[line / PANEL].at + line % PANEL * l[line / PANEL].row, 1);
+        tile_step(s->a + k * STEP, s->a_row, s->panel + k * SQUARE);
+    }
+    s++;
+    for (long k = 0; k < s->count; k++) tile_step(s->a + k * STEP, s->a_row, s->panel + k * SQUARE);
+    tiles_stored(sums, PANEL);
+}
+
 /* How many tasks some units of work become, `bytes` of panels each. */
 static long tasks_of_units(long units, long bytes, long strips) {
     long fit = RESIDENT / bytes, wanted = (strips <= LOW ? 8 : 2) * omp_get_num_threads(), across = fit < 1 ? units : (units + fit - 1) / fit;
@@ -217,6 +256,20 @@ static void product_end(ending what, const training *t, const layer_memory *m, l
     }
 }
 
+/* The lines that `product_end` will read and write for panel n. */
+static int written(ending what, const training *t, const layer_memory *m, long at, long n, const float *from, const float *to, lines *l) {
+    long D = t->D, O = what == TURNED ? (t->H + 2 * t->K) * t->E : 2 * t->I;
+    if (what == SUMMED) {
+        long here = at * D + n * PANEL;
+        l[0] = (lines){from + here, D * 4}, l[1] = (lines){from + here + 16, D * 4}, l[2] = (lines){to + here, D * 4}, l[3] = (lines){to + here + 16, D * 4};
+        return 4;
+    }
+    l[0] = (lines){(what == TURNED ? m->qkv : m->gate_up) + at * O + n * PANEL, O * 2};
+    if (what == TURNED || n * PANEL >= t->I) return 1;
+    l[1] = (lines){m->gated + at * t->I + n * PANEL, t->I * 2};
+    return 2;
+}
+
 /* Steps of h that panel n of the outputs looks at. */
 static void ranks_of(const adapted *p, long n, long *first, long *last) {
     long rank = 0;
@@ -240,12 +293,13 @@ static void product_forward(ending what, const training *t, const adapted *p, co
             for (long unit = task * units / across; unit < (task + 1) * units / across; unit++) {
                 for (long i = 0; i < count; i++) {
                     long n = what == SWISHED ? unit + i * units : unit * count + i;
-                    const bf16 *a = x + s * PANEL * I, *panel = p->laid + n * apart;
-                    tiles_clear();
-                    for (long k = 0; k < I / STEP; k++) tile_step(a + k * STEP, I, panel + k * SQUARE);
+                    lines l[4];
+                    int fetched = written(what, t, m, s * PANEL, n, from, to, l);
                     ranks_of(p, n, &first, &last);
-                    for (long k = first; k < last; k++) tile_step(w->h + s * PANEL * filled(p->R) + k * STEP, filled(p->R), own.B + (n * ranks + k) * SQUARE);
-                    tiles_stored(sums + i * SQUARE, PANEL);
+                    const bf16 *h = w->h + s * PANEL * filled(p->R) + first * STEP;
+                    span spans[2] = {{I / STEP, x + s * PANEL * I, I, p->laid + n * apart},
+                                     {last - first, h, filled(p->R), own.B + (n * ranks + first) * SQUARE}};
+                    multiply_spans(spans, sums + i * SQUARE, 0, fetched, l);
                 }
                 long n = what == SWISHED ? unit : unit * count, tall = t->T - s * PANEL < PANEL ? t->T - s * PANEL : PANEL;
                 product_end(what, t, m, s * PANEL, n, tall, sums, from, to);
@@ -291,6 +345,8 @@ static void add_to_A(const training *t, const adapted *p, long n, const bf16 *x,
     __m512 scale = _mm512_set1_ps(mask ? 4294967296.0f / t->kept : 1);
     for (long s = 0; s < Tp; s += 2) {
         const uint32_t *at = mask ? mask + s * words + n : 0;
+        __builtin_prefetch(x + (s + ROWS_AHEAD) * I + n * PANEL);
+        __builtin_prefetch(x + (s + ROWS_AHEAD + 1) * I + n * PANEL);
         __m512i even = s < T ? dropped(at, scale, x + s * I + n * PANEL) : none;
         __m512i odd = s + 1 < T ? dropped(at ? at + words : 0, scale, x + (s + 1) * I + n * PANEL) : none;
         bf16 *row = panel + s / STEP * SQUARE + s % STEP / 2 * STEP;
@@ -358,8 +414,15 @@ static void product_backward(const training *t, const adapted *p, const bf16 *gr
             for (long s = 0; s < strips; s++)
                 for (long n = first; n < last; n++) {
                     float *own_sums = sums + (low ? s : 0) * SQUARE;
-                    patch(here, grad + s * PANEL * O + k * STEP, O, to + (n - first) * part * SQUARE, own_sums, PANEL, k > 0);
-                    if (k + here == O / STEP) product_back_end(t, p, s, n, own_sums, own, w, m, grad_x, gate_up, grad_gate_up);
+                    long at = s * PANEL * I + n * PANEL, gate = at + s * PANEL * I;
+                    lines l[4] = {{grad_x + at, I * 2}, {mask + at / 32, I / 8}};
+                    int end = k + here == O / STEP;
+                    if (gate_up)
+                        for (int half = 0; half < 2; half++)
+                            l[2 * half] = (lines){gate_up + gate + half * I, I * 4}, l[2 * half + 1] = (lines){grad_gate_up + gate + half * I, I * 4};
+                    span spans[2] = {{here, grad + s * PANEL * O + k * STEP, O, to + (n - first) * part * SQUARE}};
+                    multiply_spans(spans, own_sums, k > 0, !end ? 0 : gate_up ? 4 : mask ? 2 : 1, l);
+                    if (end) product_back_end(t, p, s, n, own_sums, own, w, m, grad_x, gate_up, grad_gate_up);
                 }
         }
         for (long n = first; p->R && n < last; n++) add_to_A(t, p, n, x, mask, w->turned, shift, panel);

@@ -15,6 +15,7 @@
 #define STEP 32                /* inputs of a step */
 #define TILE (16 * STEP)       /* numbers of a tile */
 #define AHEAD (8 * STEP)       /* numbers of a row that are fetched in advance */
+#define ROWS_AHEAD 16          /* rows that are, where a few numbers of each are read */
 #define RESIDENT (1000 * 1024) /* bytes of panels that stay in a core's cache while the left operand passes */
 
 /* a (M, K) with a_row numbers from row to row; b (N, K) with steps b_n and b_k, of which one is 1, or both 0 for panels that are laid already, or
@@ -156,6 +157,8 @@ static void lay(const factor *f, long N, long first, long last, bf16 *to, long a
             long wide = N - p * PANEL;
             __mmask32 mask = wide < PANEL ? (1u << wide) - 1 : ~0u;
             const bf16 *from = f->b + k * f->b_k + p * PANEL;
+            __builtin_prefetch(from + ROWS_AHEAD * f->b_k);
+            __builtin_prefetch(from + (ROWS_AHEAD + 1) * f->b_k);
             __m512i even = k < f->K ? _mm512_maskz_loadu_epi16(mask, from) : _mm512_setzero_si512();
             __m512i odd = k + 1 < f->K ? _mm512_maskz_loadu_epi16(mask, from + f->b_k) : _mm512_setzero_si512();
             _mm512_store_si512(row, _mm512_permutex2var_epi16(even, low, odd));
@@ -200,7 +203,14 @@ static inline void tiles_clear(void) {
     _tile_zero(3);
 }
 
-static inline void tiles_stored(float *sums, long row) { /* (32, 32), with `row` numbers from row to row */
+static inline void tiles_loaded(const float *sums, long row) { /* (32, 32), with `row` numbers from row to row */
+    _tile_loadd(0, sums, 4 * row);
+    _tile_loadd(1, sums + 16, 4 * row);
+    _tile_loadd(2, sums + 16 * row, 4 * row);
+    _tile_loadd(3, sums + 16 * row + 16, 4 * row);
+}
+
+static inline void tiles_stored(float *sums, long row) {
     _tile_stored(0, sums, 4 * row);
     _tile_stored(1, sums + 16, 4 * row);
     _tile_stored(2, sums + 16 * row, 4 * row);
