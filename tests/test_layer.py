@@ -1,4 +1,4 @@
-"""A layer trained by one kernel is the decoder's own operations one after the other, to the bit."""
+"""Layers trained by one kernel are the decoder's own operations one after the other, to the bit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fortwo.data.packing import PackedAttention, pack
 from fortwo.models import kernels
 from fortwo.models.decoder import Decoder
 from fortwo.models.layer import trained_whole
@@ -67,6 +68,38 @@ def test_it_is_the_decoders_own_operations(
     assert len(found) == len(wanted) > 1
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+
+
+@tiled
+def test_a_second_backward_adds_to_what_the_first_found() -> None:
+    home = network()
+    lora, rows = flat(home), [Row(tuple(row), 4) for row in make_rows([40, 25], start=[1, 2, 3])]
+    found = []
+    for _ in range(2):
+        losses(home, lora, 3, rows).learn.backward()
+        assert lora.flat_N is not None
+        assert lora.flat_N.grad is not None
+        found.append(lora.flat_N.grad.clone())
+    assert found[0].abs().max() > 0
+    assert torch.equal(found[1], 2 * found[0])
+    lora.freeze()
+    assert lora.flat_N is None
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in lora.parameters())
+
+
+@tiled
+def test_what_goes_in_has_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    home = network()
+    packed, segments = pack(make_rows([40, 25], start=[1, 2, 3]), prefix=3), [Segment(flat(home))]
+    attention, found = PackedAttention(packed, home.config), []
+    for _ in range(2):
+        x_TD = home.embed(packed.tokens_T).requires_grad_()
+        home.run(x_TD, packed.positions_T, attention, segments, range(home.config.layers)).square().sum().backward()
+        assert x_TD.grad is not None
+        found.append(x_TD.grad)
+        monkeypatch.setattr("fortwo.models.decoder.trained_whole", lambda *_: None)
+    assert found[0].abs().max() > 0
+    assert torch.equal(found[0], found[1])
 
 
 @tiled

@@ -84,7 +84,7 @@ static inline float softmax(float *scores, long n, long seen) {
 }
 
 /* Of a function whose every caller is to get the same bits: compiled once. */
-#define SHARED static __attribute__((noinline, unused))
+#define ONE_BODY static __attribute__((noinline, unused))
 
 /* LINE elements come into the cache, to be read or written soon: waiting for them took a fourth of what only passes over memory. */
 #define FETCH(at, write)                                                                                                  \
@@ -200,6 +200,7 @@ ROW_SUMS
 #include "nf4.h"
 #include "matrix.h"
 #include "attention.h"
+#include "adapted.h"
 #include "layer.h"
 #include "losses.h"
 #include "quantised.h"

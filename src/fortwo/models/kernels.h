@@ -4,7 +4,7 @@
    all kinds, H query heads, K key/value heads, E head size, V vocabulary. Each kernel is held to the plain formula by tests/test_functions.py. */
 
 /* sum = x + y (y may be absent: then sum is x and not written); out = sum * scale * weight with scale = 1 / sqrt(mean(sum^2) + eps). */
-SHARED float NAME(add_norm_row)(long D, const float *x, const element *y, const float *weight, float eps, float *sum, element *out) {
+ONE_BODY float NAME(add_norm_row)(long D, const float *x, const element *y, const float *weight, float eps, float *sum, element *out) {
     if (y) {
         for (long d = 0; d < D; d++) sum[d] = x[d] + LOAD(y[d]);
         x = sum;
@@ -24,7 +24,7 @@ void NAME(add_norm)(long T, long D, const float *x, const element *y, const floa
 }
 
 /* grad_x of add_norm; along is what reaches sum by other ways (may be absent). grad_y is the same as an element (may be absent). */
-SHARED void NAME(add_norm_backward_row)(long D, const float *sum, float by, const float *weight, const element *grad, const float *along,
+ONE_BODY void NAME(add_norm_backward_row)(long D, const float *sum, float by, const float *weight, const element *grad, const float *along,
                                         float *grad_x, element *grad_y) {
     float dot = 0;
     for (long d = 0; d < D; d++) dot += LOAD(grad[d]) * weight[d] * sum[d];
@@ -44,14 +44,14 @@ void NAME(add_norm_backward)(long T, long D, const float *sum, const float *scal
         NAME(add_norm_backward_row)(D, sum + t, scale[t / D], weight, grad + t, along ? along + t : 0, grad_x + t, grad_y ? grad_y + t : 0);
 }
 
-SHARED void NAME(swiglu_line)(long n, const element *restrict gate, const element *restrict up, element *restrict out) {
+ONE_BODY void NAME(swiglu_line)(long n, const element *restrict gate, const element *restrict up, element *restrict out) {
     for (long i = 0; i < n; i++) {
         float g = LOAD(gate[i]);
         out[i] = STORE(g / (1 + exponential(-g)) * LOAD(up[i]));
     }
 }
 
-SHARED void NAME(swiglu_backward_line)(long n, const element *restrict gate, const element *restrict up, const element *restrict grad,
+ONE_BODY void NAME(swiglu_backward_line)(long n, const element *restrict gate, const element *restrict up, const element *restrict grad,
                                        element *restrict grad_gate, element *restrict grad_up) {
     for (long i = 0; i < n; i++) {
         float x = LOAD(gate[i]), s = 1 / (1 + exponential(-x)), above = LOAD(grad[i]);
@@ -100,7 +100,7 @@ void NAME(dropout)(long size, long seed, long kept, const element *x, element *o
     for (long i = 0; i < size; i++) out[i] = hash_uint32_t((uint32_t)i, (uint32_t)seed) <= (uint32_t)(kept - 1) ? STORE(LOAD(x[i]) * scale) : 0;
 }
 
-SHARED void NAME(rotate_row)(long N, long turned, long E, const element *x, const float *cosine, const float *sine, float sign, element *out) {
+ONE_BODY void NAME(rotate_row)(long N, long turned, long E, const element *x, const float *cosine, const float *sine, float sign, element *out) {
     for (long n = 0; n < turned; n++) {
         const element *from = x + n * E;
         element *to = out + n * E;

@@ -21,12 +21,8 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-_SOURCES = tuple(
-    Path(__file__).with_name(name)
-    for name in (
-        "kernels.c kernels.h matrix.h attention.h layer.h losses.h quantised.h nf4.h decode.h step.h prefill.h laid.h"
-    ).split()
-)
+_HEADERS = "kernels matrix attention adapted layer losses quantised nf4 decode step prefill laid"
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", *(f"{name}.h" for name in _HEADERS.split())))
 _COMPILE = (
     *("cc", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),

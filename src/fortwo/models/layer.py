@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 Packed = tuple[int, Tensor]  # of an attention over packed rows: tokens of the prefix; starts and lengths (2, R)
 
 
-_TRAINING = struct.Struct("9qd2q4P")  # layer.h's `training`
-_LAYER = struct.Struct("4P")  # what its `trained_layer` has before its four products
-_PRODUCT = struct.Struct("2P4q" + 3 * "P3qd")  # its `adapted`
+_TRAINING = struct.Struct("9qd2q4P")  # adapted.h's `training`
+_LAYER = struct.Struct("4P")  # what layer.h's `trained_layer` has before its four products
+_PRODUCT = struct.Struct("2P4q" + 3 * "P3qd")  # `adapted`
 _NONE = (0, 0, 0, 0, 0.0)  # a target that there is not
 
 
@@ -64,9 +64,12 @@ class TrainedLayers:
     ) -> None:
         c, T, (prefix, rows_2R) = config, len(angles[0]), packed
         self._flat_N, self._held, self._again = lora.flat_N, (rows_2R, angles), again
-        sizes = len(layers), T, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, kept_of(p) if p else 0, again
+        shape = c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate
+        kept = kept_of(p) if p else 0
         tables = [tensor.data_ptr() for tensor in (*rows_2R, *angles)]
-        self._training = _TRAINING.pack(*sizes, c.norm_eps, prefix, rows_2R.shape[1], *tables)
+        self._training = _TRAINING.pack(
+            len(layers), T, *shape, kept, again, c.norm_eps, prefix, rows_2R.shape[1], *tables
+        )
         seeds = iter(draw_seeds(sum(len(lora.layers[index]) for index in layers) if p else 0))
         self._table = bytearray()
         for index, layer in layers.items():
@@ -94,7 +97,8 @@ class TrainedLayers:
 
     def backward(self, grad_TD: Tensor, wanted: bool) -> Tensor | None:
         """The gradient of x, if it is wanted."""
-        assert self._flat_N is not None and self._flat_N.grad is not None
+        assert self._flat_N is not None
+        assert self._flat_N.grad is not None
         grad_x_TD = torch.empty_like(grad_TD) if wanted else None
         apart = self._flat_N.grad.data_ptr() - self._flat_N.data_ptr()
         kernels.call("layers_backward", None, self._training, self._told, grad_TD, apart, grad_x_TD)
@@ -123,7 +127,7 @@ def _weights(layer: Layer) -> tuple[Frozen, ...]:
 
 
 def _product(weight_OI: Frozen, group: LoraGroup | None, seed: int) -> bytes:
-    """layer.h's `adapted`."""
+    """adapted.h's `adapted`."""
     assert isinstance(weight_OI, Tiles)
     laid = weight_OI.laid.data_ptr()
     if group is None:

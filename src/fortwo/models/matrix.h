@@ -112,6 +112,8 @@ static void lay_turned(const factor *f, long N, long first, long last, bf16 *to,
         for (long p = first; p < last; p++) {
             const bf16 *from = f->b + (k * steps(N) + p) * 2 * TILE;
             bf16 *tile = to + (p - first) * apart + k * 2 * TILE;
+            if (last - first == 1)
+                for (long i = 0; i < 2 * TILE; i += STEP) __builtin_prefetch(from + steps(N) * 4 * TILE + i);
             for (int half = 0; half < 2; half++) {
                 for (long i = 0; i < 16; i++) rows[i] = _mm512_load_si512(from + half * TILE + i * STEP);
                 transpose(rows);

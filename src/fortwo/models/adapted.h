@@ -1,0 +1,387 @@
+/* A frozen product with an adapter to train, there and back, in bf16 on AMX's tiles; kernels.c includes this once, behind attention.h.
+
+   The same numbers as kernels.h and matrix.h find, one operation after the other. Rows come in strips of 32. What goes into a product is made strip by
+   strip with its share in A; what a product finds goes on at once, block by block, to what comes behind it in a layer. */
+
+#ifdef AMX
+#define LOW 4  /* strips, of which all sums of a panel are there together */
+#define RUN 16 /* steps of a panel of few strips: they stay in a core's first cache */
+
+/* A target's B (outputs, rank), which answers for the columns from `column` on. */
+typedef struct {
+    float *B;
+    long column, outputs, rank;
+    double scale;
+} target;
+
+/* A frozen product y = x W' + drop(x) A' (scale B)' with W (O, I) as panels and the stacked A (R, I), the targets' ranks one after the other. */
+typedef struct {
+    const bf16 *laid;
+    float *A;
+    long O, I, R, seed;
+    target targets[3];
+} adapted;
+
+/* kept: of 2^32 numbers, by dropout; 0 where there is none. P, R, starts and lengths as `attention` has them; cos and sin (T, E). D, I and E are
+   multiples of 32. */
+typedef struct {
+    long L, T, D, H, K, E, I, kept, again;
+    double eps;
+    long P, R;
+    const long *starts, *lengths;
+    const float *cosine, *sine;
+} training;
+
+/* What backward needs of a product: what dropout kept; x A' as columns. */
+typedef struct {
+    uint32_t *mask;
+    bf16 *turned;
+} product_memory;
+
+typedef struct {
+    float *middle, *scale, *middle_scale, *lse;
+    bf16 *normed, *qkv, *mixed, *middle_normed, *gate_up, *gated;
+    product_memory of_qkv, of_o, of_gate_up, of_down;
+} layer_memory;
+
+/* A and B as panels, for one direction. */
+typedef struct { bf16 *A, *B; } sides;
+
+/* What the threads share for a layer: sides of its products; x A', or the gradient of it, by rows and by columns. */
+typedef struct {
+    sides qkv, o, gate_up, down;
+    bf16 *h, *turned;
+} workplace;
+
+/* scale times n numbers, as bf16. */
+static inline void narrow(long n, const float *from, float scale, bf16 *to) {
+    __m512 by = _mm512_set1_ps(scale);
+    for (long i = 0; i < n; i += 16) {
+        __m512 all = _mm512_mul_ps(_mm512_maskz_loadu_ps(first(n - i), from + i), by);
+        _mm256_mask_storeu_epi16(to + i, first(n - i), (__m256i)_mm512_cvtneps_pbh(all));
+    }
+}
+
+/* There A as panels of ranks and B, scaled, as panels of outputs; back A as panels of inputs and B as panels of ranks. */
+static void lay_sides(const adapted *p, int back, sides to) {
+    long R = p->R, wide = steps(R) * 2 * TILE;
+    if (!R) return;
+    bf16 part[PANEL * R];
+#pragma omp for schedule(static) nowait
+    for (long i = 0; i < p->I; i += PANEL) {
+        for (long r = 0; r < R; r++) {
+            FETCH(p->A + r * p->I + i + PANEL, 0);
+            narrow(PANEL, p->A + r * p->I + i, 1, part + r * PANEL);
+        }
+        factor f = {0, part, 0, back ? 1 : PANEL, back ? PANEL : 1, back ? R : PANEL};
+        if (back) lay(&f, PANEL, 0, 1, to.A + i / PANEL * wide, 0);
+        else lay(&f, R, 0, steps(R), to.A + i * PANEL, p->I * PANEL);
+    }
+#pragma omp for schedule(static) nowait
+    for (long o = 0; o < p->O; o += PANEL) {
+        memset(part, 0, sizeof part);
+        bf16 *at = part;
+        for (const target *t = p->targets; t < p->targets + 3; at += t->rank, t++)
+            for (long c = 0; c < PANEL; c++)
+                if (o + c >= t->column && o + c < t->column + t->outputs) narrow(t->rank, t->B + (o + c - t->column) * t->rank, t->scale, at + c * R);
+        factor f = {0, part, 0, back ? 1 : R, back ? R : 1, back ? PANEL : R};
+        if (back) lay(&f, R, 0, steps(R), to.B + o * PANEL, p->O * PANEL);
+        else lay(&f, PANEL, 0, 1, to.B + o / PANEL * wide, 0);
+    }
+}
+
+/* drop(x) of numbers first to last - 1, and which of them it keeps; as kernels.h has it. */
+static void draw(long first, long last, long seed, long kept, const bf16 *x, bf16 *out, uint32_t *mask) {
+    words sixteen = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    __m512i most = _mm512_set1_epi32((int)(kept - 1));
+    __m512 scale = _mm512_set1_ps(4294967296.0f / kept), left, right;
+    for (long i = first; i < last; i += 32) {
+        __mmask32 keeps = 0;
+        for (int half = 0; half < 2; half++) {
+            words h = hash_words(sixteen + (uint32_t)(i + 16 * half), (uint32_t)seed);
+            keeps |= (__mmask32)_mm512_cmple_epu32_mask((__m512i)h, most) << 16 * half;
+        }
+        mask[i / 32] = keeps;
+        as_floats(_mm512_maskz_loadu_epi16(keeps, x + i), &left, &right);
+        store_bf16(out + i - first, _mm512_mul_ps(left, scale), _mm512_mul_ps(right, scale));
+    }
+}
+
+/* drop(x) of 32 numbers, by what was drawn; there may have been no dropout. */
+static inline __m512i dropped(const uint32_t *mask, __m512 scale, const bf16 *x) {
+    __m512 left, right;
+    if (!mask) return _mm512_loadu_si512(x);
+    as_floats(_mm512_maskz_loadu_epi16(*mask, x), &left, &right);
+    return as_bf16(_mm512_mul_ps(left, scale), _mm512_mul_ps(right, scale));
+}
+
+/* h of a strip: a (32, K) times panels of R outputs, in rows of whole steps; turned: the same as columns of Tp numbers, zero beyond `tall`. */
+static void strip_in(long tall, long K, const bf16 *a, long R, const bf16 *panels, bf16 *h, bf16 *turned, long Tp) {
+    float sums[SQUARE] __attribute__((aligned(64)));
+    for (long p = 0; p < steps(R); p++) {
+        patch(K / STEP, a, K, panels + p * K * PANEL, sums, PANEL, 0);
+        for (long r = 0; r < PANEL; r++) store_bf16(h + r * filled(R) + p * PANEL, _mm512_load_ps(sums + r * PANEL), _mm512_load_ps(sums + r * PANEL + 16));
+        memset(sums + tall * PANEL, 0, (PANEL - tall) * PANEL * sizeof(float));
+        turn(sums, PANEL, PANEL, turned + p * PANEL * Tp, Tp);
+    }
+}
+
+/* The same of drop(x), rows m to m + tall - 1 of it. */
+static void dropped_in(const training *t, const adapted *p, long m, long tall, const bf16 *x, sides own, const workplace *w, const product_memory *to) {
+    static _Thread_local arena room;
+    if (!p->R) return;
+    const bf16 *seen = x + m * p->I;
+    if (t->kept) {
+        make_room(&room, PANEL * p->I * 2);
+        bf16 *kept = take(&room, PANEL * p->I * 2);
+        draw(m * p->I, (m + tall) * p->I, p->seed, t->kept, x, kept, to->mask);
+        seen = kept;
+    }
+    strip_in(tall, p->I, seen, p->R, own.A, w->h + m * filled(p->R), to->turned + m, filled(t->T));
+}
+
+/* 32 lines of memory, `row` bytes from one to the next. */
+typedef struct {
+    const void *at;
+    long row;
+} lines;
+
+/* Rows a (32, 32 count) and a panel of as many steps. */
+typedef struct {
+    long count;
+    const bf16 *a;
+    long a_row;
+    const bf16 *panel;
+} span;
+
+/* Two spans multiplied into sums (32, 32), while some lines are fetched that will be read or written then: waiting for them took a fourth of a product. */
+static void multiply_spans(const span *s, float *sums, int add, int fetched, const lines *l) {
+    long each = (fetched * PANEL + s->count - 1) / s->count, line = 0;
+    if (add) tiles_loaded(sums, PANEL);
+    else tiles_clear();
+    for (long k = 0; k < s->count; k++) {
+        for (long end = line + each; line < fetched * PANEL && line < end; line++)
+            __builtin_prefetch((const char *)l[line / PANEL].at + line % PANEL * l[line / PANEL].row, 1);
+        tile_step(s->a + k * STEP, s->a_row, s->panel + k * SQUARE);
+    }
+    s++;
+    for (long k = 0; k < s->count; k++) tile_step(s->a + k * STEP, s->a_row, s->panel + k * SQUARE);
+    tiles_stored(sums, PANEL);
+}
+
+static inline long tall_of(long T, long s) { return T - s < PANEL ? T - s : PANEL; } /* rows from s on, of a strip */
+
+/* How many tasks some units of work become, `bytes` of panels each. */
+static long tasks_of_units(long units, long bytes, long strips) {
+    long fit = RESIDENT / bytes, wanted = (strips <= LOW ? 8 : 2) * omp_get_num_threads(), across = fit < 1 ? units : (units + fit - 1) / fit;
+    return across >= wanted ? across : units < wanted ? units : wanted;
+}
+
+/* What becomes of a product: its heads are rotated; or it is added to `from`; or its left half gates its right half (SwiGLU). */
+typedef enum { TURNED, SUMMED, SWISHED } ending;
+
+static void product_end(ending what, const training *t, const layer_memory *m, long at, long n, long tall, const float *sums, const float *from, float *to) {
+    long E = t->E, N = t->H + 2 * t->K, D = t->D, I = t->I;
+    for (long r = 0; r < tall; r++, sums += PANEL) {
+        if (what == SUMMED) {
+            long here = (at + r) * D + n * PANEL;
+            __m512 left, right;
+            as_floats(as_bf16(_mm512_load_ps(sums), _mm512_load_ps(sums + 16)), &left, &right);
+            _mm512_storeu_ps(to + here, _mm512_add_ps(_mm512_loadu_ps(from + here), left));
+            _mm512_storeu_ps(to + here + 16, _mm512_add_ps(_mm512_loadu_ps(from + here + 16), right));
+        } else if (what == TURNED) {
+            bf16 head[E];
+            for (long e = 0; e < E; e += PANEL) store_bf16(head + e, _mm512_load_ps(sums + e * PANEL), _mm512_load_ps(sums + e * PANEL + 16));
+            long number = n * PANEL / E;
+            rotate_row_bfloat16(1, number < t->H + t->K, E, head, t->cosine + (at + r) * E, t->sine + (at + r) * E, 1, m->qkv + ((at + r) * N + number) * E);
+        } else {
+            bf16 *gate = m->gate_up + (at + r) * 2 * I + n * PANEL;
+            store_bf16(gate, _mm512_load_ps(sums), _mm512_load_ps(sums + 16));
+            store_bf16(gate + I, _mm512_load_ps(sums + SQUARE), _mm512_load_ps(sums + SQUARE + 16));
+        }
+    }
+}
+
+/* The lines that `product_end` will read and write for panel n. */
+static int written(ending what, const training *t, const layer_memory *m, long at, long n, const float *from, const float *to, lines *l) {
+    long D = t->D, O = what == TURNED ? (t->H + 2 * t->K) * t->E : 2 * t->I;
+    if (what == SUMMED) {
+        long here = at * D + n * PANEL;
+        l[0] = (lines){from + here, D * 4}, l[1] = (lines){from + here + 16, D * 4}, l[2] = (lines){to + here, D * 4}, l[3] = (lines){to + here + 16, D * 4};
+        return 4;
+    }
+    l[0] = (lines){(what == TURNED ? m->qkv : m->gate_up) + at * O + n * PANEL, O * 2};
+    return 1;
+}
+
+/* Steps of h that panel n of the outputs looks at. */
+static void ranks_of(const adapted *p, long n, long *first, long *last) {
+    long rank = 0;
+    *first = *last = 0;
+    for (const target *t = p->targets; t < p->targets + 3; rank += t->rank, t++)
+        if (t->rank && n * PANEL < t->column + t->outputs && (n + 1) * PANEL > t->column) {
+            if (*last == 0) *first = rank / STEP;
+            *last = steps(rank + t->rank);
+        }
+}
+
+static void product_forward(ending what, const training *t, const adapted *p, const bf16 *x, sides own, const workplace *w, const layer_memory *m,
+                            const float *from, float *to) {
+    long I = p->I, apart = I * PANEL, ranks = steps(p->R), strips = steps(t->T), panels = p->O / PANEL;
+    long count = what == TURNED ? t->E / PANEL : what == SWISHED ? 2 : 1, units = panels / count;
+    long across = tasks_of_units(units, count * apart * sizeof(bf16), strips), first, last;
+#pragma omp for schedule(dynamic)
+    for (long task = 0; task < across; task++) {
+        float sums[count * SQUARE] __attribute__((aligned(64)));
+        long begin = task * units / across, end = (task + 1) * units / across;
+        for (long s = 0; s < strips; s++) {
+            long tall = tall_of(t->T, s * PANEL);
+            for (long unit = begin; unit < end; unit++) {
+                for (long i = 0; i < count; i++) {
+                    long n = what == SWISHED ? unit + i * units : unit * count + i;
+                    lines l[4];
+                    int fetched = written(what, t, m, s * PANEL, n, from, to, l);
+                    ranks_of(p, n, &first, &last);
+                    const bf16 *h = w->h + s * PANEL * filled(p->R) + first * STEP;
+                    span spans[2] = {{I / STEP, x + s * PANEL * I, I, p->laid + n * apart},
+                                     {last - first, h, filled(p->R), own.B + (n * ranks + first) * SQUARE}};
+                    multiply_spans(spans, sums + i * SQUARE, 0, fetched, l);
+                }
+                product_end(what, t, m, s * PANEL, what == SWISHED ? unit : unit * count, tall, sums, from, to);
+            }
+            for (long r = s * PANEL; what == SWISHED && r < s * PANEL + tall; r++) {
+                const bf16 *gate = m->gate_up + r * 2 * t->I + begin * PANEL;
+                swiglu_line_bfloat16((end - begin) * PANEL, gate, gate + t->I, m->gated + r * t->I + begin * PANEL);
+            }
+        }
+    }
+}
+
+/* The gradient of a strip's x of panel n, to rows of `row` numbers: from that of frozen weights, sums (32, 32), and from the adapter's share. */
+static void product_back_end(const training *t, const adapted *p, long s, long n, float *sums, sides own, const workplace *w, const product_memory *m,
+                             bf16 *to, long row) {
+    long I = p->I, R = filled(p->R);
+    float share[SQUARE] __attribute__((aligned(64)));
+    int drops = R && t->kept;
+    __m512 scale = _mm512_set1_ps(drops ? 4294967296.0f / t->kept : 1), left, right, more, again;
+    if (R) patch(R / STEP, w->h + s * PANEL * R, R, own.A + n * R * PANEL, drops ? share : sums, PANEL, !drops);
+    for (long r = 0; r < tall_of(t->T, s * PANEL); r++) {
+        __m512i found = as_bf16(_mm512_load_ps(sums + r * PANEL), _mm512_load_ps(sums + r * PANEL + 16));
+        if (drops) {
+            bf16 update[PANEL];
+            store_bf16(update, _mm512_load_ps(share + r * PANEL), _mm512_load_ps(share + r * PANEL + 16));
+            as_floats(dropped(m->mask + (s * PANEL + r) * I / 32 + n, scale, update), &left, &right);
+            as_floats(found, &more, &again);
+            found = as_bf16(_mm512_add_ps(more, left), _mm512_add_ps(again, right));
+        }
+        _mm512_storeu_si512(to + r * row, found);
+    }
+}
+
+static void add_block(long tall, const float *sums, float *to, long row) {
+    for (long r = 0; r < tall; r++)
+        for (long i = 0; i < PANEL; i++) to[r * row + i] += sums[r * PANEL + i];
+}
+
+/* To the gradient of A, 32 columns of it: the gradient of h as columns, times what was seen. */
+static void add_to_A(const training *t, const adapted *p, long n, const bf16 *x, const uint32_t *mask, const bf16 *turned, long shift, bf16 *panel) {
+    long T = t->T, I = p->I, Tp = filled(T), words = I / 32;
+    float sums[SQUARE] __attribute__((aligned(64))), *to = (float *)((char *)p->A + shift) + n * PANEL;
+    __m512i low = _mm512_loadu_si512(zip[0]), high = _mm512_loadu_si512(zip[1]), none = _mm512_setzero_si512();
+    __m512 scale = _mm512_set1_ps(mask ? 4294967296.0f / t->kept : 1);
+    for (long s = 0; s < Tp; s += 2) {
+        const uint32_t *at = mask ? mask + s * words + n : 0;
+        __builtin_prefetch(x + (s + ROWS_AHEAD) * I + n * PANEL);
+        __builtin_prefetch(x + (s + ROWS_AHEAD + 1) * I + n * PANEL);
+        __m512i even = s < T ? dropped(at, scale, x + s * I + n * PANEL) : none;
+        __m512i odd = s + 1 < T ? dropped(at ? at + words : 0, scale, x + (s + 1) * I + n * PANEL) : none;
+        bf16 *row = panel + s / STEP * SQUARE + s % STEP / 2 * STEP;
+        _mm512_store_si512(row, _mm512_permutex2var_epi16(even, low, odd));
+        _mm512_store_si512(row + TILE, _mm512_permutex2var_epi16(even, high, odd));
+    }
+    for (long r = 0; r < p->R; r += PANEL) {
+        patch(Tp / STEP, turned + r * Tp, Tp, panel, sums, PANEL, 0);
+        add_block(p->R - r < PANEL ? p->R - r : PANEL, sums, to + r * I, I);
+    }
+}
+
+/* to (columns, row) += scale times the transpose of sums (32, 32), columns `from` to end - 1 of its first `ranks` rows. */
+static void add_turned(const float *sums, long from, long end, long ranks, long row, float *to, float scale) {
+    __m512 by = _mm512_set1_ps(scale);
+    for (long c = 0; c < PANEL; c += 16)
+        for (long r = 0; r < PANEL && r < ranks; r += 16) {
+            __m512i block[16];
+            for (long i = 0; i < 16; i++) block[i] = _mm512_load_si512(sums + (r + i) * PANEL + c);
+            transpose(block);
+            for (long i = 0; i < 16; i++)
+                if (c + i >= from && c + i < end) {
+                    float *at = to + (c + i) * row + r;
+                    __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(first(ranks - r), at), _mm512_mul_ps((__m512)block[i], by));
+                    _mm512_mask_storeu_ps(at, first(ranks - r), sum);
+                }
+        }
+}
+
+/* To the gradients of the Bs, 32 outputs of them: h as columns, times the gradient of y. */
+static void add_to_B(const training *t, const adapted *p, long n, const bf16 *grad, const bf16 *turned, long shift, bf16 *panel) {
+    long Tp = filled(t->T), rank = 0, o = n * PANEL;
+    float sums[SQUARE] __attribute__((aligned(64)));
+    factor f = {0, grad + o, 0, 1, p->O, t->T};
+    int laid = 0;
+    for (const target *one = p->targets; one < p->targets + 3; rank += one->rank, one++) {
+        long from = one->column > o ? one->column : o, end = one->column + one->outputs < o + PANEL ? one->column + one->outputs : o + PANEL;
+        if (!one->rank || from >= end) continue;
+        if (!laid++) lay(&f, PANEL, 0, 1, panel, 0);
+        for (long r = 0; r < one->rank; r += PANEL) {
+            patch(Tp / STEP, turned + (rank + r) * Tp, Tp, panel, sums, PANEL, 0);
+            add_turned(sums, from - o, end - o, one->rank - r, one->rank, (float *)((char *)one->B + shift) + (o - one->column) * one->rank + r, one->scale);
+        }
+    }
+}
+
+/* grad (T, O) by way of W and A to grad_x, or through SwiGLU to grad_gate_up, or to neither, and to the gradients of A and the Bs, `shift` bytes behind these. */
+static void product_backward(const training *t, const adapted *p, const bf16 *grad, sides own, const workplace *w, const bf16 *x, const product_memory *m,
+                             long shift, bf16 *grad_x, const bf16 *gate_up, bf16 *grad_gate_up) {
+    static _Thread_local arena room;
+    long I = p->I, O = p->O, strips = steps(t->T), panels = I / PANEL, across = tasks_of_units(panels, O * PANEL * sizeof(bf16), strips);
+    long low = strips <= LOW, part = low ? RUN : O / STEP, most = low ? 1 : (panels + across - 1) / across;
+    if (low) across = panels;
+    make_room(&room, (most * (part + 1) * SQUARE + filled(t->T) * PANEL) * sizeof(bf16) + 256);
+    bf16 *to = take(&room, most * part * SQUARE * sizeof(bf16)), *panel = take(&room, filled(t->T) * PANEL * sizeof(bf16));
+    bf16 *gated = take(&room, most * SQUARE * sizeof(bf16));
+    const uint32_t *mask = t->kept ? m->mask : 0;
+#pragma omp for schedule(dynamic) nowait
+    for (long task = 0; task < across; task++) {
+        float sums[LOW * SQUARE] __attribute__((aligned(64)));
+        long first = task * panels / across, last = (task + 1) * panels / across;
+        for (long k = 0; (grad_x || gate_up) && k < O / STEP; k += part) {
+            long here = O / STEP - k < part ? O / STEP - k : part;
+            factor f = {0, p->laid + k * panels * SQUARE, 0, -1, -1, here * STEP};
+            lay_turned(&f, I, first, last, to, part * SQUARE);
+            for (long s = 0; s < strips; s++) {
+                int end = k + here == O / STEP;
+                for (long n = first; n < last; n++) {
+                    float *own_sums = sums + (low ? s : 0) * SQUARE;
+                    long at = s * PANEL * I + n * PANEL, gate = at + s * PANEL * I;
+                    lines l[4] = {{grad_x + at, I * 2}, {mask + at / 32, I / 8}};
+                    if (gate_up)
+                        for (int half = 0; half < 2; half++)
+                            l[2 * half] = (lines){gate_up + gate + half * I, I * 4}, l[2 * half + 1] = (lines){grad_gate_up + gate + half * I, I * 4};
+                    span spans[2] = {{here, grad + s * PANEL * O + k * STEP, O, to + (n - first) * part * SQUARE}};
+                    multiply_spans(spans, own_sums, k > 0, !end ? 0 : gate_up ? 4 : mask ? 2 : 1, l);
+                    bf16 *found = gate_up ? gated + (n - first) * PANEL : grad_x + at;
+                    if (end) product_back_end(t, p, s, n, own_sums, own, w, m, found, gate_up ? most * PANEL : I);
+                }
+                for (long r = 0; gate_up && end && r < tall_of(t->T, s * PANEL); r++) {
+                    long at = (s * PANEL + r) * 2 * I + first * PANEL;
+                    swiglu_backward_line_bfloat16((last - first) * PANEL, gate_up + at, gate_up + at + I, gated + r * most * PANEL, grad_gate_up + at,
+                                                  grad_gate_up + at + I);
+                }
+            }
+        }
+        for (long n = first; p->R && n < last; n++) add_to_A(t, p, n, x, mask, w->turned, shift, panel);
+    }
+#pragma omp for schedule(dynamic)
+    for (long n = 0; n < (p->R ? O / PANEL : 0); n++) add_to_B(t, p, n, grad, m->turned, shift, panel);
+}
+#endif
