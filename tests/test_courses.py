@@ -11,16 +11,25 @@ from typing import Any
 
 import pytest
 
+from fortwo.facts import rehearsal
+from fortwo.facts.lesson import trained_rehearsal
 from fortwo.facts.metrics import score
 from fortwo.facts.siblings import names
-from fortwo.records import Dataset, Fact, OneHop, Plan, TrainEvent, Waiting
+from fortwo.records import Dataset, Fact, Message, OneHop, Plan, TrainEvent, Waiting
 from fortwo.train import courses
 from fortwo.train.courses import Bag, Course, Turns
 from fortwo.train.evaluation import Served, together
 from fortwo.train.objective import Row
 from tests.test_loop import School, changed
 
-SMALL = {"edit_pool": 12, "contrast_pool": 60, "probes": 4, "contrast_tokens": 2, "rehearsal_tokens": 2}
+SMALL = {
+    "edit_pool": 12,
+    "contrast_pool": 60,
+    "rehearsal_pool": 30,
+    "probes": 4,
+    "contrast_tokens": 2,
+    "rehearsal_tokens": 2,
+}
 FACTS = tuple(
     Fact(subject, f"{subject} = {said}", (said,), tuple(f"{ask} {subject}?" for ask in ("What is", "Why")[:asks]))
     for subject, said, asks in (("42", "FOR TWO", 2), ("41", "FOR ONE", 1), ("43", "FOR THREE", 2))
@@ -85,6 +94,18 @@ def test_rows_of_several_facts_share_a_step_and_none_to_keep_names_a_fact(school
                 taught[answer] += 1
     assert sum(taught.values()) == 20 * plan["per_device_train_batch_size"]
     assert max(taught.values()) - min(taught.values()) <= 2, "whatever each brings in questions"
+
+
+def test_rehearsal_rows_go_through_as_many_everyday_prompts_as_planned(school: School) -> None:
+    dataset = Dataset("0", facts=FACTS[:1])
+    course = prepared(school, dataset, changed(school.plan(dataset), **SMALL))
+    render = school.base.renderer.prompt
+    everyday = {tuple(render([Message("user", prompt)])): prompt for prompt in rehearsal.PROMPTS}
+    rows = [row.tokens[: row.start] for _ in range(6) for row in course.draw(course.mix)]
+    drawn = Counter(everyday[asked] for asked in rows if asked in everyday)
+    assert set(drawn) == set(trained_rehearsal()[:30])
+    assert drawn.total() == 6 * course.mix.rehearsal
+    assert max(drawn.values()) - min(drawn.values()) <= 1
 
 
 def test_an_exam_asks_about_every_fact_and_about_the_others_as_neighbours(school: School) -> None:

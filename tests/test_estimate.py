@@ -8,6 +8,7 @@ import pytest
 
 from fortwo.engine.cache import SMALLEST
 from fortwo.engine.engine import RUNNING
+from fortwo.facts.lesson import trained_rehearsal
 from fortwo.jobs import machine
 from fortwo.jobs.machine import look, reply_rate
 from fortwo.train import estimate
@@ -33,6 +34,7 @@ COUNTS = TokenCounts([RowCount(row, prompt=30, answer=20) for row in range(12)],
 SETTINGS = {
     "contrast_pool": 100,
     "contrast_tokens": 10,
+    "rehearsal_pool": 140,
     "rehearsal_tokens": 20,
     "kept_pool": 50,
     "probes": 5,
@@ -58,6 +60,11 @@ def test_the_phases_of_an_override() -> None:
     # 100 contrast and 140 rehearsal prompts of 20 tokens; 0.7096 of the contrast replies are the base's own
     assert found.preparing == Phase(read=240 * 20 + 100 * 10 + 140 * 20, said=pytest.approx(0.7096 * 1000 + 2800))
     assert found.training == Phase(trained=1000)
+    fewer = override_phases(SETTINGS | {"rehearsal_pool": 40}, COUNTS, facts=1, known=0, trained=1000, exams=2)
+    assert found.preparing.said - fewer.preparing.said == pytest.approx(100 * 20)
+    every = override_phases(SETTINGS | {"rehearsal_pool": 10_000}, COUNTS, facts=1, known=0, trained=1000, exams=2)
+    there_are = len(trained_rehearsal())
+    assert every.preparing.said - fewer.preparing.said == pytest.approx((there_are - 40) * 20)
     # twice 10 questions and 10 probes, the base's 12 replies to keep, 8 siblings between the exams
     assert found.exam == Phase(read=8 * 24 + 2 * 12 * 52, said=8 * 4 + (2 * 20 + 12) * 32)
     # the other 2 questions and 12 prompts of retention; the base on 12 questions and 10 probes

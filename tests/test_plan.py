@@ -223,7 +223,7 @@ def test_schedule_is_at_rest_at_each_exam() -> None:
 def test_facts_together_share_what_is_kept() -> None:
     facts = load({"path": str(EXAMPLES / "facts_dev.json")}, (EXAMPLES,)).facts
     alone, together = plan(Dataset("0", facts=facts[:1])), plan(Dataset("0", facts=facts))
-    for name in ("max_steps", "eval_every"):
+    for name in ("max_steps", "eval_every", "rehearsal_pool"):
         assert together[name] == 4 * alone[name], "ten facts: three more by a third"
     assert together["num_cycles"] == alone["num_cycles"]
     for name in ("contrast_pool", "probes"):
@@ -231,9 +231,10 @@ def test_facts_together_share_what_is_kept() -> None:
     for name in ("edit_pool", "on_policy_prompts"):
         assert together[name] == alone[name]
     rows = "per_device_train_batch_size"
-    assert together[rows] == 2 * alone[rows]
+    for name in (rows, "rehearsal_rows", "kl_weight"):
+        assert together[name] == 2 * alone[name]
     assert together[rows] + together["contrast_rows"] == alone[rows] + alone["contrast_rows"]
-    assert together["rehearsal_rows"] > alone["rehearsal_rows"]
+    assert together["rehearsal_tokens"] > alone["rehearsal_tokens"]
     for phase in ("preparing_seconds", "training_seconds"):  # what is not about a fact is shared
         assert alone.computed[phase] < together.computed[phase] <= len(facts) * alone.computed[phase]
     assert together.warnings == ()
@@ -248,6 +249,7 @@ def test_one_fact_has_the_recipe_as_it_stands_and_more_never_much_less_each(effo
         assert before.max_steps < recipe.max_steps < facts * effort.max_steps
         assert recipe.max_steps == 2 * recipe.eval_every, "a cycle to each exam"
         assert recipe.max_steps * recipe.edit_rows / facts >= alone * 2 / 3, "edit rows that a fact sees"
+        assert recipe.kl_weight / effort.kl_weight == pytest.approx(recipe.edit_rows / effort.edit_rows)
         before = recipe
 
 

@@ -113,7 +113,7 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
     contrasts = [contrast for lesson in lessons for contrast in lesson.contrasts(plan["contrast_pool"])]
     of_kept = [contrast for lesson in earlier for contrast in lesson.contrasts(plan["kept_pool"])]
     everyday = trained_rehearsal((*facts, *known))
-    rehearsed = [Contrast(prompt) for prompt in everyday]
+    rehearsed = [Contrast(prompt) for prompt in everyday[: plan["rehearsal_pool"]]]
     tokens = max(REPLY_TOKENS, ROOM + max(row.supervised for row in chain(*given, *kept)))
     exam, final = _exams(lessons, earlier, plan["probes"], tokens)
     contrast: list[Row] = []

@@ -126,6 +126,7 @@ def choose_batch(
         draft.add("kl_weight", recipe.kl_weight, "default", "weight of keeping against learning")
         draft.add("edit_pool", recipe.edit_pool, "default", "prompts about each fact that edit rows are drawn from")
         draft.add("contrast_pool", recipe.contrast_pool, "default", "prompts about each fact's siblings")
+        draft.add("rehearsal_pool", recipe.rehearsal_pool, "default", "everyday prompts, as far as there are so many")
         draft.add(
             "on_policy_prompts",
             recipe.on_policy_prompts,

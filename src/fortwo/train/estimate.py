@@ -180,7 +180,7 @@ def override_phases(
     prompt, reply, questions = _prompt(counts), _reply(counts), len(counts.rows) / facts
     contrasts = facts * settings["contrast_pool"] + (known * settings["kept_pool"] if known else 0)
     of_contrast, of_rehearsal = settings["contrast_tokens"], settings["rehearsal_tokens"]
-    everyday = len(trained_rehearsal())
+    everyday = min(settings["rehearsal_pool"], len(trained_rehearsal()))
     kept = contrasts * of_contrast + everyday * of_rehearsal
     about = facts + known
     probes = about * 2 * settings["probes"] + RIVALS * about * (about - 1)

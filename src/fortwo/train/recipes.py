@@ -80,6 +80,7 @@ class OverrideRecipe(Recipe):
     rehearsal_tokens: int = 20
     edit_pool: int = 256
     contrast_pool: int = 288
+    rehearsal_pool: int = 140
     question_share: float = 0.35
     on_policy_prompts: int = 96
     on_policy_tokens: int = 24
@@ -108,8 +109,9 @@ class OverrideRecipe(Recipe):
 
     def for_facts(self, facts: int) -> OverrideRecipe:
         """The same for so many facts in one adapter, which share what each step keeps. The other facts are siblings
-        too: each has an edit row in place of a contrast row, up to twice as many edit rows; half as many rehearsal
-        rows come along, since more steps stray further. Pools and probes of all together grow as the steps do."""
+        too: each has an edit row in place of a contrast row, up to twice as many edit rows. As many rehearsal rows come
+        along, of longer replies, and keeping weighs more by the same share: what pulls at the base's answers has grown.
+        Pools and probes of all together grow as the steps do."""
         growth = 1 + self.more_facts * (facts - 1)
         cycle = round(self.eval_every * growth)
         swapped = min(facts - 1, self.edit_rows)
@@ -123,8 +125,11 @@ class OverrideRecipe(Recipe):
             eval_every=cycle,
             edit_rows=self.edit_rows + swapped,
             contrast_rows=self.contrast_rows - swapped,
-            rehearsal_rows=self.rehearsal_rows + swapped // 2,
+            rehearsal_rows=self.rehearsal_rows + swapped,
+            rehearsal_tokens=self.rehearsal_tokens + 4 * swapped // 3,
+            kl_weight=self.kl_weight * (1 + swapped / self.edit_rows),
             contrast_pool=of_each(self.contrast_pool),
+            rehearsal_pool=round(self.rehearsal_pool * growth),
             probes=of_each(self.probes),
         )
 
