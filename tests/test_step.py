@@ -78,27 +78,33 @@ def test_rows_with_an_adapter_are_not_the_plain_ones() -> None:
     [*SHAPES.values(), LoraConfig(r=3, alpha=5, rank_pattern=(("v_proj", 6), ("up_proj", 1), ("0.o_proj", 17)))],
 )
 def test_an_adapter_is_laid_out_as_the_table_says(shape: LoraConfig) -> None:
+    """What is read back is each row, rounded to 127 steps of its largest number."""
     lora = random_lora(decoder(), config=shape)
     laid = Laid.of(lora)
 
     def read(at: int, rows: int, inputs: int) -> Tensor:
-        pairs = laid.flat[at : at + rows * inputs].view(rows // 16, inputs // 2, 16, 2)
-        return pairs.transpose(1, 2).reshape(rows, inputs)
+        slabs = laid.flat[at : at + rows * (4 + inputs)].view(rows // 16, 64 + 16 * inputs)
+        pairs = slabs[:, 64:].reshape(rows // 16, inputs // 2, 16, 2).transpose(1, 2).reshape(rows, inputs)
+        return pairs * slabs[:, :64].contiguous().view(torch.float32).reshape(rows, 1)
+
+    def agree(found: Tensor, wanted: Tensor) -> None:
+        steps = wanted.abs().amax(1, keepdim=True) / 127
+        assert bool(((found - wanted).abs() <= steps * 0.5001).all())
 
     for layer, groups in enumerate(lora.layers):
         for index, name in enumerate(GROUPS):
             R, A, parts, *numbers = laid.table[layer * len(GROUPS) + index].tolist()
             assert parts == (len(groups[name].places) if name in groups else 0)
             if name in groups:
-                group, wanted = groups[name], torch.zeros(R, groups[name].A_RI.shape[1], dtype=torch.bfloat16)
+                group, wanted = groups[name], torch.zeros(R, groups[name].A_RI.shape[1])
                 for n, (place, B_Or) in enumerate(zip(group.places, group.Bs, strict=True)):
                     first, width, rank, pairs, B = numbers[5 * n : 5 * n + 5]
                     found, r = read(B, width, 2 * pairs), B_Or.shape[1]
                     assert first == place.columns.start
-                    assert torch.equal(found[:, :r], B_Or.bfloat16())
+                    agree(found[:, :r], B_Or)
                     assert not found[:, r:].any()
-                    wanted[rank : rank + r] = (group.A_RI[place.rows] * place.scale).bfloat16()
-                assert torch.equal(read(A, *wanted.shape), wanted)
+                    wanted[rank : rank + r] = group.A_RI[place.rows] * place.scale
+                agree(read(A, *wanted.shape), wanted)
 
 
 def test_other_weights_and_shapes_are_left_to_the_decoder() -> None:

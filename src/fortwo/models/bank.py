@@ -165,7 +165,7 @@ class Stacked:
 
 
 class Banks:
-    """All adapters that are served. laid: in bf16, for the kernel; else in fp32, a bank for each shape."""
+    """All adapters that are served. laid: in 8 bits, for the kernel; else in fp32, a bank for each shape."""
 
     def __init__(self, decoder: DecoderConfig, device: torch.device, laid: bool = False) -> None:
         self._decoder = decoder

@@ -2,6 +2,7 @@
    Plain C with GCC's vector types; compiled for the machine it runs on (kernels.py). */
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -205,6 +206,6 @@ ROW_SUMS
 #include "losses.h"
 #include "quantised.h"
 #include "decode.h"
+#include "laid.h"
 #include "step.h"
 #include "prefill.h"
-#include "laid.h"

@@ -1,8 +1,8 @@
-"""Adapters in bf16, laid out for the kernel that adds what many of them change in many rows (step.h).
+"""Adapters in 8 bits, laid out for the kernel that adds what many of them change in many rows (step.h).
 
 The idea of Punica's and S-LoRA's kernels (Chen et al. 2023, arXiv:2310.18547; Sheng et al. 2023, arXiv:2311.03285):
-rows of any adapters share a forward, and each adapter's weights are read once. Shape suffixes as in `decoder`, and
-N adapters.
+rows of any adapters share a forward, and each adapter's weights are read once. A row of A, and one of B, has a scale of
+its own. Shape suffixes as in `decoder`, and N adapters.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fortwo.models.lora_config import GROUPS
 
 SIXTEEN = 16  # outputs that the kernel computes together
 _NUMBERS = 18  # of step.h's `update`
-OVER = 512  # numbers behind the last: a tile reads on where a rank does not fill it
+OVER = 512  # bytes behind the last: a tile reads on where a rank does not fill it
 
 
 @dataclass(frozen=True)
 class Laid:
-    """One adapter. flat: for each layer and fused product A, scaled, as (ranks / 16, in / 2, 16, 2), then each B as
-    (out / 16, r / 2, 16, 2), with zeros where a rank is odd or ranks are no whole sixteens.
+    """One adapter. flat: for each layer and fused product A, then each B, in laid.h's slabs, with zeros where a rank is
+    odd or ranks are no whole sixteens; A's scales hold the adapter's.
 
     table: step.h's `update` of each layer and fused product (layers, 4, 18).
     """
@@ -55,16 +55,21 @@ class Laid:
                     group, rank = groups[name], 0
                     ranks = [_whole(B_Or.shape[1], 2) for B_Or in group.Bs]
                     numbers = [_whole(sum(ranks), SIXTEEN), at, len(ranks)]
-                    A_at, at = at, at + numbers[0] * group.A_RI.shape[1]
+                    A_at, at = at, at + _slabs(numbers[0], group.A_RI.shape[1])
                     for place, B_Or, r in zip(group.places, group.Bs, ranks, strict=True):
                         put(group.A_RI[place.rows], A_at, rank, place.scale)
                         put(B_Or, at)
                         numbers += [place.columns.start, len(B_Or), rank, r // 2, at]
-                        rank, at = rank + r, at + len(B_Or) * r
+                        rank, at = rank + r, at + _slabs(len(B_Or), r)
                 table.append(numbers + [0] * (_NUMBERS - len(numbers)))
-        flat = Regions(0).zeros((at + OVER,), torch.bfloat16)
-        kernels.call("lay_pairs", None, len(matrices), torch.tensor(matrices), torch.tensor(scales), flat)
+        flat = Regions(0).zeros((at + OVER,), torch.int8)
+        kernels.call("lay_slabs", None, len(matrices), torch.tensor(matrices), torch.tensor(scales), flat)
         return cls(flat, torch.tensor(table), tuple(frozenset(groups) for groups in lora.layers))
+
+
+def _slabs(rows: int, row: int) -> int:
+    """Bytes of so many rows of so many numbers."""
+    return rows * (torch.float32.itemsize + row)
 
 
 def _whole(size: int, of: int) -> int:
@@ -90,4 +95,4 @@ class Rows:
         index = layer * len(GROUPS) + list(GROUPS).index(group)
         sizes = len(x_TI), x_TI.shape[1], y_TO.shape[1]
         told = len(self.adapters_N4), self.adapters_N4, self.members
-        kernels.call("add_updates", None, *told, index, *sizes, x_TI.bfloat16().contiguous(), y_TO)
+        kernels.call("add_updates", None, *told, index, *sizes, x_TI.float().contiguous(), y_TO)

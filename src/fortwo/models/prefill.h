@@ -15,12 +15,13 @@ typedef struct { /* tokens start to start + length - 1, after `before` that the 
 #define FEW 8 /* rows of a strip; for no more of them an adapter is multiplied without tiles */
 
 /* Which adapters answer for rows of strip m: those at of[first[m]] to of[first[m + 1] - 1]; of such a pair, rows (32) are the strip's that are its own,
-   `many` how many. h (pairs, 32, h_row): what goes in; where tiles multiply, each part's ranks are filled up to 32 with zeros, and rows of others are
-   zero. */
+   `many` how many. h (pairs, 32, h_row): what goes in, in whole numbers, scale (pairs, 32) of each; where tiles multiply, in bf16, each part's ranks
+   filled up to 32 with zeros, and rows of others zero. */
 typedef struct {
     const adapter *adapters;
     long *first, *of, *many, *rows, h_row;
-    bf16 *h;
+    int16_t *h;
+    float *scale;
 } answers;
 
 static answers answers_of(long T, long N, const adapter *adapters, const long *members, long indices) {
@@ -46,7 +47,8 @@ static answers answers_of(long T, long N, const adapter *adapters, const long *m
             for (long p = 0; p < one->updates[index].parts; p++) wide += filled(2 * one->updates[index].part[p].pairs);
             all.h_row = wide > all.h_row ? wide : all.h_row;
         }
-    all.h = aligned_alloc(64, (all.first[strips] * PANEL * all.h_row + 1) * sizeof(bf16) / 64 * 64 + 64);
+    all.h = aligned_alloc(64, all.first[strips] * PANEL * all.h_row * sizeof(int16_t) + 64);
+    all.scale = malloc(all.first[strips] * PANEL * sizeof(float) + 1);
     return all;
 }
 
@@ -56,6 +58,41 @@ static void forget(answers *all) {
     free(all->many);
     free(all->rows);
     free(all->h);
+    free(all->scale);
+}
+
+/* gcc does not see that a tile is read from memory of its own, and drops what is written there. */
+static inline void written(const bf16 *tile) { __asm__ volatile("" ::"r"(tile) : "memory"); }
+
+/* Sixteen pairs of a slab, times what theirs are worth, in bf16. */
+static inline __attribute__((always_inline)) void slab_bf16(const int8_t *from, vector low, vector high, bf16 *to) {
+    __m512i all = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from));
+    vector left = (vector)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(all)));
+    vector right = (vector)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(all, 1)));
+    store_bf16(to, (__m512)(left * low), (__m512)(right * high));
+}
+
+/* h = A x of one strip and an adapter that has few of its rows. */
+static void go_in_few(const answers *all, long pair, long index, long K, const bf16 *a) {
+    const adapter *one = all->adapters + all->of[pair];
+    const update *own = one->updates + index;
+    const long *rows = all->rows + pair * PANEL, many = all->many[pair];
+    static _Thread_local arena space;
+    make_room(&space, K * sizeof(float) + PANEL * K * sizeof(int16_t) + PANEL * own->ranks * sizeof(float) + 256);
+    float scale[PANEL], *x = take(&space, K * sizeof(float)), *h = take(&space, PANEL * own->ranks * sizeof(float));
+    whole_rows given = {take(&space, PANEL * K * sizeof(int16_t)), scale};
+    whole_rows to = {all->h + pair * PANEL * all->h_row, all->scale + pair * PANEL};
+    for (long i = 0; i < many; i++) {
+        for (long k = 0; k < K; k++) x[k] = from_bf16(a[rows[i] * K + k]);
+        round_pairs(&given, rows[i], K, K, x);
+    }
+    for (long tile = 0; tile * WIDTH < own->ranks; tile++) {
+        const int8_t *A = one->weights + own->A + tile * SLAB(K);
+        long r = 0;
+        for (; r + 4 <= many; r += 4) in_rows(4, rows + r, K, A, &given, h + tile * WIDTH, own->ranks);
+        for (; r < many; r++) in_rows(1, rows + r, K, A, &given, h + tile * WIDTH, own->ranks);
+    }
+    for (long i = 0; i < many; i++) round_pairs(&to, rows[i], all->h_row, own->ranks, h + rows[i] * own->ranks);
 }
 
 /* h = A x of one strip and adapter. a: the strip (32, K). */
@@ -63,23 +100,22 @@ static void go_in_strip(const answers *all, long pair, long index, long K, const
     const adapter *one = all->adapters + all->of[pair];
     const update *own = one->updates + index;
     const long *rows = all->rows + pair * PANEL, many = all->many[pair];
-    bf16 *h = all->h + pair * PANEL * all->h_row;
+    if (!own->ranks) return;
     if (many <= FEW) {
-        for (long first = 0; first < own->ranks; first += WIDTH) {
-            const bf16 *A = one->weights + own->A + first * K;
-            long r = 0;
-            for (; r + 4 <= many; r += 4) in_rows(4, rows + r, K, A, a, h + first, all->h_row);
-            for (; r < many; r++) in_rows(1, rows + r, K, A, a, h + first, all->h_row);
-        }
+        go_in_few(all, pair, index, K, a);
         return;
     }
-    float sums[PANEL * own->ranks + 1] __attribute__((aligned(64)));
+    bf16 *h = (bf16 *)all->h + pair * PANEL * all->h_row, tile[TILE] __attribute__((aligned(64)));
+    float sums[PANEL * own->ranks] __attribute__((aligned(64)));
+    vector once = (vector){0} + 1;
     for (long first = 0; first < own->ranks; first += WIDTH) {
-        const bf16 *A = one->weights + own->A + first * K;
+        const int8_t *A = one->weights + own->A + first / WIDTH * SLAB(K);
         _tile_zero(0);
         _tile_zero(1);
         for (long k = 0; k < K / STEP; k++) {
-            _tile_loadd(6, A + k * TILE, 64);
+            for (long i = 0; i < 16; i++) slab_bf16(A + SCALES + (k * 16 + i) * 2 * WIDTH, once, once, tile + i * STEP);
+            written(tile);
+            _tile_loadd(6, tile, 64);
             _tile_loadd(4, a + k * STEP, 2 * K);
             _tile_dpbf16ps(0, 4, 6);
             _tile_loadd(5, a + 16 * K + k * STEP, 2 * K);
@@ -87,6 +123,7 @@ static void go_in_strip(const answers *all, long pair, long index, long K, const
         }
         _tile_stored(0, sums + first, 4 * own->ranks);
         _tile_stored(1, sums + 16 * own->ranks + first, 4 * own->ranks);
+        for (long r = 0; r < PANEL; r++) *(vector *)(sums + r * own->ranks + first) *= *(const vector *)A;
     }
     memset(h, 0, PANEL * all->h_row * sizeof(bf16));
     for (long i = 0; i < many; i++) {
@@ -141,18 +178,22 @@ static void widen_panel(const held *w, long p, bf16 *to) {
 static void add_few(const answers *all, long pair, long index, long o, float *sums) {
     const adapter *one = all->adapters + all->of[pair];
     const update *own = one->updates + index;
-    const long *rows = all->rows + pair * PANEL, many = all->many[pair];
+    const int16_t *h = all->h + pair * PANEL * all->h_row;
     for (long p = 0; p < own->parts; p++) {
         long first = own->part[p].first, pairs = own->part[p].pairs;
         if (o < first || o >= first + own->part[p].width) continue;
-        const bf16 *B = one->weights + own->part[p].B + (o - first) * 2 * pairs, *h = all->h + pair * PANEL * all->h_row + own->part[p].from;
-        for (long j = 0; j < 2 * pairs; j++) __builtin_prefetch(B + (2 * pairs + j) * 2 * WIDTH);
-        for (long half = 0; half < PANEL; half += WIDTH, B += 2 * WIDTH * pairs) {
-            long r = 0;
-            for (; r + 4 <= many; r += 4) add_rows(4, rows + r, pairs, B, h, all->h_row, sums + half, PANEL);
-            for (; r < many; r++) add_rows(1, rows + r, pairs, B, h, all->h_row, sums + half, PANEL);
-        }
+        const int8_t *B = one->weights + own->part[p].B + (o - first) / WIDTH * SLAB(2 * pairs);
+        for (long half = 0; half < PANEL; half += WIDTH, B += SLAB(2 * pairs))
+            add_all_rows(0, all->many[pair], all->rows + pair * PANEL, pairs, B, h + own->part[p].from, all->h_row, all->scale + pair * PANEL, sums + half,
+                         PANEL);
     }
+}
+
+/* Sixteen outputs of a part's B, from rank pair `from` on, as a tile. */
+static void lay_outputs(const int8_t *B, long from, bf16 *tile) {
+    __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0), scale = _mm512_loadu_si512(B);
+    vector low = (vector)_mm512_permutexvar_epi32(twice, scale), high = (vector)_mm512_permutexvar_epi32(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale);
+    for (long i = 0; i < 16; i++) slab_bf16(B + SCALES + (from + i) * 2 * WIDTH, low, high, tile + i * STEP);
 }
 
 /* A strip of x times a panel of outputs o to o + 31, and what adapters add, into sums (32, 32). ahead: whether the panels that follow are fetched. */
@@ -167,15 +208,19 @@ static void paneled_block(const answers *all, long m, long index, long o, long K
         if (all->many[pair] <= FEW) continue;
         const adapter *one = all->adapters + all->of[pair];
         const update *own = one->updates + index;
-        const bf16 *h = all->h + pair * PANEL * all->h_row;
+        const bf16 *h = (const bf16 *)all->h + pair * PANEL * all->h_row;
         for (long p = 0; p < own->parts; p++) {
             long first = own->part[p].first, ranks = 2 * own->part[p].pairs;
+            const int8_t *B = one->weights + own->part[p].B + (o - first) / WIDTH * SLAB(ranks);
             if (o >= first && o < first + own->part[p].width)
                 for (long k = 0; k < steps(ranks); k++) {
                     /* a tile of fewer than 32 ranks goes on into what follows, which the zeros of h undo */
-                    const bf16 *left = one->weights + own->part[p].B + (o - first) * ranks + k * TILE, *right = left + WIDTH * ranks;
-                    _tile_loadd(6, left, 64);
-                    _tile_loadd(7, right, 64);
+                    bf16 tiles[2][TILE] __attribute__((aligned(64)));
+                    lay_outputs(B, k * 16, tiles[0]);
+                    lay_outputs(B + SLAB(ranks), k * 16, tiles[1]);
+                    written(tiles[0]);
+                    _tile_loadd(6, tiles[0], 64);
+                    _tile_loadd(7, tiles[1], 64);
                     _tile_loadd(4, h + k * STEP, 2 * all->h_row);
                     _tile_dpbf16ps(0, 4, 6);
                     _tile_dpbf16ps(1, 4, 7);

@@ -1,14 +1,14 @@
 /* A step of many sequences at once: one new token of each through all layers, with the adapters of each. Weights are held in 4 or 8 bits (quantised.h),
-   adapters in bf16. kernels.c includes this once.
+   adapters in 8 (laid.h). kernels.c includes this once.
 
    B rows, D hidden, H query heads, K key/value heads, E head size, I intermediate, r rank, made even. */
 
 enum { QKV, O, GATE_UP, DOWN, GROUPS };
 #define SHARE(outputs) ((outputs) / WIDTH / 8 + 1) /* sixteens that a thread takes at once: neighbours, so that what is fetched in advance is its own */
 #define PARTS 3 /* projections of a fused product, at most */
+#define BYTES_OF_ROWS(rows, row) (((rows) * (sizeof(float) + (row) * sizeof(int16_t)) + 63) / 64 * 64)
 
-typedef struct { /* one fused product's update: where in the adapter A lies, as (ranks / 16, in / 2, 16, 2), and of each part B, as
-                    (width / 16, r / 2, 16, 2) */
+typedef struct { /* one fused product's update: where in the adapter A lies, a slab for sixteen ranks, and of each part B, a slab for sixteen outputs */
     long ranks, A, parts;
     struct { long first, width, from, pairs, B; } part[PARTS];
 } update;
@@ -20,9 +20,15 @@ typedef struct {
 
 typedef struct { /* who answers for rows members[first] to members[last - 1]; updates: (layers, GROUPS) */
     const update *updates;
-    const bf16 *weights;
+    const int8_t *weights;
     long first, last;
 } adapter;
+
+/* Rows in whole numbers of 16 bits, and what one of each row's is worth. */
+typedef struct {
+    int16_t *x;
+    float *scale;
+} whole_rows;
 
 typedef struct { /* inverse: the E / 2 frequencies of the rotary embedding */
     long layers, D, H, K, E, I;
@@ -54,35 +60,60 @@ static void rotate_head(long E, const float *norm, float eps, const float *cosin
     }
 }
 
-/* sums + the products of sixteen pairs of bf16 numbers with the pair at h. */
-static inline __attribute__((always_inline)) vector add_pairs(vector sums, words pairs, const bf16 *h) {
-    uint32_t two;
-    memcpy(&two, h, 4);
-#ifdef __AVX512BF16__
-    return (vector)_mm512_dpbf16_ps((__m512)sums, (__m512bh)(__m512i)pairs, (__m512bh)_mm512_set1_epi32(two));
+/* Row t of x; its numbers are small enough that `count` products with 8 bits have a whole sum. count is a multiple of 16. */
+static void round_pairs(const whole_rows *to, long t, long row, long count, const float *x) {
+    float tops[WIDTH] = {0}, most = (float)(INT32_MAX / 128 / count);
+    for (long i = 0; i < count; i += WIDTH)
+        for (long lane = 0; lane < WIDTH; lane++) tops[lane] = fabsf(x[i + lane]) > tops[lane] ? fabsf(x[i + lane]) : tops[lane];
+    most = most < INT16_MAX ? most : INT16_MAX;
+    float top = largest(tops, WIDTH), by = top > 0 ? most / top : 0;
+    for (long i = 0; i < count; i++) to->x[t * row + i] = (int16_t)rintf(x[i] * by);
+    to->scale[t] = top / most;
+}
+
+/* Sixteen pairs of a slab in 16 bits. */
+static inline __attribute__((always_inline)) words slab_pairs(const int8_t *from) {
+#ifdef __AVX512BW__
+    return (words)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from));
 #else
-    return sums + (vector)(pairs << 16) * from_bf16(h[0]) + (vector)(pairs & 0xffff0000) * from_bf16(h[1]);
+    words pairs;
+    for (int n = 0; n < WIDTH; n++) pairs[n] = (uint16_t)from[2 * n] | (uint32_t)from[2 * n + 1] << 16;
+    return pairs;
 #endif
 }
 
-/* Sixteen ranks of h = A x, for four rows or one. */
-static inline __attribute__((always_inline)) void in_rows(int rows, const long *members, long I, const bf16 *A, const bf16 *x, bf16 *h,
+/* sums + the products of sixteen pairs with the pair at h. */
+static inline __attribute__((always_inline)) integers add_pairs(integers sums, words pairs, const int16_t *h) {
+#ifdef __AVX512VNNI__
+    int32_t two;
+    memcpy(&two, h, 4);
+    return (integers)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)pairs, _mm512_set1_epi32(two));
+#else
+    integers both = (integers)pairs;
+    return sums + (both << 16 >> 16) * h[0] + (both >> 16) * h[1];
+#endif
+}
+
+/* Sixteen ranks of h = A x, for four rows or one; A: their slab. */
+static inline __attribute__((always_inline)) void in_rows(int rows, const long *members, long I, const int8_t *A, const whole_rows *x, float *h,
                                                           long h_row) {
-    vector sums[4] = {{0}}; /* of each row, or of every fourth pair of one row */
+    integers sums[4] = {{0}}; /* of each row, or of every fourth pair of one row */
     int ways = 4 / rows;
+    const int8_t *pairs = A + SCALES;
     for (long i = 0; i < I; i += 2 * ways) {
-        __builtin_prefetch(A + (i + 128) * WIDTH);
-        for (int k = 0; k < 4; k++)
-            sums[k] = add_pairs(sums[k], *(const words *)(A + (i + (rows == 1 ? 2 * k : 0)) * WIDTH),
-                                x + members[rows == 1 ? 0 : k] * I + i + (rows == 1 ? 2 * k : 0));
+        for (int k = 0; k < ways; k += 2) __builtin_prefetch(pairs + (i + 2 * k) * WIDTH + AHEAD_OF_PRODUCT);
+        for (int k = 0; k < 4; k++) {
+            long own = i + (rows == 1 ? 2 * k : 0);
+            sums[k] = add_pairs(sums[k], slab_pairs(pairs + own * WIDTH), x->x + members[rows == 1 ? 0 : k] * I + own);
+        }
     }
     if (rows == 1) sums[0] += sums[1] + sums[2] + sums[3];
     for (int k = 0; k < rows; k++)
-        for (int n = 0; n < WIDTH; n++) h[members[k] * h_row + n] = to_bf16(sums[k][n]);
+        *(vector *)(h + members[k] * h_row) = __builtin_convertvector(sums[k], vector) * (*(const vector *)A * x->scale[members[k]]);
 }
 
 /* h (rows, ranks) = A x for the rows of each adapter; shared among the threads that come here. */
-static void go_in(long N, const adapter *adapters, const long *members, long index, long I, const bf16 *x, bf16 *h, long h_row) {
+static void go_in(long N, const adapter *adapters, const long *members, long index, long I, const whole_rows *x, float *h, long h_row) {
     long blocks = 0, tiles = h_row / WIDTH;
     for (long n = 0; n < N; n++) blocks = adapters[n].last - adapters[n].first > blocks ? adapters[n].last - adapters[n].first : blocks;
     blocks = (blocks + 3) / 4;
@@ -90,39 +121,51 @@ static void go_in(long N, const adapter *adapters, const long *members, long ind
     for (long task = 0; task < N * tiles * blocks; task++) {
         const adapter *one = adapters + task / blocks / tiles;
         const update *own = one->updates + index;
-        long first = task / blocks % tiles * WIDTH, m = one->first + task % blocks * 4;
-        if (first >= own->ranks) continue;
-        const bf16 *A = one->weights + own->A + first * I;
-        if (one->last - m >= 4) in_rows(4, members + m, I, A, x, h + first, h_row);
+        long tile = task / blocks % tiles, m = one->first + task % blocks * 4;
+        if (tile * WIDTH >= own->ranks) continue;
+        const int8_t *A = one->weights + own->A + tile * SLAB(I);
+        if (one->last - m >= 4) in_rows(4, members + m, I, A, x, h + tile * WIDTH, h_row);
         else
-            for (; m < one->last; m++) in_rows(1, members + m, I, A, x, h + first, h_row);
+            for (; m < one->last; m++) in_rows(1, members + m, I, A, x, h + tile * WIDTH, h_row);
     }
 }
 
-static inline __attribute__((always_inline)) void add_rows(int rows, const long *members, long pairs, const bf16 *B, const bf16 *h,
-                                                           long h_row, float *y, long y_row) {
-    vector sums[4];
-    for (int k = 0; k < rows; k++) sums[k] = *(vector *)(y + members[k] * y_row);
+/* h as whole numbers, by each thread for itself: they are few. */
+static void round_ranks(long N, const adapter *adapters, const long *members, long index, const float *h, long h_row, const whole_rows *to) {
+    for (const adapter *one = adapters; one < adapters + N; one++)
+        for (long m = one->first; one->updates[index].ranks && m < one->last; m++)
+            round_pairs(to, members[m], h_row, one->updates[index].ranks, h + members[m] * h_row);
+}
+
+/* Sixteen outputs of B h are added to y; B: their slab, h: the part's first rank. */
+static inline __attribute__((always_inline)) void add_rows(int rows, const long *members, long pairs, const int8_t *B, const int16_t *h, long h_row,
+                                                           const float *h_scale, float *y, long y_row) {
+    integers sums[4] = {{0}};
     for (long j = 0; j < pairs; j++) {
-        words b = *(const words *)(B + 2 * j * WIDTH);
+        words b = slab_pairs(B + SCALES + 2 * j * WIDTH);
         for (int k = 0; k < rows; k++) sums[k] = add_pairs(sums[k], b, h + members[k] * h_row + 2 * j);
     }
-    for (int k = 0; k < rows; k++) *(vector *)(y + members[k] * y_row) = sums[k];
+    for (int k = 0; k < rows; k++)
+        *(vector *)(y + members[k] * y_row) += __builtin_convertvector(sums[k], vector) * (*(const vector *)B * h_scale[members[k]]);
+}
+
+/* The same for some rows, with what follows fetched. */
+static inline void add_all_rows(long first, long last, const long *members, long pairs, const int8_t *B, const int16_t *h, long h_row,
+                                const float *h_scale, float *y, long y_row) {
+    for (long b = 0; b < SLAB(2 * pairs); b += 64) __builtin_prefetch(B + SLAB(2 * pairs) + b);
+    for (; first + 4 <= last; first += 4) add_rows(4, members + first, pairs, B, h, h_row, h_scale, y, y_row);
+    for (; first < last; first++) add_rows(1, members + first, pairs, B, h, h_row, h_scale, y, y_row);
 }
 
 /* What the adapters add to outputs o to o + 15 of their rows of y. */
-static void go_out(long N, const adapter *adapters, const long *members, long index, long o, const bf16 *h, long h_row, float *y, long y_row) {
+static void go_out(long N, const adapter *adapters, const long *members, long index, long o, const whole_rows *h, long h_row, float *y, long y_row) {
     for (const adapter *one = adapters; one < adapters + N; one++) {
         const update *own = one->updates + index;
         for (long p = 0; p < own->parts; p++) {
-            long first = own->part[p].first, wide = own->part[p].width, pairs = own->part[p].pairs;
-            if (o < first || o >= first + wide) continue;
-            const bf16 *B = one->weights + own->part[p].B + (o - first) * 2 * pairs;
-            for (long j = 0; j < pairs; j++) __builtin_prefetch(B + 2 * (pairs + j) * WIDTH);
-            const bf16 *ranks = h + own->part[p].from;
-            for (long m = one->first; m < one->last;)
-                if (one->last - m >= 4) add_rows(4, members + m, pairs, B, ranks, h_row, y + o, y_row), m += 4;
-                else add_rows(1, members + m, pairs, B, ranks, h_row, y + o, y_row), m++;
+            long first = own->part[p].first, pairs = own->part[p].pairs;
+            if (o < first || o >= first + own->part[p].width) continue;
+            const int8_t *B = one->weights + own->part[p].B + (o - first) / WIDTH * SLAB(2 * pairs);
+            add_all_rows(one->first, one->last, members, pairs, B, h->x + own->part[p].from, h_row, h->scale, y + o, y_row);
         }
     }
 }
@@ -134,36 +177,52 @@ static long most_ranks(long N, const adapter *adapters, long from, long to) {
     return ranks;
 }
 
-/* y (rows, O) += what the adapters add to one fused product of x (rows, I); index: layer * GROUPS + product. */
-void add_updates(long N, const adapter *adapters, const long *members, long index, long rows, long I, long O, const bf16 *x, float *y) {
-    long ranks = most_ranks(N, adapters, index, index + 1);
-    bf16 *h = malloc(rows * ranks * sizeof(bf16));
-#pragma omp parallel
-    {
-        go_in(N, adapters, members, index, I, x, h, ranks);
-#pragma omp for schedule(dynamic, SHARE(O))
-        for (long o = 0; o < O; o += WIDTH) go_out(N, adapters, members, index, o, h, ranks, y, O);
-    }
-    free(h);
+/* Memory for whole numbers of rows. */
+static whole_rows whole_rows_at(char **room, long rows, long row) {
+    whole_rows all = {(int16_t *)(*room + rows * sizeof(float)), (float *)*room};
+    *room += BYTES_OF_ROWS(rows, row);
+    return all;
 }
 
-/* y = x W' + what the adapters add to it; shared among the threads that come here. x: in whole numbers, narrow: in bf16, for the adapters. */
-static void whole_product(const held *w, const rounded *x, const bf16 *narrow, long N, const adapter *adapters, const long *members, long index,
-                          bf16 *h, long h_row, float *y, uint8_t *room) {
-    if (N) go_in(N, adapters, members, index, w->I, narrow, h, h_row);
+/* y (rows, O) += what the adapters add to one fused product of x (rows, I); index: layer * GROUPS + product. */
+void add_updates(long N, const adapter *adapters, const long *members, long index, long rows, long I, long O, const float *x, float *y) {
+    long ranks = most_ranks(N, adapters, index, index + 1), threads = omp_get_max_threads();
+    char *memory = aligned_alloc(64, BYTES_OF_ROWS(rows, I) + threads * BYTES_OF_ROWS(rows, ranks) + PAD(rows * ranks) * sizeof(float)), *room = memory;
+    whole_rows given = whole_rows_at(&room, rows, I), own[threads];
+    for (long i = 0; i < threads; i++) own[i] = whole_rows_at(&room, rows, ranks);
+    float *h = (float *)room;
+#pragma omp parallel
+    {
+        const whole_rows *mine = own + omp_get_thread_num();
+#pragma omp for schedule(static)
+        for (long t = 0; t < rows; t++) round_pairs(&given, t, I, I, x + t * I);
+        go_in(N, adapters, members, index, I, &given, h, ranks);
+        round_ranks(N, adapters, members, index, h, ranks, mine);
+#pragma omp for schedule(dynamic, SHARE(O))
+        for (long o = 0; o < O; o += WIDTH) go_out(N, adapters, members, index, o, mine, ranks, y, O);
+    }
+    free(memory);
+}
+
+/* y = x W' + what the adapters add to it; shared among the threads that come here. x and narrow: rows in whole numbers, for the weights and for the
+   adapters; h: room for all threads, mine: for this one. */
+static void whole_product(const held *w, const rounded *x, const whole_rows *narrow, long N, const adapter *adapters, const long *members, long index,
+                          float *h, long h_row, const whole_rows *mine, float *y, uint8_t *room) {
+    if (N) {
+        go_in(N, adapters, members, index, w->I, narrow, h, h_row);
+        round_ranks(N, adapters, members, index, h, h_row, mine);
+    }
 #pragma omp for schedule(dynamic, SHARE(w->O))
     for (long o = 0; o < w->O; o += WIDTH) {
         tile_product(w, x, o, y, w->O, room);
-        if (N) go_out(N, adapters, members, index, o, h, h_row, y, w->O);
+        if (N) go_out(N, adapters, members, index, o, mine, h_row, y, w->O);
     }
 }
 
-/* Row t of x as whole numbers, and in bf16 where that is wanted. */
-static void give(const rounded *whole, long t, const float *x, bf16 *narrow) {
-    long I = whole->I;
-    round_row(whole, t, x + t * I);
-    if (narrow)
-        for (long i = 0; i < I; i++) narrow[t * I + i] = to_bf16(x[t * I + i]);
+/* Row t of x as whole numbers, for the weights and, where there are some, for adapters. */
+static void give(const rounded *whole, long t, const float *x, const whole_rows *narrow) {
+    round_row(whole, t, x + t * whole->I);
+    if (narrow) round_pairs(narrow, t, whole->I, whole->I, x + t * whole->I);
 }
 
 /* out (B, D): hidden states of the rows after the final norm. Keys and values are in fp16. All outputs of fused products, and B's parts, are whole
@@ -177,13 +236,18 @@ void decode_layers(long B, const shape *s, const layer *layers, const fresh *row
     widest = widest > H * E ? widest : H * E;
     long most = heads * E > 2 * I ? heads * E : 2 * I;
     most = most > D ? most : D;
-    float *memory = aligned_alloc(64, (B * (most + 2 * widest + ranks + K * G * longest + D + 2 * E) * sizeof(float) + 63) / 64 * 64);
-    float *x = memory, *cosine = x + B * D, *sine = cosine + B * E, *y = sine + B * E, *in = y + B * most, *scores = in + B * widest;
-    bf16 *h = (bf16 *)(scores + B * K * G * longest), *narrow = N ? h + B * ranks : 0;
+    long threads = omp_get_max_threads(), floats = PAD(B * (most + widest + ranks + K * G * longest + D + 2 * E));
+    char *memory = aligned_alloc(64, floats * sizeof(float) + BYTES_OF_ROWS(B, widest) + threads * BYTES_OF_ROWS(B, ranks));
+    char *room_of_rows = memory + floats * sizeof(float);
+    float *x = (float *)memory, *cosine = x + B * D, *sine = cosine + B * E, *y = sine + B * E, *in = y + B * most, *scores = in + B * widest;
+    float *h = scores + B * K * G * longest;
+    whole_rows rows_in = whole_rows_at(&room_of_rows, B, widest), own_ranks[threads], *narrow = N ? &rows_in : 0;
+    for (long i = 0; i < threads; i++) own_ranks[i] = whole_rows_at(&room_of_rows, B, ranks);
     rounded by_D = rounded_of(B, D), by_HE = rounded_of(B, H * E), by_I = rounded_of(B, I);
 #pragma omp parallel
     {
         uint8_t *room = products_begin(&by_D, widest);
+        const whole_rows *mine = own_ranks + omp_get_thread_num();
         for (long l = 0; l < L; l++) {
             const layer *own = layers + l;
 #pragma omp for schedule(static)
@@ -195,7 +259,7 @@ void decode_layers(long B, const shape *s, const layer *layers, const fresh *row
                 add_norm_row_float32(D, x + b * D, l ? y + b * D : 0, own->attention_norm, eps, x + b * D, in + b * D);
                 give(&by_D, b, in, narrow);
             }
-            whole_product(own->w + QKV, &by_D, narrow, N, adapters, members, l * GROUPS + QKV, h, ranks, y, room);
+            whole_product(own->w + QKV, &by_D, narrow, N, adapters, members, l * GROUPS + QKV, h, ranks, mine, y, room);
 #pragma omp for schedule(dynamic)
             for (long task = 0; task < B * K; task++) {
                 long b = task / K, head = task % K;
@@ -212,20 +276,20 @@ void decode_layers(long B, const shape *s, const layer *layers, const fresh *row
             }
 #pragma omp for schedule(static)
             for (long b = 0; b < B; b++) give(&by_HE, b, in, narrow);
-            whole_product(own->w + O, &by_HE, narrow, N, adapters, members, l * GROUPS + O, h, ranks, y, room);
+            whole_product(own->w + O, &by_HE, narrow, N, adapters, members, l * GROUPS + O, h, ranks, mine, y, room);
 #pragma omp for schedule(static)
             for (long b = 0; b < B; b++) {
                 add_norm_row_float32(D, x + b * D, y + b * D, own->mlp_norm, eps, x + b * D, in + b * D);
                 give(&by_D, b, in, narrow);
             }
-            whole_product(own->w + GATE_UP, &by_D, narrow, N, adapters, members, l * GROUPS + GATE_UP, h, ranks, y, room);
+            whole_product(own->w + GATE_UP, &by_D, narrow, N, adapters, members, l * GROUPS + GATE_UP, h, ranks, mine, y, room);
 #pragma omp for schedule(static)
             for (long b = 0; b < B; b++) {
                 const float *gate = y + 2 * b * I, *up = gate + I;
                 for (long i = 0; i < I; i++) in[b * I + i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
                 give(&by_I, b, in, narrow);
             }
-            whole_product(own->w + DOWN, &by_I, narrow, N, adapters, members, l * GROUPS + DOWN, h, ranks, y, room);
+            whole_product(own->w + DOWN, &by_I, narrow, N, adapters, members, l * GROUPS + DOWN, h, ranks, mine, y, room);
         }
 #pragma omp for schedule(static)
         for (long b = 0; b < B; b++) add_norm_row_float32(D, x + b * D, y + b * D, s->norm, eps, x + b * D, out + b * D);
