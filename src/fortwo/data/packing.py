@@ -159,5 +159,7 @@ def _attention(q_RHLE: Tensor, k_RKSE: Tensor, v_RKSE: Tensor, mask_LS: Tensor) 
     G = H // K
     q_NME = q_RHLE.reshape(R * K, G * L, E)
     k_NSE, v_NSE = k_RKSE.reshape(R * K, S, E), v_RKSE.reshape(R * K, S, E)
-    scores_NMS = torch.baddbmm(mask_LS.repeat(G, 1)[None], q_NME, k_NSE.transpose(1, 2), alpha=E**-0.5)
-    return torch.bmm(scores_NMS.softmax(-1), v_NSE).view(R, H, L, E)
+    mask_1MS = mask_LS.to(q_RHLE.dtype).repeat(G, 1)[None]
+    scores_NMS = torch.baddbmm(mask_1MS, q_NME, k_NSE.transpose(1, 2), alpha=E**-0.5)
+    mixed_NME = torch.bmm(scores_NMS.softmax(-1, dtype=torch.float32).to(q_RHLE.dtype), v_NSE)
+    return mixed_NME.view(R, H, L, E)

@@ -62,7 +62,7 @@ static void forget(answers *all) {
 }
 
 /* gcc does not see that a tile is read from memory of its own, and drops what is written there. */
-static inline void written(const bf16 *tile) { __asm__ volatile("" ::"r"(tile) : "memory"); }
+static inline void tile_written(const bf16 *tile) { __asm__ volatile("" ::"r"(tile) : "memory"); }
 
 /* Sixteen pairs of a slab, times what theirs are worth, in bf16. */
 static inline __attribute__((always_inline)) void slab_bf16(const int8_t *from, vector low, vector high, bf16 *to) {
@@ -114,7 +114,7 @@ static void go_in_strip(const answers *all, long pair, long index, long K, const
         _tile_zero(1);
         for (long k = 0; k < K / STEP; k++) {
             for (long i = 0; i < 16; i++) slab_bf16(A + SCALES + (k * 16 + i) * 2 * WIDTH, once, once, tile + i * STEP);
-            written(tile);
+            tile_written(tile);
             _tile_loadd(6, tile, 64);
             _tile_loadd(4, a + k * STEP, 2 * K);
             _tile_dpbf16ps(0, 4, 6);
@@ -218,7 +218,7 @@ static void paneled_block(const answers *all, long m, long index, long o, long K
                     bf16 tiles[2][TILE] __attribute__((aligned(64)));
                     lay_outputs(B, k * 16, tiles[0]);
                     lay_outputs(B + SLAB(ranks), k * 16, tiles[1]);
-                    written(tiles[0]);
+                    tile_written(tiles[0]);
                     _tile_loadd(6, tiles[0], 64);
                     _tile_loadd(7, tiles[1], 64);
                     _tile_loadd(4, h + k * STEP, 2 * all->h_row);
