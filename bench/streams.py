@@ -1,6 +1,7 @@
 """What a client of a chat server sees: when the tokens of its replies came, for any server that speaks OpenAI's API.
 
-Times are those of arrival; nothing is parsed before the last reply has ended.
+Times are those of arrival; nothing is parsed, nor split into lines, before the last reply has ended: the client shares the
+processor with the server that it measures.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import http.client
 import json
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 PATIENCE = 300  # seconds that a server may be silent
+ATONCE = 1 << 16  # bytes of a stream, at most
 
 
 class Broken(Exception):
@@ -53,8 +56,8 @@ def chat(port: int, base: str, asks: list[Ask]) -> Timing:
     """Send all requests at the same moment, greedy and past the model's end token. Raises Broken."""
     began = time.perf_counter()
     with ThreadPoolExecutor(len(asks)) as pool:
-        replies = list(pool.map(lambda ask: _lines(port, base, ask), asks))
-    heard = [_read(began, lines) for lines in replies]
+        replies = list(pool.map(lambda ask: _pieces(port, base, ask), asks))
+    heard = [_read(began, pieces) for pieces in replies]
     short = [(ask.tokens, one.tokens) for ask, one in zip(asks, heard, strict=True)]
     if wrong := [f"{said} of {asked}" for asked, said in short if said != asked]:
         raise Broken(f"replies are not as long as was asked: {', '.join(wrong)} tokens")
@@ -69,11 +72,11 @@ def chat(port: int, base: str, asks: list[Ask]) -> Timing:
 def hear(port: int, base: str, ask: Ask) -> Heard:
     """One request by itself, as chat sends it. Raises Broken."""
     sent = time.perf_counter()
-    return _read(sent, _lines(port, base, ask))
+    return _read(sent, _pieces(port, base, ask))
 
 
-def _lines(port: int, base: str, ask: Ask) -> list[tuple[float, bytes]]:
-    """Each line of the event stream, with its time."""
+def _pieces(port: int, base: str, ask: Ask) -> list[tuple[float, bytes]]:
+    """The event stream as it came, each piece with its time."""
     body = {
         "model": base if ask.adapter is None else ask.adapter,
         "messages": ask.messages,
@@ -89,16 +92,29 @@ def _lines(port: int, base: str, ask: Ask) -> list[tuple[float, bytes]]:
         response = connection.getresponse()
         if response.status != 200:
             raise Broken(f"HTTP {response.status}: {response.read().decode(errors='replace')[:300]}")
-        return [(time.perf_counter(), line) for line in response]
+        pieces = []
+        while piece := response.read1(ATONCE):
+            pieces.append((time.perf_counter(), piece))
+        return pieces
     except (OSError, http.client.HTTPException) as error:
         raise Broken(f"{type(error).__name__}: {error}") from error
     finally:
         connection.close()
 
 
-def _read(sent: float, lines: list[tuple[float, bytes]]) -> Heard:
+def lines(pieces: list[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """Each line, with the time at which its end came."""
+    at, begun = 0.0, b""
+    for at, piece in pieces:
+        *whole, begun = (begun + piece).split(b"\n")
+        for line in whole:
+            yield at, line
+    yield at, begun
+
+
+def _read(sent: float, pieces: list[tuple[float, bytes]]) -> Heard:
     times, usage = [], None
-    for at, line in lines:
+    for at, line in lines(pieces):
         if not line.startswith(b"data: {"):
             continue
         chunk = json.loads(line[len(b"data: ") :])

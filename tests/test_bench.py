@@ -8,7 +8,7 @@ from rich.table import Table
 from bench import coserving, learn, train
 from bench.coserving import Job, figures
 from bench.learn import ENDED, LATE, REACHED, Learned, ending, verdict
-from bench.streams import Heard
+from bench.streams import Heard, lines
 from bench.train import JUDGED, PEERS, WARM_UP, Run, best, rate, verdicts
 
 FP32, BF16 = PEERS
@@ -127,3 +127,9 @@ def test_a_jobs_slowdown_stands_beside_it() -> None:
 
 def test_most_waits_are_no_longer_than_the_95th_percentile() -> None:
     assert coserving.p95([float(value) for value in range(101)]) == 95.0
+
+
+def test_lines_have_the_time_at_which_they_ended() -> None:
+    pieces = [(1.0, b"data: a\n\nda"), (2.0, b"ta: b"), (3.0, b"\n\ndata: c\n")]
+    assert [line for line in lines(pieces) if line[1]] == [(1.0, b"data: a"), (3.0, b"data: b"), (3.0, b"data: c")]
+    assert list(lines([(1.0, b"cut")])) == [(1.0, b"cut")]
