@@ -1,7 +1,7 @@
 """What a client of a chat server sees: when the tokens of its replies came, for any server that speaks OpenAI's API.
 
-Times are those of arrival; nothing is parsed, nor split into lines, before the last reply has ended: the client shares the
-processor with the server that it measures.
+Times are those of arrival; nothing is split into lines, nor parsed, before the last reply has ended: the client shares
+the processor with the server that it measures.
 """
 
 from __future__ import annotations
