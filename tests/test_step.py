@@ -15,7 +15,7 @@ from fortwo.engine.scheduler import Sequence as Running
 from fortwo.models import kernels
 from fortwo.models.choice import Choice
 from fortwo.models.decoder import Decoder
-from fortwo.models.laid import Laid
+from fortwo.models.laid import Laid, Rows
 from fortwo.models.lora_config import GROUPS, LoraConfig
 from fortwo.models.step import Step
 from tests.parts import as_decoder, decoder, make_rows, random_lora
@@ -105,6 +105,17 @@ def test_an_adapter_is_laid_out_as_the_table_says(shape: LoraConfig) -> None:
                     assert not found[:, r:].any()
                     wanted[rank : rank + r] = group.A_RI[place.rows] * place.scale
                 agree(read(A, *wanted.shape), wanted)
+
+
+def test_sums_of_whole_numbers_stay_whole() -> None:
+    """1,024 products of the largest numbers there are."""
+    lora = random_lora(as_decoder(tiny_model("llama", hidden_size=1024)), config=LoraConfig(r=4, alpha=4))
+    group = lora.layers[0]["gate_up"]
+    for tensor in group.tensors:
+        tensor.data.fill_(0.5)
+    x_TI, y_TO = torch.full((5, 1024), 3.0), torch.zeros(5, sum(len(B_Or) for B_Or in group.Bs))
+    Rows([(Laid.of(lora), range(5))]).add_to(y_TO, x_TI, 0, "gate_up")
+    torch.testing.assert_close(y_TO, torch.full_like(y_TO, 1024 * 3 * 0.5 * 4 * 0.5), rtol=1e-3, atol=0)
 
 
 def test_other_weights_and_shapes_are_left_to_the_decoder() -> None:

@@ -6,6 +6,7 @@
 enum { QKV, O, GATE_UP, DOWN, GROUPS };
 #define SHARE(outputs) ((outputs) / WIDTH / 8 + 1) /* sixteens that a thread takes at once: neighbours, so that what is fetched in advance is its own */
 #define PARTS 3 /* projections of a fused product, at most */
+#define MOST_SUMMED 16e6f /* sizes of numbers, whose products with 127 have a sum below 2^31, what rounding adds included */
 #define BYTES_OF_ROWS(rows, row) (((rows) * (sizeof(float) + (row) * sizeof(int16_t)) + 63) / 64 * 64)
 
 typedef struct { /* one fused product's update: where in the adapter A lies, a slab for sixteen ranks, and of each part B, a slab for sixteen outputs */
@@ -60,15 +61,20 @@ static void rotate_head(long E, const float *norm, float eps, const float *cosin
     }
 }
 
-/* Row t of x; its numbers are small enough that `count` products with 8 bits have a whole sum. count is a multiple of 16. */
+/* Row t of x, `count` numbers, a multiple of 16; so small that the sum of their products with 8 bits is a whole number of 32. */
 static void round_pairs(const whole_rows *to, long t, long row, long count, const float *x) {
-    float tops[WIDTH] = {0}, most = (float)(INT32_MAX / 128 / count);
+    float tops[WIDTH] = {0}, sums[WIDTH] = {0}, sum = 0;
     for (long i = 0; i < count; i += WIDTH)
-        for (long lane = 0; lane < WIDTH; lane++) tops[lane] = fabsf(x[i + lane]) > tops[lane] ? fabsf(x[i + lane]) : tops[lane];
-    most = most < INT16_MAX ? most : INT16_MAX;
-    float top = largest(tops, WIDTH), by = top > 0 ? most / top : 0;
+        for (long lane = 0; lane < WIDTH; lane++) {
+            float size = fabsf(x[i + lane]);
+            tops[lane] = size > tops[lane] ? size : tops[lane];
+            sums[lane] += size;
+        }
+    for (long lane = 0; lane < WIDTH; lane++) sum += sums[lane];
+    float top = largest(tops, WIDTH), by = top > 0 ? INT16_MAX / top : 0;
+    by = sum * by > MOST_SUMMED ? MOST_SUMMED / sum : by;
     for (long i = 0; i < count; i++) to->x[t * row + i] = (int16_t)rintf(x[i] * by);
-    to->scale[t] = top / most;
+    to->scale[t] = by > 0 ? 1 / by : 0;
 }
 
 /* Sixteen pairs of a slab in 16 bits. */
