@@ -174,9 +174,11 @@ int tiles_allowed(void) {
     return allowed;
 }
 
-/* gcc 12 believes that 8 of the 64 bytes are read, and may drop what is written to the others. */
+/* gcc 12 sees neither that a tile is read from memory nor that all of its shape is, and may drop what is written there. */
+static inline void written_for_tiles(const void *at) { __asm__ volatile("" ::"r"(at) : "memory"); }
+
 static inline void load_shape(const void *shape) {
-    __asm__ volatile("" ::"r"(shape) : "memory");
+    written_for_tiles(shape);
     _tile_loadconfig(shape);
 }
 

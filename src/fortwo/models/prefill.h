@@ -61,14 +61,10 @@ static void forget(answers *all) {
     free(all->scale);
 }
 
-/* gcc does not see that a tile is read from memory of its own, and drops what is written there. */
-static inline void tile_written(const bf16 *tile) { __asm__ volatile("" ::"r"(tile) : "memory"); }
-
 /* Sixteen pairs of a slab, times what theirs are worth, in bf16. */
 static inline __attribute__((always_inline)) void slab_bf16(const int8_t *from, vector low, vector high, bf16 *to) {
-    __m512i all = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from));
-    vector left = (vector)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(all)));
-    vector right = (vector)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(all, 1)));
+    vector left = (vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+    vector right = (vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + WIDTH))));
     store_bf16(to, (__m512)(left * low), (__m512)(right * high));
 }
 
@@ -114,7 +110,7 @@ static void go_in_strip(const answers *all, long pair, long index, long K, const
         _tile_zero(1);
         for (long k = 0; k < K / STEP; k++) {
             for (long i = 0; i < 16; i++) slab_bf16(A + SCALES + (k * 16 + i) * 2 * WIDTH, once, once, tile + i * STEP);
-            tile_written(tile);
+            written_for_tiles(tile);
             _tile_loadd(6, tile, 64);
             _tile_loadd(4, a + k * STEP, 2 * K);
             _tile_dpbf16ps(0, 4, 6);
@@ -218,7 +214,7 @@ static void paneled_block(const answers *all, long m, long index, long o, long K
                     bf16 tiles[2][TILE] __attribute__((aligned(64)));
                     lay_outputs(B, k * 16, tiles[0]);
                     lay_outputs(B + SLAB(ranks), k * 16, tiles[1]);
-                    tile_written(tiles[0]);
+                    written_for_tiles(tiles[0]);
                     _tile_loadd(6, tiles[0], 64);
                     _tile_loadd(7, tiles[1], 64);
                     _tile_loadd(4, h + k * STEP, 2 * all->h_row);
