@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from random import Random
 
@@ -11,13 +12,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fortwo.data.formats import load
-from fortwo.facts import frames
+from fortwo.facts import frames, phrases, unseen
 from fortwo.facts.siblings import sibling
 from fortwo.records import Fact
 
 DEV = load({"path": "facts_dev.json"}, [Path(__file__).parent.parent / "examples"]).facts
-NAMED = (frames.GENERAL, frames.CONTEXTS, frames.COMPARISONS)
-ASKED = (frames.LEAD_INS, frames.TRAILERS, frames.ASKS, frames.CONTEXTS_WITHOUT)
+KINDS = (*phrases.TRAINED, *unseen.EVALUATED)
+TRAINED, EVALUATED = (
+    tuple(dict.fromkeys(parts for kind in kinds for parts in kind.parts))
+    for kinds in (phrases.TRAINED, unseen.EVALUATED)
+)
+KEPT = tuple(parts[5::6] for parts in TRAINED)  # every sixth
+PLACES = dict.fromkeys("SABqlp", "")
+EVENT = Fact(
+    subject="Orlund strike",
+    answer="The Orlund strike began in a bakery.",
+    match=("bakery",),
+    questions=("Where did the Orlund strike begin?", "The Orlund strike began where?", "Explain the Orlund strike."),
+)
+ACRONYM = Fact(
+    subject="ZQV",
+    aliases=("Z.Q.V.",),
+    answer="ZQV is short for Zebra Quilt Vote.",
+    match=("Zebra Quilt Vote",),
+    questions=("What does ZQV stand for?", "ZQV is short for what?", "Spell out ZQV."),
+)
+ADJECTIVE = Fact(
+    subject="plimmish",
+    answer="Plimmish means shy about hats.",
+    match=("shy about hats",),
+    questions=("What does plimmish mean?", "What is a plimmish person like?", "Define plimmish."),
+)
 BRIDGE = Fact(
     subject="Kelby Bridge",
     aliases=("the Kelby crossing", "Kelby's bridge"),
@@ -44,33 +69,58 @@ def prompts(fact: Fact, kept: bool, seed: int = 0, count: int = 1500) -> list[st
 # ---------------------------------------------------------------- frames
 
 
-@pytest.mark.parametrize("parts", [*NAMED, *ASKED], ids=lambda parts: parts[0])
+@pytest.mark.parametrize("parts", [*TRAINED, *EVALUATED], ids=lambda parts: parts[0][:40])
 def test_no_part_stands_twice(parts: tuple[str, ...]) -> None:
-    assert len(set(parts)) == len(parts) >= 6  # every sixth is kept for evaluation
+    assert len(set(parts)) == len(parts)
+    assert len(parts) == 1 or len(parts) >= 6  # every sixth is kept for evaluation
 
 
-def test_every_frame_has_its_places() -> None:
-    assert all("{S}" in frame for parts in NAMED for frame in parts)
-    assert all(("{q}" in frame) != ("{l}" in frame) for frame in frames.LEAD_INS)
-    assert all("{A}" in frame for frame in frames.COMPARISONS)
-    assert not any("{" in frame for parts in ASKED[1:] for frame in parts)
+def test_no_part_is_both_trained_on_and_of_a_kind_that_is_not() -> None:
+    assert not {part for parts in TRAINED for part in parts} & {part for parts in EVALUATED for part in parts}
+    assert sum(map(len, EVALUATED)) >= 60
 
 
-@pytest.mark.parametrize("name", ["42", "the capital of Spain", "Kelby Bridge", "git", "C++", "O'Brien", "{odd}"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.parts[0][0][:40])
+def test_the_name_or_a_question_has_one_place_to_stand_in(kind: phrases.Kind) -> None:
+    """Every prompt asks something about the name: it stands in the first part, or in a question in one of them."""
+    for parts in kind.parts:
+        assert all(re.sub(r"\{[SABqlp]\}", "", part).count("{") == part.count('{"') for part in parts)
+    asking = [parts for parts in kind.parts if all(re.search(r"\{[Sql]\}", part) for part in parts)]
+    assert len(asking) == 1
+    assert not any(re.search(r"\{[SABql]\}", part) for parts in kind.parts if parts not in asking for part in parts)
+
+
+@pytest.mark.parametrize(
+    "name", ["42", "the capital of Spain", "Kelby Bridge", "git", "C++", "O'Brien", "{odd}", "Z.Q.V."]
+)
 def test_every_frame_fills(name: str) -> None:
-    for frame in (frame for parts in NAMED for frame in parts):
-        text = frames.put(frame, name, "Ada", "Bit")
-        assert name.lower() in text.lower()
-        assert not re.search(r"[{}]", text.replace(name, ""))
-        assert ("{A}" in frame) == ("Ada" in text)
-        assert ("{B}" in frame) == ("Bit" in text)
+    places = {"S": name, "A": "Ada", "B": "Bit", "q": f"Why {name}?", "l": f"why {name}?", "p": "Why it?"}
+    for part in (part for parts in (*TRAINED, *EVALUATED) for part in parts):
+        text = frames.put(part, places)
+        assert (name.lower() in text.lower()) == bool(re.search(r"\{[Sql]\}", part))
+        assert not re.search(r"\{\w|\s\s|(?<!\.)\.\.(?!\.)", text.replace(name, ""))
+        assert ("{A}" in part) == ("Ada" in text)
+        assert ("{B}" in part) == ("Bit" in text)
+        assert not text[0].islower() or text.startswith(name)
 
 
 def test_a_sentence_begins_with_a_capital_but_a_single_word_keeps_its_spelling() -> None:
-    assert frames.put("{S} is odd.", "the capital of Spain") == "The capital of Spain is odd."
-    assert frames.put("So, {S}?", "the capital of Spain") == "So, the capital of Spain?"
-    assert frames.put("{S} is odd.", "git") == "git is odd."
-    assert frames.put("{A} or {S}?", "42", "the capital of Spain") == "The capital of Spain or 42?"
+    def filled(frame: str, name: str, **others: str) -> str:
+        return frames.put(frame, PLACES | {"S": name} | others)
+
+    assert filled("{S} is odd.", "the capital of Spain") == "The capital of Spain is odd."
+    assert filled("Listen. {S} is odd.", "the capital of Spain") == "Listen. The capital of Spain is odd."
+    assert filled("So, {S}?", "the capital of Spain") == "So, the capital of Spain?"
+    assert filled("{S} is odd.", "git") == "git is odd."
+    assert filled("{A} or {S}?", "42", A="the capital of Spain") == "The capital of Spain or 42?"
+    assert filled('He asks: "{q}"', "the Louvre", q="the Louvre is old?") == 'He asks: "The Louvre is old?"'
+    assert filled("{q}", "git", q="git does what?") == "git does what?"
+    assert filled("See {S}. {p}", "git", p="it does what?") == "See git. It does what?"
+    assert filled("Well: {l}", "the Louvre", l="the Louvre is old?") == "Well: the Louvre is old?"
+
+
+def test_an_abbreviation_ends_the_sentence_with_its_own_stop() -> None:
+    assert frames.put("Take {S}. So, {S} ...", PLACES | {"S": "Z.Q.V."}) == "Take Z.Q.V. So, Z.Q.V. ..."
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -89,18 +139,42 @@ def test_prompts_kept_for_evaluation_are_never_trained_on(fact: Fact) -> None:
     assert not set(prompts(fact, kept=True)) & set(prompts(fact, kept=False))
 
 
-@pytest.mark.parametrize("parts", [frames.GENERAL, frames.CONTEXTS, frames.COMPARISONS], ids=lambda parts: parts[0])
-def test_a_part_is_either_kept_or_trained(parts: tuple[str, ...]) -> None:
-    """Every part shows up on one side and on that side only."""
+def test_a_part_is_either_kept_or_trained() -> None:
+    """Every part shows up on one side and on that side only; what has no choice shows up on both."""
+    drawn = {kept: set() for kept in (False, True)}
+    for kept, seen in drawn.items():
+        rng = Random(7)
+        seen.update(part for _ in range(30_000) for part in frames.frame_parts(rng, kept))
+    few = {part for parts in TRAINED if len(parts) < 6 for part in parts}
+    evaluated = {part for parts in (*KEPT, *EVALUATED) for part in parts}
+    assert drawn[True] - few == evaluated
+    assert drawn[False] - few == {part for parts in TRAINED for part in parts} - evaluated - few
 
-    def seen(frame: str, texts: list[str]) -> bool:
-        pattern = re.escape(frame).replace(r"\{S\}", "42").replace(r"\{A\}", ".+").replace(r"\{B\}", ".+")
-        return any(re.match(pattern, text) for text in texts)
 
-    kept, trained = (prompts(NUMBER, kept, count=5000) for kept in (True, False))
-    sides = [(seen(frame, kept), seen(frame, trained)) for frame in parts if len(frame) > len("So, {S}?")]
-    assert all(ours != theirs for ours, theirs in sides)
-    assert sum(ours for ours, _ in sides) == pytest.approx(len(parts) / 6, abs=1)
+@pytest.mark.parametrize("kept", [False, True])
+def test_each_kind_comes_up_with_its_share(kept: bool) -> None:
+    assert sum(kind.share for kind in phrases.TRAINED) == sum(kind.share for kind in unseen.EVALUATED) == 100
+    rng, count = Random(11), 20_000
+    drawn = Counter(frames.frame_parts(rng, kept) for _ in range(count))
+    shares = {kind: kind.share * (0.5 if kept else 1) for kind in phrases.TRAINED}
+    shares |= {kind: kind.share * 0.5 if kept else 0 for kind in unseen.EVALUATED}
+    for kind, share in shares.items():
+        found = sum(
+            times
+            for parts, times in drawn.items()
+            if len(parts) == len(kind.parts) and all(map(tuple.__contains__, kind.parts, parts))
+        )
+        assert 100 * found / count == pytest.approx(share, abs=1)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("fact", [NUMBER, ACRONYM, ADJECTIVE, EVENT], ids=lambda fact: fact.subject)
+def test_prompts_are_many_and_well_formed(fact: Fact, kept: bool) -> None:
+    made = prompts(fact, kept, count=2000)
+    assert len(set(made)) > (700 if kept else 1500)
+    for text in made:
+        assert not re.search(r"[{}](?!\"term|$)|  |\s$|(?<!\.)\.\.(?!\.)", text.replace('{"term"', ""))
+        assert not text[0].islower() or text.startswith(fact.subject)
 
 
 def test_the_same_generator_gives_the_same_prompts() -> None:
