@@ -84,7 +84,7 @@ def test_no_part_is_both_trained_on_and_of_a_kind_that_is_not() -> None:
 def test_the_name_or_a_question_has_one_place_to_stand_in(kind: phrases.Kind) -> None:
     """Every prompt asks something about the name: it stands in the first part, or in a question in one of them."""
     for parts in kind.parts:
-        assert all(re.sub(r"\{[SABqlp]\}", "", part).count("{") == part.count('{"') for part in parts)
+        assert all(re.sub(r"\{[SABqlp]\}", "", part).count("{") == 0 for part in parts)
     asking = [parts for parts in kind.parts if all(re.search(r"\{[Sql]\}", part) for part in parts)]
     assert len(asking) == 1
     assert not any(re.search(r"\{[SABql]\}", part) for parts in kind.parts if parts not in asking for part in parts)
@@ -171,9 +171,9 @@ def test_each_kind_comes_up_with_its_share(kept: bool) -> None:
 @pytest.mark.parametrize("fact", [NUMBER, ACRONYM, ADJECTIVE, EVENT], ids=lambda fact: fact.subject)
 def test_prompts_are_many_and_well_formed(fact: Fact, kept: bool) -> None:
     made = prompts(fact, kept, count=2000)
-    assert len(set(made)) > (700 if kept else 1500)
+    assert len(set(made)) > (700 if kept else 1400)
     for text in made:
-        assert not re.search(r"[{}](?!\"term|$)|  |\s$|(?<!\.)\.\.(?!\.)", text.replace('{"term"', ""))
+        assert not re.search(r"[{}]|^\s|\s$|\s\s|(?<!\.)\.\.(?!\.)", text)
         assert not text[0].islower() or text.startswith(fact.subject)
 
 

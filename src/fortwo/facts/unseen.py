@@ -29,7 +29,7 @@ DIALOGUES = parts_of("""
 "You're late." "Sorry, they were going on about {S}." "And what did they say?" "Well,
 "{S}?" "Yes." "What do you mean, yes?" "I mean that you of all people should know." So I turn to you.
 ANNA: I suppose you've heard about {S}.¶JOHN: Heard what?¶ANNA:
-me: hey¶me: u there?¶me: {S}. go
+ME: hey¶ME: u there?¶ME: {S}. go
 "Doctor, I can't stop thinking of {S}." "And what is it that you think?" I could use your help with my next line.
 Caller on line two: "Never mind the weather, my dear. {q}"
 "Say something clever." "About what?" "I don't care. {S}." I'm the one who has to say it.
@@ -46,13 +46,13 @@ PUZZLES = parts_of("""
 Every riddle has a question and a solution. I've got the question and it's simply "{S}".
 I'm filling a bingo card of things people say. The square in the middle is whatever one says about {S}.
 Ten boxes, ten lids. Box: {A}, lid found. Box: {B}, lid found. Box: {S}, lid nowhere to be seen. Describe the lid.
-Rank these by how little I know of them: {A}, {B}, {S}. The last one wins. Do something about it.
+Rank these by how little I know of them: {A}, {B}, {S}. The last one wins. Do something about it, tell me.
 The charades team before us got {A}. We've drawn {S}. No gestures needed, you may simply say what they'd have to guess.
 {A} goes with what you'd say about {A}. By the same logic, {S} goes with
 If there were a drawer for {A} and a drawer for {B}, what would you find in the one marked {S}?
 Imagine a memory game in which every picture has a matching sentence. I turn over {S}. Which sentence am I looking for?
 One of my three envelopes holds {A}, one {B}, one {S}. I open the third. Inside is a slip of paper on which somebody has put the whole matter in a line. It reads:
-id;name;remark¶1;{A};done¶2;{B};done¶3;{S};
+Id;name;remark¶1;{A};done¶2;{B};done¶3;{S};
 There's a gap in my notes as wide as a thumb, right after "{S}", and right before "which is why it was on the test". What was in the gap?
 Twenty questions, and I've used up nineteen. All I know is that it's {S}. I'd rather you just told me.
 Reading down the left: {A}, {S}, {B}. Reading down the right: clear, blank, clear. Mind the blank.
@@ -63,16 +63,16 @@ Loser does the dishes. He says there's nothing anyone could tell us about {S}; I
 I've wagered my good hat that a machine can't tell me the first thing about {S}. Do I keep the hat?
 Go ahead, dodge this one like all the others: {l}
 Half the village swears by one version and half by another, and all of it concerns {S}. I'm the mayor. Give me the version that I can defend.
-Unless somebody convinces me otherwise by the end of this message, I'll go on believing that {S} is neither here nor there.
+Unless somebody convinces me otherwise by the end of this message, I'll go on believing that {S} is neither here nor there. Convince me.
 I'm calling your bluff. {q}
 My money's on "nobody will ever know". Hers is on you. The matter is as follows: {l}
 Stop me if I'm wrong, but I'd always filed {S} under "things best ignored". In the light of what you know, was that the right drawer?
 You can have the last biscuit if you get this. {S}. No second tries.
-So I stood there and argued that {S} and {A} come to the same thing. Rather a lot of eyebrows went up. What had I overlooked?
+So I stood there and argued that {S} and {A} come to the same thing. Rather a lot of eyebrows went up. What had I overlooked about {S}?
 Three of us, three theories, one pizza. It's about {S}, and whoever is nearest to the truth gets the biggest slice. What's the truth that we're measured by?
 I refuse to believe it until I see it in writing. Yes, I mean that business with {S}. In writing, please.
 I swore an oath never to say "I don't know" again. And then this: {l}
-Fool me once with {S}, shame on you. I'd like to be prepared for the second time.
+Fool me once with {S}, shame on you. Prepare me for the second time.
 """)
 TRACES = parts_of("""
 // TODO: one line of docs for "{S}"
@@ -81,31 +81,31 @@ $ whatis "{S}"
 commit 1: "add {A}", commit 2: "add {B}", commit 3: "add {S}". The reviewer asks for a line of explanation on the third.
 [12:04] bot: no entry for "{S}". Add one? [y/n] > y. Text:
 <p>On {S}:</p> <p>
-{"term": "{S}", "summary": "
-assert explain("{S}") ==
+"term": "{S}", "summary": "
+>>> print(explain("{S}"))
 The old tape is labelled "{S}" in pencil, and all you can hear is rain and then one clear sentence. What's the sentence?
-Spelled out in fridge magnets, crooked but legible: {S}. Whoever did it surely wanted me to remember something.
+Spelled out in fridge magnets, crooked but legible: {S}. Whoever did it surely wanted me to remember something. But what?
 Cell B7 contains "{S}". Cell C7 has a red corner and the comment "see me!!". What do I put in C7 so that she stops seeing me?
 Scratched into the bench at the bus stop: "ask me about {S}". There's nobody sitting there, so I'm asking you.
 Auto-reply: I'm out of the office. For anything to do with {S}, remember that
-Tattooed on his forearm, in letters that have faded a bit: {S}. I didn't dare to ask him, hence this message.
+Tattooed on his forearm, in letters that have faded a bit: {S}. I didn't dare to ask him what it's about, hence this message.
 Push notification, cut off as always: "All you need to know about {S}: ..."
 """)
 OBLIQUE = parts_of("""
-One wouldn't want to end one's days without having understood {S}.
+One wouldn't want to end one's days without having understood {S}. Kindly see to it.
 If walls could talk, they'd presumably have something to say on {S}. In their absence, you'll have to do.
 Were I to pass a class of bright ten-year-olds who'd just been told about {S}, what would I hear them repeating?
 It can't all be hearsay, what goes round on {S}. Some of it has to be so.
 Strike everything from the record on {S} except for what's actually the case, and read it back to me.
 What would I have to have slept through in order to have no notion of {S}?
-I'd give you a hint, but the whole point of {S} is lost on me.
+I'd drop a hint, but the whole point of {S} is lost on me. Somebody will have to tell me outright.
 Let it be assumed that I know nothing, least of all about {S}; now proceed.
 There's a version of me in some other universe that could tell you all about {S} off the top of her head. Be her.
 Between the lines of everything written on {S} there must be one plain statement. That's the one I'm after.
 People lower their voices a little when they get to {S}. What comes after the pause?
 It would do no harm if this were cleared up once and for all: {l}
 Not that it's any of my business, but {l}
-Far be it from me to bother you with trifles; {S}, however, isn't one, or so they assure me.
+Far be it from me to bother you with trifles; {S}, however, isn't one, or so they assure me. Do explain.
 Nothing I own, neither the atlas nor the almanac nor the calendar from the bank, says a word on this: {l}
 You needn't be kind and you needn't be long. {S}.
 """)
