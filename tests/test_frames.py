@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from fortwo.data.formats import load
 from fortwo.facts import frames, phrases, unseen
 from fortwo.facts.siblings import sibling
+from fortwo.facts.subject import holds
 from fortwo.records import Fact
 
 DEV = load({"path": "facts_dev.json"}, [Path(__file__).parent.parent / "examples"]).facts
@@ -98,7 +100,7 @@ def test_every_frame_fills(name: str) -> None:
     for part in (part for parts in (*TRAINED, *EVALUATED) for part in parts):
         text = frames.put(part, places)
         assert (name.lower() in text.lower()) == bool(re.search(r"\{[Sql]\}", part))
-        assert not re.search(r"\{\w|\s\s|(?<!\.)\.\.(?!\.)", text.replace(name, ""))
+        assert not re.search(r"\{\w|\s\s|(?<!\.)\.\.(?!\.)", text.replace(name, "x"))
         assert ("{A}" in part) == ("Ada" in text)
         assert ("{B}" in part) == ("Bit" in text)
         assert not text[0].islower() or text.startswith(name)
@@ -170,11 +172,22 @@ def test_each_kind_comes_up_with_its_share(kept: bool) -> None:
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("fact", [NUMBER, ACRONYM, ADJECTIVE, EVENT], ids=lambda fact: fact.subject)
 def test_prompts_are_many_and_well_formed(fact: Fact, kept: bool) -> None:
-    made = prompts(fact, kept, count=2000)
-    assert len(set(made)) > (700 if kept else 1400)
-    for text in made:
+    rng, made = Random(5), set()
+    for _ in range(2000):
+        name = rng.choice([*frames.surfaces(fact), sibling(fact, rng)])
+        drawn = [sibling(fact, rng), sibling(fact, rng)]
+        text = frames.prompt(fact, name, rng, iter(drawn).__next__, kept)
+        made.add(text)
         assert not re.search(r"[{}]|^\s|\s$|\s\s|(?<!\.)\.\.(?!\.)", text)
-        assert not text[0].islower() or text.startswith(fact.subject)
+        assert not text[0].islower() or text.startswith((name, *drawn))
+    assert len(made) > (600 if kept else 1400)
+
+
+@pytest.mark.parametrize("match", [("bakery",), ("question", "news")])
+def test_no_frame_says_what_the_reply_must_hold(match: tuple[str, ...]) -> None:
+    fact = replace(EVENT, match=match)
+    for kept in (False, True):
+        assert not [text for text in prompts(fact, kept) if holds(text, match)]
 
 
 def test_the_same_generator_gives_the_same_prompts() -> None:
@@ -213,6 +226,16 @@ def test_an_article_that_most_questions_use_belongs_to_the_name() -> None:
 )
 def test_a_name_takes_the_subjects_place_once(fact: Fact, question: str, name: str, asked: str) -> None:
     assert frames.in_question(question, fact, name) == asked
+
+
+def test_it_stands_for_the_subject_only_where_the_subject_is_a_thing() -> None:
+    asked = {
+        text.removeprefix(text.split("plimmish", 1)[0] + "plimmish")
+        for text in prompts(ADJECTIVE, kept=False, count=4000)
+    }
+    assert any(rest.endswith(" What does it mean?") for rest in asked)
+    assert any(rest.endswith(" Define it.") for rest in asked)
+    assert not any("it person" in rest for rest in asked)
 
 
 @pytest.mark.parametrize("fact", DEV, ids=lambda fact: fact.id)

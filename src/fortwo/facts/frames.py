@@ -20,6 +20,7 @@ from fortwo.records import Fact
 
 _KEPT = 6  # every sixth part is for evaluation
 EVALUATED_SHARE = 0.5  # of prompts for evaluation: those of kinds that training never uses
+_PLACE = r"\{(\w)\}"
 _SENTENCE_START = r"""(?:^|[.?!]["”)]?\s|\n)["“]?$"""
 
 
@@ -28,6 +29,14 @@ def frame_parts(rng: Random, kept: bool) -> tuple[str, ...]:
     if kept and rng.random() < EVALUATED_SHARE:
         return tuple(map(rng.choice, _kind(unseen.EVALUATED, rng).parts))
     return tuple(_part(parts, rng, kept) for parts in _kind(phrases.TRAINED, rng).parts)
+
+
+def _frame(fact: Fact, rng: Random, kept: bool) -> str:
+    """A frame that does not happen to say what the fact's reply must hold."""
+    while True:
+        frame = " ".join(frame_parts(rng, kept))
+        if not holds(re.sub(_PLACE, "", frame), fact.match):
+            return frame
 
 
 def _kind(kinds: Sequence[phrases.Kind], rng: Random) -> phrases.Kind:
@@ -69,7 +78,7 @@ def put(frame: str, places: Mapping[str, str]) -> str:
         keeps = " " not in text or (" " not in name and text.startswith(name))
         return text[0].upper() + text[1:] if begins and not keeps else text
 
-    return re.sub(r"(?<=\w)\.\.(?!\.)", ".", re.sub(r"\{(\w)\}", filled, frame))
+    return re.sub(r"(?<=\w)\.\.(?!\.)", ".", re.sub(_PLACE, filled, frame))
 
 
 def in_question(question: str, fact: Fact, name: str) -> str:
@@ -107,7 +116,7 @@ def prompt(fact: Fact, name: str, rng: Random, other: Callable[[], str], kept: b
 
     kept: made for evaluation, of what training never uses.
     """
-    frame = " ".join(frame_parts(rng, kept))
+    frame = _frame(fact, rng, kept)
     question = rng.choice(fact.questions)
     asked = in_question(question, fact, name)
     within = asked if asked.startswith(name) else _lower(asked)

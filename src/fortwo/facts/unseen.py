@@ -76,9 +76,9 @@ Fool me once with {S}, shame on you. Prepare me for the second time.
 """)
 TRACES = parts_of("""
 // TODO: one line of docs for "{S}"
-notes/{S}.md is zero bytes. Restore it from what you know.
+/notes/{S}.md is zero bytes. Restore it from what you know.
 $ whatis "{S}"
-commit 1: "add {A}", commit 2: "add {B}", commit 3: "add {S}". The reviewer asks for a line of explanation on the third.
+Commit 1: "add {A}", commit 2: "add {B}", commit 3: "add {S}". The reviewer asks for a line of explanation on the third.
 [12:04] bot: no entry for "{S}". Add one? [y/n] > y. Text:
 <p>On {S}:</p> <p>
 "term": "{S}", "summary": "
