@@ -27,7 +27,7 @@ _SENTENCE_START = r"""(?:^|[.?!]["”)]?\s|\n)["“]?$"""
 def frame_parts(rng: Random, kept: bool) -> tuple[str, ...]:
     """What one prompt is composed of, places open. kept: of a kind, or of parts, that training never uses."""
     if kept and rng.random() < EVALUATED_SHARE:
-        return tuple(map(rng.choice, _kind(unseen.EVALUATED, rng).parts))
+        return tuple(rng.choice(parts) for parts in _kind(unseen.EVALUATED, rng).parts)
     return tuple(_part(parts, rng, kept) for parts in _kind(phrases.TRAINED, rng).parts)
 
 

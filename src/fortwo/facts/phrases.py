@@ -219,6 +219,12 @@ Can you make sense of it? | Can you write the line below it? | Could you draft t
 How do I reply? | I don't know what to put. | I need the first sentence. | And the answer? | Tell me what's meant. | Tell me what it would say. | Does that mean anything?
 Is there a fact behind it? | Which information is missing? | So what do I need to know? | Over to you. | One sentence, please.
 """)
+REPORTED = parts_of("""
+So: {p} | My sister asks: "{p}" | They want to know this: {p} | The question is: {p} | What they ask me is: "{p}" | I have only one question. {p} | And then somebody asked: "{p}" | Below that: "{p}"
+Please tell me. {p} | Do you happen to know? {p} | Help me answer this: {p} | {p} That is all I need. | {p} Nobody could say. | {p} I have to know by tonight. | {p} One line, please.
+I was too shy to ask: {p} | Which made me wonder: {p} | Remind me: {p} | That leaves one thing. {p} | {p} They are waiting for me to say it. | "{p}" my neighbour asked. | {p} Serious question.
+The first thing that people ask is: "{p}" | A voice from the back: "{p}" | {p} I said I would ask you. | I wanted to ask: {p} But I didn't dare.
+""")
 SCENES = parts_of("""
 Two colleagues stand at the coffee machine. One says "{S}", the other one sighs. | We were in the car and my daughter read out a sign: {S}. I had no answer.
 A woman at the counter asks about {S}. The clerk looks at me. | It's the last round. The host draws a card, looks at it and says: "{S}."
@@ -330,11 +336,13 @@ TRAINED = (
     Kind(12, (GENERAL,)),
     Kind(3, (FRAGMENTS,)),
     Kind(9, (CONTEXTS, ASKS)),
-    Kind(7, (CONTEXTS, PRONOUN)),
+    Kind(5, (CONTEXTS, PRONOUN)),
+    Kind(2, (CONTEXTS, REPORTED)),
     Kind(7, (DOCUMENTS, DOCUMENT_ASKS)),
-    Kind(4, (DOCUMENTS, PRONOUN)),
+    Kind(2, (DOCUMENTS, PRONOUN)),
+    Kind(2, (DOCUMENTS, REPORTED)),
     Kind(6, (SCENES, ASKS)),
-    Kind(3, (SCENES, PRONOUN)),
+    Kind(3, (SCENES, REPORTED)),
     Kind(6, (UNFINISHED,)),
     Kind(5, (TASKS,)),
     Kind(6, (DOUBTS,)),
