@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -203,6 +204,27 @@ def test_marks_stay_where_they_are(subject: str, around: str) -> None:
     assert all(re.fullmatch(around, name) for name in found)
     first, last = subject.split()
     assert {name.split()[0] == first for name in found} == {name.split()[1] == last for name in found} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("subject", "first", "last"),
+    [
+        ("the brightest ring of Uranus", lexicon.SUPERLATIVES, lexicon.PLANETS),
+        ("the first bridge of Prague", lexicon.SUPERLATIVES, lexicon.KINDS["place"].members),
+    ],
+)
+def test_swapped_words_are_of_the_same_kind(subject: str, first: Sequence[str], last: Sequence[str]) -> None:
+    _, most, thing, _, place = subject.split()
+    found = [siblings.word_swap(fact(subject), Random(seed)).split() for seed in range(300)]
+    mosts, things, places = ({name[at] for name in found} for at in (1, 2, 4))
+    assert len(mosts) > 5
+    assert mosts <= {*first}
+    assert len(places) > 5
+    assert places <= {*last}
+    assert all(name.istitle() for name in places)
+    assert most in mosts
+    assert thing in things
+    assert place in places
 
 
 def test_a_swapped_word_is_of_the_same_kind() -> None:

@@ -136,6 +136,11 @@ ORGANISATIONS = (
 ).split()
 STRUCTURES = "Bridge Tunnel Tower Canal Castle Museum Station Road Square Harbour Park Hall Cathedral Lighthouse Dam Market Airport Hill Forest".split()
 QUALIFIERS = "Upper Lower Middle Great Little North South East West New Old Long High Royal Saint".split()
+PLANETS = "Mercury Venus Earth Mars Jupiter Saturn Uranus Neptune Pluto".split()
+SUPERLATIVES = (
+    "largest smallest biggest oldest newest youngest highest lowest tallest longest shortest deepest fastest slowest richest poorest hottest coldest"
+    " nearest farthest heaviest lightest brightest first second third last best worst"
+).split()
 NOUNS = (
     "language currency population flag history president climate food people music weather economy neighbour border coast king queen mountain river"
     " law money school culture colour price name size age shape origin owner"

@@ -22,6 +22,9 @@ _POOLS = (
     lexicon.ORGANISATIONS,
     lexicon.STRUCTURES,
     lexicon.QUALIFIERS,
+    lexicon.PLANETS,
+    lexicon.SUPERLATIVES,
+    *(kind.members for kind in lexicon.KINDS.values()),
 )
 
 
@@ -61,11 +64,11 @@ def word_swap(fact: Fact, rng: Random) -> str:
 
 
 def _other(word: str, place: int, count: int, rng: Random) -> str:
-    pools = [pool for pool in _POOLS if word in pool]
-    if pools:
-        return rng.choice([other for other in pools[0] if other != word])
-    if not word[0].isupper():
-        return rng.choice([other for other in lexicon.NOUNS if other != word])
+    pool = next((pool for pool in _POOLS if word in pool), ())
+    capital = word[0].isupper()
+    alike = [other for other in pool if other != word and " " not in other and other[0].isupper() == capital]
+    if alike or not capital:
+        return rng.choice(alike or [other for other in lexicon.NOUNS if other != word])
     roll = rng.random()
     if roll < 0.5:
         return respell(word, rng)
