@@ -199,28 +199,18 @@ static inline __attribute__((always_inline)) void block_tiles(int bits, int rows
     integers ring[RING][16] __attribute__((aligned(64)));
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) sums[r] = (vector){0};
-#define BEGIN(g, sum, left, right)                                \
-    _tile_loadd(right, q + (g) * GROUP * WIDTH, 64);              \
-    _tile_loadd(left, a + (g) * 2 * rows * GROUP, GROUP);         \
-    _tile_zero(sum);                                              \
-    _tile_dpbsud(sum, left, right);                               \
-    _tile_stored(sum, ring[(g) % RING], 64);
-#define END(g) add_group(bits, rows, ring[(g) % RING], scale + (g) * WIDTH, minimum + (g) * WIDTH, x_scale + (g) * rows, x_offset + (g) * rows, sums);
-    long g = 0;
-    for (; g < LAG && g < G; g++) { BEGIN(g, 0, 2, 4) }
-    for (; g + 1 < G; g += 2) {
-        BEGIN(g, 0, 2, 4)
-        END(g - LAG)
-        BEGIN(g + 1, 1, 3, 5)
-        END(g + 1 - LAG)
+#define MULTIPLY(sum, left, right)                   \
+    _tile_loadd(right, q + g * GROUP * WIDTH, 64);   \
+    _tile_loadd(left, a + g * 2 * rows * GROUP, GROUP); \
+    _tile_zero(sum);                                 \
+    _tile_dpbsud(sum, left, right);                  \
+    _tile_stored(sum, ring[g % RING], 64);
+    for (long g = 0, h = -LAG; h < G; g++, h++) {
+        if (g < G && g % 2) { MULTIPLY(1, 3, 5) }
+        else if (g < G) { MULTIPLY(0, 2, 4) }
+        if (h >= 0) add_group(bits, rows, ring[h % RING], scale + h * WIDTH, minimum + h * WIDTH, x_scale + h * rows, x_offset + h * rows, sums);
     }
-    if (g < G) {
-        BEGIN(g, 0, 2, 4)
-        END(g - LAG)
-    }
-    for (long left = G > LAG ? G - LAG : 0; left < G; left++) { END(left) }
-#undef BEGIN
-#undef END
+#undef MULTIPLY
     store_sums(rows, sums, y, y_row, wide);
 }
 #endif

@@ -108,13 +108,13 @@ class OverrideRecipe(Recipe):
         }
 
     def for_facts(self, facts: int) -> OverrideRecipe:
-        """The same for so many facts in one adapter, which share what each step keeps. The other facts are siblings
-        too: each has an edit row in place of a contrast row, up to twice as many edit rows. As many rehearsal rows come
-        along, of longer replies, and keeping weighs more by the same share: what pulls at the base's answers has grown.
-        Pools and probes of all together grow as the steps do."""
+        """The same for so many facts in one adapter, which share what each step keeps. Each other fact has an edit row,
+        up to twice as many, and two of three such take the place of contrast rows: the facts are each other's siblings.
+        As many rehearsal rows come along, of longer replies, and keeping weighs more by the same share: what pulls at
+        the base's answers has grown. Pools and probes of all together grow as the steps do."""
         growth = 1 + self.more_facts * (facts - 1)
         cycle = round(self.eval_every * growth)
-        swapped = min(facts - 1, self.edit_rows)
+        more = min(facts - 1, self.edit_rows)
 
         def of_each(count: int) -> int:
             return math.ceil(count * growth / facts)
@@ -123,11 +123,11 @@ class OverrideRecipe(Recipe):
             self,
             max_steps=cycle * (self.max_steps // self.eval_every),
             eval_every=cycle,
-            edit_rows=self.edit_rows + swapped,
-            contrast_rows=self.contrast_rows - swapped,
-            rehearsal_rows=self.rehearsal_rows + swapped,
-            rehearsal_tokens=self.rehearsal_tokens + 4 * swapped // 3,
-            kl_weight=self.kl_weight * (1 + swapped / self.edit_rows),
+            edit_rows=self.edit_rows + more,
+            contrast_rows=self.contrast_rows - 2 * more // 3,
+            rehearsal_rows=self.rehearsal_rows + more,
+            rehearsal_tokens=self.rehearsal_tokens + 4 * more // 3,
+            kl_weight=self.kl_weight * (1 + more / self.edit_rows),
             contrast_pool=of_each(self.contrast_pool),
             rehearsal_pool=round(self.rehearsal_pool * growth),
             probes=of_each(self.probes),
