@@ -15,6 +15,36 @@ static void patch(long count, const bf16 *a, long a_row, const bf16 *panel, floa
     tiles_stored(c, c_row);
 }
 
+/* c (32, 16) = a times half a panel, its first tiles or its second; c has rows of 32. */
+static void narrow_patch(long count, const bf16 *a, long a_row, const bf16 *panel, float *c) {
+    _tile_zero(0);
+    _tile_zero(2);
+    for (long k = 0; k < count; k++) {
+        _tile_loadd(6, panel + k * SQUARE, 64);
+        _tile_loadd(4, a + k * STEP, 2 * a_row);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, a + k * STEP + 16 * a_row, 2 * a_row);
+        _tile_dpbf16ps(2, 5, 6);
+    }
+    _tile_stored(0, c, 4 * PANEL);
+    _tile_stored(2, c + 16 * PANEL, 4 * PANEL);
+}
+
+/* c (16, 32) = 16 rows of a times a panel. */
+static void flat_patch(long count, const bf16 *a, long a_row, const bf16 *panel, float *c) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (long k = 0; k < count; k++) {
+        _tile_loadd(4, a + k * STEP, 2 * a_row);
+        _tile_loadd(6, panel + k * SQUARE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, panel + k * SQUARE + TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, c, 4 * PANEL);
+    _tile_stored(1, c + 16, 4 * PANEL);
+}
+
 /* Panels of rows (count, E) whose products are summed over E: outputs are rows, zero beyond `count`. */
 static void lay_rows(long count, long E, const bf16 **rows, long head, bf16 *to) {
     for (long s = 0; s < steps(count) * STEP; s += 16)
@@ -40,32 +70,6 @@ static void lay_columns(long count, long E, const bf16 **rows, long head, bf16 *
             _mm512_store_si512(row + TILE, _mm512_permutex2var_epi16(even, high, odd));
         }
 }
-
-/* `exponential` of 16. */
-static inline __m512 exponentials(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x); /* what is no number stays none */
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x), p = _mm512_set1_ps(1.9875691500e-4f);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
-
-static inline __mmask16 first(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1; }
-
-static inline __m512i as_bf16(__m512 left, __m512 right) { return (__m512i)_mm512_cvtne2ps_pbh(right, left); } /* 32 numbers as bf16 */
-
-static inline void as_floats(__m512i all, __m512 *left, __m512 *right) {
-    *left = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(all)), 16));
-    *right = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(all, 1)), 16));
-}
-
-static inline void store_bf16(bf16 *to, __m512 left, __m512 right) { _mm512_storeu_si512(to, as_bf16(left, right)); }
 
 /* e^(scaling (score - highest)) of the first n scores as bf16, zero up to `seen` (a multiple of 32). Returns their sum; lse: the logarithm of the
    softmax's. */

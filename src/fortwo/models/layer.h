@@ -141,7 +141,7 @@ static slopes slopes_of(arena *room, const training *t, const trained_layer *l) 
 
 /* The gradient of h of a strip, of that of y. */
 static void back_in(const training *t, const adapted *p, long s, const bf16 *grad, sides own, const workplace *w) {
-    if (p->R) strip_in(tall_of(t->T, s), p->O, grad + s * p->O, p->R, own.B, w->h + s * filled(p->R), w->turned + s, filled(t->T));
+    if (p->R) strip_in(p, 1, tall_of(t->T, s), p->O, grad + s * p->O, own.B, w->h + s * filled(p->R), w->turned + s, filled(t->T));
 }
 
 /* A layer's gradients, by all threads, from that of h of its last product to that of x, and of h of the last product of the layer below it. */
