@@ -136,7 +136,9 @@ static inline long keys_seen(const packed_task *t, long m, long G) { /* by the q
     return steps(t->before + last / G + 1) * STEP;
 }
 
-/* Room of a thread's own, of which parts are taken one after the other; each begins at a line of the cache. */
+#define LARGE_PAGE (1 << 21)
+
+/* Room of a thread's own, in large pages where it fills one, of which parts are taken one after the other; each begins at a line of the cache. */
 typedef struct { char *at; long size, taken; } arena;
 
 static void *take(arena *room, long bytes) {
@@ -147,9 +149,11 @@ static void *take(arena *room, long bytes) {
 
 static void make_room(arena *room, long bytes) {
     if (bytes > room->size) {
+        long page = bytes < LARGE_PAGE ? 64 : LARGE_PAGE;
         free(room->at);
-        room->size = (bytes + 63) / 64 * 64;
-        room->at = aligned_alloc(64, room->size);
+        room->size = (bytes + page - 1) / page * page;
+        room->at = aligned_alloc(page, room->size);
+        if (page == LARGE_PAGE) madvise(room->at, room->size, MADV_HUGEPAGE);
     }
     room->taken = 0;
 }

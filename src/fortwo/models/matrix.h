@@ -7,6 +7,7 @@
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #define AMX
 #include <immintrin.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 

@@ -81,7 +81,8 @@ def tiled_product(
 def _in_parts(x_TI: Tensor, weight_OI: Tiles) -> Tensor:
     """x @ weight.T, transposed, as fp32: a part of the inputs after the other, each a few of the panels."""
     T, O, panels = len(x_TI), weight_OI.shape[0], LONGEST_SUM // PANEL  # noqa: E741
-    x_TI = F.pad(x_TI, (0, 0, 0, -T % PANEL))  # whole blocks of rows are read in place
+    if T % PANEL:  # whole blocks of rows are read in place
+        x_TI = F.pad(x_TI, (0, 0, 0, -T % PANEL))
     y_TO = torch.zeros(len(x_TI), O)
     for first in range(0, len(weight_OI.laid), panels):
         x_TP, laid = x_TI[:, first * PANEL : (first + panels) * PANEL], weight_OI.laid[first : first + panels]
