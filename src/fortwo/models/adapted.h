@@ -4,8 +4,7 @@
    strip with its share in A; what a product finds goes on at once, block by block, to what comes behind it in a layer. */
 
 #ifdef AMX
-#define LOW 4  /* strips, of which all sums of a panel are there together */
-#define RUN 16 /* steps of a panel of few strips: they stay in a core's first cache */
+#define LOW 4 /* strips, of which all sums of a panel are there together */
 
 /* A target's B (outputs, rank), which answers for the columns from `column` on. */
 typedef struct {
@@ -90,31 +89,6 @@ static void lay_sides(const adapted *p, int back, sides to) {
     }
 }
 
-/* drop(x) of numbers first to last - 1, and which of them it keeps; as kernels.h has it. */
-static void draw(long first, long last, long seed, long kept, const bf16 *x, bf16 *out, uint32_t *mask) {
-    words sixteen = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    __m512i most = _mm512_set1_epi32((int)(kept - 1));
-    __m512 scale = _mm512_set1_ps(4294967296.0f / kept), left, right;
-    for (long i = first; i < last; i += 32) {
-        __mmask32 keeps = 0;
-        for (int half = 0; half < 2; half++) {
-            words h = hash_words(sixteen + (uint32_t)(i + 16 * half), (uint32_t)seed);
-            keeps |= (__mmask32)_mm512_cmple_epu32_mask((__m512i)h, most) << 16 * half;
-        }
-        mask[i / 32] = keeps;
-        as_floats(_mm512_maskz_loadu_epi16(keeps, x + i), &left, &right);
-        store_bf16(out + i - first, _mm512_mul_ps(left, scale), _mm512_mul_ps(right, scale));
-    }
-}
-
-/* drop(x) of 32 numbers, by what was drawn; there may have been no dropout. */
-static inline __m512i dropped(const uint32_t *mask, __m512 scale, const bf16 *x) {
-    __m512 left, right;
-    if (!mask) return _mm512_loadu_si512(x);
-    as_floats(_mm512_maskz_loadu_epi16(*mask, x), &left, &right);
-    return as_bf16(_mm512_mul_ps(left, scale), _mm512_mul_ps(right, scale));
-}
-
 /* Steps of y that 16 ranks from `rank` on answer for. */
 static void outputs_of(const adapted *p, long rank, long *first, long *last) {
     long from = 0;
@@ -136,9 +110,9 @@ static void strip_in(const adapted *p, int back, long tall, long K, const bf16 *
             if (back) outputs_of(p, rank + half * 16, &first, &last);
             narrow_patch(last - first, a + first * STEP, K, panels + first * SQUARE + half * TILE, sums + half * 16);
         }
-        for (long r = 0; r < PANEL; r++) store_bf16(h + r * filled(p->R) + rank, _mm512_load_ps(sums + r * PANEL), _mm512_load_ps(sums + r * PANEL + 16));
         memset(sums + tall * PANEL, 0, (PANEL - tall) * PANEL * sizeof(float));
-        turn(sums, PANEL, PANEL, turned + rank * Tp, Tp);
+        for (long r = 0; r < PANEL; r++) store_bf16(h + r * filled(p->R) + rank, _mm512_load_ps(sums + r * PANEL), _mm512_load_ps(sums + r * PANEL + 16));
+        turn(h + rank, filled(p->R), PANEL, turned + rank * Tp, Tp);
     }
 }
 
@@ -249,17 +223,17 @@ static void product_forward(ending what, const training *t, const adapted *p, co
                             const float *from, float *to) {
     long I = p->I, apart = I * PANEL, ranks = steps(p->R), strips = steps(t->T), panels = p->O / PANEL;
     long count = what == TURNED ? t->E / PANEL : what == SWISHED ? 2 : 1, units = panels / count;
-    long wanted = 8 * omp_get_num_threads(), across = groups_of(units, count * apart * sizeof(bf16), strips <= LOW ? wanted : 1);
-    long down = strips <= LOW ? 1 : (wanted + across - 1) / across, first, last;
-    down = down < strips ? down : strips;
+    int low = strips <= LOW; /* then a task has all strips, else one, with as many panels as stay in a cache while strips pass */
+    long threads = omp_get_num_threads(), across = groups_of(units, count * apart * sizeof(bf16), low ? 8 * threads : 1), tasks = low ? across : across * strips;
+    long first, last;
 #pragma omp for schedule(dynamic)
-    for (long task = 0; task < across * down; task++) {
+    for (long task = 0; task < tasks; task++) {
         float sums[count * SQUARE] __attribute__((aligned(64)));
-        long group = task / down, part = task % down, begin = group * units / across, end = (group + 1) * units / across;
-        long more = strips <= LOW ? 0 : (PANEL + count * (end - begin) - 1) / (count * (end - begin));
-        for (long s = part * strips / down; s < (part + 1) * strips / down; s++) {
+        long group = low ? task : task / strips, begin = group * units / across, end = (group + 1) * units / across;
+        long more = low ? 0 : (PANEL + count * (end - begin) - 1) / (count * (end - begin));
+        for (long s = low ? 0 : task % strips; s < (low ? strips : task % strips + 1); s++) {
             long tall = tall_of(t->T, s * PANEL);
-            const char *ahead = (const char *)(x + (s + 1) * PANEL * I);
+            const char *ahead = (const char *)(x + (s + threads) * PANEL * I);
             for (long unit = begin; unit < end; unit++) {
                 for (long i = 0; i < count; i++) {
                     long n = what == SWISHED ? unit + i * units : unit * count + i;

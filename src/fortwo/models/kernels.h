@@ -106,6 +106,7 @@ void NAME(dropout)(long size, long seed, long kept, const element *x, element *o
     for (long i = 0; i < size; i++) out[i] = hash_uint32_t((uint32_t)i, (uint32_t)seed) <= (uint32_t)(kept - 1) ? STORE(LOAD(x[i]) * scale) : 0;
 }
 
+#ifndef OWN_ROWS
 ONE_BODY void NAME(rotate_row)(long N, long turned, long E, const element *x, const float *cosine, const float *sine, float sign, element *out) {
     for (long n = 0; n < turned; n++) {
         const element *from = x + n * E;
@@ -118,6 +119,7 @@ ONE_BODY void NAME(rotate_row)(long N, long turned, long E, const element *x, co
     }
     memcpy(out + turned * E, x + turned * E, (N - turned) * E * sizeof(element));
 }
+#endif
 
 /* The first `turned` of N heads are rotated by cos and sin (T, E), each angle in both halves; the others are copied. sign -1 turns back. */
 void NAME(rotate)(long T, long N, long turned, long E, const element *x, const float *cosine, const float *sine, float sign,

@@ -126,7 +126,7 @@ def through(layers: TrainedLayers, x_TD: Tensor, lora: Lora) -> Tensor:
 
 
 def _room(lora: Lora, nbytes: int) -> Tensor:
-    """The adapter's room, or a larger one: passes differ in their tokens, and what they leave untouched costs nothing."""
+    """The adapter's room, or a larger one: passes differ in tokens, and what they leave untouched costs nothing."""
     room, lora.room = lora.room, None
     return Regions().zeros((2 * nbytes,), torch.uint8) if room is None or len(room) < nbytes else room
 

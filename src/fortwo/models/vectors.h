@@ -23,9 +23,11 @@ static inline __mmask16 first(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (
 
 static inline __m512i as_bf16(__m512 left, __m512 right) { return (__m512i)_mm512_cvtne2ps_pbh(right, left); } /* 32 numbers as bf16 */
 
+static inline __m512 widened(__m256i all) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(all), 16)); }
+
 static inline void as_floats(__m512i all, __m512 *left, __m512 *right) {
-    *left = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(all)), 16));
-    *right = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(all, 1)), 16));
+    *left = widened(_mm512_castsi512_si256(all));
+    *right = widened(_mm512_extracti64x4_epi64(all, 1));
 }
 
 static inline void load_bf16(const bf16 *from, __m512 *left, __m512 *right) { as_floats(_mm512_loadu_si512(from), left, right); }
@@ -129,5 +131,44 @@ ONE_BODY void swiglu_backward_line_bfloat16(long n, const bf16 *gate, const bf16
         store_some_bf16(n - i, grad_gate + i, g[0], g[1]);
         store_some_bf16(n - i, grad_up + i, y[0], y[1]);
     }
+}
+ONE_BODY void rotate_row_bfloat16(long N, long turned, long E, const bf16 *x, const float *cosine, const float *sine, float sign, bf16 *out) {
+    for (long n = 0; n < turned; n++)
+        for (long e = 0; e < E / 2; e += 16) {
+            const bf16 *from = x + n * E + e;
+            bf16 *to = out + n * E + e;
+            __mmask16 own = first(E / 2 - e);
+            __m512 c = _mm512_maskz_loadu_ps(own, cosine + e), s = _mm512_mul_ps(_mm512_maskz_loadu_ps(own, sine + e), _mm512_set1_ps(sign));
+            __m512 left = widened(_mm256_maskz_loadu_epi16(own, from)), right = widened(_mm256_maskz_loadu_epi16(own, from + E / 2));
+            __m512 turned_left = _mm512_fnmadd_ps(right, s, _mm512_mul_ps(left, c)), turned_right = _mm512_fmadd_ps(left, s, _mm512_mul_ps(right, c));
+            _mm256_mask_storeu_epi16(to, own, (__m256i)_mm512_cvtneps_pbh(turned_left));
+            _mm256_mask_storeu_epi16(to + E / 2, own, (__m256i)_mm512_cvtneps_pbh(turned_right));
+        }
+    memcpy(out + turned * E, x + turned * E, (N - turned) * E * sizeof(bf16));
+}
+
+/* drop(x) of numbers first to last - 1, and which of them it keeps; as kernels.h has it. */
+static inline void draw(long first, long last, long seed, long kept, const bf16 *x, bf16 *out, uint32_t *mask) {
+    words sixteen = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    __m512i most = _mm512_set1_epi32((int)(kept - 1));
+    __m512 scale = _mm512_set1_ps(4294967296.0f / kept), left, right;
+    for (long i = first; i < last; i += 32) {
+        __mmask32 keeps = 0;
+        for (int half = 0; half < 2; half++) {
+            words h = hash_words(sixteen + (uint32_t)(i + 16 * half), (uint32_t)seed);
+            keeps |= (__mmask32)_mm512_cmple_epu32_mask((__m512i)h, most) << 16 * half;
+        }
+        mask[i / 32] = keeps;
+        as_floats(_mm512_maskz_loadu_epi16(keeps, x + i), &left, &right);
+        store_bf16(out + i - first, _mm512_mul_ps(left, scale), _mm512_mul_ps(right, scale));
+    }
+}
+
+/* drop(x) of 32 numbers, by what was drawn; there may have been no dropout. */
+static inline __m512i dropped(const uint32_t *mask, __m512 scale, const bf16 *x) {
+    __m512 left, right;
+    if (!mask) return _mm512_loadu_si512(x);
+    as_floats(_mm512_maskz_loadu_epi16(*mask, x), &left, &right);
+    return as_bf16(_mm512_mul_ps(left, scale), _mm512_mul_ps(right, scale));
 }
 #endif
