@@ -224,8 +224,8 @@ static void product_forward(ending what, const training *t, const adapted *p, co
     long I = p->I, apart = I * PANEL, ranks = steps(p->R), strips = steps(t->T), panels = p->O / PANEL;
     long count = what == TURNED ? t->E / PANEL : what == SWISHED ? 2 : 1, units = panels / count;
     int low = strips <= LOW; /* then a task has all strips, else one, with as many panels as stay in a cache while strips pass */
-    long threads = omp_get_num_threads(), across = groups_of(units, count * apart * sizeof(bf16), low ? 8 * threads : 1), tasks = low ? across : across * strips;
-    long first, last;
+    long threads = omp_get_num_threads(), wanted = low ? 8 * threads : (8 * threads + strips - 1) / strips, first, last;
+    long across = groups_of(units, count * apart * sizeof(bf16), wanted), tasks = low ? across : across * strips;
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < tasks; task++) {
         float sums[count * SQUARE] __attribute__((aligned(64)));

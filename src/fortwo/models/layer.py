@@ -86,14 +86,15 @@ class TrainedLayers:
         bytes_L = torch.empty(len(self._table) // size, dtype=torch.int64)
         kernels.call("layers_bytes", None, self._training, bytes(self._table), bytes_L)
         memory = [int(bytes_L.max())] if self._again else bytes_L.tolist()
-        self._room = _room(self._lora, sum(memory) + x_TD.nbytes * (len(bytes_L) - 1))
-        own = self._room.data_ptr()
+        room = _room(self._lora, sum(memory) + x_TD.nbytes * (len(bytes_L) - 1))
+        own = room.data_ptr()
         x, following = x_TD.data_ptr(), own + sum(memory)
         for place in range(len(bytes_L)):
             struct.pack_into("2P", self._table, place * size, x, own)
             own += 0 if self._again else memory[place]
             x, following = following, following + x_TD.nbytes
         self._x_TD, self._told, out_TD = x_TD, bytes(self._table), torch.empty_like(x_TD)
+        self._room: Tensor | None = room
         kernels.call("layers_forward", None, self._training, self._told, out_TD)
         return out_TD
 
@@ -104,7 +105,7 @@ class TrainedLayers:
         grad_x_TD = torch.empty_like(grad_TD) if wanted else None
         apart = self._flat_N.grad.data_ptr() - self._flat_N.data_ptr()
         kernels.call("layers_backward", None, self._training, self._told, grad_TD, apart, grad_x_TD)
-        self._lora.room = self._room
+        self._lora.room, self._room = self._room, None
         return grad_x_TD
 
 
@@ -126,9 +127,9 @@ def through(layers: TrainedLayers, x_TD: Tensor, lora: Lora) -> Tensor:
 
 
 def _room(lora: Lora, nbytes: int) -> Tensor:
-    """The adapter's room, or a larger one: passes differ in tokens, and what they leave untouched costs nothing."""
+    """The adapter's room, or one with some to spare, since passes differ in their tokens."""
     room, lora.room = lora.room, None
-    return Regions().zeros((2 * nbytes,), torch.uint8) if room is None or len(room) < nbytes else room
+    return Regions().zeros((nbytes * 5 // 4,), torch.uint8) if room is None or len(room) < nbytes else room
 
 
 def _weights(layer: Layer) -> tuple[Frozen, ...]:
