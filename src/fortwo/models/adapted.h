@@ -219,13 +219,21 @@ static void ranks_of(const adapted *p, long n, long *first, long *last) {
         }
 }
 
-static void product_forward(ending what, const training *t, const adapted *p, const bf16 *x, sides own, const workplace *w, const layer_memory *m,
-                            const float *from, float *to) {
+/* Makes what goes into a product, from row s on a strip of it, with its share in A. */
+typedef void (*entry)(const training *t, const void *given, long s);
+
+static void product_forward(ending what, const training *t, const adapted *p, entry in, const void *given, const bf16 *x, sides own, const workplace *w,
+                            const layer_memory *m, const float *from, float *to) {
     long I = p->I, apart = I * PANEL, ranks = steps(p->R), strips = steps(t->T), panels = p->O / PANEL;
     long count = what == TURNED ? t->E / PANEL : what == SWISHED ? 2 : 1, units = panels / count;
     int low = strips <= LOW; /* then a task has all strips, else one, with as many panels as stay in a cache while strips pass */
     long threads = omp_get_num_threads(), wanted = low ? 8 * threads : (8 * threads + strips - 1) / strips, first, last;
     long across = groups_of(units, count * apart * sizeof(bf16), wanted), tasks = low ? across : across * strips;
+    int at_once = !low && across == 1; /* a strip goes in and on while it is in the cache */
+    if (!at_once) {
+#pragma omp for schedule(dynamic)
+        for (long s = 0; s < t->T; s += PANEL) in(t, given, s);
+    }
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < tasks; task++) {
         float sums[count * SQUARE] __attribute__((aligned(64)));
@@ -234,6 +242,7 @@ static void product_forward(ending what, const training *t, const adapted *p, co
         for (long s = low ? 0 : task % strips; s < (low ? strips : task % strips + 1); s++) {
             long tall = tall_of(t->T, s * PANEL);
             const char *ahead = (const char *)(x + (s + threads) * PANEL * I);
+            if (at_once) in(t, given, s * PANEL);
             for (long unit = begin; unit < end; unit++) {
                 for (long i = 0; i < count; i++) {
                     long n = what == SWISHED ? unit + i * units : unit * count + i;
