@@ -55,7 +55,7 @@ def fits(home: Decoder, *segments: Segment) -> bool:
 
 @tiled
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("lengths", [[9], [40, 25, 31], [64], [90, 77, 60]])
+@pytest.mark.parametrize("lengths", [[9], [40, 25, 31], [64], [90, 77, 60], [180, 175, 165]])
 def test_it_is_the_decoders_own_operations(
     monkeypatch: pytest.MonkeyPatch, config: LoraConfig, lengths: list[int]
 ) -> None:
@@ -85,6 +85,32 @@ def test_a_second_backward_adds_to_what_the_first_found() -> None:
     lora.freeze()
     assert lora.flat_N is None
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in lora.parameters())
+
+
+@tiled
+def test_passes_of_any_length_share_their_room() -> None:
+    home = network()
+    lora = flat(home)
+
+    def gradient(lengths: list[int]) -> Tensor:
+        rows = [Row(tuple(row), 4) for row in make_rows(lengths, start=[1, 2, 3])]
+        losses(home, lora, 3, rows).learn.backward()
+        assert lora.flat_N is not None
+        assert lora.flat_N.grad is not None
+        found = lora.flat_N.grad.clone()
+        lora.flat_N.grad.zero_()
+        return found
+
+    first = gradient([40, 25])
+    room = lora.room
+    assert room is not None
+    gradient([9])
+    assert lora.room is room
+    gradient([90, 77, 60])
+    assert len(lora.room) > len(room)
+    assert torch.equal(gradient([40, 25]), first)
+    lora.freeze()
+    assert lora.room is None
 
 
 @tiled

@@ -4,8 +4,7 @@
    strip with its share in A; what a product finds goes on at once, block by block, to what comes behind it in a layer. */
 
 #ifdef AMX
-#define LOW 4  /* strips, of which all sums of a panel are there together */
-#define RUN 16 /* steps of a panel of few strips: they stay in a core's first cache */
+#define LOW 4 /* strips, of which all sums of a panel are there together */
 
 /* A target's B (outputs, rank), which answers for the columns from `column` on. */
 typedef struct {
@@ -90,39 +89,30 @@ static void lay_sides(const adapted *p, int back, sides to) {
     }
 }
 
-/* drop(x) of numbers first to last - 1, and which of them it keeps; as kernels.h has it. */
-static void draw(long first, long last, long seed, long kept, const bf16 *x, bf16 *out, uint32_t *mask) {
-    words sixteen = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    __m512i most = _mm512_set1_epi32((int)(kept - 1));
-    __m512 scale = _mm512_set1_ps(4294967296.0f / kept), left, right;
-    for (long i = first; i < last; i += 32) {
-        __mmask32 keeps = 0;
-        for (int half = 0; half < 2; half++) {
-            words h = hash_words(sixteen + (uint32_t)(i + 16 * half), (uint32_t)seed);
-            keeps |= (__mmask32)_mm512_cmple_epu32_mask((__m512i)h, most) << 16 * half;
+/* Steps of y that 16 ranks from `rank` on answer for. */
+static void outputs_of(const adapted *p, long rank, long *first, long *last) {
+    long from = 0;
+    *first = p->O / STEP, *last = 0;
+    for (const target *t = p->targets; t < p->targets + 3; from += t->rank, t++)
+        if (t->rank && from < rank + 16 && from + t->rank > rank) {
+            if (t->column / STEP < *first) *first = t->column / STEP;
+            if (steps(t->column + t->outputs) > *last) *last = steps(t->column + t->outputs);
         }
-        mask[i / 32] = keeps;
-        as_floats(_mm512_maskz_loadu_epi16(keeps, x + i), &left, &right);
-        store_bf16(out + i - first, _mm512_mul_ps(left, scale), _mm512_mul_ps(right, scale));
-    }
 }
 
-/* drop(x) of 32 numbers, by what was drawn; there may have been no dropout. */
-static inline __m512i dropped(const uint32_t *mask, __m512 scale, const bf16 *x) {
-    __m512 left, right;
-    if (!mask) return _mm512_loadu_si512(x);
-    as_floats(_mm512_maskz_loadu_epi16(*mask, x), &left, &right);
-    return as_bf16(_mm512_mul_ps(left, scale), _mm512_mul_ps(right, scale));
-}
-
-/* h of a strip: a (32, K) times panels of R outputs, in rows of whole steps; turned: the same as columns of Tp numbers, zero beyond `tall`. */
-static void strip_in(long tall, long K, const bf16 *a, long R, const bf16 *panels, bf16 *h, bf16 *turned, long Tp) {
-    float sums[SQUARE] __attribute__((aligned(64)));
-    for (long p = 0; p < steps(R); p++) {
-        patch(K / STEP, a, K, panels + p * K * PANEL, sums, PANEL, 0);
-        for (long r = 0; r < PANEL; r++) store_bf16(h + r * filled(R) + p * PANEL, _mm512_load_ps(sums + r * PANEL), _mm512_load_ps(sums + r * PANEL + 16));
+/* h of a strip: a (32, K) times panels of ranks, in rows of whole steps; turned: the same as columns of Tp numbers, zero beyond `tall`. back: a is the
+   gradient of y, and a rank looks at its own target's outputs alone. */
+static void strip_in(const adapted *p, int back, long tall, long K, const bf16 *a, const bf16 *panels, bf16 *h, bf16 *turned, long Tp) {
+    for (long rank = 0; rank < p->R; rank += PANEL, panels += K * PANEL) {
+        float sums[SQUARE] __attribute__((aligned(64))) = {0};
+        for (long half = 0; half < 2 && rank + half * 16 < p->R; half++) {
+            long first = 0, last = K / STEP;
+            if (back) outputs_of(p, rank + half * 16, &first, &last);
+            narrow_patch(last - first, a + first * STEP, K, panels + first * SQUARE + half * TILE, sums + half * 16);
+        }
         memset(sums + tall * PANEL, 0, (PANEL - tall) * PANEL * sizeof(float));
-        turn(sums, PANEL, PANEL, turned + p * PANEL * Tp, Tp);
+        for (long r = 0; r < PANEL; r++) store_bf16(h + r * filled(p->R) + rank, _mm512_load_ps(sums + r * PANEL), _mm512_load_ps(sums + r * PANEL + 16));
+        turn(h + rank, filled(p->R), PANEL, turned + rank * Tp, Tp);
     }
 }
 
@@ -137,12 +127,12 @@ static void dropped_in(const training *t, const adapted *p, long m, long tall, c
         draw(m * p->I, (m + tall) * p->I, p->seed, t->kept, x, kept, to->mask);
         seen = kept;
     }
-    strip_in(tall, p->I, seen, p->R, own.A, w->h + m * filled(p->R), to->turned + m, filled(t->T));
+    strip_in(p, 0, tall, p->I, seen, own.A, w->h + m * filled(p->R), to->turned + m, filled(t->T));
 }
 
 /* 32 lines of memory, `row` bytes from one to the next. */
 typedef struct {
-    const void *at;
+    const char *at;
     long row;
 } lines;
 
@@ -154,14 +144,16 @@ typedef struct {
     const bf16 *panel;
 } span;
 
-/* Two spans multiplied into sums (32, 32), while some lines are fetched that will be read or written then: waiting for them took a fourth of a product. */
-static void multiply_spans(const span *s, float *sums, int add, int fetched, const lines *l) {
-    long each = (fetched * PANEL + s->count - 1) / s->count, line = 0;
+/* Two spans multiplied into sums (32, 32). Meanwhile some lines are fetched that will be read or written then, and at each step `more` of what lies at
+   `ahead`, the next strip: waiting for them took a third of a product. */
+static void multiply_spans(const span *s, float *sums, int add, int fetched, lines *l, long more, const char **ahead) {
+    long each = (PANEL + s->count - 1) / s->count, line = 0;
     if (add) tiles_loaded(sums, PANEL);
     else tiles_clear();
     for (long k = 0; k < s->count; k++) {
-        for (long end = line + each; line < fetched * PANEL && line < end; line++)
-            __builtin_prefetch((const char *)l[line / PANEL].at + line % PANEL * l[line / PANEL].row, 1);
+        for (long end = line + each; line < PANEL && line < end; line++)
+            for (int i = 0; i < fetched; i++, l[i - 1].at += l[i - 1].row) __builtin_prefetch(l[i].at, 1);
+        for (long i = 0; i < more; i++, *ahead += 64) __builtin_prefetch(*ahead, 0, 2);
         tile_step(s->a + k * STEP, s->a_row, s->panel + k * SQUARE);
     }
     s++;
@@ -171,9 +163,9 @@ static void multiply_spans(const span *s, float *sums, int add, int fetched, con
 
 static inline long tall_of(long T, long s) { return T - s < PANEL ? T - s : PANEL; } /* rows from s on, of a strip */
 
-/* How many tasks some units of work become, `bytes` of panels each. */
-static long tasks_of_units(long units, long bytes, long strips) {
-    long fit = RESIDENT / bytes, wanted = (strips <= LOW ? 8 : 2) * omp_get_num_threads(), across = fit < 1 ? units : (units + fit - 1) / fit;
+/* How many groups some units of work become, `bytes` of panels each, at least `wanted`. */
+static long groups_of(long units, long bytes, long wanted) {
+    long fit = RESIDENT / bytes, across = fit < 1 ? units : (units + fit - 1) / fit;
     return across >= wanted ? across : units < wanted ? units : wanted;
 }
 
@@ -206,11 +198,13 @@ static void product_end(ending what, const training *t, const layer_memory *m, l
 static int written(ending what, const training *t, const layer_memory *m, long at, long n, const float *from, const float *to, lines *l) {
     long D = t->D, O = what == TURNED ? (t->H + 2 * t->K) * t->E : 2 * t->I;
     if (what == SUMMED) {
-        long here = at * D + n * PANEL;
-        l[0] = (lines){from + here, D * 4}, l[1] = (lines){from + here + 16, D * 4}, l[2] = (lines){to + here, D * 4}, l[3] = (lines){to + here + 16, D * 4};
+        for (int half = 0; half < 2; half++) {
+            long here = at * D + n * PANEL + half * 16;
+            l[2 * half] = (lines){(const char *)(from + here), D * 4}, l[2 * half + 1] = (lines){(const char *)(to + here), D * 4};
+        }
         return 4;
     }
-    l[0] = (lines){(what == TURNED ? m->qkv : m->gate_up) + at * O + n * PANEL, O * 2};
+    l[0] = (lines){(const char *)((what == TURNED ? m->qkv : m->gate_up) + at * O + n * PANEL), O * 2};
     return 1;
 }
 
@@ -225,17 +219,30 @@ static void ranks_of(const adapted *p, long n, long *first, long *last) {
         }
 }
 
-static void product_forward(ending what, const training *t, const adapted *p, const bf16 *x, sides own, const workplace *w, const layer_memory *m,
-                            const float *from, float *to) {
+/* Makes what goes into a product, from row s on a strip of it, with its share in A. */
+typedef void (*entry)(const training *t, const void *given, long s);
+
+static void product_forward(ending what, const training *t, const adapted *p, entry in, const void *given, const bf16 *x, sides own, const workplace *w,
+                            const layer_memory *m, const float *from, float *to) {
     long I = p->I, apart = I * PANEL, ranks = steps(p->R), strips = steps(t->T), panels = p->O / PANEL;
     long count = what == TURNED ? t->E / PANEL : what == SWISHED ? 2 : 1, units = panels / count;
-    long across = tasks_of_units(units, count * apart * sizeof(bf16), strips), first, last;
+    int low = strips <= LOW; /* then a task has all strips, else one, with as many panels as stay in a cache while strips pass */
+    long threads = omp_get_num_threads(), wanted = low ? 8 * threads : (8 * threads + strips - 1) / strips, first, last;
+    long across = groups_of(units, count * apart * sizeof(bf16), wanted), tasks = low ? across : across * strips;
+    int at_once = !low && across == 1; /* a strip goes in and on while it is in the cache */
+    if (!at_once) {
 #pragma omp for schedule(dynamic)
-    for (long task = 0; task < across; task++) {
+        for (long s = 0; s < t->T; s += PANEL) in(t, given, s);
+    }
+#pragma omp for schedule(dynamic)
+    for (long task = 0; task < tasks; task++) {
         float sums[count * SQUARE] __attribute__((aligned(64)));
-        long begin = task * units / across, end = (task + 1) * units / across;
-        for (long s = 0; s < strips; s++) {
+        long group = low ? task : task / strips, begin = group * units / across, end = (group + 1) * units / across;
+        long more = low ? 0 : (PANEL + count * (end - begin) - 1) / (count * (end - begin));
+        for (long s = low ? 0 : task % strips; s < (low ? strips : task % strips + 1); s++) {
             long tall = tall_of(t->T, s * PANEL);
+            const char *ahead = (const char *)(x + (s + threads) * PANEL * I);
+            if (at_once) in(t, given, s * PANEL);
             for (long unit = begin; unit < end; unit++) {
                 for (long i = 0; i < count; i++) {
                     long n = what == SWISHED ? unit + i * units : unit * count + i;
@@ -245,7 +252,7 @@ static void product_forward(ending what, const training *t, const adapted *p, co
                     const bf16 *h = w->h + s * PANEL * filled(p->R) + first * STEP;
                     span spans[2] = {{I / STEP, x + s * PANEL * I, I, p->laid + n * apart},
                                      {last - first, h, filled(p->R), own.B + (n * ranks + first) * SQUARE}};
-                    multiply_spans(spans, sums + i * SQUARE, 0, fetched, l);
+                    multiply_spans(spans, sums + i * SQUARE, 0, fetched, l, more, &ahead);
                 }
                 product_end(what, t, m, s * PANEL, what == SWISHED ? unit : unit * count, tall, sums, from, to);
             }
@@ -257,14 +264,14 @@ static void product_forward(ending what, const training *t, const adapted *p, co
     }
 }
 
-/* The gradient of a strip's x of panel n, to rows of `row` numbers: from that of frozen weights, sums (32, 32), and from the adapter's share. */
+/* The gradient of a strip's x of panel n, to rows of `row` numbers: sums (32, 32), and where there is dropout, the adapter's share. */
 static void product_back_end(const training *t, const adapted *p, long s, long n, float *sums, sides own, const workplace *w, const product_memory *m,
                              bf16 *to, long row) {
     long I = p->I, R = filled(p->R);
     float share[SQUARE] __attribute__((aligned(64)));
     int drops = R && t->kept;
     __m512 scale = _mm512_set1_ps(drops ? 4294967296.0f / t->kept : 1), left, right, more, again;
-    if (R) patch(R / STEP, w->h + s * PANEL * R, R, own.A + n * R * PANEL, drops ? share : sums, PANEL, !drops);
+    if (drops) patch(R / STEP, w->h + s * PANEL * R, R, own.A + n * R * PANEL, share, PANEL, 0);
     for (long r = 0; r < tall_of(t->T, s * PANEL); r++) {
         __m512i found = as_bf16(_mm512_load_ps(sums + r * PANEL), _mm512_load_ps(sums + r * PANEL + 16));
         if (drops) {
@@ -300,7 +307,8 @@ static void add_to_A(const training *t, const adapted *p, long n, const bf16 *x,
         _mm512_store_si512(row + TILE, _mm512_permutex2var_epi16(even, high, odd));
     }
     for (long r = 0; r < p->R; r += PANEL) {
-        patch(Tp / STEP, turned + r * Tp, Tp, panel, sums, PANEL, 0);
+        if (p->R - r > 16) patch(Tp / STEP, turned + r * Tp, Tp, panel, sums, PANEL, 0);
+        else flat_patch(Tp / STEP, turned + r * Tp, Tp, panel, sums);
         add_block(p->R - r < PANEL ? p->R - r : PANEL, sums, to + r * I, I);
     }
 }
@@ -333,7 +341,8 @@ static void add_to_B(const training *t, const adapted *p, long n, const bf16 *gr
         if (!one->rank || from >= end) continue;
         if (!laid++) lay(&f, PANEL, 0, 1, panel, 0);
         for (long r = 0; r < one->rank; r += PANEL) {
-            patch(Tp / STEP, turned + (rank + r) * Tp, Tp, panel, sums, PANEL, 0);
+            if (one->rank - r > 16) patch(Tp / STEP, turned + (rank + r) * Tp, Tp, panel, sums, PANEL, 0);
+            else flat_patch(Tp / STEP, turned + (rank + r) * Tp, Tp, panel, sums);
             add_turned(sums, from - o, end - o, one->rank - r, one->rank, (float *)((char *)one->B + shift) + (o - one->column) * one->rank + r, one->scale);
         }
     }
@@ -343,9 +352,9 @@ static void add_to_B(const training *t, const adapted *p, long n, const bf16 *gr
 static void product_backward(const training *t, const adapted *p, const bf16 *grad, sides own, const workplace *w, const bf16 *x, const product_memory *m,
                              long shift, bf16 *grad_x, const bf16 *gate_up, bf16 *grad_gate_up) {
     static _Thread_local arena room;
-    long I = p->I, O = p->O, strips = steps(t->T), panels = I / PANEL, across = tasks_of_units(panels, O * PANEL * sizeof(bf16), strips);
-    long low = strips <= LOW, part = low ? RUN : O / STEP, most = low ? 1 : (panels + across - 1) / across;
-    if (low) across = panels;
+    long I = p->I, O = p->O, R = filled(p->R), strips = steps(t->T), panels = I / PANEL, low = strips <= LOW;
+    long across = low ? panels : groups_of(panels, O * PANEL * sizeof(bf16), 2 * omp_get_num_threads());
+    long part = low ? RUN : O / STEP, most = (panels + across - 1) / across;
     make_room(&room, (most * (part + 1) * SQUARE + filled(t->T) * PANEL) * sizeof(bf16) + 256);
     bf16 *to = take(&room, most * part * SQUARE * sizeof(bf16)), *panel = take(&room, filled(t->T) * PANEL * sizeof(bf16));
     bf16 *gated = take(&room, most * SQUARE * sizeof(bf16));
@@ -353,22 +362,25 @@ static void product_backward(const training *t, const adapted *p, const bf16 *gr
 #pragma omp for schedule(dynamic) nowait
     for (long task = 0; task < across; task++) {
         float sums[LOW * SQUARE] __attribute__((aligned(64)));
-        long first = task * panels / across, last = (task + 1) * panels / across;
+        long first = task * panels / across, last = (task + 1) * panels / across, more = low ? 0 : (PANEL + last - first - 1) / (last - first);
         for (long k = 0; (grad_x || gate_up) && k < O / STEP; k += part) {
             long here = O / STEP - k < part ? O / STEP - k : part;
             factor f = {0, p->laid + k * panels * SQUARE, 0, -1, -1, here * STEP};
             lay_turned(&f, I, first, last, to, part * SQUARE);
             for (long s = 0; s < strips; s++) {
                 int end = k + here == O / STEP;
+                const char *ahead = (const char *)(grad + (s + 1) * PANEL * O);
                 for (long n = first; n < last; n++) {
                     float *own_sums = sums + (low ? s : 0) * SQUARE;
                     long at = s * PANEL * I + n * PANEL, gate = at + s * PANEL * I;
-                    lines l[4] = {{grad_x + at, I * 2}, {mask + at / 32, I / 8}};
-                    if (gate_up)
-                        for (int half = 0; half < 2; half++)
-                            l[2 * half] = (lines){gate_up + gate + half * I, I * 4}, l[2 * half + 1] = (lines){grad_gate_up + gate + half * I, I * 4};
-                    span spans[2] = {{here, grad + s * PANEL * O + k * STEP, O, to + (n - first) * part * SQUARE}};
-                    multiply_spans(spans, own_sums, k > 0, !end ? 0 : gate_up ? 4 : mask ? 2 : 1, l);
+                    lines l[4] = {{(const char *)(grad_x + at), I * 2}, {(const char *)(mask + at / 32), I / 8}};
+                    for (int half = 0; gate_up && half < 2; half++) {
+                        l[2 * half] = (lines){(const char *)(gate_up + gate + half * I), I * 4};
+                        l[2 * half + 1] = (lines){(const char *)(grad_gate_up + gate + half * I), I * 4};
+                    }
+                    span spans[2] = {{here, grad + s * PANEL * O + k * STEP, O, to + (n - first) * part * SQUARE},
+                                     {end && !mask ? R / STEP : 0, w->h + s * PANEL * R, R, own.A + n * R * PANEL}};
+                    multiply_spans(spans, own_sums, k > 0, !end ? 0 : gate_up ? 4 : mask ? 2 : 1, l, more, &ahead);
                     bf16 *found = gate_up ? gated + (n - first) * PANEL : grad_x + at;
                     if (end) product_back_end(t, p, s, n, own_sums, own, w, m, found, gate_up ? most * PANEL : I);
                 }
@@ -379,9 +391,10 @@ static void product_backward(const training *t, const adapted *p, const bf16 *gr
                 }
             }
         }
-        for (long n = first; p->R && n < last; n++) add_to_A(t, p, n, x, mask, w->turned, shift, panel);
     }
-#pragma omp for schedule(dynamic)
-    for (long n = 0; n < (p->R ? O / PANEL : 0); n++) add_to_B(t, p, n, grad, m->turned, shift, panel);
+#pragma omp for schedule(dynamic, 2)
+    for (long n = 0; n < (p->R ? panels + O / PANEL : 0); n++)
+        if (n < panels) add_to_A(t, p, n, x, mask, w->turned, shift, panel);
+        else add_to_B(t, p, n - panels, grad, m->turned, shift, panel);
 }
 #endif

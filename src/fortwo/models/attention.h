@@ -5,7 +5,6 @@
 
 #if defined(__AMX_BF16__) && defined(__linux__)
 #define CHUNK 256 /* queries whose probabilities are there together, backward */
-#define SQUARE (PANEL * STEP)
 
 /* c (32, 32) (+)= a times a panel of `count` steps. */
 static void patch(long count, const bf16 *a, long a_row, const bf16 *panel, float *c, long c_row, int add) {
@@ -13,6 +12,38 @@ static void patch(long count, const bf16 *a, long a_row, const bf16 *panel, floa
     else tiles_clear();
     for (long k = 0; k < count; k++) tile_step(a + k * STEP, a_row, panel + k * SQUARE);
     tiles_stored(c, c_row);
+}
+
+/* c (32, 16) = a times half a panel, its first tiles or its second; c has rows of 32. */
+static void narrow_patch(long count, const bf16 *a, long a_row, const bf16 *panel, float *c) {
+    written_for_tiles(a);
+    _tile_zero(0);
+    _tile_zero(2);
+    for (long k = 0; k < count; k++) {
+        _tile_loadd(6, panel + k * SQUARE, 64);
+        _tile_loadd(4, a + k * STEP, 2 * a_row);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, a + k * STEP + 16 * a_row, 2 * a_row);
+        _tile_dpbf16ps(2, 5, 6);
+    }
+    _tile_stored(0, c, 4 * PANEL);
+    _tile_stored(2, c + 16 * PANEL, 4 * PANEL);
+}
+
+/* c (16, 32) = 16 rows of a times a panel. */
+static void flat_patch(long count, const bf16 *a, long a_row, const bf16 *panel, float *c) {
+    written_for_tiles(a);
+    _tile_zero(0);
+    _tile_zero(1);
+    for (long k = 0; k < count; k++) {
+        _tile_loadd(4, a + k * STEP, 2 * a_row);
+        _tile_loadd(6, panel + k * SQUARE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, panel + k * SQUARE + TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, c, 4 * PANEL);
+    _tile_stored(1, c + 16, 4 * PANEL);
 }
 
 /* Panels of rows (count, E) whose products are summed over E: outputs are rows, zero beyond `count`. */
@@ -41,32 +72,6 @@ static void lay_columns(long count, long E, const bf16 **rows, long head, bf16 *
         }
 }
 
-/* `exponential` of 16. */
-static inline __m512 exponentials(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x); /* what is no number stays none */
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x), p = _mm512_set1_ps(1.9875691500e-4f);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
-
-static inline __mmask16 first(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1; }
-
-static inline __m512i as_bf16(__m512 left, __m512 right) { return (__m512i)_mm512_cvtne2ps_pbh(right, left); } /* 32 numbers as bf16 */
-
-static inline void as_floats(__m512i all, __m512 *left, __m512 *right) {
-    *left = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(all)), 16));
-    *right = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(all, 1)), 16));
-}
-
-static inline void store_bf16(bf16 *to, __m512 left, __m512 right) { _mm512_storeu_si512(to, as_bf16(left, right)); }
-
 /* e^(scaling (score - highest)) of the first n scores as bf16, zero up to `seen` (a multiple of 32). Returns their sum; lse: the logarithm of the
    softmax's. */
 static float unscaled_softmax(const float *scores, long n, long seen, float scaling, bf16 *out, float *lse) {
@@ -86,35 +91,46 @@ static float unscaled_softmax(const float *scores, long n, long seen, float scal
     return all;
 }
 
-/* The first n scores become probabilities, their slopes those before the softmax; zero up to `seen`. out: the slopes as bf16. */
-static void softmax_backward(float *scores, float *slopes, long n, long seen, float scaling, float lse, bf16 *out) {
+/* Of the first n scores of a query the probabilities, and of their slopes those before the softmax, as bf16, zero up to `seen`. */
+static void softmax_backward(float *scores, const float *slopes, long n, long seen, float scaling, float lse, bf16 *p, bf16 *slope) {
     __m512 delta = _mm512_setzero_ps(), by = _mm512_set1_ps(scaling), sum = _mm512_set1_ps(lse);
     for (long s = 0; s < seen; s += 16) {
-        __m512 p = exponentials(_mm512_fmsub_ps(_mm512_loadu_ps(scores + s), by, sum));
-        p = _mm512_maskz_mov_ps(first(n - s), p);
-        delta = _mm512_mask3_fmadd_ps(p, _mm512_loadu_ps(slopes + s), delta, first(n - s));
-        _mm512_storeu_ps(scores + s, p);
+        __m512 own = exponentials(_mm512_fmsub_ps(_mm512_loadu_ps(scores + s), by, sum));
+        own = _mm512_maskz_mov_ps(first(n - s), own);
+        delta = _mm512_mask3_fmadd_ps(own, _mm512_loadu_ps(slopes + s), delta, first(n - s));
+        _mm512_storeu_ps(scores + s, own);
     }
     delta = _mm512_set1_ps(_mm512_reduce_add_ps(delta));
     for (long s = 0; s < seen; s += 32) {
-        __m512 left = _mm512_sub_ps(_mm512_loadu_ps(slopes + s), delta), right = _mm512_sub_ps(_mm512_loadu_ps(slopes + s + 16), delta);
-        left = _mm512_maskz_mul_ps(first(n - s), left, _mm512_loadu_ps(scores + s));
-        right = _mm512_maskz_mul_ps(first(n - s - 16), right, _mm512_loadu_ps(scores + s + 16));
-        _mm512_storeu_ps(slopes + s, left);
-        _mm512_storeu_ps(slopes + s + 16, right);
-        store_bf16(out + s, left, right);
+        __m512 left = _mm512_loadu_ps(scores + s), right = _mm512_loadu_ps(scores + s + 16);
+        store_bf16(p + s, left, right);
+        left = _mm512_maskz_mul_ps(first(n - s), _mm512_sub_ps(_mm512_loadu_ps(slopes + s), delta), left);
+        right = _mm512_maskz_mul_ps(first(n - s - 16), _mm512_sub_ps(_mm512_loadu_ps(slopes + s + 16), delta), right);
+        store_bf16(slope + s, left, right);
     }
 }
 
-/* 32 rows of `seen` numbers as 32 columns of bf16. */
-static void turn(const float *rows, long row, long seen, bf16 *to, long to_row) {
-    for (long s = 0; s < seen; s += 16) {
-        __m512i left[16], right[16];
-        for (long i = 0; i < 16; i++) left[i] = _mm512_loadu_si512(rows + i * row + s), right[i] = _mm512_loadu_si512(rows + (16 + i) * row + s);
-        transpose(left);
-        transpose(right);
-        for (long i = 0; i < 16; i++) store_bf16(to + (s + i) * to_row, (__m512)left[i], (__m512)right[i]);
+/* 32 rows of `count` numbers (a multiple of 32), `row` from one to the next, as columns of 32. */
+static void turn(const bf16 *rows, long row, long count, bf16 *to, long to_row) {
+    for (long s = 0; s < count; s += 32) {
+        __m512i even[16], odd[16];
+        for (long i = 0; i < 16; i++) even[i] = _mm512_loadu_si512(rows + 2 * i * row + s), odd[i] = _mm512_loadu_si512(rows + (2 * i + 1) * row + s);
+        transpose(even);
+        transpose(odd);
+        for (long i = 0; i < 16; i++) {
+            bf16 *at = to + (s + 2 * i) * to_row;
+            _mm512_storeu_si512(at, _mm512_mask_blend_epi16(0xaaaaaaaa, even[i], _mm512_slli_epi32(odd[i], 16)));
+            _mm512_storeu_si512(at + to_row, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(even[i], 16), odd[i]));
+        }
     }
+}
+
+/* Some queries, from number `from` of a task on: query g of token i. */
+#define EACH_QUERY(row, from, count) \
+    for (long row = 0, i = (from) / G, g = (from) % G; row < (count); row++, i += ++g == G, g = g < G ? g : 0)
+
+static inline void copy_row(long E, const bf16 *from, bf16 *to) {
+    for (long e = 0; e < E; e += 32) _mm512_storeu_si512(to + e, _mm512_loadu_si512(from + e));
 }
 
 /* One task: the keys that its queries see are the prefix's and the row's own, up to each query's place. The queries of a token lie together. */
@@ -132,7 +148,9 @@ static inline long keys_seen(const packed_task *t, long m, long G) { /* by the q
     return steps(t->before + last / G + 1) * STEP;
 }
 
-/* Room of a thread's own, of which parts are taken one after the other; each begins at a line of the cache. */
+#define LARGE_PAGE (1 << 21)
+
+/* Room of a thread's own, in large pages where it fills one, of which parts are taken one after the other; each begins at a line of the cache. */
 typedef struct { char *at; long size, taken; } arena;
 
 static void *take(arena *room, long bytes) {
@@ -143,9 +161,11 @@ static void *take(arena *room, long bytes) {
 
 static void make_room(arena *room, long bytes) {
     if (bytes > room->size) {
+        long page = bytes < LARGE_PAGE ? 64 : LARGE_PAGE;
         free(room->at);
-        room->size = (bytes + 63) / 64 * 64;
-        room->at = aligned_alloc(64, room->size);
+        room->size = (bytes + page - 1) / page * page;
+        room->at = aligned_alloc(page, room->size);
+        if (page == LARGE_PAGE) madvise(room->at, room->size, MADV_HUGEPAGE);
     }
     room->taken = 0;
 }
@@ -159,15 +179,13 @@ static void attend_tiles(const packed_task *t, long H, long G, long N, long E, c
     for (long m = 0; m < t->M; m += 32) {
         long seen = keys_seen(t, m + 31, G), tall = t->M - m < 32 ? t->M - m : 32;
         for (long s = 0; s < seen; s += PANEL) patch(E / STEP, q + m * E, E, keys + s * E, scores + s, t->Sp, 0);
-        for (long row = 0; row < tall; row++) {
-            long i = (m + row) / G, g = (m + row) % G;
+        EACH_QUERY(row, m, tall) {
             float *at = lse ? lse + (t->start + i) * H + t->k * G + g : &unused;
             sums[row] = unscaled_softmax(scores + row * t->Sp, t->before + i + 1, seen, scaling, mass + row * t->Sp, at);
         }
         memset(mass + tall * t->Sp, 0, (32 - tall) * t->Sp * sizeof(bf16));
         for (long e = 0; e < E; e += PANEL) patch(seen / STEP, mass, t->Sp, values + e * t->Sp, mixed + e, E, 0);
-        for (long row = 0; row < tall; row++) {
-            long i = (m + row) / G, g = (m + row) % G;
+        EACH_QUERY(row, m, tall) {
             bf16 *to = out + ((t->start + i) * H + t->k * G + g) * E;
             __m512 by = _mm512_set1_ps(1 / sums[row]);
             const float *from = mixed + row * E;
@@ -214,13 +232,13 @@ static void attention_backward_shared(long P, long R, const long *starts, const 
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < tasks; task++) {
         packed_task t = packed_task_of(task, P, R, starts, lengths, H, K);
-        make_room(&room, t.Sp * (8 + 14 * E + 32 * 10 + CHUNK * 4) + 8 * CHUNK * E + 32 * E * 4 + 2048);
+        make_room(&room, t.Sp * (8 + 14 * E + 32 * 12 + CHUNK * 4) + 8 * CHUNK * E + 32 * E * 4 + 2048);
         const bf16 **rows = take(&room, t.S * sizeof(bf16 *)), *q_rows[CHUNK], *g_rows[CHUNK];
         bf16 *keys = take(&room, t.Sp * E * 2), *values = take(&room, t.Sp * E * 2), *key_columns = take(&room, t.Sp * E * 2);
         float *grad_k = take(&room, t.Sp * E * 4), *grad_v = take(&room, t.Sp * E * 4), *grad_q = take(&room, 32 * E * 4);
         float *scores = take(&room, 32 * t.Sp * 4), *slopes = take(&room, 32 * t.Sp * 4);
-        bf16 *q = take(&room, CHUNK * E * 2), *g = take(&room, CHUNK * E * 2), *q_columns = take(&room, CHUNK * E * 2);
-        bf16 *g_columns = take(&room, CHUNK * E * 2), *slope = take(&room, 32 * t.Sp * 2);
+        bf16 *q = take(&room, CHUNK * E * 2), *of_out = take(&room, CHUNK * E * 2), *q_columns = take(&room, CHUNK * E * 2);
+        bf16 *g_columns = take(&room, CHUNK * E * 2), *slope = take(&room, 32 * t.Sp * 2), *mass = take(&room, 32 * t.Sp * 2);
         bf16 *turned_p = take(&room, t.Sp * CHUNK * 2), *turned_slopes = take(&room, t.Sp * CHUNK * 2);
         for (long s = 0; s < t.S; s++) rows[s] = qkv + (s < t.before ? s : t.start + s - t.before) * N * E;
         lay_rows(t.S, E, rows, (H + t.k) * E, keys);
@@ -230,34 +248,31 @@ static void attention_backward_shared(long P, long R, const long *starts, const 
         memset(grad_v, 0, t.Sp * E * sizeof(float));
         for (long from = 0; from < t.M; from += CHUNK) {
             long count = t.M - from < CHUNK ? t.M - from : CHUNK, blocks = steps(count), seen[CHUNK / 32];
-            for (long m = 0; m < blocks * 32; m++) {
-                q_rows[m] = q + m * E, g_rows[m] = g + m * E;
-                if (m < count) {
-                    long i = t.start + (from + m) / G, head = t.k * G + (from + m) % G;
-                    memcpy(q + m * E, qkv + (i * N + head) * E, E * sizeof(bf16));
-                    memcpy(g + m * E, grad + (i * H + head) * E, E * sizeof(bf16));
-                } else {
-                    memset(q + m * E, 0, E * sizeof(bf16));
-                    memset(g + m * E, 0, E * sizeof(bf16));
-                }
+            for (long m = 0; m < blocks * 32; m++) q_rows[m] = q + m * E, g_rows[m] = of_out + m * E;
+            EACH_QUERY(m, from, count) {
+                copy_row(E, qkv + ((t.start + i) * N + t.k * G + g) * E, q + m * E);
+                copy_row(E, grad + ((t.start + i) * H + t.k * G + g) * E, of_out + m * E);
             }
+            memset(q + count * E, 0, (blocks * 32 - count) * E * sizeof(bf16));
+            memset(of_out + count * E, 0, (blocks * 32 - count) * E * sizeof(bf16));
             lay_columns(blocks * 32, E, q_rows, 0, q_columns);
             lay_columns(blocks * 32, E, g_rows, 0, g_columns);
             for (long b = 0; b < blocks; b++) {
                 long m = 32 * b, all = seen[b] = keys_seen(&t, from + m + 31, G), tall = count - m < 32 ? count - m : 32;
                 for (long s = 0; s < all; s += PANEL) patch(E / STEP, q + m * E, E, keys + s * E, scores + s, t.Sp, 0);
-                for (long s = 0; s < all; s += PANEL) patch(E / STEP, g + m * E, E, values + s * E, slopes + s, t.Sp, 0);
-                for (long row = 0; row < 32; row++) {
-                    long i = (from + m + row) / G, h = (from + m + row) % G, n = row < tall ? t.before + i + 1 : 0;
-                    float sum = row < tall ? lse[(t.start + i) * H + t.k * G + h] : 0;
-                    softmax_backward(scores + row * t.Sp, slopes + row * t.Sp, n, all, scaling, sum, slope + row * t.Sp);
+                for (long s = 0; s < all; s += PANEL) patch(E / STEP, of_out + m * E, E, values + s * E, slopes + s, t.Sp, 0);
+                EACH_QUERY(row, from + m, tall) {
+                    long at = row * t.Sp;
+                    float sum = lse[(t.start + i) * H + t.k * G + g];
+                    softmax_backward(scores + at, slopes + at, t.before + i + 1, all, scaling, sum, mass + at, slope + at);
                 }
-                turn(scores, t.Sp, all, turned_p + m, CHUNK);
-                turn(slopes, t.Sp, all, turned_slopes + m, CHUNK);
+                memset(mass + tall * t.Sp, 0, (32 - tall) * t.Sp * sizeof(bf16));
+                memset(slope + tall * t.Sp, 0, (32 - tall) * t.Sp * sizeof(bf16));
+                turn(mass, t.Sp, all, turned_p + m, CHUNK);
+                turn(slope, t.Sp, all, turned_slopes + m, CHUNK);
                 for (long e = 0; e < E; e += PANEL) patch(all / STEP, slope, t.Sp, key_columns + e * t.Sp, grad_q + e, E, 0);
-                for (long row = 0; row < tall; row++) {
-                    long i = (from + m + row) / G, h = (from + m + row) % G;
-                    bf16 *to = grad_qkv + ((t.start + i) * N + t.k * G + h) * E;
+                EACH_QUERY(row, from + m, tall) {
+                    bf16 *to = grad_qkv + ((t.start + i) * N + t.k * G + g) * E;
                     const float *at = grad_q + row * E;
                     __m512 by = _mm512_set1_ps(scaling);
                     for (long e = 0; e < E; e += 32)

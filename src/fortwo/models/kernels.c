@@ -196,6 +196,10 @@ ROW_SUMS
 #define LOAD from_bf16
 #define STORE to_bf16
 ROW_SUMS
+#include "vectors.h"
+#ifdef VECTORS
+#define OWN_ROWS /* vectors.h has them */
+#endif
 #include "kernels.h"
 
 #include "nf4.h"

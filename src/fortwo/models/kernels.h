@@ -4,6 +4,7 @@
    all kinds, H query heads, K key/value heads, E head size, V vocabulary. Each kernel is held to the plain formula by tests/test_functions.py. */
 
 /* sum = x + y (y may be absent: then sum is x and not written); out = sum * scale * weight with scale = 1 / sqrt(mean(sum^2) + eps). */
+#ifndef OWN_ROWS
 ONE_BODY float NAME(add_norm_row)(long D, const float *x, const element *y, const float *weight, float eps, float *sum, element *out) {
     if (y) {
         for (long d = 0; d < D; d++) sum[d] = x[d] + LOAD(y[d]);
@@ -15,6 +16,7 @@ ONE_BODY float NAME(add_norm_row)(long D, const float *x, const element *y, cons
     for (long d = 0; d < D; d++) out[d] = STORE(x[d] * by * weight[d]);
     return by;
 }
+#endif
 
 void NAME(add_norm)(long T, long D, const float *x, const element *y, const float *weight, float eps, float *sum, element *out,
                     float *scale) {
@@ -24,6 +26,7 @@ void NAME(add_norm)(long T, long D, const float *x, const element *y, const floa
 }
 
 /* grad_x of add_norm; along is what reaches sum by other ways (may be absent). grad_y is the same as an element (may be absent). */
+#ifndef OWN_ROWS
 ONE_BODY void NAME(add_norm_backward_row)(long D, const float *sum, float by, const float *weight, const element *grad, const float *along,
                                         float *grad_x, element *grad_y) {
     float dot = 0;
@@ -36,6 +39,7 @@ ONE_BODY void NAME(add_norm_backward_row)(long D, const float *sum, float by, co
     if (grad_y)
         for (long d = 0; d < D; d++) grad_y[d] = STORE(grad_x[d]);
 }
+#endif
 
 void NAME(add_norm_backward)(long T, long D, const float *sum, const float *scale, const float *weight, const element *grad,
                              const float *along, float *grad_x, element *grad_y) {
@@ -44,6 +48,7 @@ void NAME(add_norm_backward)(long T, long D, const float *sum, const float *scal
         NAME(add_norm_backward_row)(D, sum + t, scale[t / D], weight, grad + t, along ? along + t : 0, grad_x + t, grad_y ? grad_y + t : 0);
 }
 
+#ifndef OWN_ROWS
 ONE_BODY void NAME(swiglu_line)(long n, const element *restrict gate, const element *restrict up, element *restrict out) {
     for (long i = 0; i < n; i++) {
         float g = LOAD(gate[i]);
@@ -59,6 +64,7 @@ ONE_BODY void NAME(swiglu_backward_line)(long n, const element *restrict gate, c
         grad_up[i] = STORE(above * x * s);
     }
 }
+#endif
 
 /* out = silu(gate) * up; gate and up lie side by side in a row of 2 I. */
 void NAME(swiglu)(long T, long I, const element *gate_up, element *out) {
@@ -100,6 +106,7 @@ void NAME(dropout)(long size, long seed, long kept, const element *x, element *o
     for (long i = 0; i < size; i++) out[i] = hash_uint32_t((uint32_t)i, (uint32_t)seed) <= (uint32_t)(kept - 1) ? STORE(LOAD(x[i]) * scale) : 0;
 }
 
+#ifndef OWN_ROWS
 ONE_BODY void NAME(rotate_row)(long N, long turned, long E, const element *x, const float *cosine, const float *sine, float sign, element *out) {
     for (long n = 0; n < turned; n++) {
         const element *from = x + n * E;
@@ -112,6 +119,7 @@ ONE_BODY void NAME(rotate_row)(long N, long turned, long E, const element *x, co
     }
     memcpy(out + turned * E, x + turned * E, (N - turned) * E * sizeof(element));
 }
+#endif
 
 /* The first `turned` of N heads are rotated by cos and sin (T, E), each angle in both halves; the others are copied. sign -1 turns back. */
 void NAME(rotate)(long T, long N, long turned, long E, const element *x, const float *cosine, const float *sine, float sign,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-_HEADERS = "kernels matrix attention adapted layer losses quantised nf4 decode step prefill laid"
+_HEADERS = "kernels vectors matrix attention adapted layer losses quantised nf4 decode step prefill laid"
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", *(f"{name}.h" for name in _HEADERS.split())))
 _COMPILE = (
     *("cc", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),

@@ -56,33 +56,50 @@ static void lay_all_sides(const trained_layer *l, int back, const workplace *w) 
     lay_sides(&l->down, back, w->down);
 }
 
+typedef struct {
+    const trained_layer *own;
+    const layer_memory *m;
+    const workplace *w;
+} passing;
+
+static void norm_in(const training *t, const adapted *p, long s, const float *x, const float *weight, float *scale, bf16 *normed, sides own,
+                    const workplace *w, const product_memory *to) {
+    for (long r = s; r < s + tall_of(t->T, s); r++) scale[r] = add_norm_row_bfloat16(t->D, x + r * t->D, 0, weight, t->eps, 0, normed + r * t->D);
+    dropped_in(t, p, s, tall_of(t->T, s), normed, own, w, to);
+}
+
+static void qkv_in(const training *t, const void *given, long s) {
+    const passing *at = given;
+    norm_in(t, &at->own->qkv, s, at->own->x, at->own->attention_norm, at->m->scale, at->m->normed, at->w->qkv, at->w, &at->m->of_qkv);
+}
+
+static void o_in(const training *t, const void *given, long s) {
+    const passing *at = given;
+    dropped_in(t, &at->own->o, s, tall_of(t->T, s), at->m->mixed, at->w->o, at->w, &at->m->of_o);
+}
+
+static void gate_up_in(const training *t, const void *given, long s) {
+    const passing *at = given;
+    norm_in(t, &at->own->gate_up, s, at->m->middle, at->own->mlp_norm, at->m->middle_scale, at->m->middle_normed, at->w->gate_up, at->w,
+            &at->m->of_gate_up);
+}
+
+static void down_in(const training *t, const void *given, long s) {
+    const passing *at = given;
+    dropped_in(t, &at->own->down, s, tall_of(t->T, s), at->m->gated, at->w->down, at->w, &at->m->of_down);
+}
+
 /* A layer, by all threads: from its x to `out`, which is the x of the next one, whose sides are laid meanwhile (both may be absent). */
 static void layer_there(const training *t, const trained_layer *l, const layer_memory *m, const workplace *w, float *out, const trained_layer *next,
                         const workplace *next_w) {
-    long T = t->T, D = t->D;
-#pragma omp for schedule(dynamic)
-    for (long s = 0; s < T; s += PANEL) {
-        for (long r = s; r < s + tall_of(T, s); r++)
-            m->scale[r] = add_norm_row_bfloat16(D, l->x + r * D, 0, l->attention_norm, t->eps, 0, m->normed + r * D);
-        dropped_in(t, &l->qkv, s, tall_of(T, s), m->normed, w->qkv, w, &m->of_qkv);
-    }
-    product_forward(TURNED, t, &l->qkv, m->normed, w->qkv, w, m, 0, 0);
+    passing at = {l, m, w};
+    product_forward(TURNED, t, &l->qkv, qkv_in, &at, m->normed, w->qkv, w, m, 0, 0);
     attention_shared(t->P, t->R, t->starts, t->lengths, t->H, t->K, t->E, m->qkv, m->mixed, m->lse);
     if (next) lay_all_sides(next, 0, next_w);
 #pragma omp barrier
-#pragma omp for schedule(dynamic)
-    for (long s = 0; s < T; s += PANEL) dropped_in(t, &l->o, s, tall_of(T, s), m->mixed, w->o, w, &m->of_o);
-    product_forward(SUMMED, t, &l->o, m->mixed, w->o, w, m, l->x, m->middle);
-#pragma omp for schedule(dynamic)
-    for (long s = 0; s < T; s += PANEL) {
-        for (long r = s; r < s + tall_of(T, s); r++)
-            m->middle_scale[r] = add_norm_row_bfloat16(D, m->middle + r * D, 0, l->mlp_norm, t->eps, 0, m->middle_normed + r * D);
-        dropped_in(t, &l->gate_up, s, tall_of(T, s), m->middle_normed, w->gate_up, w, &m->of_gate_up);
-    }
-    product_forward(SWISHED, t, &l->gate_up, m->middle_normed, w->gate_up, w, m, 0, 0);
-#pragma omp for schedule(dynamic)
-    for (long s = 0; s < T; s += PANEL) dropped_in(t, &l->down, s, tall_of(T, s), m->gated, w->down, w, &m->of_down);
-    product_forward(SUMMED, t, &l->down, m->gated, w->down, w, m, m->middle, out);
+    product_forward(SUMMED, t, &l->o, o_in, &at, m->mixed, w->o, w, m, l->x, m->middle);
+    product_forward(SWISHED, t, &l->gate_up, gate_up_in, &at, m->middle_normed, w->gate_up, w, m, 0, 0);
+    product_forward(SUMMED, t, &l->down, down_in, &at, m->gated, w->down, w, m, m->middle, out);
 }
 
 /* Workplaces, large enough for each layer, and what else a pass needs: bytes. */
@@ -141,7 +158,7 @@ static slopes slopes_of(arena *room, const training *t, const trained_layer *l) 
 
 /* The gradient of h of a strip, of that of y. */
 static void back_in(const training *t, const adapted *p, long s, const bf16 *grad, sides own, const workplace *w) {
-    if (p->R) strip_in(tall_of(t->T, s), p->O, grad + s * p->O, p->R, own.B, w->h + s * filled(p->R), w->turned + s, filled(t->T));
+    if (p->R) strip_in(p, 1, tall_of(t->T, s), p->O, grad + s * p->O, own.B, w->h + s * filled(p->R), w->turned + s, filled(t->T));
 }
 
 /* A layer's gradients, by all threads, from that of h of its last product to that of x, and of h of the last product of the layer below it. */

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fortwo.models import kernels
+from fortwo.models.forms import Regions
 from fortwo.models.functions import kept_of
 from fortwo.models.lora import Lora, LoraGroup, Segment, Update, draw_seeds
 from fortwo.models.lora_config import GROUPS
@@ -63,7 +64,7 @@ class TrainedLayers:
         again: bool,
     ) -> None:
         c, T, (prefix, rows_2R) = config, len(angles[0]), packed
-        self._flat_N, self._held, self._again = lora.flat_N, (rows_2R, angles), again
+        self._lora, self._flat_N, self._held, self._again = lora, lora.flat_N, (rows_2R, angles), again
         shape = c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate
         kept = kept_of(p) if p else 0
         tables = [tensor.data_ptr() for tensor in (*rows_2R, *angles)]
@@ -84,14 +85,16 @@ class TrainedLayers:
         size = _LAYER.size + len(GROUPS) * _PRODUCT.size
         bytes_L = torch.empty(len(self._table) // size, dtype=torch.int64)
         kernels.call("layers_bytes", None, self._training, bytes(self._table), bytes_L)
-        if self._again:
-            memory = [torch.empty(int(bytes_L.max()), dtype=torch.uint8)] * len(bytes_L)
-        else:
-            memory = [torch.empty(one, dtype=torch.uint8) for one in bytes_L.tolist()]
-        xs = [x_TD, *(torch.empty_like(x_TD) for _ in bytes_L[1:])]
-        for place, (x, own) in enumerate(zip(xs, memory, strict=True)):
-            struct.pack_into("2P", self._table, place * size, x.data_ptr(), own.data_ptr())
-        self._memory, self._told, out_TD = (xs, memory), bytes(self._table), torch.empty_like(x_TD)
+        memory = [int(bytes_L.max())] if self._again else bytes_L.tolist()
+        room = _room(self._lora, sum(memory) + x_TD.nbytes * (len(bytes_L) - 1))
+        own = room.data_ptr()
+        x, following = x_TD.data_ptr(), own + sum(memory)
+        for place in range(len(bytes_L)):
+            struct.pack_into("2P", self._table, place * size, x, own)
+            own += 0 if self._again else memory[place]
+            x, following = following, following + x_TD.nbytes
+        self._x_TD, self._told, out_TD = x_TD, bytes(self._table), torch.empty_like(x_TD)
+        self._room: Tensor | None = room
         kernels.call("layers_forward", None, self._training, self._told, out_TD)
         return out_TD
 
@@ -102,6 +105,7 @@ class TrainedLayers:
         grad_x_TD = torch.empty_like(grad_TD) if wanted else None
         apart = self._flat_N.grad.data_ptr() - self._flat_N.data_ptr()
         kernels.call("layers_backward", None, self._training, self._told, grad_TD, apart, grad_x_TD)
+        self._lora.room, self._room = self._room, None
         return grad_x_TD
 
 
@@ -120,6 +124,12 @@ def through(layers: TrainedLayers, x_TD: Tensor, lora: Lora) -> Tensor:
     """What comes after the last layer (T, D), of x (T, D) fp32."""
     y_TD: Tensor = _Through.apply(layers, x_TD, lora.flat_N)  # type: ignore[no-untyped-call]
     return y_TD
+
+
+def _room(lora: Lora, nbytes: int) -> Tensor:
+    """The adapter's room, or one with some to spare, since passes differ in their tokens."""
+    room, lora.room = lora.room, None
+    return Regions().zeros((nbytes * 5 // 4,), torch.uint8) if room is None or len(room) < nbytes else room
 
 
 def _weights(layer: Layer) -> tuple[Frozen, ...]:

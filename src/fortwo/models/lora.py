@@ -56,6 +56,7 @@ class Lora:
         self.config = config
         self.layers = layers
         self.flat_N: Tensor | None = None
+        self.room: Tensor | None = None  # of a forward, for the next one (layer.py)
 
     @classmethod
     def init(cls, config: LoraConfig, decoder: DecoderConfig, seed: int, device: torch.device | str = "cpu") -> Lora:
@@ -95,7 +96,7 @@ class Lora:
 
     def freeze(self) -> None:
         """No gradients from here on, nor memory for them."""
-        self.flat_N = None
+        self.flat_N = self.room = None
         for parameter in self.parameters():
             parameter.requires_grad_(False).grad = None
 

@@ -2,8 +2,6 @@
    V is a multiple of 32. */
 
 #if defined(__AMX_BF16__) && defined(__linux__)
-static inline void load_bf16(const bf16 *from, __m512 *left, __m512 *right) { as_floats(_mm512_loadu_si512(from), left, right); }
-
 /* e^(x - highest) of a row, and their sum. */
 static float masses(const bf16 *row, long V, float *highest, float *mass) {
     __m512 left, right, top = _mm512_set1_ps(-INFINITY), sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};

@@ -7,15 +7,18 @@
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #define AMX
 #include <immintrin.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #define PANEL 32               /* outputs of a panel, rows of a block */
 #define STEP 32                /* inputs of a step */
 #define TILE (16 * STEP)       /* numbers of a tile */
+#define SQUARE (PANEL * STEP)
+#define RUN 16                 /* steps of a panel whose sums are put away before the next: they stay in a core's first cache */
 #define AHEAD (8 * STEP)       /* numbers of a row that are fetched in advance */
 #define ROWS_AHEAD 16          /* rows that are, where a few numbers of each are read */
-#define RESIDENT (1000 * 1024) /* bytes of panels that stay in a core's cache while the left operand passes */
+#define RESIDENT (1100 * 1024) /* bytes of panels that stay in a core's cache while the left operand passes */
 
 /* a (M, K) with a_row numbers from row to row; b (N, K) with steps b_n and b_k, of which one is 1, or both 0 for panels that are laid already, or
    both -1 for the panels of its transpose (K outputs, N inputs). nf4: b's numbers are codes (nf4.h), and there is no b; the other step is a multiple of
@@ -200,6 +203,7 @@ static inline void tile_step(const bf16 *a, long a_row, const bf16 *b) {
 }
 
 static inline void tiles_clear(void) {
+    written_for_tiles(0);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -207,6 +211,7 @@ static inline void tiles_clear(void) {
 }
 
 static inline void tiles_loaded(const float *sums, long row) { /* (32, 32), with `row` numbers from row to row */
+    written_for_tiles(sums);
     _tile_loadd(0, sums, 4 * row);
     _tile_loadd(1, sums + 16, 4 * row);
     _tile_loadd(2, sums + 16 * row, 4 * row);
@@ -326,7 +331,56 @@ void matrix_product(long M, long N, long K, const bf16 *a, long a_row, const bf1
     multiply_factors(M, N, f, c, c_row, wide);
 }
 
-/* The same for one factor with b (N, K) in NF4, its first number `from`, with steps b_n and b_k. */
+/* c (M, N) = a (M, K) times b, of which the panels of its transpose are laid (K outputs, N inputs), with K so long that no panel of b lies in a cache:
+   RUN steps after the other, while all sums of a few panels are there together. */
+void long_product(long M, long N, long K, const bf16 *a, long a_row, const bf16 *laid, float *c) {
+    long strips = steps(M), panels = steps(N), fit = RESIDENT / 2 / (strips * SQUARE * (long)sizeof(float)), wanted = 2 * omp_get_max_threads();
+    long groups = fit < 1 ? panels : (panels + fit - 1) / fit;
+    if (groups < wanted) groups = panels < wanted ? panels : wanted;
+    long most = (panels + groups - 1) / groups;
+#pragma omp parallel
+    {
+        bf16 *to = aligned_alloc(64, most * RUN * SQUARE * sizeof(bf16)), *edge = aligned_alloc(64, RUN * SQUARE * sizeof(bf16));
+        float *all = aligned_alloc(64, strips * most * SQUARE * sizeof(float));
+        tiles_begin();
+#pragma omp for schedule(dynamic) nowait
+        for (long group = 0; group < groups; group++) {
+            long first = group * panels / groups, last = (group + 1) * panels / groups, each = (PANEL + last - first - 1) / (last - first);
+            for (long k = 0; k < steps(K); k += RUN) {
+                long here = steps(K) - k < RUN ? steps(K) - k : RUN, whole = K - k * STEP < here * STEP ? K - k * STEP : here * STEP;
+                factor f = {0, laid + k * panels * SQUARE, 0, -1, -1, here * STEP, 0};
+                lay_turned(&f, N, first, last, to, RUN * SQUARE);
+                for (long m = 0; m < strips; m++) {
+                    long tall = M - m * PANEL < PANEL ? M - m * PANEL : PANEL, row = a_row, line = 0;
+                    const bf16 *at = a + m * PANEL * a_row + k * STEP, *next = at + PANEL * a_row;
+                    if (tall < PANEL || whole < here * STEP) {
+                        memset(edge, 0, RUN * SQUARE * sizeof(bf16));
+                        for (long r = 0; r < tall; r++) memcpy(edge + r * RUN * STEP, at + r * a_row, whole * sizeof(bf16));
+                        at = edge, row = RUN * STEP;
+                    }
+                    for (long n = first; n < last; n++) {
+                        float *sums = all + (m * most + n - first) * SQUARE;
+                        if (k) tiles_loaded(sums, PANEL);
+                        else tiles_clear();
+                        for (long i = 0; i < here; i++) {
+                            for (long end = line + each; line < end; line++) __builtin_prefetch(next + line / RUN * a_row + line % RUN * STEP, 0, 2);
+                            tile_step(at + i * STEP, row, to + ((n - first) * RUN + i) * SQUARE);
+                        }
+                        tiles_stored(sums, PANEL);
+                        for (long r = 0; k + here == steps(K) && r < tall; r++)
+                            memcpy(c + (m * PANEL + r) * N + n * PANEL, sums + r * PANEL, (N - n * PANEL < PANEL ? N - n * PANEL : PANEL) * sizeof(float));
+                    }
+                }
+            }
+        }
+        _tile_release();
+        free(to);
+        free(edge);
+        free(all);
+    }
+}
+
+/* `matrix_product` of one factor with b (N, K) in NF4, its first number `from`, with steps b_n and b_k. */
 void nf4_product(long M, long N, long K, const bf16 *a, long a_row, const uint8_t *codes, const uint8_t *code, const float *map,
                  const float *scale, const float *offset, const float *levels, long from, long b_n, long b_k, void *c, long c_row, long wide) {
     normal_floats w = {codes, code, map, scale, offset, levels, from};

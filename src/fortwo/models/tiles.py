@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.models import kernels
@@ -71,22 +70,13 @@ def tiled_product(
     T, (O, I) = len(x_TI), weight_OI.shape  # noqa: E741
     if isinstance(weight_OI, Tiles) and weight_OI.transposed and I > LONGEST_SUM:
         assert more is None, "only the head's sums are as long"
-        return _in_parts(x_TI, weight_OI).to(dtype)
+        sums_TO = torch.empty(T, O)
+        kernels.call("long_product", None, T, O, I, x_TI.contiguous(), I, weight_OI.laid, sums_TO)
+        return sums_TO.to(dtype)
     y_TO = torch.empty(T, O, dtype=dtype)
     sides = _side(x_TI, weight_OI) + ([0, None, 0, None, 0, 0] if more is None else _side(*more))
     kernels.call("matrix_product", None, T, O, *sides, y_TO, O, int(dtype == torch.float32))
     return y_TO
-
-
-def _in_parts(x_TI: Tensor, weight_OI: Tiles) -> Tensor:
-    """x @ weight.T, transposed, as fp32: a part of the inputs after the other, each a few of the panels."""
-    T, O, panels = len(x_TI), weight_OI.shape[0], LONGEST_SUM // PANEL  # noqa: E741
-    x_TI = F.pad(x_TI, (0, 0, 0, -T % PANEL))  # whole blocks of rows are read in place
-    y_TO = torch.zeros(len(x_TI), O)
-    for first in range(0, len(weight_OI.laid), panels):
-        x_TP, laid = x_TI[:, first * PANEL : (first + panels) * PANEL], weight_OI.laid[first : first + panels]
-        y_TO += tiled_product(x_TP, Tiles((O, x_TP.shape[1]), laid, transposed=True), dtype=torch.float32)
-    return y_TO[:T]
 
 
 def _side(x_TI: Tensor, weight_OI: Tensor | Tiles) -> list[Tensor | int | None]:
