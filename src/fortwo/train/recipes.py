@@ -81,7 +81,7 @@ class OverrideRecipe(Recipe):
     edit_pool: int = 256
     contrast_pool: int = 288
     rehearsal_pool: int = 140
-    question_share: float = 0.15
+    question_share: float = 0.25
     on_policy_prompts: int = 96
     on_policy_tokens: int = 24
     on_policy_share: float = 0.35
