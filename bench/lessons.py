@@ -4,8 +4,8 @@
 
 together: the first N facts taught in one job, then judged one by one as `bench.override` judges a fact taught alone.
 sequence: the first N // 2 facts, each in a lesson on top of the one before; the first fact's paraphrase after each.
-rehearsal: perplexity of the base's own greedy replies to everyday prompts that no training uses (the controls of all
-facts in the repository), as the base and as the first fact's adapter serve them.
+rehearsal: perplexity of the base's own greedy replies to everyday prompts that no training uses (the controls of two
+files of facts), as the base and as the first fact's adapter serve them.
 """
 
 from __future__ import annotations
