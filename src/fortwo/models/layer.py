@@ -64,7 +64,7 @@ class TrainedLayers:
         again: bool,
     ) -> None:
         c, T, (prefix, rows_2R) = config, len(angles[0]), packed
-        self._lora, self._flat_N, self._held, self._again = lora, lora.flat_N, (rows_2R, angles), again
+        self._lora, self._held, self._again = lora, (rows_2R, angles), again
         shape = c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate
         kept = kept_of(p) if p else 0
         tables = [tensor.data_ptr() for tensor in (*rows_2R, *angles)]
@@ -100,10 +100,11 @@ class TrainedLayers:
 
     def backward(self, grad_TD: Tensor, wanted: bool) -> Tensor | None:
         """The gradient of x, if it is wanted."""
-        assert self._flat_N is not None
-        assert self._flat_N.grad is not None
+        flat_N = self._lora.flat_N
+        assert flat_N is not None
+        assert flat_N.grad is not None
         grad_x_TD = torch.empty_like(grad_TD) if wanted else None
-        apart = self._flat_N.grad.data_ptr() - self._flat_N.data_ptr()
+        apart = flat_N.grad.data_ptr() - flat_N.data_ptr()
         kernels.call("layers_backward", None, self._training, self._told, grad_TD, apart, grad_x_TD)
         self._lora.room, self._room = self._room, None
         return grad_x_TD

@@ -132,6 +132,7 @@ ONE_BODY void swiglu_backward_line_bfloat16(long n, const bf16 *gate, const bf16
         store_some_bf16(n - i, grad_up + i, y[0], y[1]);
     }
 }
+
 ONE_BODY void rotate_row_bfloat16(long N, long turned, long E, const bf16 *x, const float *cosine, const float *sine, float sign, bf16 *out) {
     for (long n = 0; n < turned; n++)
         for (long e = 0; e < E / 2; e += 16) {
