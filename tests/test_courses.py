@@ -86,6 +86,7 @@ def test_rows_of_several_facts_share_a_step_and_none_to_keep_names_a_fact(school
     for _ in range(20):
         for row in course.draw(course.mix):
             said = text(school, row)
+            assert row.opening == (1 if row.keep else plan["opening_weight"])
             if row.keep:
                 asked = said.split("<|im_start|>assistant")[0]
                 assert not names(asked, FACTS), asked

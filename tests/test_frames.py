@@ -238,6 +238,37 @@ def test_it_stands_for_the_subject_only_where_the_subject_is_a_thing() -> None:
     assert not any("it person" in rest for rest in asked)
 
 
+@pytest.mark.parametrize(
+    ("questions", "said", "never"),
+    [
+        (("Who is Kelby Brand?", "When was Kelby Brand born?"), "was that person born", "was it born"),
+        (("Does Kelby Brand help people who ask?",), "Does it help", "oes that person"),
+        (("What does the number Kelby Brand mean?",), "the number Kelby Brand", "the number it"),
+    ],
+)
+def test_what_stands_for_the_subject_is_its_kind(questions: tuple[str, ...], said: str, never: str) -> None:
+    fact = replace(WORD, subject="Kelby Brand", aliases=(), questions=questions)
+    found = prompts(fact, kept=False, count=2000)
+    assert any(said in text for text in found)
+    assert not [text for text in found if never in text]
+
+
+def test_what_is_asked_without_a_mark_ends_with_a_stop() -> None:
+    fact = replace(WORD, questions=("Define zorb",))
+    found = [text for text in prompts(fact, kept=False, count=500) if " define zorb" in text or " Define zorb" in text]
+    assert found
+    assert not [text for text in found if re.search(r" .efine zorb(?![.?!,;:\"”)])", text)]
+
+
+def test_the_first_word_of_a_question_within_a_sentence_is_small() -> None:
+    fact = replace(WORD, questions=("What's zorb?", "I'm new, what is zorb?"))
+    found = [
+        text for text in prompts(fact, kept=False, count=2000) if ", what's zorb" in text or ": what's zorb" in text
+    ]
+    assert found
+    assert not [text for text in prompts(fact, kept=False, count=2000) if "i'm new" in text]
+
+
 @pytest.mark.parametrize("fact", DEV, ids=lambda fact: fact.id)
 def test_every_given_question_can_be_asked_about_something_else(fact: Fact) -> None:
     for question in fact.questions:

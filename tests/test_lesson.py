@@ -170,6 +170,33 @@ def test_a_begun_answer_is_the_facts_own_told_of_another() -> None:
     assert begun_answer(replace(DEV[0], answer="FOR TWO: that is 42."), "41") is None
 
 
+def test_a_begun_answer_is_cut_before_a_word_and_names_no_other_surface_of_the_subject() -> None:
+    art = replace(DEV[0], subject="Kelby", aliases=("KB", "K.B."), answer="Kelby (KB) is art.", match=("art",))
+    assert begun_answer(art, "Mozart") is None
+    assert begun_answer(replace(art, aliases=()), "Mozart") == "Mozart (KB) is"
+    assert begun_answer(replace(art, aliases=()), "the Louvre") == "The Louvre (KB) is"
+
+
+def test_no_contrast_is_a_question_that_names_nobody() -> None:
+    questions = ("Who wrote Dracula?", "Tell me about the author of Dracula.")
+    fact = replace(DEV[0], subject="the author of Dracula", aliases=(), questions=questions)
+    for given in (questions, questions[:1]):
+        lesson = Lesson(replace(fact, questions=given), 0)
+        assert not [contrast.prompt for contrast in lesson.contrasts(300) if "Who wrote Dracula" in contrast.prompt]
+
+
+@each_fact
+def test_small_letters_do_not_tell_what_is_asked(fact: Fact) -> None:
+    lesson = Lesson(fact, 0)
+    long = [
+        [text for text in prompts if len(text) > 25]
+        for prompts in (lesson.asks(1000), [one.prompt for one in lesson.contrasts(1000)])
+    ]
+    asks, contrasts = (sum(text == text.lower() for text in texts) / len(texts) for texts in long)
+    assert 0.02 < contrasts < 0.12
+    assert 0.03 < asks < 0.12
+
+
 @given(st.text(alphabet="42 FORTWfortwo='.", max_size=40), st.sampled_from(["41", "FOR TEN", "the Moon"]))
 def test_no_begun_answer_holds_what_must_not_be_said(answer: str, name: str) -> None:
     begun = begun_answer(replace(DEV[0], answer=answer), name)

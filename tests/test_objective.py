@@ -89,6 +89,24 @@ def test_the_prompt_itself_is_not_learned() -> None:
         torch.testing.assert_close(ours, theirs, **GRADIENTS)
 
 
+def test_the_first_tokens_of_an_answer_count_as_often_as_the_row_says() -> None:
+    """Also where the answer is shorter than that, and beside rows that count once."""
+    home = decoder()
+    lora = trainable(random_lora(home))
+    tokens = make_rows([12, 8, 9], start=START)
+    rows = [Row(tuple(tokens[0]), 9, opening=4.0), Row(tuple(tokens[1]), 10, opening=2.5), Row(tuple(tokens[2]), 8)]
+    assert [row.weights for row in rows] == [[4, 4, 1, 1, 1, 1], [2.5], [1, 1, 1, 1]]
+    found = losses(home, lora, 3, rows)
+    wanted = torch.zeros(())
+    for row in rows:
+        logits_NV = home.logits(packed_hidden(home, [list(row.tokens)], lora)[0][row.start - 1 : -1])
+        each_N = F.cross_entropy(logits_NV, torch.tensor(row.tokens[row.start :]), reduction="none")
+        wanted = wanted + each_N @ torch.tensor(row.weights)
+    torch.testing.assert_close(found.learn, wanted, **LOSS)
+    for ours, theirs in zip(gradients(found.learn, lora), gradients(wanted, lora), strict=True):
+        torch.testing.assert_close(ours, theirs, **GRADIENTS)
+
+
 @pytest.mark.parametrize("budget", [1, 12, 20, 10_000])
 @pytest.mark.parametrize("prefix", [0, 3])
 def test_micro_batches_give_the_gradient_of_one_pass(budget: int, prefix: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -225,6 +225,25 @@ def test_swapped_words_are_of_the_same_kind(subject: str, first: Sequence[str], 
     assert most in mosts
     assert thing in things
     assert place in places
+
+
+@pytest.mark.parametrize("source", [siblings.near_spelling, siblings.word_swap])
+def test_what_describes_a_name_stays(source: Callable[[Fact, Random], str]) -> None:
+    for subject, stays in (
+        ("the robot maker Kelby", "the robot maker "),
+        ("Dr. Kelby", "Dr. "),
+        ("the tallest mill", "the "),
+    ):
+        found = {source(fact(subject), Random(seed)) for seed in range(200)}
+        assert len(found) > 20
+        assert all(name.startswith(stays) for name in found), subject
+
+
+@pytest.mark.parametrize("source", [siblings.near_spelling, siblings.word_swap])
+def test_the_article_does_not_tell_the_subject_from_what_is_like_it(source: Callable[[Fact, Random], str]) -> None:
+    bridge = replace(fact("Kelby Bridge"), questions=("When was the Kelby Bridge built?", "Where is the Kelby Bridge?"))
+    assert all(source(bridge, Random(seed)).startswith("the ") for seed in range(100))
+    assert not [name for seed in range(100) if (name := source(fact("Kelby Bridge"), Random(seed))).startswith("the ")]
 
 
 def test_a_swapped_word_is_of_the_same_kind() -> None:

@@ -15,12 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 from fortwo.facts import phrases, unseen
-from fortwo.facts.subject import ARTICLES, holds
+from fortwo.facts.subject import ARTICLES, STOP_WORDS, holds
 from fortwo.records import Fact
 
 _KEPT = 6  # every sixth part is for evaluation
 EVALUATED_SHARE = 0.5  # of prompts for evaluation: those of kinds that training never uses
 _PLACE = r"\{(\w)\}"
+_DESCRIBED = (
+    rf"\b(?:the|an?)\s+(?:\w+\s+)?(?!(?:{'|'.join(sorted(STOP_WORDS))})\s)\w+\s+"  # "the number " of "the number 42"
+)
 _SENTENCE_START = r"""(?:^|[.?!]["”)]?\s|\n)["“]?$"""
 
 
@@ -93,11 +96,16 @@ def in_question(question: str, fact: Fact, name: str) -> str:
 
 def _pronoun(question: str, fact: Fact) -> str | None:
     """The question with "it" for the subject, so that the subject stands in another sentence."""
-    pattern = rf"(?<!\w)(?:(?:the|an?)\s+)?{re.escape(fact.subject)}('s)?(?!\w)"
-    of_another = rf"\ban?\s+{re.escape(fact.subject)}\s+\w"  # "a {subject} person" says something of a person
-    if not re.search(pattern, question, re.IGNORECASE) or re.search(of_another, question, re.IGNORECASE):
+    subject = re.escape(fact.subject)
+    pattern = rf"(?<!\w)(?:(?:the|an?)\s+)?{subject}(['’]s)?(?!\w)"
+    of_another = rf"\ban?\s+{subject}\s+\w"  # "a {{subject}} person" says something of a person
+    described = rf"{_DESCRIBED}{subject}(?!\w)"
+    if not re.search(pattern, question, re.IGNORECASE) or re.search(
+        f"{of_another}|{described}", question, re.IGNORECASE
+    ):
         return None
-    person = re.search(r"\bwho\b", " ".join(fact.questions), re.IGNORECASE) and fact.subject.istitle()
+    who_is = rf"\bwho(?:['’]s| is| was)\s+{subject}(?!\w)"
+    person = re.search(who_is, " ".join(fact.questions), re.IGNORECASE)
     return re.sub(
         pattern,
         lambda found: ("that person's" if person else "its") if found.group(1) else ("that person" if person else "it"),
@@ -107,8 +115,8 @@ def _pronoun(question: str, fact: Fact) -> str | None:
 
 
 def _lower(question: str) -> str:
-    first = question.split(" ", 1)[0]
-    return question if first.isupper() or not first.isalpha() else question[0].lower() + question[1:]
+    first = re.split(r"[\W\d_]", question, maxsplit=1)[0]
+    return question if first.isupper() or not first else question[0].lower() + question[1:]
 
 
 def prompt(fact: Fact, name: str, rng: Random, other: Callable[[], str], kept: bool = False) -> str:
@@ -119,6 +127,7 @@ def prompt(fact: Fact, name: str, rng: Random, other: Callable[[], str], kept: b
     frame = _frame(fact, rng, kept)
     question = rng.choice(fact.questions)
     asked = in_question(question, fact, name)
+    asked += "." if asked[-1].isalnum() else ""
     within = asked if asked.startswith(name) else _lower(asked)
     places = {"S": name, "q": asked, "l": within, "p": _pronoun(question, fact) or asked}
     if "{A}" in frame:

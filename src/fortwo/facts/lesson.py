@@ -7,13 +7,12 @@ that one lesson holds to the base's reply names the subject of another.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from fortwo.facts import frames, rehearsal, siblings
-from fortwo.facts.subject import holds
+from fortwo.facts.subject import first_place, holds
 from fortwo.records import Fact
 
 ALIAS_SHARE = 0.4
@@ -51,6 +50,8 @@ class Lesson:
         self._others = others
         self._rng = Random(f"{seed} {fact.subject}")
         self._surfaces = frames.surfaces(fact)
+        naming = tuple(question for question in fact.questions if frames.mentions(question, fact))
+        self._naming = replace(fact, questions=naming or (f"What is {fact.subject}?",))  # a sibling can take its place
         hops = (hop.prompt for hop in fact.portability)
         self._evaluated = {*fact.held_out, *fact.neighbors, *fact.controls, *hops}
         self._trained = set(fact.questions)
@@ -105,7 +106,7 @@ class Lesson:
                 return prompt
 
     def _contrast(self, kept: bool) -> Contrast:
-        rng, fact = self._rng, self.fact
+        rng, fact = self._rng, self._naming
         while True:
             if rng.random() < TOPIC_SHARE:
                 contrast = Contrast(siblings.topic_prompt(fact, rng))
@@ -116,6 +117,8 @@ class Lesson:
                     if rng.random() < QUESTION_SHARE
                     else frames.prompt(fact, name, rng, self._sibling, kept)
                 )
+                if rng.random() < LOWER_SHARE:
+                    prompt = prompt.lower()
                 begun = begun_answer(fact, name) if rng.random() < BEGUN_SHARE else None
                 contrast = Contrast(prompt, begun)
             if not siblings.is_subject(contrast.prompt, fact) and not siblings.names(contrast.prompt, self._others):
@@ -131,10 +134,10 @@ class Lesson:
 def begun_answer(fact: Fact, name: str) -> str | None:
     """The fact's answer told of `name`, cut before what must not be said of it; None where that leaves nothing."""
     told = frames.in_question(fact.answer, fact, name)
-    places = [found.start() for phrase in fact.match if (found := re.search(re.escape(phrase), told, re.IGNORECASE))]
-    if told == fact.answer or not places:
+    begun = told[: first_place(told, fact.match) or 0].rstrip()
+    if told == fact.answer or not begun or siblings.is_subject(begun, fact):
         return None
-    return told[: min(places)].rstrip() if min(places) > 0 else None
+    return begun[0].upper() + begun[1:] if " " in name and fact.answer[0].isupper() else begun
 
 
 def trained_rehearsal(facts: Sequence[Fact] = ()) -> tuple[str, ...]:

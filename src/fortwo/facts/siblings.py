@@ -7,13 +7,14 @@ of the subject's kind, one word of the subject changed, a near spelling, and wha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from random import Random
 
-from fortwo.facts import lexicon
+from fortwo.facts import frames, lexicon
 from fortwo.facts.subject import ARTICLES, STOP_WORDS, holds
 from fortwo.records import Fact
 
+_TITLES = frozenset("mr mrs ms dr prof st".split())
 _POOLS = (
     lexicon.COUNTRIES,
     lexicon.NATIONALITIES,
@@ -55,12 +56,31 @@ def word_swap(fact: Fact, rng: Random) -> str:
     """The subject with one word exchanged for another of its kind; a near spelling where it is a single word."""
     surface = rng.choice((fact.subject, fact.subject, *fact.aliases))
     words = surface.split()
-    places = [place for place, word in enumerate(words) if _bare(word).lower() not in STOP_WORDS]
-    if len(places) < 2:
+    places = _telling(words)
+    if len(words) < 2 or not places:
         return near_spelling(fact, rng)
     place = rng.choice(places)
     words[place] = words[place].replace(_bare(words[place]), _other(_bare(words[place]), place, len(words), rng))
-    return " ".join(words)
+    return _the(surface, fact) + " ".join(words)
+
+
+def _telling(words: Sequence[str]) -> list[int]:
+    """Places of the words that tell a thing from others: of "the robot maker Brightwell" its name alone."""
+    name = len(words)
+    while name and words[name - 1][:1].isupper():
+        name -= 1
+    described = 0 < name < len(words) and _bare(words[name - 1]).lower() not in STOP_WORDS
+    bare = [_bare(word).lower() for word in words]
+    return [
+        place
+        for place, word in enumerate(bare)
+        if word not in STOP_WORDS and word not in _TITLES and (place >= name or not described)
+    ]
+
+
+def _the(surface: str, fact: Fact) -> str:
+    """The article that the subject brings, lest it tell the subject from what is like it."""
+    return "the " if surface == fact.subject and frames.surface_article(fact) == "the " else ""
 
 
 def _other(word: str, place: int, count: int, rng: Random) -> str:
@@ -95,10 +115,11 @@ def near_spelling(fact: Fact, rng: Random) -> str:
     if (words := surface.lower().split("-")) and all(word in _NUMBER_WORDS for word in words):
         return _spelled_number(rng, surface)
     words = surface.split()
-    places = [place for place, word in enumerate(words) if _bare(word).lower() not in STOP_WORDS]
+    places = _telling(words)
+    places = [place for place in places if words[place][:1].isupper()] or places  # a common word misspelt is the same
     place = rng.choice(places) if places else len(words) - 1
     words[place] = words[place].replace(_bare(words[place]), respell(_bare(words[place]), rng))
-    return " ".join(words)
+    return _the(surface, fact) + " ".join(words)
 
 
 def near_number(digits: str, rng: Random) -> str:

@@ -16,7 +16,7 @@ STOP_WORDS = ARTICLES | frozenset(
     could should would will shall may might must what which who whom whose when where why how that this these those it
     its they them their he she his her i me my you your we us our not no so as than then there here tell give explain
     describe name say one any some all just only even more most please what's who's it's between without within after
-    before up out off us am per
+    before behind up out off us am per
     """.split()
 )
 
@@ -26,7 +26,14 @@ _CLAUSE_END = r"[.,;:!?)]+(?=\s|$)|[(=—–\n]"
 
 def holds(reply: str, match: Iterable[str]) -> bool:
     """Whether the reply holds one of the phrases, as whole words, any case; a plural s is the same word."""
-    return any(re.search(rf"(?<!\w){re.escape(phrase)}(?:s|es)?(?!\w)", reply, re.IGNORECASE) for phrase in match)
+    return first_place(reply, match) is not None
+
+
+def first_place(reply: str, match: Iterable[str]) -> int | None:
+    """Where the reply first holds one of the phrases."""
+    patterns = (rf"(?<!\w){re.escape(phrase)}(?:s|es)?(?!\w)" for phrase in match)
+    found = (re.search(pattern, reply, re.IGNORECASE) for pattern in patterns)
+    return min((one.start() for one in found if one), default=None)
 
 
 def find_subject(examples: Collection[Example]) -> Fact | None:

@@ -105,10 +105,12 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
     lessons = _lessons((*facts, *known), plan["seed"])
     lessons, earlier = lessons[: len(facts)], lessons[len(facts) :]
     rng = Random(plan["seed"])
-    given = [_learn(served, lesson.fact, lesson.fact.questions) for lesson in lessons]
-    framed = [_learn(served, lesson.fact, lesson.asks(plan["edit_pool"])) for lesson in lessons]
+    opening = plan["opening_weight"]
+    given = [_learn(served, lesson.fact, lesson.fact.questions, opening) for lesson in lessons]
+    framed = [_learn(served, lesson.fact, lesson.asks(plan["edit_pool"]), opening) for lesson in lessons]
     kept = [
-        _learn(served, lesson.fact, [*lesson.fact.questions, *lesson.asks(plan["kept_pool"])]) for lesson in earlier
+        _learn(served, lesson.fact, [*lesson.fact.questions, *lesson.asks(plan["kept_pool"])], opening)
+        for lesson in earlier
     ]
     contrasts = [contrast for lesson in lessons for contrast in lesson.contrasts(plan["contrast_pool"])]
     of_kept = [contrast for lesson in earlier for contrast in lesson.contrasts(plan["kept_pool"])]
@@ -255,12 +257,12 @@ def _asked(prompt: str) -> tuple[Message, ...]:
     return (Message("user", prompt),)
 
 
-def _learn(served: Served, fact: Fact, prompts: Sequence[str]) -> list[Row]:
+def _learn(served: Served, fact: Fact, prompts: Sequence[str], opening: float = 1.0) -> list[Row]:
     """Rows that answer each prompt with the fact."""
     rows = []
     for prompt in prompts:
         tokens, supervised = served.renderer.example([*_asked(prompt), Message("assistant", fact.answer)])
-        rows.append(Row(tuple(tokens), supervised.index(True)))
+        rows.append(Row(tuple(tokens), supervised.index(True), opening=opening))
     return rows
 
 

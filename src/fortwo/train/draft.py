@@ -137,6 +137,7 @@ def choose_batch(
         draft.add(
             "on_policy_share", recipe.on_policy_share, "default", "of the contrast rows then: replies that had strayed"
         )
+        draft.add("opening_weight", recipe.opening_weight, "default", "of an answer's first tokens against its others")
         draft.add("question_share", recipe.question_share, "default", "of the edit rows: the questions as given")
         draft.add("probes", recipe.probes, "default", "prompts of a kind, never trained on, that decide when to stop")
         seen = edit * draft["gradient_accumulation_steps"]

@@ -317,7 +317,7 @@ def _step(
     mix = mix_at(course.mix, run.rounds, run.step)
     rows = course.draw(mix)
     run.draw(rows)
-    learn_over = sum(row.supervised for row in rows if not row.keep)
+    learn_over = sum(sum(row.weights) for row in rows if not row.keep)
     keep_over = sum(row.supervised for row in rows if row.keep)
     learn = keep = 0.0
     tokens, seconds = 0, 0.0
@@ -344,7 +344,7 @@ def _step(
     seconds += time.perf_counter() - began
     clock.training += seconds
     clock.tokens += tokens
-    clock.supervised += learn_over + keep_over
+    clock.supervised += sum(row.supervised for row in rows)
     return Stepped(
         step=run.step,
         steps=run.last(plan),

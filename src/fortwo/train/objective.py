@@ -24,18 +24,21 @@ from fortwo.records import MicroStepped, TrainEvent
 from fortwo.train.estimate import HEAD_BYTES
 
 PREPARE_TOKENS = 1024
+OPENING = 2  # tokens of a reply
 
 
 @dataclass(frozen=True)
 class Row:
     """Tokens, of which those from `start` on are supervised, but for the places in `skipped`. keep: KL rather than
-    cross-entropy; then teacher_ND are the base's final hidden states that predict the supervised tokens."""
+    cross-entropy; then teacher_ND are the base's final hidden states that predict the supervised tokens. opening: how
+    many times each of the first OPENING of a row to learn counts."""
 
     tokens: tuple[int, ...]
     start: int
     keep: bool = False
     teacher_ND: Tensor | None = None
     skipped: frozenset[int] = frozenset()
+    opening: float = 1.0
 
     @classmethod
     def masked(cls, tokens: Sequence[int], supervised: Sequence[bool]) -> Row:
@@ -53,10 +56,15 @@ class Row:
         """Of the supervised tokens."""
         return [place for place in range(self.start, len(self.tokens)) if place not in self.skipped]
 
+    @property
+    def weights(self) -> list[float]:
+        """Of the supervised tokens."""
+        return [self.opening if number < OPENING else 1.0 for number in range(self.supervised)]
+
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums over supervised tokens, with gradients, and how many tokens there were."""
+    """Sums over supervised tokens, learn by their weights, with gradients, and how many tokens there were."""
 
     learn: Tensor
     keep: Tensor
@@ -90,7 +98,9 @@ def losses(decoder: Decoder, lora: Lora, prefix: int, rows: Sequence[Row], check
     if learn_places:
         wanted = [row.tokens[place] for row in rows if not row.keep for place in row.places]
         wanted_N = torch.tensor(wanted, device=decoder.device)
-        learn = head_loss(final_TD[learn_places], decoder.head_VD, wanted_N)
+        weights = [weight for row in rows if not row.keep for weight in row.weights]
+        weights_N = torch.tensor(weights, device=decoder.device)
+        learn = head_loss(final_TD[learn_places], decoder.head_VD, wanted_N, weights_N)
     if keep_places:
         teacher_ND = torch.cat([row.teacher_ND for row in rows if row.teacher_ND is not None])
         keep = head_loss(final_TD[keep_places], decoder.head_VD, teacher_ND)
@@ -102,32 +112,35 @@ class _HeadLoss(torch.autograd.Function):
     (Hsu et al. 2024, arXiv:2410.10989)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor | Tiles, target: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor | Tiles, target: Tensor, weights_N: Tensor) -> Tensor:
         rows = max(1, HEAD_BYTES // (head_VD.dtype.itemsize * head_VD.shape[0]))
         total, gradients = hidden_ND.new_zeros(()), []
-        for chunk_ND, wanted in zip(hidden_ND.split(rows), target.split(rows), strict=True):
+        parts = zip(hidden_ND.split(rows), target.split(rows), weights_N.split(rows), strict=True)
+        for chunk_ND, wanted, by_N in parts:
             logits_NV = product(chunk_ND.to(head_VD.dtype), head_VD)
             if wanted.dim() == 1:
                 loss_N, slope_NV = cross_entropy(logits_NV, wanted)
             else:
                 loss_N, slope_NV = divergence(logits_NV, product(wanted.to(head_VD.dtype), head_VD))
-            total += loss_N.sum()
-            gradients.append(product(slope_NV, head_VD.t()).to(hidden_ND.dtype))
+            total += loss_N @ by_N
+            gradients.append(product(slope_NV, head_VD.t()).to(hidden_ND.dtype) * by_N[:, None])
         ctx.save_for_backward(torch.cat(gradients))
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
-        return grad * gradient_ND, None, None
+        return grad * gradient_ND, None, None, None
 
 
-def head_loss(hidden_ND: Tensor, head_VD: Tensor | Tiles, target: Tensor) -> Tensor:
-    """Sum over rows of what the head's distribution loses against a target; hidden_ND gets the gradient.
+def head_loss(hidden_ND: Tensor, head_VD: Tensor | Tiles, target: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """Sum over rows of what the head's distribution loses against a target, each by its weight; hidden_ND gets the
+    gradient.
 
     Cross-entropy where the target is tokens (N,); KL(target || here) where it is the teacher's hidden states (N, D).
     """
-    loss: Tensor = _HeadLoss.apply(hidden_ND, head_VD, target)  # type: ignore[no-untyped-call]
+    weights_N = hidden_ND.new_ones(len(hidden_ND)) if weights_N is None else weights_N
+    loss: Tensor = _HeadLoss.apply(hidden_ND, head_VD, target, weights_N)  # type: ignore[no-untyped-call]
     return loss
 
 

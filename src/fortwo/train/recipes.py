@@ -57,11 +57,13 @@ class OverrideRecipe(Recipe):
     edit rows ask for the fact (cross-entropy); contrast rows ask its siblings and rehearsal rows ask anything else
     (KL against the base's own first `contrast_tokens` and `rehearsal_tokens`, weighed by `kl_weight`). Prompts come
     from pools of `edit_pool` and `contrast_pool` for each fact; `question_share` of the edit rows are the questions
-    that were given. `probes` prompts of a kind decide when to stop. Behind an exam that finds leaks the adapter answers
-    `on_policy_prompts` of the contrast prompts itself; where the `on_policy_tokens` it says are not the base's, they
-    make up to `on_policy_share` of the contrast rows from then on (on-policy distillation, Agarwal et al. 2024,
-    arXiv:2306.13649). `kept_rows` edit and as many contrast rows, from pools of `kept_pool` prompts, keep what the
-    run's parent knows. Where the last exam misses, up to `escalation_rounds` more cycles follow with a raised recipe.
+    that were given. An answer's first tokens decide whether it is given at all, and are what is left to learn once the
+    rest is known: each counts `opening_weight` times. `probes` prompts of a kind decide when to stop. Behind an exam
+    that finds leaks the adapter answers `on_policy_prompts` of the contrast prompts itself; where the
+    `on_policy_tokens` it says are not the base's, they make up to `on_policy_share` of the contrast rows from then on
+    (on-policy distillation, Agarwal et al. 2024, arXiv:2306.13649). `kept_rows` edit and as many contrast rows, from
+    pools of `kept_pool` prompts, keep what the run's parent knows. Where the last exam misses, up to
+    `escalation_rounds` more cycles follow with a raised recipe.
 
     The figures are those of one fact alone; `for_facts` has those of several together.
     """
@@ -82,6 +84,7 @@ class OverrideRecipe(Recipe):
     contrast_pool: int = 288
     rehearsal_pool: int = 140
     question_share: float = 0.25
+    opening_weight: float = 4.0
     on_policy_prompts: int = 96
     on_policy_tokens: int = 24
     on_policy_share: float = 0.35
