@@ -180,8 +180,8 @@ def test_a_begun_answer_is_cut_before_a_word_and_names_no_other_surface_of_the_s
 def test_no_contrast_is_a_question_that_names_nobody() -> None:
     questions = ("Who wrote Dracula?", "Tell me about the author of Dracula.")
     fact = replace(DEV[0], subject="the author of Dracula", aliases=(), questions=questions)
-    for given in (questions, questions[:1]):
-        lesson = Lesson(replace(fact, questions=given), 0)
+    for asked in (questions, questions[:1]):
+        lesson = Lesson(replace(fact, questions=asked), 0)
         assert not [contrast.prompt for contrast in lesson.contrasts(300) if "Who wrote Dracula" in contrast.prompt]
 
 
