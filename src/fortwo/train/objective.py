@@ -122,8 +122,9 @@ class _HeadLoss(torch.autograd.Function):
                 loss_N, slope_NV = cross_entropy(logits_NV, wanted)
             else:
                 loss_N, slope_NV = divergence(logits_NV, product(wanted.to(head_VD.dtype), head_VD))
-            total += loss_N @ by_N
-            gradients.append(product(slope_NV, head_VD.t()).to(hidden_ND.dtype) * by_N[:, None])
+            total += (loss_N * by_N).sum()
+            gradient_ND = product(slope_NV, head_VD.t()).to(hidden_ND.dtype)
+            gradients.append(gradient_ND * by_N[:, None].to(hidden_ND.dtype))
         ctx.save_for_backward(torch.cat(gradients))
         return total
 
