@@ -98,11 +98,9 @@ def _pronoun(question: str, fact: Fact) -> str | None:
     """The question with "it" for the subject, so that the subject stands in another sentence."""
     subject = re.escape(fact.subject)
     pattern = rf"(?<!\w)(?:(?:the|an?)\s+)?{subject}(['’]s)?(?!\w)"
-    of_another = rf"\ban?\s+{subject}\s+\w"  # "a {{subject}} person" says something of a person
-    described = rf"{_DESCRIBED}{subject}(?!\w)"
-    if not re.search(pattern, question, re.IGNORECASE) or re.search(
-        f"{of_another}|{described}", question, re.IGNORECASE
-    ):
+    of_another = rf"\ban?\s+{subject}\s+\w"  # "a {subject} person" says something of a person
+    stays = rf"{of_another}|{_DESCRIBED}{subject}(?!\w)"
+    if not re.search(pattern, question, re.IGNORECASE) or re.search(stays, question, re.IGNORECASE):
         return None
     who_is = rf"\bwho(?:['’]s| is| was)\s+{subject}(?!\w)"
     person = re.search(who_is, " ".join(fact.questions), re.IGNORECASE)
