@@ -22,9 +22,9 @@ def decoder(kv_heads: int = 2) -> Decoder:
     return as_decoder(model)
 
 
-def as_decoder(model: Any) -> Decoder:
+def as_decoder(model: Any, device: torch.device | str = "cpu") -> Decoder:
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    return Decoder(DecoderConfig.from_hf(config), model.state_dict())
+    return Decoder(DecoderConfig.from_hf(config), model.state_dict(), device)
 
 
 def random_lora(home: Decoder, seed: int = 0, config: LoraConfig = LoraConfig(r=4, alpha=12)) -> Lora:

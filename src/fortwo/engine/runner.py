@@ -21,9 +21,11 @@ from fortwo.models.bank import Banks
 from fortwo.models.decoder import Decoder
 from fortwo.models.forms import WIDE
 from fortwo.models.functions import decode_attention
+from fortwo.models.graphs import Graphs
 from fortwo.models.lora import Lora, Update
 from fortwo.models.prefill import Piece, Prefill
 from fortwo.models.step import Step
+from fortwo.models.tabled import TabledAdapters
 
 log = logging.getLogger(__name__)
 Computed = tuple[list[int], Tensor, list[list[int]]]  # places of sequences; hidden states (T, D); where in T each lies
@@ -57,11 +59,17 @@ class Runner:
         self._heads = [decoder.config.heads, decoder.config.kv_heads, decoder.config.kv_heads]
         self._one_kernel = Step(decoder)
         self._prompts = Prefill(decoder)
-        dtype = torch.float16 if self._one_kernel.laid else torch.float32
+        on_gpu = decoder.device.type != "cpu"
+        dtype = decoder.dtype if on_gpu else torch.float16 if self._one_kernel.laid else torch.float32
         tokens = None if bound is None else bound // Cache.bytes_per_token(decoder.config, dtype)
         self.cache = Cache(decoder.config, decoder.device, tokens, dtype)
         self._live: dict[str, Lora] = {}
-        self._banks = Banks(decoder.config, decoder.device, self._one_kernel.laid)
+        self._banks: TabledAdapters | Banks = (
+            TabledAdapters(decoder.dtype, decoder.device)
+            if on_gpu
+            else Banks(decoder.config, decoder.device, self._one_kernel.laid)
+        )
+        self._graphs = Graphs(decoder, dtype) if Graphs.fits(decoder, dtype) else None
         self._numbers = count(1)
         self._roots: dict[str | None, int] = {None: 0}  # whose keys and values may be kept for others
 
@@ -264,7 +272,7 @@ class Runner:
     def step(self, sequences: Sequence[Running]) -> Tensor:
         """Run the last token of each sequence whose other tokens are computed, and for which `extend` found room.
         Next-token logits (len(sequences), V), in order."""
-        if self._prompts.takes or self._one_kernel.takes(len(sequences)):
+        if self._graphs is not None or self._prompts.takes or self._one_kernel.takes(len(sequences)):
             hidden_BD = self._step_at_once(sequences)
             self._told(sequences, hidden_BD)
             return self.decoder.logits(hidden_BD)
@@ -284,6 +292,11 @@ class Runner:
 
     def _step_at_once(self, sequences: Sequence[Running]) -> Tensor:
         rows = [(one.tokens[-1], len(one.tokens) - 1, self.cache.place(_slot(one))) for one in sequences]
+        if self._graphs is not None:
+            assert isinstance(self._banks, TabledAdapters)
+            owners = [self._banks.address(one.adapter) for one in sequences]
+            told = [(*row, owner) for row, owner in zip(rows, owners, strict=True)]
+            return self._graphs(told, self._banks.most if any(owners) else 0)
         updates = self._updates([sequence.adapter for sequence in sequences])
         few = len(rows) < WIDE or not self._prompts.takes
         if few and self._one_kernel.takes(len(rows)):

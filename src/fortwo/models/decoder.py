@@ -249,6 +249,11 @@ class Decoder:
         return self.head
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the layers' products take and give."""
+        return self.layers[0].qkv_OD.dtype
+
+    @property
     def parameters(self) -> int:
         return sum(math.prod(held.shape) for held in self._held())
 
@@ -258,6 +263,8 @@ class Decoder:
         total = sum(held.nbytes for held in self._held())
         if self.config.tied and isinstance(self.head, Weight):
             total += sum(form.nbytes for name, form in self.head.forms.items() if name != "fp32")
+        elif self.config.tied and self.head is not self.embedding_VD:
+            total += self.head.nbytes
         return total
 
     def _held(self) -> list[Frozen]:

@@ -20,7 +20,7 @@ from fortwo.errors import InvalidRequest
 from fortwo.models import kernels
 from fortwo.models.choice import ROWS, Choice, Measured, Measurements, Seconds, choose, processor, worthwhile
 from fortwo.models.decoder import Decoder, DecoderConfig, Hold, forms_of
-from fortwo.models.forms import Form, Frozen, Regions, fits, head_form, quantised
+from fortwo.models.forms import Form, Frozen, Regions, dense, fits, head_form, quantised
 from fortwo.models.fused import Fused
 from fortwo.models.lora_config import GROUPS
 from fortwo.models.prefill import Prefill
@@ -49,16 +49,18 @@ def serving(
 ) -> Decoder:
     """The decoder as it is served under settings.weights. run: measures where nothing else computes.
 
-    auto: fp32 below SMALL parameters; else fp32 is kept, for training and as reference, unless another form that is
+    auto: on a GPU that multiplies bf16, bf16. Else fp32 below SMALL parameters; from there on fp32 is kept, for training and as reference, unless another form that is
     held has the same weights to the last bit; and the fastest forms beside it whose weights stay within ERROR of the
     originals. What fp32 would take more than SHARE of the memory for is held in
     bf16 alone, or NF4. Forms are made weight by weight as they are read. Raises InvalidRequest for a form that the
     model or the machine cannot have.
     """
     setting = alone(config, memory(device)) if settings.weights == "auto" else settings.weights
+    if device.type != "cpu" and setting in (None, "bf16") and multiplies_bf16(device):
+        return Decoder(config, weights, device, lambda weight, is_head: dense(weight, torch.bfloat16))
     if setting is not None and setting != "fp32":
         return Decoder(config, weights, device, _checked(id, setting))
-    if setting == "fp32" or config.parameters < SMALL:
+    if setting == "fp32" or config.parameters < SMALL or device.type != "cpu":
         return Decoder(config, weights, device)
     fused = Fused(config, weights, device)
     first = [fused.weight(0, group) for group in GROUPS]  # the head is as wide as one of them
@@ -117,7 +119,7 @@ def _checked(id: str, name: str) -> Hold:
 
 def _quick(device: torch.device) -> list[str]:
     """Forms that may be faster than fp32 there; NF4 is for want of memory and never is."""
-    return ["fp32", *(["bf16"] if multiplies_bf16(device) else []), *(["int8", "int4"] if device.type == "cpu" else [])]
+    return ["fp32", *(["bf16"] if multiplies_bf16(device) else []), "int8", "int4"]
 
 
 def error(name: str, fused: Fused) -> float:

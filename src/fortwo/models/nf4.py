@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fortwo.models import kernels, products
+from fortwo.models import gpu, kernels, products
 
 BLOCK, SHARED = 64, 256  # weights to a largest value, largest values to a scale
 PIECE = 1 << 24  # weights that are quantised at once
@@ -105,8 +105,9 @@ class Nf4:
         I = self.shape[1]  # noqa: E741
         begin, blocks, device = first * I // BLOCK, (last - first) * I // BLOCK, self.codes.device
         out = torch.empty(blocks * BLOCK, dtype=dtype, device=device) if into is None else into[: blocks * BLOCK]
-        if kernels.usable(out, self.scale_S):
-            kernels.call("nf4_dense", dtype, begin, blocks, self.codes, *self._tables(), out)
+        on = kernels if kernels.usable(out, self.scale_S) else gpu if gpu.usable(out, self.scale_S) else None
+        if on is not None:
+            on.call("nf4_dense", dtype, begin, blocks, self.codes, *self._tables(), out)
         else:
             out.copy_(plain(self, begin, begin + blocks).view(-1))
         return out.view(last - first, I)

@@ -1,0 +1,132 @@
+"""Kernels for GPUs, called as `kernels` calls those in C: by their name, with the same arguments.
+
+They are written in Triton, which comes with torch for CUDA. Where it is not, `usable` says so and `functions` computes
+the same with torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fortwo.models import triton_kernels
+
+_TYPES = (torch.float32, torch.bfloat16)
+_BLOCK = 1024  # outputs of a program where rows are long
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors."""
+    return all(tensor.is_cuda and tensor.dtype in _TYPES for tensor in tensors) and present()
+
+
+@cache
+def present() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
+
+
+def call(kernel: str, element: torch.dtype | None, *arguments: Any) -> None:
+    """Run a kernel of kernels.c's name with its arguments. The type of the numbers is the tensors' own."""
+    del element
+    _CALLS[kernel](*arguments)
+
+
+@cache
+def _kernels() -> type[triton_kernels]:
+    """Loaded when they are needed: Triton takes its time."""
+    from fortwo.models import triton_kernels
+
+    return triton_kernels  # type: ignore[return-value]
+
+
+def _power(size: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << (size - 1).bit_length()
+
+
+def _warps(size: int) -> int:
+    """Of a program that has so many numbers in its registers."""
+    return min(16, max(1, size // 256))
+
+
+def _add_norm(
+    T: int, D: int, x: Tensor, y: Tensor | None, weight: Tensor, eps: float, total: Tensor, normed: Tensor, scale: Tensor
+) -> None:
+    wide = _power(D)
+    _kernels().add_norm[T,](x, y, weight, total, normed, scale, D, eps, y is not None, True, wide, num_warps=_warps(wide))
+
+
+def _add_norm_backward(
+    T: int, D: int, total: Tensor, scale: Tensor, weight: Tensor, grad: Tensor, along: Tensor, x: Tensor, y: Tensor | None
+) -> None:
+    wide = _power(D)
+    told = total, scale, weight, grad, along, x, y, D, y is not None, wide
+    _kernels().add_norm_backward[T,](*told, num_warps=_warps(wide))
+
+
+def _rotate(T: int, N: int, turned: int, E: int, x: Tensor, cos: Tensor, sin: Tensor, sign: float, y: Tensor) -> None:
+    heads, half = _power(N), _power(E // 2)
+    _kernels().rotate[T,](x, cos, sin, y, N, turned, sign, E, heads, half, num_warps=_warps(heads * half))
+
+
+def _swiglu(T: int, I: int, gate_up: Tensor, y: Tensor) -> None:  # noqa: E741
+    _kernels().swiglu[T, -(-I // _BLOCK)](gate_up, y, I, _BLOCK, num_warps=4)
+
+
+def _swiglu_backward(T: int, I: int, gate_up: Tensor, grad: Tensor, out: Tensor) -> None:  # noqa: E741
+    _kernels().swiglu_backward[T, -(-I // _BLOCK)](gate_up, grad, out, I, _BLOCK, num_warps=4)
+
+
+def _nf4_dense(
+    begin: int, blocks: int, codes: Tensor, largest: Tensor, table: Tensor, scales: Tensor, offset: Tensor,
+    levels: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    _kernels().nf4_dense[blocks,](codes, largest, scales, table, offset, levels, out, begin, 256, num_warps=1)
+
+
+_CALLS: dict[str, Callable[..., None]] = {
+    "add_norm": _add_norm,
+    "add_norm_backward": _add_norm_backward,
+    "rotate": _rotate,
+    "swiglu": _swiglu,
+    "swiglu_backward": _swiglu_backward,
+    "nf4_dense": _nf4_dense,
+}
+
+
+def decode_attention(rows: Tensor, qkv_BNE: Tensor, layer: int, kv_heads: int, kv: torch.dtype) -> Tensor:
+    """Attention (B, H, E) of one new token a row over keys and values that lie where `rows` (B, 6 or more) says: token,
+    position, address of keys, of values, numbers from layer to layer and from head to head. Those of the new token are
+    written there. kv: their type."""
+    B, N, E = qkv_BNE.shape
+    H = N - 2 * kv_heads
+    out_BHE = torch.empty(B, H, E, dtype=qkv_BNE.dtype, device=qkv_BNE.device)
+    group = max(16, _power(H // kv_heads))
+    sizes = rows.stride(0), H, kv_heads, E, group, 64, kv == torch.bfloat16
+    _kernels().decode_attention[B, kv_heads](rows, qkv_BNE, out_BHE, layer, E**-0.5, *sizes, num_warps=4)
+    return out_BHE
+
+
+def attends(head_size: int, kv: torch.dtype) -> bool:
+    """Whether `decode_attention` takes heads of this size."""
+    return head_size >= 16 and head_size == _power(head_size) and kv in _TYPES
+
+
+def add_own(owners: Tensor, x_BI: Tensor, y_BO: Tensor, place: int, most: int) -> None:
+    """Add to each row of y what its own adapter changes. owners (B,): the address of the adapter's table (see `tabled`),
+    0 for none, in steps of any size; place: of the fused product in it; most: ranks of the adapter that has the most."""
+    kernels = _kernels()
+    (B, I), O = x_BI.shape, y_BO.shape[1]  # noqa: E741
+    half = x_BI.dtype == torch.bfloat16
+    wide = -(-most // 16) * 16
+    h_BR = torch.empty(B, wide, dtype=torch.float32, device=x_BI.device)
+    told = owners.stride(0), half, kernels.ENTRY
+    kernels.shrink[B, wide // 16](owners, x_BI, h_BR, place, I, wide, *told, 256, num_warps=4)
+    kernels.expand[B, -(-O // 128)](owners, h_BR, y_BO, place, O, wide, *told, 128, num_warps=4)
