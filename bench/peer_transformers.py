@@ -39,7 +39,8 @@ def main(directory: Path, dtype: str, threads: int, adapters: list[Path]) -> Non
     os.dup2(2, 1)
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
     if adapters:
         from peft import PeftModel
 
@@ -57,7 +58,7 @@ def main(directory: Path, dtype: str, threads: int, adapters: list[Path]) -> Non
             return_tensors="pt",
             return_dict=True,
             padding=True,
-        )
+        ).to(device)
         tokens = asks[0]["tokens"]
         chosen = {"adapter_names": [ask["adapter"] or "__base__" for ask in asks]} if adapters else {}
         watch = Stopwatch()

@@ -50,7 +50,7 @@ def base(directory: Path, precision: str) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.bfloat16, quantization_config=quantised, device_map="cpu"
+        directory, dtype=torch.bfloat16, quantization_config=quantised, device_map="auto" if torch.cuda.is_available() else "cpu"
     )
 
 
@@ -75,7 +75,7 @@ def trainer(directory: Path, rows: Path, given: Any, precision: str, output: Pat
             completion_only_loss=True,
             gradient_checkpointing=False,
             bf16=precision != "fp32",
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             logging_strategy="no",
             report_to="none",

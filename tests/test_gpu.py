@@ -14,16 +14,17 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from fortwo.engine.cache import Cache  # noqa: E402
+from fortwo.engine.runner import Runner  # noqa: E402
+from fortwo.engine.scheduler import Sequence as Running  # noqa: E402
 from fortwo.models import gpu  # noqa: E402
-from fortwo.models.decoder import Decoder  # noqa: E402
+from fortwo.models.decoder import DecoderConfig  # noqa: E402
 from fortwo.models.functions import decode_attention  # noqa: E402
 from fortwo.models.graphs import Graphs  # noqa: E402
-from fortwo.models.lora import Segment  # noqa: E402
 from fortwo.models.lora_config import GROUPS, LoraConfig  # noqa: E402
 from fortwo.models.nf4 import Nf4, plain  # noqa: E402
 from fortwo.models.forms import Regions  # noqa: E402
 from fortwo.models.tabled import OwnRows, TabledAdapters  # noqa: E402
-from tests.parts import as_decoder, random_lora  # noqa: E402
+from tests.parts import as_decoder, make_rows, random_lora  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
 
 TYPES = [torch.float32, torch.bfloat16]
@@ -47,7 +48,8 @@ def test_add_norm(dtype: torch.dtype, added: bool) -> None:
     s = x if y is None else x + y
     n = (s * torch.rsqrt(s.square().mean(-1, keepdim=True) + 1e-5) * weight).to(dtype)
     total, normed, scale = torch.empty_like(x), torch.full_like(n, torch.nan), x.new_empty(5)
-    gpu.call("add_norm", dtype, 5, 72, x.detach(), None if y is None else y.detach(), weight, 1e-5, total, normed, scale)
+    given = x.detach(), None if y is None else y.detach()
+    gpu.call("add_norm", dtype, 5, 72, *given, weight, 1e-5, total, normed, scale)
     close(normed, n)
     if added:
         close(total, s)
@@ -143,7 +145,7 @@ def test_every_row_gets_its_own_adapter(dtype: torch.dtype) -> None:
     for layer in range(home.config.layers):
         for group in GROUPS:
             x = torch.randn(6, home.config.in_features(group), device=DEVICE, dtype=dtype)
-            wanted = torch.randn(6, home.layers[layer].__getattribute__(_WEIGHTS[group]).shape[0], device=DEVICE).to(dtype)
+            wanted = torch.randn(6, _outputs(home.config, group), device=DEVICE).to(dtype)
             found = wanted.clone()
             for update in adapters.updates(rows):
                 if update.changes(layer, group):
@@ -153,4 +155,42 @@ def test_every_row_gets_its_own_adapter(dtype: torch.dtype) -> None:
             assert torch.equal(found[[2, 5]], wanted[[2, 5]])
 
 
-_WEIGHTS = {"qkv": "qkv_OD", "o": "o_DI", "gate_up": "gate_up_OD", "down": "down_DI"}
+def _outputs(config: DecoderConfig, group: str) -> int:
+    return max(config.columns(name)[1] for name in GROUPS[group])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_recorded_step_is_the_decoder(family: str) -> None:
+    """Three rows, padded to four, two with adapters and one whose sequence is longer than the others' room; then the
+    same graph with other rows. On a GPU it is recorded, and the runner steps by it itself."""
+    home = as_decoder(tiny_model(family, num_hidden_layers=2), DEVICE)
+    adapters = TabledAdapters(torch.float32, DEVICE)
+    loras = {key: random_lora(home, seed, SHAPES[key]) for seed, key in enumerate(("all", "down"))}
+    graphs = Graphs(home, torch.float32, capture=DEVICE.type == "cuda")
+    for key, lora in loras.items():
+        adapters.add(key, lora)
+    for keys in ([None, "all", "down"], ["down", None, None], [None, None, None]):
+        rows = [Running(row, key) for row, key in zip(make_rows([4, 130, 9]), keys, strict=True)]
+        runner = Runner(as_decoder(tiny_model(family, num_hidden_layers=2)))
+        for key, lora in loras.items():
+            runner.attach(key, lora, frozen=True)
+        cache = Cache(home.config, DEVICE)
+        runner.prefill(rows)
+        slots = [cache.take(len(row.tokens) + 1) for row in rows]
+        for row, slot in zip(rows, slots, strict=True):
+            assert slot is not None
+            assert row.slot is not None
+            cache.pools[slot.capacity].kv[:, :, slot.row, :, : row.slot.length] = runner.cache.pools[
+                row.slot.capacity
+            ].kv[:, :, row.slot.row, :, : row.slot.length].to(DEVICE)
+        for token in (7, 11):
+            for row in rows:
+                row.tokens.append(token)
+                assert runner.extend(row)
+            told = [
+                (token, len(row.tokens) - 1, cache.place(slot), adapters.address(row.adapter))
+                for row, slot in zip(rows, slots, strict=True)
+                if slot is not None
+            ]
+            found = home.logits(graphs(told, adapters.most if any(keys) else 0))
+            torch.testing.assert_close(found.cpu(), runner.step(rows), atol=1e-3, rtol=1e-3)
