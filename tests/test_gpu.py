@@ -13,10 +13,10 @@ from torch import Tensor
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from fortwo.engine.cache import Cache  # noqa: E402
+from fortwo.engine import cache  # noqa: E402
 from fortwo.engine.runner import Runner  # noqa: E402
 from fortwo.engine.scheduler import Sequence as Running  # noqa: E402
-from fortwo.models import gpu  # noqa: E402
+from fortwo.models import gpu, graphs  # noqa: E402
 from fortwo.models.decoder import DecoderConfig  # noqa: E402
 from fortwo.models.functions import decode_attention  # noqa: E402
 from fortwo.models.graphs import Graphs  # noqa: E402
@@ -105,29 +105,29 @@ def test_nf4_is_made_dense(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("heads", [9, 3])
-def test_attention_of_one_token(dtype: torch.dtype, heads: int) -> None:
+def test_attention_over_the_cache(dtype: torch.dtype, heads: int) -> None:
     """Rows of pools of different capacities, at their beginning, in the middle and at the end."""
     size = {"hidden_size": 72, "head_dim": 32, "num_attention_heads": heads, "num_key_value_heads": 3}
     config = as_decoder(tiny_model("llama", **size)).config
-    cache = Cache(config, DEVICE, dtype=dtype)
-    slots = [cache.take(length) for length in (5, 100, 200, 128)]
+    room = cache.Cache(config, DEVICE, dtype=dtype)
+    slots = [room.take(length) for length in (5, 100, 200, 128)]
     positions = [0, 70, 199, 127]
-    for pool in cache.pools.values():
+    for pool in room.pools.values():
         pool.kv.normal_()
     qkv = torch.randn(4, heads + 6, 32, device=DEVICE, dtype=dtype)
     told, wanted = [], []
     for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         assert slot is not None
-        told.append([9, position, *cache.place(slot), 0])
-        pool = cache.pools[slot.capacity]
+        told.append([9, position, *room.place(slot), 0])
+        pool = room.pools[slot.capacity]
         k, v = pool.k[1].clone(), pool.v[1].clone()
         at = torch.tensor([slot.row], device=DEVICE), torch.tensor([position], device=DEVICE)
         wanted.append(decode_attention(qkv[row : row + 1].float(), k.float(), v.float(), *at))
-    found = gpu.decode_attention(torch.tensor(told, device=DEVICE), qkv, 1, 3, dtype)
+    found = gpu.attention(torch.tensor(told, device=DEVICE), qkv, 1, 3, dtype)
     close(found, torch.cat(wanted))
     for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         assert slot is not None
-        pool = cache.pools[slot.capacity]
+        pool = room.pools[slot.capacity]
         assert torch.equal(pool.k[1][slot.row, :, position], qkv[row, heads : heads + 3])
         assert torch.equal(pool.v[1][slot.row, :, position], qkv[row, heads + 3 :])
 
@@ -160,37 +160,47 @@ def _outputs(config: DecoderConfig, group: str) -> int:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_a_recorded_step_is_the_decoder(family: str) -> None:
-    """Three rows, padded to four, two with adapters and one whose sequence is longer than the others' room; then the
-    same graph with other rows. On a GPU it is recorded, and the runner steps by it itself."""
-    home = as_decoder(tiny_model(family, num_hidden_layers=2), DEVICE)
-    adapters = TabledAdapters(torch.float32, DEVICE)
-    loras = {key: random_lora(home, seed, SHAPES[key]) for seed, key in enumerate(("all", "down"))}
-    graphs = Graphs(home, torch.float32, capture=DEVICE.type == "cuda")
-    for key, lora in loras.items():
-        adapters.add(key, lora)
-    for keys in ([None, "all", "down"], ["down", None, None], [None, None, None]):
-        rows = [Running(row, key) for row, key in zip(make_rows([4, 130, 9]), keys, strict=True)]
-        runner = Runner(as_decoder(tiny_model(family, num_hidden_layers=2)))
-        for key, lora in loras.items():
-            runner.attach(key, lora, frozen=True)
-        cache = Cache(home.config, DEVICE)
-        runner.prefill(rows)
-        slots = [cache.take(len(row.tokens) + 1) for row in rows]
-        for row, slot in zip(rows, slots, strict=True):
-            assert slot is not None
-            assert row.slot is not None
-            cache.pools[slot.capacity].kv[:, :, slot.row, :, : row.slot.length] = runner.cache.pools[
-                row.slot.capacity
-            ].kv[:, :, row.slot.row, :, : row.slot.length].to(DEVICE)
-        for token in (7, 11):
+@pytest.mark.parametrize("adapters", [[None, "all", "down"], ["down", "down", None], [None, None, None]])
+def test_recorded_forwards_are_the_decoder(
+    family: str, adapters: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts, one in two parts, and tokens behind them; a sequence outgrows its room."""
+    lengths = [4, 14, 9]
+    monkeypatch.setattr(cache, "SMALLEST", 16)
+
+    def replies(device: torch.device) -> list[Tensor]:
+        home = as_decoder(tiny_model(family, num_hidden_layers=2), device)
+        runner = Runner(home)
+        for seed, (key, shape) in enumerate(SHAPES.items()):
+            runner.attach(key, random_lora(home, seed, shape), frozen=True)
+        rows = [Running(row, key) for row, key in zip(make_rows(lengths), adapters, strict=True)]
+        runner.prefill(rows, [4, 6, 9])
+        found = [runner.prefill(rows[1:2])]
+        for token in (7, 11, 13):
             for row in rows:
                 row.tokens.append(token)
                 assert runner.extend(row)
-            told = [
-                (token, len(row.tokens) - 1, cache.place(slot), adapters.address(row.adapter))
-                for row, slot in zip(rows, slots, strict=True)
-                if slot is not None
-            ]
-            found = home.logits(graphs(told, adapters.most if any(keys) else 0))
-            torch.testing.assert_close(found.cpu(), runner.step(rows), atol=1e-3, rtol=1e-3)
+            found.append(runner.step(rows))
+        for row in rows:
+            runner.release(row)
+        runner.cache.check_idle()
+        return found
+
+    wanted = replies(torch.device("cpu"))
+    monkeypatch.setattr(Graphs, "fits", lambda *_: True)
+    for one, other in zip(replies(DEVICE), wanted, strict=True):
+        torch.testing.assert_close(one.cpu(), other, atol=1e-3, rtol=1e-3)
+
+
+def test_many_tokens_are_played_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "TOKENS", (2, 4, 8))
+    monkeypatch.setattr(Graphs, "fits", lambda *_: True)
+    home = as_decoder(tiny_model("llama"), DEVICE)
+    rows = make_rows([13, 3, 7])
+    alone = [Runner(home).prefill([Running(row, None)])[0] for row in rows]
+    together = Runner(home).prefill([Running(row, None) for row in rows])
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-4, rtol=1e-4)
+
+
+def _outputs(config: DecoderConfig, group: str) -> int:
+    return max(config.columns(name)[1] for name in GROUPS[group])

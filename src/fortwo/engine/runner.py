@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count
+from itertools import accumulate, count
 from typing import Protocol
 
 import torch
@@ -64,12 +64,12 @@ class Runner:
         tokens = None if bound is None else bound // Cache.bytes_per_token(decoder.config, dtype)
         self.cache = Cache(decoder.config, decoder.device, tokens, dtype)
         self._live: dict[str, Lora] = {}
+        self._graphs = Graphs(decoder, dtype) if Graphs.fits(decoder, dtype) else None
         self._banks: TabledAdapters | Banks = (
             TabledAdapters(decoder.dtype, decoder.device)
-            if on_gpu
+            if on_gpu or self._graphs is not None
             else Banks(decoder.config, decoder.device, self._one_kernel.laid)
         )
-        self._graphs = Graphs(decoder, dtype) if Graphs.fits(decoder, dtype) else None
         self._numbers = count(1)
         self._roots: dict[str | None, int] = {None: 0}  # whose keys and values may be kept for others
 
@@ -172,6 +172,11 @@ class Runner:
 
     def _computed(self, sequences: Sequence[Running], lengths: Sequence[int]) -> Iterator[Computed]:
         """The next tokens of each sequence, of some after the other."""
+        if self._graphs is not None:
+            ends = list(accumulate(lengths))
+            spans = [list(range(end - length, end)) for end, length in zip(ends, lengths, strict=True)]
+            yield list(range(len(sequences))), self._played(self._graphs, sequences, lengths), spans
+            return
         groups = prefill_groups(sequences, lengths, mixed=self._one_kernel.laid)
         if self._prompts.takes:
             yield self._prefill_at_once(sequences, lengths, groups)
@@ -291,17 +296,25 @@ class Runner:
         return self.decoder.logits(hidden_BD)
 
     def _step_at_once(self, sequences: Sequence[Running]) -> Tensor:
-        rows = [(one.tokens[-1], len(one.tokens) - 1, self.cache.place(_slot(one))) for one in sequences]
         if self._graphs is not None:
-            assert isinstance(self._banks, TabledAdapters)
-            owners = [self._banks.address(one.adapter) for one in sequences]
-            told = [(*row, owner) for row, owner in zip(rows, owners, strict=True)]
-            return self._graphs(told, self._banks.most if any(owners) else 0)
+            return self._played(self._graphs, sequences, [1] * len(sequences))
+        rows = [(one.tokens[-1], len(one.tokens) - 1, self.cache.place(_slot(one))) for one in sequences]
         updates = self._updates([sequence.adapter for sequence in sequences])
         few = len(rows) < WIDE or not self._prompts.takes
         if few and self._one_kernel.takes(len(rows)):
             return self._one_kernel(rows, updates)
         return self._prompts([Piece([token], position, [place]) for token, position, place in rows], updates)
+
+    def _played(self, graphs: Graphs, sequences: Sequence[Running], lengths: Sequence[int]) -> Tensor:
+        """Hidden states (T, D) of the next tokens of each sequence, one behind the other."""
+        assert isinstance(self._banks, TabledAdapters)
+        rows, adapted = [], False
+        for sequence, length in zip(sequences, lengths, strict=True):
+            begun, place = _slot(sequence).length, self.cache.place(_slot(sequence))
+            owner = self._banks.address(sequence.adapter)
+            adapted = adapted or owner != 0
+            rows += [(sequence.tokens[at], at, place, owner) for at in range(begun, begun + length)]
+        return graphs(rows, self._banks.most if adapted else 0)
 
     def _told(self, sequences: Sequence[Running], hidden_BD: Tensor) -> None:
         for row, sequence in enumerate(sequences):

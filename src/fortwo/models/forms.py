@@ -222,9 +222,9 @@ def trained_on(weight_OI: Frozen, regions: Regions, dtype: torch.dtype = torch.b
     held already are not copied."""
     if (form := _nf4_alone(weight_OI)) is not None:
         return Dequantised(form, dtype)
-    if dtype != torch.bfloat16 or not kernels.multiplies_tiles():
-        return dense(weight_OI, dtype)
     tiles = _tiles(weight_OI)
+    if not _becomes_tiles(weight_OI, dtype):
+        return dense(weight_OI, dtype)
     return Tiles.of(dense(weight_OI, dtype), regions) if tiles is None else tiles
 
 
@@ -233,11 +233,19 @@ def bytes_to_train(weight_OI: Frozen, dtype: torch.dtype) -> int:
     size = math.prod(weight_OI.shape) * dtype.itemsize
     if _nf4_alone(weight_OI) is not None:
         return 0
-    if dtype == torch.bfloat16 and kernels.multiplies_tiles():
+    if _becomes_tiles(weight_OI, dtype):
         return 0 if _tiles(weight_OI) is not None else size
     held = weight_OI.forms.values() if isinstance(weight_OI, Weight) else [weight_OI]
     tensors = (form.weight_OI if isinstance(form, Dense) else form for form in held)
     return 0 if any(isinstance(one, Tensor) and one.dtype == dtype for one in tensors) else size
+
+
+def _becomes_tiles(weight_OI: Frozen, dtype: torch.dtype) -> bool:
+    """Whether products in `dtype` take this weight as tiles: on a processor that has them, and there alone."""
+    held = weight_OI.forms.values() if isinstance(weight_OI, Weight) else [weight_OI]
+    tensors = (one.weight_OI if isinstance(one, Dense) else one.codes if isinstance(one, Nf4) else one for one in held)
+    on_gpu = any(isinstance(one, Tensor) and one.is_cuda for one in tensors)
+    return dtype == torch.bfloat16 and not on_gpu and kernels.multiplies_tiles()
 
 
 def _nf4_alone(weight_OI: Frozen) -> Nf4 | None:

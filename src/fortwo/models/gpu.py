@@ -101,21 +101,22 @@ _CALLS: dict[str, Callable[..., None]] = {
 }
 
 
-def decode_attention(rows: Tensor, qkv_BNE: Tensor, layer: int, kv_heads: int, kv: torch.dtype) -> Tensor:
-    """Attention (B, H, E) of one new token a row over keys and values that lie where `rows` (B, 6 or more) says: token,
-    position, address of keys, of values, numbers from layer to layer and from head to head. Those of the new token are
-    written there. kv: their type."""
-    B, N, E = qkv_BNE.shape
-    H = N - 2 * kv_heads
-    out_BHE = torch.empty(B, H, E, dtype=qkv_BNE.dtype, device=qkv_BNE.device)
+def attention(rows: Tensor, qkv_TNE: Tensor, layer: int, kv_heads: int, kv: torch.dtype) -> Tensor:
+    """Attention (T, H, E) of tokens over keys and values that lie where `rows` (T, 6 or more) says: token, position,
+    address of keys, of values, numbers from layer to layer and from head to head. Those of the tokens are written there
+    first, so that a token sees the ones before it whether they are among these or not. kv: their type."""
+    T, N, E = qkv_TNE.shape
+    H, half = N - 2 * kv_heads, kv == torch.bfloat16
+    out_THE = torch.empty(T, H, E, dtype=qkv_TNE.dtype, device=qkv_TNE.device)
+    sizes = rows.stride(0), H, kv_heads, E
+    _kernels().keep[T, kv_heads](rows, qkv_TNE, layer, *sizes, half, num_warps=1)
     group = max(16, _power(H // kv_heads))
-    sizes = rows.stride(0), H, kv_heads, E, group, 64, kv == torch.bfloat16
-    _kernels().decode_attention[B, kv_heads](rows, qkv_BNE, out_BHE, layer, E**-0.5, *sizes, num_warps=4)
-    return out_BHE
+    _kernels().attend[T, kv_heads](rows, qkv_TNE, out_THE, layer, E**-0.5, *sizes, group, 64, half, num_warps=4)
+    return out_THE
 
 
 def attends(head_size: int, kv: torch.dtype) -> bool:
-    """Whether `decode_attention` takes heads of this size."""
+    """Whether `attention` takes heads of this size."""
     return head_size >= 16 and head_size == _power(head_size) and kv in _TYPES
 
 

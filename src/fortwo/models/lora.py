@@ -179,9 +179,9 @@ class Segment:
 
     def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
         update, rows = self.lora.layers[layer][group], self.rows
-        h_TR = product(x_TI[rows], update.A_RI)
+        h_TR = product(x_TI[rows], update.A_RI.to(x_TI.dtype))
         for place, B_Or in zip(update.places, update.Bs, strict=True):
-            h_Tr = h_TR[:, place.rows]
+            h_Tr, B_Or = h_TR[:, place.rows], B_Or.to(x_TI.dtype)
             if isinstance(rows, slice):
                 y_TO[rows, place.columns].addmm_(h_Tr, B_Or.t(), alpha=place.scale)
             else:

@@ -27,17 +27,14 @@ class Tabled:
 
     lora: Lora
     table: Tensor
+    most: int  # ranks of the fused product that has the most
 
     @classmethod
     def of(cls, lora: Lora, dtype: torch.dtype, device: torch.device) -> Tabled:
         layers = [{name: _copy(group, dtype, device) for name, group in groups.items()} for groups in lora.layers]
         entries = [_entry(groups.get(name)) for groups in layers for name in GROUPS]
-        return cls(Lora(replace(lora.config, dropout=0.0), layers), torch.tensor(entries, device=device))
-
-    @property
-    def most(self) -> int:
-        """Ranks of the fused product that has the most."""
-        return max(len(group.A_RI) for groups in self.lora.layers for group in groups.values())
+        most = max(ranks for _, ranks, *_ in entries)
+        return cls(Lora(replace(lora.config, dropout=0.0), layers), torch.tensor(entries, device=device), most)
 
 
 def _copy(group: LoraGroup, dtype: torch.dtype, device: torch.device) -> LoraGroup:

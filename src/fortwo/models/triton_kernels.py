@@ -1,4 +1,4 @@
-"""Kernels for GPUs in Triton: what `functions` has formulas for, one token's attention, and adapters of many rows.
+"""Kernels for GPUs in Triton: what `functions` has formulas for, attention over the cache, and adapters of many rows.
 
 What they take is what kernels.c takes under the same names, but for the order. One program has a row of the batch, or
 a part of it; what it keeps is in registers, in fp32. Shape suffixes as in `decoder`.
@@ -86,34 +86,46 @@ def swiglu_backward(gate_up, grad, out, I, BLOCK: tl.constexpr):  # noqa: E741
 
 
 @triton.jit
-def decode_attention(
+def keep(
+    rows, qkv, layer, STEP: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, HALF_KV: tl.constexpr
+):
+    """Write the key and value of a token's head to where the row says: token, position, address of keys, of values,
+    numbers from layer to layer, from head to head."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    told = rows + row * STEP
+    kind = tl.bfloat16 if HALF_KV else tl.float32
+    e = tl.arange(0, E)
+    to = layer * tl.load(told + 4) + head * tl.load(told + 5) + tl.load(told + 1) * E + e
+    own = qkv + (row * (H + 2 * K) + H + head) * E + e
+    tl.store(tl.load(told + 2).to(tl.pointer_type(kind)) + to, tl.load(own).to(kind))
+    tl.store(tl.load(told + 3).to(tl.pointer_type(kind)) + to, tl.load(own + K * E).to(kind))
+
+
+@triton.jit
+def attend(
     rows, qkv, out, layer, scale, STEP: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, HALF_KV: tl.constexpr,
 ):  # fmt: skip
-    """One new token of a row, one key/value head: writes its key and value, and attends over all that came before
-    (Dao et al. 2022, arXiv:2205.14135: the sum goes along, rescaled by the highest score so far)."""
+    """Attention of a token's query heads that share a key/value head, over all up to its own position (Dao et al. 2022,
+    arXiv:2205.14135: the sum goes along, rescaled by the highest score so far)."""
     PRECISION: tl.constexpr = "tf32" if HALF_KV else "ieee"  # tf32 has all of a bf16 number
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    told = rows + row * STEP  # token, position, where keys and values are, from layer to layer, from head to head
-    position = tl.load(told + 1)
+    told = rows + row * STEP
     kind = tl.bfloat16 if HALF_KV else tl.float32
     start = layer * tl.load(told + 4) + head * tl.load(told + 5)
     k = tl.load(told + 2).to(tl.pointer_type(kind)) + start
     v = tl.load(told + 3).to(tl.pointer_type(kind)) + start
     e, g = tl.arange(0, E), tl.arange(0, GROUP)
-    own = qkv + row * (H + 2 * K) * E
-    new_k, new_v = tl.load(own + (H + head) * E + e).to(kind), tl.load(own + (H + K + head) * E + e).to(kind)
-    tl.store(k + position * E + e, new_k)
-    tl.store(v + position * E + e, new_v)
     heads = g[:, None] < H // K
-    q = tl.load(own + (head * (H // K) + g[:, None]) * E + e[None, :], mask=heads, other=0.0)
-    q = q.to(tl.float32) * scale
-    highest = tl.sum(q * new_k.to(tl.float32)[None, :], 1)
-    total = tl.full([GROUP], 1.0, tl.float32)
-    mixed = tl.zeros([GROUP, E], tl.float32) + new_v.to(tl.float32)[None, :]
-    for first in range(0, position, BLOCK):
+    own = (head * (H // K) + g[:, None]) * E + e[None, :]
+    q = tl.load(qkv + row * (H + 2 * K) * E + own, mask=heads, other=0.0).to(tl.float32) * scale
+    highest = tl.full([GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    mixed = tl.zeros([GROUP, E], tl.float32)
+    length = tl.load(told + 1) + 1
+    for first in range(0, length, BLOCK):
         s = first + tl.arange(0, BLOCK)
-        seen = s < position
+        seen = s < length
         some_k = tl.load(k + s[:, None] * E + e[None, :], mask=seen[:, None], other=0.0).to(tl.float32)
         some_v = tl.load(v + s[:, None] * E + e[None, :], mask=seen[:, None], other=0.0).to(tl.float32)
         scores = tl.dot(q, tl.trans(some_k), input_precision=PRECISION)
@@ -122,8 +134,7 @@ def decode_attention(
         weights, shrunk = tl.exp(scores - higher[:, None]), tl.exp(highest - higher)
         mixed = mixed * shrunk[:, None] + tl.dot(weights, some_v, input_precision=PRECISION)
         total, highest = total * shrunk + tl.sum(weights, 1), higher
-    at = out + (row * H + head * (H // K) + g[:, None]) * E + e[None, :]
-    tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=heads)
+    tl.store(out + row * H * E + own, (mixed / total[:, None]).to(out.dtype.element_ty), mask=heads)
 
 
 @triton.jit
