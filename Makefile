@@ -8,6 +8,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := .venv-bench/.installed
 VLLM := .venv-vllm/.installed
 LLAMA := .venv-llama/.installed
+TRITON := $(VENV)/.triton
 FACTS ?= examples/facts_dev.json
 
 .PHONY: help install demo stop serve test check bench bench-train bench-qlora bench-learn bench-serve \
@@ -34,8 +35,12 @@ stop: ## stop the server that `make demo` left running
 serve: $(INSTALLED) ## run the server in the foreground
 	@$(BIN)/fortwo serve
 
-test: $(INSTALLED) ## run all tests, those on the real model included
+test: $(INSTALLED) $(TRITON) ## run all tests, those on the real model included
 	$(BIN)/python -m pytest
+
+$(TRITON): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]'
+	@touch $@
 
 check: $(INSTALLED) ## format, lint, types, layers
 	$(BIN)/ruff format --check .

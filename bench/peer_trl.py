@@ -50,7 +50,10 @@ def base(directory: Path, precision: str) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.bfloat16, quantization_config=quantised, device_map="auto" if torch.cuda.is_available() else "cpu"
+        directory,
+        dtype=torch.bfloat16,
+        quantization_config=quantised,
+        device_map="auto" if torch.cuda.is_available() else "cpu",
     )
 
 

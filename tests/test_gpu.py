@@ -10,23 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from fortwo.engine import cache
+from fortwo.engine.runner import Runner
+from fortwo.engine.scheduler import Sequence as Running
+from fortwo.models import gpu, graphs
+from fortwo.models.decoder import DecoderConfig
+from fortwo.models.forms import Regions
+from fortwo.models.functions import decode_attention
+from fortwo.models.graphs import Graphs
+from fortwo.models.lora_config import GROUPS, LoraConfig
+from fortwo.models.nf4 import Nf4, plain
+from fortwo.models.tabled import OwnRows, TabledAdapters
+from tests.parts import as_decoder, make_rows, random_lora
+from tests.tiny import tiny_model
+
 pytest.importorskip("triton", reason="Triton is not installed")
-
-from fortwo.engine import cache  # noqa: E402
-from fortwo.engine.runner import Runner  # noqa: E402
-from fortwo.engine.scheduler import Sequence as Running  # noqa: E402
-from fortwo.models import gpu, graphs  # noqa: E402
-from fortwo.models.decoder import DecoderConfig  # noqa: E402
-from fortwo.models.functions import decode_attention  # noqa: E402
-from fortwo.models.graphs import Graphs  # noqa: E402
-from fortwo.models.lora_config import GROUPS, LoraConfig  # noqa: E402
-from fortwo.models.nf4 import Nf4, plain  # noqa: E402
-from fortwo.models.forms import Regions  # noqa: E402
-from fortwo.models.tabled import OwnRows, TabledAdapters  # noqa: E402
-from tests.parts import as_decoder, make_rows, random_lora  # noqa: E402
-from tests.tiny import tiny_model  # noqa: E402
-
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TYPES = [torch.float32, torch.bfloat16]
 SHAPES = {
     "all": LoraConfig(r=4, alpha=12),

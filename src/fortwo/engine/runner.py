@@ -73,6 +73,11 @@ class Runner:
         self._numbers = count(1)
         self._roots: dict[str | None, int] = {None: 0}  # whose keys and values may be kept for others
 
+    def warm(self) -> None:
+        """Do what the first request would have to wait for."""
+        if self._graphs is not None:
+            self._graphs.warm()
+
     # ------------------------------------------------------------ adapters
 
     def attach(self, key: str, lora: Lora, *, frozen: bool = False) -> None:

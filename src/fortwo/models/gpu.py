@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fortwo.models import triton_kernels
-
 _TYPES = (torch.float32, torch.bfloat16)
+ENTRY = 17  # numbers of a fused product in an adapter's table: A's address, its ranks; three times: B's address, its
+# ranks, the first of them in A, first column and the one behind the last
 _BLOCK = 1024  # outputs of a program where rows are long
 
 
@@ -39,11 +38,11 @@ def call(kernel: str, element: torch.dtype | None, *arguments: Any) -> None:
 
 
 @cache
-def _kernels() -> type[triton_kernels]:
+def _kernels() -> Any:
     """Loaded when they are needed: Triton takes its time."""
     from fortwo.models import triton_kernels
 
-    return triton_kernels  # type: ignore[return-value]
+    return triton_kernels
 
 
 def _power(size: int) -> int:
@@ -57,14 +56,32 @@ def _warps(size: int) -> int:
 
 
 def _add_norm(
-    T: int, D: int, x: Tensor, y: Tensor | None, weight: Tensor, eps: float, total: Tensor, normed: Tensor, scale: Tensor
+    T: int,
+    D: int,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    total: Tensor,
+    normed: Tensor,
+    scale: Tensor,
 ) -> None:
     wide = _power(D)
-    _kernels().add_norm[T,](x, y, weight, total, normed, scale, D, eps, y is not None, True, wide, num_warps=_warps(wide))
+    _kernels().add_norm[T,](
+        x, y, weight, total, normed, scale, D, eps, y is not None, True, wide, num_warps=_warps(wide)
+    )
 
 
 def _add_norm_backward(
-    T: int, D: int, total: Tensor, scale: Tensor, weight: Tensor, grad: Tensor, along: Tensor, x: Tensor, y: Tensor | None
+    T: int,
+    D: int,
+    total: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    along: Tensor,
+    x: Tensor,
+    y: Tensor | None,
 ) -> None:
     wide = _power(D)
     told = total, scale, weight, grad, along, x, y, D, y is not None, wide
@@ -76,11 +93,11 @@ def _rotate(T: int, N: int, turned: int, E: int, x: Tensor, cos: Tensor, sin: Te
     _kernels().rotate[T,](x, cos, sin, y, N, turned, sign, E, heads, half, num_warps=_warps(heads * half))
 
 
-def _swiglu(T: int, I: int, gate_up: Tensor, y: Tensor) -> None:  # noqa: E741
+def _swiglu(T: int, I: int, gate_up: Tensor, y: Tensor) -> None:
     _kernels().swiglu[T, -(-I // _BLOCK)](gate_up, y, I, _BLOCK, num_warps=4)
 
 
-def _swiglu_backward(T: int, I: int, gate_up: Tensor, grad: Tensor, out: Tensor) -> None:  # noqa: E741
+def _swiglu_backward(T: int, I: int, gate_up: Tensor, grad: Tensor, out: Tensor) -> None:
     _kernels().swiglu_backward[T, -(-I // _BLOCK)](gate_up, grad, out, I, _BLOCK, num_warps=4)
 
 
@@ -124,10 +141,10 @@ def add_own(owners: Tensor, x_BI: Tensor, y_BO: Tensor, place: int, most: int) -
     """Add to each row of y what its own adapter changes. owners (B,): the address of the adapter's table (see `tabled`),
     0 for none, in steps of any size; place: of the fused product in it; most: ranks of the adapter that has the most."""
     kernels = _kernels()
-    (B, I), O = x_BI.shape, y_BO.shape[1]  # noqa: E741
+    (B, I), O = x_BI.shape, y_BO.shape[1]
     half = x_BI.dtype == torch.bfloat16
     wide = -(-most // 16) * 16
     h_BR = torch.empty(B, wide, dtype=torch.float32, device=x_BI.device)
-    told = owners.stride(0), half, kernels.ENTRY
+    told = owners.stride(0), half, ENTRY
     kernels.shrink[B, wide // 16](owners, x_BI, h_BR, place, I, wide, *told, 256, num_warps=4)
     kernels.expand[B, -(-O // 128)](owners, h_BR, y_BO, place, O, wide, *told, 128, num_warps=4)

@@ -38,10 +38,15 @@ class Graphs:
         """Whether the decoder's forward can be recorded here."""
         return decoder.device.type == "cuda" and gpu.present() and gpu.attends(decoder.config.head_size, kv)
 
+    def warm(self) -> None:
+        """Compile all kernels, which takes seconds the first time on a machine, and record the shortest forwards."""
+        for most in (0, 16) if self._records else ():
+            self._forward([self._padding()], most)
+
     def __call__(self, rows: Sequence[tuple[int, int, Sequence[int], int]], most: int) -> Tensor:
-        """Hidden states (T, D) after the final norm. rows: of each token itself, its position, the cache's `place` of its
-        sequence, and its adapter's address or 0; tokens of a sequence in order. most: ranks of the largest adapter, 0 if
-        no row has one."""
+        """Hidden states (T, D) after the final norm. rows: of each token itself, its position, the cache's `place` of
+        its sequence, and its adapter's address or 0; tokens of a sequence in order. most: ranks of the largest adapter,
+        0 if no row has one."""
         told = [(token, position, *place, owner) for token, position, place, owner in rows]
         parts = [told[first : first + TOKENS[-1]] for first in range(0, len(told), TOKENS[-1])]
         hidden = [self._forward(part, most).clone() for part in parts]

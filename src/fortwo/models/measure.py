@@ -49,11 +49,11 @@ def serving(
 ) -> Decoder:
     """The decoder as it is served under settings.weights. run: measures where nothing else computes.
 
-    auto: on a GPU that multiplies bf16, bf16. Else fp32 below SMALL parameters; from there on fp32 is kept, for training and as reference, unless another form that is
-    held has the same weights to the last bit; and the fastest forms beside it whose weights stay within ERROR of the
-    originals. What fp32 would take more than SHARE of the memory for is held in
-    bf16 alone, or NF4. Forms are made weight by weight as they are read. Raises InvalidRequest for a form that the
-    model or the machine cannot have.
+    auto: on a GPU that multiplies bf16, bf16; elsewhere fp32 below SMALL parameters. From there on fp32 is kept, for
+    training and as reference, unless another form that is held has the same weights to the last bit; and the fastest
+    forms beside it whose weights stay within ERROR of the originals. What fp32 would take more than SHARE of the memory
+    for is held in bf16 alone, or NF4. Forms are made weight by weight as they are read. Raises InvalidRequest for a
+    form that the model or the machine cannot have.
     """
     setting = alone(config, memory(device)) if settings.weights == "auto" else settings.weights
     if device.type != "cpu" and setting in (None, "bf16") and multiplies_bf16(device):

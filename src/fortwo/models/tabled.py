@@ -16,14 +16,12 @@ from fortwo.models import gpu
 from fortwo.models.lora import Lora, LoraGroup, Segment, Update
 from fortwo.models.lora_config import GROUPS
 
-ENTRY = 17  # numbers of a fused product: A's address, its ranks; three times: B's address, its ranks, the first of them
-# in A, first column and the one behind the last
 _PLACES = {group: place for place, group in enumerate(GROUPS)}
 
 
 @dataclass(frozen=True)
 class Tabled:
-    """One adapter. lora: a copy whose Bs hold the scale. table: an entry for each layer and fused product."""
+    """One adapter. lora: a copy whose Bs hold the scale. table: gpu.ENTRY numbers for each layer and fused product."""
 
     lora: Lora
     table: Tensor
@@ -48,11 +46,11 @@ def _copy(group: LoraGroup, dtype: torch.dtype, device: torch.device) -> LoraGro
 
 def _entry(group: LoraGroup | None) -> list[int]:
     if group is None:
-        return [0] * ENTRY
+        return [0] * gpu.ENTRY
     numbers = [group.A_RI.data_ptr(), len(group.A_RI)]
     for place, B_Or in zip(group.places, group.Bs, strict=True):
         numbers += [B_Or.data_ptr(), B_Or.shape[1], place.rows.start, place.columns.start, place.columns.stop]
-    return numbers + [0] * (ENTRY - len(numbers))
+    return numbers + [0] * (gpu.ENTRY - len(numbers))
 
 
 class OwnRows:

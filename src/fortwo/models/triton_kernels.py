@@ -9,8 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ENTRY = 17  # numbers of an adapter's entry for a fused product: see `Tabled`
-
 
 @triton.jit
 def add_norm(x, y, weight, total, normed, scale, D, eps, HAS_Y: tl.constexpr, SAVE: tl.constexpr, WIDE: tl.constexpr):
@@ -29,9 +27,7 @@ def add_norm(x, y, weight, total, normed, scale, D, eps, HAS_Y: tl.constexpr, SA
 
 
 @triton.jit
-def add_norm_backward(
-    total, scale, weight, grad, along, grad_x, grad_y, D, HAS_Y: tl.constexpr, WIDE: tl.constexpr
-):
+def add_norm_backward(total, scale, weight, grad, along, grad_x, grad_y, D, HAS_Y: tl.constexpr, WIDE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, WIDE)
     inside = d < D
@@ -62,7 +58,7 @@ def rotate(x, cos, sin, y, N, turned, sign, E: tl.constexpr, HEADS: tl.constexpr
 
 
 @triton.jit
-def swiglu(gate_up, y, I, BLOCK: tl.constexpr):  # noqa: E741
+def swiglu(gate_up, y, I, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < I
@@ -72,7 +68,7 @@ def swiglu(gate_up, y, I, BLOCK: tl.constexpr):  # noqa: E741
 
 
 @triton.jit
-def swiglu_backward(gate_up, grad, out, I, BLOCK: tl.constexpr):  # noqa: E741
+def swiglu_backward(gate_up, grad, out, I, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < I
