@@ -127,6 +127,42 @@ def same(one: Trained, two: Trained) -> bool:
 # ---------------------------------------------------------------- the run
 
 
+class Watched:
+    """The serving path; notes for each request to the adapter whether a step's memory is still held."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.detach = engine.detach
+        self._engine = engine
+        self.lora: Lora | None = None
+        self.held: list[bool] = []
+
+    def attach(self, base: str, key: str, lora: Lora) -> None:
+        self.lora = lora
+        self._engine.attach(base, key, lora)
+
+    def submit(self, prompt: Prompt) -> Any:
+        if prompt.adapter is not None and self.lora is not None:
+            self.held.append(self.lora.room is not None)
+        return self._engine.submit(prompt)
+
+
+@pytest.mark.parametrize("dataset", [ROWS, FACT])
+def test_a_steps_memory_is_not_held_while_the_adapter_answers(school: School, dataset: Dataset) -> None:
+    plan = school.plan(dataset)
+    serving = Watched(school.engine)
+
+    def hear(event: TrainEvent) -> None:
+        if isinstance(event, Stepped) and serving.lora is not None:
+            serving.lora.room = torch.zeros(1)  # as a kernel of all layers leaves it
+
+    if dataset is FACT:
+        plan = changed(plan, **SMALL, eval_every=2)
+    events = teach(school.base, school.base.renderer, dataset, plan, serving, "job")
+    school.engine.run_task(events, hear).result(120)
+    assert serving.held
+    assert not any(serving.held)
+
+
 def test_events_come_in_order_and_tell_the_run(school: School) -> None:
     plan = school.plan(max_steps=5, learning_rate=1e-2, lr_scheduler_type="linear", warmup_steps=2)
     trained, events = school.run(plan)

@@ -346,6 +346,23 @@ def test_checkpoints_of_other_weights_are_not_used(served: Served) -> None:
     assert [event["data"]["step"] for event in told if event["type"] == "step"].count(1) == 2
 
 
+def test_a_plan_without_a_setting_is_refused_and_its_checkpoints_stay(served: Served) -> None:
+    wanted = digest(served, "known", max_steps=200)
+    job_id, places = interrupted(served, "earlier")
+    plan = get(served, job_id)["plan"]
+    settings = [setting for setting in plan["settings"] if setting["name"] != "adam_beta1"]
+    served.house.jobs.update(job_id, plan=plan | {"settings": settings})
+    call(served, job_id, "resume")
+    job = served.wait(job_id)
+    assert (job["status"], job["error"]["code"], job["error"]["param"]) == ("failed", "conflict", "adam_beta1")
+    assert "adam_beta1" in job["error"]["message"]
+    assert "Train again" in job["error"]["hint"]
+    assert all(place.exists() for place in places)
+    served.house.jobs.update(job_id, plan=plan)
+    call(served, job_id, "resume")
+    assert served.wait(job_id)["adapter"]["digest"] == wanted
+
+
 def test_a_disk_that_refuses_checkpoints_does_not_end_the_run_but_cannot_pause_it(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "jobs").write_text("a file where the folder should be: every write in it is refused")
     with serve(tiny_settings(tmp_path, tiny)) as served:

@@ -9,6 +9,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fortwo.errors import Conflict
+
 Json = dict[str, Any]
 
 # ---------------------------------------------------------------- data (filled by data.formats)
@@ -141,10 +143,15 @@ class Plan:
     warnings: tuple[PlanWarning, ...] = ()
 
     def __getitem__(self, name: str) -> Any:
+        """Raises Conflict where the plan has no such setting."""
         for setting in self.settings:
             if setting.name == name:
                 return setting.value
-        raise KeyError(name)
+        raise Conflict(
+            f"The plan has no {name}: it was made by a version of fortwo that did not know this setting.",
+            param=name,
+            hint="Train again: a new job has a plan with it. Or resume the job with the version that planned it.",
+        )
 
     def get(self, name: str) -> Any:
         """None where the plan has no such setting."""

@@ -141,7 +141,7 @@ def teach(
             checkpoints.restore(run, resumed)
         actual = yield from _train(served, decoder, run, course, plan, key, saving)
         yield Phase("evaluating")
-        began = time.perf_counter()
+        began, lora.room = time.perf_counter(), None
         seen = course.final is course.exam and actual["best_step"] == actual["steps"]
         report = yield from course.final.report(served, key, lora, changed=not seen)
         escalations = told(run.rounds, run.best.metrics)
@@ -253,6 +253,7 @@ def _evaluated(
     """The exam and the validation behind this step, if they are due. Why the run stops here, None where it goes on."""
     stopped = None
     if course.exam is not None and _exam_is_due(run, course, plan):
+        run.lora.room = None  # replies want the memory
         found = yield from course.exam.examine(served, key, run.lora, EXAM_QUESTIONS)
         yield Evaluated(run.step, {name: metric.value for name, metric in found.items()})
         shares = {name: metric.value for name, metric in found.items()}

@@ -113,9 +113,10 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor | Tiles, target: Tensor, weights_N: Tensor) -> Tensor:
-        rows = max(1, HEAD_BYTES // (head_VD.dtype.itemsize * head_VD.shape[0]))
+        most = max(1, HEAD_BYTES // (head_VD.dtype.itemsize * head_VD.shape[0]))
         total, gradients = hidden_ND.new_zeros(()), []
-        parts = zip(hidden_ND.split(rows), target.split(rows), weights_N.split(rows), strict=True)
+        chunks = -(-len(hidden_ND) // most)
+        parts = zip(*(each.tensor_split(chunks) for each in (hidden_ND, target, weights_N)), strict=True)
         for chunk_ND, wanted, by_N in parts:
             logits_NV = product(chunk_ND.to(head_VD.dtype), head_VD)
             if wanted.dim() == 1:
