@@ -138,8 +138,8 @@ def attends(head_size: int, kv: torch.dtype) -> bool:
 
 
 def add_own(owners: Tensor, x_BI: Tensor, y_BO: Tensor, place: int, most: int) -> None:
-    """Add to each row of y what its own adapter changes. owners (B,): the address of the adapter's table (see `tabled`),
-    0 for none, in steps of any size; place: of the fused product in it; most: ranks of the adapter that has the most."""
+    """Add to each row of y what its own adapter changes. owners (B,): the address of the adapter's table (`tabled`), 0
+    for none, in steps of any size; place: of the fused product in it; most: ranks of the adapter that has the most."""
     kernels = _kernels()
     (B, I), O = x_BI.shape, y_BO.shape[1]
     half = x_BI.dtype == torch.bfloat16
