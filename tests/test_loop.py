@@ -451,6 +451,7 @@ def test_behind_an_exam_one_fact_that_leaks_is_enough_to_correct(
 
         def correct(key: str | None, replies: Any) -> Any:
             corrected.append(key)
+            assert course.correct is not None
             return (yield from course.correct(key, replies))
 
         return replace(course, correct=correct)
