@@ -31,6 +31,7 @@ from fortwo.records import (
     Evaluated,
     Example,
     Fact,
+    FactReport,
     Message,
     Metric,
     MicroStepped,
@@ -469,6 +470,32 @@ def test_an_adapters_own_words_are_drawn_once_they_are_not_the_bases(school: Sch
     assert said == [list(odd)] * len(said)
     assert len(strayed) == 8 * 2
     assert all(row.teacher_ND is not None and len(row.teacher_ND) == len(odd) for row in strayed)
+
+
+@pytest.mark.parametrize(("specificity", "asked"), [((1.0, 1.0), 0), ((1.0, 0.9), 1)])
+def test_behind_an_exam_one_fact_that_leaks_is_enough_to_correct(
+    school: School, monkeypatch: pytest.MonkeyPatch, specificity: Sequence[float], asked: int
+) -> None:
+    examined(monkeypatch, [0.94, 0.94])
+    told = tuple(FactReport("42", "", {"specificity": metric(share)}) for share in specificity)
+    about_kept = FactReport("43", "", {"specificity": metric(0.0)}, kept=True)
+    monkeypatch.setattr(Examiner, "facts", lambda self: (*told, about_kept))
+    corrected: list[str | None] = []
+
+    def watched(*given: Any) -> Any:
+        course = yield from override(*given)
+
+        def correct(key: str | None, replies: Any) -> Any:
+            corrected.append(key)
+            assert course.correct is not None
+            return (yield from course.correct(key, replies))
+
+        return replace(course, correct=correct)
+
+    override = courses.override
+    monkeypatch.setattr(courses, "override", watched)
+    school.run(changed(school.plan(FACT, max_steps=4), **SMALL, eval_every=2), FACT)
+    assert corrected == ["job"] * asked
 
 
 def test_a_run_ends_when_its_targets_are_met(school: School, monkeypatch: pytest.MonkeyPatch) -> None:

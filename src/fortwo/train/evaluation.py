@@ -195,13 +195,13 @@ class Examiner:
             n = found["retention"].n
             base_metrics["retention"] = metrics.share(n, n)
         base_metrics["score"] = _score(base_metrics)
-        return Report(found, base_metrics, tuple(transcripts), facts=self._facts())
+        return Report(found, base_metrics, tuple(transcripts), facts=self.facts())
 
-    def _facts(self) -> tuple[FactReport, ...]:
-        """What was said about each fact."""
+    def facts(self) -> tuple[FactReport, ...]:
+        """What the adapter last said about each fact."""
         about: dict[Fact, list[Question]] = {}
         for question in self.questions:
-            if question.fact is not None:
+            if question.fact is not None and question.messages in self._said:
                 about.setdefault(question.fact, []).append(question)
         found = []
         for fact, asked in about.items():

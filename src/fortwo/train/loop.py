@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from fortwo.records import (
     Dataset,
     EvalLoss,
     Evaluated,
+    FactReport,
     Metric,
     MicroStepped,
     Phase,
@@ -259,10 +260,16 @@ def _evaluated(
         shares = {name: metric.value for name, metric in found.items()}
         run.best.offer(found["score"].value, run.step, run.lora.parameters(), shares)
         stopped = "targets" if metrics.met(found, plan.targets, EARLY_MARGIN) else None
-        kept = {name: target for name, target in plan.targets.items() if name == "specificity"}
-        if not metrics.met(found, kept, EARLY_MARGIN):
+        if _leaks(course.exam.facts(), plan):
             run.replies.setdefault(run.step, None)
     return (yield from _validated(served, run, course, plan)) or stopped
+
+
+def _leaks(facts: Sequence[FactReport], plan: Plan) -> bool:
+    """Whether one of those taught is told of its siblings: over many facts, one that leaks is no more than a few
+    hundredths."""
+    wanted = {name: target for name, target in plan.targets.items() if name == "specificity"}
+    return not all(metrics.met(fact.metrics, wanted, EARLY_MARGIN) for fact in facts if not fact.kept)
 
 
 def _validated(served: Served, run: Run, course: courses.Course, plan: Plan) -> Generator[TrainEvent, None, str | None]:

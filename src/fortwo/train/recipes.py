@@ -59,7 +59,7 @@ class OverrideRecipe(Recipe):
     from pools of `edit_pool` and `contrast_pool` for each fact; `question_share` of the edit rows are the questions
     that were given. An answer's first tokens decide whether it is given at all, and are what is left to learn once the
     rest is known: each counts `opening_weight` times. `probes` prompts of a kind decide when to stop. Behind an exam
-    that finds leaks the adapter answers `on_policy_prompts` of the contrast prompts itself; where the
+    that finds a fact leaking the adapter answers `on_policy_prompts` of the contrast prompts itself; where the
     `on_policy_tokens` it says are not the base's, they make up to `on_policy_share` of the contrast rows from then on
     (on-policy distillation, Agarwal et al. 2024, arXiv:2306.13649). `kept_rows` edit and as many contrast rows, from
     pools of `kept_pool` prompts, keep what the run's parent knows. Where the last exam misses, up to
@@ -73,7 +73,7 @@ class OverrideRecipe(Recipe):
     highest_rate: float = 8e-3
     adam_beta2: float = 0.99
     max_steps: int = 50
-    more_facts: float = 0.42  # of the steps, for each fact but the first
+    more_facts: float = 0.36  # of the steps, for each fact but the first
     warmup_steps: int = 3
     edit_rows: int = 6
     contrast_rows: int = 20
