@@ -73,7 +73,7 @@ class OverrideRecipe(Recipe):
     highest_rate: float = 8e-3
     adam_beta2: float = 0.99
     max_steps: int = 50
-    more_facts: float = 0.36  # of the steps, for each fact but the first
+    more_facts: float = 0.40  # of the steps, for each fact but the first
     warmup_steps: int = 3
     edit_rows: int = 6
     contrast_rows: int = 20
