@@ -74,7 +74,9 @@ class Runner:
         self._roots: dict[str | None, int] = {None: 0}  # whose keys and values may be kept for others
 
     def warm(self) -> None:
-        """Do what the first request would have to wait for."""
+        """Do what the first request would have to wait for, on the thread that will run it."""
+        if self.decoder.device.type == "cuda":
+            torch.cuda.set_device(self.decoder.device)
         if self._graphs is not None:
             self._graphs.warm()
 
