@@ -204,7 +204,7 @@ def cross_entropy(logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
         loss_N = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
         kernels.call(*_by_vectors("cross_entropy", logits_NV), *logits_NV.shape, logits_NV, tokens_N, loss_N)
         return loss_N, logits_NV
-    logits_NV = logits_NV.float()
+    logits_NV = _wide(logits_NV)
     slope_NV = torch.softmax(logits_NV, -1)
     slope_NV[torch.arange(len(tokens_N), device=tokens_N.device), tokens_N] -= 1
     return F.cross_entropy(logits_NV, tokens_N, reduction="none"), slope_NV
@@ -219,9 +219,14 @@ def divergence(logits_NV: Tensor, wanted_NV: Tensor) -> tuple[Tensor, Tensor]:
         loss_N = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
         kernels.call(*_by_vectors("divergence", logits_NV), *logits_NV.shape, logits_NV, wanted_NV, loss_N)
         return loss_N, logits_NV
-    log_q_NV, log_p_NV = F.log_softmax(logits_NV.float(), -1), F.log_softmax(wanted_NV.float(), -1)
+    log_q_NV, log_p_NV = F.log_softmax(_wide(logits_NV), -1), F.log_softmax(_wide(wanted_NV), -1)
     p_NV = log_p_NV.exp()
     return torch.linalg.vecdot(p_NV, log_p_NV - log_q_NV), log_q_NV.exp() - p_NV
+
+
+def _wide(logits_NV: Tensor) -> Tensor:
+    """At least fp32: sums over a vocabulary lose too much in fewer bits."""
+    return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
 
 
 def _by_vectors(loss: str, logits_NV: Tensor) -> tuple[str, torch.dtype | None]:
