@@ -175,6 +175,7 @@ class Engine:
         def add() -> None:
             if id in self._bases:
                 raise Conflict(f"base model {id!r} is already served", param="model")
+            runner.warm()
             self._bases[id] = _Base(id, runner, speech)
 
         self.call(add).result()

@@ -188,7 +188,6 @@ class Residents:
                     lambda measure: self._engine.call(measure).result(),
                 )
                 runner = Runner(decoder, self._cache_bytes)
-                self._engine.call(runner.warm).result()
                 resident = Resident(id, card.digest, decoder, Renderer(directory), decoder.bytes, runner)
                 self._engine.add_base(id, resident.runner, resident.renderer)
                 heap.give_back()

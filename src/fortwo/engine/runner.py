@@ -320,7 +320,7 @@ class Runner:
             begun, place = _slot(sequence).length, self.cache.place(_slot(sequence))
             owner = self._banks.address(sequence.adapter)
             adapted = adapted or owner != 0
-            rows += [(sequence.tokens[at], at, place, owner) for at in range(begun, begun + length)]
+            rows += [(sequence.tokens[at], at, *place, owner) for at in range(begun, begun + length)]
         return graphs(rows, self._banks.most if adapted else 0)
 
     def _told(self, sequences: Sequence[Running], hidden_BD: Tensor) -> None:

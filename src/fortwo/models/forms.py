@@ -235,16 +235,16 @@ def bytes_to_train(weight_OI: Frozen, dtype: torch.dtype) -> int:
         return 0
     if _becomes_tiles(weight_OI, dtype):
         return 0 if _tiles(weight_OI) is not None else size
-    held = weight_OI.forms.values() if isinstance(weight_OI, Weight) else [weight_OI]
-    tensors = (form.weight_OI if isinstance(form, Dense) else form for form in held)
-    return 0 if any(isinstance(one, Tensor) and one.dtype == dtype for one in tensors) else size
+    return 0 if any(isinstance(one, Tensor) and one.dtype == dtype for one in _held(weight_OI)) else size
 
 
 def _becomes_tiles(weight_OI: Frozen, dtype: torch.dtype) -> bool:
     """Whether products in `dtype` take this weight as tiles: on a processor that has them, and there alone."""
-    held = weight_OI.forms.values() if isinstance(weight_OI, Weight) else [weight_OI]
-    tensors = (one.weight_OI if isinstance(one, Dense) else one.codes if isinstance(one, Nf4) else one for one in held)
-    on_gpu = any(isinstance(one, Tensor) and one.is_cuda for one in tensors)
+    on_gpu = any(
+        (one.codes if isinstance(one, Nf4) else one).is_cuda
+        for one in _held(weight_OI)
+        if isinstance(one, Tensor | Nf4)
+    )
     return dtype == torch.bfloat16 and not on_gpu and kernels.multiplies_tiles()
 
 
@@ -256,8 +256,13 @@ def _nf4_alone(weight_OI: Frozen) -> Nf4 | None:
 
 
 def _tiles(weight_OI: Frozen) -> Tiles | None:
-    held = weight_OI.forms.values() if isinstance(weight_OI, Weight) else [weight_OI]
-    return next((one for one in held if isinstance(one, Tiles)), None)
+    return next((one for one in _held(weight_OI) if isinstance(one, Tiles)), None)
+
+
+def _held(weight_OI: Frozen) -> list[Tensor | Form]:
+    """What holds the weight: its forms, of which a dense one is its tensor."""
+    held = list(weight_OI.forms.values()) if isinstance(weight_OI, Weight) else [weight_OI]
+    return [one.weight_OI if isinstance(one, Dense) else one for one in held]
 
 
 def quantised(name: str, weight_OI: Tensor, regions: Regions) -> Form:

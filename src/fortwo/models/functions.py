@@ -16,22 +16,12 @@ from torch import Tensor
 from fortwo.models import gpu, kernels
 
 
-def _fused(*tensors: Tensor) -> bool:
-    """Whether there are kernels for these tensors, in C or for the GPU."""
-    return kernels.usable(*tensors) or gpu.usable(*tensors)
-
-
-def _call(kernel: str, on: Tensor, *arguments: Tensor | float | int | None) -> None:
-    """Run the kernel for numbers like `on`, where `on` is."""
-    (gpu if on.is_cuda else kernels).call(kernel, on.dtype, *arguments)
-
-
 def add_norm(
     x_TD: Tensor, y_TD: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """s = x + y (y None: s = x), and s / sqrt(mean(s^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019,
     arXiv:1910.07467) as `dtype`, which is y's too."""
-    if x_TD.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16) and _fused(x_TD, weight_D):
+    if x_TD.dtype == torch.float32 and dtype in (torch.float32, torch.bfloat16) and gpu.fused(x_TD, weight_D):
         if not torch.is_grad_enabled():
             return _added(x_TD.contiguous(), y_TD, weight_D, eps, dtype)[:2]
         found: tuple[Tensor, Tensor] = _AddNorm.apply(x_TD, y_TD, weight_D, eps, dtype)  # type: ignore[no-untyped-call]
@@ -65,7 +55,7 @@ class _AddNorm(torch.autograd.Function):
         grad_y_TD = torch.empty_like(grad_TD) if ctx.added else None
         grad_TD, along_TD = grad_TD.contiguous(), along_TD.contiguous()
         arguments = (sum_TD, scale_T, weight_D, grad_TD, along_TD, grad_x_TD, grad_y_TD)
-        _call("add_norm_backward", grad_TD, *sum_TD.shape, *arguments)
+        gpu.run("add_norm_backward", grad_TD, *sum_TD.shape, *arguments)
         return grad_x_TD, grad_y_TD, None, None, None
 
 
@@ -95,7 +85,7 @@ def _added(
     sum_TD = x_TD if y_TD is None else torch.empty_like(x_TD)
     scale_T, normed_TD = x_TD.new_empty(len(x_TD)), torch.empty_like(x_TD, dtype=dtype)
     y_TD = None if y_TD is None else y_TD.contiguous()
-    _call("add_norm", normed_TD, *x_TD.shape, x_TD, y_TD, weight_D, float(eps), sum_TD, normed_TD, scale_T)
+    gpu.run("add_norm", normed_TD, *x_TD.shape, x_TD, y_TD, weight_D, float(eps), sum_TD, normed_TD, scale_T)
     return sum_TD, normed_TD, scale_T
 
 
@@ -105,7 +95,7 @@ def rotate(x_TNE: Tensor, turned: int, cos_TE: Tensor, sin_TE: Tensor) -> Tensor
 
     cos and sin (T, E) hold each angle in both halves.
     """
-    if _fused(x_TNE, cos_TE):
+    if gpu.fused(x_TNE, cos_TE):
         if not torch.is_grad_enabled():
             return _turned(x_TNE, turned, cos_TE, sin_TE, 1.0)
         y: Tensor = _Rotate.apply(x_TNE, turned, cos_TE, sin_TE)  # type: ignore[no-untyped-call]
@@ -133,13 +123,13 @@ def _turned(x_TNE: Tensor, turned: int, cos_TE: Tensor, sin_TE: Tensor, sign: fl
     x_TNE = x_TNE.contiguous()
     y_TNE = torch.empty_like(x_TNE)
     T, N, E = x_TNE.shape
-    _call("rotate", x_TNE, T, N, turned, E, x_TNE, cos_TE, sin_TE, sign, y_TNE)
+    gpu.run("rotate", x_TNE, T, N, turned, E, x_TNE, cos_TE, sin_TE, sign, y_TNE)
     return y_TNE
 
 
 def swiglu(gate_up_T2I: Tensor) -> Tensor:
     """silu(gate) * up, of gate and up side by side (Shazeer 2020, arXiv:2002.05202)."""
-    if _fused(gate_up_T2I):
+    if gpu.fused(gate_up_T2I):
         if not torch.is_grad_enabled():
             return _gated(gate_up_T2I.contiguous())
         y: Tensor = _SwiGlu.apply(gate_up_T2I)  # type: ignore[no-untyped-call]
@@ -151,7 +141,7 @@ def swiglu(gate_up_T2I: Tensor) -> Tensor:
 def _gated(gate_up_T2I: Tensor) -> Tensor:
     T, I = gate_up_T2I.shape[0], gate_up_T2I.shape[1] // 2  # noqa: E741
     y_TI = gate_up_T2I.new_empty(T, I)
-    _call("swiglu", y_TI, T, I, gate_up_T2I, y_TI)
+    gpu.run("swiglu", y_TI, T, I, gate_up_T2I, y_TI)
     return y_TI
 
 
@@ -166,7 +156,7 @@ class _SwiGlu(torch.autograd.Function):
     def backward(ctx: Any, grad_TI: Tensor) -> Tensor:
         (gate_up_T2I,) = ctx.saved_tensors
         grad_T2I = torch.empty_like(gate_up_T2I)
-        _call("swiglu_backward", grad_TI, *grad_TI.shape, gate_up_T2I, grad_TI.contiguous(), grad_T2I)
+        gpu.run("swiglu_backward", grad_TI, *grad_TI.shape, gate_up_T2I, grad_TI.contiguous(), grad_T2I)
         return grad_T2I
 
 

@@ -1,7 +1,7 @@
 """Kernels for GPUs, called as `kernels` calls those in C: by their name, with the same arguments.
 
 They are written in Triton, which comes with torch for CUDA. Where it is not, `usable` says so and `functions` computes
-the same with torch.
+the same with torch. `fused` and `run` are for either kind, wherever the tensors are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fortwo.models import kernels
 
 _TYPES = (torch.float32, torch.bfloat16)
 ENTRY = 17  # numbers of a fused product in an adapter's table: A's address, its ranks; three times: B's address, its
@@ -29,6 +31,16 @@ def usable(*tensors: Tensor) -> bool:
 def present() -> bool:
     """Whether Triton is installed."""
     return find_spec("triton") is not None
+
+
+def fused(*tensors: Tensor) -> bool:
+    """Whether there are kernels for these tensors where they are: in C on the CPU, in Triton on a GPU."""
+    return kernels.usable(*tensors) or usable(*tensors)
+
+
+def run(kernel: str, on: Tensor, *arguments: Tensor | float | int | None) -> None:
+    """Run the kernel for numbers like `on`, where `on` is."""
+    (call if on.is_cuda else kernels.call)(kernel, on.dtype, *arguments)
 
 
 def call(kernel: str, element: torch.dtype | None, *arguments: Any) -> None:
@@ -67,9 +79,7 @@ def _add_norm(
     scale: Tensor,
 ) -> None:
     wide = _power(D)
-    _kernels().add_norm[T,](
-        x, y, weight, total, normed, scale, D, eps, y is not None, True, wide, num_warps=_warps(wide)
-    )
+    _kernels().add_norm[T,](x, y, weight, total, normed, scale, D, eps, y is not None, wide, num_warps=_warps(wide))
 
 
 def _add_norm_backward(
@@ -140,11 +150,11 @@ def attends(head_size: int, kv: torch.dtype) -> bool:
 def add_own(owners: Tensor, x_BI: Tensor, y_BO: Tensor, place: int, most: int) -> None:
     """Add to each row of y what its own adapter changes. owners (B,): the address of the adapter's table (`tabled`), 0
     for none, in steps of any size; place: of the fused product in it; most: ranks of the adapter that has the most."""
-    kernels = _kernels()
+    own = _kernels()
     (B, I), O = x_BI.shape, y_BO.shape[1]
     half = x_BI.dtype == torch.bfloat16
     wide = -(-most // 16) * 16
     h_BR = torch.empty(B, wide, dtype=torch.float32, device=x_BI.device)
     told = owners.stride(0), half, ENTRY
-    kernels.shrink[B, wide // 16](owners, x_BI, h_BR, place, I, wide, *told, 256, num_warps=4)
-    kernels.expand[B, -(-O // 128)](owners, h_BR, y_BO, place, O, wide, *told, 128, num_warps=4)
+    own.shrink[B, wide // 16](owners, x_BI, h_BR, place, I, wide, *told, 256, num_warps=4)
+    own.expand[B, -(-O // 128)](owners, h_BR, y_BO, place, O, wide, *told, 128, num_warps=4)

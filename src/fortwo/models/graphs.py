@@ -43,19 +43,18 @@ class Graphs:
         for most in (0, 16) if self._records else ():
             self._forward([self._padding()], most)
 
-    def __call__(self, rows: Sequence[tuple[int, int, Sequence[int], int]], most: int) -> Tensor:
-        """Hidden states (T, D) after the final norm. rows: of each token itself, its position, the cache's `place` of
-        its sequence, and its adapter's address or 0; tokens of a sequence in order. most: ranks of the largest adapter,
-        0 if no row has one."""
-        told = [(token, position, *place, owner) for token, position, place, owner in rows]
+    def __call__(self, told: Sequence[Sequence[int]], most: int) -> Tensor:
+        """Hidden states (T, D) after the final norm. told: of each token itself, its position, the cache's `place` of
+        its sequence (4), and its adapter's address or 0; tokens of a sequence in order. most: ranks of the largest
+        adapter, 0 if no row has one."""
         parts = [told[first : first + TOKENS[-1]] for first in range(0, len(told), TOKENS[-1])]
         hidden = [self._forward(part, most).clone() for part in parts]
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
-    def _forward(self, told: list[tuple[int, ...]], most: int) -> Tensor:
+    def _forward(self, told: Sequence[Sequence[int]], most: int) -> Tensor:
         """At most as many tokens as the largest graph has; until the next call."""
         T = next(size for size in TOKENS if size >= len(told))
-        self._told_T7[:T].copy_(torch.tensor(told + [self._padding()] * (T - len(told))))
+        self._told_T7[:T].copy_(torch.tensor([*told, *[self._padding()] * (T - len(told))]))
         key = T, -(-most // 16) * 16
         if key not in self._forwards:
             self._forwards[key] = self._recorded(*key)

@@ -64,7 +64,7 @@ def serving(
         return Decoder(config, weights, device)
     fused = Fused(config, weights, device)
     first = [fused.weight(0, group) for group in GROUPS]  # the head is as wide as one of them
-    names = [name for name in _quick(device) if fits(name, first)]
+    names = [name for name in _quick() if fits(name, first)]
     names = worthwhile({name: error(name, fused) for name in names}, _bytes(config, names), ERROR)
     if names == ["fp32"]:
         return Decoder(config, weights, device)
@@ -117,9 +117,9 @@ def _checked(id: str, name: str) -> Hold:
     return held
 
 
-def _quick(device: torch.device) -> list[str]:
-    """Forms that may be faster than fp32 there; NF4 is for want of memory and never is."""
-    return ["fp32", *(["bf16"] if multiplies_bf16(device) else []), "int8", "int4"]
+def _quick() -> list[str]:
+    """Forms that may be faster than fp32 on this processor; NF4 is for want of memory and never is."""
+    return ["fp32", *(["bf16"] if multiplies_bf16(torch.device("cpu")) else []), "int8", "int4"]
 
 
 def error(name: str, fused: Fused) -> float:

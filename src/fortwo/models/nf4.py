@@ -105,9 +105,8 @@ class Nf4:
         I = self.shape[1]  # noqa: E741
         begin, blocks, device = first * I // BLOCK, (last - first) * I // BLOCK, self.codes.device
         out = torch.empty(blocks * BLOCK, dtype=dtype, device=device) if into is None else into[: blocks * BLOCK]
-        on = kernels if kernels.usable(out, self.scale_S) else gpu if gpu.usable(out, self.scale_S) else None
-        if on is not None:
-            on.call("nf4_dense", dtype, begin, blocks, self.codes, *self._tables(), out)
+        if gpu.fused(out, self.scale_S):
+            gpu.run("nf4_dense", out, begin, blocks, self.codes, *self._tables(), out)
         else:
             out.copy_(plain(self, begin, begin + blocks).view(-1))
         return out.view(last - first, I)

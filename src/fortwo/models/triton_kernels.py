@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def add_norm(x, y, weight, total, normed, scale, D, eps, HAS_Y: tl.constexpr, SAVE: tl.constexpr, WIDE: tl.constexpr):
+def add_norm(x, y, weight, total, normed, scale, D, eps, HAS_Y: tl.constexpr, WIDE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, WIDE)
     inside = d < D
@@ -20,8 +20,7 @@ def add_norm(x, y, weight, total, normed, scale, D, eps, HAS_Y: tl.constexpr, SA
         s += tl.load(y + row * D + d, mask=inside, other=0.0).to(tl.float32)
         tl.store(total + row * D + d, s, mask=inside)
     by = 1.0 / tl.sqrt(tl.sum(s * s, 0) / D + eps)
-    if SAVE:
-        tl.store(scale + row, by)
+    tl.store(scale + row, by)
     n = s * by * tl.load(weight + d, mask=inside, other=0.0)
     tl.store(normed + row * D + d, n.to(normed.dtype.element_ty), mask=inside)
 
