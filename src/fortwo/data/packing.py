@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fortwo.models import kernels
+from fortwo.models import gpu, kernels
 from fortwo.models.decoder import DecoderConfig
+from fortwo.models.functions import packed_attention
+from fortwo.models.layer import Packed
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
@@ -73,6 +75,14 @@ def pack(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", pref
     )
 
 
+def seen(pack: Pack) -> Tensor:
+    """What `gpu.attend_packed` is told of the pack's tokens (T, 3)."""
+    T, P = len(pack.tokens_T), pack.prefix
+    ends = [start + length for start, length in zip(pack.starts, pack.lengths, strict=True)]
+    rows_R3 = torch.tensor([(0, T, P), *((start, end, P) for start, end in zip(pack.starts, ends, strict=True))])
+    return rows_R3.int().repeat_interleave(torch.tensor([P, *pack.lengths]), 0).to(pack.tokens_T.device)
+
+
 class PackedAttention:
     """The decoder's `attend` over a Pack: causal within a row; every row sees the prefix, none sees another row."""
 
@@ -80,7 +90,8 @@ class PackedAttention:
         self.pack = pack
         self._heads = config.heads, config.kv_heads
         device = pack.tokens_T.device
-        self.packed = pack.prefix, torch.tensor([pack.starts, pack.lengths])
+        on_gpu = device.type == "cuda" and gpu.present() and gpu.attends(config.head_size)
+        self.packed = Packed(pack.prefix, torch.tensor([pack.starts, pack.lengths]), seen(pack) if on_gpu else None)
         self._masks = functools.cache(
             lambda: (_causal(pack.longest, pack.prefix, device), _causal(pack.prefix, 0, device))
         )
@@ -88,8 +99,10 @@ class PackedAttention:
     def __call__(self, layer: int, qkv_TNE: Tensor) -> Tensor:
         del layer
         if kernels.usable(qkv_TNE):
-            mixed: Tensor = _Attention.apply(qkv_TNE, *self.packed, *self._heads)  # type: ignore[no-untyped-call]
+            mixed: Tensor = _Attention.apply(qkv_TNE, *self.packed[:2], *self._heads)  # type: ignore[no-untyped-call]
             return mixed
+        if self.packed.seen_T3 is not None and gpu.usable(qkv_TNE):
+            return packed_attention(qkv_TNE, self.packed.seen_T3, self._heads[1])
         return self.plain(qkv_TNE)
 
     def plain(self, qkv_TNE: Tensor) -> Tensor:

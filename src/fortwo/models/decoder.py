@@ -23,8 +23,9 @@ from fortwo.models.forms import Frozen, Regions, Weight, bytes_to_train, dense, 
 from fortwo.models.functions import add_norm, rms_norm, rotate, swiglu
 from fortwo.models.fused import Fused
 from fortwo.models.layer import Packed, TrainedLayers, through, trained_whole
-from fortwo.models.lora import Update, lora_product
+from fortwo.models.lora import Seeds, Update, in_training, lora_product
 from fortwo.models.products import frozen_product
+from fortwo.models.recorded import Recorded
 from fortwo.models.tiles import Tiles
 
 Hold = Callable[[Frozen, bool], Frozen]  # how a weight is held; and whether it is the head
@@ -318,22 +319,38 @@ class Decoder:
         checkpointing: keep for the gradient what each layer reads, and compute the layer again when it is wanted, the
         same dropout drawn (Chen et al. 2016, arXiv:1604.06174).
         """
-        c = self.config
-        T = x_TD.shape[0]
-        heads = c.heads + 2 * c.kv_heads
-        cos_TE, sin_TE = self.angles(positions_T)
-        update_TD: Tensor | None = None
+        lora, angles = in_training(segments), self.angles(positions_T)
+        seeds: Seeds = lora.seeds(layers) if lora is not None and dropout else {}
         packed: Packed | None = getattr(attend, "packed", None)
-        if packed is not None and (lora := trained_whole(c, self.layers, segments)) is not None:
-            p, own = lora.config.dropout if dropout else 0.0, {index: self.layers[index] for index in layers}
-            return through(TrainedLayers(c, own, lora, p, packed, (cos_TE, sin_TE), checkpointing), x_TD, lora)
+        if packed is not None and lora is not None and lora.flat_N is not None:
+            if trained_whole(self.config, self.layers):
+                own = {index: self.layers[index] for index in layers}
+                return through(TrainedLayers(self.config, own, lora, seeds, packed, angles, checkpointing), x_TD, lora)
+            if not checkpointing and Recorded.fits(self, len(x_TD)):
+                return through(Recorded.of(self, lora, layers)(positions_T, packed, seeds), x_TD, lora)
+        return self.one_by_one(x_TD, angles, attend, segments, layers, seeds, checkpointing)
+
+    def one_by_one(
+        self,
+        x_TD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        attend: Attend,
+        segments: Sequence[Update],
+        layers: range,
+        seeds: Seeds,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """`run` by one operation after the other. angles: cos and sin (T, E); seeds: of the adapter's dropout."""
+        c, T, (cos_TE, sin_TE) = self.config, len(x_TD), angles
+        heads = c.heads + 2 * c.kv_heads
+        update_TD: Tensor | None = None
 
         def layer_through(index: int, x_TD: Tensor, update_TD: Tensor | None) -> tuple[Tensor, Tensor]:
             """What comes after the layer: the sum so far, and what the layer adds to it last."""
             layer = self.layers[index]
             dtype = layer.qkv_OD.dtype
             x_TD, normed_TD = add_norm(x_TD, update_TD, layer.attention_norm_D, c.norm_eps, dtype)
-            qkv_TO = lora_product(normed_TD, layer.qkv_OD, index, "qkv", segments, dropout)
+            qkv_TO = lora_product(normed_TD, layer.qkv_OD, index, "qkv", segments, seeds.get((index, "qkv")))
             if layer.qkv_bias_O is not None:
                 qkv_TO = qkv_TO + layer.qkv_bias_O.to(dtype)
             qkv_TNE = qkv_TO.view(T, heads, c.head_size)
@@ -342,14 +359,22 @@ class Decoder:
                 q_THE = rms_norm(q_THE, layer.q_norm_E, c.norm_eps)
                 qkv_TNE = torch.cat([q_THE, rms_norm(k_TKE, layer.k_norm_E, c.norm_eps), v_TKE], 1)
             mixed_THE = attend(index, rotate(qkv_TNE, c.heads + c.kv_heads, cos_TE, sin_TE))
-            update_TD = lora_product(mixed_THE.reshape(T, -1), layer.o_DI, index, "o", segments, dropout)
+            update_TD = lora_product(
+                mixed_THE.reshape(T, -1), layer.o_DI, index, "o", segments, seeds.get((index, "o"))
+            )
             x_TD, normed_TD = add_norm(x_TD, update_TD, layer.mlp_norm_D, c.norm_eps, dtype)
-            gate_up_T2I = lora_product(normed_TD, layer.gate_up_OD, index, "gate_up", segments, dropout)
-            return x_TD, lora_product(swiglu(gate_up_T2I), layer.down_DI, index, "down", segments, dropout)
+            gate_up_T2I = lora_product(
+                normed_TD, layer.gate_up_OD, index, "gate_up", segments, seeds.get((index, "gate_up"))
+            )
+            return x_TD, lora_product(
+                swiglu(gate_up_T2I), layer.down_DI, index, "down", segments, seeds.get((index, "down"))
+            )
 
         for index in layers:
             if checkpointing:
-                x_TD, update_TD = checkpoint(layer_through, index, x_TD, update_TD, use_reentrant=False)
+                x_TD, update_TD = checkpoint(
+                    layer_through, index, x_TD, update_TD, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x_TD, update_TD = layer_through(index, x_TD, update_TD)
         return x_TD if update_TD is None else x_TD + update_TD

@@ -59,14 +59,19 @@ class _AddNorm(torch.autograd.Function):
         return grad_x_TD, grad_y_TD, None, None, None
 
 
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """Each element zero with probability p, else divided by 1 - p; the same seed (below 2^32) drops the same places.
+def dropout(x: Tensor, p: float, seed: int | Tensor) -> Tensor:
+    """Each element zero with probability p, else divided by 1 - p; the same seed (below 2^32; on a GPU it may be one
+    there) drops the same places.
 
     No gradient: a caller drops the gradient's elements with the seed.
     """
-    if kernels.usable(x):
+    if kernels.usable(x) and not isinstance(seed, Tensor):
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         kernels.call("dropout", x.dtype, x.numel(), seed, kept_of(p), x.contiguous(), y)
+        return y
+    if isinstance(seed, Tensor) or gpu.usable(x):
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        gpu.call("dropout", x.dtype, x.numel(), torch.as_tensor(seed, device=x.device), p, x.contiguous(), y)
         return y
     generator = torch.Generator(x.device).manual_seed(seed)
     kept_x = torch.rand(x.shape, generator=generator, device=x.device) >= p
@@ -183,6 +188,28 @@ def decode_attention(qkv_BNE: Tensor, k: Tensor, v: Tensor, rows_B: Tensor, posi
     weights_BKGS = scores_BKGS.masked_fill_(unseen_B11S, -torch.inf).softmax(-1)
     mixed_BHE: Tensor = (weights_BKGS @ v_BKSE.masked_fill(unseen_B11S.transpose(2, 3), 0)).view(B, H, E)
     return mixed_BHE
+
+
+def packed_attention(qkv_TNE: Tensor, seen_T3: Tensor, kv_heads: int) -> Tensor:
+    """Attention (T, H, E) of packed rows on a GPU, with a gradient; seen as in `gpu.attend_packed`."""
+    mixed: Tensor = _PackedAttention.apply(qkv_TNE, seen_T3, kv_heads)  # type: ignore[no-untyped-call]
+    return mixed
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv_TNE: Tensor, seen_T3: Tensor, kv_heads: int) -> Tensor:
+        qkv_TNE = qkv_TNE.contiguous()
+        mixed_THE, lse_TH = gpu.attend_packed(seen_T3, qkv_TNE, kv_heads)
+        ctx.save_for_backward(seen_T3, qkv_TNE, mixed_THE, lse_TH)
+        ctx.kv_heads = kv_heads
+        return mixed_THE
+
+    @staticmethod
+    def backward(ctx: Any, grad_THE: Tensor) -> Any:
+        seen_T3, qkv_TNE, mixed_THE, lse_TH = ctx.saved_tensors
+        told = seen_T3, qkv_TNE, mixed_THE, lse_TH, grad_THE.contiguous()
+        return gpu.attend_packed_backward(*told, ctx.kv_heads), None, None
 
 
 def cross_entropy(logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,13 @@ def _kernels() -> Any:
     return triton_kernels
 
 
+@cache
+def _packed() -> Any:
+    from fortwo.models import triton_packed
+
+    return triton_packed
+
+
 def _power(size: int) -> int:
     """The least power of two that is not smaller."""
     return 1 << (size - 1).bit_length()
@@ -118,6 +125,10 @@ def _nf4_dense(
     _kernels().nf4_dense[blocks,](codes, largest, scales, table, offset, levels, out, begin, 256, num_warps=1)
 
 
+def _dropout(N: int, seed: Tensor, p: float, x: Tensor, y: Tensor) -> None:
+    _packed().dropout[-(-N // _BLOCK),](x, seed, y, N, p, _BLOCK, num_warps=4)
+
+
 _CALLS: dict[str, Callable[..., None]] = {
     "add_norm": _add_norm,
     "add_norm_backward": _add_norm_backward,
@@ -125,6 +136,7 @@ _CALLS: dict[str, Callable[..., None]] = {
     "swiglu": _swiglu,
     "swiglu_backward": _swiglu_backward,
     "nf4_dense": _nf4_dense,
+    "dropout": _dropout,
 }
 
 
@@ -142,8 +154,41 @@ def attention(rows: Tensor, qkv_TNE: Tensor, layer: int, kv_heads: int, kv: torc
     return out_THE
 
 
-def attends(head_size: int, kv: torch.dtype) -> bool:
-    """Whether `attention` takes heads of this size."""
+def attend_packed(seen_T3: Tensor, qkv_TNE: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Attention (T, H, E) of packed rows, and of each query the log of its sum (T, H). seen: of each token the first of
+    its own row, the one behind the last that sees it, and how many tokens all rows share."""
+    T, N, E = qkv_TNE.shape
+    H = N - 2 * kv_heads
+    mixed_THE, lse_TH = qkv_TNE.new_empty(T, H, E), qkv_TNE.new_empty(T, H, dtype=torch.float32)
+    block, told = _block(qkv_TNE), (T, E**-0.5, H, kv_heads, E)
+    _packed().attend_packed[-(-T // block), H](seen_T3, qkv_TNE, mixed_THE, lse_TH, *told, block, _precision(qkv_TNE))
+    return mixed_THE, lse_TH
+
+
+def attend_packed_backward(
+    seen_T3: Tensor, qkv_TNE: Tensor, mixed_THE: Tensor, lse_TH: Tensor, grad_THE: Tensor, kv_heads: int
+) -> Tensor:
+    """The gradient of qkv, from that of what `attend_packed` gave."""
+    T, H, E = mixed_THE.shape
+    out_TNE, along_TH = torch.empty_like(qkv_TNE), torch.empty_like(lse_TH)
+    block = _block(qkv_TNE)
+    told = grad_THE, along_TH, out_TNE, T, E**-0.5, H, kv_heads, E, block, _precision(qkv_TNE)
+    _packed().attend_packed_queries[-(-T // block), H](seen_T3, qkv_TNE, mixed_THE, lse_TH, *told)
+    _packed().attend_packed_keys[-(-T // block), kv_heads](seen_T3, qkv_TNE, lse_TH, *told)
+    return out_TNE
+
+
+def _block(numbers: Tensor) -> int:
+    """Tokens of a program of attention over packed rows: four blocks of them lie in a core's own memory."""
+    return 64 if numbers.dtype == torch.bfloat16 and numbers.shape[2] <= 64 else 32
+
+
+def _precision(numbers: Tensor) -> str:
+    return "tf32" if numbers.dtype == torch.bfloat16 else "ieee"
+
+
+def attends(head_size: int, kv: torch.dtype = torch.float32) -> bool:
+    """Whether attention takes heads of this size, and such keys and values."""
     return head_size >= 16 and head_size == _power(head_size) and kv in _TYPES
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from fortwo.models import kernels
 from fortwo.models.forms import Regions
 from fortwo.models.functions import kept_of
-from fortwo.models.lora import Lora, LoraGroup, Segment, Update, draw_seeds
+from fortwo.models.lora import Lora, LoraGroup, Seeds
 from fortwo.models.lora_config import GROUPS
 from fortwo.models.tiles import PANEL, Tiles
 
@@ -23,7 +23,24 @@ if TYPE_CHECKING:
     from fortwo.models.decoder import DecoderConfig, Layer
     from fortwo.models.forms import Frozen
 
-Packed = tuple[int, Tensor]  # of an attention over packed rows: tokens of the prefix; starts and lengths (2, R)
+
+class Packed(NamedTuple):
+    """Of an attention over packed rows: tokens of the prefix; starts and lengths of the rests; on a GPU, what
+    `gpu.attend_packed` is told."""
+
+    prefix: int
+    rows_2R: Tensor
+    seen_T3: Tensor | None
+
+
+class Trained(Protocol):
+    """Layers, for one forward and the backward that follows, which adds to the adapter's gradients where they are."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """What comes after the last layer."""
+
+    def backward(self, grad_TD: Tensor, wanted: bool) -> Tensor | None:
+        """The gradient of x, if it is wanted."""
 
 
 _TRAINING = struct.Struct("9qd2q4P")  # adapted.h's `training`
@@ -32,25 +49,19 @@ _PRODUCT = struct.Struct("2P4q" + 3 * "P3qd")  # `adapted`
 _NONE = (0, 0, 0, 0, 0.0)  # a target that there is not
 
 
-def trained_whole(config: DecoderConfig, layers: Sequence[Layer], segments: Sequence[Update]) -> Lora | None:
-    """The adapter that is trained, where there is such a kernel: the only one, over all rows, optimized as one tensor
-    (`Lora.flatten`)."""
+def trained_whole(config: DecoderConfig, layers: Sequence[Layer]) -> bool:
+    """Whether there is such a kernel."""
     c = config
-    if not torch.is_grad_enabled() or c.qkv_bias or c.qk_norm or len(segments) != 1:
-        return None
-    (segment,) = segments
-    if not isinstance(segment, Segment) or not segment.everywhere or segment.lora.flat_N is None:
-        return None
     whole = all(size % PANEL == 0 for size in (c.hidden, c.head_size, c.intermediate))
-    fits = whole and all(isinstance(weight, Tiles) for layer in layers for weight in _weights(layer))
-    return segment.lora if fits else None
+    fits = whole and not c.qkv_bias and not c.qk_norm
+    return fits and all(isinstance(weight, Tiles) for layer in layers for weight in _weights(layer))
 
 
 class TrainedLayers:
-    """Some layers, for one forward and the backward that follows, which adds to the adapter's gradients where they are.
+    """The layers in `layers`.
 
-    angles: cos and sin (T, E). p: of the adapter's dropout. again: keep what each layer reads, and compute the layer
-    once more when its gradient is wanted (`Decoder.run`).
+    seeds: of the adapter's dropout. angles: cos and sin (T, E). again: keep what each layer reads, and compute the
+    layer once more when its gradient is wanted (`Decoder.run`).
     """
 
     def __init__(
@@ -58,27 +69,26 @@ class TrainedLayers:
         config: DecoderConfig,
         layers: Mapping[int, Layer],
         lora: Lora,
-        p: float,
+        seeds: Seeds,
         packed: Packed,
         angles: tuple[Tensor, Tensor],
         again: bool,
     ) -> None:
-        c, T, (prefix, rows_2R) = config, len(angles[0]), packed
+        c, T, (prefix, rows_2R, _) = config, len(angles[0]), packed
         self._lora, self._held, self._again = lora, (rows_2R, angles), again
         shape = c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate
-        kept = kept_of(p) if p else 0
+        kept = kept_of(lora.config.dropout) if seeds else 0
         tables = [tensor.data_ptr() for tensor in (*rows_2R, *angles)]
         self._training = _TRAINING.pack(
             len(layers), T, *shape, kept, again, c.norm_eps, prefix, rows_2R.shape[1], *tables
         )
-        seeds = iter(draw_seeds(sum(len(lora.layers[index]) for index in layers) if p else 0))
         self._table = bytearray()
         for index, layer in layers.items():
             norms = layer.attention_norm_D.data_ptr(), layer.mlp_norm_D.data_ptr()
             self._table += _LAYER.pack(0, 0, *norms)
             for name, weight_OI in zip(GROUPS, _weights(layer), strict=True):
                 group = lora.layers[index].get(name)
-                self._table += _product(weight_OI, group, 0 if group is None else next(seeds, 0))
+                self._table += _product(weight_OI, group, seeds.get((index, name), 0))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """What comes after the last layer."""
@@ -112,7 +122,7 @@ class TrainedLayers:
 
 class _Through(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, layers: TrainedLayers, x_TD: Tensor, flat_N: Tensor) -> Tensor:
+    def forward(ctx: Any, layers: Trained, x_TD: Tensor, flat_N: Tensor) -> Tensor:
         ctx.layers = layers
         return layers.forward(x_TD.contiguous())
 
@@ -121,7 +131,7 @@ class _Through(torch.autograd.Function):
         return None, ctx.layers.backward(grad_TD.contiguous(), ctx.needs_input_grad[1]), None
 
 
-def through(layers: TrainedLayers, x_TD: Tensor, lora: Lora) -> Tensor:
+def through(layers: Trained, x_TD: Tensor, lora: Lora) -> Tensor:
     """What comes after the last layer (T, D), of x (T, D) fp32."""
     y_TD: Tensor = _Through.apply(layers, x_TD, lora.flat_N)  # type: ignore[no-untyped-call]
     return y_TD
@@ -137,7 +147,7 @@ def _weights(layer: Layer) -> tuple[Frozen, ...]:
     return layer.qkv_OD, layer.o_DI, layer.gate_up_OD, layer.down_DI
 
 
-def _product(weight_OI: Frozen, group: LoraGroup | None, seed: int) -> bytes:
+def _product(weight_OI: Frozen, group: LoraGroup | None, seed: int | Tensor) -> bytes:
     """adapted.h's `adapted`."""
     assert isinstance(weight_OI, Tiles)
     laid = weight_OI.laid.data_ptr()

@@ -8,7 +8,7 @@ knows no files, no jobs and no requests.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -24,6 +24,10 @@ from fortwo.models.tiles import Tiles
 if TYPE_CHECKING:
     from fortwo.models.decoder import DecoderConfig
     from fortwo.models.forms import Frozen
+    from fortwo.models.recorded import Recorded
+
+
+Seeds = Mapping[tuple[int, str], "int | Tensor"]  # of dropouts, by layer and fused product
 
 
 class Place(NamedTuple):
@@ -57,6 +61,7 @@ class Lora:
         self.layers = layers
         self.flat_N: Tensor | None = None
         self.room: Tensor | None = None  # of a forward, for the next one (layer.py)
+        self.recorded: Recorded | None = None  # passes on a GPU
 
     @classmethod
     def init(cls, config: LoraConfig, decoder: DecoderConfig, seed: int, device: torch.device | str = "cpu") -> Lora:
@@ -96,9 +101,14 @@ class Lora:
 
     def freeze(self) -> None:
         """No gradients from here on, nor memory for them."""
-        self.flat_N = self.room = None
+        self.flat_N = self.room = self.recorded = None
         for parameter in self.parameters():
             parameter.requires_grad_(False).grad = None
+
+    def seeds(self, layers: Iterable[int]) -> Seeds:
+        """Drawn for the dropout of each product that the adapter changes in these layers; none where nothing drops."""
+        products = [(layer, group) for layer in layers for group in self.layers[layer]] if self.config.dropout else []
+        return dict(zip(products, torch.randint(2**32, (len(products),)).tolist(), strict=True))
 
     def state(self) -> dict[str, Tensor]:
         """PEFT's names and shapes; A tensors are views of the stacked ones."""
@@ -188,6 +198,14 @@ class Segment:
                 y_TO[rows, place.columns] += place.scale * (h_Tr @ B_Or.t())
 
 
+def in_training(segments: Sequence[Update]) -> Lora | None:
+    """The adapter that gets gradients: the only one, over all rows."""
+    if not torch.is_grad_enabled() or len(segments) != 1:
+        return None
+    (segment,) = segments
+    return segment.lora if isinstance(segment, Segment) and segment.everywhere else None
+
+
 class _LoraProduct(torch.autograd.Function):
     """y = x W' + drop(x) A' (scale B)' for one fused product, with gradients for x, A and every B.
 
@@ -200,7 +218,7 @@ class _LoraProduct(torch.autograd.Function):
         ctx: Any,
         x_TI: Tensor,
         weight_OI: Tensor | Tiles,
-        dropped: tuple[float, int] | None,
+        dropped: tuple[float, int | Tensor] | None,
         places: tuple[Place, ...],
         A_RI: Tensor,
         *Bs: Tensor,
@@ -233,20 +251,25 @@ class _LoraProduct(torch.autograd.Function):
 
 
 def lora_product(
-    x_TI: Tensor, weight_OI: Frozen, layer: int, group: str, segments: Iterable[Update], dropout: bool = False
+    x_TI: Tensor,
+    weight_OI: Frozen,
+    layer: int,
+    group: str,
+    segments: Iterable[Update],
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """One fused product with the updates of the adapters in `segments`.
 
-    Training (gradients enabled) takes exactly one segment over all rows; serving takes any number. `dropout`
-    applies the adapter's dropout, one draw for the fused product.
+    Training (gradients enabled) takes exactly one segment over all rows; serving takes any number. seed: of the
+    adapter's dropout, one draw for the fused product; None drops nothing.
     """
     segments = [segment for segment in segments if segment.changes(layer, group)]
     if torch.is_grad_enabled() and segments:
         (segment,) = segments
         assert isinstance(segment, Segment), "only one adapter over all rows has gradients"
         assert segment.everywhere
-        update, p = segment.lora.layers[layer][group], segment.lora.config.dropout
-        drawn = (p, *draw_seeds(1)) if dropout and p else None
+        update = segment.lora.layers[layer][group]
+        drawn = None if seed is None else (segment.lora.config.dropout, seed)
         y: Tensor = _LoraProduct.apply(x_TI, weight_OI, drawn, update.places, *update.tensors)  # type: ignore[no-untyped-call]
         return y
     y_TO = frozen_product(x_TI, weight_OI)
@@ -277,12 +300,6 @@ def _names(layer: int, place: Place) -> tuple[str, str]:
     """PEFT's names of a target's A and B."""
     prefix = f"base_model.model.{module_name(layer, place.target)}"
     return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
-
-
-def draw_seeds(count: int) -> list[int]:
-    """Of so many dropouts, one after the other."""
-    seeds: list[int] = torch.randint(2**32, (count,)).tolist()
-    return seeds
 
 
 def _size(part: slice) -> int:
