@@ -75,7 +75,7 @@ class Runner:
 
     def warm(self) -> None:
         """Do what the first request would have to wait for, on the thread that will run it."""
-        if self.decoder.device.type == "cuda":
+        if self.decoder.device.index is not None:
             torch.cuda.set_device(self.decoder.device)
         if self._graphs is not None:
             self._graphs.warm()

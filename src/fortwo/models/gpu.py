@@ -19,6 +19,7 @@ from fortwo.models import kernels
 _TYPES = (torch.float32, torch.bfloat16)
 ENTRY = 17  # numbers of a fused product in an adapter's table: A's address, its ranks; three times: B's address, its
 # ranks, the first of them in A, first column and the one behind the last
+_PARTS = 8  # of the gradient of keys and values, side by side
 _BLOCK = 1024  # outputs of a program where rows are long
 
 
@@ -171,10 +172,14 @@ def attend_packed_backward(
     """The gradient of qkv, from that of what `attend_packed` gave."""
     T, H, E = mixed_THE.shape
     out_TNE, along_TH = torch.empty_like(qkv_TNE), torch.empty_like(lse_TH)
+    parts_PTME = qkv_TNE.new_empty(_PARTS, T, 2 * kv_heads, E, dtype=torch.float32)
     block = _block(qkv_TNE)
-    told = grad_THE, along_TH, out_TNE, T, E**-0.5, H, kv_heads, E, block, _precision(qkv_TNE)
-    _packed().attend_packed_queries[-(-T // block), H](seen_T3, qkv_TNE, mixed_THE, lse_TH, *told)
-    _packed().attend_packed_keys[-(-T // block), kv_heads](seen_T3, qkv_TNE, lse_TH, *told)
+    told = T, E**-0.5, H, kv_heads, E, block, _precision(qkv_TNE)
+    of_queries = mixed_THE, lse_TH, grad_THE, along_TH, out_TNE
+    of_keys = lse_TH, grad_THE, along_TH, parts_PTME
+    _packed().attend_packed_queries[-(-T // block), H](seen_T3, qkv_TNE, *of_queries, *told)
+    _packed().attend_packed_keys[-(-T // block), kv_heads, _PARTS](seen_T3, qkv_TNE, *of_keys, *told)
+    out_TNE[:, H:] = parts_PTME.sum(0)
     return out_TNE
 
 

@@ -59,8 +59,8 @@ class Recorded:
 
 
 class _Pass:
-    """layer.Trained, for at most T tokens. Rows behind those of a pass are what an earlier one left: no row of it sees
-    them, and the gradient that comes back to them is zero. warm: everything was compiled before."""
+    """layer.Trained, for at most T tokens. Rows behind those of a pass are what an earlier one left: each sees itself
+    alone, and the gradient that comes back to it is zero. warm: everything was compiled before."""
 
     def __init__(
         self,
@@ -78,7 +78,9 @@ class _Pass:
         self._parameters = [tensor for *_, group in groups for tensor in group.tensors]
         self._slopes = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         self._positions_T = torch.zeros(T, dtype=torch.int64, device=device)
-        self._seen_T3 = torch.zeros(T, 3, dtype=torch.int32, device=device)
+        number_T = torch.arange(T, dtype=torch.int32, device=device)
+        self._alone_T3 = torch.stack([number_T, number_T + 1, torch.zeros_like(number_T)], 1)
+        self._seen_T3 = self._alone_T3.clone()
         self._seeds_N = torch.zeros(len(groups) if dropout else 0, dtype=torch.int64, device=device)
         self._seeds: Seeds = {groups[place][:2]: seed for place, seed in enumerate(self._seeds_N)}
         self._x_TD = torch.zeros(T, D, device=device).requires_grad_()
@@ -93,6 +95,7 @@ class _Pass:
         self._tokens = len(positions_T)
         self._positions_T[: self._tokens] = positions_T
         self._seen_T3[: self._tokens] = packed.seen_T3
+        self._seen_T3[self._tokens :] = self._alone_T3[self._tokens :]
         self._seeds_N.copy_(torch.tensor(list(seeds.values()), dtype=torch.int64))
 
     def forward(self, x_TD: Tensor) -> Tensor:

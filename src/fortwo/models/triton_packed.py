@@ -96,37 +96,39 @@ def attend_packed_keys(
     seen, qkv, lse, grad, along, out, T, scale,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK keys and values of a key/value head."""
-    first, kv_head = tl.program_id(0) * BLOCK, tl.program_id(1)
+    """A part of the gradient of BLOCK keys and values of a key/value head, out (parts, T, 2K, E) fp32: all rows see the
+    shared ones, whose queries one program alone would be long busy with."""
+    first, kv_head, part = tl.program_id(0) * BLOCK, tl.program_id(1), tl.program_id(2)
     n, e, b = first + tl.arange(0, BLOCK), tl.arange(0, E), tl.arange(0, BLOCK)
     step: tl.constexpr = (H + 2 * K) * E
     inside = n[:, None] < T
-    own = n.to(tl.int64)[:, None] * step + (H + kv_head) * E + e[None, :]
-    k = tl.load(qkv + own, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(qkv + own + K * E, mask=inside, other=0.0).to(tl.float32)
+    own = qkv + n.to(tl.int64)[:, None] * step + (H + kv_head) * E + e[None, :]
+    k = tl.load(own, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(own + K * E, mask=inside, other=0.0).to(tl.float32)
     shared = tl.load(seen + 2)
     behind = tl.minimum(tl.max(tl.load(seen + n * 3 + 1, mask=n < T, other=0), 0), T)
+    blocks = tl.cdiv(behind - first, BLOCK)
     found_k = tl.zeros([BLOCK, E], tl.float32)
     found_v = tl.zeros([BLOCK, E], tl.float32)
-    for head in range(kv_head * (H // K), (kv_head + 1) * (H // K)):
-        for at in range(first, behind, BLOCK):
-            m = at + b
-            inside_q = m[:, None] < T
-            q = tl.load(qkv + m.to(tl.int64)[:, None] * step + head * E + e[None, :], mask=inside_q, other=0.0).to(
-                tl.float32
-            )
-            of_head = (m.to(tl.int64)[:, None] * H + head) * E + e[None, :]
-            g = tl.load(grad + of_head, mask=inside_q, other=0.0).to(tl.float32)
-            by = tl.load(lse + m * H + head, mask=m < T, other=0.0)
-            both = tl.load(along + m * H + head, mask=m < T, other=0.0)
-            start = tl.load(seen + m * 3, mask=m < T, other=T)
-            scores = _scores(q, k, m, n, start, shared, T, scale, PRECISION)
-            weights = tl.where(m[:, None] < T, tl.exp(scores - by[:, None]), 0.0)
-            found_v += tl.dot(tl.trans(weights), g, input_precision=PRECISION)
-            slope = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - both[:, None]) * scale
-            found_k += tl.dot(tl.trans(slope), q, input_precision=PRECISION)
-    tl.store(out + own, found_k.to(out.dtype.element_ty), mask=inside)
-    tl.store(out + own + K * E, found_v.to(out.dtype.element_ty), mask=inside)
+    for number in range(part, blocks * (H // K), tl.num_programs(2)):
+        head = kv_head * (H // K) + number // blocks
+        m = first + (number % blocks) * BLOCK + b
+        inside_q = m[:, None] < T
+        q_at = qkv + m.to(tl.int64)[:, None] * step + head * E + e[None, :]
+        q = tl.load(q_at, mask=inside_q, other=0.0).to(tl.float32)
+        of_head = (m.to(tl.int64)[:, None] * H + head) * E + e[None, :]
+        g = tl.load(grad + of_head, mask=inside_q, other=0.0).to(tl.float32)
+        by = tl.load(lse + m * H + head, mask=m < T, other=0.0)
+        both = tl.load(along + m * H + head, mask=m < T, other=0.0)
+        start = tl.load(seen + m * 3, mask=m < T, other=T)
+        scores = _scores(q, k, m, n, start, shared, T, scale, PRECISION)
+        weights = tl.where(inside_q, tl.exp(scores - by[:, None]), 0.0)
+        found_v += tl.dot(tl.trans(weights), g, input_precision=PRECISION)
+        slope = weights * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - both[:, None]) * scale
+        found_k += tl.dot(tl.trans(slope), q, input_precision=PRECISION)
+    to = out + ((part * T + n).to(tl.int64)[:, None] * 2 * K + kv_head) * E + e[None, :]
+    tl.store(to, found_k, mask=inside)
+    tl.store(to + K * E, found_v, mask=inside)
 
 
 @triton.jit
