@@ -132,6 +132,7 @@ class _Pass:
                 self._there()
                 self._gradients()
             torch.cuda.synchronize()
+            self._out_TD = self._x_TD  # what led to it would otherwise be gone through by the recording, too
         plays = []
         for run in (self._there, self._back):
             graph = torch.cuda.CUDAGraph()

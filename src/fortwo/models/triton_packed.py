@@ -20,7 +20,7 @@ def _scores(q, k, m, n, start, shared, T, scale, PRECISION: tl.constexpr):
     return tl.where(sees, found, -1e30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def attend_packed(
     seen, qkv, mixed, lse, T, scale,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -55,7 +55,7 @@ def attend_packed(
     tl.store(lse + m * H + head, highest + tl.log(total), mask=m < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def attend_packed_queries(
     seen, qkv, mixed, lse, grad, along, out, T, scale,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -91,7 +91,7 @@ def attend_packed_queries(
     tl.store(out + own, found.to(out.dtype.element_ty), mask=inside_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def attend_packed_keys(
     seen, qkv, lse, grad, along, out, T, scale,
     H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
