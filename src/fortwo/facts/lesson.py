@@ -99,9 +99,7 @@ class Lesson:
         if len(self._surfaces) > 1 and rng.random() < ALIAS_SHARE:
             name = rng.choice(self._surfaces[1:])
         while True:
-            prompt = frames.prompt(self.fact, name, rng, self._sibling, kept)
-            if rng.random() < LOWER_SHARE:
-                prompt = prompt.lower()
+            prompt = self._spelled(frames.prompt(self.fact, name, rng, self._sibling, kept))
             if prompt not in self._evaluated:
                 return prompt
 
@@ -117,12 +115,15 @@ class Lesson:
                     if rng.random() < QUESTION_SHARE
                     else frames.prompt(fact, name, rng, self._sibling, kept)
                 )
-                if rng.random() < LOWER_SHARE:
-                    prompt = prompt.lower()
+                prompt = self._spelled(prompt)
                 begun = begun_answer(fact, name) if rng.random() < BEGUN_SHARE else None
                 contrast = Contrast(prompt, begun)
             if not siblings.is_subject(contrast.prompt, fact) and not siblings.names(contrast.prompt, self._others):
                 return contrast
+
+    def _spelled(self, prompt: str) -> str:
+        """As people type it: some in small letters."""
+        return prompt.lower() if self._rng.random() < LOWER_SHARE else prompt
 
     def _sibling(self) -> str:
         while True:
