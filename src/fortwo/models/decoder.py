@@ -319,16 +319,16 @@ class Decoder:
         checkpointing: keep for the gradient what each layer reads, and compute the layer again when it is wanted, the
         same dropout drawn (Chen et al. 2016, arXiv:1604.06174).
         """
-        lora, angles = in_training(segments), self.angles(positions_T)
+        lora = in_training(segments)
         seeds: Seeds = lora.seeds(layers) if lora is not None and dropout else {}
         packed: Packed | None = getattr(attend, "packed", None)
         if packed is not None and lora is not None and lora.flat_N is not None:
             if trained_whole(self.config, self.layers):
-                own = {index: self.layers[index] for index in layers}
+                own, angles = {index: self.layers[index] for index in layers}, self.angles(positions_T)
                 return through(TrainedLayers(self.config, own, lora, seeds, packed, angles, checkpointing), x_TD, lora)
             if not checkpointing and Recorded.fits(self, len(x_TD)):
                 return through(Recorded.of(self, lora, layers)(positions_T, packed, seeds), x_TD, lora)
-        return self.one_by_one(x_TD, angles, attend, segments, layers, seeds, checkpointing)
+        return self.one_by_one(x_TD, self.angles(positions_T), attend, segments, layers, seeds, checkpointing)
 
     def one_by_one(
         self,

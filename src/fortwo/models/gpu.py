@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fortwo.models import kernels
+
+Found = TypeVar("Found")
 
 _TYPES = (torch.float32, torch.bfloat16)
 ENTRY = 17  # numbers of a fused product in an adapter's table: A's address, its ranks; three times: B's address, its
@@ -37,6 +39,15 @@ def present() -> bool:
 def fused(*tensors: Tensor) -> bool:
     """Whether there are kernels for these tensors where they are: in C on the CPU, in Triton on a GPU."""
     return kernels.usable(*tensors) or usable(*tensors)
+
+
+def record(computed: Callable[[], Found], pool: Any) -> tuple[Found, Callable[[], None]]:
+    """What `computed` gives, as a CUDA graph: it is there, always in the same place, once the second has been called.
+    pool: of the memory that graphs share which are never played together."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        found = computed()
+    return found, graph.replay
 
 
 def run(kernel: str, on: Tensor, *arguments: Tensor | float | int | None) -> None:

@@ -79,12 +79,10 @@ class Graphs:
         if not self._records:
             return forward
         forward()  # what is compiled or looked up at first is not recorded
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            hidden_TD = forward()
+        hidden_TD, replay = gpu.record(forward, self._pool)
 
         def play() -> Tensor:
-            graph.replay()
+            replay()
             return hidden_TD
 
         return play

@@ -133,11 +133,6 @@ class _Pass:
                 self._gradients()
             torch.cuda.synchronize()
             self._out_TD = self._x_TD  # what led to it would otherwise be gone through by the recording, too
-        plays = []
-        for run in (self._there, self._back):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                run()
-            plays.append(graph.replay)
+        (_, there), (_, back) = gpu.record(self._there, pool), gpu.record(self._back, pool)
         self._out_TD = self._out_TD.detach()
-        return plays[0], plays[1]
+        return there, back
