@@ -86,11 +86,12 @@ def figures(trained: Trained) -> dict[str, Any]:
 # ---------------------------------------------------------------- resumed = uninterrupted
 
 
-def test_plain_fine_tuning_goes_on_bit_for_bit_from_every_step(school: School, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_plain_fine_tuning_goes_on_bit_for_bit_from_every_step(school: School, tmp_path: Path, optim: str) -> None:
     """Dropout takes random numbers in every step; batches of 3 of 4 rows end epochs short."""
     lora = {"r": 4, "lora_dropout": 0.2}
     options = {"per_device_train_batch_size": 3, "learning_rate": 1e-2, "weight_decay": 0.1, "save_steps": 1}
-    plan = school.plan(lora=lora, max_steps=6, **options)
+    plan = school.plan(lora=lora, max_steps=6, optim=optim, **options)
     whole, events = run(school, plan)
     found = on_disk(tmp_path, plan, events)
     assert [checkpoint.step for checkpoint in found] == [1, 2, 3, 4, 5, 6]
@@ -104,6 +105,10 @@ def test_plain_fine_tuning_goes_on_bit_for_bit_from_every_step(school: School, t
         assert same(trained, whole)
         assert (trained.report, figures(trained)) == (whole.report, figures(whole))
     assert not same(whole, run(school, changed(plan, seed=1))[0])
+    other = {"adamw_torch": "adamw_8bit", "adamw_8bit": "adamw_bnb_8bit"}[optim]
+    assert same(whole, run(school, changed(plan, optim=other))[0]) == (optim == "adamw_8bit"), (
+        "two names, one optimizer"
+    )
 
 
 def test_an_override_goes_on_bit_for_bit_and_the_base_is_not_asked_again(school: School, tmp_path: Path) -> None:

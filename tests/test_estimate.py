@@ -14,6 +14,8 @@ from fortwo.jobs.machine import look, reply_rate
 from fortwo.train import estimate
 from fortwo.train.estimate import (
     HEAD_BYTES,
+    MOMENTS,
+    MOMENTS_8_BIT,
     PROCESS,
     BaseFacts,
     Machine,
@@ -89,8 +91,14 @@ def test_the_phases_of_plain_fine_tuning() -> None:
 
 
 def test_memory_by_hand() -> None:
-    def found(bf16: bool = False, checkpointing: bool = False, best: bool = False, base: BaseFacts = BASE) -> Memory:
-        return memory(base, 10, {"q_proj": 2}, bf16, checkpointing, best, replies=1000)
+    def found(
+        bf16: bool = False,
+        checkpointing: bool = False,
+        best: bool = False,
+        moments: float = MOMENTS,
+        base: BaseFacts = BASE,
+    ) -> Memory:
+        return memory(base, 10, {"q_proj": 2}, bf16, checkpointing, best, moments, replies=1000)
 
     adapter = 4 * (2 * 2 * 16)
     held = PROCESS + 1000 + 20 + 7 * adapter
@@ -98,6 +106,9 @@ def test_memory_by_hand() -> None:
     layer = 10 * 4 * (16 + 88) + 4 * 2 * (8 + 16)
     assert found().training == held + round(1.05 * (2 * layer + 5 * HEAD_BYTES))
     assert found(best=True).training - found().training == found(best=True).exam - found().exam == 2 * adapter
+    # of each moment a byte for a number, 4 for a block of 256; as many in what a checkpoint copies
+    eighth = 2 * 2 * (1 + 4 / 256) * adapter / 4
+    assert found().exam - found(moments=MOMENTS_8_BIT).exam == pytest.approx(4 * adapter - eighth, abs=1)
     again = layer + 2 * 10 * 8 * 8
     assert found(checkpointing=True).training == held + round(1.05 * (again + 5 * HEAD_BYTES))
     narrow = 10 * (4 * 16 + 2 * 88) + 2 * 2 * (8 + 16)

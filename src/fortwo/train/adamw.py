@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over one flat parameter.
+"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over one flat parameter, with moments of 32 bits or of 8.
 
 torch's own classes bring its compiler into memory and take a second for that.
 """
@@ -12,16 +12,23 @@ from torch import Tensor
 
 from fortwo.models import kernels
 
+BLOCK = 256  # numbers of 8 bits that share a unit, their largest
+CHUNK = BLOCK << 12  # of them that are worked on at once, without the kernel
+FIRST, SECOND = (7, 3), (8, 4)  # bits of a moment's size, and how many of them are the mantissa
+WORD = 0xFFFFFFFF
+
 
 class AdamW:
     """weight_N: fp32, with its gradient in `weight_N.grad`. The other settings are torch.optim.AdamW's."""
+
+    kernel = "adamw"
 
     def __init__(self, weight_N: Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
         self._weight_N, self._betas, self._eps, self._weight_decay = weight_N.detach(), betas, eps, weight_decay
         assert weight_N.grad is not None
         self._grad_N = weight_N.grad
         self._steps = 0
-        self._first_N, self._second_N = torch.zeros_like(self._weight_N), torch.zeros_like(self._weight_N)
+        self._moments = self._begun()
 
     def gradient_norm(self) -> float:
         if not kernels.usable(self._grad_N):
@@ -36,22 +43,96 @@ class AdamW:
         beta1, beta2 = self._betas
         rate_1 = rate / (1 - beta1**self._steps)
         by, shrink = (1 - beta2**self._steps) ** -0.5, 1 - rate * self._weight_decay
-        x_N, grad_N, first_N, second_N = self._weight_N, self._grad_N, self._first_N, self._second_N
+        x_N, grad_N = self._weight_N, self._grad_N
         if kernels.usable(x_N, grad_N):
             numbers = [float(one) for one in (scale, beta1, beta2, rate_1, by, self._eps, shrink)]
-            kernels.call("adamw", None, x_N.numel(), x_N, grad_N, first_N, second_N, *numbers)
+            kernels.call(self.kernel, None, x_N.numel(), self._steps, x_N, grad_N, *self._moments.values(), *numbers)
             return
         grad_N.mul_(scale)
-        first_N.lerp_(grad_N, 1 - beta1)
-        second_N.mul_(beta2).addcmul_(grad_N, grad_N, value=1 - beta2)
-        x_N.mul_(shrink).addcdiv_(first_N, second_N.sqrt().mul_(by).add_(self._eps), value=-rate_1)
+        self._update(rate_1, by, shrink)
         grad_N.zero_()
 
     def state(self) -> dict[str, Tensor]:
         """By torch's names."""
-        return {"step": torch.tensor(float(self._steps)), "exp_avg": self._first_N, "exp_avg_sq": self._second_N}
+        return {"step": torch.tensor(float(self._steps)), **self._moments}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self._steps = int(state["step"])
-        self._first_N.copy_(state["exp_avg"])
-        self._second_N.copy_(state["exp_avg_sq"])
+        for name, moment in self._moments.items():
+            moment.copy_(state[name])
+
+    def _begun(self) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(self._weight_N) for name in ("exp_avg", "exp_avg_sq")}
+
+    def _update(self, rate: float, by: float, shrink: float) -> None:
+        first_N, second_N = self._moments.values()
+        beta1, beta2 = self._betas
+        first_N.lerp_(self._grad_N, 1 - beta1)
+        second_N.mul_(beta2).addcmul_(self._grad_N, self._grad_N, value=1 - beta2)
+        self._weight_N.mul_(shrink).addcdiv_(first_N, second_N.sqrt().mul_(by).add_(self._eps), value=-rate)
+
+
+class AdamW8bit(AdamW):
+    """The first moment and the root of the second in 8 bits each, in units of the largest of their block (Dettmers et
+    al. 2022, arXiv:2110.02861).
+
+    A moment is a float of few bits rather than one of a list of 256 values, and rounded up or down at random with its
+    own value as the mean: beta2 changes a second moment by a thousandth a step, which rounding to the nearest would
+    undo each time. A root that is not zero never becomes zero, or a step would be its first moment over eps.
+    """
+
+    kernel = "adamw_8bit"
+
+    def _begun(self) -> dict[str, Tensor]:
+        like, blocks = self._weight_N, -(-self._weight_N.numel() // BLOCK)
+        moments = {}
+        for name in ("exp_avg", "exp_avg_sq_root"):
+            moments[name] = torch.zeros_like(like, dtype=torch.uint8)
+            moments[f"{name}_max"] = like.new_zeros(blocks)
+        return moments
+
+    def _update(self, rate: float, by: float, shrink: float) -> None:
+        first_N, first_max_B, root_N, root_max_B = self._moments.values()
+        (beta1, beta2), count = self._betas, self._weight_N.numel()
+        for start in range(0, count, CHUNK):
+            part, of = slice(start, min(start + CHUNK, count)), slice(start // BLOCK, (start + CHUNK) // BLOCK)
+            grad_C = self._grad_N[part]
+            signs_C = 1 - 2 * (first_N[part] >> 7).float()
+            first_C = _floats(first_N[part] & 127, first_max_B[of], FIRST) * signs_C
+            first_C.lerp_(grad_C, 1 - beta1)
+            root_C = _floats(root_N[part], root_max_B[of], SECOND)
+            root_C.square_().mul_(beta2).addcmul_(grad_C, grad_C, value=1 - beta2).sqrt_()
+            self._weight_N[part].mul_(shrink).addcdiv_(first_C, by * root_C + self._eps, value=-rate)
+            random_C = _random(start, grad_C, self._steps)
+            sizes_C, first_max_B[of] = _codes(first_C.abs(), random_C >> 12, FIRST)
+            first_N[part] = sizes_C | ((first_C < 0).byte() << 7)
+            root_N[part], root_max_B[of] = _codes(root_C, random_C & 0x7FFFF, SECOND)
+
+
+def _floats(codes_C: Tensor, unit_B: Tensor, form: tuple[int, int]) -> Tensor:
+    """What codes (C,) of blocks (B,) stand for: 0 for a first moment of zero, or the smallest root."""
+    bits, mantissa = form
+    shift, lowest = 23 - mantissa, (127 << mantissa) - (1 << bits) + 1
+    floats_C = ((codes_C.int() + lowest) << shift).view(torch.float32)
+    if form == FIRST:
+        floats_C = floats_C.where(codes_C > 0, 0)
+    return floats_C * unit_B.repeat_interleave(BLOCK)[: len(codes_C)]
+
+
+def _codes(values_C: Tensor, random_C: Tensor, form: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The codes of values that are not negative, and their blocks' units."""
+    bits, mantissa = form
+    shift, lowest = 23 - mantissa, (127 << mantissa) - (1 << bits) + 1
+    whole = torch.nn.functional.pad(values_C, (0, -len(values_C) % BLOCK)).view(-1, BLOCK)
+    unit_B = whole.amax(1)
+    by_B = torch.where(unit_B > 0, 1 / unit_B, 0)
+    words_C = (values_C * by_B.repeat_interleave(BLOCK)[: len(values_C)]).view(torch.int32)
+    return (((words_C + random_C) >> shift) - lowest).clamp(0, (1 << bits) - 1).byte(), unit_B
+
+
+def _random(start: int, like_C: Tensor, step: int) -> Tensor:
+    """32 bits for each number from `start` on, the same on every device: a hash of its place and of the step."""
+    x_C = torch.arange(start, start + len(like_C), device=like_C.device) * 0x9E3779B1 + step * 0x85EBCA77 & WORD
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x_C = ((x_C ^ (x_C >> shift)) * factor) & WORD
+    return x_C ^ (x_C >> 16)

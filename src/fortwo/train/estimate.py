@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 FLOAT = 4  # bytes: adapters are trained in fp32
 PROCESS = 400 << 20  # bytes of a server that holds nothing yet
-STATES = 7  # copies of an adapter: itself, its gradient, two moments; all but the gradient in a checkpoint's writing
+MOMENTS = 2  # copies of an adapter: AdamW's
+MOMENTS_8_BIT = MOMENTS * (1 / 4 + 1 / 256)  # and with the unit of each block
 OF_BEST = 2  # more of them where the best adapter is kept
 HEAD_BYTES = 40 << 20  # of logits at once
 HEAD_COPIES = 5  # of them: the adapter's, the teacher's, the slope, and what products make of those
@@ -239,6 +240,7 @@ def memory(
     bf16: bool,
     checkpointing: bool,
     best: bool,
+    moments: float,
     replies: int,
 ) -> Memory:
     """The process, the base's weights and what is made of them to train on, the adapter with its gradient, AdamW's
@@ -246,7 +248,7 @@ def memory(
     together), or keys and values of `replies` tokens.
 
     ranks: of each module that is adapted. checkpointing: of every layer what it reads, and all of one layer. best:
-    the best adapter is kept.
+    the best adapter is kept. moments: the optimizer's, in copies of the adapter.
     """
     element = 2 if bf16 else FLOAT
     adapter = base.layers * sum(r * sum(base.shape(module)) for module, r in ranks.items())
@@ -257,7 +259,8 @@ def memory(
     kept = base.layers * layer
     if checkpointing:
         kept = layer + base.layers * micro_step * (FLOAT + element) * base.hidden
-    states = STATES + (OF_BEST if best else 0)
+    # itself and its gradient; all but that again while a checkpoint is written
+    states = 1 + 2 * (1 + moments) + (OF_BEST if best else 0)
     held = PROCESS + base.bytes + (base.bf16_copy if bf16 else base.fp32_copy) + states * FLOAT * adapter
     keys_values = base.kv_token * (replies if base.cache is None else min(replies, base.cache))
     return Memory(round(held + LOOSE * (kept + HEAD_COPIES * HEAD_BYTES)), round(held + keys_values))

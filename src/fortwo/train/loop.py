@@ -38,12 +38,13 @@ from fortwo.records import (
     Waiting,
 )
 from fortwo.train import checkpoints, courses
-from fortwo.train.adamw import AdamW
+from fortwo.train.adamw import AdamW, AdamW8bit
 from fortwo.train.adapter import lora_config
 from fortwo.train.checkpoints import Clock, Run
 from fortwo.train.escalation import WORDS, mix_at, next_round, told
 from fortwo.train.evaluation import Served, diverged, validation_loss
 from fortwo.train.objective import losses, micro_batches
+from fortwo.train.options import IN_8_BITS
 from fortwo.train.recipes import EXAM_QUESTIONS
 from fortwo.train.schedule import learning_rate, rate_at
 from fortwo.train.validation import patience_ends
@@ -167,7 +168,8 @@ def teach(
 
 
 def _optimizer(flat_N: Tensor, plan: Plan) -> AdamW:
-    return AdamW(flat_N, (plan["adam_beta1"], plan["adam_beta2"]), plan["adam_epsilon"], plan["weight_decay"])
+    kind = AdamW8bit if plan["optim"] in IN_8_BITS else AdamW
+    return kind(flat_N, (plan["adam_beta1"], plan["adam_beta2"]), plan["adam_epsilon"], plan["weight_decay"])
 
 
 def _train(

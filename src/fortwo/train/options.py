@@ -15,7 +15,8 @@ from fortwo.models.lora_config import TARGETS, expression
 from fortwo.train.refused import LORA_REFUSED, TRAINING_REFUSED, Refused
 from fortwo.train.schedule import POLYNOMIAL_END, SCHEDULES
 
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+IN_8_BITS = ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit")  # one optimizer by its names elsewhere
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *IN_8_BITS)
 WITHOUT_WARMUP = ("constant",)
 SAVE_STRATEGIES = ("no", "steps", "epoch")
 

@@ -34,6 +34,8 @@ from fortwo.train.draft import (
 )
 from fortwo.train.estimate import (
     MICRO_TOKENS,
+    MOMENTS,
+    MOMENTS_8_BIT,
     BaseFacts,
     Machine,
     Memory,
@@ -45,7 +47,7 @@ from fortwo.train.estimate import (
     size,
     tokens_per_epoch,
 )
-from fortwo.train.options import read_lora, read_training
+from fortwo.train.options import IN_8_BITS, read_lora, read_training
 from fortwo.train.parent import Parent, check_objective, check_shape, objections
 from fortwo.train.recipes import REASONS, OverrideRecipe, raised_by, recipe_of
 from fortwo.train.request import TrainingRequest
@@ -115,7 +117,10 @@ def resolve(
     together = min(micro_step, counts.prefix + max(at_once, longest))
     ranks = mean_ranks(adapter, base.layers)
     best, replies = objective == "override" or held > 0, reply_tokens(counts, objective == "sft")
-    needed = _checkpointing(draft, machine, lambda again: memory(base, together, ranks, bf16, again, best, replies))
+    moments = MOMENTS_8_BIT if draft["optim"] in IN_8_BITS else MOMENTS
+    needed = _checkpointing(
+        draft, machine, lambda again: memory(base, together, ranks, bf16, again, best, moments, replies)
+    )
     targets = choose_targets(draft, request, recipe, len(dataset.kept))
     choose_saving(draft, steps, steps_per_epoch)
     draft.add_rest()

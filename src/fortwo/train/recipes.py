@@ -180,7 +180,7 @@ REASONS = {
     "adam_epsilon": "transformers' default",
     "max_grad_norm": "transformers' default: one odd row cannot throw the run",
     "seed": "transformers' default: the same request gives the same run",
-    "optim": "AdamW",
+    "optim": "AdamW, its moments in fp32; adamw_8bit: in 8 bits, which take a quarter",
     "validation_split": "share of rows that are held back, at random by `seed`; none unless asked for",
     "eval_strategy": "when the held back rows are evaluated: every epoch unless eval_steps is given; and at the end",
     "eval_steps": "steps from one evaluation to the next",
