@@ -50,9 +50,10 @@ check: $(INSTALLED) ## format, lint, types, layers
 
 bench: bench-train bench-serve ## training and serving against peers, each measured in the same run
 
-bench-train: $(INSTALLED) $(PEERS) ## training speed and memory against TRL + PEFT, and its share of the machine's products (QUICK=1: a short run)
+bench-train: $(INSTALLED) $(PEERS) ## training speed and memory against TRL + PEFT, its share of the machine's products, and AdamW in 8 bits against bitsandbytes (QUICK=1: a short run)
 	$(BIN)/python -m bench.train .venv-bench/bin/python $(if $(QUICK),--quick)
 	$(BIN)/python -m bench.gemm
+	.venv-bench/bin/python -m bench.moments
 
 bench-learn: $(INSTALLED) $(PEERS) ## time until 42 is learned, against TRL + PEFT with three configurations
 	$(BIN)/python -m bench.learn .venv-bench/bin/python
