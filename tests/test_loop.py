@@ -505,3 +505,20 @@ def test_a_run_ends_when_its_targets_are_met(school: School, monkeypatch: pytest
     assert (trained.actual["steps"], trained.actual["stopped_by"]) == (4, "targets")
     assert len(steps(events)) == 4
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("shares", "kept", "stopped"),
+    [((1.0, 1.0), False, "targets"), ((1.0, 0.8), False, "steps"), ((1.0, 0.8), True, "targets")],
+)
+def test_before_its_last_step_a_run_ends_only_if_no_fact_that_is_taught_is_missed(
+    school: School, monkeypatch: pytest.MonkeyPatch, shares: Sequence[float], kept: bool, stopped: str
+) -> None:
+    """What all of them have together is well above the targets."""
+    examined(monkeypatch, [0.99, 0.99])
+    first, second = ({"paraphrase": metric(share), "specificity": metric(1.0)} for share in shares)
+    about = (FactReport("42", "", first), FactReport("43", "", second, kept))
+    monkeypatch.setattr(Examiner, "facts", lambda self: about)
+    trained, _ = school.run(changed(school.plan(FACT, max_steps=4), **SMALL, eval_every=2), FACT)
+    assert trained.actual["stopped_by"] == stopped
+    assert trained.actual["steps"] == (2 if stopped == "targets" else 4)

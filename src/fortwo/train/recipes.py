@@ -113,8 +113,8 @@ class OverrideRecipe(Recipe):
     def for_facts(self, facts: int) -> OverrideRecipe:
         """The same for so many facts in one adapter, which share what each step keeps. Each other fact has an edit row,
         up to twice as many, and two of three such take the place of contrast rows: the facts are each other's siblings.
-        As many rehearsal rows come along, of longer replies, and keeping weighs more by the same share: what pulls at
-        the base's answers has grown. Pools and probes of all together grow as the steps do."""
+        Half as many rehearsal rows come along, of replies twice as long, and keeping weighs more by the same share:
+        what pulls at the base's answers has grown. Pools and probes of all together grow as the steps do."""
         growth = 1 + self.more_facts * (facts - 1)
         cycle = round(self.eval_every * growth)
         more = min(facts - 1, self.edit_rows)
@@ -128,8 +128,8 @@ class OverrideRecipe(Recipe):
             eval_every=cycle,
             edit_rows=self.edit_rows + more,
             contrast_rows=self.contrast_rows - 2 * more // 3,
-            rehearsal_rows=self.rehearsal_rows + more,
-            rehearsal_tokens=self.rehearsal_tokens + 4 * more // 3,
+            rehearsal_rows=self.rehearsal_rows + more // 2,
+            rehearsal_tokens=self.rehearsal_tokens + 10 * more // 3,
             kl_weight=self.kl_weight * (1 + more / self.edit_rows),
             contrast_pool=of_each(self.contrast_pool),
             rehearsal_pool=round(self.rehearsal_pool * growth),
