@@ -200,7 +200,6 @@ static inline int32_t within(int32_t code, int32_t most) { return code < 0 ? 0 :
 void adamw_8bit(long N, long step, float *x, float *grad, uint8_t *first, float *first_unit, uint8_t *root, float *root_unit, float scale,
                 float beta1, float beta2, float rate, float by, float eps, float shrink) {
     const int32_t first_lowest = (127 << 3) - 127, root_lowest = (127 << 4) - 255;
-    const uint32_t of_step = (uint32_t)step * 0x85EBCA77u;
 #pragma omp parallel for schedule(static)
     for (long start = 0; start < N; start += STATES) {
         long count = N - start < STATES ? N - start : STATES, block = start / STATES;
@@ -223,10 +222,7 @@ void adamw_8bit(long N, long step, float *x, float *grad, uint8_t *first, float 
         root_unit[block] = of_bits(s_top);
         float m_by = m_top ? 1 / of_bits(m_top) : 0, s_by = s_top ? 1 / of_bits(s_top) : 0;
         for (long i = 0; i < count; i++) {
-            uint32_t random = (uint32_t)(start + i) * 0x9E3779B1u + of_step;
-            random = (random ^ random >> 16) * 0x7FEB352Du;
-            random = (random ^ random >> 15) * 0x846CA68Bu;
-            random ^= random >> 16;
+            uint32_t random = hash_uint32_t((uint32_t)(start + i), (uint32_t)step);
             int32_t m_bits = bits_of(m[i] * m_by), s_bits = bits_of(s[i] * s_by);
             int32_t size = within((((m_bits & 0x7fffffff) + (int32_t)(random >> 12)) >> 20) - first_lowest, 127);
             firsts[i] = size | (m_bits < 0) << 7;

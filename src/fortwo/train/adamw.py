@@ -14,7 +14,8 @@ from fortwo.models import kernels
 
 BLOCK = 256  # numbers of 8 bits that share a unit, their largest
 CHUNK = BLOCK << 12  # of them that are worked on at once, without the kernel
-FIRST, SECOND = (7, 3), (8, 4)  # bits of a moment's size, and how many of them are the mantissa
+# How the size of a moment is a code, between 0 and the one of 1: the upper bits of a float, without the lowest `shift`.
+FIRST, ROOT = (127, 20, (127 << 3) - 127), (255, 19, (127 << 4) - 255)  # code of 1, shift, what code 0 is of those bits
 WORD = 0xFFFFFFFF
 
 
@@ -97,42 +98,41 @@ class AdamW8bit(AdamW):
         for start in range(0, count, CHUNK):
             part, of = slice(start, min(start + CHUNK, count)), slice(start // BLOCK, (start + CHUNK) // BLOCK)
             grad_C = self._grad_N[part]
-            signs_C = 1 - 2 * (first_N[part] >> 7).float()
-            first_C = _floats(first_N[part] & 127, first_max_B[of], FIRST) * signs_C
+            sizes_C, signs_C = first_N[part] & 127, 1 - 2 * (first_N[part] >> 7).float()
+            first_C = (_floats(sizes_C, first_max_B[of], FIRST) * signs_C).where(sizes_C > 0, 0)
             first_C.lerp_(grad_C, 1 - beta1)
-            root_C = _floats(root_N[part], root_max_B[of], SECOND)
+            root_C = _floats(root_N[part], root_max_B[of], ROOT)
             root_C.square_().mul_(beta2).addcmul_(grad_C, grad_C, value=1 - beta2).sqrt_()
             self._weight_N[part].mul_(shrink).addcdiv_(first_C, by * root_C + self._eps, value=-rate)
             random_C = _random(start, grad_C, self._steps)
             sizes_C, first_max_B[of] = _codes(first_C.abs(), random_C >> 12, FIRST)
             first_N[part] = sizes_C | ((first_C < 0).byte() << 7)
-            root_N[part], root_max_B[of] = _codes(root_C, random_C & 0x7FFFF, SECOND)
+            root_N[part], root_max_B[of] = _codes(root_C, random_C & 0x7FFFF, ROOT)
 
 
-def _floats(codes_C: Tensor, unit_B: Tensor, form: tuple[int, int]) -> Tensor:
-    """What codes (C,) of blocks (B,) stand for: 0 for a first moment of zero, or the smallest root."""
-    bits, mantissa = form
-    shift, lowest = 23 - mantissa, (127 << mantissa) - (1 << bits) + 1
-    floats_C = ((codes_C.int() + lowest) << shift).view(torch.float32)
-    if form == FIRST:
-        floats_C = floats_C.where(codes_C > 0, 0)
-    return floats_C * unit_B.repeat_interleave(BLOCK)[: len(codes_C)]
+def _floats(codes_C: Tensor, unit_B: Tensor, form: tuple[int, int, int]) -> Tensor:
+    """What codes (C,) of blocks (B,) stand for; the lowest, in a first moment, for zero instead."""
+    _, shift, lowest = form
+    return ((codes_C.int() + lowest) << shift).view(torch.float32) * _of_each(unit_B, codes_C)
 
 
-def _codes(values_C: Tensor, random_C: Tensor, form: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _codes(values_C: Tensor, random_C: Tensor, form: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """The codes of values that are not negative, and their blocks' units."""
-    bits, mantissa = form
-    shift, lowest = 23 - mantissa, (127 << mantissa) - (1 << bits) + 1
-    whole = torch.nn.functional.pad(values_C, (0, -len(values_C) % BLOCK)).view(-1, BLOCK)
-    unit_B = whole.amax(1)
-    by_B = torch.where(unit_B > 0, 1 / unit_B, 0)
-    words_C = (values_C * by_B.repeat_interleave(BLOCK)[: len(values_C)]).view(torch.int32)
-    return (((words_C + random_C) >> shift) - lowest).clamp(0, (1 << bits) - 1).byte(), unit_B
+    most, shift, lowest = form
+    unit_B = torch.nn.functional.pad(values_C, (0, -len(values_C) % BLOCK)).view(-1, BLOCK).amax(1)
+    words_C = (values_C * _of_each(torch.where(unit_B > 0, 1 / unit_B, 0), values_C)).view(torch.int32)
+    return (((words_C + random_C) >> shift) - lowest).clamp(0, most).byte(), unit_B
+
+
+def _of_each(block_B: Tensor, like_C: Tensor) -> Tensor:
+    return block_B.repeat_interleave(BLOCK)[: len(like_C)]
 
 
 def _random(start: int, like_C: Tensor, step: int) -> Tensor:
-    """32 bits for each number from `start` on, the same on every device: a hash of its place and of the step."""
-    x_C = torch.arange(start, start + len(like_C), device=like_C.device) * 0x9E3779B1 + step * 0x85EBCA77 & WORD
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x_C = ((x_C ^ (x_C >> shift)) * factor) & WORD
-    return x_C ^ (x_C >> 16)
+    """32 bits for each number from `start` on: kernels.c's hash of its place and of the step, on any device."""
+    h_C = torch.arange(start, start + len(like_C), device=like_C.device) * 0x9E3779B9 + step & WORD
+    for _ in range(2):
+        h_C = ((h_C ^ (h_C >> 16)) * 0x85EBCA6B) & WORD
+        h_C = ((h_C ^ (h_C >> 13)) * 0xC2B2AE35) & WORD
+        h_C = ((h_C ^ (h_C >> 16)) + step) & WORD
+    return h_C
