@@ -6,6 +6,8 @@ Tolerance: logits within 2e-5, gradients within 1e-4 of PEFT's (fp32, sums in an
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import json
 from pathlib import Path
 from typing import Any
@@ -294,6 +296,28 @@ def test_tensors_that_do_not_fit_are_named() -> None:
     assert "layers.0." in refused(LoraConfig(r=8, alpha=8), whole)  # another rank
 
 
+def test_a_pattern_has_a_bounded_number_of_keys() -> None:
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+    with pytest.raises(InvalidAdapter, match="rank_pattern has 1001 keys, at most 1000 are allowed"):
+        LoraConfig.from_peft(config | {"rank_pattern": {f"q{n}": 8 for n in range(1001)}})
+
+
+CATASTROPHIC = ("(.*.*)*x", "(.*)*@", "([a-z_.0-9]+)*!", "(.*)*" * 50 + "z")
+
+
+@pytest.mark.parametrize("key", CATASTROPHIC)
+def test_a_pattern_that_backtracks_without_end_elsewhere_is_matched_at_once(key: str) -> None:
+    """In a process of its own, since an engine that backtracks could not be stopped from this one."""
+    code = (
+        "import sys; from fortwo.models.lora_config import LoraConfig, module_name;"
+        "config = LoraConfig.from_peft({'peft_type': 'LORA', 'r': 8, 'lora_alpha': 16, 'target_modules': ['q_proj'],"
+        "                              'rank_pattern': {sys.argv[1]: 4}});"
+        "print(config.rank(module_name(0, 'q_proj')))"
+    )
+    found = subprocess.run([sys.executable, "-c", code, key], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout.strip() == "8"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -310,6 +334,7 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         {"rank_pattern": ["q_proj"]},
         {"alpha_pattern": {"q_proj": "8"}},
         {"alpha_pattern": {"q_proj(": 8}},
+        {"alpha_pattern": {"(?=q)q_proj": 8}},
         {"exclude_modules": ["k_proj"]},
         {"target_parameters": ["mlp.experts"]},
         {"trainable_token_indices": [1, 2]},

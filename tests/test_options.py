@@ -176,12 +176,21 @@ def test_target_modules_that_do_not_exist_are_refused(bad: Any) -> None:
         ("alpha_pattern", {"q_proj": 0}, "alpha_pattern['q_proj'] = 0 is not a number above 0"),
         ("alpha_pattern", {"q_proj": None}, "alpha_pattern['q_proj'] = None is not"),
         ("rank_pattern", {"q_proj(": 8}, "rank_pattern = 'q_proj(' is not a regular expression"),
+        ("rank_pattern", {"(?!q)_proj": 8}, "RE2's syntax: no look-around"),
+        ("rank_pattern", {r"(q)\1": 8}, "RE2's syntax: no look-around"),
+        ("rank_pattern", {"\udc00": 8}, "surrogate"),
     ],
 )
 def test_patterns_name_the_entry_that_is_wrong(pattern: str, value: Any, said: str) -> None:
     error = refusal(read_lora, {pattern: value})
     assert error.param.startswith(f"lora_config.{pattern}")
     assert said in error.message
+
+
+def test_patterns_have_a_bounded_length_and_number_of_keys() -> None:
+    long, many = {"q" * 1001: 8}, {f"q{n}": 8 for n in range(1001)}
+    assert "it has 1001 characters, at most 1000 are allowed" in refusal(read_lora, {"rank_pattern": long}).message
+    assert "has 1001 keys, at most 1000 are allowed" in refusal(read_lora, {"rank_pattern": many}).message
 
 
 def test_patterns_are_read_as_peft_writes_them() -> None:

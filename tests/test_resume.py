@@ -229,6 +229,41 @@ def test_the_next_start_goes_on_by_itself_where_the_settings_say_so(tiny: Path, 
         assert served.wait(behind)["started_at"] >= job["finished_at"], "it kept its place in the queue"
 
 
+@pytest.mark.parametrize("loss", ["moved away", "another one", "cut to nothing"])
+def test_a_start_with_another_or_a_lost_database_deletes_nothing(
+    tiny: Path, tmp_path: Path, loss: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = tiny_settings(tmp_path / "home", tiny)
+    with serve(settings) as served:
+        job_id = start(served, "paused", training_config=RUN | {"max_steps": 100_000, "save_steps": 5})["job_id"]
+        until(served, job_id, lambda job: len(job["checkpoints"]) >= 2)
+        kept = call(served, job_id, "pause")["checkpoints"]
+    notes = settings.jobs_dir / "my-notes"
+    notes.mkdir()
+    (notes / "read-me.txt").write_text("not fortwo's")
+    database, aside = settings.home / "fortwo.db", tmp_path / "fortwo.db"
+    aside.write_bytes(database.read_bytes())
+    others = settings
+    if loss == "another one":
+        others = settings.model_copy(update={"database_url": f"sqlite:///{tmp_path / 'other.db'}"})
+    else:
+        for file in settings.home.glob("fortwo.db*"):
+            file.unlink()
+        if loss == "cut to nothing":
+            database.touch()
+    with serve(others) as served:
+        assert served.http.get("/api/training/jobs").json()["jobs"] == []
+    assert job_id in caplog.text
+    assert "the database does not know" in caplog.text
+    assert (notes / "read-me.txt").read_text() == "not fortwo's"
+    database.write_bytes(aside.read_bytes())
+    with serve(settings) as served:
+        job = get(served, job_id)
+        assert (job["status"], job["checkpoints"]) == ("paused", kept)
+        call(served, job_id, "resume")
+        until(served, job_id, lambda job: job["progress"]["step"] > kept[-1]["step"])
+
+
 @contextmanager
 def process(home: Path, **more: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
     """A server as a user starts it, killed at the end."""

@@ -89,9 +89,7 @@ class JobRunner:
             if self._settings.resume:
                 self._queue_again(job_id, ("failed",))
         self._checkpoints.sweep()
-        for job_id in self._checkpoints.jobs():
-            if self._is_done(job_id):
-                self._checkpoints.remove(job_id)
+        self._remove_checkpoints_of_ended_jobs()
         self._thread.start()
 
     def close(self) -> None:
@@ -202,11 +200,25 @@ class JobRunner:
             raise Conflict(f"Job {job_id} {participle}.", param="job_id", hint=hint)
         return job
 
-    def _is_done(self, job_id: str) -> bool:
-        try:
-            return self._store.get(job_id).status in ("succeeded", "cancelled")
-        except NotFound:
-            return True
+    def _remove_checkpoints_of_ended_jobs(self) -> None:
+        """Folders that the database does not know are left alone and reported: the database may be the wrong one."""
+        unknown = []
+        for name in self._checkpoints.jobs():
+            try:
+                status = self._store.get(name).status
+            except NotFound:
+                unknown.append(name)
+                continue
+            if status in ("succeeded", "cancelled"):
+                self._checkpoints.remove(name)
+        if unknown:
+            log.warning(
+                "%s holds %d folder(s) of jobs that the database does not know; nothing in them was changed: %s. "
+                "If the database was moved or lost, stop the server and put it back. Otherwise delete them by hand.",
+                self._settings.jobs_dir,
+                len(unknown),
+                ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else ""),
+            )
 
     def _resolve(self, request: TrainingRequest) -> tuple[Dataset, Plan]:
         check_free(request.adapter_name, self._catalog)

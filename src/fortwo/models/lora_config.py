@@ -7,10 +7,12 @@ Torch-free.
 from __future__ import annotations
 
 import math
-import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import re2
 
 from fortwo.errors import InvalidAdapter
 
@@ -60,10 +62,29 @@ def module_name(layer: int, target: str) -> str:
     return f"model.layers.{layer}.{_PARENT[target]}.{target}"
 
 
-def expression(key: str) -> re.Pattern[str]:
+MOST_KEYS, LONGEST_KEY = 1000, 1000  # of a pattern: more than a pattern for every projection of a large model needs
+_RE2 = re2.Options()
+_RE2.log_errors = False  # a bad pattern is the caller's mistake, and the caller is told
+
+
+def expression(key: str) -> re2._Regexp:
     """A pattern's key as PEFT reads it: a regular expression for the end of a module's name, from the name's beginning
-    or behind a dot. Raises re.error."""
-    return re.compile(rf"(.*\.)?({key})$")
+    or after a dot.
+
+    RE2 matches it, in time that is linear in the length of the name, because the text comes from a client and the
+    standard library's engine can take for ever. RE2 has no look-around and no back-references. Raises ValueError
+    saying what is wrong with the key.
+    """
+    if len(key) > LONGEST_KEY:
+        raise ValueError(f"it has {len(key)} characters, at most {LONGEST_KEY} are allowed")
+    try:
+        return re2.compile(rf"(.*\.)?({key})$", _RE2)
+    except re2.error as error:
+        said = error.args[0]
+        reason = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
+        raise ValueError(f"{reason} (RE2's syntax: no look-around, no back-references)") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair") from None
 
 
 def deciding(pattern: Pattern, module: str) -> tuple[str, float] | None:
@@ -170,11 +191,13 @@ def _pattern(config: Mapping[str, Any], option: str, whole: bool) -> Pattern:
     value = {} if config.get(option) is None else config[option]
     if not isinstance(value, Mapping):
         raise InvalidAdapter(f"{option} = {value!r} is not an object of module patterns", param=option)
+    if len(value) > MOST_KEYS:
+        raise InvalidAdapter(f"{option} has {len(value)} keys, at most {MOST_KEYS} are allowed", param=option)
     for key, number in value.items():
         try:
             expression(key)
-        except re.error as error:
-            raise InvalidAdapter(f"{option}: {key!r} is not a regular expression: {error}", param=option) from None
+        except ValueError as error:
+            raise InvalidAdapter(f"{option}: {reprlib.repr(key)} is not a regular expression: {error}", param=option) from None
         if not isinstance(number, int if whole else int | float) or isinstance(number, bool) or number <= 0:
             kind = "whole number" if whole else "number"
             raise InvalidAdapter(f"{option}[{key!r}] = {number!r} is not a positive {kind}", param=option)

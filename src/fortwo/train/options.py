@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fortwo.errors import InvalidRequest
-from fortwo.models.lora_config import TARGETS, expression
+from fortwo.models.lora_config import MOST_KEYS, TARGETS, expression
 from fortwo.train.refused import LORA_REFUSED, TRAINING_REFUSED, Refused
 from fortwo.train.schedule import POLYNOMIAL_END, SCHEDULES
 
@@ -275,10 +274,13 @@ def _pattern(param: str, value: Any, number: _Kind) -> dict[str, float]:
     if not isinstance(value, Mapping):
         hint = 'Give an object of module names and numbers such as {"q_proj": 8}, or leave it out.'
         raise _refusal(param, value, "is not an object", hint)
+    if len(value) > MOST_KEYS:
+        hint = "Let one regular expression stand for several modules."
+        raise _refusal(param, value, f"has {len(value)} keys, at most {MOST_KEYS} are allowed", hint)
     for key, item in value.items():
         try:
             expression(key)
-        except re.error as error:
+        except ValueError as error:
             hint = "Give a module's name, the end of one, or a regular expression for it."
             raise _refusal(param, key, f"is not a regular expression: {error}", hint) from None
         _checked(f"{param}[{key!r}]", item, number)
