@@ -16,15 +16,17 @@ import pytest
 from serving import Served, serve, tiny_settings
 from tiny import save_directory
 
-from fortwo.models import kernels
+from fortwo.models import isa, kernels
 from fortwo.models.catalog import Catalog
 from fortwo.settings import Settings
+
+isa.cap(os.environ.get("FORTWO_ISA", "auto"))
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty FORTWO_HOME; no other FORTWO_* setting of the caller's is seen."""
-    for name in [name for name in os.environ if name.startswith("FORTWO_")]:
+    """An empty FORTWO_HOME; of the other FORTWO_* settings only FORTWO_ISA is seen."""
+    for name in [name for name in os.environ if name.startswith("FORTWO_") and name != "FORTWO_ISA"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("FORTWO_HOME", str(tmp_path / "home"))
     return tmp_path / "home"

@@ -38,6 +38,11 @@ class Settings(BaseSettings):
         "many rows, among those that hardly change what is said.",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    isa: Literal["auto", "amx", "avx512", "avx2", "none"] = Field(
+        "auto",
+        description="The highest level of instructions that is used on an x86 processor, by fortwo's kernels and by the "
+        "libraries; auto is all that it has, none is torch's own operations alone.",
+    )
     cache_mb: int | None = Field(
         None, ge=1, description="MiB for keys and values, for each base; default: an eighth of the device's memory."
     )

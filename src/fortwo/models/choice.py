@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -127,6 +128,7 @@ def processor() -> str:
     return next(iter(_cpuinfo("model name")), "unknown processor")
 
 
+@cache
 def flags() -> frozenset[str]:
     """Instructions the processor has, in Linux's names."""
     return frozenset(name for line in _cpuinfo("flags") for name in line.split())

@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import subprocess
 import tempfile
 from functools import cache
@@ -20,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fortwo.models import isa
+
 log = logging.getLogger(__name__)
 _HEADERS = "kernels vectors matrix attention adapted layer losses quantised nf4 decode step prefill laid"
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", *(f"{name}.h" for name in _HEADERS.split())))
 _COMPILE = (
-    *("cc", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
-    *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
+    *("cc", "-O3", "-fopenmp", "-shared", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
 )
 _TYPES = (torch.float32, torch.bfloat16)
@@ -73,7 +73,9 @@ def _kernel(name: str, element: torch.dtype | None, arguments: tuple[Any, ...]) 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled library; None, with a warning, where it cannot be had."""
+    """The compiled library; None where FORTWO_ISA is none or, with a warning, where it cannot be had."""
+    if isa.level() == "none":
+        return None
     try:
         return ctypes.CDLL(str(_compiled()))  # OpenMP is torch's: it is loaded already, under the same name
     except (OSError, subprocess.CalledProcessError) as error:
@@ -83,8 +85,9 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _compiled() -> Path:
+    command = (*_COMPILE, *isa.compiler_flags())
     sources = b"".join(source.read_bytes() for source in _SOURCES)
-    digest = hashlib.sha256(sources + " ".join(_COMPILE).encode() + _processor()).hexdigest()[:16]
+    digest = hashlib.sha256(sources + " ".join(command).encode() + _processor()).hexdigest()[:16]
     home = Path(__file__).with_name("__pycache__")
     if not os.access(home if home.exists() else home.parent, os.W_OK):
         home = Path(tempfile.mkdtemp(prefix="fortwo-"))
@@ -93,7 +96,7 @@ def _compiled() -> Path:
         home.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home) as beside:
             built = Path(beside) / library.name
-            subprocess.run([*_COMPILE, "-o", built, _SOURCES[0], "-lm"], check=True, capture_output=True, text=True)
+            subprocess.run([*command, "-o", built, _SOURCES[0], "-lm"], check=True, capture_output=True, text=True)
             built.replace(library)
     return library
 

@@ -22,6 +22,7 @@ from fortwo.models.tiles import LONGEST_SUM, Tiles, tiled_product
 if TYPE_CHECKING:
     from fortwo.models.forms import Frozen
 
+WIDENED = 2 << 20  # bytes of a bf16 weight that are fp32 at once
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -78,8 +79,9 @@ def product(
     """x @ weight.T, and for `more` = (h, B) + h @ B.T; x (rows, in), weight (out, in), any of them may be a transposed
     view. No gradient: see lora.
 
-    A bf16 weight is multiplied in bf16 and summed in fp32. The result has the type of x, or `dtype`. A `Weight` takes
-    the form that is chosen for this many rows.
+    A bf16 weight is multiplied with x rounded to bf16, and summed in fp32: on the CPU by AMX's tiles, or else as fp32,
+    a part of the weight after the other, since torch's own product of bf16 rounds each sum to bf16. The result has the
+    type of x, or `dtype`. A `Weight` takes the form that is chosen for this many rows.
     """
     dtype = x_TI.dtype if dtype is None else dtype
     if isinstance(weight_OI, Tiles):
@@ -89,14 +91,25 @@ def product(
     elif weight_OI.dtype == torch.bfloat16:
         if kernels.usable(x_TI) and kernels.multiplies_tiles() and x_TI.shape[1] <= LONGEST_SUM:
             return tiled_product(x_TI.bfloat16(), weight_OI, more, dtype)
-        y_TO = F.linear(x_TI.bfloat16(), weight_OI)
+        y_TO = _widened(x_TI.bfloat16(), weight_OI) if x_TI.device.type == "cpu" else F.linear(x_TI.bfloat16(), weight_OI)
     elif x_TI.device.type == "cpu" and x_TI.dtype == torch.float32 and x_TI.numel():
         y_TO = _cpu_product()(x_TI, weight_OI)
     else:
         y_TO = F.linear(x_TI, weight_OI)
     if more is not None:
-        y_TO.addmm_(more[0], more[1].t())
+        h_Tr, B_Or = (tensor.to(y_TO.dtype) for tensor in more)
+        y_TO.addmm_(h_Tr, B_Or.t())
     return y_TO.to(dtype)
+
+
+def _widened(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x @ weight.T of bf16 numbers as fp32; parts of the weight become fp32 in the processor's cache."""
+    O, I = weight_OI.shape  # noqa: E741
+    multiply, x_TI, y_TO = _cpu_product(), x_TI.float(), x_TI.new_empty(len(x_TI), O, dtype=torch.float32)
+    outputs = max(16, WIDENED // (4 * I))
+    for first in range(0, O, outputs) if x_TI.numel() else ():
+        y_TO[:, first : first + outputs] = multiply(x_TI, weight_OI[first : first + outputs].float())
+    return y_TO
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -120,8 +133,8 @@ def frozen_product(x_TI: Tensor, weight_OI: Frozen) -> Tensor:
 
 @cache
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16 products; without them they are slower than fp32."""
+    """Whether there are products in bf16 on the device that may be faster than fp32: on the CPU, those by AMX's
+    tiles."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return kernels.multiplies_tiles()

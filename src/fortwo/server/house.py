@@ -17,6 +17,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fortwo.errors import Conflict
+from fortwo.models import isa
 from fortwo.server.admission import Admission, closing
 from fortwo.server.errors import respond
 from fortwo.server.relay import Relay
@@ -55,6 +56,7 @@ class House:
 
     def open(self) -> None:
         """Build all of it and take up the queue of jobs. This loads torch, but no model."""
+        isa.cap(self.settings.isa)
         from fortwo.adapters import AdapterStore
         from fortwo.engine.engine import RUNNING, Engine
         from fortwo.engine.residents import Residents
