@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fortwo.data.packing import PackedAttention, pack
 from fortwo.errors import InvalidAdapter
-from fortwo.models import lora_config as module
-from fortwo.models.functions import dropout as drop
-from fortwo.models.lora import Lora, Segment, lora_product
-from fortwo.models.lora_config import GROUPS, TARGETS, LoraConfig
+from fortwo.kernels.operations import dropout as drop
+from fortwo.nn import lora_config as module
+from fortwo.nn.lora import Lora, Segment, lora_product
+from fortwo.nn.lora_config import GROUPS, TARGETS, LoraConfig
+from fortwo.nn.packing import PackedAttention, pack
 from tests.parts import as_decoder, decoder, make_rows, packed_hidden, random_lora, trainable
 from tests.tiny import tiny_model
 
