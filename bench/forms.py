@@ -17,10 +17,11 @@ from fortwo.data.render import Renderer
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
 from fortwo.facts.rehearsal import PROMPTS
-from fortwo.models import weights
-from fortwo.models.catalog import Catalog
-from fortwo.models.choice import FORMS, Choice
-from fortwo.models.decoder import Decoder, DecoderConfig
+from fortwo.hub import weights
+from fortwo.hub.catalog import Catalog
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.decoder import Decoder
+from fortwo.quantization.selection import FORMS, Choice
 from fortwo.records import Message
 from fortwo.settings import load
 

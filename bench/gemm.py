@@ -22,12 +22,13 @@ from rich.table import Table
 from torch import Tensor
 
 from fortwo.engine import heap
-from fortwo.models import weights
-from fortwo.models.catalog import Catalog
-from fortwo.models.decoder import Decoder, DecoderConfig
-from fortwo.models.lora import Lora
-from fortwo.models.lora_config import LoraConfig
-from fortwo.models.tiles import Tiles, tiled_product
+from fortwo.hub import weights
+from fortwo.hub.catalog import Catalog
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
+from fortwo.quantization.tiles import Tiles, tiled_product
 from fortwo.settings import load
 from fortwo.train.adamw import AdamW
 from fortwo.train.objective import Row, losses

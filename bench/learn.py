@@ -26,10 +26,10 @@ from rich.table import Table
 from bench.override import Base, share
 from bench.serving import run_job, server
 from bench.train import ROWS
-from fortwo.adapters import AdapterStore
+from fortwo.adapters.store import AdapterStore
 from fortwo.cli.client import Client
 from fortwo.data import formats
-from fortwo.models.catalog import Catalog
+from fortwo.hub.catalog import Catalog
 from fortwo.records import Fact, Json
 from fortwo.settings import Settings
 

@@ -21,12 +21,12 @@ from rich.table import Table
 
 from bench.override import REPLY_TOKENS, Base, Row, share, show, teach
 from bench.serving import server
-from fortwo.adapters import AdapterStore
+from fortwo.adapters.store import AdapterStore
 from fortwo.cli.client import Client
 from fortwo.data import formats
 from fortwo.data.render import Renderer
 from fortwo.facts import rehearsal
-from fortwo.models.catalog import Catalog
+from fortwo.hub.catalog import Catalog
 from fortwo.records import Fact, Message
 from fortwo.settings import Settings
 

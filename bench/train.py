@@ -26,7 +26,7 @@ from rich.table import Table
 
 from bench.serving import home, peak, started
 from fortwo.cli.client import Client
-from fortwo.models.catalog import Catalog
+from fortwo.hub.catalog import Catalog
 from fortwo.records import Json
 from fortwo.settings import Settings
 

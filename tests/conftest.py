@@ -16,8 +16,8 @@ import pytest
 from serving import Served, serve, tiny_settings
 from tiny import save_directory
 
-from fortwo.models import isa, kernels
-from fortwo.models.catalog import Catalog
+from fortwo.hub.catalog import Catalog
+from fortwo.kernels import cpu, isa
 from fortwo.settings import Settings
 
 isa.cap(os.environ.get("FORTWO_ISA", "auto"))
@@ -44,11 +44,11 @@ def real_home() -> Path:
 @pytest.fixture(params=[True, False], ids=["tiles", "dots"])
 def tiles(request: pytest.FixtureRequest) -> Iterator[None]:
     """Products of whole numbers with the processor's tiles, and without."""
-    if request.param and not kernels.multiplies_tiles():
+    if request.param and not cpu.multiplies_tiles():
         pytest.skip("this processor has no tiles")
-    kernels.call("use_whole_tiles", None, int(request.param))
+    cpu.call("use_whole_tiles", None, int(request.param))
     yield
-    kernels.call("use_whole_tiles", None, 1)
+    cpu.call("use_whole_tiles", None, 1)
 
 
 # A deadline per example measures the machine, not the code: the first call into torch alone can take longer.

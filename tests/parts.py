@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fortwo.data.packing import PackedAttention, pack
-from fortwo.models.decoder import Decoder, DecoderConfig
-from fortwo.models.lora import Lora, Segment
-from fortwo.models.lora_config import LoraConfig
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.lora import Lora, Segment
+from fortwo.nn.lora_config import LoraConfig
+from fortwo.nn.packing import PackedAttention, pack
 from tests.tiny import VOCABULARY, tiny_model
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from fortwo.models.catalog import Catalog
+from fortwo.hub.catalog import Catalog
 from fortwo.server.house import House
 from fortwo.server.process import Server
 from fortwo.settings import Settings

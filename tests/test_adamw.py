@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fortwo.models import kernels
+from fortwo.kernels import cpu
 from fortwo.train.adamw import BLOCK, AdamW, AdamW8bit
 
 SIZE = 40_003  # more than two parts of a sum, and no whole vectors
@@ -17,8 +17,8 @@ BETAS, EPS, DECAY = (0.8, 0.95), 1e-6, 0.1
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With the kernels, and without."""
     if not request.param:
-        monkeypatch.setattr(kernels, "usable", lambda *_: False)
-    elif not kernels.usable(torch.empty(0)):
+        monkeypatch.setattr(cpu, "usable", lambda *_: False)
+    elif not cpu.usable(torch.empty(0)):
         pytest.skip("there is no C compiler")
     return bool(request.param)
 
@@ -84,7 +84,7 @@ def test_it_goes_on_from_what_was_kept(compiled: bool, kind: type[AdamW]) -> Non
 
 def test_the_kernel_of_8_bits_is_the_plain_version(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the same state the same weights, and the same codes but where rounding was undecided to the last bit."""
-    if not kernels.usable(torch.empty(0)):
+    if not cpu.usable(torch.empty(0)):
         pytest.skip("there is no C compiler")
     fast, plain = parameter(), parameter()
     by_kernel, by_torch = (AdamW8bit(one, BETAS, EPS, DECAY) for one in (fast, plain))
@@ -94,7 +94,7 @@ def test_the_kernel_of_8_bits_is_the_plain_version(monkeypatch: pytest.MonkeyPat
     with torch.no_grad():
         plain.copy_(fast)
     ran(by_kernel, fast, [last])
-    monkeypatch.setattr(kernels, "usable", lambda *_: False)
+    monkeypatch.setattr(cpu, "usable", lambda *_: False)
     ran(by_torch, plain, [last])
     torch.testing.assert_close(fast, plain, atol=1e-6, rtol=1e-5)
     for name, found in by_kernel.state().items():

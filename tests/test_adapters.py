@@ -21,11 +21,11 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
-from fortwo.adapters import CONFIG, MANIFEST, TENSORS, AdapterStore
+from fortwo.adapters.store import CONFIG, MANIFEST, TENSORS, AdapterStore
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, StorageFailed
-from fortwo.models.decoder import DecoderConfig
-from fortwo.models.lora import Lora
-from fortwo.models.lora_config import LoraConfig
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
 
 LORA = LoraConfig(r=4, alpha=8)
 MANIFEST_IN = {"base_model": "tiny", "base_digest": "b" * 64, "dataset_digest": "d" * 64, "plan": {}, "report": None}
@@ -274,7 +274,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import safetensors.torch
-from fortwo.adapters import AdapterStore
+from fortwo.adapters.store import AdapterStore
 
 root = Path(sys.argv[1])
 manifest = {"base_model": "tiny", "base_digest": "b"}
@@ -497,7 +497,7 @@ def test_no_directory_to_adopt(store: AdapterStore, tmp_path: Path) -> None:
 def test_listing_needs_no_torch(store: AdapterStore) -> None:
     publish(store)
     code = (
-        "import sys; from pathlib import Path; from fortwo.adapters import AdapterStore;"
+        "import sys; from pathlib import Path; from fortwo.adapters.store import AdapterStore;"
         "print([v.id for v in AdapterStore(Path(sys.argv[1])).versions('a')], 'torch' in sys.modules)"
     )
     root = str(folder(store).parent)

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fortwo.data.packing import PackedAttention, pack
 from fortwo.engine import engine as module
 from fortwo.engine.engine import Engine, _Base, _Request
 from fortwo.engine.generation import Reply
 from fortwo.engine.reading import Reading
 from fortwo.engine.runner import Runner
 from fortwo.engine.sampling import Sampler
-from fortwo.models.lora import Lora, Segment
+from fortwo.nn.lora import Lora, Segment
+from fortwo.nn.packing import PackedAttention, pack
 from fortwo.prompts import Prompt, Sampling
 from tests.test_engine import CONFIG, DECODER, Ascii, make_lora, prompt
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from fortwo.errors import Conflict, InvalidRequest, NotFound, SourceUnreachable, StorageFailed, UnsupportedModel
-from fortwo.models import catalog as module
-from fortwo.models import weights
-from fortwo.models.catalog import Catalog
-from fortwo.models.sources import Wheel
+from fortwo.hub import catalog as module
+from fortwo.hub import weights
+from fortwo.hub.catalog import Catalog
+from fortwo.hub.sources import Wheel
 from fortwo.settings import Settings
 from tests.tiny import save_directory, save_gguf, tiny_model
 
@@ -209,7 +209,7 @@ def test_full_disk_is_reported_and_leaves_nothing(
 def test_two_processes_prepare_one_model_once(catalog: Catalog, gguf: Path) -> None:
     catalog.add("mine", gguf)
     code = """
-from fortwo.models.catalog import Catalog
+from fortwo.hub.catalog import Catalog
 from fortwo.settings import load
 labels = []
 Catalog(load()).prepare("mine", lambda label, done, total: labels.append(label))
@@ -349,7 +349,7 @@ def run(code: str, **environment: str) -> str:
 def test_unreachable_hub_says_how_to_go_on_and_quickly(home: Path) -> None:
     code = f"""
 from fortwo.errors import SourceUnreachable
-from fortwo.models.catalog import Catalog
+from fortwo.hub.catalog import Catalog
 from fortwo.settings import load
 import time
 start = time.time()
@@ -409,7 +409,7 @@ def test_hub_model_is_fetched_without_what_is_not_needed(home: Path, directory: 
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"folder": directory}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = f"""
-from fortwo.models.catalog import Catalog
+from fortwo.hub.catalog import Catalog
 from fortwo.settings import load
 labels = []
 path = Catalog(load()).prepare({HUB!r}, lambda label, done, total: labels.append((label, done == total)))
@@ -432,7 +432,7 @@ def test_listing_and_card_load_no_torch(catalog: Catalog, directory: Path) -> No
     catalog.prepare("mine")
     code = """
 import sys
-from fortwo.models.catalog import Catalog
+from fortwo.hub.catalog import Catalog
 from fortwo.settings import load
 catalog = Catalog(load())
 print([entry.id for entry in catalog.entries()], catalog.prepared("mine").architecture)

@@ -17,8 +17,8 @@ import torch
 
 from fortwo.errors import TrainingFailed
 from fortwo.jobs.checkpoints import CheckpointStore
-from fortwo.models.lora import Lora
-from fortwo.models.lora_config import LoraConfig
+from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
 from fortwo.prompts import Prompt
 from fortwo.records import Checkpoint, Dataset, Evaluated, Phase, Plan, TrainEvent, Waiting
 from fortwo.train import courses

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fortwo.cli import app
-from fortwo.models.choice import ROWS, Measured, Measurements
+from fortwo.quantization.selection import ROWS, Measured, Measurements
 
 JOB: dict[str, Any] = {
     "job_id": "j1",

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fortwo.data.packing import PackedAttention, pack
 from fortwo.data.render import Renderer
 from fortwo.engine.runner import Runner
 from fortwo.errors import UnsupportedModel
-from fortwo.models import weights
-from fortwo.models.choice import Choice
-from fortwo.models.decoder import Decoder, DecoderConfig
+from fortwo.hub import weights
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.packing import PackedAttention, pack
+from fortwo.quantization.selection import Choice
 from fortwo.records import Message
 from tests.tiny import FAMILIES, LLAMA3_ROPE, VOCABULARY, tiny_model
 

@@ -17,9 +17,10 @@ from fortwo.engine.engine import RUNNING, Engine
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
-from fortwo.models.decoder import Decoder, DecoderConfig
-from fortwo.models.lora import Lora
-from fortwo.models.lora_config import LoraConfig
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
 from fortwo.prompts import Delta, FinishReason, Prompt, Sampling
 from fortwo.records import Phase, TrainEvent, Waiting
 

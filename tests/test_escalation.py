@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fortwo.errors import InvalidRequest
-from fortwo.models.lora import Lora
+from fortwo.nn.lora import Lora
 from fortwo.records import Dataset, Evaluated, Fact, Metric, MicroStepped, Phase, Plan, TrainEvent
 from fortwo.train.diagnosis import diagnose
 from fortwo.train.escalation import LEVERS, Mix, Round, escalate, mix_at, mix_of, next_round, told, with_raised

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fortwo.errors import UnsupportedModel
-from fortwo.models import gguf, weights
+from fortwo.hub import gguf, weights
 from tests.tiny import LLAMA3_ROPE, TEMPLATE, save_gguf, tiny_model
 
 CASES: list[tuple[str, dict[str, Any]]] = [

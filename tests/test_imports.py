@@ -14,8 +14,8 @@ TORCH_FREE = (
     "fortwo.train.plan",
     "fortwo.train.request",
     "fortwo.jobs.store",
-    "fortwo.models.catalog",
-    "fortwo.models.choice",
+    "fortwo.hub.catalog",
+    "fortwo.quantization.selection",
     "fortwo.engine.scheduler",
     "fortwo.data.formats",
 )

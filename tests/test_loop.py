@@ -16,15 +16,15 @@ from serving import tiny_settings
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fortwo.adapters import AdapterStore
-from fortwo.data.packing import PackedAttention, pack
+from fortwo.adapters.store import AdapterStore
 from fortwo.engine.engine import Engine
 from fortwo.engine.residents import Resident, Residents
 from fortwo.engine.tasks import Task
 from fortwo.errors import NotFound, TrainingFailed
-from fortwo.models.catalog import Catalog
-from fortwo.models.decoder import Decoder
-from fortwo.models.lora import Lora
+from fortwo.hub.catalog import Catalog
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.lora import Lora
+from fortwo.nn.packing import PackedAttention, pack
 from fortwo.prompts import Prompt, Sampling
 from fortwo.records import (
     Dataset,

@@ -6,9 +6,9 @@ Tolerance: logits within 2e-5, gradients within 1e-4 of PEFT's (fp32, sums in an
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fortwo.data.packing import PackedAttention, pack
 from fortwo.errors import InvalidAdapter
-from fortwo.models import lora_config as module
-from fortwo.models.functions import dropout as drop
-from fortwo.models.lora import Lora, Segment, lora_product
-from fortwo.models.lora_config import GROUPS, TARGETS, LoraConfig
+from fortwo.kernels.operations import dropout as drop
+from fortwo.nn import lora_config as module
+from fortwo.nn.lora import Lora, Segment, lora_product
+from fortwo.nn.lora_config import GROUPS, TARGETS, LoraConfig
+from fortwo.nn.packing import PackedAttention, pack
 from tests.parts import as_decoder, decoder, make_rows, packed_hidden, random_lora, trainable
 from tests.tiny import tiny_model
 
@@ -309,7 +309,7 @@ CATASTROPHIC = ("(.*.*)*x", "(.*)*@", "([a-z_.0-9]+)*!", "(.*)*" * 50 + "z")
 def test_a_pattern_that_backtracks_without_end_elsewhere_is_matched_at_once(key: str) -> None:
     """In a process of its own, since an engine that backtracks could not be stopped from this one."""
     code = (
-        "import sys; from fortwo.models.lora_config import LoraConfig, module_name;"
+        "import sys; from fortwo.nn.lora_config import LoraConfig, module_name;"
         "config = LoraConfig.from_peft({'peft_type': 'LORA', 'r': 8, 'lora_alpha': 16, 'target_modules': ['q_proj'],"
         "                              'rank_pattern': {sys.argv[1]: 4}});"
         "print(config.rank(module_name(0, 'q_proj')))"

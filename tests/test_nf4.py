@@ -12,18 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from fortwo.models import kernels, nf4
-from fortwo.models.choice import Choice
-from fortwo.models.decoder import Decoder, DecoderConfig, forms_of
-from fortwo.models.forms import Dequantised, Regions, Weight
-from fortwo.models.lora_config import LoraConfig
-from fortwo.models.nf4 import BLOCK, LEVELS, SHARED, Nf4, dynamic_map, plain
+from fortwo.kernels import cpu
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.decoder import Decoder, forms_of
+from fortwo.nn.lora_config import LoraConfig
+from fortwo.quantization import nf4
+from fortwo.quantization.formats import Dequantised, Regions, Weight
+from fortwo.quantization.nf4 import BLOCK, LEVELS, SHARED, Nf4, dynamic_map, plain
+from fortwo.quantization.selection import Choice
 from fortwo.train.objective import Row, losses
 from tests.parts import as_decoder, gradients, make_rows, random_lora, trainable
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
-compiled = pytest.mark.skipif(not kernels.usable(torch.empty(0)), reason="there is no C compiler")
+compiled = pytest.mark.skipif(not cpu.usable(torch.empty(0)), reason="there is no C compiler")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -38,8 +40,8 @@ def close(found: Tensor, wanted: Tensor, by: float = 1e-5) -> None:
 def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the kernels, and without."""
     if request.param == "torch":
-        monkeypatch.setattr(kernels, "usable", lambda *_: False)
-    elif not kernels.usable(torch.empty(0)):
+        monkeypatch.setattr(cpu, "usable", lambda *_: False)
+    elif not cpu.usable(torch.empty(0)):
         pytest.skip("there is no C compiler")
 
 
@@ -123,7 +125,7 @@ def test_products_in_parts_are_those_of_the_dense_weight(outputs: int, monkeypat
     assert narrow.product(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(not kernels.multiplies_tiles(), reason="the processor has no tiles")
+@pytest.mark.skipif(not cpu.multiplies_tiles(), reason="the processor has no tiles")
 @pytest.mark.parametrize("rows", [1, 33, 64])
 @pytest.mark.parametrize("shape", [(64, 64), (192, 320), (832, 128), (128, 4160)])
 def test_products_from_the_codes_are_those_of_the_dense_weight(

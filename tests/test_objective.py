@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fortwo.models.lora import Lora
-from fortwo.models.lora_config import LoraConfig
+from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
 from fortwo.records import MicroStepped
 from fortwo.train import objective
 from fortwo.train.objective import Losses, Row, head_loss, losses, micro_batches, with_teacher

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from fortwo.errors import InvalidRequest
-from fortwo.models.lora_config import TARGETS
+from fortwo.nn.lora_config import TARGETS
 from fortwo.train.options import (
     LORA_KEYS,
     LORA_REFUSED,

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fortwo.data.packing import PackedAttention, common_prefix, pack
-from fortwo.models import kernels
+from fortwo.kernels import cpu
+from fortwo.nn.packing import PackedAttention, common_prefix, pack
 from tests.parts import decoder, make_rows, packed_hidden
 
 STATES = {"atol": 2e-5, "rtol": 0}
@@ -60,7 +60,7 @@ def test_a_pack_is_its_rows_alone_however_much_is_shared(rows: list[list[int]], 
 def test_attention_is_torchs_row_by_row(kv_heads: int, start: list[int], lengths: list[int], kernel: bool) -> None:
     packed = pack(make_rows(lengths, start=start), prefix=len(start))
     attention = PackedAttention(packed, replace(decoder().config, heads=4, kv_heads=kv_heads))
-    assert kernels.usable(torch.empty(0)), "the kernels cannot be compiled here"
+    assert cpu.usable(torch.empty(0)), "the kernels cannot be compiled here"
     T, H, E, generator = len(packed.tokens_T), 4, 8, torch.Generator().manual_seed(0)
     shapes = ((T, H, E), (T, kv_heads, E), (T, kv_heads, E))
     parts = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
@@ -90,7 +90,7 @@ def test_attention_in_bf16_is_the_plain_formula(
 ) -> None:
     """torch: as where there are no kernels, a GPU for one."""
     if way != "tiles":
-        monkeypatch.setattr(kernels, "multiplies_tiles", lambda: False)
+        monkeypatch.setattr(cpu, "multiplies_tiles", lambda: False)
     packed = pack(make_rows(lengths, start=start), prefix=len(start))
     attention = PackedAttention(packed, replace(decoder().config, heads=4, kv_heads=kv_heads))
     generator = torch.Generator().manual_seed(0)

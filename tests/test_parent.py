@@ -12,8 +12,8 @@ import torch
 from serving import Served, refused
 
 from fortwo.errors import InvalidRequest
-from fortwo.models.lora import Lora
-from fortwo.models.lora_config import TARGETS
+from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import TARGETS
 from fortwo.records import Checkpoint, Dataset, Fact, Plan
 from fortwo.train.adapter import lora_config
 from fortwo.train.loop import Trained, teach

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from fortwo.cli import app
 from fortwo.data.preview import row_previews
 from fortwo.data.render import Renderer
-from fortwo.models.catalog import Catalog
+from fortwo.hub.catalog import Catalog
 from fortwo.records import Example, Message
 from fortwo.settings import Settings
 

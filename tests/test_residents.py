@@ -14,20 +14,20 @@ import pytest
 import torch
 from tiny import save_directory, tiny_model
 
-from fortwo.adapters import AdapterStore
+from fortwo.adapters.store import AdapterStore
 from fortwo.engine import residents as module
 from fortwo.engine.engine import Engine
 from fortwo.engine.residents import Residents, States
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
-from fortwo.models import measure as forms
-from fortwo.models.catalog import Catalog
-from fortwo.models.choice import FORMS, Measurements
-from fortwo.models.decoder import DecoderConfig
-from fortwo.models.forms import Dequantised, Weight
-from fortwo.models.lora import Lora
-from fortwo.models.lora_config import LoraConfig
-from fortwo.models.tiles import Tiles
+from fortwo.execution import autotuning as forms
+from fortwo.hub.catalog import Catalog
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
 from fortwo.prompts import Prompt, Sampling
+from fortwo.quantization.formats import Dequantised, Weight
+from fortwo.quantization.selection import FORMS, Measurements
+from fortwo.quantization.tiles import Tiles
 from fortwo.records import AdapterVersion, Json, Message, Phase
 from fortwo.settings import Settings, load
 

@@ -21,7 +21,7 @@ import httpx
 import pytest
 from serving import ENDED, Served, refused, serve, tiny_settings
 
-from fortwo.models import products
+from fortwo.quantization import matmul
 from scripts.readme import free_port
 from tests.test_server_training import LONG, events, get, start
 
@@ -326,7 +326,7 @@ def test_killed_at_any_moment_a_job_comes_out_the_same(
             time.sleep(0.05)
         versions = http.get("/api/adapters").json()["adapters"]
     (kernel,) = kernels
-    monkeypatch.setattr(products, "_fixed", kernel)
+    monkeypatch.setattr(matmul, "_fixed", kernel)
     with serve(tiny_settings(tmp_path / "whole", tiny)) as served:
         whole = served.wait(start(served, "killed", **body)["job_id"], seconds=120)
     assert job["error"]["code"] == whole["error"]["code"] == "targets_missed"

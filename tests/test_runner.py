@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fortwo.engine.runner import Runner, prefill_groups
 from fortwo.engine.scheduler import Sequence as Running
-from fortwo.models.lora import Lora
-from fortwo.models.lora_config import LoraConfig
+from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
 from tests.parts import decoder, make_rows, packed_hidden, random_lora
 
 CLOSE = {"atol": 2e-5, "rtol": 0}

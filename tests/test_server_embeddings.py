@@ -16,7 +16,7 @@ import torch
 from serving import Served, refused, serve, tiny_settings
 from tiny import VOCABULARY
 
-from fortwo.models.lora import Lora
+from fortwo.nn.lora import Lora
 from fortwo.prompts import Prompt
 from fortwo.server.openai.embeddings import TOGETHER, TOKENS, _portions
 from tests.parts import packed_hidden

@@ -22,7 +22,7 @@ import httpx
 import pytest
 from serving import Served, chunks, refused, serve, tiny_settings
 
-from fortwo.models.catalog import Catalog
+from fortwo.hub.catalog import Catalog
 from fortwo.settings import Settings
 
 CLIENTS = 200

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from serving import Served, refused, serve, tiny_settings
 
-from fortwo.models.lora import Lora
-from fortwo.models.lora_config import LoraConfig
+from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
 from fortwo.records import AdapterVersion
 
 CONFIG = LoraConfig(r=2, alpha=4)

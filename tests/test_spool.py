@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fortwo.data import spool
-from fortwo.data.packing import common_prefix
 from fortwo.data.spool import Spool
 from fortwo.errors import StorageFailed
+from fortwo.nn.packing import common_prefix
 
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=8)
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fortwo.data.formats import load
-from fortwo.data.packing import common_prefix
 from fortwo.data.render import Renderer
 from fortwo.errors import InvalidDataset
+from fortwo.nn.packing import common_prefix
 from fortwo.records import Example, Message
 from fortwo.train.estimate import RowCount
 from fortwo.train.survey import Lines, RowCounts, Suspicions, _contradicting, _later, survey

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fortwo.models import kernels
-from fortwo.models.forms import Regions, dense, trained_on
-from fortwo.models.products import product
-from fortwo.models.tiles import LONGEST_SUM, Tiles
+from fortwo.kernels import cpu
+from fortwo.quantization.formats import Regions, dense, trained_on
+from fortwo.quantization.matmul import product
+from fortwo.quantization.tiles import LONGEST_SUM, Tiles
 
 
 def bf16(*shape: int, seed: int = 0) -> Tensor:
@@ -44,7 +44,7 @@ def test_one_sum_of_two_products(rows: int, inner: int, out: int, rank: int, tur
     wanted = x.float() @ weight.float().t() + h.float() @ B.float().t()
     more = (h, B) if rank else None
     assert off(product(x, weight, more, torch.float32), wanted) < (
-        1e-5 if kernels.multiplies_tiles() and inner <= LONGEST_SUM else 6e-3
+        1e-5 if cpu.multiplies_tiles() and inner <= LONGEST_SUM else 6e-3
     )
     narrow = product(x, weight, more)
     assert narrow.dtype == torch.bfloat16

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save_file
 
 from fortwo.errors import UnsupportedModel
-from fortwo.models import weights
+from fortwo.hub import weights
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.arange(4, dtype=torch.bfloat16)}
 

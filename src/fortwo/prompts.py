@@ -106,7 +106,7 @@ class Serving(Protocol):
     """The serving path as training sees it. All calls come from the device owner's thread and never block."""
 
     def attach(self, base: str, key: str, lora: Any) -> None:
-        """Serve `lora` (a models.lora.Lora; its live tensors, nothing copied) under `key` on `base`."""
+        """Serve `lora` (a nn.lora.Lora; its live tensors, nothing copied) under `key` on `base`."""
 
     def detach(self, base: str, key: str) -> None: ...
 

@@ -11,7 +11,8 @@ from rich.console import Group
 from rich.table import Table
 
 from fortwo.cli import views
-from fortwo.models.choice import ROWS, Choice, Measured, Measurements, flags, processor
+from fortwo.kernels.isa import flags, processor
+from fortwo.quantization.selection import ROWS, Choice, Measured, Measurements
 from fortwo.settings import Settings
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")

@@ -41,7 +41,7 @@ def list_models() -> None:
                 one["id"], one["state"], views.count(one["parameters"]), views.size(one["bytes"]), digest, one["source"]
             )
     else:
-        from fortwo.models.catalog import Catalog
+        from fortwo.hub.catalog import Catalog
         from fortwo.settings import load
 
         catalog = Catalog(load())
@@ -61,7 +61,7 @@ def add_model(
     path: Annotated[Path, typer.Argument(help="A directory as transformers saves it, or a .gguf file.", exists=True)],
 ) -> None:
     """Add a base model of your own to the catalog; nothing is copied."""
-    from fortwo.models.catalog import Catalog
+    from fortwo.hub.catalog import Catalog
     from fortwo.settings import load
 
     entry = Catalog(load()).add(id, path.resolve())
@@ -73,7 +73,7 @@ def fetch_model(
     id: Annotated[str | None, typer.Argument(help="Model.", show_default="the default base")] = None,
 ) -> None:
     """Download a base model, verify it and make it ready."""
-    from fortwo.models.catalog import Catalog
+    from fortwo.hub.catalog import Catalog
     from fortwo.settings import load
 
     settings = load()
@@ -226,7 +226,7 @@ def show_data(
     from dataclasses import asdict
 
     from fortwo.data.preview import preview
-    from fortwo.models.catalog import Catalog
+    from fortwo.hub.catalog import Catalog
     from fortwo.settings import load
 
     settings = load()

@@ -18,7 +18,7 @@ from fortwo.records import Example, Fact
 
 if TYPE_CHECKING:
     from fortwo.data.render import Renderer
-    from fortwo.models.catalog import Catalog
+    from fortwo.hub.catalog import Catalog
 
 
 @dataclass(frozen=True)

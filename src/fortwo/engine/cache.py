@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fortwo.engine.prefixes import BLOCK, Prefixes
-from fortwo.models.decoder import DecoderConfig
-from fortwo.models.forms import Regions
+from fortwo.nn.config import DecoderConfig
+from fortwo.quantization.formats import Regions
 
 SMALLEST = 128  # tokens of the smallest row; the others are its doubles
 

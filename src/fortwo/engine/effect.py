@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from fortwo.data.packing import PackedAttention, pack
 from fortwo.data.render import Renderer
 from fortwo.errors import InvalidAdapter
-from fortwo.models.decoder import Decoder
-from fortwo.models.lora import Lora, Segment
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.lora import Lora, Segment
+from fortwo.nn.packing import PackedAttention, pack
 from fortwo.records import AdapterVersion, Message
 
 ROUNDING = 1e-6  # a relative change of the logits below this is no effect

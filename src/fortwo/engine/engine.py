@@ -27,7 +27,7 @@ from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, shares
 from fortwo.engine.tasks import Task
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
-from fortwo.models.lora import Lora
+from fortwo.nn.lora import Lora
 from fortwo.prompts import Delta, FinishReason, Prompt
 from fortwo.records import TrainEvent
 

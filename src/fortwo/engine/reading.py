@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.engine.sampling import logprobs
-from fortwo.models.decoder import Decoder
+from fortwo.nn.decoder import Decoder
 from fortwo.prompts import Logprob, Prompt
 
 LOGITS = 256  # tokens whose logits are in memory at once

@@ -17,20 +17,21 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from fortwo.adapters import AdapterStore
+from fortwo.adapters.store import AdapterStore
 from fortwo.data.render import Renderer
 from fortwo.engine import heap
 from fortwo.engine.effect import ROUNDING, check, effect
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
-from fortwo.models import weights
-from fortwo.models.catalog import Catalog
-from fortwo.models.decoder import Decoder, DecoderConfig
-from fortwo.models.lora import Lora
-from fortwo.models.lora_config import LoraConfig
-from fortwo.models.measure import memory, serving
-from fortwo.models.weights import Progress
+from fortwo.execution.autotuning import memory, serving
+from fortwo.hub import weights
+from fortwo.hub.catalog import Catalog
+from fortwo.hub.weights import Progress
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
 from fortwo.records import AdapterVersion, Json
 from fortwo.settings import Settings
 

@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fortwo.data.packing import PackedAttention, common_prefix, pack
 from fortwo.engine.cache import Cache, Pool, Slot
-from fortwo.models.bank import Banks
-from fortwo.models.decoder import Decoder
-from fortwo.models.forms import WIDE
-from fortwo.models.functions import decode_attention
-from fortwo.models.graphs import Graphs
-from fortwo.models.lora import Lora, Update
-from fortwo.models.prefill import Piece, Prefill
-from fortwo.models.step import Step
-from fortwo.models.tabled import TabledAdapters
+from fortwo.execution.adapters_cuda import TabledAdapters
+from fortwo.execution.adapters_stacked import Banks
+from fortwo.execution.cuda_graphs import Graphs
+from fortwo.execution.decode_fused import Step
+from fortwo.execution.prefill_fused import Piece, Prefill
+from fortwo.kernels.operations import decode_attention
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.lora import Lora, Update
+from fortwo.nn.packing import PackedAttention, common_prefix, pack
+from fortwo.quantization.formats import WIDE
 
 log = logging.getLogger(__name__)
 Computed = tuple[list[int], Tensor, list[list[int]]]  # places of sequences; hidden states (T, D); where in T each lies

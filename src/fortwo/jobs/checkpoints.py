@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fortwo import disk
-from fortwo.adapters import CONFIG, MANIFEST, TENSORS
+from fortwo.adapters.store import CONFIG, MANIFEST, TENSORS
 from fortwo.errors import InvalidAdapter, NotFound
-from fortwo.models import weights
+from fortwo.hub import weights
 from fortwo.records import Checkpoint, CheckpointVersion, Json
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fortwo.train.estimate import MICRO_TOKENS, PASSES, Machine
 
 if TYPE_CHECKING:
-    from fortwo.models.decoder import Decoder
+    from fortwo.nn.decoder import Decoder
     from fortwo.records import Json
 
 LAYERS = 2  # of a trial; the others take as long
@@ -25,8 +25,8 @@ REPEATS = 3
 
 def look(decoder: Decoder, last: Json | None) -> Machine:
     """On the device's thread. last: what the newest run on this base took, if there is one."""
-    from fortwo.models.measure import memory
-    from fortwo.models.products import multiplies_bf16
+    from fortwo.execution.autotuning import memory
+    from fortwo.quantization.matmul import multiplies_bf16
 
     bf16 = multiplies_bf16(decoder.device)
     trained = None if last is None else last.get("tokens_per_second")
@@ -45,9 +45,9 @@ def reply_rate(step: float, rows: int, read: float) -> float:
 
 def micro_step_seconds(decoder: Decoder, bf16: bool) -> float:
     """Of MICRO_TOKENS tokens, of which half are supervised, forward and backward."""
-    from fortwo.data.packing import PackedAttention, pack
-    from fortwo.models.lora import Lora, Segment
-    from fortwo.models.lora_config import LoraConfig
+    from fortwo.nn.lora import Lora, Segment
+    from fortwo.nn.lora_config import LoraConfig
+    from fortwo.nn.packing import PackedAttention, pack
     from fortwo.train.objective import head_loss
 
     part = _beginning(decoder)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from fortwo.errors import InvalidAdapter, InvalidRequest, NotFound
-from fortwo.models.lora_config import LoraConfig
+from fortwo.nn.lora_config import LoraConfig
 from fortwo.records import AdapterVersion, Fact
 from fortwo.train.parent import Parent
 
 if TYPE_CHECKING:
-    from fortwo.adapters import AdapterStore
+    from fortwo.adapters.store import AdapterStore
 
 _FACTS = TypeAdapter(tuple[Fact, ...])
 

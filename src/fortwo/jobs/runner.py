@@ -19,7 +19,7 @@ from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fortwo.adapters import check_name
+from fortwo.adapters.store import check_name
 from fortwo.data import formats
 from fortwo.errors import (
     Conflict,
@@ -44,10 +44,10 @@ from fortwo.train.request import TrainingRequest
 from fortwo.train.survey import survey
 
 if TYPE_CHECKING:
-    from fortwo.adapters import AdapterStore
+    from fortwo.adapters.store import AdapterStore
     from fortwo.engine.engine import Engine
     from fortwo.engine.residents import Resident, Residents
-    from fortwo.models.catalog import Catalog
+    from fortwo.hub.catalog import Catalog
 
 log = logging.getLogger(__name__)
 

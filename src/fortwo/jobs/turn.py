@@ -24,7 +24,7 @@ from fortwo.train import plan as plans
 from fortwo.train.adapter import lora_config
 
 if TYPE_CHECKING:
-    from fortwo.adapters import AdapterStore
+    from fortwo.adapters.store import AdapterStore
     from fortwo.engine.engine import Engine
     from fortwo.engine.residents import Resident, Residents
     from fortwo.engine.tasks import Task

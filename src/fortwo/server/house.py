@@ -17,7 +17,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fortwo.errors import Conflict
-from fortwo.models import isa
+from fortwo.kernels import isa
 from fortwo.server.admission import Admission, closing
 from fortwo.server.errors import respond
 from fortwo.server.relay import Relay
@@ -25,13 +25,13 @@ from fortwo.server.security import check_binding
 from fortwo.settings import Settings
 
 if TYPE_CHECKING:
-    from fortwo.adapters import AdapterStore
+    from fortwo.adapters.store import AdapterStore
     from fortwo.engine.engine import Engine
     from fortwo.engine.residents import Residents, Target
+    from fortwo.hub.catalog import Catalog
     from fortwo.jobs.checkpoints import CheckpointStore
     from fortwo.jobs.runner import JobRunner
     from fortwo.jobs.store import JobStore
-    from fortwo.models.catalog import Catalog
 
 
 class House:
@@ -57,13 +57,13 @@ class House:
     def open(self) -> None:
         """Build all of it and take up the queue of jobs. This loads torch, but no model."""
         isa.cap(self.settings.isa)
-        from fortwo.adapters import AdapterStore
+        from fortwo.adapters.store import AdapterStore
         from fortwo.engine.engine import RUNNING, Engine
         from fortwo.engine.residents import Residents
+        from fortwo.hub.catalog import Catalog
         from fortwo.jobs.checkpoints import CheckpointStore
         from fortwo.jobs.runner import JobRunner
         from fortwo.jobs.store import JobStore
-        from fortwo.models.catalog import Catalog
 
         with ExitStack() as built:
             built.enter_context(_only_one(self.settings))

@@ -15,8 +15,8 @@ from sse_starlette import EventSourceResponse
 
 from fortwo.data.preview import preview
 from fortwo.errors import InvalidAdapter, NotFound
+from fortwo.hub.catalog import Entry
 from fortwo.jobs.store import Event, Job
-from fortwo.models.catalog import Entry
 from fortwo.records import AdapterVersion, Json
 from fortwo.server.house import Here, House
 from fortwo.train.plan import to_json

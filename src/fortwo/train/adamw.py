@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fortwo.models import kernels
+from fortwo.kernels import cpu
 
 BLOCK = 256  # numbers of 8 bits that share a unit, their largest
 CHUNK = BLOCK << 12  # of them that are worked on at once, without the kernel
@@ -32,10 +32,10 @@ class AdamW:
         self._moments = self._begun()
 
     def gradient_norm(self) -> float:
-        if not kernels.usable(self._grad_N):
+        if not cpu.usable(self._grad_N):
             return float(self._grad_N.norm())
         sum_1 = torch.zeros(1, dtype=torch.float64)
-        kernels.call("square_sum", None, self._grad_N.numel(), self._grad_N, sum_1)
+        cpu.call("square_sum", None, self._grad_N.numel(), self._grad_N, sum_1)
         return float(sum_1.sqrt())
 
     def step(self, rate: float, scale: float = 1.0) -> None:
@@ -45,9 +45,9 @@ class AdamW:
         rate_1 = rate / (1 - beta1**self._steps)
         by, shrink = (1 - beta2**self._steps) ** -0.5, 1 - rate * self._weight_decay
         x_N, grad_N = self._weight_N, self._grad_N
-        if kernels.usable(x_N, grad_N):
+        if cpu.usable(x_N, grad_N):
             numbers = [float(one) for one in (scale, beta1, beta2, rate_1, by, self._eps, shrink)]
-            kernels.call(self.kernel, None, x_N.numel(), self._steps, x_N, grad_N, *self._moments.values(), *numbers)
+            cpu.call(self.kernel, None, x_N.numel(), self._steps, x_N, grad_N, *self._moments.values(), *numbers)
             return
         grad_N.mul_(scale)
         self._update(rate_1, by, shrink)

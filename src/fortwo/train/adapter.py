@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 from fortwo.errors import InvalidRequest
-from fortwo.models.lora_config import TARGETS, LoraConfig, deciding, module_name
+from fortwo.nn.lora_config import TARGETS, LoraConfig, deciding, module_name
 from fortwo.records import Plan
 from fortwo.train.draft import Draft, plain
 from fortwo.train.options import PATTERNS

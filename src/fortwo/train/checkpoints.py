@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fortwo.errors import TrainingFailed
-from fortwo.models.lora import Lora
-from fortwo.models.products import cpu_kernel, fix_cpu_kernel
+from fortwo.nn.lora import Lora
+from fortwo.quantization.matmul import cpu_kernel, fix_cpu_kernel
 from fortwo.records import Checkpoint, EvalLoss, Plan
 from fortwo.train.adamw import AdamW
 from fortwo.train.escalation import Round

@@ -13,12 +13,12 @@ from itertools import chain
 from random import Random
 from typing import Generic, TypeVar
 
-from fortwo.data.packing import common_prefix
 from fortwo.data.spool import Spool
 from fortwo.errors import InvalidRequest
 from fortwo.facts.lesson import Contrast, Lesson, Probes, kept_rehearsal, trained_rehearsal
 from fortwo.facts.subject import facts_of
-from fortwo.models.decoder import Decoder
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.packing import common_prefix
 from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvent
 from fortwo.train.escalation import Mix, mix_of
 from fortwo.train.evaluation import (

@@ -18,7 +18,7 @@ from fortwo.train.recipes import (
 )
 
 if TYPE_CHECKING:
-    from fortwo.models.decoder import Decoder
+    from fortwo.nn.decoder import Decoder
 
 FLOAT = 4  # bytes: adapters are trained in fp32
 PROCESS = 400 << 20  # bytes of a server that holds nothing yet

@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from fortwo.data.packing import PackedAttention, common_prefix, pack
 from fortwo.data.render import Renderer
 from fortwo.data.spool import Spool
 from fortwo.errors import TrainingFailed
 from fortwo.facts import metrics
 from fortwo.facts.lesson import Probes
 from fortwo.facts.subject import holds
-from fortwo.models.decoder import Decoder
-from fortwo.models.lora import Lora, Segment
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.lora import Lora, Segment
+from fortwo.nn.packing import PackedAttention, common_prefix, pack
 from fortwo.prompts import NOT_NUMBERS, Generation, Prompt, Sampling, Serving
 from fortwo.records import (
     Example,

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fortwo.data.render import Renderer
 from fortwo.facts import metrics
-from fortwo.models.decoder import Decoder
-from fortwo.models.lora import Lora
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.lora import Lora
 from fortwo.prompts import Serving
 from fortwo.records import (
     Checkpoint,

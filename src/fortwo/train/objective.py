@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fortwo.data.packing import Pack, PackedAttention, pack
-from fortwo.models.decoder import Decoder
-from fortwo.models.functions import cross_entropy, divergence
-from fortwo.models.lora import Lora, Segment
-from fortwo.models.products import product
-from fortwo.models.tiles import Tiles
+from fortwo.kernels.operations import cross_entropy, divergence
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.lora import Lora, Segment
+from fortwo.nn.packing import Pack, PackedAttention, pack
+from fortwo.quantization.matmul import product
+from fortwo.quantization.tiles import Tiles
 from fortwo.records import MicroStepped, TrainEvent
 from fortwo.train.estimate import HEAD_BYTES
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fortwo.errors import InvalidRequest
-from fortwo.models.lora_config import MOST_KEYS, TARGETS, expression
+from fortwo.nn.lora_config import MOST_KEYS, TARGETS, expression
 from fortwo.train.refused import LORA_REFUSED, TRAINING_REFUSED, Refused
 from fortwo.train.schedule import POLYNOMIAL_END, SCHEDULES
 

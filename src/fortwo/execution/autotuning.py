@@ -1,0 +1,194 @@
+"""The forms a base model is served in: measured once on a machine, remembered, or as the setting says.
+
+Knows weights and clocks; what becomes of the choice is `selection`'s, how a form multiplies `formats`'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fortwo.errors import InvalidRequest
+from fortwo.execution.decode_fused import WHOLE_STEP, Step
+from fortwo.execution.prefill_fused import Prefill
+from fortwo.kernels import cpu
+from fortwo.kernels.isa import processor
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.decoder import Decoder, Hold, forms_of
+from fortwo.nn.fused_weights import Fused
+from fortwo.nn.lora_config import GROUPS
+from fortwo.quantization.formats import Form, Frozen, Regions, dense, fits, head_form, quantised
+from fortwo.quantization.matmul import multiplies_bf16
+from fortwo.quantization.selection import ROWS, Choice, Measured, Measurements, Seconds, choose, worthwhile
+from fortwo.settings import Settings
+
+SMALL = 10_000_000  # parameters; below them a forward is not made of products
+SAMPLE = 100_000_000  # parameters that are measured; fewer would lie in the processor's caches
+STEP_ROWS = 64  # at most of a decode step; with more rows one layer is enough to measure
+APART = 7e-5, 6e-10  # seconds a layer, and of each of its rows for each hidden number, that a step takes longer in
+# many calls than in one kernel: of 30 layers of 576 numbers 2 ms, and 0.3 ms a row
+ERROR = 0.01  # of the weights, relative: what `auto` may lose by rounding them
+SHARE = 0.5  # of the memory: what `auto` may hold
+
+Run = Callable[[Callable[[], Seconds]], Seconds]
+
+
+def serving(
+    id: str,
+    config: DecoderConfig,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    settings: Settings,
+    run: Run,
+) -> Decoder:
+    """The decoder as it is served under settings.weights. run: measures where nothing else computes.
+
+    auto: on a GPU that multiplies bf16, bf16; elsewhere fp32 below SMALL parameters. From there on fp32 is kept, for
+    training and as reference, unless another form that is held has the same weights to the last bit; and the fastest
+    forms beside it whose weights stay within ERROR of the originals. What fp32 would take more than SHARE of the memory
+    for is held in bf16 alone, or NF4. Forms are made weight by weight as they are read. Raises InvalidRequest for a
+    form that the model or the machine cannot have.
+    """
+    setting = alone(config, memory(device)) if settings.weights == "auto" else settings.weights
+    if device.type != "cpu" and setting in (None, "bf16") and multiplies_bf16(device):
+        return Decoder(config, weights, device, lambda weight, is_head: dense(weight, torch.bfloat16))
+    if setting is not None and setting != "fp32":
+        return Decoder(config, weights, device, _checked(id, setting))
+    if setting == "fp32" or config.parameters < SMALL or device.type != "cpu":
+        return Decoder(config, weights, device)
+    fused = Fused(config, weights, device)
+    first = [fused.weight(0, group) for group in GROUPS]  # the head is as wide as one of them
+    names = [name for name in _quick() if fits(name, first)]
+    names = worthwhile({name: error(name, fused) for name in names}, _bytes(config, names), ERROR)
+    if names == ["fp32"]:
+        return Decoder(config, weights, device)
+    c = config
+    shape = (c.layers, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, c.vocabulary, *names)
+    threads = settings.threads or os.cpu_count() or 1
+    about = f"{processor()} {cpu.identity()} {threads} {shape} {APART}"
+    key = hashlib.sha256(about.encode()).hexdigest()[:16]
+    known, bound = Measurements(settings.home), SHARE * memory(device)
+    found = known.all().get(key)
+    if found is None:
+        began = time.perf_counter()
+        seconds = run(lambda: measure(fused, names))
+        choice = choose(seconds, _bytes(config, names), bound, keep="fp32")
+        plain = {name: dict(by_rows) for name, by_rows in seconds.items()}
+        known.put(key, Measured(id, processor(), threads, plain, choice.table))
+        logging.getLogger(__name__).info("forms of %s measured in %.1f s", id, time.perf_counter() - began)
+    else:
+        choice = choose(found.seconds, _bytes(config, names), bound, keep="fp32")
+    return Decoder(config, weights, device, forms_of(choice, exact=True))
+
+
+def alone(config: DecoderConfig, memory: int) -> str | None:
+    """What `auto` holds without fp32 beside it: the first of bf16 and NF4 that fits; None where fp32 fits."""
+    if 4 * config.parameters <= SHARE * memory:
+        return None
+    return "bf16" if 2 * config.parameters <= SHARE * memory else "nf4"
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that the device has: a GPU its own, the CPU the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _checked(id: str, name: str) -> Hold:
+    hold = forms_of(Choice.fixed(name))
+
+    def held(weight: Frozen, is_head: bool) -> Frozen:
+        if isinstance(weight, Tensor) and not fits(name, [weight]):
+            raise InvalidRequest(
+                f"weights = {name!r} cannot hold {id!r} here: int8 and int4 need widths that are multiples of 32, "
+                "the CPU and a C compiler; nf4 needs multiples of 64",
+                param="weights",
+                hint="Set FORTWO_WEIGHTS to auto.",
+            )
+        return hold(weight, is_head)
+
+    return held
+
+
+def _quick() -> list[str]:
+    """Forms that may be faster than fp32 on this processor; NF4 is for want of memory and never is."""
+    return ["fp32", *(["bf16"] if multiplies_bf16(torch.device("cpu")) else []), "int8", "int4"]
+
+
+def error(name: str, fused: Fused) -> float:
+    """How far the form is from the weights, relative, in the worst of a few of them."""
+    if name in ("fp32", "bf16"):
+        return 0.0
+    layers = fused.config.layers
+    places = (0, "qkv"), (layers // 2, "qkv"), (layers - 1, "down")
+    few = (fused.weight(*place).float() for place in places)
+    return max(
+        float((quantised(name, weight_OI, Regions()).dense() - weight_OI).norm() / weight_OI.norm())
+        for weight_OI in few
+    )
+
+
+def measure(fused: Fused, names: list[str]) -> Seconds:
+    """Seconds that the products of one forward take, by form and rows: of a sample of the weights, in one form after
+    the other. For the rows of a decode step, what it takes longer by a form that has no kernel for the whole step."""
+    c = fused.config
+    found: dict[str, dict[int, float]] = {}
+    for name in names:
+        regions, held = Regions(), list[tuple[Form, int, int]]()
+        for weight_OI in _sample(fused, SAMPLE):
+            form = quantised(name if held else head_form(name), weight_OI, regions)
+            held.append((form, weight_OI.shape[1], weight_OI.numel()))
+        found[name] = {}
+        for rows in ROWS:
+            few = held if rows <= STEP_ROWS else held[1:5]
+            part = sum(numel for _, _, numel in few) / c.parameters
+            forms, widths = [form for form, _, _ in few], [width for _, width, _ in few]
+            found[name][rows] = _seconds(forms, widths, rows) / part + _apart(c, name, rows)
+    return found
+
+
+def _sample(fused: Fused, parameters: int) -> Iterator[Tensor]:
+    """The head, and behind it as many weights as there must be for so many parameters."""
+    places = itertools.product(range(fused.config.layers), GROUPS)
+    reads: list[Callable[[], Tensor]] = [fused.head, *(partial(fused.weight, *place) for place in places)]
+    for read in reads:
+        if parameters <= 0:
+            return
+        weight_OI = read()
+        parameters -= weight_OI.numel()
+        yield weight_OI
+
+
+def _apart(config: DecoderConfig, name: str, rows: int) -> float:
+    in_one = (name in WHOLE_STEP and Step.fits(config)) or (name == "bf16" and Prefill.fits(config))
+    if in_one or rows > STEP_ROWS:
+        return 0.0
+    a_layer, a_number = APART
+    return config.layers * (a_layer + a_number * rows * config.hidden)
+
+
+@torch.no_grad()
+def _seconds(forms: list[Form], widths: list[int], rows: int) -> float:
+    """The fastest of a few: what disturbs only adds."""
+    inputs = {width: torch.ones(rows, width) for width in set(widths)}
+    spent: list[float] = []
+    while len(spent) < 2 or (len(spent) < 5 and sum(spent) < 0.05):
+        began = time.perf_counter()
+        for form, width in zip(forms, widths, strict=True):
+            form.product(inputs[width])
+        spent.append(time.perf_counter() - began)
+    return min(spent)
+
+
+def _bytes(config: DecoderConfig, names: list[str]) -> dict[str, int]:
+    per_parameter = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0625, "int4": 0.625}
+    return {name: int(per_parameter[name] * config.parameters) for name in names}

@@ -1,0 +1,112 @@
+"""A decode step in one kernel (step.h): one new token of each sequence through all layers, its adapter included.
+
+For weights that are held in 4 or 8 bits. `decoder` computes the same from torch's operations, for everything else and
+for comparison. Shape suffixes as in `decoder`, and B rows.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fortwo.execution.adapters_int8 import SIXTEEN, Rows
+from fortwo.kernels import cpu
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.lora import Update
+from fortwo.quantization.formats import Form, Grouped, Weight
+from fortwo.quantization.tiles import Tiles
+
+WHOLE_STEP = ("int8", "int4")  # forms that there is a kernel for
+
+
+class Step:
+    """The decoder's step; `takes` says for how many rows it is there."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._tables: dict[str, Tensor] = {}  # by form: step.h's layers
+        self._shape = shape_of(decoder)
+        held = all(isinstance(weight, Weight) for weight in (decoder.layers[0].qkv_OD, decoder.head))
+        self._fits = held and cpu.usable(decoder.embedding_VD) and self.fits(decoder.config)
+
+    @staticmethod
+    def fits(config: DecoderConfig) -> bool:
+        """Whether all of the network's sizes are whole sixteens."""
+        c = config
+        return all(size % SIXTEEN == 0 for size in (c.hidden, c.intermediate, c.head_size))
+
+    @property
+    def laid(self) -> bool:
+        """Whether adapters are to be laid out for the kernel, and keys and values are in fp16."""
+        return self._fits
+
+    def takes(self, rows: int) -> bool:
+        """Whether this many rows are multiplied with weights in 4 or 8 bits."""
+        weight = self._decoder.layers[0].qkv_OD
+        return self._fits and isinstance(weight, Weight) and weight.choice.form(rows) in WHOLE_STEP
+
+    def __call__(self, rows: Sequence[tuple[int, int, Sequence[int]]], updates: Sequence[Update]) -> Tensor:
+        """Hidden states (B, D) after the final norm. rows: of each its token, its position, and decode.h's `place` of
+        its keys and values, which have room there."""
+        decoder, B = self._decoder, len(rows)
+        weight = decoder.layers[0].qkv_OD
+        assert isinstance(weight, Weight)
+        form = weight.choice.form(B)
+        if form not in self._tables:
+            self._tables[form] = layers_of(decoder, form)
+        fresh_B6 = torch.tensor([(token, position, *place) for token, position, place in rows])
+        hidden_BD = torch.empty(B, decoder.config.hidden)
+        cpu.call("decode_layers", None, B, self._shape, self._tables[form], fresh_B6, *answering(updates), hidden_BD)
+        return hidden_BD
+
+
+def shape_of(decoder: Decoder) -> Tensor:
+    """step.h's `shape`; the decoder must outlive it."""
+    c = decoder.config
+    sizes = [c.layers, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, _bits(c.norm_eps)]
+    tensors = decoder.embedding_VD, decoder.norm_D, decoder.inverse_frequency_E2
+    return torch.tensor(sizes + [tensor.data_ptr() for tensor in tensors])
+
+
+def layers_of(decoder: Decoder, form: str) -> Tensor:
+    """step.h's `layer` of each; the decoder must outlive it."""
+    rows = []
+    for layer in decoder.layers:
+        row = [_address(getattr(layer, name)) for name in _SMALL]
+        for name in ("qkv_OD", "o_DI", "gate_up_OD", "down_DI"):
+            row += _held(getattr(layer, name).forms[form])
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+def answering(updates: Sequence[Update]) -> tuple[int, Tensor | None, Tensor | None]:
+    """How many adapters answer for rows, and step.h's `adapter` and members."""
+    if not updates:
+        return 0, None, None
+    (rows,) = updates
+    assert isinstance(rows, Rows)
+    return len(rows.adapters_N4), rows.adapters_N4, rows.members
+
+
+def _held(form: Form) -> list[int]:
+    """quantised.h's `held`; of weights in 16 bits the panels."""
+    if isinstance(form, Tiles):
+        return [16, *form.shape, form.laid.data_ptr(), 0, 0]
+    assert isinstance(form, Grouped)
+    return [form.bits, *form.shape, *map(_address, (form.q, form.scale_OG, form.minimum_OG))]
+
+
+_SMALL = ("attention_norm_D", "mlp_norm_D", "qkv_bias_O", "q_norm_E", "k_norm_E")
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _bits(number: float) -> int:
+    """A double's bits as a whole number."""
+    return int(struct.unpack("q", struct.pack("d", number))[0])

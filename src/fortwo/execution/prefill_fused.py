@@ -1,0 +1,72 @@
+"""Prompts through all layers in one kernel (prefill.h), the adapters of each included; steps of many rows, too.
+
+Products are in bf16, on processors with AMX's tiles, whatever the weights are held in; what is carried from layer to
+layer is fp32. `decoder` computes the same from torch's operations, for everything else and for comparison. Shape
+suffixes as in `decoder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fortwo.execution.decode_fused import Step, answering, layers_of, shape_of
+from fortwo.kernels import cpu
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.lora import Update
+from fortwo.quantization.formats import Weight
+from fortwo.quantization.tiles import PANEL
+
+FORMS = ("bf16", "int8", "int4")
+MANY = 512  # tokens
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of a prompt, or those that several prompts begin with, after `before` that are computed already. places:
+    decode.h's `place` of each of these prompts, whose keys and values have room for them."""
+
+    tokens: Sequence[int]
+    before: int
+    places: Sequence[Sequence[int]]
+
+
+class Prefill:
+    """`takes` says whether there is a kernel for this decoder."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._shape = shape_of(decoder)
+        weight = decoder.layers[0].qkv_OD
+        form = weight.choice.form(MANY) if isinstance(weight, Weight) else None
+        fits = form in FORMS and Step(decoder).laid and self.fits(decoder.config)
+        self._layers = layers_of(decoder, form) if form is not None and fits else None
+
+    @staticmethod
+    def fits(config: DecoderConfig) -> bool:
+        """Whether the processor has tiles, and all of the network's sizes are whole panels."""
+        c = config
+        return cpu.multiplies_tiles() and all(size % PANEL == 0 for size in (c.hidden, c.intermediate, c.head_size))
+
+    @property
+    def takes(self) -> bool:
+        return self._layers is not None
+
+    def __call__(self, pieces: Sequence[Piece], updates: Sequence[Update]) -> Tensor:
+        """Hidden states (T, D) after the final norm of all pieces' tokens, one after the other. updates: whose rows
+        are these."""
+        tokens = [token for piece in pieces for token in piece.tokens]
+        places = [place for piece in pieces for place in piece.places]
+        table, first, start = [], 0, 0
+        for piece in pieces:
+            table.append((first, len(piece.places), piece.before, start, len(piece.tokens)))
+            first += len(piece.places)
+            start += len(piece.tokens)
+        hidden_TD = torch.empty(len(tokens), self._decoder.config.hidden)
+        told = (torch.tensor(tokens), torch.tensor(table), torch.tensor(places), *answering(updates))
+        cpu.call("prefill_layers", None, len(tokens), len(pieces), self._shape, self._layers, *told, hidden_TD)
+        return hidden_TD

@@ -1,0 +1,1 @@
+"""Base models: the catalog, where they are fetched from, and their weights on disk."""

@@ -1,0 +1,306 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) over the decoder's fused projections.
+
+An adapter is held as the decoder uses it: for each layer and each fused product (qkv, o, gate_up, down) one
+stacked A of all its targets and one B per target. `state` and `from_state` speak PEFT's names. This module
+knows no files, no jobs and no requests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fortwo.errors import InvalidAdapter
+from fortwo.kernels.operations import dropout as drop
+from fortwo.nn.lora_config import GROUPS, LoraConfig, module_name
+from fortwo.quantization.matmul import frozen_product, product
+from fortwo.quantization.tiles import Tiles
+
+if TYPE_CHECKING:
+    from fortwo.execution.train_cuda_graph import Recorded
+    from fortwo.nn.config import DecoderConfig
+    from fortwo.quantization.formats import Frozen
+
+
+Seeds = Mapping[tuple[int, str], "int | Tensor"]  # of dropouts, by layer and fused product
+
+
+class Place(NamedTuple):
+    """Where one target's update lies: its rows of the stacked A and its columns of the fused product; scale: of it."""
+
+    target: str
+    rows: slice
+    columns: slice
+    scale: float
+
+
+@dataclass
+class LoraGroup:
+    """The update of one fused product. A_RI stacks the A (r, in) of each target, Bs holds its B (out, r); r may
+    differ from target to target."""
+
+    places: tuple[Place, ...]
+    A_RI: Tensor
+    Bs: list[Tensor]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.A_RI, *self.Bs]
+
+
+class Lora:
+    """One adapter's tensors, by layer and fused product."""
+
+    def __init__(self, config: LoraConfig, layers: list[dict[str, LoraGroup]]) -> None:
+        self.config = config
+        self.layers = layers
+        self.flat_N: Tensor | None = None
+        self.room: Tensor | None = None  # of a forward, for the next one (train_fused.py)
+        self.recorded: Recorded | None = None  # passes on a GPU
+
+    @classmethod
+    def init(cls, config: LoraConfig, decoder: DecoderConfig, seed: int, device: torch.device | str = "cpu") -> Lora:
+        """A as in PEFT (Kaiming uniform, a = sqrt(5)), B zero: at the start the adapter changes nothing."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def start(places: tuple[Place, ...], inputs: int) -> LoraGroup:
+            bound = 1 / math.sqrt(inputs)
+            A_RI = torch.empty(places[-1].rows.stop, inputs).uniform_(-bound, bound, generator=generator)
+            Bs = [torch.zeros(_size(place.columns), _size(place.rows), device=device) for place in places]
+            return LoraGroup(places, A_RI.to(device), Bs)
+
+        return cls(
+            config,
+            [
+                {name: start(places, decoder.in_features(name)) for name, places in groups.items()}
+                for groups in _places(config, decoder)
+            ],
+        )
+
+    def parameters(self) -> list[Tensor]:
+        return [tensor for groups in self.layers for group in groups.values() for tensor in group.tensors]
+
+    def flatten(self) -> Tensor:
+        """All parameters end to end (N,), to optimize as one; they become views of it, and their gradients of its: a
+        backward adds to these where they are."""
+        parameters = self.parameters()
+        flat_N = torch.cat([parameter.detach().flatten() for parameter in parameters]).requires_grad_(True)
+        flat_N.grad = torch.zeros_like(flat_N)
+        sizes = [parameter.numel() for parameter in parameters]
+        parts = zip(parameters, flat_N.detach().split(sizes), flat_N.grad.split(sizes), strict=True)
+        for parameter, part, gradient in parts:
+            parameter.data = part.view(parameter.shape)
+            parameter.requires_grad_(True).grad = gradient.view(parameter.shape)
+        self.flat_N = flat_N
+        return flat_N
+
+    def freeze(self) -> None:
+        """No gradients from here on, nor memory for them."""
+        self.flat_N = self.room = self.recorded = None
+        for parameter in self.parameters():
+            parameter.requires_grad_(False).grad = None
+
+    def seeds(self, layers: Iterable[int]) -> Seeds:
+        """Drawn for the dropout of each product that the adapter changes in these layers; none where nothing drops."""
+        products = [(layer, group) for layer in layers for group in self.layers[layer]] if self.config.dropout else []
+        return dict(zip(products, torch.randint(2**32, (len(products),)).tolist(), strict=True))
+
+    def state(self) -> dict[str, Tensor]:
+        """PEFT's names and shapes; A tensors are views of the stacked ones."""
+        tensors = {}
+        for index, groups in enumerate(self.layers):
+            for group in groups.values():
+                for place, B_Or in zip(group.places, group.Bs, strict=True):
+                    A, B = _names(index, place)
+                    tensors[A], tensors[B] = group.A_RI[place.rows].detach(), B_Or.detach()
+        return tensors
+
+    @classmethod
+    def from_state(
+        cls,
+        config: LoraConfig,
+        decoder: DecoderConfig,
+        tensors: Mapping[str, Tensor],
+        device: torch.device | str = "cpu",
+    ) -> Lora:
+        """The adapter in PEFT's names, as fp32 on `device`; B tensors that are so already are not copied.
+
+        Raises InvalidAdapter naming the first tensor that is missing, foreign or of the wrong shape.
+        """
+        layers = _places(config, decoder)
+        wanted = {}
+        for index, groups in enumerate(layers):
+            for group, places in groups.items():
+                for place in places:
+                    A, B = _names(index, place)
+                    wanted[A] = (_size(place.rows), decoder.in_features(group))
+                    wanted[B] = (_size(place.columns), _size(place.rows))
+        if foreign := sorted(set(tensors) - set(wanted)):
+            raise InvalidAdapter(
+                f"tensor {foreign[0]!r} has no place in this base model",
+                hint="Check that the adapter was trained on this base and lists every target module.",
+            )
+        for name, shape in wanted.items():
+            if name not in tensors:
+                raise InvalidAdapter(f"tensor {name!r} is missing from the adapter")
+            if tensors[name].shape != shape:
+                raise InvalidAdapter(f"tensor {name!r} is {tuple(tensors[name].shape)}, this base needs {shape}")
+
+        def take(index: int, places: tuple[Place, ...]) -> LoraGroup:
+            As, Bs = zip(*(_names(index, place) for place in places), strict=True)
+            given = {name: tensors[name].detach().to(device, torch.float32) for name in As + Bs}
+            return LoraGroup(places, torch.cat([given[name] for name in As]), [given[name] for name in Bs])
+
+        return cls(
+            config,
+            [{group: take(index, places) for group, places in groups.items()} for index, groups in enumerate(layers)],
+        )
+
+
+class Update(Protocol):
+    """What adapters add to some rows of a forward, while serving."""
+
+    def changes(self, layer: int, group: str) -> bool:
+        """Whether there is anything to add to this fused product."""
+
+    def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
+        """Add it in place. No gradients."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The rows of a forward that one adapter answers for; all of them unless said."""
+
+    lora: Lora
+    rows: Tensor | slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether all rows are the adapter's."""
+        return isinstance(self.rows, slice) and self.rows == slice(None)
+
+    def changes(self, layer: int, group: str) -> bool:
+        return group in self.lora.layers[layer]
+
+    def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
+        update, rows = self.lora.layers[layer][group], self.rows
+        h_TR = product(x_TI[rows], update.A_RI.to(x_TI.dtype))
+        for place, B_Or in zip(update.places, update.Bs, strict=True):
+            h_Tr, B_Or = h_TR[:, place.rows], B_Or.to(x_TI.dtype)
+            if isinstance(rows, slice):
+                y_TO[rows, place.columns].addmm_(h_Tr, B_Or.t(), alpha=place.scale)
+            else:
+                y_TO[rows, place.columns] += place.scale * (h_Tr @ B_Or.t())
+
+
+def in_training(segments: Sequence[Update]) -> Lora | None:
+    """The adapter that gets gradients: the only one, over all rows."""
+    if not torch.is_grad_enabled() or len(segments) != 1:
+        return None
+    (segment,) = segments
+    return segment.lora if isinstance(segment, Segment) and segment.everywhere else None
+
+
+class _LoraProduct(torch.autograd.Function):
+    """y = x W' + drop(x) A' (scale B)' for one fused product, with gradients for x, A and every B.
+
+    dropped: (probability, seed) of the dropout, or None. All products are in x's type; the Bs are laid out as one
+    matrix (out, all ranks), zero outside their columns, so that each product is one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        weight_OI: Tensor | Tiles,
+        dropped: tuple[float, int | Tensor] | None,
+        places: tuple[Place, ...],
+        A_RI: Tensor,
+        *Bs: Tensor,
+    ) -> Tensor:
+        ctx.dtype, A_RI = A_RI.dtype, A_RI.to(x_TI.dtype)
+        B_OR = x_TI.new_zeros(weight_OI.shape[0], len(A_RI))
+        for place, B_Or in zip(places, Bs, strict=True):
+            torch.mul(B_Or, place.scale, out=B_OR[place.columns, place.rows])
+        h_TR = product(x_TI if dropped is None else drop(x_TI, *dropped), A_RI)
+        y_TO = product(x_TI, weight_OI, (h_TR, B_OR))
+        ctx.save_for_backward(x_TI, h_TR, A_RI, B_OR)
+        ctx.weight_OI, ctx.dropped, ctx.places = weight_OI, dropped, places
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: Tensor) -> Any:
+        x_TI, h_TR, A_RI, B_OR = ctx.saved_tensors
+        grad_h_TR = product(grad_TO, B_OR.t())
+        grad_B_RO = product(h_TR.t(), grad_TO.t(), dtype=ctx.dtype)
+        grad_Bs = [grad_B_RO[place.rows, place.columns].mul_(place.scale).t() for place in ctx.places]
+        seen_TI = x_TI if ctx.dropped is None else drop(x_TI, *ctx.dropped)
+        grad_A_RI = product(grad_h_TR.t(), seen_TI.t(), dtype=ctx.dtype)
+        if not ctx.needs_input_grad[0]:
+            return (None, None, None, None, grad_A_RI, *grad_Bs)
+        if ctx.dropped is None:
+            grad_x_TI = product(grad_TO, ctx.weight_OI.t(), (grad_h_TR, A_RI.t()))
+        else:
+            grad_x_TI = product(grad_TO, ctx.weight_OI.t()).add_(drop(product(grad_h_TR, A_RI.t()), *ctx.dropped))
+        return (grad_x_TI, None, None, None, grad_A_RI, *grad_Bs)
+
+
+def lora_product(
+    x_TI: Tensor,
+    weight_OI: Frozen,
+    layer: int,
+    group: str,
+    segments: Iterable[Update],
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """One fused product with the updates of the adapters in `segments`.
+
+    Training (gradients enabled) takes exactly one segment over all rows; serving takes any number. seed: of the
+    adapter's dropout, one draw for the fused product; None drops nothing.
+    """
+    segments = [segment for segment in segments if segment.changes(layer, group)]
+    if torch.is_grad_enabled() and segments:
+        (segment,) = segments
+        assert isinstance(segment, Segment), "only one adapter over all rows has gradients"
+        assert segment.everywhere
+        update = segment.lora.layers[layer][group]
+        drawn = None if seed is None else (segment.lora.config.dropout, seed)
+        y: Tensor = _LoraProduct.apply(x_TI, weight_OI, drawn, update.places, *update.tensors)  # type: ignore[no-untyped-call]
+        return y
+    y_TO = frozen_product(x_TI, weight_OI)
+    for segment in segments:
+        segment.add_to(y_TO, x_TI, layer, group)
+    return y_TO
+
+
+def _places(config: LoraConfig, decoder: DecoderConfig) -> list[dict[str, tuple[Place, ...]]]:
+    """What the adapter changes, by layer and fused product."""
+    layers = []
+    for index in range(decoder.layers):
+        groups = {}
+        for group, names in GROUPS.items():
+            places, R = [], 0
+            for name in (name for name in names if name in config.target_modules and config.changes(index)):
+                module = module_name(index, name)
+                r, columns = config.rank(module), slice(*decoder.columns(name))
+                places.append(Place(name, slice(R, R + r), columns, config.scale(module)))
+                R += r
+            if places:
+                groups[group] = tuple(places)
+        layers.append(groups)
+    return layers
+
+
+def _names(layer: int, place: Place) -> tuple[str, str]:
+    """PEFT's names of a target's A and B."""
+    prefix = f"base_model.model.{module_name(layer, place.target)}"
+    return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+
+
+def _size(part: slice) -> int:
+    return int(part.stop - part.start)

@@ -1,0 +1,178 @@
+"""Rows of different lengths as one sequence of tokens, without attention across rows and without padding.
+
+What all rows begin with (the system prompt, usually) is laid down once and shared: exact, because every row attends
+to it and gradients of all rows flow back into it. Layout: [prefix | rest of row 0 | rest of row 1 | ...].
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fortwo.execution.train_fused import Packed
+from fortwo.kernels import cpu, cuda
+from fortwo.kernels.operations import packed_attention
+from fortwo.nn.config import DecoderConfig
+
+
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows share at their beginning; at least one token of each row is left over."""
+    limit = min(len(row) for row in rows) - 1
+    for place in range(limit):
+        if any(row[place] != rows[0][place] for row in rows):
+            return place
+    return max(limit, 0)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """tokens_T and positions_T as the decoder takes them; `prefix` tokens are shared; `lengths` are the rests'."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    prefix: int
+    lengths: tuple[int, ...]
+    starts: tuple[int, ...]  # place in T of each rest's first token
+    padded_index: Tensor  # place of each rest token in the padded (rows x longest) grid
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    def place(self, row: int, position: int) -> int:
+        """Index in T of a row's token."""
+        if position < self.prefix:
+            return position
+        return self.starts[row] + position - self.prefix
+
+    def last_places(self) -> Tensor:
+        """Index in T of each row's last token."""
+        ends = torch.tensor(self.lengths, device=self.tokens_T.device).cumsum(0)
+        return ends + self.prefix - 1
+
+
+def pack(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", prefix: int | None = None) -> Pack:
+    """Pack token rows; `prefix` fixes how many leading tokens are shared (0 switches sharing off)."""
+    shared = common_prefix(rows) if prefix is None else prefix
+    lengths = tuple(len(row) - shared for row in rows)
+    longest = max(lengths)
+    tokens = list(rows[0][:shared]) + [token for row in rows for token in row[shared:]]
+    positions = list(range(shared)) + [shared + place for length in lengths for place in range(length)]
+    padded = [row * longest + place for row, length in enumerate(lengths) for place in range(length)]
+    return Pack(
+        tokens_T=torch.tensor(tokens, device=device),
+        positions_T=torch.tensor(positions, device=device),
+        prefix=shared,
+        lengths=lengths,
+        starts=tuple(accumulate(lengths[:-1], initial=shared)),
+        padded_index=torch.tensor(padded, device=device),
+    )
+
+
+def seen(pack: Pack) -> Tensor:
+    """What `cuda.attend_packed` is told of the pack's tokens (T, 3)."""
+    T, P = len(pack.tokens_T), pack.prefix
+    ends = [start + length for start, length in zip(pack.starts, pack.lengths, strict=True)]
+    rows_R3 = torch.tensor([(0, T, P), *((start, end, P) for start, end in zip(pack.starts, ends, strict=True))])
+    return rows_R3.int().repeat_interleave(torch.tensor([P, *pack.lengths]), 0).to(pack.tokens_T.device)
+
+
+class PackedAttention:
+    """The decoder's `attend` over a Pack: causal within a row; every row sees the prefix, none sees another row."""
+
+    def __init__(self, pack: Pack, config: DecoderConfig) -> None:
+        self.pack = pack
+        self._heads = config.heads, config.kv_heads
+        device = pack.tokens_T.device
+        on_gpu = device.type == "cuda" and cuda.present() and cuda.attends(config.head_size)
+        self.packed = Packed(pack.prefix, torch.tensor([pack.starts, pack.lengths]), seen(pack) if on_gpu else None)
+        self._masks = functools.cache(
+            lambda: (_causal(pack.longest, pack.prefix, device), _causal(pack.prefix, 0, device))
+        )
+
+    def __call__(self, layer: int, qkv_TNE: Tensor) -> Tensor:
+        del layer
+        if cpu.usable(qkv_TNE):
+            mixed: Tensor = _Attention.apply(qkv_TNE, *self.packed[:2], *self._heads)  # type: ignore[no-untyped-call]
+            return mixed
+        if self.packed.seen_T3 is not None and cuda.usable(qkv_TNE):
+            return packed_attention(qkv_TNE, self.packed.seen_T3, self._heads[1])
+        return self.plain(qkv_TNE)
+
+    def plain(self, qkv_TNE: Tensor) -> Tensor:
+        """The same with torch's operations, on a padded grid."""
+        P, R, L = self.pack.prefix, len(self.pack.lengths), self.pack.longest
+        (H, K), (T, _, E) = self._heads, qkv_TNE.shape
+        index, grid = self.pack.padded_index, R * L
+        rest_mask_LS, prefix_mask_PP = self._masks()
+        prefix_PNE, rest_TNE = qkv_TNE.split([P, T - P])
+        padded = rest_TNE.new_zeros(grid, (H + 2 * K) * E).index_copy(0, index, rest_TNE.flatten(1))
+        q_RHLE, k_RKLE, v_RKLE = padded.view(R, L, H + 2 * K, E).transpose(1, 2).split([H, K, K], 1)
+        if P:
+            prefix_q_HPE, prefix_k_KPE, prefix_v_KPE = prefix_PNE.transpose(0, 1).split([H, K, K])
+            k_RKLE = torch.cat([prefix_k_KPE.expand(R, K, P, E), k_RKLE], 2)
+            v_RKLE = torch.cat([prefix_v_KPE.expand(R, K, P, E), v_RKLE], 2)
+        mixed_RHLE = _attention(q_RHLE, k_RKLE, v_RKLE, rest_mask_LS)
+        mixed_TF = mixed_RHLE.transpose(1, 2).reshape(grid, H * E).index_select(0, index)
+        if P:
+            shared_HPE = _attention(prefix_q_HPE[None], prefix_k_KPE[None], prefix_v_KPE[None], prefix_mask_PP)[0]
+            mixed_TF = torch.cat([shared_HPE.transpose(0, 1).reshape(P, H * E), mixed_TF])
+        return mixed_TF.view(T, H, E)
+
+
+class _Attention(torch.autograd.Function):
+    """The kernel over a pack's tokens; rows_2R: where the rest of each row starts, and its length."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_TNE: Tensor, prefix: int, rows_2R: Tensor, heads: int, kv_heads: int) -> Tensor:
+        qkv_TNE = qkv_TNE.contiguous()
+        T, _, E = qkv_TNE.shape
+        mixed_THE = qkv_TNE.new_empty(T, heads, E)
+        lse_TH = qkv_TNE.new_empty(T, heads, dtype=torch.float32)
+        ctx.shape = (prefix, rows_2R.shape[1], rows_2R[0], rows_2R[1], heads, kv_heads, E)
+        _attend("", qkv_TNE, *ctx.shape, qkv_TNE, mixed_THE, lse_TH)
+        ctx.save_for_backward(qkv_TNE, lse_TH)
+        return mixed_THE
+
+    @staticmethod
+    def backward(ctx: Any, grad_THE: Tensor) -> Any:
+        qkv_TNE, lse_TH = ctx.saved_tensors
+        grad_TNE = torch.empty_like(qkv_TNE)
+        _attend("_backward", qkv_TNE, *ctx.shape, qkv_TNE, lse_TH, grad_THE.contiguous(), grad_TNE)
+        return grad_TNE, None, None, None, None
+
+
+def _attend(direction: str, qkv_TNE: Tensor, *arguments: Tensor | int) -> None:
+    """The kernel on AMX's tiles where there are such, else the one for every processor."""
+    if qkv_TNE.dtype == torch.bfloat16 and qkv_TNE.shape[2] % 32 == 0 and cpu.multiplies_tiles():
+        cpu.call(f"attention_tiles{direction}", None, *arguments)
+    else:
+        cpu.call(f"attention{direction}", qkv_TNE.dtype, *arguments)
+
+
+def _causal(length: int, before: int, device: torch.device) -> Tensor:
+    """What to add to scores (length, before + length): 0 where a token may look, -inf where it may not."""
+    allowed = torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
+    return torch.zeros(length, before + length, device=device).masked_fill_(~allowed, -torch.inf)
+
+
+def _attention(q_RHLE: Tensor, k_RKSE: Tensor, v_RKSE: Tensor, mask_LS: Tensor) -> Tensor:
+    """Scaled dot products; the query heads of a key/value head are folded into its rows, so nothing is repeated.
+
+    On the CPU this takes half the time of torch's fused attention, forward and backward, at these lengths.
+    """
+    R, H, L, E = q_RHLE.shape
+    K, S = k_RKSE.shape[1:3]
+    G = H // K
+    q_NME = q_RHLE.reshape(R * K, G * L, E)
+    k_NSE, v_NSE = k_RKSE.reshape(R * K, S, E), v_RKSE.reshape(R * K, S, E)
+    mask_1MS = mask_LS.to(q_RHLE.dtype).repeat(G, 1)[None]
+    scores_NMS = torch.baddbmm(mask_1MS, q_NME, k_NSE.transpose(1, 2), alpha=E**-0.5)
+    mixed_NME = torch.bmm(scores_NMS.softmax(-1, dtype=torch.float32).to(q_RHLE.dtype), v_NSE)
+    return mixed_NME.view(R, H, L, E)

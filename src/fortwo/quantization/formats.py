@@ -1,0 +1,295 @@
+"""Frozen weights in several forms, and which of them multiplies how many rows.
+
+A form holds one weight (O, I) and multiplies with it: fp32 exactly, bf16, int8 and int4 in groups of 32 inputs, NF4
+(see `nf4`). A `Weight` holds one or more of them and takes, for each number of rows, the one its `Choice` names.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fortwo.kernels import cpu
+from fortwo.quantization import matmul
+from fortwo.quantization.nf4 import Nf4
+from fortwo.quantization.selection import FORMS, Choice
+from fortwo.quantization.tiles import Tiles
+
+GROUP, TILE = 32, 16
+WIDE = 24  # rows from which on weights in 4 or 8 bits are made bf16 for AMX's tiles
+REGION = 32 << 20  # bytes of memory taken at once for quantised weights
+
+
+class Form(Protocol):
+    """One way to hold a weight."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        """x @ weight.T as fp32."""
+
+    def dense(self) -> Tensor:
+        """The weight as this form has it: a bf16 tensor for bf16, else fp32."""
+
+
+class Regions:
+    """Memory for weights in large pages: a product of one row reads all weights once and would wait for page tables.
+
+    region: bytes that are taken at once."""
+
+    def __init__(self, region: int = REGION) -> None:
+        self._size = region
+        self._region = torch.empty(0, dtype=torch.uint8)
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """A copy in such memory; on another device than the CPU the tensor itself."""
+        if tensor.device.type != "cpu" or not tensor.numel():
+            return tensor
+        return self.zeros(tensor.shape, tensor.dtype).copy_(tensor)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of zeros in such memory."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        size = -(-nbytes // 64) * 64
+        if size > len(self._region):
+            pages = mmap.mmap(-1, max(size, self._size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                pages.madvise(mmap.MADV_HUGEPAGE)
+            self._region = torch.frombuffer(pages, dtype=torch.uint8)
+        taken, self._region = self._region[:nbytes], self._region[size:]
+        return taken.view(dtype).view(tuple(shape))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """fp32 or bf16."""
+
+    weight_OI: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight_OI.nbytes
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        return matmul.product(x_TI, self.weight_OI)
+
+    def dense(self) -> Tensor:
+        return self.weight_OI
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """4 or 8 bits and, for each 32 inputs of an output, fp16 scale and minimum: w = scale * q + minimum, q in 0..15, as
+    GGUF's Q4_1 has it; or w = scale * (q - 128), q in 1..255, as Q8_0. What came from either is the same again.
+
+    x is rounded to 16 bits in the same groups, sums are exact whole numbers; of WIDE rows and more both are rounded to
+    bf16 where there are tiles for that. The kernel's layout is described in quantised.h.
+    """
+
+    bits: int
+    shape: tuple[int, int]
+    q: Tensor
+    scale_OG: Tensor  # (tiles, G, 16)
+    minimum_OG: Tensor | None
+
+    @staticmethod
+    def fits(weight_OI: Tensor) -> bool:
+        return weight_OI.shape[1] % GROUP == 0 and cpu.usable(weight_OI.new_empty(0, dtype=torch.float32))
+
+    @classmethod
+    def of(cls, weight_OI: Tensor, bits: int, regions: Regions) -> Grouped:
+        O, I = weight_OI.shape  # noqa: E741
+        tiles, G = -(-O // TILE), I // GROUP
+        weight_OI = weight_OI.float().contiguous()
+        groups_OG = weight_OI.view(O, G, GROUP)
+        if bits == 4:
+            minimum_OG = groups_OG.amin(-1).half()
+            scale_OG = ((groups_OG.amax(-1) - groups_OG.amin(-1)) / 15).half()
+        else:
+            scale_OG = (groups_OG.abs().amax(-1) / 127).half()
+            minimum_OG = None
+        start_OG = scale_OG.float() * -128 if minimum_OG is None else minimum_OG.float()
+        q = torch.zeros(tiles, G, GROUP * TILE * bits // 8, dtype=torch.uint8)
+        cpu.call("quantise", None, bits, O, I, weight_OI, scale_OG.float(), start_OG, q)
+
+        def tiled(given_OG: Tensor) -> Tensor:
+            return F.pad(given_OG, (0, 0, 0, tiles * TILE - O)).view(tiles, TILE, G).transpose(1, 2).contiguous()
+
+        return cls(
+            bits,
+            (O, I),
+            regions.hold(q),
+            regions.hold(tiled(scale_OG)),
+            None if minimum_OG is None else regions.hold(tiled(minimum_OG)),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.q, self.scale_OG, self.minimum_OG) if tensor is not None)
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        O, I = self.shape  # noqa: E741
+        T = x_TI.shape[0]
+        y_TO = x_TI.new_empty(T, O)
+        wide = T >= WIDE and cpu.multiplies_tiles()
+        told = self.bits, T, I, O, x_TI.contiguous(), self.q, self.scale_OG, self.minimum_OG, y_TO
+        cpu.call("wide_product" if wide else "grouped_product", None, *told)
+        return y_TO
+
+    def dense(self) -> Tensor:
+        O, I = self.shape  # noqa: E741
+        tiles, G = self.q.shape[:2]
+        q = self.q
+        if self.bits == 4:
+            halves = q.view(tiles, G, GROUP // 8, 1, 4 * TILE)
+            q = torch.cat([halves & 15, halves >> 4], 3)
+        q_OGI = q.view(tiles, G, GROUP // 4, TILE, 4).permute(0, 3, 1, 2, 4).reshape(tiles * TILE, G, GROUP)
+
+        def plain(tiled: Tensor) -> Tensor:
+            return tiled.float().transpose(1, 2).reshape(tiles * TILE, G, 1)
+
+        scale_OG1 = plain(self.scale_OG)
+        start_OG1 = scale_OG1 * -128 if self.minimum_OG is None else plain(self.minimum_OG)
+        return (q_OGI * scale_OG1 + start_OG1).view(tiles * TILE, I)[:O]
+
+
+class Weight:
+    """A frozen weight (O, I) in the forms that `choice` names, and perhaps more. nearest: the form that is nearest to
+    the original; None: the first in FORMS."""
+
+    dtype = torch.float32  # of what it multiplies and gives
+
+    def __init__(
+        self, shape: Sequence[int], forms: Mapping[str, Form], choice: Choice, nearest: str | None = None
+    ) -> None:
+        self.shape = tuple(shape)
+        self.forms = dict(forms)
+        self.choice = choice
+        self._nearest = next(name for name in FORMS if name in self.forms) if nearest is None else nearest
+
+    @property
+    def nbytes(self) -> int:
+        return sum(form.nbytes for form in self.forms.values())
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        return self.forms[self.choice.form(x_TI.shape[0])].product(x_TI)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as a tensor, from the form that is nearest to the original."""
+        if dtype == torch.bfloat16 and "bf16" in self.forms:
+            return self.forms["bf16"].dense()
+        return self.forms[self._nearest].dense().to(dtype)
+
+
+class Dequantised(Weight):
+    """A weight in NF4 to train on, as QLoRA does: its products, forward and (by `t`) backward, are in `dtype`, and make
+    it dense part by part. Gradients are those of the dense weight."""
+
+    def __init__(self, form: Nf4, dtype: torch.dtype, transposed: bool = False) -> None:
+        super().__init__(form.shape[::-1] if transposed else form.shape, {"nf4": form}, Choice.fixed("nf4"))
+        self.dtype = dtype
+        self._form, self._transposed = form, transposed
+
+    def t(self) -> Dequantised:
+        return Dequantised(self._form, self.dtype, not self._transposed)
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        multiply = self._form.backward if self._transposed else self._form.forward
+        return multiply(x_TI, self.dtype, x_TI.dtype)
+
+
+Frozen = Tensor | Tiles | Weight
+
+
+def dense(weight_OI: Frozen, dtype: torch.dtype) -> Tensor:
+    match weight_OI:
+        case Weight():
+            return weight_OI.dense(dtype)
+        case Tiles():
+            return weight_OI.dense().to(dtype)
+    return weight_OI.to(dtype)
+
+
+def trained_on(weight_OI: Frozen, regions: Regions, dtype: torch.dtype = torch.bfloat16) -> Frozen:
+    """The weight for products in `dtype` there and back. What is held in NF4 alone stays so; fp32, and tiles, that are
+    held already are not copied."""
+    if (form := _nf4_alone(weight_OI)) is not None:
+        return Dequantised(form, dtype)
+    tiles = _tiles(weight_OI)
+    if not _becomes_tiles(weight_OI, dtype):
+        return dense(weight_OI, dtype)
+    return Tiles.of(dense(weight_OI, dtype), regions) if tiles is None else tiles
+
+
+def bytes_to_train(weight_OI: Frozen, dtype: torch.dtype) -> int:
+    """What `trained_on` takes beside the weight."""
+    size = math.prod(weight_OI.shape) * dtype.itemsize
+    if _nf4_alone(weight_OI) is not None:
+        return 0
+    if _becomes_tiles(weight_OI, dtype):
+        return 0 if _tiles(weight_OI) is not None else size
+    return 0 if any(isinstance(one, Tensor) and one.dtype == dtype for one in _held(weight_OI)) else size
+
+
+def _becomes_tiles(weight_OI: Frozen, dtype: torch.dtype) -> bool:
+    """Whether products in `dtype` take this weight as tiles: on a processor that has them, and there alone."""
+    on_gpu = any(
+        (one.codes if isinstance(one, Nf4) else one).is_cuda
+        for one in _held(weight_OI)
+        if isinstance(one, Tensor | Nf4)
+    )
+    return dtype == torch.bfloat16 and not on_gpu and cpu.multiplies_tiles()
+
+
+def _nf4_alone(weight_OI: Frozen) -> Nf4 | None:
+    if not isinstance(weight_OI, Weight) or len(weight_OI.forms) > 1:
+        return None
+    (form,) = weight_OI.forms.values()
+    return form if isinstance(form, Nf4) else None
+
+
+def _tiles(weight_OI: Frozen) -> Tiles | None:
+    return next((one for one in _held(weight_OI) if isinstance(one, Tiles)), None)
+
+
+def _held(weight_OI: Frozen) -> list[Tensor | Form]:
+    """What holds the weight: its forms, of which a dense one is its tensor."""
+    held = list(weight_OI.forms.values()) if isinstance(weight_OI, Weight) else [weight_OI]
+    return [one.weight_OI if isinstance(one, Dense) else one for one in held]
+
+
+def quantised(name: str, weight_OI: Tensor, regions: Regions) -> Form:
+    """`weight_OI`, of any type of number, in the form `name`. Its width must fit (`fits`)."""
+    match name:
+        case "fp32":
+            return Dense(weight_OI.float())
+        case "bf16":
+            if cpu.usable(weight_OI) and cpu.multiplies_tiles():
+                return Tiles.of(weight_OI.bfloat16(), regions)
+            return Dense(regions.hold(weight_OI.bfloat16()))
+        case "int8" | "int4":
+            return Grouped.of(weight_OI, int(name.removeprefix("int")), regions)
+        case "nf4":
+            return Nf4.of(weight_OI, regions)
+    raise ValueError(name)
+
+
+def head_form(name: str) -> str:
+    """How the head is held where the rest has the form `name`: of what 4 bits lose it would lose most, so GGUF's files
+    and QLoRA have it wider, too."""
+    return {"int4": "int8", "nf4": "bf16"}.get(name, name)
+
+
+def fits(name: str, weights: Iterable[Tensor]) -> bool:
+    """Whether every weight can have this form here."""
+    if name in ("int8", "int4"):
+        return all(Grouped.fits(weight_OI) for weight_OI in weights)
+    return name != "nf4" or all(Nf4.fits(weight_OI) for weight_OI in weights)

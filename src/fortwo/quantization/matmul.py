@@ -1,0 +1,142 @@
+"""Matrix products of activations with frozen weights, by the kernel that measured fastest on this machine.
+
+torch's own fp32 product goes to MKL, which on some processors (AMD's among them) runs at less than half of
+what oneDNN reaches on the same shapes. Both are exact fp32, but they round differently; which one is used is decided
+once per process, by the clock. A run that goes on in another process fixes the one it began with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fortwo.kernels import cpu
+from fortwo.quantization.tiles import LONGEST_SUM, Tiles, tiled_product
+
+if TYPE_CHECKING:
+    from fortwo.quantization.formats import Frozen
+
+WIDENED = 2 << 20  # bytes of a bf16 weight that are fp32 at once
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def _onednn(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, None, "none", [], "")
+    return y
+
+
+def _median_seconds(product: Product, x_TI: Tensor, weight_OI: Tensor, repeats: int = 5) -> float:
+    product(x_TI, weight_OI)
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        product(x_TI, weight_OI)
+        seconds.append(time.perf_counter() - began)
+    return sorted(seconds)[repeats // 2]
+
+
+@cache
+def _fastest() -> str:
+    """oneDNN where it is at least a fifth faster than torch's default on a typical shape."""
+    if not torch.backends.mkldnn.is_available():
+        return "torch"
+    x_TI, weight_OI = torch.ones(256, 576), torch.ones(1024, 576)
+    default = _median_seconds(F.linear, x_TI, weight_OI)
+    return "onednn" if _median_seconds(_onednn, x_TI, weight_OI) * 1.2 < default else "torch"
+
+
+_KERNELS: dict[str, Product] = {"torch": F.linear, "onednn": _onednn}
+_fixed: str | None = None
+
+
+def cpu_kernel() -> str:
+    """What multiplies fp32 on the CPU in this process: torch (its default) or onednn."""
+    return _fastest() if _fixed is None else _fixed
+
+
+def fix_cpu_kernel(name: str) -> None:
+    """From here on this one, whatever is faster."""
+    global _fixed
+    _fixed = name if torch.backends.mkldnn.is_available() else "torch"
+
+
+def _cpu_product() -> Product:
+    return _KERNELS[cpu_kernel()]
+
+
+def product(
+    x_TI: Tensor,
+    weight_OI: Frozen,
+    more: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x @ weight.T, and for `more` = (h, B) + h @ B.T; x (rows, in), weight (out, in), any of them may be a transposed
+    view. No gradient: see lora.
+
+    A bf16 weight is multiplied with x rounded to bf16, and summed in fp32: on the CPU by AMX's tiles, or else as fp32,
+    a part of the weight after the other, since torch's own product of bf16 rounds each sum to bf16. The result has the
+    type of x, or `dtype`. A `Weight` takes the form that is chosen for this many rows.
+    """
+    dtype = x_TI.dtype if dtype is None else dtype
+    if isinstance(weight_OI, Tiles):
+        return tiled_product(x_TI.bfloat16(), weight_OI, more, dtype)
+    if not isinstance(weight_OI, Tensor):
+        y_TO = weight_OI.product(x_TI)
+    elif weight_OI.dtype == torch.bfloat16:
+        if cpu.usable(x_TI) and cpu.multiplies_tiles() and x_TI.shape[1] <= LONGEST_SUM:
+            return tiled_product(x_TI.bfloat16(), weight_OI, more, dtype)
+        y_TO = (
+            _widened(x_TI.bfloat16(), weight_OI) if x_TI.device.type == "cpu" else F.linear(x_TI.bfloat16(), weight_OI)
+        )
+    elif x_TI.device.type == "cpu" and x_TI.dtype == torch.float32 and x_TI.numel():
+        y_TO = _cpu_product()(x_TI, weight_OI)
+    else:
+        y_TO = F.linear(x_TI, weight_OI)
+    if more is not None:
+        h_Tr, B_Or = (tensor.to(y_TO.dtype) for tensor in more)
+        y_TO.addmm_(h_Tr, B_Or.t())
+    return y_TO.to(dtype)
+
+
+def _widened(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x @ weight.T of bf16 numbers as fp32; parts of the weight become fp32 in the processor's cache."""
+    O, I = weight_OI.shape  # noqa: E741
+    multiply, x_TI, y_TO = _cpu_product(), x_TI.float(), x_TI.new_empty(len(x_TI), O, dtype=torch.float32)
+    outputs = max(16, WIDENED // (4 * I))
+    for first in range(0, O, outputs) if x_TI.numel() else ():
+        y_TO[:, first : first + outputs] = multiply(x_TI, weight_OI[first : first + outputs].float())
+    return y_TO
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.weight_OI = weight_OI  # type: ignore[attr-defined]  # frozen: needs no version check
+        return product(x_TI, weight_OI)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_TO: Tensor) -> tuple[Tensor, None]:
+        return product(grad_TO, ctx.weight_OI.t()), None  # type: ignore[attr-defined]
+
+
+def frozen_product(x_TI: Tensor, weight_OI: Frozen) -> Tensor:
+    """`product` with a gradient for x; the weight is frozen and gets none."""
+    if torch.is_grad_enabled() and x_TI.requires_grad:
+        y: Tensor = _FrozenProduct.apply(x_TI, weight_OI)  # type: ignore[no-untyped-call]
+        return y
+    return product(x_TI, weight_OI)
+
+
+@cache
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether there are products in bf16 on the device that may be faster than fp32: on the CPU, those by AMX's
+    tiles."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return kernels.multiplies_tiles()

@@ -1,0 +1,122 @@
+"""Which form of the frozen weights multiplies how many rows: the decision, and the file of what was measured.
+
+Torch-free: `fortwo doctor` reads the same file. Forms are named as in `formats`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+
+FORMS = ("fp32", "bf16", "int8", "int4", "nf4")  # the most exact first
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+GAIN = 1.1  # a form that is not this much faster than a more exact one is not worth it
+
+Seconds = Mapping[str, Mapping[int, float]]  # by form and rows: the products of one forward
+
+
+@dataclass(frozen=True)
+class Choice:
+    """table: (rows, form) in rising order; a form is for as many rows and fewer, the last one for all that are more."""
+
+    table: tuple[tuple[int, str], ...]
+
+    @classmethod
+    def fixed(cls, form: str) -> Choice:
+        return cls(((1, form),))
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(form for _, form in self.table))
+
+    def form(self, rows: int) -> str:
+        for most, form in self.table:
+            if rows <= most:
+                return form
+        return self.table[-1][1]
+
+
+def worthwhile(errors: Mapping[str, float], nbytes: Mapping[str, int], most: float) -> list[str]:
+    """Forms whose error is at most `most`, without those that another is both nearer and smaller than."""
+    return [
+        name
+        for name, error in errors.items()
+        if error <= most and not any(errors[one] < error and nbytes[one] <= nbytes[name] for one in errors)
+    ]
+
+
+def choose(seconds: Seconds, nbytes: Mapping[str, int], bound: float, keep: str | None = None) -> Choice:
+    """The fastest form for each number of rows, out of those forms that together fit `bound` bytes.
+
+    keep: a form that is held in any case. Of several sets of forms the one with the least time over all numbers of
+    rows is taken (as ratios, so that few rows count as much as many), and a larger or less exact set only where it
+    gains. Where nothing fits, the smallest form.
+    """
+    held = {keep} if keep is not None else set()
+    best: Choice | None = None
+    best_cost = math.inf
+    for size in range(1, len(seconds) + 1):
+        for names in combinations([form for form in FORMS if form in seconds], size):
+            if sum(nbytes[name] for name in held.union(names)) > bound:
+                continue
+            table = tuple((rows, _fastest({name: seconds[name][rows] for name in names})) for rows in ROWS)
+            cost = sum(math.log(seconds[form][rows]) for rows, form in table) / len(table)
+            if cost < best_cost - math.log(GAIN):
+                best, best_cost = Choice(table), cost
+    return best or Choice.fixed(min(nbytes, key=lambda name: nbytes[name]))
+
+
+def _fastest(seconds: Mapping[str, float]) -> str:
+    limit = GAIN * min(seconds.values())
+    return next(name for name in FORMS if name in seconds and seconds[name] <= limit)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one machine needed for the products of one model's shape."""
+
+    model: str
+    processor: str
+    threads: int
+    seconds: dict[str, dict[int, float]]
+    choice: tuple[tuple[int, str], ...]
+
+
+class Measurements:
+    """home/measured.json. What cannot be read is measured again."""
+
+    def __init__(self, home: Path) -> None:
+        self._file = home / "measured.json"
+
+    def all(self) -> dict[str, Measured]:
+        """By key: processor, kernels, threads and shape of the model."""
+        try:
+            found = json.loads(self._file.read_text())
+            return {
+                key: Measured(
+                    str(one["model"]),
+                    str(one["processor"]),
+                    int(one["threads"]),
+                    {
+                        form: {int(rows): float(value) for rows, value in by_rows.items()}
+                        for form, by_rows in one["seconds"].items()
+                    },
+                    tuple((int(rows), str(form)) for rows, form in one["choice"]),
+                )
+                for key, one in found.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def put(self, key: str, measured: Measured) -> None:
+        text = json.dumps({name: asdict(one) for name, one in (self.all() | {key: measured}).items()}, indent=2)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as beside:
+            beside.write(text)
+        os.replace(beside.name, self._file)
