@@ -40,8 +40,8 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     isa: Literal["auto", "amx", "avx512", "avx2", "none"] = Field(
         "auto",
-        description="The highest level of instructions that is used on an x86 processor, by fortwo's kernels and by the "
-        "libraries; auto is all that it has, none is torch's own operations alone.",
+        description="The highest level of instructions that fortwo's kernels and the libraries use on an x86 "
+        "processor. auto is the highest that the processor has; none is torch's own operations, without kernels.",
     )
     cache_mb: int | None = Field(
         None, ge=1, description="MiB for keys and values, for each base; default: an eighth of the device's memory."

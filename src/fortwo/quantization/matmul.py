@@ -91,9 +91,8 @@ def product(
     elif weight_OI.dtype == torch.bfloat16:
         if cpu.usable(x_TI) and cpu.multiplies_tiles() and x_TI.shape[1] <= LONGEST_SUM:
             return tiled_product(x_TI.bfloat16(), weight_OI, more, dtype)
-        y_TO = (
-            _widened(x_TI.bfloat16(), weight_OI) if x_TI.device.type == "cpu" else F.linear(x_TI.bfloat16(), weight_OI)
-        )
+        multiply = _widened if x_TI.device.type == "cpu" else F.linear
+        y_TO = multiply(x_TI.bfloat16(), weight_OI)
     elif x_TI.device.type == "cpu" and x_TI.dtype == torch.float32 and x_TI.numel():
         y_TO = _cpu_product()(x_TI, weight_OI)
     else:
@@ -139,4 +138,4 @@ def multiplies_bf16(device: torch.device) -> bool:
     tiles."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return kernels.multiplies_tiles()
+    return cpu.multiplies_tiles()
