@@ -8,12 +8,13 @@ import pytest
 
 from fortwo.engine.cache import SMALLEST
 from fortwo.engine.engine import RUNNING
+from fortwo.execution import autotuning
 from fortwo.facts.lesson import trained_rehearsal
-from fortwo.jobs import machine
-from fortwo.jobs.machine import look, reply_rate
+from fortwo.jobs.machine import ROWS, Trial, machine_of, reply_rate, try_out
 from fortwo.train import estimate
 from fortwo.train.estimate import (
     HEAD_BYTES,
+    MICRO_TOKENS,
     MOMENTS,
     MOMENTS_8_BIT,
     PROCESS,
@@ -46,9 +47,9 @@ SETTINGS = {
 
 
 def test_what_a_phase_takes() -> None:
-    assert Phase(trained=200, read=300, said=100).seconds(Machine(100, 50)) == 2 + 1 + 2
+    assert Phase(trained=200, read=300, said=100).seconds(Machine({"fp32": 100}, 50)) == 2 + 1 + 2
     phases = Phases(Phase(said=50), Phase(trained=1000), Phase(read=30, said=100), Phase())
-    assert phases.seconds(Machine(100, 50)) == {
+    assert phases.seconds(Machine({"fp32": 100}, 50)) == {
         "seconds": pytest.approx(13.1),
         "preparing_seconds": 1,
         "training_seconds": 10,
@@ -130,15 +131,40 @@ def test_the_rate_of_replies_counts_their_prompts() -> None:
     assert reply_rate(0.1, rows=10, read=1000) == pytest.approx(200 / 2.3)
 
 
-def test_what_the_last_job_has_shown_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_measures_both_types_of_products_where_products_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     home = decoder()
-    tried = look(home, None)
-    assert tried.tokens_per_second > 0
-    assert tried.reply_tokens_per_second > 0
-    monkeypatch.setattr(machine, "micro_step_seconds", None)
-    half = look(home, {"tokens_per_second": 123.0})
-    assert half.tokens_per_second == 123
-    assert half.reply_tokens_per_second > 0
-    monkeypatch.setattr(machine, "token_seconds", None)
-    shown = look(home, {"tokens_per_second": 123.0, "reply_tokens_per_second": 45.0})
-    assert (shown.tokens_per_second, shown.reply_tokens_per_second) == (123, 45)
+    assert set(try_out(home).micro_step) == {"fp32"}, "a small model stays in fp32"
+    monkeypatch.setattr(autotuning, "SMALL", 0)
+    trial = try_out(home)
+    assert set(trial.micro_step) == {"fp32", "bf16"}
+    assert min(*trial.micro_step.values(), trial.token) > 0
+
+
+TRIAL = Trial({"fp32": MICRO_TOKENS / 100, "bf16": MICRO_TOKENS / 200}, token=ROWS / 1000)
+
+
+def test_a_machine_is_as_its_trial_and_its_newest_job_say() -> None:
+    tried = machine_of(TRIAL, None, 7)
+    assert (tried.trained, tried.memory) == ({"fp32": 100, "bf16": 200}, 7)
+    assert (tried.tokens_per_second, replace(tried, bf16=True).tokens_per_second) == (100, 200)
+    assert 0 < tried.reply_tokens_per_second < 1000, "prompts are read, too"
+    shown = machine_of(TRIAL, {"tokens_per_second": 150.0, "reply_tokens_per_second": 45.0, "bf16": True}, None)
+    assert replace(shown, bf16=True).tokens_per_second == 150
+    assert shown.tokens_per_second == 100, "the job says nothing of the other type"
+    assert shown.reply_tokens_per_second == 45
+    older = machine_of(TRIAL, {"tokens_per_second": 150.0}, None)
+    assert replace(older, bf16=True).tokens_per_second == 200, "a job of an older version does not say its type"
+
+
+@pytest.mark.parametrize(
+    ("trained", "faster"),
+    [
+        ({"fp32": 100, "bf16": 200}, True),
+        ({"fp32": 100, "bf16": 105}, False),
+        ({"fp32": 100, "bf16": 50}, False),
+        ({"fp32": 100}, False),
+        ({"bf16": 100}, True),
+    ],
+)
+def test_bf16_has_to_be_measured_faster(trained: dict[str, float], faster: bool) -> None:
+    assert Machine(trained, 50).faster_in_bf16 == faster

@@ -79,7 +79,7 @@ class School:
         request = TrainingRequest.model_validate({**body, "training_config": {"max_steps": 4, **training}})
         facts = BaseFacts.of("tiny", self.base.decoder)
         counts = TokenCounts(tuple(RowCount(row.line, 30, 8) for row in training_rows(dataset)), prefix=0)
-        machine = Machine(tokens_per_second=1000, reply_tokens_per_second=1000)
+        machine = Machine({"fp32": 1000}, reply_tokens_per_second=1000)
         return resolve(request, dataset, facts, counts, machine, parent=parent)
 
     def events(self, plan: Plan, dataset: Dataset = ROWS, key: str = "job") -> Any:

@@ -25,7 +25,7 @@ from fortwo.train.schedule import learning_rate
 from tests.original import AS_IT_RAN, EXAMPLES
 
 BASE = BaseFacts("smollm2", 2048, 49152, 30, 576, 1536, 576, 192, 500_000_000, 270_000_000, 0)
-MACHINE = Machine(tokens_per_second=300, reply_tokens_per_second=200)
+MACHINE = Machine({"fp32": 300}, reply_tokens_per_second=200)
 
 
 def examples_42() -> Dataset:
@@ -408,7 +408,7 @@ def test_warnings(config: dict[str, Any], code: str) -> None:
 
 
 def test_memory_and_time_are_estimated_from_the_machine() -> None:
-    small = Machine(MACHINE.tokens_per_second / 2, MACHINE.reply_tokens_per_second / 2, memory=2**20)
+    small = Machine({"fp32": 150}, MACHINE.reply_tokens_per_second / 2, memory=2**20)
     assert plan(examples_42(), small).computed["seconds"] == pytest.approx(
         2 * plan(examples_42()).computed["seconds"], abs=0.2
     )
@@ -418,21 +418,42 @@ def test_memory_and_time_are_estimated_from_the_machine() -> None:
     assert plan(examples_42(), small).computed["bytes"] > BASE.bytes
 
 
+FASTER, SLOWER = {"fp32": 300, "bf16": 900}, {"fp32": 300, "bf16": 150}
+
+
 @pytest.mark.parametrize(
-    ("able", "config", "shown"),
+    ("trained", "config", "shown", "rate"),
     [
-        (True, {}, (True, "auto")),
-        (False, {}, (False, "auto")),
-        (True, {"bf16": False}, (False, "user")),
-        (False, {"bf16": True}, (True, "user")),
+        (FASTER, {}, (True, "auto"), 900),
+        (SLOWER, {}, (False, "auto"), 300),
+        ({"fp32": 300}, {}, (False, "auto"), 300),
+        (FASTER, {"bf16": False}, (False, "user"), 300),
+        (SLOWER, {"bf16": True}, (True, "user"), 150),
     ],
 )
-def test_bf16_where_the_machine_has_it(able: bool, config: dict[str, bool], shown: tuple[bool, str]) -> None:
-    made = plan(examples_42(), replace(MACHINE, bf16=able), training_config=config)
+def test_bf16_where_a_trial_shows_that_it_is_faster(
+    trained: dict[str, float], config: dict[str, bool], shown: tuple[bool, str], rate: float
+) -> None:
+    made = plan(examples_42(), replace(MACHINE, trained=trained), training_config=config)
     assert setting(made, "bf16") == shown
-    full = plan(examples_42(), MACHINE, training_config={"bf16": False}).computed["bytes"]
-    copied = made.computed["bytes"] - (BASE.bf16_copy if shown[0] else 0)
+    plain = plan(examples_42(), MACHINE, training_config={"bf16": False})
+    assert made.computed["training_seconds"] == pytest.approx(plain.computed["training_seconds"] * 300 / rate, abs=0.2)
+    full, copied = plain.computed["bytes"], made.computed["bytes"] - (BASE.bf16_copy if shown[0] else 0)
     assert copied < full if shown[0] else copied == full  # activations are half as wide
+    if not config:
+        reason = next(one.reason for one in made.settings if one.name == "bf16")
+        assert all(f"{speed} tokens/s in {name}" in reason for name, speed in trained.items())
+
+
+def test_the_slower_type_is_taken_where_only_that_fits() -> None:
+    again = {"gradient_checkpointing": True}
+    wide = plan(examples_42(), replace(MACHINE, trained=SLOWER), training_config=again | {"bf16": False})
+    narrow = plan(examples_42(), replace(MACHINE, trained=SLOWER), training_config=again | {"bf16": True})
+    less, more = sorted([wide.computed["bytes"], narrow.computed["bytes"]])
+    short = plan(examples_42(), replace(MACHINE, trained=SLOWER, memory=less))
+    assert setting(short, "bf16") == (narrow.computed["bytes"] == less, "auto")
+    assert setting(plan(examples_42(), replace(MACHINE, trained=SLOWER, memory=more)), "bf16") == (False, "auto")
+    assert setting(plan(examples_42(), replace(MACHINE, trained=SLOWER, memory=less - 1)), "bf16") == (False, "auto")
 
 
 def test_layers_are_computed_again_where_their_activations_do_not_fit() -> None:

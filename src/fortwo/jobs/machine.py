@@ -6,9 +6,9 @@ The trial runs what a job runs, in the forms that it would use: a micro-step, an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fortwo.train.estimate import MICRO_TOKENS, PASSES, Machine
@@ -23,19 +23,39 @@ REPLY, ASKED = 20, 30  # tokens of a reply, and of its prompt beyond what prompt
 REPEATS = 3
 
 
-def look(decoder: Decoder, last: Json | None) -> Machine:
-    """On the device's thread. last: what the newest run on this base took, if there is one."""
-    from fortwo.execution.autotuning import memory
+@dataclass(frozen=True)
+class Trial:
+    """What a trial of a few layers found: seconds of a micro-step of MICRO_TOKENS tokens by the type of its products,
+    and seconds of one token for each of ROWS replies."""
+
+    micro_step: Mapping[str, float]
+    token: float
+
+
+def try_out(decoder: Decoder) -> Trial:
+    """Measure. It must run on the device's thread.
+
+    The CPU tries both types, since which one is faster depends on its instructions and on the shapes. A GPU with bf16
+    products, where a first run compiles kernels, tries that alone. A small model stays in fp32, as it is served.
+    """
+    from fortwo.execution.autotuning import SMALL
     from fortwo.quantization.matmul import multiplies_bf16
 
-    bf16 = multiplies_bf16(decoder.device)
-    trained = None if last is None else last.get("tokens_per_second")
-    replied = None if last is None else last.get("reply_tokens_per_second")
-    if not trained:
-        trained = MICRO_TOKENS / micro_step_seconds(decoder, bf16)
-    if not replied:
-        replied = reply_rate(token_seconds(decoder), ROWS, PASSES * trained)
-    return Machine(trained, replied, memory(decoder.device), bf16)
+    types = ["fp32"] if decoder.config.parameters < SMALL else ["fp32", "bf16"]
+    if decoder.device.type != "cpu":
+        types = ["bf16" if multiplies_bf16(decoder.device) else "fp32"]
+    return Trial({name: micro_step_seconds(decoder, name == "bf16") for name in types}, token_seconds(decoder))
+
+
+def machine_of(trial: Trial, last: Json | None, memory: int | None) -> Machine:
+    """The machine by a trial and, where there is one, by what the newest run on this base took."""
+    trained = {name: MICRO_TOKENS / seconds for name, seconds in trial.micro_step.items()}
+    found, seen = last or {}, dict[str, float]()
+    if found.get("tokens_per_second") and "bf16" in found:
+        seen["bf16" if found["bf16"] else "fp32"] = found["tokens_per_second"]
+    replied = found.get("reply_tokens_per_second")
+    rate = replied or reply_rate(trial.token, ROWS, PASSES * max(trained.values()))
+    return Machine(trained, rate, memory, seen)
 
 
 def reply_rate(step: float, rows: int, read: float) -> float:

@@ -29,11 +29,12 @@ from fortwo.errors import (
     TrainingFailed,
     Unavailable,
 )
+from fortwo.execution.autotuning import memory
 from fortwo.facts.subject import facts_of
 from fortwo.jobs import parents
 from fortwo.jobs.checkpoints import CheckpointStore
 from fortwo.jobs.diary import begun
-from fortwo.jobs.machine import look
+from fortwo.jobs.machine import Trial, machine_of, try_out
 from fortwo.jobs.store import ACTIVE, INTERRUPTED, Job, JobStore, Note, Status
 from fortwo.jobs.turn import POLL_SECONDS, Taught, Teacher, Turn
 from fortwo.records import Dataset, Json, Plan
@@ -75,6 +76,7 @@ class JobRunner:
         self._checkpoints = checkpoints
         self._adapters = adapters
         self._lock = threading.Lock()
+        self._trials: dict[str, Trial] = {}  # by the digest of the base
         self._teacher = Teacher(adapters, engine, residents, store, checkpoints, self._lock)
         self._turn: Turn | None = None
         self._wake = threading.Event()
@@ -228,8 +230,10 @@ class JobRunner:
             dataset = replace(dataset, kept=parent.kept(facts_of(dataset)))
         cache = resident.runner.cache
         base = plans.BaseFacts.of(resident.id, resident.decoder, cache.bound, cache.dtype.itemsize)
-        last = self._store.last_actual(resident.id)
-        machine = self._engine.call(lambda: look(resident.decoder, last)).result()
+        trial = self._trials.get(resident.digest)
+        if trial is None:
+            trial = self._trials[resident.digest] = self._engine.call(lambda: try_out(resident.decoder)).result()
+        machine = machine_of(trial, self._store.last_actual(resident.id), memory(resident.decoder.device))
         counts, suspicions = survey(resident.renderer, plans.training_rows(dataset))
         return dataset, plans.resolve(request, dataset, base, counts, machine, suspicions, parent)
 

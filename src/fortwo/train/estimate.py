@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fortwo.facts.lesson import OWN_SHARE, RIVALS, trained_rehearsal
@@ -29,6 +29,7 @@ HEAD_BYTES = 40 << 20  # of logits at once
 HEAD_COPIES = 5  # of them: the adapter's, the teacher's, the slope, and what products make of those
 LOOSE = 1.05  # memory that a step's tensors, whose sizes change, take to what they hold
 MICRO_TOKENS = 1280  # of a micro-step beyond the prefix, unless the request says otherwise
+WORTHWHILE = 1.1  # how many times as fast as fp32 training in bf16 must be to be chosen
 PASSES = 3  # of a token that is trained on, to one that is only read: backward is two
 TOGETHER = 96  # replies that run at once
 ROW_TOKENS = 128  # of the smallest row of the cache
@@ -118,13 +119,30 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine does with this base: tokens trained and tokens replied a second, of prompts that it reads too;
-    memory None is unknown. bf16: it has instructions for bf16 products."""
+    """How fast this machine is with a base model.
 
-    tokens_per_second: float
+    trained: tokens trained a second by the type of the products, fp32 and bf16, as a trial measured it; a type that is
+    missing was not worth a trial. reply_tokens_per_second: of replies, their prompts included. memory: bytes, None if
+    unknown. seen: as `trained`, from the newest job. bf16: the type that the estimates are for.
+    """
+
+    trained: Mapping[str, float]
     reply_tokens_per_second: float
     memory: int | None = None
+    seen: Mapping[str, float] = field(default_factory=dict)
     bf16: bool = False
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens trained a second in the type that the estimates are for."""
+        name = "bf16" if self.bf16 else "fp32"
+        return self.seen.get(name) or self.trained.get(name) or max(self.trained.values())
+
+    @property
+    def faster_in_bf16(self) -> bool:
+        """Whether bf16 was measured to be faster by more than two measurements of the same thing differ."""
+        fp32, bf16 = self.trained.get("fp32", 0.0), self.trained.get("bf16", 0.0)
+        return bf16 > WORTHWHILE * fp32
 
 
 @dataclass(frozen=True)

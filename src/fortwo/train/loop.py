@@ -157,6 +157,7 @@ def teach(
         "training_seconds": clock.training,
         "exam_seconds": seconds - clock.preparing - clock.training - reporting,
         "report_seconds": reporting,
+        "bf16": plan["bf16"],
         "tokens": clock.tokens,
         "supervised_tokens": clock.supervised,
         "tokens_per_second": clock.tokens / clock.training if clock.training else 0.0,

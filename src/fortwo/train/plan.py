@@ -111,15 +111,15 @@ def resolve(
     warmup = choose_warmup(draft, recipe, schedule, steps)
     for name in ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"):
         draft.choose(name, getattr(recipe, name), REASONS[name])
-    bf16 = draft.choose("bf16", machine.bf16, REASONS["bf16"], "auto")
     longest = max(row.prompt + row.answer for row in counts.rows) - counts.prefix
     at_once = draft.choose("micro_step_tokens", MICRO_TOKENS, REASONS["micro_step_tokens"])
     together = min(micro_step, counts.prefix + max(at_once, longest))
     ranks = mean_ranks(adapter, base.layers)
     best, replies = objective == "override" or held > 0, reply_tokens(counts, objective == "sft")
     moments = MOMENTS_8_BIT if draft["optim"] in IN_8_BITS else MOMENTS
+    machine = _products(draft, machine, lambda bf16: memory(base, together, ranks, bf16, True, best, moments, replies))
     needed = _checkpointing(
-        draft, machine, lambda again: memory(base, together, ranks, bf16, again, best, moments, replies)
+        draft, machine, lambda again: memory(base, together, ranks, machine.bf16, again, best, moments, replies)
     )
     targets = choose_targets(draft, request, recipe, len(dataset.kept))
     choose_saving(draft, steps, steps_per_epoch)
@@ -240,6 +240,21 @@ def _answers(examples: Collection[Example]) -> int:
         if len(found) == ANSWERS_COUNTED:
             break
     return len(found)
+
+
+def _products(draft: Draft, machine: Machine, least: Callable[[bool], Memory]) -> Machine:
+    """Whether training multiplies in bf16: what was measured to be faster here, unless only the other one fits.
+
+    least: the least memory that a run needs with bf16 true or false. The answer estimates for the chosen type.
+    """
+    bf16, there = machine.faster_in_bf16, machine.memory
+    speeds = " and ".join(f"{rate:.0f} tokens/s in {name}" for name, rate in machine.trained.items())
+    reason = f"a trial on this machine trained {speeds}"
+    if there is not None and least(bf16).training > there >= least(not bf16).training:
+        fast, fits = ("bf16", "fp32") if bf16 else ("fp32", "bf16")
+        reason += f"; {fast} needs about {size(least(bf16).training)} and {size(there)} are there, so {fits} is taken"
+        bf16 = not bf16
+    return replace(machine, bf16=draft.choose("bf16", bf16, f"{reason}; sums and serving stay fp32", "auto"))
 
 
 def _checkpointing(draft: Draft, machine: Machine, needed: Callable[[bool], Memory]) -> Memory:

@@ -193,5 +193,4 @@ REASONS = {
     "save_strategy": "by steps; epoch, or no for none but that of a pause",
     "save_total_limit": f"the newest {SAVE_TOTAL_LIMIT} are kept, unless told otherwise, and none once the job is done",
     "micro_step_tokens": "of a step's rows beyond their prefix, at once: a reply waits for as long as they take",
-    "bf16": "on where the device has instructions for bf16 products; sums and serving stay fp32",
 }
