@@ -22,6 +22,7 @@ from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Un
 from fortwo.execution import autotuning as forms
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.config import DecoderConfig
+from fortwo.nn.fused_weights import Fused
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.prompts import Prompt, Sampling
@@ -223,6 +224,22 @@ def test_auto_measures_once_on_a_machine_and_keeps_fp32(
     finally:
         for house in houses:
             house.engine.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("parameters", [1, 20_000, 10**9])
+def test_a_sample_holds_a_part_of_the_head_and_at_least_one_layer(tied: bool, parameters: int) -> None:
+    """A head alone may have more parameters than the sample: all of Qwen2.5 and 3, Llama 3 and Gemma have such a one."""
+    model = tiny_model("llama", vocab_size=4096, tie_word_embeddings=tied)
+    config = DecoderConfig.from_hf(model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    fused = Fused(config, model.state_dict())
+    head, *layers = forms._sample(fused, parameters)
+    assert len(layers) in range(4, 4 * config.layers + 1, 4)
+    assert 0 < len(head) <= config.vocabulary
+    if parameters >= config.parameters:
+        assert (len(head), len(layers)) == (config.vocabulary, 4 * config.layers)
+    found = forms.measure(fused, ["fp32"])
+    assert all(seconds > 0 for seconds in found["fp32"].values())
 
 
 def test_a_width_that_a_form_cannot_hold_is_refused_by_name(home: Path, tmp_path: Path) -> None:

@@ -6,12 +6,11 @@ Knows weights and clocks; what becomes of the choice is `selection`'s, how a for
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -149,7 +148,7 @@ def measure(fused: Fused, names: list[str]) -> Seconds:
             held.append((form, weight_OI.shape[1], weight_OI.numel()))
         found[name] = {}
         for rows in ROWS:
-            few = held if rows <= STEP_ROWS else held[1:5]
+            few = held if rows <= STEP_ROWS else held[1 : 1 + len(GROUPS)]
             part = sum(numel for _, _, numel in few) / c.parameters
             forms, widths = [form for form, _, _ in few], [width for _, width, _ in few]
             found[name][rows] = _seconds(forms, widths, rows) / part + _apart(c, name, rows)
@@ -157,15 +156,21 @@ def measure(fused: Fused, names: list[str]) -> Seconds:
 
 
 def _sample(fused: Fused, parameters: int) -> Iterator[Tensor]:
-    """The head, and behind it as many weights as there must be for so many parameters."""
-    places = itertools.product(range(fused.config.layers), GROUPS)
-    reads: list[Callable[[], Tensor]] = [fused.head, *(partial(fused.weight, *place) for place in places)]
-    for read in reads:
-        if parameters <= 0:
+    """About so many parameters: of the head its share, then the four weights of at least one layer.
+
+    A head alone can be larger than the sample (151,936 tokens times 896 numbers are 136 million parameters).
+    """
+    c, head_VD = fused.config, fused.head()
+    outputs = math.ceil(c.vocabulary * min(1.0, parameters / c.parameters))
+    yield head_VD[:outputs]
+    parameters -= outputs * c.hidden
+    for layer in range(c.layers):
+        if layer and parameters <= 0:
             return
-        weight_OI = read()
-        parameters -= weight_OI.numel()
-        yield weight_OI
+        for group in GROUPS:
+            weight_OI = fused.weight(layer, group)
+            parameters -= weight_OI.numel()
+            yield weight_OI
 
 
 def _apart(config: DecoderConfig, name: str, rows: int) -> float:
