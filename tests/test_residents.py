@@ -229,7 +229,7 @@ def test_auto_measures_once_on_a_machine_and_keeps_fp32(
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("parameters", [1, 20_000, 10**9])
 def test_a_sample_holds_a_part_of_the_head_and_at_least_one_layer(tied: bool, parameters: int) -> None:
-    """A head alone may have more parameters than the sample: all of Qwen2.5 and 3, Llama 3 and Gemma have such a one."""
+    """A head alone may have more parameters than the sample, as in Qwen2.5 and 3, Llama 3 and Gemma."""
     model = tiny_model("llama", vocab_size=4096, tie_word_embeddings=tied)
     config = DecoderConfig.from_hf(model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
     fused = Fused(config, model.state_dict())
