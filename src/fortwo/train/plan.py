@@ -249,12 +249,12 @@ def _products(draft: Draft, machine: Machine, least: Callable[[bool], Memory]) -
     """
     bf16, there = machine.faster_in_bf16, machine.memory
     speeds = " and ".join(f"{rate:.0f} tokens/s in {name}" for name, rate in machine.trained.items())
-    reason = f"a trial on this machine trained {speeds}"
+    reason = f"{REASONS['bf16']}: {speeds}"
     if there is not None and least(bf16).training > there >= least(not bf16).training:
         fast, fits = ("bf16", "fp32") if bf16 else ("fp32", "bf16")
         reason += f"; {fast} needs about {size(least(bf16).training)} and {size(there)} are there, so {fits} is taken"
         bf16 = not bf16
-    return replace(machine, bf16=draft.choose("bf16", bf16, f"{reason}; sums and serving stay fp32", "auto"))
+    return replace(machine, bf16=draft.choose("bf16", bf16, reason, "auto"))
 
 
 def _checkpointing(draft: Draft, machine: Machine, needed: Callable[[bool], Memory]) -> Memory:

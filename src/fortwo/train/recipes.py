@@ -192,5 +192,6 @@ REASONS = {
     f"{SAVE_SECONDS} seconds, before each exam and at the end",
     "save_strategy": "by steps; epoch, or no for none but that of a pause",
     "save_total_limit": f"the newest {SAVE_TOTAL_LIMIT} are kept, unless told otherwise, and none once the job is done",
+    "bf16": "the type of products that a trial on this machine found faster; sums and serving stay fp32",
     "micro_step_tokens": "of a step's rows beyond their prefix, at once: a reply waits for as long as they take",
 }
