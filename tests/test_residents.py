@@ -208,6 +208,7 @@ def test_auto_measures_once_on_a_machine_and_keeps_fp32(
     home: Path, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forms, "SMALL", 0)
+    monkeypatch.setattr(forms, "UNDISTURBED", 0)
     houses = [House(home), House(home)]
     try:
         for house in houses:
@@ -238,8 +239,25 @@ def test_a_sample_holds_a_part_of_the_head_and_at_least_one_layer(tied: bool, pa
     assert 0 < len(head) <= config.vocabulary
     if parameters >= config.parameters:
         assert (len(head), len(layers)) == (config.vocabulary, 4 * config.layers)
-    found = forms.measure(fused, ["fp32"])
+    found, share = forms.measure(fused, ["fp32"])
     assert all(seconds > 0 for seconds in found["fp32"].values())
+    assert share > 0
+
+
+@pytest.mark.parametrize(("share", "remembered"), [(0.99, True), (0.5, False)])
+def test_what_a_busy_machine_measured_is_not_remembered(
+    home: Path, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, share: float, remembered: bool
+) -> None:
+    measure, threads = forms.measure, torch.get_num_threads()
+    monkeypatch.setattr(forms, "SMALL", 0)
+    monkeypatch.setattr(forms, "measure", lambda *told: (measure(*told)[0], share * threads))
+    house = House(home, threads=threads)
+    try:
+        house.catalog.add("tiny", directories["tiny"])
+        assert isinstance(house.residents.load_base("tiny").decoder.head, Weight)
+        assert bool(Measurements(home).all()) == remembered
+    finally:
+        house.engine.close()
 
 
 def test_a_width_that_a_form_cannot_hold_is_refused_by_name(home: Path, tmp_path: Path) -> None:

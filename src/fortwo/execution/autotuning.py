@@ -37,7 +37,11 @@ APART = 7e-5, 6e-10  # seconds a layer, and of each of its rows for each hidden 
 ERROR = 0.01  # of the weights, relative: what `auto` may lose by rounding them
 SHARE = 0.5  # of the memory: what `auto` may hold
 
-Run = Callable[[Callable[[], Seconds]], Seconds]
+UNDISTURBED = 0.8  # of its threads' time: what a measurement must have had of the processor to be remembered
+
+Timed = tuple[Seconds, float]  # seconds by form and rows; threads that the processor ran for it on average
+Run = Callable[[Callable[[], Timed]], Timed]
+log = logging.getLogger(__name__)
 
 
 def serving(
@@ -77,12 +81,17 @@ def serving(
     known, bound = Measurements(settings.home), SHARE * memory(device)
     found = known.all().get(key)
     if found is None:
-        began = time.perf_counter()
-        seconds = run(lambda: measure(fused, names))
+        seconds, share = run(lambda: measure(fused, names))
         choice = choose(seconds, _bytes(config, names), bound, keep="fp32")
-        plain = {name: dict(by_rows) for name, by_rows in seconds.items()}
-        known.put(key, Measured(id, processor(), threads, plain, choice.table))
-        logging.getLogger(__name__).info("forms of %s measured in %.1f s", id, time.perf_counter() - began)
+        if share >= UNDISTURBED * threads:
+            plain = {name: dict(by_rows) for name, by_rows in seconds.items()}
+            known.put(key, Measured(id, processor(), threads, plain, choice.table))
+        else:
+            log.warning(
+                "Other programs used the processor while the weight formats of %s were measured: this process "
+                "had %.1f of %d threads. The result is used now and not remembered; the next load measures again.",
+                *(id, share, threads),
+            )
     else:
         choice = choose(found.seconds, _bytes(config, names), bound, keep="fp32")
     return Decoder(config, weights, device, forms_of(choice, exact=True))
@@ -136,10 +145,10 @@ def error(name: str, fused: Fused) -> float:
     )
 
 
-def measure(fused: Fused, names: list[str]) -> Seconds:
+def measure(fused: Fused, names: list[str]) -> Timed:
     """Seconds that the products of one forward take, by form and rows: of a sample of the weights, in one form after
     the other. For the rows of a decode step, what it takes longer by a form that has no kernel for the whole step."""
-    c = fused.config
+    c, passed, computed = fused.config, 0.0, 0.0
     found: dict[str, dict[int, float]] = {}
     for name in names:
         regions, held = Regions(), list[tuple[Form, int, int]]()
@@ -151,8 +160,10 @@ def measure(fused: Fused, names: list[str]) -> Seconds:
             few = held if rows <= STEP_ROWS else held[1 : 1 + len(GROUPS)]
             part = sum(numel for _, _, numel in few) / c.parameters
             forms, widths = [form for form, _, _ in few], [width for _, width, _ in few]
+            began = time.perf_counter(), time.process_time()
             found[name][rows] = _seconds(forms, widths, rows) / part + _apart(c, name, rows)
-    return found
+            passed, computed = passed + time.perf_counter() - began[0], computed + time.process_time() - began[1]
+    return found, computed / passed
 
 
 def _sample(fused: Fused, parameters: int) -> Iterator[Tensor]:
@@ -183,7 +194,7 @@ def _apart(config: DecoderConfig, name: str, rows: int) -> float:
 
 @torch.no_grad()
 def _seconds(forms: list[Form], widths: list[int], rows: int) -> float:
-    """The fastest of a few: what disturbs only adds."""
+    """The fastest of a few passes, since other load can only make one slower."""
     inputs = {width: torch.ones(rows, width) for width in set(widths)}
     spent: list[float] = []
     while len(spent) < 2 or (len(spent) < 5 and sum(spent) < 0.05):
