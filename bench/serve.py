@@ -188,7 +188,7 @@ def main(quick: bool, threads: int, only: list[str]) -> None:
     with ExitStack() as stack:
         settings, environment = stack.enter_context(home())
         base = settings.default_model
-        directory = Catalog(settings).prepare(base)
+        directory = Catalog(settings.models_dir).prepare(base)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fortwo-bench-adapters-")))
         found = adapters.write(folder, ADAPTERS, base, directory / "config.json")
         own = lineup.own(base, settings.port, environment, threads, folder)

@@ -24,7 +24,7 @@ COMMAND = [sys.executable, "-m", "fortwo", "serve"]
 def home() -> Iterator[tuple[Settings, dict[str, str]]]:
     """Settings and environment of a server that is to be started; what it wrote is gone at the end of the block."""
     own = load()
-    Catalog(own).prepare(own.default_model)
+    Catalog(own.models_dir).prepare(own.default_model)
     with tempfile.TemporaryDirectory(prefix="fortwo-bench-") as folder:
         (Path(folder) / "models").symlink_to(own.models_dir.resolve())
         settings = load(home=Path(folder), host="127.0.0.1", port=free_port())

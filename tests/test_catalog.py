@@ -31,7 +31,7 @@ HUB = "codellama-7b-instruct"
 
 @pytest.fixture
 def catalog(home: Path) -> Catalog:
-    return Catalog(Settings(home=home))
+    return Catalog(Settings(home=home).models_dir)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_entries_are_bundled_then_added(catalog: Catalog, directory: Path, gguf:
 
 def test_added_models_are_remembered(catalog: Catalog, directory: Path, home: Path) -> None:
     entry = catalog.add("mine", directory)
-    assert Catalog(Settings(home=home)).get("mine") == entry
+    assert Catalog(Settings(home=home).models_dir).get("mine") == entry
 
 
 def test_unknown_model_is_named_with_the_known_ones(catalog: Catalog) -> None:
@@ -212,7 +212,7 @@ def test_two_processes_prepare_one_model_once(catalog: Catalog, gguf: Path) -> N
 from fortwo.hub.catalog import Catalog
 from fortwo.settings import load
 labels = []
-Catalog(load()).prepare("mine", lambda label, done, total: labels.append(label))
+Catalog(load().models_dir).prepare("mine", lambda label, done, total: labels.append(label))
 print(*dict.fromkeys(labels))
 """
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -354,7 +354,7 @@ from fortwo.settings import load
 import time
 start = time.time()
 try:
-    Catalog(load()).prepare({HUB!r})
+    Catalog(load().models_dir).prepare({HUB!r})
 except SourceUnreachable as error:
     print(error.code, error.hint, time.time() - start, sep="|")
 """
@@ -412,7 +412,7 @@ def test_hub_model_is_fetched_without_what_is_not_needed(home: Path, directory: 
 from fortwo.hub.catalog import Catalog
 from fortwo.settings import load
 labels = []
-path = Catalog(load()).prepare({HUB!r}, lambda label, done, total: labels.append((label, done == total)))
+path = Catalog(load().models_dir).prepare({HUB!r}, lambda label, done, total: labels.append((label, done == total)))
 print(*dict.fromkeys(label for label, whole in labels if whole), *sorted(file.name for file in path.iterdir()))
 """
     try:
@@ -424,7 +424,7 @@ print(*dict.fromkeys(label for label, whole in labels if whole), *sorted(file.na
     assert said.split() == ["download", "checksum", *sorted(["base.json", *kept])]
     path = home / "models" / HUB
     assert (path / "model.safetensors").read_bytes() == (directory / "model.safetensors").read_bytes()
-    assert Catalog(Settings(home=home)).prepared(HUB) is not None
+    assert Catalog(Settings(home=home).models_dir).prepared(HUB) is not None
 
 
 def test_listing_and_card_load_no_torch(catalog: Catalog, directory: Path) -> None:
@@ -434,7 +434,7 @@ def test_listing_and_card_load_no_torch(catalog: Catalog, directory: Path) -> No
 import sys
 from fortwo.hub.catalog import Catalog
 from fortwo.settings import load
-catalog = Catalog(load())
+catalog = Catalog(load().models_dir)
 print([entry.id for entry in catalog.entries()], catalog.prepared("mine").architecture)
 print([name for name in ("torch", "transformers", "numpy", "gguf", "huggingface_hub") if name in sys.modules])
 """

@@ -39,7 +39,7 @@ def vectors(response: httpx.Response) -> list[list[float]]:
 @torch.no_grad()
 def expected(served: Served, tokens: list[int], lora: Lora | None = None) -> list[float]:
     """By one plain forward."""
-    last_D = packed_hidden(served.house.residents.load_base("tiny").decoder, [tokens], lora, prefix=0)[0][-1]
+    last_D = packed_hidden(served.state.registry.load_base("tiny").decoder, [tokens], lora, prefix=0)[0][-1]
     return (last_D / last_D.norm()).tolist()
 
 
@@ -81,14 +81,14 @@ def test_many_inputs_come_in_order_and_take_few_places(served: Served) -> None:
     with ThreadPoolExecutor(1) as pool:
         running, most = pool.submit(embed, served, inputs), 0
         while not running.done():
-            most = max(most, served.house.admission.open)
+            most = max(most, served.state.admission.active)
             time.sleep(0.001)
         got = vectors(running.result())
     assert 0 < most <= TOGETHER
     assert len(got) == 300
     for place in (0, 1, 89, 200, 299):
         assert got[place] == pytest.approx(expected(served, inputs[place]), abs=1e-5)
-    assert served.house.engine.requests("tiny") == served.house.admission.open == 0
+    assert served.state.engine.count_requests("tiny") == served.state.admission.active == 0
 
 
 def test_so_many_inputs_are_under_way_at_once() -> None:
@@ -100,9 +100,9 @@ def test_so_many_inputs_are_under_way_at_once() -> None:
 
 def test_the_deadline_is_of_all_inputs_together(tiny: Path, tmp_path: Path) -> None:
     with serve(tiny_settings(tmp_path, tiny, request_timeout=0.3)) as served:
-        served.house.residents.load_base("tiny")
+        served.state.registry.load_base("tiny")
         refused(embed(served, ["x" * 1000] * 400), 504, "deadline_exceeded")
-        until(lambda: served.house.engine.requests("tiny") == served.house.admission.open == 0)
+        until(lambda: served.state.engine.count_requests("tiny") == served.state.admission.active == 0)
 
 
 @pytest.mark.parametrize(

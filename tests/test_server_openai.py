@@ -413,7 +413,7 @@ def _say(served: Served, text: str) -> str:
 
 
 def _requests(served: Served) -> int:
-    return served.house.engine.requests("tiny")
+    return served.state.engine.count_requests("tiny")
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -51,23 +51,23 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="5001")] = None,
 ) -> None:
     """Run the server until it is stopped."""
-    from fortwo.server.house import House
+    from fortwo.server.state import AppState
     from fortwo.settings import load
 
-    house = House(load(host=host, port=port))
+    state = AppState(load(host=host, port=port))
 
-    from fortwo.server.process import Server
+    from fortwo.server.uvicorn_server import Server
 
     def listening() -> None:
-        url = house.settings.url
+        url = state.settings.url
         screen.print(f"fortwo listens on {url}; {url}/docs says what it understands. Ctrl-C ends it.")
 
-    server = Server(house, listening)
-    house.open()
+    server = Server(state, listening)
+    state.open()
     try:
         server.run()
     finally:
-        house.close()
+        state.close()
 
 
 @app.command()

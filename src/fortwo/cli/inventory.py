@@ -44,7 +44,7 @@ def list_models() -> None:
         from fortwo.hub.catalog import Catalog
         from fortwo.settings import load
 
-        catalog = Catalog(load())
+        catalog = Catalog(load().models_dir)
         for entry in catalog.entries():
             card = catalog.prepared(entry.id)
             if card is None:
@@ -64,7 +64,7 @@ def add_model(
     from fortwo.hub.catalog import Catalog
     from fortwo.settings import load
 
-    entry = Catalog(load()).add(id, path.resolve())
+    entry = Catalog(load().models_dir).add(id, path.resolve())
     screen.print(f"{entry.id} is in the catalog: {entry.source}")
 
 
@@ -86,7 +86,7 @@ def fetch_model(
                 tasks[label] = bars.add_task(label, total=total)
             bars.update(tasks[label], completed=done, total=total)
 
-        directory = Catalog(settings).prepare(chosen, progress)
+        directory = Catalog(settings.models_dir).prepare(chosen, progress)
     screen.print(f"{chosen} is ready in {directory}")
 
 
@@ -232,7 +232,7 @@ def show_data(
     settings = load()
     chosen = settings.default_model if model is None else model
     path = file.resolve()
-    found = asdict(preview({"path": str(path)}, (path.parent,), Catalog(settings), chosen, rows))
+    found = asdict(preview({"path": str(path)}, (path.parent,), Catalog(settings.models_dir), chosen, rows))
     if as_json:
         screen.print_json(data=found)
     else:

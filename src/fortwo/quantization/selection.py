@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+
+from fortwo import disk
 
 FORMS = ("fp32", "bf16", "int8", "int4", "nf4")  # the most exact first
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -115,8 +115,6 @@ class Measurements:
             return {}
 
     def put(self, key: str, measured: Measured) -> None:
-        text = json.dumps({name: asdict(one) for name, one in (self.all() | {key: measured}).items()}, indent=2)
+        """Add a measurement, or replace the one of this key. Raises OSError."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as beside:
-            beside.write(text)
-        os.replace(beside.name, self._file)
+        disk.replace(self._file, disk.dump({name: asdict(one) for name, one in (self.all() | {key: measured}).items()}))

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fortwo.errors import Conflict, FortwoError, InvalidAdapter, InvalidRequest
 from fortwo.jobs.runner import check_free
 from fortwo.records import Json
-from fortwo.server.house import Here, House
+from fortwo.server.state import AppStateDep, AppState
 
 router = APIRouter(prefix="/v1", tags=["vLLM"])
 
@@ -38,33 +38,33 @@ class UnloadRequest(BaseModel):
 
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse, summary="Serve an adapter from a directory")
-def load_lora_adapter(house: Here, body: LoadRequest) -> str:
-    check_free(body.lora_name, house.catalog)
-    directory = _allowed(house, body.lora_path)
-    if body.lora_name in house.adapters.names() and not body.load_inplace:
+def load_lora_adapter(state: AppStateDep, body: LoadRequest) -> str:
+    check_free(body.lora_name, state.catalog)
+    directory = _allowed(state, body.lora_path)
+    if body.lora_name in state.adapters.names() and not body.load_inplace:
         raise Conflict(
             f"There already is an adapter {body.lora_name!r}.",
             param="lora_name",
             hint="Take another name, or set load_inplace to true to give it a new version.",
         )
-    version = house.adapters.adopt(body.lora_name, directory, _origin(house, directory))
+    version = state.adapters.adopt(body.lora_name, directory, _origin(state, directory))
     try:
-        house.residents.load_adapter(version.id)
+        state.registry.load_adapter(version.id)
     except FortwoError:
-        house.adapters.delete(version.id)
+        state.adapters.delete(version.id)
         raise
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
 @router.post("/unload_lora_adapter", response_class=PlainTextResponse, summary="Stop serving an adapter")
-def unload_lora_adapter(house: Here, body: UnloadRequest) -> str:
-    house.residents.unload_adapter(body.lora_name)
+def unload_lora_adapter(state: AppStateDep, body: UnloadRequest) -> str:
+    state.registry.unload_adapter(body.lora_name)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
-def _allowed(house: House, path: str) -> Path:
+def _allowed(state: AppState, path: str) -> Path:
     """The directory itself, links resolved; a client may not look around on this machine."""
-    allowed = house.settings.allowed_data_dirs
+    allowed = state.settings.allowed_data_dirs
     for folder in allowed:
         with suppress(OSError, ValueError, RuntimeError):  # name too long, NUL, loop of links
             directory = (folder / path).resolve()
@@ -77,14 +77,14 @@ def _allowed(house: House, path: str) -> Path:
     )
 
 
-def _origin(house: House, directory: Path) -> Json:
+def _origin(state: AppState, directory: Path) -> Json:
     """Which base an adapter belongs to: by digest when fortwo saved it, else by the name that PEFT wrote down."""
     manifest = _read(directory / "manifest.json")
     if manifest is not None and {"base_model", "base_digest"} <= manifest.keys():
         return manifest
     config = _read(directory / "adapter_config.json")
     named = "" if config is None else str(config.get("base_model_name_or_path"))
-    ids = [entry.id for entry in house.catalog.entries()]
+    ids = [entry.id for entry in state.catalog.entries()]
     base = next((id for id in ids if id in (named, Path(named).name.lower())), None)
     if base is None:
         raise InvalidAdapter(
@@ -92,7 +92,7 @@ def _origin(house: House, directory: Path) -> Json:
             param="lora_path",
             hint=f"Set base_model_name_or_path in adapter_config.json to one of: {', '.join(ids)}.",
         )
-    return {"base_model": base, "base_digest": house.residents.load_base(base).digest}
+    return {"base_model": base, "base_digest": state.registry.load_base(base).digest}
 
 
 def _read(file: Path) -> Json | None:

@@ -16,14 +16,14 @@ from pydantic import BeforeValidator, Field, model_validator
 from fortwo.errors import InvalidRequest
 from fortwo.prompts import Delta, Prompt
 from fortwo.records import Json, Message
-from fortwo.server.house import Here
+from fortwo.server.state import AppStateDep
 from fortwo.server.openai import logprobs
 from fortwo.server.openai.logprobs import Bytes
 from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Strict, only
 from fortwo.server.openai.replies import Replies, Stream
 
 if TYPE_CHECKING:
-    from fortwo.engine.residents import Target
+    from fortwo.engine.registry import Target
 
 REPLY_TOKENS = 512  # when the request does not say
 
@@ -112,8 +112,8 @@ class ChatRequest(Parameters):
 
 
 @router.post("/chat/completions", response_model=None, summary="Chat with a base model or an adapter")
-async def chat(request: Request, house: Here, body: ChatRequest) -> Response:
-    replies = Replies(house, request, body.choices, streamed=bool(body.stream))
+async def chat(request: Request, state: AppStateDep, body: ChatRequest) -> Response:
+    replies = Replies(state, request, body.choices, streamed=bool(body.stream))
     async with replies.answerer(body.model) as target:
         prompts, bytes_of = await run_in_threadpool(_ask, target, body)
         await replies.submit(prompts, body.choices)
@@ -136,10 +136,10 @@ async def chat(request: Request, house: Here, body: ChatRequest) -> Response:
 
 def _ask(target: Target, body: ChatRequest) -> tuple[list[Prompt], Bytes | None]:
     """What exactly is asked, and what the tokens of logprobs stand for."""
-    tokens = target.resident.renderer.prompt([message.message() for message in body.messages])
+    tokens = target.model.renderer.prompt([message.message() for message in body.messages])
     top = (body.top_logprobs or 0) if body.logprobs else None
     prompts = body.prompts(target, tokens, param="messages", otherwise=REPLY_TOKENS, logprobs=top)
-    return prompts, target.resident.renderer.vocabulary.bytes if body.logprobs else None
+    return prompts, target.model.renderer.vocabulary.bytes if body.logprobs else None
 
 
 def _pieces(bytes_of: Bytes | None, index: int, delta: Delta) -> Iterator[Json]:

@@ -15,13 +15,13 @@ from pydantic import Field, model_validator
 from fortwo.errors import InvalidRequest
 from fortwo.prompts import Delta, Prompt
 from fortwo.records import Json
-from fortwo.server.house import Here
+from fortwo.server.state import AppStateDep
 from fortwo.server.openai.logprobs import TextLogprobs
 from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Texts, only
 from fortwo.server.openai.replies import Replies, Stream
 
 if TYPE_CHECKING:
-    from fortwo.engine.residents import Target
+    from fortwo.engine.registry import Target
 
 REPLY_TOKENS = 16  # when the request does not say
 
@@ -53,8 +53,8 @@ class CompletionRequest(Parameters):
 
 
 @router.post("/completions", response_model=None, summary="Continue a text with a base model or an adapter")
-async def completions(request: Request, house: Here, body: CompletionRequest) -> Response:
-    replies = Replies(house, request, len(body.prompt) * body.choices, streamed=bool(body.stream))
+async def completions(request: Request, state: AppStateDep, body: CompletionRequest) -> Response:
+    replies = Replies(state, request, len(body.prompt) * body.choices, streamed=bool(body.stream))
     async with replies.answerer(body.model) as target:
         prompts, writers = await run_in_threadpool(_ask, target, body)
         await replies.submit(prompts, body.choices)
@@ -72,7 +72,7 @@ async def completions(request: Request, house: Here, body: CompletionRequest) ->
 
 def _ask(target: Target, body: CompletionRequest) -> tuple[list[Prompt], list[_Writer]]:
     """What exactly is asked, and who writes down each reply."""
-    renderer = target.resident.renderer
+    renderer = target.model.renderer
     prompts: list[Prompt] = []
     writers: list[_Writer] = []
     for place, given in enumerate(body.prompt):

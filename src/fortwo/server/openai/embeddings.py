@@ -18,12 +18,12 @@ from pydantic import Field
 
 from fortwo.prompts import Prompt, Sampling
 from fortwo.records import Json
-from fortwo.server.house import Here
+from fortwo.server.state import AppStateDep
 from fortwo.server.openai.parameters import Model, Strict, Texts, only, room
 from fortwo.server.openai.replies import Replies
 
 if TYPE_CHECKING:
-    from fortwo.engine.residents import Target
+    from fortwo.engine.registry import Target
 
 INPUTS = 2048  # OpenAI's bound
 TOGETHER = 32  # inputs under way at once
@@ -45,14 +45,14 @@ class EmbeddingRequest(Strict):
 
 
 @router.post("/embeddings", response_model=None, summary="Texts as vectors, by a base model or an adapter")
-async def embeddings(request: Request, house: Here, body: EmbeddingRequest) -> JSONResponse:
-    replies = Replies(house, request, min(len(body.input), TOGETHER))
+async def embeddings(request: Request, state: AppStateDep, body: EmbeddingRequest) -> JSONResponse:
+    replies = Replies(state, request, min(len(body.input), TOGETHER))
     vectors: list[tuple[float, ...]] = []
     async with replies.answerer(body.model) as target:
         prompts = await run_in_threadpool(_ask, target, body)
         for portion in _portions(prompts):
             if vectors:
-                replies = Replies(house, request, len(portion), deadline=replies.deadline)
+                replies = Replies(state, request, len(portion), deadline=replies.deadline)
             await replies.submit(portion)
             await replies.whole()
             vectors += replies.embeddings()
@@ -63,10 +63,10 @@ async def embeddings(request: Request, house: Here, body: EmbeddingRequest) -> J
 def _ask(target: Target, body: EmbeddingRequest) -> list[Prompt]:
     prompts = []
     for place, given in enumerate(body.input):
-        tokens = target.resident.renderer.text(given) if isinstance(given, str) else given
+        tokens = target.model.renderer.text(given) if isinstance(given, str) else given
         room(target, tokens, param="input" if len(body.input) == 1 else f"input[{place}]", least=0)
         sampling = Sampling(max_tokens=0)
-        prompts.append(Prompt(target.resident.id, tuple(tokens), target.adapter_key, sampling, embed=True))
+        prompts.append(Prompt(target.model.id, tuple(tokens), target.adapter_key, sampling, embed=True))
     return prompts
 
 

@@ -16,7 +16,7 @@ from fortwo.prompts import Prompt, Sampling
 from fortwo.records import Json
 
 if TYPE_CHECKING:
-    from fortwo.engine.residents import Target
+    from fortwo.engine.registry import Target
 
 STOPS = 4
 CHOICES = 128
@@ -193,7 +193,7 @@ class Parameters(Strict):
             )
         longest = min(left, otherwise) if limit is None else limit[1]
         return [
-            Prompt(target.resident.id, tuple(tokens), target.adapter_key, self._sampling(longest, logprobs, choice))
+            Prompt(target.model.id, tuple(tokens), target.adapter_key, self._sampling(longest, logprobs, choice))
             for choice in range(self.choices)
         ]
 
@@ -220,11 +220,11 @@ def room(target: Target, tokens: list[int], *, param: str, least: int) -> int:
     """How many tokens the context has beside these. Raises InvalidRequest when it has fewer than `least`, or one of
     these does not exist."""
     _check_known(target, tokens, param)
-    context = target.resident.runner.cache.longest  # less than the model's where FORTWO_CACHE_MB is small
+    context = target.model.runner.cache.longest  # less than the model's where FORTWO_CACHE_MB is small
     left = context - len(tokens)
     if left < least:
         raise InvalidRequest(
-            f"{param} takes {len(tokens)} tokens; the context of {target.resident.id} is {context}.",
+            f"{param} takes {len(tokens)} tokens; the context of {target.model.id} is {context}.",
             param=param,
             code="context_length_exceeded",
             hint="Shorten it, or leave out the oldest of it.",
@@ -233,10 +233,10 @@ def room(target: Target, tokens: list[int], *, param: str, least: int) -> int:
 
 
 def _check_known(target: Target, tokens: list[int], param: str) -> None:
-    vocabulary = target.resident.decoder.config.vocabulary
+    vocabulary = target.model.decoder.config.vocabulary
     if (foreign := max(tokens, default=0)) >= vocabulary:
         raise InvalidRequest(
-            f"{param} has token {foreign}; {target.resident.id} has tokens 0 to {vocabulary - 1}.",
+            f"{param} has token {foreign}; {target.model.id} has tokens 0 to {vocabulary - 1}.",
             param=param,
             hint="Take ids of this model's own tokenizer.",
         )

@@ -22,10 +22,10 @@ from fortwo.errors import DeadlineExceeded, FortwoError, Unavailable
 from fortwo.prompts import Delta, Generation, Prompt
 from fortwo.records import Json
 from fortwo.server.errors import unexpected
-from fortwo.server.house import House
+from fortwo.server.state import AppState
 
 if TYPE_CHECKING:
-    from fortwo.engine.residents import Target
+    from fortwo.engine.registry import Target
 
 KEEP_ALIVE_SECONDS = 15  # a stream is never silent for longer: proxies cut what is
 Heard = tuple[int, Delta] | None  # place of the prompt, and what is new; None keeps a connection alive
@@ -37,11 +37,11 @@ class Replies:
     clock; None for what the settings say. Raises what Admission.enter does."""
 
     def __init__(
-        self, house: House, request: Request, most: int, streamed: bool = False, deadline: float | None = None
+        self, state: AppState, request: Request, most: int, streamed: bool = False, deadline: float | None = None
     ) -> None:
-        self._house = house
+        self._house = state
         self._request = request
-        self._timeout = house.settings.request_timeout
+        self._timeout = state.settings.request_timeout
         self._places = most
         self._streamed = streamed
         self._loop = asyncio.get_running_loop()
@@ -58,16 +58,16 @@ class Replies:
 
     @asynccontextmanager
     async def answerer(self, model: str) -> AsyncIterator[Target]:
-        """Who answers to this name, loaded if need be, and not evicted while it is asked. Raises what House.resolve
+        """Who answers to this name, loaded if need be, and not evicted while it is asked. Raises what AppState.resolve
         does, and why it could not be waited for."""
-        residents = self._house.residents
+        registry = self._house.registry
         try:
-            while not residents.hold(target := await self._found(model)):
+            while not registry.pin(target := await self._found(model)):
                 pass  # evicted in the meantime
             try:
                 yield target
             finally:
-                residents.release(target)
+                registry.unpin(target)
         except BaseException:
             self._give_back()
             self.close()
