@@ -86,11 +86,18 @@ class Asked:
 
     def request(self) -> _Request:
         sampling = Sampling(max_tokens=self.count, prompt_logprobs=2 if self.read else None)
-        prompt = Prompt("tiny", tuple(self.text.encode()), self.adapter, sampling, background=self.background, embed=self.read)
+        prompt = Prompt(
+            "tiny", tuple(self.text.encode()), self.adapter, sampling, background=self.background, embed=self.read
+        )
         reading, reply = PromptOutputs(prompt, DECODER) if self.read else None, Reply(prompt, self.count, Ascii())
         sampler = Sampler(sampling)
         return _Request(
-            list(prompt.tokens), self.adapter, listener=reading, background=self.background, reply=reply, sampler=sampler
+            list(prompt.tokens),
+            self.adapter,
+            listener=reading,
+            background=self.background,
+            reply=reply,
+            sampler=sampler,
         )
 
 

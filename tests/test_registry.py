@@ -103,7 +103,7 @@ def test_a_base_is_loaded_once_on_demand_and_listed_while_it_is_there(setup: Set
     assert setup.registry.state().models == {}
     first = setup.registry.resolve("tiny")
     assert (first.adapter_key, first.name, first.model.id) == (None, "tiny", "tiny")
-    assert setup.registry.load_base("tiny") is first.resident
+    assert setup.registry.load_base("tiny") is first.model
     card = setup.catalog.prepared("tiny")
     assert card is not None
     state = setup.registry.state().models["tiny"]

@@ -28,7 +28,9 @@ def draws(n: int = 4000, logits: torch.Tensor = LOGITS, **settings: float) -> Co
 
 def test_greedy_is_the_exact_argmax_of_every_row() -> None:
     logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
-    assert sample(logits, [Sampler(Sampling()) for _ in range(64)]) == [SampledToken(best) for best in logits.argmax(-1)]
+    assert sample(logits, [Sampler(Sampling()) for _ in range(64)]) == [
+        SampledToken(best) for best in logits.argmax(-1)
+    ]
 
 
 def test_temperature_1_draws_from_the_softmax() -> None:
@@ -120,7 +122,11 @@ def test_rows_that_are_not_numbers_are_told_apart(bad: float) -> None:
     logits = torch.zeros(3, 5)
     logits[1, 2] = bad
     logits[2, 4] = 1.0
-    assert sample(logits, [Sampler(Sampling()) for _ in range(3)]) == [SampledToken(0), NON_FINITE_LOGITS, SampledToken(4)]
+    assert sample(logits, [Sampler(Sampling()) for _ in range(3)]) == [
+        SampledToken(0),
+        NON_FINITE_LOGITS,
+        SampledToken(4),
+    ]
 
 
 # ---------------------------------------------------------------- what bends the choice

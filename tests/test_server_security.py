@@ -12,8 +12,8 @@ import pytest
 from serving import Served, refused, serve, tiny_settings
 
 from fortwo.errors import Conflict, InvalidRequest
-from fortwo.server.state import AppState
 from fortwo.server.security import is_loopback
+from fortwo.server.state import AppState
 from fortwo.settings import Settings
 
 

@@ -28,7 +28,7 @@ class Detokenizer(Protocol):
 
 
 class Constraint(Protocol):
-    """The tokens that may be next: a mask (V,) or longer, the rest is padding. Raises ValueError when there are none."""
+    """The tokens that may be next, a mask (V,) or longer, the rest is padding; raises ValueError if there are none."""
 
     def allowed(self) -> NDArray[np.bool_]: ...
     def advance(self, token: int) -> None: ...
@@ -136,8 +136,8 @@ class Reply:
         self.cancel_requested = True
 
     def wait(self, timeout: float | None = None) -> str:
-        """The text, once the reply has ended. timeout: seconds. Raises FortwoError when it ended in an error, TimeoutError
-        when it did not end in time."""
+        """The text, once the reply has ended. timeout: seconds. Raises FortwoError when it ended in an error,
+        TimeoutError when it did not end in time."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"The reply did not end within {timeout} s.")

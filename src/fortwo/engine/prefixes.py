@@ -1,7 +1,7 @@
 """The prefix cache: keys and values of token prefixes, in blocks that sequences with the same beginning share.
 
 A block is identified by a digest over its weights' root, its tokens and all tokens before it, so equal digests mean
-equal keys and values (automatic prefix caching, as in vLLM). This module knows no rows, no memory limit and no adapters.
+equal keys and values (automatic prefix caching, as in vLLM). This module knows no rows, no memory limit, no adapters.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ class Sampler:
         return SampledToken(token, None if count is None else logprobs(logits_V[None], [token], count)[0])
 
     def draw(self, logits_V: Tensor) -> int:
-        """A random token of softmax(logits / temperature), after dropping those below min_p times the likeliest, then all
-        but the top_k likeliest, then all but the fewest whose probabilities sum to top_p."""
+        """A random token of softmax(logits / temperature), after dropping those below min_p times the likeliest, then
+        all but the top_k likeliest, then all but the fewest whose probabilities sum to top_p."""
         settings = self.sampling
         scaled_V = (logits_V.double() - logits_V.max()) / settings.temperature  # at most 0, however low the temperature
         if settings.min_p > 0:

@@ -43,7 +43,7 @@ class Task(Generic[T]):
         self._wake()
 
     def result(self, timeout: float | None = None) -> T:
-        """The generator's return value. timeout: seconds. Raises its exception, or concurrent.futures.CancelledError."""
+        """The generator's return value. timeout: seconds. Raises its exception, or CancelledError."""
         return self._outcome.result(timeout)
 
     # ------------------------------------------------------------ the engine's thread

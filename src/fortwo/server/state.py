@@ -139,14 +139,14 @@ def _lock_home(home: Path) -> Iterator[None]:
 
 
 class ShutdownMiddleware:
-    """ASGI middleware: once the server is to end, every new request is told so."""
+    """ASGI middleware: answers every new request with 503 once the shutdown has begun."""
 
     def __init__(self, app: ASGIApp, state: AppState) -> None:
         self._app = app
-        self._house = state
+        self._state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._house.admission.closed:
+        if scope["type"] == "http" and self._state.admission.closed:
             await respond(shutting_down(), {"Connection": "close"})(scope, receive, send)
         else:
             await self._app(scope, receive, send)

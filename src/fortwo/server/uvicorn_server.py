@@ -22,7 +22,9 @@ class Server(uvicorn.Server):
     """Serves an open AppState, and closes it at the end. on_start: called when the server listens. grace: seconds that
     replies in flight get at shutdown."""
 
-    def __init__(self, state: AppState, on_start: Callable[[], None] | None = None, grace: float = GRACE_SECONDS) -> None:
+    def __init__(
+        self, state: AppState, on_start: Callable[[], None] | None = None, grace: float = GRACE_SECONDS
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 create_app(state),

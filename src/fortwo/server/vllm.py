@@ -1,6 +1,6 @@
-"""vLLM's two calls: serve an adapter that PEFT saved in a directory here, and stop serving it.
+"""vLLM's two calls: serve an adapter that PEFT saved in a directory on this machine, and stop serving it.
 
-What vLLM keeps in memory only, fortwo also keeps in its store: a loaded adapter is a version like a taught one.
+vLLM holds such an adapter in memory only; fortwo also stores it, as a version like those it trains itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fortwo.errors import Conflict, FortwoError, InvalidAdapter, InvalidRequest
 from fortwo.jobs.runner import check_free
 from fortwo.records import Json
-from fortwo.server.state import AppStateDep, AppState
+from fortwo.server.state import AppState, AppStateDep
 
 router = APIRouter(prefix="/v1", tags=["vLLM"])
 
@@ -26,28 +26,32 @@ class LoadRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     lora_name: str = Field(min_length=1)
-    lora_path: str = Field(min_length=1, description="Directory that PEFT saved, in a folder that datasets may be in.")
-    load_inplace: bool = Field(False, description="Let an adapter of this name get a new version.")
+    lora_path: str = Field(
+        min_length=1, description="Directory that PEFT saved, inside a folder that datasets may be in."
+    )
+    load_inplace: bool = Field(False, description="If an adapter of this name exists, give it a new version.")
 
 
 class UnloadRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     lora_name: str = Field(min_length=1)
-    lora_int_id: Annotated[int | None, Field(description="Accepted; the name decides.")] = None
+    lora_int_id: Annotated[int | None, Field(description="Accepted and ignored; the name identifies the adapter.")] = (
+        None
+    )
 
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse, summary="Serve an adapter from a directory")
 def load_lora_adapter(state: AppStateDep, body: LoadRequest) -> str:
     check_free(body.lora_name, state.catalog)
-    directory = _allowed(state, body.lora_path)
+    directory = _resolve(body.lora_path, state.settings.allowed_data_dirs)
     if body.lora_name in state.adapters.names() and not body.load_inplace:
         raise Conflict(
             f"There already is an adapter {body.lora_name!r}.",
             param="lora_name",
-            hint="Take another name, or set load_inplace to true to give it a new version.",
+            hint="Choose another name, or set load_inplace to true to give it a new version.",
         )
-    version = state.adapters.adopt(body.lora_name, directory, _origin(state, directory))
+    version = state.adapters.adopt(body.lora_name, directory, _manifest(state, directory))
     try:
         state.registry.load_adapter(version.id)
     except FortwoError:
@@ -62,9 +66,9 @@ def unload_lora_adapter(state: AppStateDep, body: UnloadRequest) -> str:
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
-def _allowed(state: AppState, path: str) -> Path:
-    """The directory itself, links resolved; a client may not look around on this machine."""
-    allowed = state.settings.allowed_data_dirs
+def _resolve(path: str, allowed: tuple[Path, ...]) -> Path:
+    """The directory with links resolved. Raises InvalidRequest for one outside the allowed folders, because a client
+    must not explore this machine."""
     for folder in allowed:
         with suppress(OSError, ValueError, RuntimeError):  # name too long, NUL, loop of links
             directory = (folder / path).resolve()
@@ -77,8 +81,8 @@ def _allowed(state: AppState, path: str) -> Path:
     )
 
 
-def _origin(state: AppState, directory: Path) -> Json:
-    """Which base an adapter belongs to: by digest when fortwo saved it, else by the name that PEFT wrote down."""
+def _manifest(state: AppState, directory: Path) -> Json:
+    """The base an adapter belongs to: by digest if fortwo saved it, otherwise by the name in PEFT's configuration."""
     manifest = _read(directory / "manifest.json")
     if manifest is not None and {"base_model", "base_digest"} <= manifest.keys():
         return manifest
@@ -88,7 +92,7 @@ def _origin(state: AppState, directory: Path) -> Json:
     base = next((id for id in ids if id in (named, Path(named).name.lower())), None)
     if base is None:
         raise InvalidAdapter(
-            f"{directory} was trained on {named!r}, which is no base model here.",
+            f"{directory} was trained on {named!r}, which is not a base model here.",
             param="lora_path",
             hint=f"Set base_model_name_or_path in adapter_config.json to one of: {', '.join(ids)}.",
         )
@@ -96,7 +100,7 @@ def _origin(state: AppState, directory: Path) -> Json:
 
 
 def _read(file: Path) -> Json | None:
-    """None when there is none; what is in it is the store's to check."""
+    """The JSON object in a file; None if there is none. The store checks its content."""
     try:
         found = json.loads(file.read_bytes())
     except (OSError, ValueError):

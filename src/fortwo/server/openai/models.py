@@ -1,4 +1,4 @@
-"""What a request's `model` may be: base models, adapters, their versions, checkpoints."""
+"""The values that a request's `model` may have: base models, adapters, their versions, checkpoints."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from fastapi import APIRouter
 
 from fortwo.errors import NotFound
 from fortwo.records import Json
-from fortwo.server.state import AppStateDep, AppState
+from fortwo.server.state import AppState, AppStateDep
 
 OWNER = "fortwo"
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 
-@router.get("/models", summary="Base models that are on disk, adapters, their versions, checkpoints")
+@router.get("/models", summary="Base models on disk, adapters, their versions, checkpoints")
 def models(state: AppStateDep) -> Json:
     return {"object": "list", "data": list(_models(state))}
 
 
-@router.get("/models/{model}", summary="One of them")
+@router.get("/models/{model}", summary="One model, adapter, version or checkpoint")
 def model(state: AppStateDep, model: str) -> Json:
     found = {one["id"]: one for one in _models(state)}
     if model not in found:
@@ -29,7 +29,7 @@ def model(state: AppStateDep, model: str) -> Json:
 
 
 def _models(state: AppState) -> Iterator[Json]:
-    """root: the base that answers; parent: what an adapter was trained from."""
+    """root: the base model; parent: that of an adapter, None for a base model."""
     for entry in state.catalog.entries():
         card = state.catalog.prepared(entry.id)
         if card is not None or entry.id == state.settings.default_model:
