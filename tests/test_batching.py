@@ -172,7 +172,7 @@ def test_any_schedule_gives_every_request_the_text_it_gets_alone(
     base = make_base(tokens)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PROMPT_TOKENS", 2 * budget)
-        patch.setattr(module, "PROMPT_TOKENS_BESIDE", budget)
+        patch.setattr(module, "PROMPT_TOKENS_WHILE_DECODING", budget)
         check(asked, serve(base, asked))
         check(asked, serve(base, asked))  # once more, with what the first time left in the cache
 
@@ -195,7 +195,7 @@ def test_a_full_cache_preempts_the_newest_which_goes_on_where_it_was() -> None:
 
 
 def test_a_long_prompt_does_not_stop_the_replies_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PROMPT_TOKENS_BESIDE", 16)
+    monkeypatch.setattr(module, "PROMPT_TOKENS_WHILE_DECODING", 16)
     base = make_base()
     running, long = Asked("hi", None, LONGEST_REPLY).request(), Asked("y" * 130, "a0", 5).request()
     base.scheduler.add(running)

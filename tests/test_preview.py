@@ -101,7 +101,7 @@ def test_the_command_shows_a_file_without_a_server(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for said in ("line 2:", "6 learned", "[assistant] <|im_start|>assistant", "right<|im_end|>", "line 3:"):
         assert said in result.output
-    assert "longer than the context of tiny, 1024: refused" in result.output
+    assert "This row is refused: the context of tiny has only 1024 tokens." in result.output
     body = json.loads(show(file, "--rows", 1, "--json").output)
     assert [one["text"] for one in body["rows"][0]["segments"] if one["supervised"]] == ["right<|im_end|>"]
     broken = show(file)

@@ -258,16 +258,16 @@ def test_an_adapter_that_is_evicted_before_it_was_asked_is_loaded_again(
     with serve(tiny_settings(tmp_path, tiny, max_adapters=1)) as served:
         publish(served, "one")
         publish(served, "two", 1)
-        wanted, registry, held = say(served, "one"), served.state.registry, []
-        hold = registry.pin
+        wanted, registry, pinned = say(served, "one"), served.state.registry, []
+        pin = registry.pin
 
         def late(target: Any) -> bool:
-            if not held:
+            if not pinned:
                 registry.load_adapter("two")
-            held.append(hold(target))
-            return held[-1]
+            pinned.append(pin(target))
+            return pinned[-1]
 
-        monkeypatch.setattr(registry, "hold", late)
+        monkeypatch.setattr(registry, "pin", late)
         assert say(served, "one") == wanted
-        assert held == [False, True]
-        registry.load_adapter("two")  # nobody holds it any more
+        assert pinned == [False, True]
+        registry.load_adapter("two")  # its pin is gone

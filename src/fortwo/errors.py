@@ -57,8 +57,6 @@ class InvalidDataset(InvalidRequest):
 
 
 class Unauthorized(FortwoError):
-    """The API key is missing or wrong."""
-
     code = "invalid_api_key"
     type = "authentication_error"
     status = 401

@@ -23,13 +23,10 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FORTWO_", frozen=True, extra="forbid")
 
     home: Path = Field(default_factory=_home, description="Folder of models, adapters and the database.")
-    host: str = Field(
-        "127.0.0.1", description="Address to listen on; one that other machines can reach needs an api_key."
-    )
+    host: str = Field("127.0.0.1", description="Address to listen on; any but a loopback one needs an api_key.")
     port: int = Field(5001, ge=0, le=65535, description="Port to listen on.")
     api_key: SecretStr | None = Field(
-        None,
-        description="If set, every path except `/healthz` and the page at `/docs` needs `Authorization: Bearer <key>`.",
+        None, description="If set, all paths but `/healthz` and the page at `/docs` need `Authorization: Bearer <key>`."
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL of the database; default: SQLite under home.")
     data_dirs: tuple[Path, ...] = Field(
@@ -48,13 +45,9 @@ class Settings(BaseSettings):
         "auto is the highest that the processor has; none uses torch's operations instead of the kernels.",
     )
     cache_mb: int | None = Field(
-        None,
-        ge=1,
-        description="MiB of memory for keys and values of each base; default: an eighth of the device's memory.",
+        None, ge=1, description="MiB for keys and values of each base; default: an eighth of the device's memory."
     )
-    max_adapters: int = Field(
-        64, ge=1, description="Adapters in memory at once; beyond it the least recently used is unloaded."
-    )
+    max_adapters: int = Field(64, ge=1, description="Adapters in memory; then the least recently used is unloaded.")
     queue: int = Field(
         256, ge=0, description="Replies that may wait for their turn; beyond it a request is refused with status 429."
     )

@@ -37,9 +37,7 @@ Data = Annotated[Path, typer.Argument(help="A .json, .jsonl or .txt file.", exis
 Name = Annotated[str, typer.Option("--name", help="Name of the adapter.")]
 Config = Annotated[
     Path | None,
-    typer.Option(
-        "--config", help="A .json file with lora_config, training_config and other fields.", exists=True, dir_okay=False
-    ),
+    typer.Option("--config", help="A .json file with lora_config, training_config etc.", exists=True, dir_okay=False),
 ]
 Objective = Annotated[str | None, typer.Option("--objective", help="auto, sft or override.", show_default="auto")]
 Onto = Annotated[str | None, typer.Option("--onto", help="Adapter, or adapter@version, to continue from.")]
@@ -125,9 +123,7 @@ def _request(data: Path, name: str, config: Path | None, **options: str | None) 
             f"{config} does not contain a JSON object.", param="config", hint='Write {"training_config": {...}}.'
         )
     for key in extra.keys() & body.keys():
-        raise InvalidRequest(
-            f"{key} is given twice: in {config} and on the command line.", param=key, hint="Remove one."
-        )
+        raise InvalidRequest(f"{key} is both in {config} and on the command line.", param=key, hint="Remove one.")
     return body | extra
 
 
@@ -153,8 +149,7 @@ def _json(text: str, source: str) -> Any:
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="A single question. Without it you have a conversation.")] = None,
     model: Annotated[
-        str | None,
-        typer.Option("--model", help="Base model, adapter, or adapter@version.", show_default="the default base"),
+        str | None, typer.Option("--model", help="Base, adapter or adapter@version.", show_default="the default base")
     ] = None,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="The most tokens of a reply.")] = 256,

@@ -59,12 +59,10 @@ def count(number: int | None) -> str:
 
 
 def moment(stamp: float | None) -> str:
-    """A Unix time as local date and time."""
     return "-" if stamp is None else datetime.fromtimestamp(stamp).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def status(word: str) -> Text:
-    """A job's status in its colour."""
     return Text(word, style=STATUS_STYLES.get(word, ""))
 
 
@@ -111,7 +109,6 @@ def plan_against_actual(planned: Json, actual: Json) -> Table:
 
 
 def metrics_line(metrics: dict[str, float], eval_loss: float | None = None) -> str:
-    """Metrics, and the eval_loss if there is one, in one line."""
     loss = [] if eval_loss is None else [f"eval_loss {eval_loss:.4g}"]
     return "  ".join([*(f"{name} {metrics[name]:.2f}" for name in METRICS if name in metrics), *loss])
 
@@ -179,12 +176,8 @@ def preview(body: Json) -> RenderableType:
         head = f"line {row['line']}: {row['tokens']} tokens, {row['supervised_tokens']} learned"
         lines.append(Text(head, style="bold"))
         if not row["fits"]:
-            lines.append(
-                Text(
-                    f"This row is refused: the context of {body['model']} has only {body['context']} tokens.",
-                    style="red",
-                )
-            )
+            reason = f"This row is refused: the context of {body['model']} has only {body['context']} tokens."
+            lines.append(Text(reason, style="red"))
         text, role = Text(), None
         for segment in row["segments"]:
             if segment["role"] != role:
@@ -196,7 +189,6 @@ def preview(body: Json) -> RenderableType:
 
 
 def error(message: str, hint: str | None) -> Text:
-    """An error's message, and its hint in a line of its own."""
     lines = Text(message, style="red")
     if hint is not None:
         lines.append(f"\n{hint}", style="default")

@@ -29,14 +29,13 @@ from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, split_budget
 from fortwo.engine.tasks import Task
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from fortwo.nn.lora import Lora
-from fortwo.prompts import Delta, FinishReason, Prompt
+from fortwo.prompts import MAX_RUNNING, Delta, FinishReason, Prompt
 from fortwo.records import TrainEvent
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CORES = torch.get_num_threads()  # read before an engine changes the number
-MAX_RUNNING = 96  # requests of one base that decode together
 PROMPT_TOKENS = 2048  # prompt tokens computed in a turn when no reply is running
 PROMPT_TOKENS_WHILE_DECODING = 256  # the same while replies run; bounds how long they are held up
 TRIM_SECONDS = 20.0  # how often memory that a job freed is returned to the system, which takes half a second

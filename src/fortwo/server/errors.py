@@ -23,8 +23,6 @@ MAX_VALUE = 80  # characters of an offending value that a message repeats
 
 
 class MethodNotAllowed(InvalidRequest):
-    """The path exists, but not with this method."""
-
     code = "method_not_allowed"
     status = 405
 
@@ -148,9 +146,8 @@ def _no_route(request: Request, error: HTTPException) -> JSONResponse:
     request_line = f"{request.method} {request.url.path}"
     headers = dict(error.headers or {})
     if error.status_code == 404:
-        return respond(
-            NotFound(f"There is no {request_line}.", hint="/docs lists every path.", code="unknown_path"), headers
-        )
+        unknown = NotFound(f"There is no {request_line}.", hint="/docs lists every path.", code="unknown_path")
+        return respond(unknown, headers)
     if error.status_code == 405:
         allowed = headers.get("Allow", "another method")
         return respond(MethodNotAllowed(f"{request_line} is not allowed.", hint=f"This path takes {allowed}."), headers)

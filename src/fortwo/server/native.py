@@ -49,9 +49,7 @@ def adapters(state: AppStateDep) -> Json:
     return {"adapters": [version_body(state, version) for name in names for version in state.adapters.versions(name)]}
 
 
-@router.get(
-    "/adapters/{name}", tags=["adapters"], summary="An adapter and its versions, or one version as name@version"
-)
+@router.get("/adapters/{name}", tags=["adapters"], summary="An adapter and its versions, or one as name@version")
 def adapter(state: AppStateDep, name: str) -> Json:
     """`manifest` is that of the named version, or of the current one, or null."""
     bare, at, _ = name.partition("@")
@@ -90,7 +88,7 @@ def rollback(state: AppStateDep, name: str) -> Json:
 
 
 @router.get(
-    "/adapters/{name}/report", tags=["adapters"], summary="The evaluation's report, the plan and the actual values"
+    "/adapters/{name}/report", tags=["adapters"], summary="The evaluation's report, the plan, the actual values"
 )
 def report(state: AppStateDep, name: str, version: Annotated[int | None, Query(ge=1)] = None) -> Json:
     """That of the named version (by `version` or as name@version), or of the latest one, current or not."""
@@ -108,9 +106,7 @@ def report(state: AppStateDep, name: str, version: Annotated[int | None, Query(g
         )
     manifest = found.manifest
     if manifest.get("report") is None:
-        raise NotFound(
-            f"{found.id} has no report.", param="name", hint="Only adapters that were trained here have one."
-        )
+        raise NotFound(f"{found.id} has no report.", param="name", hint="Only adapters trained here have one.")
     return {"name": found.name, "version": found.version} | {key: manifest[key] for key in ("report", "plan", "actual")}
 
 

@@ -23,8 +23,6 @@ OPEN_FOLDER = f"{docs.FILES_PATH}/"
 
 
 class ForeignSite(FortwoError):
-    """The request came through a web page of another site, or from another machine."""
-
     code = "foreign_site"
     type = "permission_error"
     status = 403
@@ -40,9 +38,7 @@ def check_binding(host: str, api_key: str | None) -> None:
                 hint="Set FORTWO_API_KEY, or listen on 127.0.0.1.",
             )
     elif not api_key:
-        raise InvalidRequest(
-            "The api_key is empty.", param="api_key", hint="Set FORTWO_API_KEY to a secret, or unset it."
-        )
+        raise InvalidRequest("api_key is empty.", param="api_key", hint="Set FORTWO_API_KEY to a secret, or unset it.")
 
 
 def is_loopback(host: str) -> bool:

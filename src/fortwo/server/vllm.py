@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
 
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
@@ -26,9 +25,7 @@ class LoadRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     lora_name: str = Field(min_length=1)
-    lora_path: str = Field(
-        min_length=1, description="Directory that PEFT saved, inside a folder that datasets may be in."
-    )
+    lora_path: str = Field(min_length=1, description="Directory that PEFT saved, in a folder that datasets may be in.")
     load_inplace: bool = Field(False, description="If an adapter of this name exists, give it a new version.")
 
 
@@ -36,9 +33,7 @@ class UnloadRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     lora_name: str = Field(min_length=1)
-    lora_int_id: Annotated[int | None, Field(description="Accepted and ignored; the name identifies the adapter.")] = (
-        None
-    )
+    lora_int_id: int | None = Field(None, description="Accepted and ignored; the name identifies the adapter.")
 
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse, summary="Serve an adapter from a directory")

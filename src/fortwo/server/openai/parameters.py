@@ -127,24 +127,16 @@ class Parameters(Strict):
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2, description="Default 1; 0 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1, description="Default 1.")
-    top_k: int | None = Field(None, ge=-1, description="Default 0, which is off, like -1.")
+    top_k: int | None = Field(None, ge=-1, description="Default 0, off, like -1.")
     min_p: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Default 0, which is off. The least probability, as a share of the likeliest token's.",
+        None, ge=0, le=1, description="Default 0, off. The least probability, as a share of the likeliest token's."
     )
     seed: int | None = Field(None, description="The same seed gives the same reply, whatever other requests run.")
     stop: Stop | None = Field(None, max_length=STOPS)
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="Default 0. For tokens in the reply.")
-    frequency_penalty: float | None = Field(
-        None, ge=-2, le=2, description="Default 0. For each time a token is in the reply."
-    )
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Default 0. For each use in the reply.")
     repetition_penalty: float | None = Field(
-        None,
-        gt=0,
-        le=2,
-        description="Default 1, which is off. Divides the logits of tokens in the prompt or the reply.",
+        None, gt=0, le=2, description="Default 1, off. Divides the logits of tokens in the prompt or the reply."
     )
     logit_bias: Bias | None = Field(None, description="Maps token ids to what is added to their logits, -100 to 100.")
     response_format: ResponseFormat | None = Field(
