@@ -52,7 +52,6 @@ class Served:
 def serve(settings: Settings, grace: float = 0) -> Iterator[Served]:
     """grace: seconds for replies that are under way at the end."""
     state = AppState(settings)
-    state.open()
     server = Server(state, grace=grace)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -121,7 +121,8 @@ def test_two_hundred_clients_of_whom_many_hang_up_leave_nothing_behind(served: S
 def test_past_the_queue_a_request_is_refused_and_told_when_to_come_back(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fortwo.engine.engine.MAX_RUNNING", 2)
+    for module in ("engine.engine", "server.state"):
+        monkeypatch.setattr(f"fortwo.{module}.MAX_RUNNING", 2)
     with serve(tiny_settings(tmp_path, tiny, queue=1)) as served, ThreadPoolExecutor(3) as pool:
         served.chat()
         running = [pool.submit(served.post, "/v1/chat/completions", long()) for _ in range(3)]
@@ -182,7 +183,8 @@ def test_who_waits_for_a_model_to_load_is_in_nobodys_way(tiny: Path, tmp_path: P
 def test_who_waits_for_a_model_to_load_has_a_place_until_he_hangs_up(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fortwo.engine.engine.MAX_RUNNING", 1)
+    for module in ("engine.engine", "server.state"):
+        monkeypatch.setattr(f"fortwo.{module}.MAX_RUNNING", 1)
     settings = tiny_settings(tmp_path, tiny, queue=1)
     Catalog(settings.models_dir).add("cold", tiny)
     with serve(settings) as served:
@@ -289,7 +291,6 @@ def test_a_process_that_is_told_to_end_finishes_its_stream_first(tiny: Path, tmp
         "from fortwo.server.uvicorn_server import Server\n"
         "from fortwo.settings import load\n"
         "state = AppState(load())\n"
-        "state.open()\n"
         "server = Server(state, lambda: print(server.servers[0].sockets[0].getsockname()[1]), grace=60)\n"
         "server.run()"
     )

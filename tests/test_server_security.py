@@ -12,7 +12,7 @@ import pytest
 from serving import Served, refused, serve, tiny_settings
 
 from fortwo.errors import Conflict, InvalidRequest
-from fortwo.server.security import is_loopback
+from fortwo.server.security import check_binding, is_loopback
 from fortwo.server.state import AppState
 from fortwo.settings import Settings
 
@@ -23,7 +23,7 @@ def test_beyond_loopback_a_key_is_needed(tmp_path: Path, host: str) -> None:
         AppState(Settings(home=tmp_path, host=host))
     assert caught.value.param == "host"
     assert "FORTWO_API_KEY" in (caught.value.hint or "")
-    AppState(Settings(home=tmp_path, host=host, api_key="secret"))
+    check_binding(host, "secret")
 
 
 def test_an_empty_key_is_no_key(tmp_path: Path) -> None:
@@ -160,11 +160,9 @@ def test_the_documentation_needs_no_internet(served: Served) -> None:
 
 
 def test_a_home_has_one_server(served: Served) -> None:
-    second = AppState(served.state.settings)
     with pytest.raises(Conflict) as caught:
-        second.open()
+        AppState(served.state.settings)
     assert str(served.state.settings.home) in caught.value.message
-    second.close()
 
 
 def test_a_reply_that_the_engines_end_cuts_off_says_so(tiny: Path, tmp_path: Path) -> None:

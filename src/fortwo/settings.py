@@ -57,8 +57,8 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, description="CPU threads that compute; default: all cores.")
     resume: bool = Field(
         False,
-        description="Whether a starting server resumes the jobs that ran when the last one ended. Off by default: a job "
-        "that made a server crash (by using up the memory, for example) would do so at every start.",
+        description="Whether a starting server resumes the jobs that ran when the last one ended. Off by default: a "
+        "job that made a server crash (by using up the memory, for example) would do so at every start.",
     )
 
     @classmethod

@@ -63,7 +63,6 @@ def serve(
         screen.print(f"fortwo listens on {url}. Its API is described at {url}/docs. Press Ctrl-C to stop it.")
 
     server = Server(state, on_start)
-    state.open()
     try:
         server.run()
     finally:

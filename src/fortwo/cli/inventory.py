@@ -18,6 +18,15 @@ from fortwo.cli.terminal import connect, screen
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from fortwo.hub.catalog import Catalog
+
+
+def _catalog() -> Catalog:
+    from fortwo.hub.catalog import Catalog
+    from fortwo.settings import load
+
+    return Catalog(load().models_dir)
+
 
 def _group(help: str) -> typer.Typer:
     return typer.Typer(help=help, no_args_is_help=True)
@@ -41,10 +50,7 @@ def list_models() -> None:
                 one["id"], one["state"], views.count(one["parameters"]), views.size(one["bytes"]), digest, one["source"]
             )
     else:
-        from fortwo.hub.catalog import Catalog
-        from fortwo.settings import load
-
-        catalog = Catalog(load().models_dir)
+        catalog = _catalog()
         for entry in catalog.entries():
             card = catalog.prepared(entry.id)
             if card is None:
@@ -61,10 +67,7 @@ def add_model(
     path: Annotated[Path, typer.Argument(help="A directory saved by transformers, or a .gguf file.", exists=True)],
 ) -> None:
     """Add a base model of your own to the catalog. Nothing is copied."""
-    from fortwo.hub.catalog import Catalog
-    from fortwo.settings import load
-
-    entry = Catalog(load().models_dir).add(id, path.resolve())
+    entry = _catalog().add(id, path.resolve())
     screen.print(f"{entry.id} was added to the catalog. Its source is {entry.source}")
 
 
@@ -73,11 +76,9 @@ def fetch_model(
     id: Annotated[str | None, typer.Argument(help="Id of the model.", show_default="the default base")] = None,
 ) -> None:
     """Download, verify and prepare a base model."""
-    from fortwo.hub.catalog import Catalog
     from fortwo.settings import load
 
-    settings = load()
-    chosen = settings.default_model if id is None else id
+    chosen = load().default_model if id is None else id
     with _bars() as bars:
         tasks: dict[str, Any] = {}
 
@@ -86,7 +87,7 @@ def fetch_model(
                 tasks[label] = bars.add_task(label, total=total)
             bars.update(tasks[label], completed=done, total=total)
 
-        directory = Catalog(settings.models_dir).prepare(chosen, progress)
+        directory = _catalog().prepare(chosen, progress)
     screen.print(f"{chosen} is ready in {directory}")
 
 
@@ -227,13 +228,11 @@ def show_data(
     from dataclasses import asdict
 
     from fortwo.data.preview import preview
-    from fortwo.hub.catalog import Catalog
     from fortwo.settings import load
 
-    settings = load()
-    chosen = settings.default_model if model is None else model
+    chosen = load().default_model if model is None else model
     path = file.resolve()
-    found = asdict(preview({"path": str(path)}, (path.parent,), Catalog(settings.models_dir), chosen, rows))
+    found = asdict(preview({"path": str(path)}, (path.parent,), _catalog(), chosen, rows))
     if as_json:
         screen.print_json(data=found)
     else:

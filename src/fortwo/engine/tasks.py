@@ -19,10 +19,7 @@ class Task(Generic[T]):
     """Handle of a running generator. wake: called when `cancel` is, so that an idle engine notices."""
 
     def __init__(
-        self,
-        events: Generator[TrainEvent, None, T],
-        on_event: Callable[[TrainEvent], None],
-        wake: Callable[[], None],
+        self, events: Generator[TrainEvent, None, T], on_event: Callable[[TrainEvent], None], wake: Callable[[], None]
     ) -> None:
         self._events = events
         self._on_event = on_event

@@ -180,21 +180,16 @@ async def events(state: AppStateDep, job_id: str, last_event_id: Annotated[int, 
 
 
 async def _events(state: AppState, job_id: str, last: int) -> AsyncIterator[bytes]:
-    silent = 0.0
     while not state.admission.closed:
         # The status is read first, because a job's last event is written together with its last status.
         at_rest = (await run_in_threadpool(state.jobs.get, job_id)).at_rest
         while news := await run_in_threadpool(state.jobs.events, job_id, last):
             for event in news:
                 yield sse.encode(event_body(event), id=event.id, event=event.type)
-            last, silent = news[-1].id, 0.0
+            last = news[-1].id
         if at_rest:
             return
         await anyio.sleep(POLL_SECONDS)
-        silent += POLL_SECONDS
-        if silent >= sse.KEEP_ALIVE_SECONDS:
-            yield sse.KEEP_ALIVE
-            silent = 0.0
 
 
 def model_body(state: AppState, entry: Entry) -> Json:

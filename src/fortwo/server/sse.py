@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from fortwo.errors import Unavailable
 
-KEEP_ALIVE_SECONDS = 15  # the longest silence of a stream: proxies close silent connections
+KEEP_ALIVE_SECONDS = 15  # the longest silence of a stream, because proxies close silent connections
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"  # OpenAI's last event
 T = TypeVar("T")
@@ -26,8 +26,8 @@ def encode(data: object, *, id: int | None = None, event: str | None = None) -> 
 
 
 class EventStream(Response):
-    """Sends encoded events as they come. deadline: on the event loop's clock, when the connection is closed; on_close:
-    called at the end, whatever the reason."""
+    """Sends encoded events as they come, and KEEP_ALIVE between them. deadline: on the event loop's clock, when the
+    connection is closed; on_close: called at the end, whatever the reason."""
 
     media_type = "text/event-stream"
 
@@ -42,12 +42,19 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        keep_alive = asyncio.create_task(self._keep_alive(send))
         try:
             with suppress(Unavailable, TimeoutError):
                 async with asyncio.timeout_at(self._deadline):
                     await until_disconnect(receive, self._write(send))
         finally:
+            keep_alive.cancel()
             self._on_close()
+
+    async def _keep_alive(self, send: Send) -> None:
+        while True:
+            await asyncio.sleep(KEEP_ALIVE_SECONDS)
+            await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
 
     async def _write(self, send: Send) -> None:
         async for events in self._events:

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fortwo.errors import Conflict
 from fortwo.kernels import isa
+from fortwo.prompts import MAX_RUNNING
 from fortwo.server.admission import Admission, shutting_down
 from fortwo.server.errors import respond
 from fortwo.server.event_loop_bridge import EventLoopBridge
@@ -26,42 +27,20 @@ from fortwo.server.security import check_binding
 from fortwo.settings import Settings
 
 if TYPE_CHECKING:
-    from fortwo.adapters.store import AdapterStore
-    from fortwo.engine.engine import Engine
-    from fortwo.engine.registry import ModelRegistry, Target
-    from fortwo.hub.catalog import Catalog
-    from fortwo.jobs.checkpoints import CheckpointStore
-    from fortwo.jobs.runner import JobRunner
-    from fortwo.jobs.store import JobStore
+    from fortwo.engine.registry import Target
 
 
 class AppState:
-    """Built by `open`, not to be used after `close`. Raises InvalidRequest for settings that are not safe."""
+    """Everything the server uses, built here and released by `close`. Building it imports torch, but loads no model.
 
-    catalog: Catalog
-    adapters: AdapterStore
-    engine: Engine
-    registry: ModelRegistry
-    jobs: JobStore
-    checkpoints: CheckpointStore
-    runner: JobRunner
-    admission: Admission
+    Raises InvalidRequest for a host that needs an API key, Conflict when another server uses the home.
+    """
 
     def __init__(self, settings: Settings) -> None:
         check_binding(settings.host, settings.plain_api_key)
-        self.settings = settings
-        self.bridge = EventLoopBridge()
-        self._closing = ExitStack()
-        self._load_limiter = CapacityLimiter(1)  # the registry loads one model at a time
-        self._loads: dict[str, asyncio.Future[Target]] = {}
-
-    def open(self) -> None:
-        """Build everything and start the queue of jobs. This imports torch, but loads no model. Raises Conflict when
-        another server uses the home."""
-        settings = self.settings
-        isa.cap(settings.isa)
+        isa.cap(settings.isa)  # before torch is imported
         from fortwo.adapters.store import AdapterStore
-        from fortwo.engine.engine import MAX_RUNNING, Engine
+        from fortwo.engine.engine import Engine
         from fortwo.engine.registry import ModelRegistry
         from fortwo.hub.catalog import Catalog
         from fortwo.jobs.checkpoints import CheckpointStore
@@ -69,6 +48,11 @@ class AppState:
         from fortwo.jobs.store import JobStore
         from fortwo.quantization.selection import Measurements
 
+        self.settings = settings
+        self.admission = Admission(MAX_RUNNING + settings.queue)
+        self.bridge = EventLoopBridge()
+        self._load_limiter = CapacityLimiter(1)  # the registry loads one model at a time
+        self._loads: dict[str, asyncio.Future[Target]] = {}
         with ExitStack() as built:
             built.enter_context(_lock_home(settings.home))
             self.catalog = Catalog(settings.models_dir)
@@ -96,7 +80,6 @@ class AppState:
             )
             self.runner.start()
             built.callback(self.runner.close)
-            self.admission = Admission(MAX_RUNNING + settings.queue)
             self._closing = built.pop_all()
 
     async def resolve(self, model: str) -> Target:

@@ -22,6 +22,7 @@ STOPS = 4
 CHOICES = 128
 TOP_LOGPROBS = 20
 ANY_OBJECT = '{"type": "object"}'
+_SAME_AS_SAMPLING = {"top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos"}
 
 
 def only(*allowed: Any) -> AfterValidator:
@@ -78,10 +79,7 @@ class ResponseFormat(Strict):
 
 Stop = Annotated[
     list[Annotated[str, Field(min_length=1)]],
-    BeforeValidator(
-        lambda given: [given] if isinstance(given, str) else given,
-        json_schema_input_type=str | list[str],
-    ),
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given, json_schema_input_type=str | list[str]),
 ]
 Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
 
@@ -203,22 +201,18 @@ class Parameters(Strict):
         ]
 
     def _sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> Sampling:
-        given: Json = {
-            "temperature": 1.0 if self.temperature is None else self.temperature,
-            "top_p": self.top_p,
-            "top_k": None if self.top_k == -1 else self.top_k,
-            "min_p": self.min_p,
-            "seed": None if self.seed is None else self.seed + choice,
-            "stop": None if self.stop is None else tuple(self.stop),
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "repetition_penalty": self.repetition_penalty,
-            "logit_bias": tuple((int(id), bias) for id, bias in (self.logit_bias or {}).items()),
-            "logprobs": logprobs,
-            "json_schema": self.schema_text(),
-            "ignore_eos": self.ignore_eos,
-        }
-        return Sampling(max_tokens, **{name: value for name, value in given.items() if value is not None})
+        given: Json = self.model_dump(include=_SAME_AS_SAMPLING, exclude_none=True)
+        return Sampling(
+            max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=max(0, self.top_k or 0),
+            seed=None if self.seed is None else self.seed + choice,
+            stop=tuple(self.stop or ()),
+            logit_bias=tuple((int(id), bias) for id, bias in (self.logit_bias or {}).items()),
+            logprobs=logprobs,
+            json_schema=self.schema_text(),
+            **given,
+        )
 
 
 def context_left(target: Target, tokens: list[int], *, param: str, least: int) -> int:

@@ -26,7 +26,7 @@ from fortwo.server.state import AppState
 if TYPE_CHECKING:
     from fortwo.engine.registry import Target
 
-StreamItem = tuple[int, Delta] | None  # index of the prompt and its delta; None keeps the connection alive
+StreamItem = tuple[int, Delta]  # the index of a prompt, and a delta of its reply
 
 
 class Replies:
@@ -51,7 +51,6 @@ class Replies:
         self._state.admission.admit(self, limit)
         self.deadline = self._began + self._timeout if deadline is None else deadline
         self._deadline_timer = self._loop.call_at(self.deadline, self._on_deadline)
-        self._keep_alive_timer: asyncio.TimerHandle | None = None
 
     @asynccontextmanager
     async def target(self, model: str) -> AsyncIterator[Target]:
@@ -90,8 +89,6 @@ class Replies:
             raise
         finally:
             self._release_unsubmitted()
-        if self._streamed:
-            self._keep_alive_timer = self._loop.call_later(sse.KEEP_ALIVE_SECONDS, self._keep_alive)
 
     def _submit(self) -> None:
         for index, prompt in enumerate(self._prompts):
@@ -126,8 +123,6 @@ class Replies:
     def close(self) -> None:
         """Cancel what still runs; nobody is waiting for it any more."""
         self._deadline_timer.cancel()
-        if self._keep_alive_timer is not None:
-            self._keep_alive_timer.cancel()
         for generation in self._generations:
             generation.cancel()
 
@@ -151,11 +146,6 @@ class Replies:
         if self._resolving is not None:
             self._resolving.cancel()
 
-    def _keep_alive(self) -> None:
-        self._items.append(None)
-        self._changed.set()
-        self._keep_alive_timer = self._loop.call_later(sse.KEEP_ALIVE_SECONDS, self._keep_alive)
-
     # ------------------------------------------------------------ their content
 
     async def items(self) -> AsyncIterator[list[StreamItem]]:
@@ -168,7 +158,7 @@ class Replies:
             items, self._items, failure = self._items, [], self._failure
             if items:
                 yield items
-            left -= sum(item is not None and item[1].finish_reason is not None for item in items)
+            left -= sum(delta.finish_reason is not None for _, delta in items)
             if left and failure is not None:
                 raise failure
 
@@ -243,7 +233,7 @@ def stream(
             if first:
                 yield chunks(first)
             async for items in replies.items():
-                if encoded := b"".join(sse.KEEP_ALIVE if item is None else chunks(choices(*item)) for item in items):
+                if encoded := b"".join(chunks(choices(*item)) for item in items):
                     yield encoded
             usage = {"choices": [], "usage": replies.usage()}
             yield (sse.encode(frame | usage) if with_usage else b"") + sse.DONE
