@@ -1,8 +1,7 @@
 """Teach a local language model something new, prove on its replies that it learned it, and serve it.
 
 Most users need only the `fortwo` command and the HTTP API of `fortwo serve`. From Python, `Client` calls a running
-server, `Settings` are those of FORTWO_HOME and the environment, and every error is a `FortwoError`. Importing the
-package imports no torch.
+server, `Settings` reads settings.toml and FORTWO_*, errors are `FortwoError`s. Importing fortwo imports no torch.
 """
 
 from importlib import import_module

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -116,7 +116,10 @@ def _request(data: Path, name: str, config: Path | None, **options: str | None) 
     file is sent as a path instead, which must be in a folder that the server allows."""
     given = {"adapter_name": name, **options}
     body = {key: value for key, value in given.items() if value is not None} | {"dataset": _dataset(data)}
-    extra = {} if config is None else _json(config.read_text(), str(config))
+    try:
+        extra = {} if config is None else json.loads(config.read_text())
+    except ValueError as error:
+        raise InvalidRequest(f"{config} is not JSON: {error}.", hint="Correct the file and try again.") from None
     if not isinstance(extra, dict):
         raise InvalidRequest(
             f"{config} does not contain a JSON object.", param="config", hint='Write {"training_config": {...}}.'
@@ -135,13 +138,6 @@ def _dataset(data: Path) -> Json:
     rows = [row for _, row in read(data)]
     facts = bool(rows) and isinstance(rows[0], dict) and "subject" in rows[0]
     return {"facts" if facts else "examples": rows}
-
-
-def _json(text: str, source: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InvalidRequest(f"{source} is not JSON: {error}.", hint="Correct the file and try again.") from None
 
 
 @app.command()

@@ -5,8 +5,6 @@ The catalog of models and datasets can be read without a server; everything else
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +14,6 @@ from fortwo.cli import views
 from fortwo.cli.terminal import connect, screen
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from fortwo.hub.catalog import Catalog
 
 
@@ -76,10 +72,13 @@ def fetch_model(
     id: Annotated[str | None, typer.Argument(help="Id of the model.", show_default="the default base")] = None,
 ) -> None:
     """Download, verify and prepare a base model."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
     from fortwo.settings import load
 
     chosen = load().default_model if id is None else id
-    with _bars() as bars:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(label: str, done: int, total: int) -> None:
@@ -89,15 +88,6 @@ def fetch_model(
 
         directory = _catalog().prepare(chosen, progress)
     screen.print(f"{chosen} is ready in {directory}")
-
-
-@contextlib.contextmanager
-def _bars() -> Iterator[Progress]:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen) as bars:
-        yield bars
 
 
 @models.command("load")

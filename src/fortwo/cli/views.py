@@ -78,14 +78,8 @@ def notes(warnings: list[Json], style: str = "yellow") -> RenderableType:
 
 def plan(body: Json) -> RenderableType:
     """A plan: every setting with its origin and reason, the computed values, the warnings."""
-    settings = table(
-        "setting",
-        "value",
-        "origin",
-        "reason",
-        title=f"Plan: {body['adapter_name']} on {body['model']}",
-        wrapped=("value", "reason"),
-    )
+    title = f"Plan: {body['adapter_name']} on {body['model']}"
+    settings = table("setting", "value", "origin", "reason", title=title, wrapped=("value", "reason"))
     for setting in body["settings"]:
         style = {"user": "bold", "auto": "cyan"}.get(setting["origin"], "")
         settings.add_row(
@@ -133,15 +127,8 @@ def report(body: Json) -> RenderableType:
             f"{one['subject']} (kept)" if one.get("kept") else one["subject"],
             *("-" if share is None else f"{share['value']:.2f}" for share in found),
         )
-    transcripts = table(
-        "",
-        "kind",
-        "asked",
-        "base said",
-        "adapter said",
-        title="Transcripts",
-        wrapped=("asked", "base said", "adapter said"),
-    )
+    columns = ("", "kind", "asked", "base said", "adapter said")
+    transcripts = table(*columns, title="Transcripts", wrapped=columns[2:])
     for one in body["transcripts"]:
         mark = Text("✓", style="green") if one["passed"] else Text("✗", style="red")
         transcripts.add_row(mark, one["kind"], one["prompt"], one["base"], one["adapter"])

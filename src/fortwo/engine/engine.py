@@ -242,14 +242,9 @@ class Engine:
         schema = sampling_params.json_schema
         constraint = None if schema is None else base.tokenizer.constraint(schema)
         sampler = sampling.Sampler(sampling_params, prompt.tokens, constraint)
-        request = _Request(
-            list(prompt.tokens),
-            prompt.adapter,
-            listener=PromptOutputs(prompt, base.runner.decoder) if PromptOutputs.wanted(prompt) else None,
-            background=prompt.background,
-            reply=reply,
-            sampler=sampler,
-        )
+        outputs = PromptOutputs(prompt, base.runner.decoder) if PromptOutputs.wanted(prompt) else None
+        request = _Request(list(prompt.tokens), prompt.adapter, reply=reply, sampler=sampler, listener=outputs)
+        request.background = prompt.background
 
         def accept() -> None:
             try:

@@ -129,16 +129,12 @@ class ModelRegistry:
 
     def resolve(self, model: str) -> Target:
         """The weights that a model name means, loaded if necessary. Raises what `find` and the load raise."""
-        if (target := self.find(model)) is not None:
-            return target
-        if model in self._catalog_ids():
-            return Target(self.load_base(model), None, model)
-        with self._lock:
-            version = self.load_adapter(model)
-            base = self._base_serving(version)
-        assert base is not None
-        self._last_used[version.digest] = next(self._clock)
-        return Target(base, version.digest, model)
+        while (target := self.find(model)) is None:  # again if it was unloaded meanwhile
+            if model in self._catalog_ids():
+                self.load_base(model)
+            else:
+                self.load_adapter(model)
+        return target
 
     def find(self, model: str) -> Target | None:
         """The weights that a model name means; None if they must be loaded first. Raises NotFound listing the known

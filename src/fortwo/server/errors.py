@@ -30,7 +30,7 @@ class MethodNotAllowed(InvalidRequest):
 def install(app: FastAPI) -> None:
     """Add the exception handlers and UnexpectedErrorMiddleware."""
     app.add_exception_handler(FortwoError, lambda _request, error: respond(error))
-    app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, lambda _request, error: respond(invalid(error.errors())))
     app.add_exception_handler(HTTPException, _no_route)  # type: ignore[arg-type]
     app.add_middleware(UnexpectedErrorMiddleware)
 
@@ -136,10 +136,6 @@ def _path(loc: Sequence[str | int]) -> str | None:
     for part in loc[1:]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     return path.removeprefix(".") or None
-
-
-def _invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-    return respond(invalid(error.errors()))
 
 
 def _no_route(request: Request, error: HTTPException) -> JSONResponse:

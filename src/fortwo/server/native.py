@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fortwo.data.preview import preview
 from fortwo.errors import InvalidAdapter, NotFound
 from fortwo.hub.catalog import Entry
-from fortwo.jobs.store import Event, Job
+from fortwo.jobs.store import Job
 from fortwo.records import AdapterVersion, Json
 from fortwo.server import sse
 from fortwo.server.state import AppState, AppStateDep
@@ -185,7 +185,9 @@ async def _events(state: AppState, job_id: str, last: int) -> AsyncIterator[byte
         at_rest = (await run_in_threadpool(state.jobs.get, job_id)).at_rest
         while news := await run_in_threadpool(state.jobs.events, job_id, last):
             for event in news:
-                yield sse.encode(event_body(event), id=event.id, event=event.type)
+                data = asdict(event)
+                del data["job_id"]
+                yield sse.encode(data, id=event.id, event=event.type)
             last = news[-1].id
         if at_rest:
             return
@@ -232,9 +234,3 @@ def job_body(state: AppState, job: Job) -> Json:
         for version in state.checkpoints.of(job.id)
     ]
     return {"job_id": body.pop("id"), **body, "checkpoints": checkpoints}
-
-
-def event_body(event: Event) -> Json:
-    body = asdict(event)
-    del body["job_id"]
-    return body

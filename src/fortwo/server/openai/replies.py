@@ -7,14 +7,15 @@ down, one of the replies fails), all replies end and the client, if it is still 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi.concurrency import run_in_threadpool
 from pydantic_core import to_json
 from starlette.requests import Request
+from starlette.types import Receive
 
 from fortwo.errors import DeadlineExceeded, FortwoError, Unavailable
 from fortwo.prompts import Delta, Generation, Prompt
@@ -26,6 +27,7 @@ from fortwo.server.state import AppState
 if TYPE_CHECKING:
     from fortwo.engine.registry import Target
 
+T = TypeVar("T")
 StreamItem = tuple[int, Delta]  # the index of a prompt, and a delta of its reply
 
 
@@ -70,7 +72,7 @@ class Replies:
             raise
 
     async def _resolve(self, model: str) -> Target:
-        self._resolving = asyncio.ensure_future(sse.until_disconnect(self._request.receive, self._state.resolve(model)))
+        self._resolving = asyncio.ensure_future(_until_disconnect(self._request.receive, self._state.resolve(model)))
         try:
             return await self._resolving
         except asyncio.CancelledError:
@@ -118,8 +120,6 @@ class Replies:
             self._failure = error
         self._changed.set()
 
-    # ------------------------------------------------------------ how they end
-
     def close(self) -> None:
         """Cancel what still runs; nobody is waiting for it any more."""
         self._deadline_timer.cancel()
@@ -146,8 +146,6 @@ class Replies:
         if self._resolving is not None:
             self._resolving.cancel()
 
-    # ------------------------------------------------------------ their content
-
     async def items(self) -> AsyncIterator[list[StreamItem]]:
         """What came since the last iteration, as it comes; ends when every reply has finished. Raises the reason when
         one of them failed or was cut off."""
@@ -171,7 +169,7 @@ class Replies:
                 pass
 
         try:
-            await sse.until_disconnect(self._request.receive, finish())
+            await _until_disconnect(self._request.receive, finish())
         finally:
             self.close()
         return [_merge(list(generation.deltas())) for generation in self._generations]
@@ -208,6 +206,25 @@ def _merge(deltas: list[Delta]) -> Delta:
     return Delta(text, last.token, last.finish_reason, last.error, logprobs)
 
 
+async def _until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client disconnects first. Raises Unavailable then."""
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, gone = asyncio.create_task(work), asyncio.create_task(disconnected())
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Unavailable("The client disconnected.")
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
 def stream(
     replies: Replies,
     frame: Json,
@@ -236,7 +253,7 @@ def stream(
                 if encoded := b"".join(chunks(choices(*item)) for item in items):
                     yield encoded
             usage = {"choices": [], "usage": replies.usage()}
-            yield (sse.encode(frame | usage) if with_usage else b"") + sse.DONE
+            yield (sse.encode(frame | usage) if with_usage else b"") + b"data: [DONE]\n\n"
         except FortwoError as error:
             yield sse.encode(error.body())
         except Exception as error:
