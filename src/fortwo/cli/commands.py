@@ -125,7 +125,7 @@ def _request(data: Path, name: str, config: Path | None, **options: str | None) 
             f"{config} does not contain a JSON object.", param="config", hint='Write {"training_config": {...}}.'
         )
     for key in extra.keys() & body.keys():
-        raise InvalidRequest(f"{key} is both in {config} and on the command line.", param=key, hint="Remove one.")
+        raise InvalidRequest(f"{key} is given twice: in {config} and as an option.", param=key, hint="Remove one.")
     return body | extra
 
 
