@@ -1,4 +1,4 @@
-"""What is in memory: loaded on demand, known by digest, and never without an effect."""
+"""ModelRegistry: models and adapters are loaded on demand, identified by digest, and checked for an effect."""
 
 from __future__ import annotations
 

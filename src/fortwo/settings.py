@@ -104,10 +104,8 @@ class Settings(BaseSettings):
 
 
 def load(**flags: Any) -> Settings:
-    """The settings, with `flags` in place of those of their names; None means not given.
-
-    Raises InvalidRequest naming the setting, its value and the remedy.
-    """
+    """The settings, with `flags` in place of those of their names; None means not given. Raises InvalidRequest naming
+    the setting, its value and the remedy."""
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:

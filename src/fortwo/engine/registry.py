@@ -59,6 +59,8 @@ class Target:
 
 @dataclass(frozen=True)
 class ModelState:
+    """digest: None while it is loading; bytes: the size of its weights."""
+
     state: Literal["loading", "loaded"]
     digest: str | None
     bytes: int

@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 
 class AppState:
     """Everything the server uses, built here and released by `close`. Building it imports torch, but loads no model.
-
-    Raises InvalidRequest for a host that needs an API key, Conflict when another server uses the home.
-    """
+    Raises InvalidRequest for a host that needs an API key, Conflict when another server uses the home."""
 
     def __init__(self, settings: Settings) -> None:
         check_binding(settings.host, settings.plain_api_key)
