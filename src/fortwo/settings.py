@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     cache_mb: int | None = Field(
         None, ge=1, description="MiB for keys and values of each base; default: an eighth of the device's memory."
     )
-    max_adapters: int = Field(64, ge=1, description="Adapters in memory; then the least recently used is unloaded.")
+    max_adapters: int = Field(64, ge=1, description="Limit of adapters in memory; the least recently used is unloaded.")
     queue: int = Field(
         256, ge=0, description="Replies that may wait for their turn; beyond it a request is refused with status 429."
     )
