@@ -71,7 +71,7 @@ def step_seconds(decoder: Decoder, prompt: list[int], count: int) -> float:
 
 def main() -> None:
     settings = load()
-    directory = Catalog(settings).prepare(settings.default_model)
+    directory = Catalog(settings.models_dir).prepare(settings.default_model)
     config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
     exact, renderer = Decoder(config, weights.read(directory)), Renderer(directory)
     prompts = [renderer.prompt([Message("user", prompt)]) for prompt in PROMPTS[:PROMPT_COUNT]]

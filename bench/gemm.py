@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fortwo.engine import heap
+from fortwo.engine import malloc_tuning
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.config import DecoderConfig
@@ -78,14 +78,14 @@ def medians(calls: Sequence[Call]) -> list[float]:
 
 def main() -> None:
     settings = load()
-    directory = Catalog(settings).prepare(settings.default_model)
+    directory = Catalog(settings.models_dir).prepare(settings.default_model)
     config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
     decoder = Decoder(config, weights.read(directory)).in_bf16()
     tiles = weights_of(decoder)
     if len(tiles) != 4 * config.layers + 1:
         sys.exit("the processor has no AMX: training has no products in bf16 to compare with")
     dense = [weight.dense() for weight in tiles]
-    heap.keep()
+    malloc_tuning.retain_freed_memory()
     lora = Lora.init(LoraConfig(), config, seed=0)
     flat_N = lora.flatten()
     optimizer = AdamW(flat_N, (0.9, 0.999), 1e-8, 0.0)

@@ -100,7 +100,7 @@ class Judge:
         self._url = settings.url
         self._client = client
         self._store = AdapterStore(settings.adapters_dir)
-        self._base = Base(Catalog(settings).prepare(settings.default_model))
+        self._base = Base(Catalog(settings.models_dir).prepare(settings.default_model))
         self._fact = fact
 
     def load(self, directory: Path) -> str:
@@ -169,7 +169,7 @@ def main(python: str, patience: float) -> None:
         judge = Judge(settings, client, fact)
         own, peers = learn(client, judge), {}
         console.print(own, soft_wrap=True)
-        directory = Catalog(settings).prepare(settings.default_model)
+        directory = Catalog(settings.models_dir).prepare(settings.default_model)
         for number, (name, config) in enumerate(CONFIGS.items()):
             adapter = settings.home / "data" / f"peer{number}"
             adapter.mkdir(parents=True)

@@ -38,7 +38,7 @@ SOURCES = ("examples/facts_dev.json", "bench/facts_blind.json")
 def together(settings: Settings, client: Client, facts: Sequence[Fact]) -> list[Row]:
     """A row for each fact; the status and the seconds are those of the one job."""
     status, ref, seconds = teach(client, "bench-together", facts)
-    base = Base(Catalog(settings).prepare(settings.default_model))
+    base = Base(Catalog(settings.models_dir).prepare(settings.default_model))
     store = AdapterStore(settings.adapters_dir)
     return [
         Row(
@@ -74,7 +74,7 @@ def everyday() -> list[str]:
 
 def perplexities(settings: Settings, client: Client, models: Sequence[str], prompts: Sequence[str]) -> list[float]:
     """Of the base's greedy replies, a token, to each of the models."""
-    renderer = Renderer(Catalog(settings).prepare(settings.default_model))
+    renderer = Renderer(Catalog(settings.models_dir).prepare(settings.default_model))
     told: list[list[float]] = [[] for _ in models]
     for prompt in prompts:
         asked = renderer.prompt([Message("user", prompt)])

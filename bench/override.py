@@ -132,7 +132,7 @@ def main(path: Path, ids: list[str]) -> None:
     console = Console()
     rows = []
     with server() as (settings, client):
-        base = Base(Catalog(settings).prepare(settings.default_model))
+        base = Base(Catalog(settings.models_dir).prepare(settings.default_model))
         for fact in chosen:
             status, ref, seconds = teach(client, f"bench-{fact.id}", [fact])
             paraphrase = share(client, ref, fact.held_out, fact.match, held=True)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from fortwo.adapters.store import AdapterStore
 from fortwo.engine.engine import Engine
-from fortwo.engine.residents import Resident, Residents
+from fortwo.engine.registry import LoadedModel, ModelRegistry
 from fortwo.engine.tasks import Task
 from fortwo.errors import NotFound, TrainingFailed
 from fortwo.hub.catalog import Catalog
@@ -26,6 +26,7 @@ from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
 from fortwo.nn.packing import PackedAttention, pack
 from fortwo.prompts import Prompt, Sampling
+from fortwo.quantization.selection import Measurements
 from fortwo.records import (
     Dataset,
     Evaluated,
@@ -71,8 +72,14 @@ class School:
         settings = tiny_settings(home, tiny)
         self.engine = Engine(threads=1)
         self.engine.start()
-        residents = Residents(settings, Catalog(settings), AdapterStore(settings.adapters_dir), self.engine)
-        self.base: Resident = residents.load_base("tiny")
+        registry = ModelRegistry(
+            Catalog(settings.models_dir),
+            AdapterStore(settings.adapters_dir),
+            self.engine,
+            measurements=Measurements(settings.home),
+            threads=1,
+        )
+        self.base: LoadedModel = registry.load_base("tiny")
 
     def plan(self, dataset: Dataset = ROWS, lora: Any = None, parent: Parent | None = None, **training: Any) -> Plan:
         body = {"adapter_name": "a", "dataset": {"path": "x"}, "lora_config": lora if lora is not None else {"r": 4}}

@@ -257,7 +257,7 @@ def test_a_parent_of_another_base_is_refused_and_alone_it_brings_its_own(
     from tests.tiny import save_directory
 
     other = save_directory(tmp_path_factory.mktemp("other"), "qwen2", num_hidden_layers=1, max_position_embeddings=512)
-    served.house.catalog.add("other", other)
+    served.state.catalog.add("other", other)
     rows = {"adapter_name": "elsewhere", "dataset": {"examples": ROWS}, "training_config": {"max_steps": 1}}
     taught(served, {**rows, "model": "other"})
     said = refused(

@@ -142,7 +142,7 @@ def test_plan_and_what_happened_stand_side_by_side(taught: dict[str, Any]) -> No
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
 def test_peft_reads_the_files_and_says_the_same(live: Served, taught: dict[str, Any]) -> None:
-    folder = Path(live.house.adapters.get(f"{NAME}@1").path)
+    folder = Path(live.state.adapters.get(f"{NAME}@1").path)
     files = {file.name: file.stat().st_size for file in folder.iterdir()}
     assert set(files) == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -150,7 +150,7 @@ def test_peft_reads_the_files_and_says_the_same(live: Served, taught: dict[str, 
     assert size < files["adapter_model.safetensors"] < size + 200 * len(tensors) + 1000  # the tensors once, their names
     assert all(".lora_A." in name or ".lora_B." in name for name in tensors)
 
-    directory = live.house.settings.models_dir / BASE
+    directory = live.state.settings.models_dir / BASE
     renderer = Renderer(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(model, folder).eval()

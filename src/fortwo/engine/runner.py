@@ -32,14 +32,14 @@ Computed = tuple[list[int], Tensor, list[list[int]]]  # places of sequences; hid
 
 
 class Listener(Protocol):
-    def hear(self, hidden_LD: Tensor, begin: int, /) -> None:
+    def on_hidden_states(self, hidden_LD: Tensor, begin: int, /) -> None:
         """Hidden states after the final norm of the sequence's tokens from place `begin` on."""
 
 
 class Running(Protocol):
     """What the runner needs of a sequence. tokens: prompt and reply so far. slot: None until it is opened. listener:
-    hears each part that is computed; where there is one, nothing is taken from kept prefixes. kept: what is computed
-    may serve others that begin alike."""
+    hears each part that is computed; where there is one, nothing is taken from kept prefixes. background: as
+    in prompts.Prompt; no prefixes are kept of it."""
 
     tokens: list[int]
     adapter: str | None
@@ -48,7 +48,7 @@ class Running(Protocol):
     @property
     def listener(self) -> Listener | None: ...
     @property
-    def kept(self) -> bool: ...
+    def background(self) -> bool: ...
 
 
 class Runner:
@@ -140,7 +140,7 @@ class Runner:
 
     def _keep(self, slot: Slot, sequence: Running) -> None:
         still_the_same = slot.root == self._roots.get(sequence.adapter)  # adapter as when it was computed
-        if sequence.kept and still_the_same:
+        if not sequence.background and still_the_same:
             self.cache.keep(slot, sequence.tokens)
 
     # ------------------------------------------------------------ forwards
@@ -165,7 +165,7 @@ class Runner:
             for place, span in zip(places, spans, strict=True):
                 sequence, slot = sequences[place], _slot(sequences[place])
                 if sequence.listener is not None:
-                    sequence.listener.hear(hidden_TD[span], slot.length)
+                    sequence.listener.on_hidden_states(hidden_TD[span], slot.length)
                 slot.length += len(span)
                 if slot.length == len(sequence.tokens):
                     done[place] = span[-1]
@@ -326,7 +326,7 @@ class Runner:
     def _told(self, sequences: Sequence[Running], hidden_BD: Tensor) -> None:
         for row, sequence in enumerate(sequences):
             if sequence.listener is not None:
-                sequence.listener.hear(hidden_BD[row : row + 1], _slot(sequence).length)
+                sequence.listener.on_hidden_states(hidden_BD[row : row + 1], _slot(sequence).length)
             _slot(sequence).length += 1
 
     def _updates(self, keys: Sequence[str | None]) -> list[Update]:

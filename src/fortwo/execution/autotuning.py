@@ -27,7 +27,6 @@ from fortwo.nn.lora_config import GROUPS
 from fortwo.quantization.formats import Form, Frozen, Regions, dense, fits, head_form, quantised
 from fortwo.quantization.matmul import multiplies_bf16
 from fortwo.quantization.selection import ROWS, Choice, Measured, Measurements, Seconds, choose, worthwhile
-from fortwo.settings import Settings
 
 SMALL = 10_000_000  # parameters; below them a forward is not made of products
 SAMPLE = 100_000_000  # parameters that are measured; fewer would lie in the processor's caches
@@ -49,10 +48,13 @@ def serving(
     config: DecoderConfig,
     weights: Mapping[str, Tensor],
     device: torch.device,
-    settings: Settings,
+    setting: str,
+    threads: int | None,
+    measurements: Measurements,
     run: Run,
 ) -> Decoder:
-    """The decoder as it is served under settings.weights. run: measures where nothing else computes.
+    """The decoder as it is served. setting, threads: FORTWO_WEIGHTS and FORTWO_THREADS. run: calls a measurement where
+    nothing else computes.
 
     auto: on a GPU that multiplies bf16, bf16; elsewhere fp32 below SMALL parameters. From there on fp32 is kept, for
     training and as reference, unless another form that is held has the same weights to the last bit; and the fastest
@@ -60,12 +62,12 @@ def serving(
     for is held in bf16 alone, or NF4. Forms are made weight by weight as they are read. Raises InvalidRequest for a
     form that the model or the machine cannot have.
     """
-    setting = alone(config, memory(device)) if settings.weights == "auto" else settings.weights
-    if device.type != "cpu" and setting in (None, "bf16") and multiplies_bf16(device):
+    form = alone(config, memory(device)) if setting == "auto" else setting
+    if device.type != "cpu" and form in (None, "bf16") and multiplies_bf16(device):
         return Decoder(config, weights, device, lambda weight, is_head: dense(weight, torch.bfloat16))
-    if setting is not None and setting != "fp32":
-        return Decoder(config, weights, device, _checked(id, setting))
-    if setting == "fp32" or config.parameters < SMALL or device.type != "cpu":
+    if form is not None and form != "fp32":
+        return Decoder(config, weights, device, _checked(id, form))
+    if form == "fp32" or config.parameters < SMALL or device.type != "cpu":
         return Decoder(config, weights, device)
     fused = Fused(config, weights, device)
     first = [fused.weight(0, group) for group in GROUPS]  # the head is as wide as one of them
@@ -75,17 +77,17 @@ def serving(
         return Decoder(config, weights, device)
     c = config
     shape = (c.layers, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, c.vocabulary, *names)
-    threads = settings.threads or os.cpu_count() or 1
+    threads = threads or os.cpu_count() or 1
     about = f"{processor()} {cpu.identity()} {threads} {shape} {APART}"
     key = hashlib.sha256(about.encode()).hexdigest()[:16]
-    known, bound = Measurements(settings.home), SHARE * memory(device)
-    found = known.all().get(key)
+    bound = SHARE * memory(device)
+    found = measurements.all().get(key)
     if found is None:
         seconds, share = run(lambda: measure(fused, names))
         choice = choose(seconds, _bytes(config, names), bound, keep="fp32")
         if share >= UNDISTURBED * threads:
             plain = {name: dict(by_rows) for name, by_rows in seconds.items()}
-            known.put(key, Measured(id, processor(), threads, plain, choice.table))
+            measurements.put(key, Measured(id, processor(), threads, plain, choice.table))
         else:
             log.warning(
                 "Other programs used the processor while the weight formats of %s were measured: this process "
@@ -194,7 +196,7 @@ def _apart(config: DecoderConfig, name: str, rows: int) -> float:
 
 @torch.no_grad()
 def _seconds(forms: list[Form], widths: list[int], rows: int) -> float:
-    """The fastest of a few passes, since other load can only make one slower."""
+    """Seconds for the products, the minimum of a few runs: other load can only make a run slower."""
     inputs = {width: torch.ones(rows, width) for width in set(widths)}
     spent: list[float] = []
     while len(spent) < 2 or (len(spent) < 5 and sum(spent) < 0.05):

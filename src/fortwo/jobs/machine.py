@@ -101,7 +101,7 @@ def token_seconds(decoder: Decoder) -> float:
 
     part = _beginning(decoder)
     runner = Runner(part)
-    sequences = [Sequence([0] * (ASKED + REPLY), None, kept=False) for _ in range(ROWS)]
+    sequences = [Sequence([0] * (ASKED + REPLY), None, background=True) for _ in range(ROWS)]
     hidden_BD = torch.ones(ROWS, part.config.hidden, device=part.device)
     runner.prefill(sequences)
 

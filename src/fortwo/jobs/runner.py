@@ -47,7 +47,7 @@ from fortwo.train.survey import survey
 if TYPE_CHECKING:
     from fortwo.adapters.store import AdapterStore
     from fortwo.engine.engine import Engine
-    from fortwo.engine.residents import Resident, Residents
+    from fortwo.engine.registry import LoadedModel, ModelRegistry
     from fortwo.hub.catalog import Catalog
 
 log = logging.getLogger(__name__)
@@ -64,20 +64,20 @@ class JobRunner:
         catalog: Catalog,
         adapters: AdapterStore,
         engine: Engine,
-        residents: Residents,
+        registry: ModelRegistry,
         store: JobStore,
         checkpoints: CheckpointStore,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
         self._engine = engine
-        self._residents = residents
+        self._registry = registry
         self._store = store
         self._checkpoints = checkpoints
         self._adapters = adapters
         self._lock = threading.Lock()
         self._trials: dict[str, Trial] = {}  # by the digest of the base
-        self._teacher = Teacher(adapters, engine, residents, store, checkpoints, self._lock)
+        self._teacher = Teacher(adapters, engine, registry, store, checkpoints, self._lock)
         self._turn: Turn | None = None
         self._wake = threading.Event()
         self._closing = False
@@ -237,15 +237,15 @@ class JobRunner:
         counts, suspicions = survey(resident.renderer, plans.training_rows(dataset))
         return dataset, plans.resolve(request, dataset, base, counts, machine, suspicions, parent)
 
-    def _start(self, request: TrainingRequest) -> tuple[Parent | None, Resident]:
+    def _start(self, request: TrainingRequest) -> tuple[Parent | None, LoadedModel]:
         """What the run goes on from, if the request names it, and the base, which then has to be its own."""
         model = self._settings.default_model if request.model is None else request.model
         if request.parent is None:
-            return None, self._residents.load_base(model)
+            return None, self._registry.load_base(model)
         version, parent = parents.find(request.parent, self._adapters)
         if request.model is None:
-            return parent, self._residents.base_of(version)
-        resident = self._residents.load_base(model)
+            return parent, self._registry.base_of(version)
+        resident = self._registry.load_base(model)
         if resident.digest != version.base_digest:
             raise InvalidRequest(
                 f"parent = {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}; "
@@ -324,7 +324,7 @@ class JobRunner:
 
     def _forget(self, job_id: str) -> None:
         """Remove the checkpoints of a job that is done."""
-        self._residents.forget(self._checkpoints.remove(job_id))
+        self._registry.discard(self._checkpoints.remove(job_id))
 
     def _fail(self, job: Job, error: Json, **changes: Any) -> None:
         self._end(job, "failed", Note("failed", error["message"], {"error": error}, "error"), error=error, **changes)

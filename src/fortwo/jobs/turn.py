@@ -26,7 +26,7 @@ from fortwo.train.adapter import lora_config
 if TYPE_CHECKING:
     from fortwo.adapters.store import AdapterStore
     from fortwo.engine.engine import Engine
-    from fortwo.engine.residents import Resident, Residents
+    from fortwo.engine.registry import LoadedModel, ModelRegistry
     from fortwo.engine.tasks import Task
     from fortwo.train.loop import Trained
 
@@ -68,7 +68,7 @@ class Teacher:
         self,
         adapters: AdapterStore,
         engine: Engine,
-        residents: Residents,
+        registry: ModelRegistry,
         store: JobStore,
         checkpoints: CheckpointStore,
         lock: threading.Lock,
@@ -76,7 +76,7 @@ class Teacher:
         """lock: under which a turn's `task` and `end` change."""
         self._adapters = adapters
         self._engine = engine
-        self._residents = residents
+        self._registry = registry
         self._store = store
         self._checkpoints = checkpoints
         self._lock = lock
@@ -88,7 +88,7 @@ class Teacher:
         job = turn.job
         plan = plans.from_json(job.plan)
         dataset = formats.from_json(self._store.dataset(job.id))
-        resident = self._residents.load_base(plan.model)
+        resident = self._registry.load_base(plan.model)
         diary, checkpoint = self._take_up(turn, resident)
         start = plan.get("parent") if checkpoint is None else None
         parent = None if start is None else self._adapters.read(start)[2]
@@ -121,7 +121,7 @@ class Teacher:
             task.cancel()  # when the diary could not be written; a task that is done stays as it ended
         return self._publish(turn, plan, dataset, resident, task.result())
 
-    def _take_up(self, turn: Turn, resident: Resident) -> tuple[Diary, Checkpoint | None]:
+    def _take_up(self, turn: Turn, resident: LoadedModel) -> tuple[Diary, Checkpoint | None]:
         """The newest checkpoint that is whole and of this base, and the diary as it was then; those that are not are
         dropped."""
         job = turn.job
@@ -133,14 +133,14 @@ class Teacher:
             except InvalidAdapter as error:
                 self._store.append_event(job.id, Note("checkpoint", f"Unusable: {error.message}.", level="warn"))
                 self._checkpoints.drop(version)
-                self._residents.forget([version])
+                self._registry.discard([version])
                 continue
             turn.saved = version.version
             self._store.append_event(job.id, Note("checkpoint", f"Going on from step {turn.saved}."))
             return Diary(self._store, job.id, version.manifest["progress"], version.manifest["actual"]), checkpoint
         return Diary(self._store, job.id, begun(job.progress["steps"])), None
 
-    def _keep(self, turn: Turn, checkpoint: Checkpoint, plan: Plan, resident: Resident, diary: Diary) -> None:
+    def _keep(self, turn: Turn, checkpoint: Checkpoint, plan: Plan, resident: LoadedModel, diary: Diary) -> None:
         """Write a checkpoint down. A disk that refuses does not end the run, only a pause."""
         job = turn.job
         manifest = {
@@ -161,12 +161,12 @@ class Teacher:
         else:
             turn.saved = version.version
             note = Note("checkpoint", f"Step {turn.saved} can be chatted with as {version.id}.", {"model": version.id})
-            self._residents.forget(gone)
+            self._registry.discard(gone)
         finally:
             turn.busy = False
         self._store.append_event(job.id, note)
 
-    def _publish(self, turn: Turn, plan: Plan, dataset: Dataset, resident: Resident, trained: Trained) -> Taught:
+    def _publish(self, turn: Turn, plan: Plan, dataset: Dataset, resident: LoadedModel, trained: Trained) -> Taught:
         """Keep what was found, then the adapter; only one that met its targets becomes current."""
         job = turn.job
         metrics = {name: metric.value for name, metric in trained.report.metrics.items()}
@@ -197,7 +197,7 @@ class Teacher:
             manifest,
             current=trained.succeeded,
         )
-        self._residents.publish(version, trained.lora)
+        self._registry.publish(version, trained.lora)
         return Taught(version, None if trained.succeeded else _missed(plan, metrics, diagnosis))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fortwo.facts.lesson import OWN_SHARE, RIVALS, trained_rehearsal
+from fortwo.prompts import MAX_RUNNING
 from fortwo.train.recipes import (
     EXAM_QUESTIONS,
     REPLY_TOKENS,
@@ -31,7 +32,6 @@ LOOSE = 1.05  # memory that a step's tensors, whose sizes change, take to what t
 MICRO_TOKENS = 1280  # of a micro-step beyond the prefix, unless the request says otherwise
 WORTHWHILE = 1.1  # how many times as fast as fp32 training in bf16 must be to be chosen
 PASSES = 3  # of a token that is trained on, to one that is only read: backward is two
-TOGETHER = 96  # replies that run at once
 ROW_TOKENS = 128  # of the smallest row of the cache
 ROWS_MADE = 1.5  # rows that the cache makes, to those in use
 
@@ -287,9 +287,9 @@ def memory(
 def reply_tokens(counts: TokenCounts, sft: bool) -> int:
     """Tokens that the cache has room for while an exam is answered: as many replies as run at once, in rows of doubled
     length."""
-    asked, reply = _sft_replies(counts) if sft else (TOGETHER, _reply(counts))
+    asked, reply = _sft_replies(counts) if sft else (MAX_RUNNING, _reply(counts))
     longest = max(row.prompt for row in counts.rows) + reply
-    return round(ROWS_MADE * min(TOGETHER, asked)) * max(ROW_TOKENS, 1 << math.ceil(math.log2(longest)))
+    return round(ROWS_MADE * min(MAX_RUNNING, asked)) * max(ROW_TOKENS, 1 << math.ceil(math.log2(longest)))
 
 
 def duration(seconds: float) -> str:

@@ -23,7 +23,7 @@ from fortwo.facts.subject import holds
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora, Segment
 from fortwo.nn.packing import PackedAttention, common_prefix, pack
-from fortwo.prompts import NOT_NUMBERS, Generation, Prompt, Sampling, Serving
+from fortwo.prompts import NON_FINITE_LOGITS, Generation, Prompt, Sampling, Serving
 from fortwo.records import (
     Example,
     Fact,
@@ -94,14 +94,14 @@ class Served:
         said = self.known if adapter is None else {}
         began = time.perf_counter()
         asked = {
-            prompt: self.serving.submit(Prompt(self.base, prompt, adapter, sampling, kept=False))
+            prompt: self.serving.submit(Prompt(self.base, prompt, adapter, sampling, background=True))
             for prompt in dict.fromkeys(prompts)
             if (prompt, tokens) not in said
         }
         while not all(reply.done for reply in asked.values()):
             yield Waiting()
         for prompt, reply in asked.items():
-            if adapter is not None and reply.error == NOT_NUMBERS:
+            if adapter is not None and reply.error == NON_FINITE_LOGITS:
                 raise diverged("after the last step the adapter's logits are nan or infinite")
             said[prompt, tokens] = Said(reply.wait(), tuple(reply.tokens))  # or raises what ended it
         self.pace.tokens += sum(len(reply.tokens) for reply in asked.values())
