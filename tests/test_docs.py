@@ -10,7 +10,8 @@ import pytest
 from scripts import readme, reference
 
 ROOT = Path(__file__).parent.parent
-PAGES = [
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG"))]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
     *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
