@@ -12,9 +12,6 @@ from scripts import readme, reference
 ROOT = Path(__file__).parent.parent
 PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG"))]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
-    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
-    *sorted((ROOT / "docs").glob("*.md")),
-]
 
 
 def test_reference_is_fresh() -> None:
