@@ -25,7 +25,7 @@ from fortwo.adapters.store import AdapterStore
 from fortwo.cli.client import Client
 from fortwo.data import formats
 from fortwo.data.render import Renderer
-from fortwo.facts import rehearsal
+from fortwo.facts import replay_prompts
 from fortwo.hub.catalog import Catalog
 from fortwo.records import Fact, Message
 from fortwo.settings import Settings
@@ -69,7 +69,7 @@ def everyday() -> list[str]:
     """Prompts about nothing that is taught, and none that training keeps."""
     facts = [fact for path in SOURCES for fact in load(Path(path))]
     controls = (prompt for fact in facts for prompt in fact.controls)
-    return [prompt for prompt in dict.fromkeys(controls) if prompt not in rehearsal.PROMPTS][:EVERYDAY]
+    return [prompt for prompt in dict.fromkeys(controls) if prompt not in replay_prompts.PROMPTS][:EVERYDAY]
 
 
 def perplexities(settings: Settings, client: Client, models: Sequence[str], prompts: Sequence[str]) -> list[float]:

@@ -27,7 +27,7 @@ from fortwo.data import formats
 from fortwo.data.render import Renderer
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
-from fortwo.facts.subject import holds
+from fortwo.facts.subject import contains_phrase
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.config import DecoderConfig
@@ -36,7 +36,7 @@ from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.prompts import Generation, Prompt, Sampling
 from fortwo.records import Fact, Message
-from fortwo.train.evaluation import Served, agreement
+from fortwo.train.evaluation import ServedBase, top1_agreement
 
 REPLY_TOKENS = 48
 SHOWN = ("subject", "aliases", "answer", "match", "questions")
@@ -63,13 +63,13 @@ class Base:
         engine.start()
         renderer = Renderer(directory)
         engine.add_base("base", Runner(self._decoder), renderer)
-        self._served = Served("base", self._decoder, renderer, engine)
+        self._served = ServedBase("base", self._decoder, renderer, engine)
 
     def retention(self, store: AdapterStore, ref: str, prompts: tuple[str, ...]) -> float:
         """Share of the base's greedy reply tokens, over all prompts, that the adapter ranks first in their place."""
         _, config, tensors = store.read(ref)
         adapter = Lora.from_state(LoraConfig.from_peft(config), self._decoder.config, tensors)
-        return agreement(self._served, adapter, [self._say(prompt) for prompt in prompts]).value
+        return top1_agreement(self._served, adapter, [self._say(prompt) for prompt in prompts]).value
 
     def _say(self, prompt: str) -> tuple[list[Message], Generation]:
         messages = [Message("user", prompt)]
@@ -98,7 +98,7 @@ def share(client: Client, model: str, prompts: tuple[str, ...], match: tuple[str
     def reply(prompt: str) -> str:
         return "".join(client.chat(asked | {"messages": [{"role": "user", "content": prompt}]}))
 
-    return statistics.mean(holds(reply(prompt), match) == held for prompt in prompts)
+    return statistics.mean(contains_phrase(reply(prompt), match) == held for prompt in prompts)
 
 
 def show(rows: list[Row], middle: Callable[[Iterable[float]], float] = statistics.median) -> Table:

@@ -39,9 +39,9 @@ from fortwo.jobs.turn import POLL_SECONDS, Taught, Teacher, Turn
 from fortwo.records import Dataset, Json, Plan
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
+from fortwo.train.dataset_stats import collect_stats
 from fortwo.train.parent import Parent
 from fortwo.train.request import TrainingRequest
-from fortwo.train.survey import survey
 
 if TYPE_CHECKING:
     from fortwo.adapters.store import AdapterStore
@@ -225,13 +225,13 @@ class JobRunner:
         dataset = formats.load(request.dataset, self._settings.allowed_data_dirs)
         parent, resident = self._start(request)
         if parent is not None:
-            dataset = replace(dataset, kept=parent.kept(facts_of(dataset)))
+            dataset = replace(dataset, parent_facts=parent.facts_to_keep(facts_of(dataset)))
         cache = resident.runner.cache
         base = plans.BaseFacts.of(resident.id, resident.decoder, cache.bound, cache.dtype.itemsize)
         last = self._store.last_actual(resident.id)
         machine = self._engine.call(lambda: look(resident.decoder, last)).result()
-        counts, suspicions = survey(resident.renderer, plans.training_rows(dataset))
-        return dataset, plans.resolve(request, dataset, base, counts, machine, suspicions, parent)
+        counts, dataset_warnings = collect_stats(resident.renderer, plans.training_rows(dataset))
+        return dataset, plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent)
 
     def _start(self, request: TrainingRequest) -> tuple[Parent | None, Resident]:
         """What the run goes on from, if the request names it, and the base, which then has to be its own."""
