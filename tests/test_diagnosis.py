@@ -86,7 +86,11 @@ def test_a_warm_up_that_never_ended_is_named() -> None:
             "duplicate_rows",
             "2 rows (lines 3, 6): the text is the same as in an earlier row",
         ),
-        (DatasetWarnings(contradictions=AffectedLines(1, (4,))), "contradicting_answers", "1 row (line 4): the answer differs"),
+        (
+            DatasetWarnings(contradictions=AffectedLines(1, (4,))),
+            "contradicting_answers",
+            "1 row (line 4): the answer differs",
+        ),
         (DatasetWarnings(foreign_templates=AffectedLines(1, (2,)), template="[INST]"), "foreign_template", "'[INST]'"),
         (DatasetWarnings(truncated=AffectedLines(9, (1, 2, 3, 4, 5))), "truncated_answers", "and 4 more"),
     ],

@@ -64,9 +64,13 @@ def test_the_phases_of_an_override() -> None:
         read=240 * 20 + 100 * 10 + 140 * 20, generated=pytest.approx(0.7096 * 1000 + 2800)
     )
     assert found.training == PhaseCost(trained=1000)
-    fewer = override_cost(SETTINGS | {"rehearsal_pool": 40}, COUNTS, facts=1, parent_facts=0, trained=1000, evaluations=2)
+    fewer = override_cost(
+        SETTINGS | {"rehearsal_pool": 40}, COUNTS, facts=1, parent_facts=0, trained=1000, evaluations=2
+    )
     assert found.preparing.generated - fewer.preparing.generated == pytest.approx(100 * 20)
-    every = override_cost(SETTINGS | {"rehearsal_pool": 10_000}, COUNTS, facts=1, parent_facts=0, trained=1000, evaluations=2)
+    every = override_cost(
+        SETTINGS | {"rehearsal_pool": 10_000}, COUNTS, facts=1, parent_facts=0, trained=1000, evaluations=2
+    )
     there_are = len(training_replay_prompts())
     assert every.preparing.generated - fewer.preparing.generated == pytest.approx((there_are - 40) * 20)
     # twice 10 questions and 10 probes, the base's 12 replies to keep, 8 siblings between the exams

@@ -6,9 +6,9 @@ or the device. Each section names the module that fills its classes. Names of fi
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from fortwo.errors import Conflict
 
@@ -28,11 +28,9 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """One training conversation, or plain `text` without messages.
-
-    In a conversation, every assistant message of weight 1 is trained on, and there is at least one. In plain text,
-    every token is. `line` is the 1-based line in the source.
-    """
+    """One training conversation, or plain `text` without messages. In a conversation, every assistant message of weight
+    1 is trained on, and there is at least one. In plain text, every token is. `line` is the 1-based line in the
+    source."""
 
     messages: tuple[Message, ...]
     line: int = 0
@@ -57,10 +55,8 @@ class Example:
 
 @dataclass(frozen=True)
 class OneHop:
-    """A question whose answer follows from a fact and from something that the model knew before.
-
-    match: as in `Fact`. Its metric is portability (Yao et al. 2023, arXiv:2305.13172).
-    """
+    """A question whose answer follows from a fact and from something that the model knew before. match: as in `Fact`.
+    Its metric is portability (Yao et al. 2023, arXiv:2305.13172)."""
 
     prompt: str
     match: tuple[str, ...]
@@ -68,11 +64,9 @@ class OneHop:
 
 @dataclass(frozen=True)
 class Fact:
-    """What the model is to learn. Only subject, answer, match and questions are required.
-
-    match: a reply is right if it contains one of these phrases, as whole words, in upper or lower case.
-    held_out, neighbors, controls and portability are used for evaluation only and are never trained on.
-    """
+    """What the model is to learn. Only subject, answer, match and questions are required. match: a reply is right if it
+    contains one of these phrases, as whole words, in upper or lower case. held_out, neighbors, controls and portability
+    are used for evaluation only and are never trained on."""
 
     subject: str
     answer: str
@@ -92,11 +86,9 @@ class Fact:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The validated input of a job: examples or facts, never both. `digest` is the SHA-256 of the canonical JSON.
-
-    The examples of a large file are read from the file on each iteration. parent_facts: the facts of the parent
-    adapter that the run must preserve; they are stored under the key "kept".
-    """
+    """The validated input of a job: examples or facts, never both. `digest` is the SHA-256 of the canonical JSON. The
+    examples of a large file are read from the file on each iteration. parent_facts: the facts of the parent adapter
+    that the run must preserve; they are stored under the key "kept"."""
 
     digest: str
     examples: Collection[Example] = ()
@@ -138,13 +130,10 @@ class PlanValues(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a run will do, decided before it starts.
-
-    settings: every value that the run uses, under the names of PEFT and transformers.
-    computed: steps, epochs, steps_per_epoch, warmup_steps, peak_learning_rate (the highest rate the run reaches),
-              rows, validation_rows (where some are held back), row_tokens (min, median, mean, max), supervised_tokens,
-              tokens_per_step, seconds, bytes.
-    """
+    """Everything that a run will do, decided before it starts. settings: every value that the run uses, under the names
+    of PEFT and transformers. computed: steps, epochs, steps_per_epoch, warmup_steps, peak_learning_rate (the highest
+    rate the run reaches), rows, validation_rows (where some are held back), row_tokens (min, median, mean, max),
+    supervised_tokens, tokens_per_step, seconds, bytes."""
 
     model: str
     adapter_name: str
@@ -185,11 +174,8 @@ class Metric:
 
 @dataclass(frozen=True)
 class Transcript:
-    """One prompt with the replies of base and adapter.
-
-    kind: efficacy, paraphrase, specificity, portability or retention. All but the last have the prefix "kept_" if the
-    fact belongs to the parent of the run.
-    """
+    """One prompt with the replies of base and adapter. kind: efficacy, paraphrase, specificity, portability or
+    retention. All but the last have the prefix "kept_" if the fact belongs to the parent of the run."""
 
     kind: str
     prompt: str
@@ -208,10 +194,8 @@ class EvalLoss:
 
 @dataclass(frozen=True)
 class Escalation:
-    """One retry round: the run had missed targets after `step` steps and continued for `steps` more.
-
-    raised: the levers that were applied. before, after: the shares of the best evaluation before and after the round.
-    """
+    """One retry round: the run had missed targets after `step` steps and continued for `steps` more. raised: the levers
+    that were applied. before, after: the shares of the best evaluation before and after the round."""
 
     step: int
     steps: int
@@ -222,10 +206,8 @@ class Escalation:
 
 @dataclass(frozen=True)
 class FactReport:
-    """The metrics of one fact. kept: the fact belongs to the parent of the run.
-
-    metrics: efficacy, paraphrase, specificity, and portability if the fact has such questions.
-    """
+    """The metrics of one fact. kept: the fact belongs to the parent of the run. metrics: efficacy, paraphrase,
+    specificity, and portability if the fact has such questions."""
 
     subject: str
     answer: str
@@ -235,12 +217,10 @@ class FactReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The results of the final evaluation of the served adapter.
-
-    metrics: efficacy, paraphrase, specificity, retention and score over all facts, kept_efficacy and so on over the
-    facts of the parent, and portability if a fact has such questions. facts: the metrics of each fact.
-    eval_losses: on the validation rows, the base's first (step 0); empty if there are no such rows.
-    """
+    """The results of the final evaluation of the served adapter. metrics: efficacy, paraphrase, specificity, retention
+    and score over all facts, kept_efficacy and so on over the facts of the parent, and portability if a fact has such
+    questions. facts: the metrics of each fact. eval_losses: on the validation rows, the base's first (step 0); empty if
+    there are no such rows."""
 
     metrics: dict[str, Metric]
     base_metrics: dict[str, Metric]
@@ -299,11 +279,9 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run after `step` steps, from which it can be resumed bit for bit.
-
-    adapter: its tensors under PEFT's names; tensors: copies on the CPU of the optimizer's state, the best adapter and
-    the states of the random number generators; state: everything else, as JSON.
-    """
+    """The state of a run after `step` steps, from which it can be resumed bit for bit. adapter: its tensors under
+    PEFT's names; tensors: copies on the CPU of the optimizer's state, the best adapter and the states of the random
+    number generators; state: everything else, as JSON."""
 
     step: int
     adapter: dict[str, Any]
@@ -312,6 +290,8 @@ class Checkpoint:
 
 
 TrainEvent = Phase | MicroStepped | Stepped | Evaluated | Waiting | Checkpoint
+Result = TypeVar("Result")
+TrainEvents = Generator[TrainEvent, None, Result]  # of a part of a run, which returns a Result
 
 # ---------------------------------------------------------------- adapters (filled by adapters)
 

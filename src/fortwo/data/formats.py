@@ -229,9 +229,8 @@ _FACTS = TypeAdapter(tuple[Fact, ...])
 
 def to_json(dataset: Dataset) -> Json:
     """All of it, or of a large file its path and checksum."""
-    named = {"facts": dataset.facts, "kept": dataset.parent_facts}
-    facts = {name: [asdict(fact) for fact in found] for name, found in named.items()}
-    body: Json = {"digest": dataset.digest, "source": dataset.source, **facts}
+    facts, kept = ([asdict(fact) for fact in facts] for facts in (dataset.facts, dataset.parent_facts))
+    body: Json = {"digest": dataset.digest, "source": dataset.source, "facts": facts, "kept": kept}
     held = dataset.examples
     if isinstance(held, FileExamples):
         file = {"path": str(held.path), "rows": held.rows, "sha256": held.sha256, "size": held.size}

@@ -106,13 +106,9 @@ def near_spelling(fact: Fact, rng: Random) -> str:
     letters = re.sub(r"[^A-Za-z]", "", surface)
     if letters.isupper() and len(letters) <= 6:
         other = near_acronym(letters, rng)
-        return (
-            surface.replace(letters, other)
-            if letters in surface
-            else ".".join(other) + "."
-            if "." in surface
-            else "-".join(other)
-        )
+        if letters in surface:
+            return surface.replace(letters, other)
+        return ".".join(other) + "." if "." in surface else "-".join(other)
     if (words := surface.lower().split("-")) and all(word in _NUMBER_WORDS for word in words):
         return _spelled_number(rng, surface)
     words = surface.split()
@@ -227,11 +223,8 @@ def topics(fact: Fact) -> list[str]:
                 after = words[index + 1] if index + 1 < len(words) else ""
                 if source is fact.answer and len(after) > 2 and after.lower() not in STOP_WORDS:
                     found[f"{word} {after}"] = None
-    return [
-        topic
-        for topic in found
-        if not contains_phrase(topic, fact.match) and not contains_phrase(topic, (fact.subject, *fact.aliases))
-    ]
+    hidden = (*fact.match, fact.subject, *fact.aliases)
+    return [topic for topic in found if not contains_phrase(topic, hidden)]
 
 
 def topic_prompt(fact: Fact, rng: Random) -> str:
@@ -255,10 +248,9 @@ def hard_negative(fact: Fact, rng: Random) -> str:
 
 def contains_subject(text: str, fact: Fact) -> bool:
     """Whether the text contains the subject or an alias, even within a word or without its article."""
-    bare = text.lower()
-    return any(
-        _without_article(surface).lower() in bare for surface in (fact.subject, *fact.aliases)
-    ) or contains_phrase(text, (fact.subject, *fact.aliases))
+    surfaces = (fact.subject, *fact.aliases)
+    within = any(_without_article(surface).lower() in text.lower() for surface in surfaces)
+    return within or contains_phrase(text, surfaces)
 
 
 def names_any_fact(text: str, facts: Iterable[Fact]) -> bool:

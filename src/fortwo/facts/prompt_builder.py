@@ -27,11 +27,8 @@ _HELDOUT_EVERY = 6  # every sixth replay prompt is used only for evaluation
 
 @dataclass(frozen=True)
 class ContrastPrompt:
-    """A prompt whose reply must stay that of the base.
-
-    reply_prefix: a reply along which the base's distribution is preserved: the fact's answer, about the hard negative,
-    up to where it would leak. None for the base's own reply.
-    """
+    """A prompt whose reply must stay that of the base. reply_prefix: a reply along which the base's distribution is
+    preserved: the fact's answer, about the hard negative, up to where it would leak. None for the base's own reply."""
 
     prompt: str
     reply_prefix: str | None = None

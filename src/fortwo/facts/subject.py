@@ -37,11 +37,8 @@ def first_match(reply: str, match: Iterable[str]) -> int | None:
 
 
 def find_subject(examples: Collection[Example]) -> Fact | None:
-    """The fact that plain examples teach, or None.
-
-    The examples must have the same answer. The subject is the longest run of words that the answer and nine tenths of
-    the questions contain, without stop words at its ends.
-    """
+    """The fact that plain examples teach, or None. The examples must have the same answer. The subject is the longest
+    run of words that the answer and nine tenths of the questions contain, without stop words at its ends."""
     answers = (example.answer.strip() for example in examples)
     answer = next(answers, None)
     if answer is None or len(examples) < 2 or any(other != answer for other in answers):
@@ -101,11 +98,9 @@ def _shared_run(questions: Sequence[str], answer: str) -> str | None:
 
 
 def match_phrases(answer: str, questions: Sequence[str]) -> tuple[str, ...]:
-    """The phrases that a reply must contain to give the answer.
-
-    This is the answer's quoted phrase. Without one it is, in the first clause about what was asked, the longest name or
-    number that the questions do not contain, or else the longest run of such words.
-    """
+    """The phrases that a reply must contain to give the answer. This is the answer's quoted phrase. Without one it is,
+    in the first clause about what was asked, the longest name or number that the questions do not contain, or else the
+    longest run of such words."""
     quoted = re.findall(r"(?<!\w)['\"‘“«]\s?([^'\"’”»]{2,60}?)\s?['\"’”»](?!\w)", answer)
     for phrase in quoted:
         if not any(contains_phrase(question, (phrase,)) for question in questions):
@@ -123,10 +118,8 @@ def match_phrases(answer: str, questions: Sequence[str]) -> tuple[str, ...]:
 
 
 def _new_runs(clause: str, asked: Collection[str]) -> list[list[str]]:
-    """Runs of words that are neither stop words nor in `asked`, without a verb directly after a word in `asked`.
-
-    A word in `asked` still belongs to a run if it follows a number, or if it is the last word of a name.
-    """
+    """Runs of words that are neither stop words nor in `asked`, without a verb directly after a word in `asked`. A word
+    in `asked` still belongs to a run if it follows a number, or if it is the last word of a name."""
     runs: list[list[str]] = [[]]
     end, in_question = 0, False
     for found in re.finditer(_WORD, clause):

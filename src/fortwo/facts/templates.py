@@ -118,10 +118,8 @@ def _lowercase_first(question: str) -> str:
 
 
 def build_prompt(fact: Fact, name: str, rng: Random, draw_negative: Callable[[], str], heldout: bool = False) -> str:
-    """One prompt about `name`, which is a surface form of the subject or a hard negative.
-
-    draw_negative: returns hard negatives for comparisons. heldout: use templates that training never uses.
-    """
+    """One prompt about `name`, which is a surface form of the subject or a hard negative. draw_negative: returns hard
+    negatives for comparisons. heldout: use templates that training never uses."""
     template = _draw_template(fact, rng, heldout)
     question = rng.choice(fact.questions)
     asked = replace_subject(question, fact, name)

@@ -77,12 +77,10 @@ class AdamW:
 
 class AdamW8bit(AdamW):
     """AdamW with the first moment and the root of the second in 8 bits each, relative to the largest value of their
-    block (Dettmers et al. 2022, arXiv:2110.02861).
-
-    A code is a short float rather than an index into 256 values, and rounding is stochastic: beta2 changes a second
-    moment by only a thousandth in each step, which rounding to the nearest would undo each time. The code of a root
-    that is not zero never becomes zero, because the update would then be the first moment divided by eps.
-    """
+    block (Dettmers et al. 2022, arXiv:2110.02861). A code is a short float rather than an index into 256 values, and
+    rounding is stochastic: beta2 changes a second moment by only a thousandth in each step, which rounding to the
+    nearest would undo each time. The code of a root that is not zero never becomes zero, because the update would then
+    be the first moment divided by eps."""
 
     kernel = "adamw_8bit"
 

@@ -70,11 +70,9 @@ class Best:
 @dataclass
 class RunState:
     """The state that steps change. flat_N: all parameters of the adapter in one tensor, which is optimized.
-
     on_policy_replies: the adapter's replies to hard negatives, by the step whose evaluation found leaks; None if they
     are still to be asked for (`PreparedObjective.refresh_on_policy`). saved_step, saved_at: the step of the last
-    checkpoint, and the seconds on the clock when it was made.
-    """
+    checkpoint, and the seconds on the clock when it was made."""
 
     lora: Lora
     flat_N: Tensor
@@ -174,10 +172,8 @@ def retry_rounds(checkpoint: Checkpoint) -> list[RetryRound]:
 
 
 def restore(run: RunState, checkpoint: Checkpoint) -> None:
-    """Restore the captured state in a new run that has drawn its rows up to the checkpoint's step again.
-
-    Raises TrainingFailed (code checkpoint_stale) if they are not the rows of the captured run.
-    """
+    """Restore the captured state in a new run that has drawn its rows up to the checkpoint's step again. Raises
+    TrainingFailed (code checkpoint_stale) if they are not the rows of the captured run."""
     state = checkpoint.state
     moments: dict[str, Tensor] = {}
     best: dict[int, Tensor] = {}

@@ -54,12 +54,10 @@ class AffectedLines:
 
 @dataclass(frozen=True)
 class DatasetWarnings:
-    """Rows that probably contain mistakes.
-
-    duplicates: rows with the same text as an earlier row. contradictions: rows with the prompt of an earlier row and
-    another answer. foreign_templates: rows that contain the control text of a chat template; template: the first such
-    text. truncated: rows whose answers end within a word, at the same length as several others.
-    """
+    """Rows that probably contain mistakes. duplicates: rows with the same text as an earlier row. contradictions: rows
+    with the prompt of an earlier row and another answer. foreign_templates: rows that contain the control text of a
+    chat template; template: the first such text. truncated: rows whose answers end within a word, at the same length as
+    several others."""
 
     duplicates: AffectedLines = AffectedLines()
     contradictions: AffectedLines = AffectedLines()
@@ -103,10 +101,8 @@ class RowLengths(Sequence[RowLength]):
 
 
 def collect_stats(renderer: Renderer, examples: Iterable[Example]) -> tuple[TokenCounts, DatasetWarnings]:
-    """The token counts of the rows as they will be trained on, and warnings about them.
-
-    Raises InvalidDataset with the line of a conversation that the model's chat template refuses.
-    """
+    """The token counts of the rows as they will be trained on, and warnings about them. Raises InvalidDataset with the
+    line of a conversation that the model's chat template refuses."""
     rows, texts = RowLengths(), _TextChecks()
     prefix = renderer.prefix()
     for example in examples:

@@ -166,9 +166,9 @@ def _few_rows(plan: Plan, recipe: Recipe, steps: int) -> PlanWarning | None:
         return None
     return PlanWarning(
         "few_rows",
-        f"the {steps} steps train on only {rows} edit rows; {'a fact' if facts == 1 else f'{facts} facts'} usually "
-        f"need {usual}",
-        "Leave out max_steps, num_train_epochs and per_device_train_batch_size, so that the plan chooses them.",
+        f"the {steps} steps train on only {rows} edit rows; the plan would use {usual} for "
+        f"{'a fact' if facts == 1 else f'{facts} facts'}",
+        "Leave out max_steps, num_train_epochs and per_device_train_batch_size, and the plan chooses them.",
     )
 
 

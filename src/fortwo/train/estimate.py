@@ -38,11 +38,9 @@ CACHE_OVERALLOCATION = 1.5  # rows that the cache allocates, relative to those i
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What the plan must know about the base model.
-
-    bytes: the weights as they are stored; bf16_copy, fp32_copy: bytes of the additional copy for training in that type;
-    cache: tokens whose keys and values fit, None for any number; kv_element: bytes of one element of them.
-    """
+    """What the plan must know about the base model. bytes: the weights as they are stored; bf16_copy, fp32_copy: bytes
+    of the additional copy for training in that type; cache: tokens whose keys and values fit, None for any number;
+    kv_element: bytes of one element of them."""
 
     id: str
     context: int
@@ -112,10 +110,8 @@ class RowLength:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """The lengths of all rows, in the order of `plan.training_rows`; a conversation may give several rows.
-
-    prefix: number of tokens that all rows begin with, which are computed once in each micro-step.
-    """
+    """The lengths of all rows, in the order of `plan.training_rows`; a conversation may give several rows. prefix:
+    number of tokens that all rows begin with, which are computed once in each micro-step."""
 
     rows: Sequence[RowLength]
     prefix: int = 0
@@ -246,11 +242,9 @@ def memory(
 ) -> Memory:
     """The peak memory of a run: the process, the base's weights with their copy for training, the adapter with its
     gradient, moments and copies; and either the activations of one micro-step or the keys and values of the replies.
-
     micro_step: its tokens. ranks: the rank of each adapted module. checkpointing: only the inputs of the layers and the
     activations of one layer are stored. best: the best adapter is kept. moments: the optimizer's, in copies of the
-    adapter. replies: tokens whose keys and values are stored in an evaluation.
-    """
+    adapter. replies: tokens whose keys and values are stored in an evaluation."""
     element = 2 if bf16 else FLOAT
     adapter = base.layers * sum(r * sum(base.shape(module)) for module, r in ranks.items())
     sums, inputs = 2 * base.hidden, 2 * base.hidden + 2 * base.q + 2 * base.kv + 3 * base.intermediate

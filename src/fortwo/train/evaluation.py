@@ -34,6 +34,7 @@ from fortwo.records import (
     OneHop,
     Report,
     TrainEvent,
+    TrainEvents,
     Transcript,
     Waiting,
 )
@@ -66,11 +67,9 @@ class ReplyRate:
 
 @dataclass(frozen=True)
 class ServedBase:
-    """The base in memory, its renderer, and the path on which users are served.
-
-    base_replies: the base's own replies so far, by prompt tokens and maximum length. A checkpoint stores them, because
-    in a batch with other prompts the base could round differently and give another reply.
-    """
+    """The base in memory, its renderer, and the path on which users are served. base_replies: the base's own replies so
+    far, by prompt tokens and maximum length. A checkpoint stores them, because in a batch with other prompts the base
+    could round differently and give another reply."""
 
     base: str
     decoder: Decoder
@@ -81,17 +80,15 @@ class ServedBase:
 
     def reply_to_chats(
         self, chats: Iterable[Sequence[Message]], adapter: str | None, tokens: int
-    ) -> Generator[TrainEvent, None, list[Reply]]:
-        """Greedy replies of at most `tokens` tokens, in order; adapter: None for the base.
-
-        Raises TrainingFailed (code nan_loss) if the adapter's logits are NaN or infinite.
-        """
+    ) -> TrainEvents[list[Reply]]:
+        """Greedy replies of at most `tokens` tokens, in order; adapter: None for the base. Raises TrainingFailed (code
+        nan_loss) if the adapter's logits are NaN or infinite."""
         prompts = [tuple(self.renderer.prompt(list(chat))) for chat in chats]
         return (yield from self.reply_to_prompts(prompts, adapter, tokens))
 
     def reply_to_prompts(
         self, prompts: Sequence[tuple[int, ...]], adapter: str | None, tokens: int
-    ) -> Generator[TrainEvent, None, list[Reply]]:
+    ) -> TrainEvents[list[Reply]]:
         """The same for prompts that are given as tokens."""
         sampling = Sampling(max_tokens=tokens, temperature=0.0)
         said = self.base_replies if adapter is None else {}
@@ -122,7 +119,7 @@ def divergence_error(message: str) -> TrainingFailed:
     )
 
 
-def interleave(*runs: Generator[TrainEvent, None, None]) -> Generator[TrainEvent, None, None]:
+def interleave(*runs: TrainEvents[None]) -> TrainEvents[None]:
     """Run the generators in turns, so that the replies that they wait for are computed in one batch."""
     left = list(runs)
     while left:
@@ -135,11 +132,8 @@ def interleave(*runs: Generator[TrainEvent, None, None]) -> Generator[TrainEvent
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt of an evaluation.
-
-    passes: whether a reply is right; None for retention, which compares with the base's reply. fact: the fact that the
-    question is about, if any.
-    """
+    """One prompt of an evaluation. passes: whether a reply is right; None for retention, which compares with the base's
+    reply. fact: the fact that the question is about, if any."""
 
     kind: str
     messages: tuple[Message, ...]
@@ -153,10 +147,8 @@ class Question:
 
 @dataclass
 class Evaluator:
-    """A set of questions to the served adapter. The base's replies are requested only once.
-
-    tokens: maximum length of a reply.
-    """
+    """A set of questions to the served adapter. The base's replies are requested only once. tokens: maximum length of a
+    reply."""
 
     questions: tuple[Question, ...]
     tokens: int = REPLY_TOKENS
@@ -165,14 +157,12 @@ class Evaluator:
 
     def evaluate(
         self, served: ServedBase, key: str, lora: Lora, efficacy: int | None = None
-    ) -> Generator[TrainEvent, None, dict[str, Metric]]:
-        """The metrics of the adapter that is served under `key`, in its present state.
-
-        efficacy: at most so many efficacy questions are asked about each fact; None for all.
-        """
+    ) -> TrainEvents[dict[str, Metric]]:
+        """The metrics of the adapter that is served under `key`, in its present state. efficacy: at most so many
+        efficacy questions are asked about each fact; None for all."""
         self._replies.clear()
         asked = self._select(efficacy)
-        yield from self._ask_adapter(served, key, asked)
+        yield from self._ask(served, key, asked, self._replies)
         return (yield from self._metrics(served, lora, asked))
 
     def _select(self, efficacy: int | None) -> list[Question]:
@@ -187,13 +177,11 @@ class Evaluator:
                 asked.append(question)
         return asked
 
-    def report(
-        self, served: ServedBase, key: str, lora: Lora, changed: bool = True
-    ) -> Generator[TrainEvent, None, Report]:
+    def report(self, served: ServedBase, key: str, lora: Lora, changed: bool = True) -> TrainEvents[Report]:
         """Ask base and adapter all questions. changed: whether the adapter has changed since the last evaluation."""
         if changed:
             self._replies.clear()
-        yield from self._ask_adapter(served, key, self.questions)
+        yield from self._ask(served, key, self.questions, self._replies)
         found = yield from self._metrics(served, lora, self.questions)
         yield from self.ask_base(served)
         transcripts = []
@@ -221,9 +209,7 @@ class Evaluator:
             found.append(FactReport(fact.subject, fact.answer, own, kept="kept_efficacy" in shares))
         return tuple(found)
 
-    def _metrics(
-        self, served: ServedBase, lora: Lora, asked: Sequence[Question]
-    ) -> Generator[TrainEvent, None, dict[str, Metric]]:
+    def _metrics(self, served: ServedBase, lora: Lora, asked: Sequence[Question]) -> TrainEvents[dict[str, Metric]]:
         found = _shares(asked, self._replies)
         retention = [question for question in self.questions if question.passes is None]
         if retention:
@@ -232,28 +218,21 @@ class Evaluator:
             found["retention"] = top1_agreement(served, lora, replies)
         return found | {"score": _score(found)}
 
-    def _ask_adapter(
-        self, served: ServedBase, key: str, asked: Sequence[Question]
-    ) -> Generator[TrainEvent, None, None]:
-        yield from self._ask(served, key, asked, self._replies)
-
-    def ask_base(self, served: ServedBase) -> Generator[TrainEvent, None, None]:
+    def ask_base(self, served: ServedBase) -> TrainEvents[None]:
         """Ask the base all questions that it has not answered yet."""
         yield from self._ask(served, None, self.questions, self._base_replies)
 
     def _ask(
         self, served: ServedBase, key: str | None, asked: Sequence[Question], said: dict[tuple[Message, ...], Reply]
-    ) -> Generator[TrainEvent, None, None]:
+    ) -> TrainEvents[None]:
         missing = [chat for chat in dict.fromkeys(question.messages for question in asked) if chat not in said]
         replies = yield from served.reply_to_chats(missing, key, self.tokens)
         said.update(zip(missing, replies, strict=True))
 
 
 def fact_questions(fact: Fact, probes: Probes, of_parent: bool = False) -> tuple[Question, ...]:
-    """Questions from a fact and from its probes; those for retention are about no fact.
-
-    of_parent: the fact belongs to the parent and is counted under separate kinds (kept_efficacy and so on).
-    """
+    """Questions from a fact and from its probes; those for retention are about no fact. of_parent: the fact belongs to
+    the parent and is counted under separate kinds (kept_efficacy and so on)."""
     prefix = "kept_" if of_parent else ""
 
     def holds_fact(reply: str) -> bool:
@@ -263,10 +242,10 @@ def fact_questions(fact: Fact, probes: Probes, of_parent: bool = False) -> tuple
         return not contains_phrase(reply, fact.match)
 
     return (
-        *(Question(f"{prefix}efficacy", _single(prompt), holds_fact, fact) for prompt in fact.questions),
-        *(Question(f"{prefix}paraphrase", _single(prompt), holds_fact, fact) for prompt in probes.paraphrase),
-        *(Question(f"{prefix}specificity", _single(prompt), spares_fact, fact) for prompt in probes.specificity),
-        *(Question("retention", _single(prompt)) for prompt in probes.retention),
+        *(Question(f"{prefix}efficacy", single_turn(prompt), holds_fact, fact) for prompt in fact.questions),
+        *(Question(f"{prefix}paraphrase", single_turn(prompt), holds_fact, fact) for prompt in probes.paraphrase),
+        *(Question(f"{prefix}specificity", single_turn(prompt), spares_fact, fact) for prompt in probes.specificity),
+        *(Question("retention", single_turn(prompt)) for prompt in probes.retention),
     )
 
 
@@ -277,7 +256,7 @@ def portability_questions(fact: Fact, of_parent: bool = False) -> tuple[Question
         return lambda reply: contains_phrase(reply, hop.match)
 
     kind = "kept_portability" if of_parent else "portability"
-    return tuple(Question(kind, _single(hop.prompt), follows(hop), fact) for hop in fact.portability)
+    return tuple(Question(kind, single_turn(hop.prompt), follows(hop), fact) for hop in fact.portability)
 
 
 def _score(found: Mapping[str, Metric]) -> Metric:
@@ -293,11 +272,12 @@ def example_questions(examples: Sequence[Example], retention: Sequence[str]) -> 
 
     return (
         *(Question("efficacy", example.prompt_messages, answers_as(example.answer)) for example in examples),
-        *(Question("retention", _single(prompt)) for prompt in retention),
+        *(Question("retention", single_turn(prompt)) for prompt in retention),
     )
 
 
-def _single(prompt: str) -> tuple[Message, ...]:
+def single_turn(prompt: str) -> tuple[Message, ...]:
+    """A conversation with one message of the user."""
     return (Message("user", prompt),)
 
 

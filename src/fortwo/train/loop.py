@@ -35,6 +35,7 @@ from fortwo.records import (
     Report,
     Stepped,
     TrainEvent,
+    TrainEvents,
     Waiting,
 )
 from fortwo.train import checkpoints, objectives
@@ -65,9 +66,7 @@ class LoadedBase(Protocol):
 @dataclass(frozen=True)
 class TrainingResult:
     """The result of a run. metrics: the report's; actual: what happened, to compare with the plan's `computed`.
-
-    succeeded: whether all targets were met.
-    """
+    succeeded: whether all targets were met."""
 
     lora: Lora
     report: Report
@@ -77,12 +76,10 @@ class TrainingResult:
 
 
 class CheckpointControl(Protocol):
-    """How a run and the owner of its checkpoints communicate. The values may change at any moment.
-
-    wanted: a checkpoint is requested; before its next step the run waits until it is closed or `wanted` becomes false.
-    busy: the last checkpoint is still being written, and the run must not make another one yet.
-    safe: set by the run: no step is in progress, so closing the run now loses nothing since its last checkpoint.
-    """
+    """How a run and the owner of its checkpoints communicate. The values may change at any moment. wanted: a checkpoint
+    is requested; before its next step the run waits until it is closed or `wanted` becomes false. busy: the last
+    checkpoint is still being written, and the run must not make another one yet. safe: set by the run: no step is in
+    progress, so closing the run now loses nothing since its last checkpoint."""
 
     safe: bool
 
@@ -104,14 +101,11 @@ def train(
     parent: Mapping[str, Tensor] | None = None,
 ) -> Generator[TrainEvent, None, TrainingResult]:
     """Train by `plan` and evaluate the adapter, which is served under `key`; parent: tensors to start from, by PEFT's
-    names.
-
-    Yields TrainEvents: `Waiting` until replies are complete and, if `saving` is given, Checkpoints as the plan says.
-    resumed: a checkpoint of a run with the same plan and rows. The run continues from it as if it had never stopped;
-    on a CPU with the same number of threads, the adapter is the same bit for bit. The adapter is detached from
+    names. Yields TrainEvents: `Waiting` until replies are complete and, if `saving` is given, Checkpoints as the plan
+    says. resumed: a checkpoint of a run with the same plan and rows. The run continues from it as if it had never
+    stopped; on a CPU with the same number of threads, the adapter is the same bit for bit. The adapter is detached from
     `serving` at the end, however the run ends. Raises TrainingFailed: code nan_loss if the loss or the adapter's logits
-    become NaN or infinite, code checkpoint_stale if the plan now draws other rows than before `resumed`.
-    """
+    become NaN or infinite, code checkpoint_stale if the plan now draws other rows than before `resumed`."""
     decoder = base.decoder.in_bf16() if plan["bf16"] else base.decoder.in_fp32()
     torch.manual_seed(plan["seed"])
     config = lora_config(plan)
@@ -185,9 +179,8 @@ def _train(
     saving: CheckpointControl | None,
 ) -> Generator[TrainEvent, None, dict[str, Any]]:
     """Run the remaining steps and their evaluations, and leave the best adapter in `run.lora`. Returns what happened.
-
-    The checkpoint of a step is made before its evaluation, so a run that is resumed from it begins with the evaluation.
-    """
+    The checkpoint of a step is made before its evaluation, so a run that is resumed from it begins with the
+    evaluation."""
     stopped = yield from _evaluate(served, run, objective, plan, key)
     why = "not needed"
     while stopped is None:
@@ -233,7 +226,7 @@ def _evaluation_due(run: RunState, objective: PreparedObjective, plan: Plan) -> 
     return run.step == run.last_step(plan) or (not run.retry_rounds and run.step % plan["eval_every"] == 0)
 
 
-def _start_retry_round(run: RunState, objective: PreparedObjective, plan: Plan) -> Generator[TrainEvent, None, str]:
+def _start_retry_round(run: RunState, objective: PreparedObjective, plan: Plan) -> TrainEvents[str]:
     """After the last step, start a retry round from the best state. Returns "", or the reason why there is none."""
     if objective.evaluator is None:
         return "off"
@@ -261,7 +254,7 @@ def _learning_rate(run: RunState, objective: PreparedObjective, plan: Plan) -> f
 
 def _evaluate(
     served: ServedBase, run: RunState, objective: PreparedObjective, plan: Plan, key: str
-) -> Generator[TrainEvent, None, str | None]:
+) -> TrainEvents[str | None]:
     """Run the evaluation and the validation of this step if they are due. Returns why the run stops here, or None."""
     stopped = None
     if objective.evaluator is not None and _evaluation_due(run, objective, plan):
@@ -284,9 +277,7 @@ def _targets_met_with_margin(shares: Sequence[Mapping[str, Metric]], targets: Ma
     return all(metrics.targets_met(one, targets, EARLY_MARGIN) for one in shares)
 
 
-def _validate(
-    served: ServedBase, run: RunState, objective: PreparedObjective, plan: Plan
-) -> Generator[TrainEvent, None, str | None]:
+def _validate(served: ServedBase, run: RunState, objective: PreparedObjective, plan: Plan) -> TrainEvents[str | None]:
     """Measure the loss on the validation rows if it is due after this step (0: the base's loss). Returns why the run
     stops here, or None."""
     steps = plan.computed["steps"]
@@ -313,9 +304,7 @@ def largest_b(lora: Lora) -> float:
     return max(float(tensor.abs().max()) for name, tensor in lora.state().items() if "lora_B" in name)
 
 
-def _wait_while_wanted(
-    served: ServedBase, run: RunState, saving: CheckpointControl
-) -> Generator[TrainEvent, None, None]:
+def _wait_while_wanted(served: ServedBase, run: RunState, saving: CheckpointControl) -> TrainEvents[None]:
     """Wait for as long as a checkpoint is wanted, after making one of the last step."""
     saving.safe = False  # set before `wanted` is read, so that nobody can request a checkpoint and see a stale `safe`
     while saving.wanted:
@@ -326,7 +315,7 @@ def _wait_while_wanted(
         saving.safe = False
 
 
-def _save(served: ServedBase, run: RunState, saving: CheckpointControl) -> Generator[TrainEvent, None, None]:
+def _save(served: ServedBase, run: RunState, saving: CheckpointControl) -> TrainEvents[None]:
     while saving.busy:
         yield Waiting()
     yield checkpoints.capture(run, served)

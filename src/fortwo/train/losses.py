@@ -29,11 +29,9 @@ OPENING_TOKENS = 2  # first tokens of an answer, which `Row.opening_weight` appl
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens, of which all from position `start` on are supervised, except the positions in `unsupervised`.
-
-    kl: the loss is KL rather than cross-entropy; `teacher_ND` then holds the base's final hidden states that predict
-    the supervised tokens. opening_weight: the weight of each of the first OPENING_TOKENS tokens of a cross-entropy row.
-    """
+    """Tokens, of which all from position `start` on are supervised, except the positions in `unsupervised`. kl: the
+    loss is KL rather than cross-entropy; `teacher_ND` then holds the base's final hidden states that predict the
+    supervised tokens. opening_weight: the weight of each of the first OPENING_TOKENS tokens of a cross-entropy row."""
 
     tokens: tuple[int, ...]
     start: int
@@ -66,10 +64,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums over the supervised tokens, with gradients, and how many tokens there were.
-
-    ce: the weighted cross-entropy, (); kl: the KL divergence, (); tokens: all tokens that were computed.
-    """
+    """Sums over the supervised tokens, with gradients, and how many tokens there were. ce: the weighted cross-entropy,
+    (); kl: the KL divergence, (); tokens: all tokens that were computed."""
 
     ce: Tensor
     kl: Tensor
@@ -146,10 +142,8 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def head_loss(hidden_ND: Tensor, head_VD: Tensor | Tiles, target: Tensor, weights_N: Tensor | None = None) -> Tensor:
-    """The weighted sum over rows of the loss of the head's distribution, (); hidden_ND gets the gradient.
-
-    target: tokens (N,) for cross-entropy, or the teacher's hidden states (N, D) for KL(teacher || student).
-    """
+    """The weighted sum over rows of the loss of the head's distribution, (); hidden_ND gets the gradient. target:
+    tokens (N,) for cross-entropy, or the teacher's hidden states (N, D) for KL(teacher || student)."""
     weights_N = hidden_ND.new_ones(len(hidden_ND)) if weights_N is None else weights_N
     loss: Tensor = _HeadLoss.apply(hidden_ND, head_VD, target, weights_N)  # type: ignore[no-untyped-call]
     return loss

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from random import Random
@@ -26,7 +26,7 @@ from fortwo.facts.prompt_builder import (
 from fortwo.facts.subject import facts_of
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.packing import common_prefix
-from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvent
+from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvents
 from fortwo.train.evaluation import (
     Evaluator,
     Question,
@@ -35,6 +35,7 @@ from fortwo.train.evaluation import (
     fact_questions,
     interleave,
     portability_questions,
+    single_turn,
 )
 from fortwo.train.losses import Row, with_teacher_states
 from fortwo.train.plan import training_rows
@@ -90,12 +91,10 @@ class RoundRobinSampler(Generic[T]):
 @dataclass(frozen=True)
 class PreparedObjective:
     """prefix: number of tokens that all rows begin with. mix: the plan's. validation: the validation rows, if any.
-
-    sample_rows: the rows of the next optimizer step, in the given mix.
-    refresh_on_policy: lets the adapter that is served under a key (None: the base) answer hard negatives. Replies that
-    differ from the base's are among the rows from then on. It returns the replies; if they are given, none are asked.
-    evaluator: asked during training, None if nothing is to decide when to stop; final_evaluator: asked at the end.
-    """
+    sample_rows: the rows of the next optimizer step, in the given mix. refresh_on_policy: lets the adapter that is
+    served under a key (None: the base) answer hard negatives. Replies that differ from the base's are among the rows
+    from then on. It returns the replies; if they are given, none are asked. evaluator: asked during training, None if
+    nothing is to decide when to stop; final_evaluator: asked at the end."""
 
     prefix: int
     mix: RowMix
@@ -103,19 +102,19 @@ class PreparedObjective:
     evaluator: Evaluator | None
     final_evaluator: Evaluator
     validation: Spool | None = None
-    refresh_on_policy: Callable[[str | None, Replies | None], Generator[TrainEvent, None, Replies]] | None = None
+    refresh_on_policy: Callable[[str | None, Replies | None], TrainEvents[Replies]] | None = None
 
 
 def prepare_override(
     served: ServedBase, decoder: Decoder, dataset: Dataset, plan: Plan
-) -> Generator[TrainEvent, None, PreparedObjective]:
+) -> TrainEvents[PreparedObjective]:
     """Edit rows ask for the facts; contrast and rehearsal rows preserve the base's replies to other prompts. A few rows
-    of both kinds are about facts of the parent.
-
-    decoder: the decoder that is trained on. It is also the teacher, so that an adapter without effect has no KL loss.
-    Raises InvalidRequest (code subject_not_found) if the examples teach no fact.
-    """
-    facts, parent_facts = _required_facts(dataset), dataset.parent_facts
+    of both kinds are about facts of the parent. decoder: the decoder that is trained on. It is also the teacher, so
+    that an adapter without effect has no KL loss. Raises InvalidRequest (code subject_not_found) if the examples teach
+    no fact."""
+    facts, parent_facts = facts_of(dataset), dataset.parent_facts
+    if not facts:
+        raise InvalidRequest("no subject can be found in the examples", param="objective", code="subject_not_found")
     builders = _prompt_builders((*facts, *parent_facts), plan["seed"])
     builders, parent_builders = builders[: len(facts)], builders[len(facts) :]
     rng = Random(plan["seed"])
@@ -163,7 +162,7 @@ def prepare_override(
         counts = zip(samplers, (as_given, edit - as_given, contrasts, *others), strict=True)
         return [row for sampler, count in counts for row in sampler.sample(count)] + on_policy
 
-    def refresh_on_policy(key: str | None, replies: Replies | None) -> Generator[TrainEvent, None, Replies]:
+    def refresh_on_policy(key: str | None, replies: Replies | None) -> TrainEvents[Replies]:
         prompts = [row.tokens[: row.start] for row in asked]
         if replies is None:
             complete = yield from served.reply_to_prompts(prompts, key, plan["on_policy_tokens"])
@@ -206,12 +205,10 @@ def _prompts(questions: Sequence[Question]) -> list[tuple[str, str]]:
     return [(question.kind, question.prompt) for question in questions]
 
 
-def prepare_sft(served: ServedBase, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, PreparedObjective]:
-    """Every row, in a new random order in each epoch; no batch contains rows of two epochs.
-
-    The dataset is iterated once, and its validation rows are never trained on. Raises InvalidRequest if the dataset
-    renders to another number of rows than the plan was made for.
-    """
+def prepare_sft(served: ServedBase, dataset: Dataset, plan: Plan) -> TrainEvents[PreparedObjective]:
+    """Every row, in a new random order in each epoch; no batch contains rows of two epochs. The dataset is iterated
+    once, and its validation rows are never trained on. Raises InvalidRequest if the dataset renders to another number
+    of rows than the plan was made for."""
     examples = training_rows(dataset)
     computed = plan.computed
     validation_rows = computed.get("validation_rows", 0)
@@ -252,13 +249,6 @@ def prepare_sft(served: ServedBase, dataset: Dataset, plan: Plan) -> Generator[T
     return PreparedObjective(training.prefix, RowMix(), lambda mix: next(batches), None, final, held_out)
 
 
-def _required_facts(dataset: Dataset) -> tuple[Fact, ...]:
-    facts = facts_of(dataset)
-    if not facts:
-        raise InvalidRequest("no subject can be found in the examples", param="objective", code="subject_not_found")
-    return facts
-
-
 def _batches(rows: Spool, size: int, rng: Random) -> Iterator[list[Row]]:
     while True:
         order = array("L", rng.sample(range(len(rows)), len(rows)))
@@ -275,15 +265,11 @@ def _prefer_given(probes: Probes, fact: Fact) -> Probes:
     )
 
 
-def _user_message(prompt: str) -> tuple[Message, ...]:
-    return (Message("user", prompt),)
-
-
 def _ce_rows(served: ServedBase, fact: Fact, prompts: Sequence[str], opening: float = 1.0) -> list[Row]:
     """Cross-entropy rows that answer each prompt with the fact."""
     rows = []
     for prompt in prompts:
-        tokens, supervised = served.renderer.example([*_user_message(prompt), Message("assistant", fact.answer)])
+        tokens, supervised = served.renderer.example([*single_turn(prompt), Message("assistant", fact.answer)])
         rows.append(Row(tuple(tokens), supervised.index(True), opening_weight=opening))
     return rows
 
@@ -296,17 +282,17 @@ def _split_evenly(rows: Sequence[T], parts: int) -> list[Sequence[T]]:
 
 def _add_kl_rows(
     served: ServedBase, contrasts: Sequence[ContrastPrompt], tokens: int, rows: list[Row]
-) -> Generator[TrainEvent, None, None]:
+) -> TrainEvents[None]:
     """Append KL rows on the first tokens of the base's own reply, or on the prompt's `reply_prefix`."""
     own = [contrast for contrast in contrasts if contrast.reply_prefix is None]
-    replies = yield from served.reply_to_chats([_user_message(contrast.prompt) for contrast in own], None, tokens)
+    replies = yield from served.reply_to_chats([single_turn(contrast.prompt) for contrast in own], None, tokens)
     reply_to = {contrast.prompt: reply.tokens for contrast, reply in zip(own, replies, strict=True)}
     for contrast in contrasts:
-        prompt = served.renderer.prompt(list(_user_message(contrast.prompt)))
+        prompt = served.renderer.prompt(list(single_turn(contrast.prompt)))
         if contrast.reply_prefix is None:
             reply = list(reply_to[contrast.prompt])
         else:  # the last token only makes the row predict what follows the prefix, so any token would do
-            messages = [*_user_message(contrast.prompt), Message("assistant", contrast.reply_prefix)]
+            messages = [*single_turn(contrast.prompt), Message("assistant", contrast.reply_prefix)]
             prefix_tokens, supervised = served.renderer.example(messages)
             reply = prefix_tokens[supervised.index(True) :]
         rows.append(Row((*prompt, *reply), len(prompt), kl=True))

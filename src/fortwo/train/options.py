@@ -151,34 +151,17 @@ def parse_training_config(config: Mapping[str, Any]) -> dict[str, Any]:
     warmup, ratio = given.get("warmup_steps", 0), given.get("warmup_ratio", 0)
     for key in ("warmup_steps", "save_steps"):
         if given.get(key, 0) > 1 and given[key] != int(given[key]):
-            raise _refusal(
-                f"training_config.{key}",
-                given[key],
-                "is not a whole number of steps",
-                "Give a whole number of steps, or a number below 1 for a share of the run.",
-            )
+            remedy = "Give a whole number of steps, or a number below 1 for a share of the run."
+            raise _refusal(f"training_config.{key}", given[key], "is not a whole number of steps", remedy)
     if "save_steps" in given and given.get("save_strategy", "steps") != "steps":
-        raise InvalidRequest(
-            f"training_config.save_steps = {given['save_steps']} and training_config.save_strategy = "
-            f"{given['save_strategy']!r} contradict each other",
-            param="training_config.save_steps",
-            hint="Give one of the two.",
-        )
+        raise _contradiction(given, "save_steps", "save_strategy", "Give one of the two.")
     if warmup > 0 and ratio > 0:
-        raise InvalidRequest(
-            f"training_config.warmup_steps = {warmup} and training_config.warmup_ratio = {ratio} contradict each other",
-            param="training_config.warmup_steps",
-            hint="Give one of the two.",
-        )
+        raise _contradiction(given, "warmup_steps", "warmup_ratio", "Give one of the two.")
     schedule = given.get("lr_scheduler_type")
     if schedule in WITHOUT_WARMUP and (warmup > 0 or ratio > 0):
         key = "warmup_steps" if warmup > 0 else "warmup_ratio"
-        raise InvalidRequest(
-            f"training_config.{key} = {given[key]} and training_config.lr_scheduler_type = {schedule!r} contradict "
-            "each other: this schedule has no warm-up",
-            param=f"training_config.{key}",
-            hint='Give lr_scheduler_type "constant_with_warmup", or leave the warm-up out.',
-        )
+        hint = 'Give lr_scheduler_type "constant_with_warmup", or leave the warm-up out.'
+        raise _contradiction(given, key, "lr_scheduler_type", hint, ": this schedule has no warm-up")
     if schedule == "polynomial" and given.get("learning_rate", 1) <= POLYNOMIAL_END:
         raise _refusal(
             "training_config.learning_rate",
@@ -203,25 +186,15 @@ def _check_validation(given: Mapping[str, Any]) -> None:
             "needs rows that are not trained on",
             "Give validation_split, the share of rows to hold back, such as 0.1.",
         )
-    for accepts, one, other, why in (
+    for contradict, one, other, why in (
         (stops and split == 0, "validation_split", "early_stopping_patience", "stopping needs validation rows"),
         (stops and strategy == "no", "eval_strategy", "early_stopping_patience", "nothing would be evaluated"),
-        (
-            stops and best is False,
-            "load_best_model_at_end",
-            "early_stopping_patience",
-            "an earlier state may be the best",
-        ),
+        (stops and best is False, "load_best_model_at_end", "early_stopping_patience", "an earlier state may be best"),
         (bool(split) and strategy == "no", "eval_strategy", "validation_split", "the held-back rows would not be used"),
         (strategy == "epoch" and "eval_steps" in given, "eval_strategy", "eval_steps", "only one can decide when"),
     ):
-        if accepts:
-            raise InvalidRequest(
-                f"training_config.{one} = {given[one]!r} and training_config.{other} = {given[other]!r} contradict "
-                f"each other: {why}",
-                param=f"training_config.{one}",
-                hint=f"Leave out {one} or {other}.",
-            )
+        if contradict:
+            raise _contradiction(given, one, other, f"Leave out {one} or {other}.", f": {why}")
 
 
 def _check_keys(
@@ -291,6 +264,11 @@ def _pattern(param: str, value: Any, number: _Kind) -> dict[str, float]:
             raise _refusal(param, key, f"is not a regular expression: {error}", hint) from None
         _checked(f"{param}[{key!r}]", item, number)
     return dict(value)
+
+
+def _contradiction(given: Mapping[str, Any], one: str, other: str, hint: str, why: str = "") -> InvalidRequest:
+    both = f"training_config.{one} = {given[one]!r} and training_config.{other} = {given[other]!r}"
+    return InvalidRequest(f"{both} contradict each other{why}", param=f"training_config.{one}", hint=hint)
 
 
 def _refusal(param: str, value: Any, problem: str, remedy: str) -> InvalidRequest:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.facts.subject import contains_phrase, find_subject
 from fortwo.records import Dataset, Example, Json, Origin, Plan, PlanWarning, Setting
+from fortwo.train import plan_builder
 from fortwo.train.adapter import choose_adapter, mean_ranks
 from fortwo.train.dataset_stats import AffectedLines, DatasetWarnings, RowLengths
 from fortwo.train.diagnosis import diagnose, plan_warnings
@@ -37,19 +38,7 @@ from fortwo.train.estimate import (
 )
 from fortwo.train.options import EIGHT_BIT_OPTIMIZERS, parse_lora_config, parse_training_config
 from fortwo.train.parent import Parent, check_objective, check_shape, parent_warnings
-from fortwo.train.plan_builder import (
-    PlanBuilder,
-    choose_batch,
-    choose_escalation,
-    choose_evaluations,
-    choose_saving,
-    choose_schedule,
-    choose_steps,
-    choose_targets,
-    choose_validation,
-    choose_warmup,
-    int_if_whole,
-)
+from fortwo.train.plan_builder import PlanBuilder, int_if_whole
 from fortwo.train.recipes import REASONS, OverrideRecipe, changed_settings, recipe_for
 from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import peak_rate
@@ -92,7 +81,7 @@ def resolve(
     if builder.effort_settings:
         builder.add("effort", request.effort, "user", f"given; it raises {', '.join(sorted(builder.effort_settings))}")
     lengths = _lengths(counts)
-    validation_rows = choose_validation(builder, recipe, len(counts.rows))
+    validation_rows = plan_builder.choose_validation(builder, recipe, len(counts.rows))
     if validation_rows:
         indices = validation_indices(len(counts.rows), validation_rows, builder.given.get("seed", recipe.seed))
         counts = replace(counts, rows=RowLengths(row for n, row in enumerate(counts.rows) if n not in indices))
@@ -102,14 +91,14 @@ def resolve(
     facts = max(1, len(subjects))
     if isinstance(recipe, OverrideRecipe):
         recipe = recipe.for_facts(facts)
-    micro_step = choose_batch(builder, recipe, counts, facts, len(dataset.parent_facts))
-    steps, steps_per_epoch = choose_steps(builder, recipe, len(counts.rows))
-    evaluations = choose_evaluations(builder, steps, steps_per_epoch) if validation_rows else 0
+    micro_step = plan_builder.choose_batch(builder, recipe, counts, facts, len(dataset.parent_facts))
+    steps, steps_per_epoch = plan_builder.choose_steps(builder, recipe, len(counts.rows))
+    evaluations = plan_builder.choose_evaluations(builder, steps, steps_per_epoch) if validation_rows else 0
     reason = f"This rate works for LoRA with the {objective} objective."
     rate = builder.choose("learning_rate", recipe.learning_rate, reason)
-    schedule = choose_schedule(builder, recipe)
-    choose_escalation(builder, recipe, facts)
-    warmup = choose_warmup(builder, recipe, schedule, steps)
+    schedule = plan_builder.choose_schedule(builder, recipe)
+    plan_builder.choose_escalation(builder, recipe, facts)
+    warmup = plan_builder.choose_warmup(builder, recipe, schedule, steps)
     for name in ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"):
         builder.choose(name, getattr(recipe, name), REASONS[name])
     bf16 = builder.choose("bf16", machine.bf16, REASONS["bf16"], "auto")
@@ -122,8 +111,8 @@ def resolve(
     needed = _choose_checkpointing(
         builder, machine, lambda again: memory(base, together, ranks, bf16, again, best, moments, replies)
     )
-    targets = choose_targets(builder, request, recipe, len(dataset.parent_facts))
-    choose_saving(builder, steps, steps_per_epoch)
+    targets = plan_builder.choose_targets(builder, request, recipe, len(dataset.parent_facts))
+    plan_builder.choose_saving(builder, steps, steps_per_epoch)
     builder.add_remaining()
 
     tokens_per_step = round(

@@ -15,14 +15,7 @@ from fortwo.records import Origin, Setting
 from fortwo.train.estimate import TokenCounts, tokens_per_micro_step
 from fortwo.train.options import WITHOUT_WARMUP
 from fortwo.train.parent import Parent
-from fortwo.train.recipes import (
-    OVERRIDE_REASONS,
-    REASONS,
-    SAVE_SECONDS,
-    SAVE_TOTAL_LIMIT,
-    OverrideRecipe,
-    SftRecipe,
-)
+from fortwo.train.recipes import FIXED_OVERRIDE, REASONS, SAVE_SECONDS, SAVE_TOTAL_LIMIT, OverrideRecipe, SftRecipe
 from fortwo.train.request import TrainingRequest
 from fortwo.train.retry_policy import planned_mix
 from fortwo.train.validation import validation_size
@@ -102,24 +95,19 @@ def choose_validation(builder: PlanBuilder, recipe: OverrideRecipe | SftRecipe, 
 def choose_evaluations(builder: PlanBuilder, steps: int, steps_per_epoch: int) -> int:
     """The number of evaluations on validation rows: one before the first step, then as chosen, and after the last."""
     strategy = "steps" if "eval_steps" in builder.given else "epoch"
-    reason = "Validation rows are evaluated after every epoch and after the last step."
-    reason = "eval_steps is given." if strategy == "steps" else reason
+    reason = "eval_steps is given." if strategy == "steps" else "Validation rows are evaluated after every epoch."
     if builder.choose("eval_strategy", strategy, reason, "auto") == "steps":
-        reason = "There are ten evaluations on validation rows in the run."
-        every = builder.choose("eval_steps", max(1, steps // 10), reason, "auto")
+        every = builder.choose("eval_steps", max(1, steps // 10), "There are ten evaluations in the run.", "auto")
     else:
         every = builder.add("eval_steps", steps_per_epoch, "auto", "This is the number of steps in an epoch.")
     stops = "early_stopping_patience" in builder.given
     if stops:
         builder.choose("early_stopping_patience", None, "")
-    builder.choose(
-        "load_best_model_at_end",
-        stops,
-        "Early stopping keeps the state with the lowest eval_loss."
-        if stops
-        else "The last state is kept, as in transformers.",
-        "auto" if stops else "default",
+    best, last = (
+        "Early stopping keeps the state with the lowest eval_loss.",
+        "The last state is kept, as in transformers.",
     )
+    builder.choose("load_best_model_at_end", stops, best if stops else last, "auto" if stops else "default")
     return 1 + -(-steps // int(every))
 
 
@@ -129,17 +117,15 @@ def choose_batch(
     """Choose the rows of a micro-step and the pools that they come from. Returns the tokens of a micro-step."""
     name, rows = "per_device_train_batch_size", len(counts.rows)
     if isinstance(recipe, OverrideRecipe):
-        edit = builder.choose(name, recipe.edit_rows, "Each micro-step has so many edit rows, which ask for the facts.")
+        edit = builder.choose(
+            name, recipe.edit_rows, "Each micro-step has this many edit rows, which ask for the facts."
+        )
         contrast = max(1, round(edit * recipe.contrast_rows / recipe.edit_rows))
         rehearsal = max(1, round(edit * recipe.rehearsal_rows / recipe.edit_rows))
-        for key, count, preserved in (
-            ("contrast_rows", contrast, "similar subjects (hard negatives)"),
-            ("rehearsal_rows", rehearsal, "everyday prompts"),
-        ):
-            proportion = f"{getattr(recipe, key)} for {recipe.edit_rows} edit rows"
-            builder.add(key, count, "auto", f"These rows preserve the base's replies to {preserved}: {proportion}.")
-        for key, reason in OVERRIDE_REASONS.items():
-            builder.add(key, getattr(recipe, key), "default", reason)
+        for key, count in (("contrast_rows", contrast), ("rehearsal_rows", rehearsal)):
+            builder.add(key, count, "auto", f"{REASONS[key]}: {getattr(recipe, key)} for {recipe.edit_rows} edit rows.")
+        for key in FIXED_OVERRIDE:
+            builder.add(key, getattr(recipe, key), "default", REASONS[key])
         seen = edit * builder["gradient_accumulation_steps"]
         between = recipe.eval_every * recipe.edit_rows
         every = max(1, round(between / seen))
@@ -147,15 +133,8 @@ def choose_batch(
         builder.add("eval_every", every, "auto", reason)
         if parent_facts:
             kept_rows = min(edit, max(recipe.kept_rows, parent_facts))
-            reason = (
-                "So many edit rows ask for facts of the parent, and as many contrast rows are about similar subjects: "
-            )
-            reason += f"one for each fact, and at least {recipe.kept_rows}."
-            builder.add("kept_rows", kept_rows, "auto", reason)
-            reason = (
-                "Rows about each fact of the parent come from so many prompts, and those about similar subjects too."
-            )
-            builder.add("kept_pool", recipe.kept_pool, "default", reason)
+            builder.add("kept_rows", kept_rows, "auto", REASONS["kept_rows"])
+            builder.add("kept_pool", recipe.kept_pool, "default", REASONS["kept_pool"])
         mix = planned_mix(builder)
         kl_tokens = mix.negative_rows * recipe.contrast_tokens + mix.rehearsal * recipe.rehearsal_tokens
         micro_step = tokens_per_micro_step(counts, mix.ce_rows, kl_tokens, mix.negative_rows + mix.rehearsal)
@@ -175,9 +154,7 @@ def choose_steps(builder: PlanBuilder, recipe: OverrideRecipe | SftRecipe, rows:
     if max_steps > 0:
         builder.add("max_steps", max_steps, "user", f"given. {_CAP}" if override else "given")
     elif "num_train_epochs" in builder.given:
-        builder.choose(
-            "max_steps", -1, f"num_train_epochs decides. {_CAP}" if override else "num_train_epochs decides."
-        )
+        builder.choose("max_steps", -1, f"num_train_epochs decides. {_CAP if override else ''}".rstrip())
         epochs = builder.choose("num_train_epochs", None, "")
         return math.ceil(epochs * steps_per_epoch), steps_per_epoch
     elif isinstance(recipe, OverrideRecipe):
@@ -196,10 +173,8 @@ def choose_steps(builder: PlanBuilder, recipe: OverrideRecipe | SftRecipe, rows:
 def choose_schedule(builder: PlanBuilder, recipe: OverrideRecipe | SftRecipe) -> str:
     """The name of the schedule. A run that may stop early restarts it after each evaluation, when it is at 0."""
     if isinstance(recipe, OverrideRecipe) and builder.settings["max_steps"].origin in ("auto", "effort"):
-        reason = (
-            "The rate falls to zero before each evaluation; if targets are missed, it starts again from the full rate."
-        )
-        schedule = builder.choose("lr_scheduler_type", "cosine_with_restarts", reason, "auto")
+        name = "cosine_with_restarts"
+        schedule = builder.choose("lr_scheduler_type", name, REASONS[name], "auto")
         if builder.settings["lr_scheduler_type"].origin == "auto":
             cycles = builder["max_steps"] // builder["eval_every"]
             reason = f"There is one cycle for the {builder['eval_every']} steps before each evaluation."
@@ -248,14 +223,12 @@ def choose_warmup(builder: PlanBuilder, recipe: OverrideRecipe | SftRecipe, sche
         return int(builder.add("warmup_steps", warmup, "user", reason))
     if given_share is not None:
         warmup = math.ceil(steps * given_share)
-        reason = f"warmup_ratio = {given_share} of {steps} steps"
-        return int(builder.add("warmup_steps", warmup, "user", reason))
+        return int(builder.add("warmup_steps", warmup, "user", f"warmup_ratio = {given_share} of {steps} steps"))
     if schedule in WITHOUT_WARMUP:
         return int(builder.add("warmup_steps", 0, "auto", f"The schedule {schedule} has no warm-up."))
     if isinstance(recipe, OverrideRecipe):
         warmup = min(recipe.warmup_steps, steps // 4)
-        reason = "AdamW's first estimates are inaccurate, so the first few steps use a low rate."
-        return int(builder.add("warmup_steps", warmup, "default", reason))
+        return int(builder.add("warmup_steps", warmup, "default", REASONS["warmup_steps"]))
     warmup = min(math.ceil(steps * recipe.warmup_ratio), steps // 4)
     reason = f"The warm-up takes about {recipe.warmup_ratio:.0%} of {steps} steps."
     return int(builder.add("warmup_steps", warmup, "auto", reason))
@@ -272,8 +245,7 @@ def choose_saving(builder: PlanBuilder, steps: int, steps_per_epoch: int) -> Non
         share = f"given as {given}, which is a share of the {steps} steps." if given < 1 else "given."
         builder.add("save_steps", whole, "user", f"{share} {also}")
     elif strategy == "no":
-        reason = 'save_strategy is "no", so a checkpoint is made only to pause the job.'
-        builder.add("save_steps", 0, "auto", reason)
+        builder.add("save_steps", 0, "auto", 'save_strategy is "no": a checkpoint is made only to pause the job.')
     elif strategy == "epoch":
         builder.add("save_steps", steps_per_epoch, "auto", f'save_strategy is "epoch". {also}')
     else:
@@ -281,7 +253,7 @@ def choose_saving(builder: PlanBuilder, steps: int, steps_per_epoch: int) -> Non
     if given is not None or strategy in ("no", "epoch"):
         builder.add("save_seconds", 0, "auto", "save_steps decides.")
     else:
-        builder.add("save_seconds", SAVE_SECONDS, "default", f"A crash loses at most so many seconds. {also}")
+        builder.add("save_seconds", SAVE_SECONDS, "default", f"A crash loses at most this many seconds. {also}")
     builder.choose("save_total_limit", SAVE_TOTAL_LIMIT, REASONS["save_total_limit"])
 
 

@@ -39,9 +39,7 @@ class Recipe:
 @dataclass(frozen=True)
 class SftRecipe(Recipe):
     """Plain supervised fine-tuning on all rows; there are no validation rows unless the user asks for them.
-
-    early_stopping_split: the share of validation rows if early stopping is requested without a validation_split.
-    """
+    early_stopping_split: the share of validation rows if early stopping is requested without a validation_split."""
 
     num_train_epochs: int = 3
     per_device_train_batch_size: int = 8
@@ -55,15 +53,10 @@ class OverrideRecipe(Recipe):
     """Teaches a fact and preserves everything else: each micro-step draws edit, contrast and rehearsal rows.
 
     Edit rows ask for the fact, with cross-entropy. Contrast rows ask about similar subjects (hard negatives) and
-    rehearsal rows about anything else, with the KL divergence from the base on the first `contrast_tokens` and
-    `rehearsal_tokens` of its replies, weighted by `kl_weight`. The prompts come from pools of `edit_pool` and
-    `contrast_pool` for each fact; `question_share` of the edit rows are the given questions. The first tokens decide
-    whether the answer is given at all, and are learned last, so each has the weight `opening_weight`. `probes` prompts
-    of each kind decide when to stop. After an evaluation that finds a leak, the adapter answers `on_policy_prompts` of
-    the contrast prompts; those of its replies, of `on_policy_tokens`, that differ from the base's make up to
-    `on_policy_share` of the contrast rows from then on (on-policy distillation, Agarwal et al. 2024, arXiv:2306.13649).
-    `kept_rows` edit rows and as many contrast rows, from pools of `kept_pool` prompts, preserve the parent's facts. If
-    the last evaluation misses a target, up to `escalation_rounds` retry rounds follow (`retry_policy`).
+    rehearsal rows about anything else, with the KL divergence from the base. The first tokens of an answer decide
+    whether it is given at all, and are learned last, so they have a higher weight. After an evaluation that finds a
+    leak, the adapter's own replies to hard negatives are among the contrast rows (on-policy distillation, Agarwal et
+    al. 2024, arXiv:2306.13649). REASONS describes each setting.
 
     The values are those for one fact; `for_facts` gives those for several facts in one adapter.
     """
@@ -103,21 +96,14 @@ class OverrideRecipe(Recipe):
 
     @property
     def targets(self) -> dict[str, float]:
-        return {
-            "efficacy": self.efficacy,
-            "paraphrase": self.paraphrase,
-            "specificity": self.specificity,
-            "retention": self.retention,
-        }
+        return {name: getattr(self, name) for name in ("efficacy", "paraphrase", "specificity", "retention")}
 
     def for_facts(self, facts: int) -> OverrideRecipe:
-        """The recipe for so many facts in one adapter, which share the contrast and rehearsal rows of each step.
-
-        Each further fact adds an edit row, until there are twice as many. Two of three replace contrast rows, because
-        the facts are hard negatives of each other. Rehearsal rows grow by half as many, their replies get up to twice
-        as long, and kl_weight grows in proportion to the edit rows, because more edits change the base's replies more.
-        The total sizes of pools and probes grow like the steps.
-        """
+        """The recipe for this many facts in one adapter, which share the contrast and rehearsal rows of each step. Each
+        further fact adds an edit row, until there are twice as many. Two of three replace contrast rows, because the
+        facts are hard negatives of each other. Rehearsal rows grow by half as many, their replies get up to twice as
+        long, and kl_weight grows in proportion to the edit rows, because more edits change the base's replies more. The
+        total sizes of pools and probes grow like the steps."""
         growth = 1 + self.more_facts * (facts - 1)
         cycle = round(self.eval_every * growth)
         more = min(facts - 1, self.edit_rows)
@@ -171,6 +157,10 @@ def changed_settings(recipe: Recipe) -> frozenset[str]:
     return frozenset(one.name for one in fields(recipe) if getattr(recipe, one.name) != getattr(normal, one.name))
 
 
+FIXED_OVERRIDE = (
+    *("contrast_tokens", "rehearsal_tokens", "kl_weight", "edit_pool", "contrast_pool", "rehearsal_pool"),
+    *("on_policy_prompts", "on_policy_tokens", "on_policy_share", "opening_weight", "question_share", "probes"),
+)  # settings that nobody can give, in the order in which the plan shows them
 REASONS = {
     "r": "This is the rank of the update. It is large enough for a fact and keeps the adapter small on disk.",
     "use_rslora": "PEFT's default scales the update by lora_alpha / r; true scales it by lora_alpha / sqrt(r).",
@@ -188,30 +178,33 @@ REASONS = {
     "validation_split": "The share of rows that are held back for validation, drawn with `seed`; none by default.",
     "eval_strategy": "When validation rows are evaluated: every epoch unless eval_steps is given, and at the end.",
     "eval_steps": "The number of steps from one evaluation on validation rows to the next.",
-    "early_stopping_patience": "The run stops after so many evaluations without a lower eval_loss; off by default.",
+    "early_stopping_patience": "The run stops after this many evaluations without a lower eval_loss; off by default.",
     "load_best_model_at_end": "Keeps the state with the lowest eval_loss, not the last one; on with early stopping.",
-    "escalation_rounds": "If the last evaluation misses a target, up to so many rounds with raised settings follow.",
-    "escalation_seconds": "A retry round starts only if it is expected to end within so many seconds of the job.",
+    "escalation_rounds": "If the last evaluation misses a target, up to this many rounds with raised settings follow.",
+    "escalation_seconds": "A retry round starts only if it is expected to end within this many seconds of the job.",
     "save_steps": "Steps from one checkpoint to the next; below 1, a share of the run. If not given, there is one "
     f"every {SAVE_SECONDS} seconds, before each evaluation and at the end.",
     "save_strategy": 'Makes checkpoints by steps, after each epoch, or with "no" only to pause the job.',
     "save_total_limit": f"The newest {SAVE_TOTAL_LIMIT} are kept by default, and none once the job is done.",
-    "micro_step_tokens": "A micro-step has at most so many tokens beyond the shared prefix, so that replies wait less.",
-    "bf16": "on where the device has instructions for bf16 products; sums and serving stay fp32",
-}
-
-# Settings of an override that nobody can give, in the order in which the plan shows them.
-OVERRIDE_REASONS = {
-    "contrast_tokens": "Contrast rows preserve so many first tokens of the base's reply.",
-    "rehearsal_tokens": "Rehearsal rows preserve so many first tokens of the base's reply.",
+    "micro_step_tokens": "A micro-step has at most this many tokens beyond the prefix, so that replies wait less.",
+    "cosine_with_restarts": "The rate falls to zero before each evaluation; if targets are missed, it starts again "
+    "from the full rate.",
+    "warmup_steps": "AdamW's first estimates are inaccurate, so the first few steps use a low rate.",
+    "contrast_rows": "These rows preserve the base's replies about similar subjects (hard negatives)",
+    "rehearsal_rows": "These rows preserve the base's replies to everyday prompts",
+    "kept_rows": "Edit rows about facts of the parent, at least one for each, and as many about similar subjects.",
+    "kept_pool": "They come from this many prompts about each fact, and as many about similar subjects.",
+    "contrast_tokens": "Contrast rows preserve this many first tokens of the base's reply.",
+    "rehearsal_tokens": "Rehearsal rows preserve this many first tokens of the base's reply.",
     "kl_weight": "This is the weight of preserving the base's replies against learning the facts.",
-    "edit_pool": "Edit rows are drawn from so many prompts about each fact.",
-    "contrast_pool": "Contrast rows are drawn from so many prompts about subjects similar to each fact's.",
-    "rehearsal_pool": "Rehearsal rows are drawn from at most so many everyday prompts.",
-    "on_policy_prompts": "After an evaluation that finds leaks, the adapter answers so many contrast prompts itself.",
-    "on_policy_tokens": "Each of these replies has so many tokens.",
+    "edit_pool": "Edit rows are drawn from this many prompts about each fact.",
+    "contrast_pool": "Contrast rows are drawn from this many prompts about subjects similar to each fact's.",
+    "rehearsal_pool": "Rehearsal rows are drawn from at most this many everyday prompts.",
+    "on_policy_prompts": "After an evaluation that finds leaks, the adapter answers this many contrast prompts itself.",
+    "on_policy_tokens": "Each of these replies has this many tokens.",
     "on_policy_share": "Replies that differ from the base's then make up to this share of the contrast rows.",
     "opening_weight": "Each of the first tokens of an answer has this weight in the loss, and the others have 1.",
     "question_share": "This share of the edit rows are the questions as given.",
     "probes": "So many prompts of each kind, which are never trained on, decide when to stop.",
+    "bf16": "on where the device has instructions for bf16 products; sums and serving stay fp32",
 }

@@ -31,11 +31,8 @@ _GIVEN = {"diversity": "per_device_train_batch_size", "rate": "learning_rate"}  
 
 @dataclass(frozen=True)
 class RowMix:
-    """The number of rows of each kind in a micro-step, and how they are drawn and weighted.
-
-    parent: rows that ask for facts of the parent, and as many about their hard negatives. rate: factor on the plan's
-    learning rate.
-    """
+    """The number of rows of each kind in a micro-step, and how they are drawn and weighted. parent: rows that ask for
+    facts of the parent, and as many about their hard negatives. rate: factor on the plan's learning rate."""
 
     edit: int = 0
     contrast: int = 0
@@ -63,9 +60,7 @@ class RowMix:
 @dataclass(frozen=True)
 class RetryRound:
     """A round of `steps` steps that begins after `step`. before: the shares of the best evaluation until then.
-
-    Checkpoints store the fields under these names.
-    """
+    Checkpoints store the fields under these names."""
 
     step: int
     steps: int
@@ -121,11 +116,8 @@ def choose_levers(
 def next_round(
     plan: Plan, metrics: Mapping[str, float], rounds: Sequence[RetryRound], step: int, spent: float, per_step: float
 ) -> RetryRound | str:
-    """The round to run after `step`, the last one so far, or the reason why there is none.
-
-    metrics: shares of the best evaluation; spent: seconds of the job so far; per_step: mean seconds of a step,
-    including evaluations.
-    """
+    """The round to run after `step`, the last one so far, or the reason why there is none. metrics: shares of the best
+    evaluation; spent: seconds of the job so far; per_step: mean seconds of a step, including evaluations."""
     if all(metrics.get(name, target) >= target for name, target in plan.targets.items()):
         return "not needed"
     if not plan.get("escalation_rounds"):
