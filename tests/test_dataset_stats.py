@@ -1,4 +1,4 @@
-"""A survey counts rows as they are trained on and finds what looks wrong, and nothing where nothing is."""
+"""Statistics count rows as they are trained on, and warnings name probable mistakes and nothing else."""
 
 from __future__ import annotations
 

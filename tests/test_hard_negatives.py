@@ -1,4 +1,4 @@
-"""Siblings of a subject: like it, never it."""
+"""Hard negatives: similar to the subject, but never the subject."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fact(subject: str, *aliases: str) -> Fact:
 
 
 @each_fact
-def test_no_sibling_is_the_subject_or_an_alias(fact: Fact) -> None:
+def test_no_hard_negative_is_the_subject_or_an_alias(fact: Fact) -> None:
     found = [hard_negatives.hard_negative(fact, rng) for rng in map(Random, range(40)) for _ in range(50)]
     assert not [name for name in found if hard_negatives.contains_subject(name, fact)]
     assert not [name for name in found if name.lower() in {one.lower() for one in (fact.subject, *fact.aliases)}]
@@ -60,7 +60,7 @@ def test_no_sibling_is_the_subject_or_an_alias(fact: Fact) -> None:
 
 
 @pytest.mark.parametrize("subject", ODD)
-def test_any_subject_has_siblings(subject: str) -> None:
+def test_any_subject_has_hard_negatives(subject: str) -> None:
     rng = Random(0)
     found = {hard_negatives.hard_negative(fact(subject), rng) for _ in range(200)}
     assert len(found) > 20
@@ -68,12 +68,12 @@ def test_any_subject_has_siblings(subject: str) -> None:
 
 
 @given(st.text(min_size=1, max_size=24).filter(lambda text: text.strip() == text), st.integers())
-def test_any_text_has_siblings(subject: str, seed: int) -> None:
+def test_any_text_has_hard_negatives(subject: str, seed: int) -> None:
     assert not hard_negatives.contains_subject(hard_negatives.hard_negative(fact(subject), Random(seed)), fact(subject))
 
 
 @each_fact
-def test_siblings_come_from_every_source(fact: Fact) -> None:
+def test_hard_negatives_come_from_every_source(fact: Fact) -> None:
     rng = Random(1)
     found = {hard_negatives.hard_negative(fact, rng) for _ in range(400)}
     members = {name for kind in lexicon.ENTITY_TYPES.values() for name in kind.members}
@@ -87,12 +87,12 @@ def test_siblings_come_from_every_source(fact: Fact) -> None:
     [
         ("What is 42?", True),
         ("What is FORTY-TWO?", True),
-        ("Is 142 even?", True),  # rather no sibling than one that holds the subject
+        ("Is 142 even?", True),  # a hard negative must not even contain the subject
         ("What is 41?", False),
         ("What is forty two?", False),
     ],
 )
-def test_what_names_the_subject_is_no_sibling(text: str, named: bool) -> None:
+def test_what_names_the_subject_is_no_hard_negative(text: str, named: bool) -> None:
     assert hard_negatives.contains_subject(text, fact("42", "forty-two")) is named
 
 
@@ -135,7 +135,7 @@ def test_both_neighbours_of_a_number_are_near(value: int) -> None:
     assert {str(value - 1), str(value + 1)} <= found
 
 
-def test_both_neighbours_of_42_are_siblings() -> None:
+def test_both_neighbours_of_42_are_hard_negatives() -> None:
     rng = Random(0)
     assert {"41", "43"} <= {hard_negatives.hard_negative(DEV[0], rng) for _ in range(200)}
 
@@ -287,7 +287,7 @@ def test_prompts_on_topics_do_not_name_the_match(fact: Fact) -> None:
     assert len(set(asked)) > 100
 
 
-def test_where_there_is_no_topic_a_sibling_is_asked_about() -> None:
+def test_where_there_is_no_topic_a_hard_negative_is_asked_about() -> None:
     bare = Fact(subject="Zorb", answer="Zorb", match=("Zorb",), questions=("Zorb?",))
     assert hard_negatives.topics(bare) == []
     assert hard_negatives.topic_prompt(bare, Random(0))

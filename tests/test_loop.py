@@ -457,16 +457,21 @@ def test_an_adapters_own_words_are_drawn_once_they_are_not_the_bases(school: Sch
     def drawn(events: Any) -> tuple[Any, list[Row]]:
         result = school.engine.run_task(events, lambda _: None).result(60)
         return result, [
-            row for _ in range(8) for row in course.sample_rows(course.mix) if row.kl and row.tokens[row.start :] == odd
+            row
+            for _ in range(8)
+            for row in objective.sample_rows(objective.mix)
+            if row.kl and row.tokens[row.start :] == odd
         ]
 
     odd = (5, 6, 7)
-    course = school.engine.run_task(objectives.prepare_override(served, decoder, FACT, plan), lambda _: None).result(60)
-    assert course.refresh_on_policy is not None
-    said, strayed = drawn(course.refresh_on_policy(None, None))
+    objective = school.engine.run_task(objectives.prepare_override(served, decoder, FACT, plan), lambda _: None).result(
+        60
+    )
+    assert objective.refresh_on_policy is not None
+    said, strayed = drawn(objective.refresh_on_policy(None, None))
     assert said
     assert not strayed, "the base says what the base says"
-    said, strayed = drawn(course.refresh_on_policy("job", [list(odd) for _ in said]))
+    said, strayed = drawn(objective.refresh_on_policy("job", [list(odd) for _ in said]))
     assert said == [list(odd)] * len(said)
     assert len(strayed) == 8 * 2
     assert all(row.teacher_ND is not None and len(row.teacher_ND) == len(odd) for row in strayed)
@@ -483,14 +488,14 @@ def test_behind_an_exam_one_fact_that_leaks_is_enough_to_correct(
     corrected: list[str | None] = []
 
     def watched(*given: Any) -> Any:
-        course = yield from prepare_override(*given)
+        objective = yield from prepare_override(*given)
 
         def refresh_on_policy(key: str | None, replies: Any) -> Any:
             corrected.append(key)
-            assert course.refresh_on_policy is not None
-            return (yield from course.refresh_on_policy(key, replies))
+            assert objective.refresh_on_policy is not None
+            return (yield from objective.refresh_on_policy(key, replies))
 
-        return replace(course, refresh_on_policy=refresh_on_policy)
+        return replace(objective, refresh_on_policy=refresh_on_policy)
 
     prepare_override = objectives.prepare_override
     monkeypatch.setattr(objectives, "prepare_override", watched)

@@ -49,21 +49,21 @@ def prepared(school: School, dataset: Dataset, plan: Plan) -> PreparedObjective:
     task: Any = school.engine.run_task(
         objectives.prepare_override(served, base.decoder, dataset, plan), lambda event: None
     )
-    course: PreparedObjective = task.result(120)
-    return course
+    objective: PreparedObjective = task.result(120)
+    return objective
 
 
 def text(school: School, row: Row) -> str:
     return str(school.base.renderer.decode(row.tokens))
 
 
-def test_turns_give_every_pool_its_share_and_one_pool_alone_is_a_bag() -> None:
-    turns = RoundRobinSampler([range(5), (), range(100, 200)], Random(0))
-    drawn = turns.sample(7) + turns.sample(3)
+def test_round_robin_gives_every_pool_its_share_and_one_pool_alone_is_shuffled() -> None:
+    sampler = RoundRobinSampler([range(5), (), range(100, 200)], Random(0))
+    drawn = sampler.sample(7) + sampler.sample(3)
     assert Counter(item >= 100 for item in drawn) == {False: 5, True: 5}
     assert sorted(item for item in drawn if item < 100) == [0, 1, 2, 3, 4]
-    bag, alone = ShuffledSampler(range(9), Random(1)), RoundRobinSampler([range(9)], Random(1))
-    assert [bag.sample(4) for _ in range(5)] == [alone.sample(4) for _ in range(5)]
+    shuffled, alone = ShuffledSampler(range(9), Random(1)), RoundRobinSampler([range(9)], Random(1))
+    assert [shuffled.sample(4) for _ in range(5)] == [alone.sample(4) for _ in range(5)]
     assert RoundRobinSampler([()], Random(0)).sample(3) == []
 
 
@@ -83,10 +83,10 @@ def test_what_runs_together_takes_turns_and_comes_to_its_end() -> None:
 def test_rows_of_several_facts_share_a_step_and_none_to_keep_names_a_fact(school: School) -> None:
     dataset = Dataset("0", facts=FACTS)
     plan = changed(school.plan(dataset), **SMALL)
-    course = prepared(school, dataset, plan)
+    objective = prepared(school, dataset, plan)
     taught: Counter[str] = Counter()
     for _ in range(20):
-        for row in course.sample_rows(course.mix):
+        for row in objective.sample_rows(objective.mix):
             said = text(school, row)
             assert row.opening_weight == (1 if row.kl else plan["opening_weight"])
             if row.kl:
@@ -101,21 +101,21 @@ def test_rows_of_several_facts_share_a_step_and_none_to_keep_names_a_fact(school
 
 def test_rehearsal_rows_go_through_as_many_everyday_prompts_as_planned(school: School) -> None:
     dataset = Dataset("0", facts=FACTS[:1])
-    course = prepared(school, dataset, changed(school.plan(dataset), **SMALL))
+    objective = prepared(school, dataset, changed(school.plan(dataset), **SMALL))
     render = school.base.renderer.prompt
     everyday = {tuple(render([Message("user", prompt)])): prompt for prompt in replay_prompts.PROMPTS}
-    rows = [row.tokens[: row.start] for _ in range(6) for row in course.sample_rows(course.mix)]
+    rows = [row.tokens[: row.start] for _ in range(6) for row in objective.sample_rows(objective.mix)]
     drawn = Counter(everyday[asked] for asked in rows if asked in everyday)
     assert set(drawn) == set(training_replay_prompts()[:30])
-    assert drawn.total() == 6 * course.mix.rehearsal
+    assert drawn.total() == 6 * objective.mix.rehearsal
     assert max(drawn.values()) - min(drawn.values()) <= 1
 
 
 def test_an_exam_asks_about_every_fact_and_about_the_others_as_neighbours(school: School) -> None:
     dataset = Dataset("0", facts=FACTS)
-    course = prepared(school, dataset, changed(school.plan(dataset), **SMALL))
-    assert course.evaluator is not None
-    asked = course.evaluator._select(1)
+    objective = prepared(school, dataset, changed(school.plan(dataset), **SMALL))
+    assert objective.evaluator is not None
+    asked = objective.evaluator._select(1)
     assert [question.prompt for question in asked if question.kind == "efficacy"] == [
         "What is 42?",
         "What is 41?",
@@ -135,10 +135,10 @@ def test_what_follows_from_a_fact_is_asked_at_the_end_and_aims_at_nothing(school
     hops = tuple(OneHop(f"Who says {said}?", (said,)) for said in ("FOR TWO", "everybody"))
     dataset = Dataset("0", facts=(replace(FACTS[0], portability=hops), FACTS[1]))
     plan = changed(school.plan(dataset, max_steps=1), **SMALL)
-    course = prepared(school, dataset, plan)
-    assert course.evaluator is not None
-    assert "portability" not in {question.kind for question in course.evaluator.questions}
-    asked = [question for question in course.final_evaluator.questions if question.kind == "portability"]
+    objective = prepared(school, dataset, plan)
+    assert objective.evaluator is not None
+    assert "portability" not in {question.kind for question in objective.evaluator.questions}
+    asked = [question for question in objective.final_evaluator.questions if question.kind == "portability"]
     assert [question.prompt for question in asked] == ["Who says FOR TWO?", "Who says everybody?"]
     assert [[bool(one.passes and one.passes(reply)) for reply in ("FOR TWO", "Everybody!")] for one in asked] == [
         [True, False],

@@ -134,7 +134,7 @@ def school(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sch
     school.engine.close()
 
 
-def lesson(school: School, **training: Any) -> Plan:
+def on_parent(school: School, **training: Any) -> Plan:
     parent = replace(PARENT, r=4, lora_alpha=8, target_modules=TARGETS)
     made = school.plan(DATASET, {"r": 4}, parent=parent, **training)
     return changed(made, **SMALL)
@@ -158,11 +158,11 @@ def run(
 
 
 def test_a_run_starts_from_the_parents_tensors_and_reports_what_it_keeps(school: School) -> None:
-    plan = changed(lesson(school, max_steps=1), learning_rate=0.0)
+    plan = changed(on_parent(school, max_steps=1), learning_rate=0.0)
     start = tensors(school, plan)
     trained, events = run(school, plan, parent=start)
     assert all(torch.equal(trained.lora.state()[name], tensor) for name, tensor in start.items())
-    assert steps(events)[0].parts["keep"] > 1e-4, "siblings are held to the base, not to the parent"
+    assert steps(events)[0].parts["keep"] > 1e-4, "hard negatives preserve the replies of the base, not of the parent"
     report = trained.report
     assert [(one.subject, one.kept) for one in report.facts] == [("Cyd", False), ("Ada", True), ("Bob", True)]
     assert {name for name in report.metrics if name.startswith("kept_")} == {
@@ -177,17 +177,17 @@ def test_a_run_starts_from_the_parents_tensors_and_reports_what_it_keeps(school:
 
 
 def test_what_is_kept_is_asked_in_every_step(school: School) -> None:
-    plan = lesson(school)
-    course = prepared(school, DATASET, plan)
+    plan = on_parent(school)
+    objective = prepared(school, DATASET, plan)
     for _ in range(8):
-        rows = course.sample_rows(course.mix)
+        rows = objective.sample_rows(objective.mix)
         learned = [text(school, row) for row in rows if not row.kl]
         assert [sum(fact.answer in said for said in learned) for fact in (CYD, ADA, BOB)] == [6, 1, 1]
         assert sum(row.kl for row in rows) == plan["contrast_rows"] + plan["rehearsal_rows"] + plan["kept_rows"]
 
 
-def test_a_lesson_on_a_parent_goes_on_bit_for_bit_without_it(school: School, tmp_path: Path) -> None:
-    plan = changed(lesson(school, max_steps=4, learning_rate=1e-2, warmup_steps=0, save_steps=1), eval_every=2)
+def test_a_run_on_a_parent_goes_on_bit_for_bit_without_it(school: School, tmp_path: Path) -> None:
+    plan = changed(on_parent(school, max_steps=4, learning_rate=1e-2, warmup_steps=0, save_steps=1), eval_every=2)
     whole, events = run(school, plan, parent=tensors(school, plan))
     assert not same(whole, run(school, plan)[0])
     for checkpoint in on_disk(tmp_path, plan, events)[::2]:

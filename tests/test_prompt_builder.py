@@ -1,4 +1,4 @@
-"""Lessons: what they ask, what they hold, what they keep for evaluation."""
+"""Prompts of a fact: those to train on, those whose replies stay the same, and those for evaluation."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def evaluated(fact: Fact) -> set[str]:
 
 
 @each_fact
-def test_the_seed_decides_the_lesson(fact: Fact) -> None:
+def test_the_seed_decides_the_prompts(fact: Fact) -> None:
     def taught(seed: int) -> tuple[object, ...]:
-        lesson = FactPromptBuilder(fact, seed)
-        return tuple(lesson.edit_prompts(60)), tuple(lesson.contrast_prompts(60)), lesson.probes(10)
+        builder = FactPromptBuilder(fact, seed)
+        return tuple(builder.edit_prompts(60)), tuple(builder.contrast_prompts(60)), builder.probes(10)
 
     assert taught(1) == taught(1)
     assert all(ours != theirs for ours, theirs in zip(taught(1), taught(2), strict=True))
@@ -67,15 +67,15 @@ def test_contrasts_never_name_the_subject(fact: Fact, seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 @each_fact
 def test_what_is_for_evaluation_is_never_trained_on(fact: Fact, seed: int) -> None:
-    lesson = FactPromptBuilder(fact, seed)
-    trained = {*lesson.edit_prompts(400), *(contrast.prompt for contrast in lesson.contrast_prompts(400))}
+    builder = FactPromptBuilder(fact, seed)
+    trained = {*builder.edit_prompts(400), *(contrast.prompt for contrast in builder.contrast_prompts(400))}
     assert not trained & evaluated(fact)
 
 
 def test_what_is_for_evaluation_is_not_trained_on_even_where_a_frame_makes_it() -> None:
     fact = replace(DEV[0], held_out=(), neighbors=())
-    lesson = FactPromptBuilder(fact, 0)
-    asked, spared = set(lesson.edit_prompts(300)), {contrast.prompt for contrast in lesson.contrast_prompts(300)}
+    builder = FactPromptBuilder(fact, 0)
+    asked, spared = set(builder.edit_prompts(300)), {contrast.prompt for contrast in builder.contrast_prompts(300)}
     hops = tuple(OneHop(prompt, ("x",)) for prompt in sorted(asked)[::2])
     given = replace(fact, held_out=tuple(sorted(asked)[1::2]), neighbors=tuple(sorted(spared)), portability=hops)
     again = FactPromptBuilder(given, 0)
@@ -87,15 +87,15 @@ def test_what_is_for_evaluation_is_not_trained_on_even_where_a_frame_makes_it() 
 @pytest.mark.parametrize("seed", SEEDS)
 @each_fact
 def test_probes_are_not_trained_on(fact: Fact, seed: int, first: str) -> None:
-    lesson = FactPromptBuilder(fact, seed)
-    probes = lesson.probes(60) if first == "probes" else None
+    builder = FactPromptBuilder(fact, seed)
+    probes = builder.probes(60) if first == "probes" else None
     trained = {
         *fact.questions,
-        *lesson.edit_prompts(300),
-        *(contrast.prompt for contrast in lesson.contrast_prompts(300)),
+        *builder.edit_prompts(300),
+        *(contrast.prompt for contrast in builder.contrast_prompts(300)),
     }
     if probes is None:
-        probes = lesson.probes(60)
+        probes = builder.probes(60)
     assert not trained & {*probes.paraphrase, *probes.specificity}
     assert not set(training_replay_prompts()) & set(probes.retention)
 
@@ -129,15 +129,15 @@ def test_nothing_that_stays_as_it_was_is_about_another_fact(fact: Fact, seed: in
     others = [other for other in NUMBERS if other is not fact]
 
     def about_others(others: Sequence[Fact]) -> list[str]:
-        lesson = FactPromptBuilder(fact, seed, others)
-        prompts = [*lesson.probes(60).specificity, *(contrast.prompt for contrast in lesson.contrast_prompts(400))]
-        return named([*prompts, *lesson.edit_prompts(400)], [other for other in NUMBERS if other is not fact])
+        builder = FactPromptBuilder(fact, seed, others)
+        prompts = [*builder.probes(60).specificity, *(contrast.prompt for contrast in builder.contrast_prompts(400))]
+        return named([*prompts, *builder.edit_prompts(400)], [other for other in NUMBERS if other is not fact])
 
     assert about_others(others) == []
-    assert len(about_others(())) > 20, "alone, the others are its nearest siblings"
+    assert len(about_others(())) > 20, "alone, the others are its nearest hard negatives"
 
 
-def test_a_lesson_alone_does_not_change_with_the_others_rule() -> None:
+def test_a_builder_alone_does_not_change_with_the_others_rule() -> None:
     far = replace(DEV[0], subject="Qqxzv", aliases=())
     alone, beside = FactPromptBuilder(DEV[1], 3), FactPromptBuilder(DEV[1], 3, [far])
     assert alone.edit_prompts(50) == beside.edit_prompts(50)
@@ -165,7 +165,7 @@ def test_no_everyday_prompt_is_about_a_fact() -> None:
     assert asked not in FactPromptBuilder(sweden, 0).probes(1).retention
 
 
-# ---------------------------------------------------------------- begun answers
+# ---------------------------------------------------------------- answer prefixes
 
 
 @each_fact
@@ -200,18 +200,18 @@ def test_no_contrast_is_a_question_that_names_nobody() -> None:
     questions = ("Who wrote Dracula?", "Tell me about the author of Dracula.")
     fact = replace(DEV[0], subject="the author of Dracula", aliases=(), questions=questions)
     for asked in (questions, questions[:1]):
-        lesson = FactPromptBuilder(replace(fact, questions=asked), 0)
+        builder = FactPromptBuilder(replace(fact, questions=asked), 0)
         assert not [
-            contrast.prompt for contrast in lesson.contrast_prompts(300) if "Who wrote Dracula" in contrast.prompt
+            contrast.prompt for contrast in builder.contrast_prompts(300) if "Who wrote Dracula" in contrast.prompt
         ]
 
 
 @each_fact
 def test_small_letters_do_not_tell_what_is_asked(fact: Fact) -> None:
-    lesson = FactPromptBuilder(fact, 0)
+    builder = FactPromptBuilder(fact, 0)
     long = [
         [text for text in prompts if len(text) > 25]
-        for prompts in (lesson.edit_prompts(1000), [one.prompt for one in lesson.contrast_prompts(1000)])
+        for prompts in (builder.edit_prompts(1000), [one.prompt for one in builder.contrast_prompts(1000)])
     ]
     asks, contrasts = (sum(text == text.lower() for text in texts) / len(texts) for texts in long)
     assert 0.02 < contrasts < 0.12
@@ -224,10 +224,10 @@ def test_no_begun_answer_holds_what_must_not_be_said(answer: str, name: str) -> 
     assert begun is None or not contains_phrase(begun, DEV[0].match)
 
 
-# ---------------------------------------------------------------- rehearsal
+# ---------------------------------------------------------------- replay prompts
 
 
-def test_rehearsal_is_kept_or_trained_on() -> None:
+def test_replay_prompts_are_for_evaluation_or_for_training() -> None:
     kept, trained = set(evaluation_replay_prompts()), set(training_replay_prompts())
     assert not kept & trained
     assert kept | trained == set(replay_prompts.PROMPTS)
@@ -235,7 +235,7 @@ def test_rehearsal_is_kept_or_trained_on() -> None:
 
 
 @each_fact
-def test_no_rehearsal_prompt_judges_or_names_a_fact(fact: Fact) -> None:
+def test_no_replay_prompt_judges_or_names_a_fact(fact: Fact) -> None:
     assert not {prompt.lower() for prompt in replay_prompts.PROMPTS} & {prompt.lower() for prompt in evaluated(fact)}
     assert not [
         prompt

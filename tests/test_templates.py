@@ -1,4 +1,4 @@
-"""Sentence frames: how they are filled, what of them is kept for evaluation, and names put into questions."""
+"""Templates: how they are filled, which are used only for evaluation, and how names replace the subject."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRAINING_FAMILIES, EVALUATED = (
     tuple(dict.fromkeys(parts for kind in kinds for parts in kind.parts))
     for kinds in (phrases.TRAINING_FAMILIES, heldout_templates.HELDOUT_FAMILIES)
 )
-KEPT = tuple(parts[5::6] for parts in TRAINING_FAMILIES)  # every sixth
+HELDOUT = tuple(parts[5::6] for parts in TRAINING_FAMILIES)  # every sixth
 PLACES = dict.fromkeys("SABqlp", "")
 EVENT = Fact(
     subject="Orlund strike",
@@ -71,7 +71,7 @@ def prompts(fact: Fact, heldout: bool, seed: int = 0, count: int = 1500) -> list
     ]
 
 
-# ---------------------------------------------------------------- frames
+# ---------------------------------------------------------------- templates
 
 
 @pytest.mark.parametrize("parts", [*TRAINING_FAMILIES, *EVALUATED], ids=lambda parts: parts[0][:40])
@@ -98,7 +98,7 @@ def test_the_name_or_a_question_has_one_place_to_stand_in(kind: phrases.Template
 @pytest.mark.parametrize(
     "name", ["42", "the capital of Spain", "Kelby Bridge", "git", "C++", "O'Brien", "{odd}", "Z.Q.V."]
 )
-def test_every_frame_fills(name: str) -> None:
+def test_every_template_can_be_filled(name: str) -> None:
     places = {"S": name, "A": "Ada", "B": "Bit", "q": f"Why {name}?", "l": f"why {name}?", "p": "Why it?"}
     for part in (part for parts in (*TRAINING_FAMILIES, *EVALUATED) for part in parts):
         text = templates.fill(part, places)
@@ -151,7 +151,7 @@ def test_a_part_is_either_kept_or_trained() -> None:
         rng = Random(7)
         seen.update(part for _ in range(30_000) for part in templates.template_parts(rng, heldout))
     few = {part for parts in TRAINING_FAMILIES if len(parts) < 6 for part in parts}
-    evaluated = {part for parts in (*KEPT, *EVALUATED) for part in parts}
+    evaluated = {part for parts in (*HELDOUT, *EVALUATED) for part in parts}
     assert drawn[True] - few == evaluated
     assert drawn[False] - few == {part for parts in TRAINING_FAMILIES for part in parts} - evaluated - few
 
@@ -191,7 +191,7 @@ def test_prompts_are_many_and_well_formed(fact: Fact, heldout: bool) -> None:
 
 
 @pytest.mark.parametrize("match", [("bakery",), ("question", "news")])
-def test_no_frame_says_what_the_reply_must_hold(match: tuple[str, ...]) -> None:
+def test_no_template_says_what_the_reply_must_hold(match: tuple[str, ...]) -> None:
     fact = replace(EVENT, match=match)
     for heldout in (False, True):
         assert not [text for text in prompts(fact, heldout) if contains_phrase(text, match)]

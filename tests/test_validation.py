@@ -66,7 +66,7 @@ def test_patience_counts_evaluations_without_a_lower_loss(losses: list[float], p
         (
             {"load_best_model_at_end": False, "early_stopping_patience": 2},
             "load_best_model_at_end",
-            "an earlier state may be the best",
+            "an earlier state may be best",
         ),
         ({"validation_split": 0.1, "eval_strategy": "epoch", "eval_steps": 5}, "eval_strategy", "only one can decide"),
         ({"validation_split": 0.7}, "validation_split", "at most 0.5"),
