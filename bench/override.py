@@ -53,8 +53,8 @@ class Row:
     retention: float
 
 
-class Base:
-    """The base model in this process: what it says, and how much of that an adapter would still say."""
+class RetentionJudge:
+    """Measures retention: how much of the replies of the base, which is in this process, an adapter preserves."""
 
     def __init__(self, directory: Path) -> None:
         config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
@@ -88,8 +88,8 @@ def teach(client: Client, name: str, facts: Sequence[Fact], **more: Any) -> tupl
     return job["status"], f"{job['adapter']['name']}@{job['adapter']['version']}", seconds
 
 
-def share(client: Client, model: str, prompts: tuple[str, ...], match: tuple[str, ...], *, held: bool) -> float:
-    """Share of prompts whose greedy reply holds the fact (held) or does not (not held).
+def share(client: Client, model: str, prompts: tuple[str, ...], match: tuple[str, ...], *, contained: bool) -> float:
+    """Share of prompts whose greedy reply contains the fact, or does not if `contained` is false.
 
     One after another: which form of the weights multiplies may depend on how many requests run together.
     """
@@ -98,7 +98,7 @@ def share(client: Client, model: str, prompts: tuple[str, ...], match: tuple[str
     def reply(prompt: str) -> str:
         return "".join(client.chat(asked | {"messages": [{"role": "user", "content": prompt}]}))
 
-    return statistics.mean(contains_phrase(reply(prompt), match) == held for prompt in prompts)
+    return statistics.mean(contains_phrase(reply(prompt), match) == contained for prompt in prompts)
 
 
 def show(rows: list[Row], middle: Callable[[Iterable[float]], float] = statistics.median) -> Table:
@@ -132,11 +132,11 @@ def main(path: Path, ids: list[str]) -> None:
     console = Console()
     rows = []
     with server() as (settings, client):
-        base = Base(Catalog(settings).prepare(settings.default_model))
+        base = RetentionJudge(Catalog(settings).prepare(settings.default_model))
         for fact in chosen:
             status, ref, seconds = teach(client, f"bench-{fact.id}", [fact])
-            paraphrase = share(client, ref, fact.held_out, fact.match, held=True)
-            specificity = share(client, ref, fact.neighbors, fact.match, held=False)
+            paraphrase = share(client, ref, fact.held_out, fact.match, contained=True)
+            specificity = share(client, ref, fact.neighbors, fact.match, contained=False)
             retention = base.retention(AdapterStore(settings.adapters_dir), ref, fact.controls)
             rows.append(Row(fact.id, status, seconds, paraphrase, specificity, retention))
             console.print(rows[-1], soft_wrap=True)
