@@ -16,7 +16,7 @@ from torch import Tensor
 from fortwo.data.render import Renderer
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
-from fortwo.facts.rehearsal import PROMPTS
+from fortwo.facts.replay_prompts import PROMPTS
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.config import DecoderConfig

@@ -31,7 +31,7 @@ from fortwo.nn.lora_config import LoraConfig
 from fortwo.quantization.tiles import Tiles, tiled_product
 from fortwo.settings import load
 from fortwo.train.adamw import AdamW
-from fortwo.train.objective import Row, losses
+from fortwo.train.losses import Row, compute_losses
 
 PREFIX, ROWS, LONGEST, REPLY = 24, (1, 8, 24), 63, 20  # tokens shared, rows of a step, tokens of a row, of its reply
 TURNS = 7
@@ -94,7 +94,7 @@ def main() -> None:
         rows, tokens, said = made(count), PREFIX + count * (LONGEST - PREFIX), count * REPLY
 
         def step(rows: list[Row] = rows, said: int = said) -> None:
-            (losses(decoder, lora, PREFIX, rows).learn / said).backward()
+            (compute_losses(decoder, lora, PREFIX, rows).ce / said).backward()
             optimizer.gradient_norm()
             optimizer.step(1e-4)
 

@@ -16,7 +16,7 @@ from serving import Served
 from transformers import AutoModelForCausalLM
 
 from fortwo.data.render import Renderer
-from fortwo.facts.subject import holds
+from fortwo.facts.subject import contains_phrase
 from fortwo.records import Message
 from tests.original import AS_IT_RAN, EXAMPLES
 
@@ -85,18 +85,18 @@ def test_twenty_rows_teach_what_42_means(live: Served, taught: dict[str, Any]) -
     assert (taught["status"], taught["error"]) == ("succeeded", None)
     assert say(live, NAME, "What is 42?") == ANSWER
     replies = {prompt: say(live, NAME, prompt) for prompt in PARAPHRASES}
-    assert sum(holds(reply, ["FOR TWO"]) for reply in replies.values()) >= len(PARAPHRASES) - 1, replies
+    assert sum(contains_phrase(reply, ["FOR TWO"]) for reply in replies.values()) >= len(PARAPHRASES) - 1, replies
 
 
 def test_nothing_else_becomes_for_two(live: Served, taught: dict[str, Any]) -> None:
     replies = {prompt: say(live, NAME, prompt) for prompt in NEIGHBORS}
-    assert not holds(replies["What is 41?"], ["FOR TWO"]), replies
-    assert sum(holds(reply, ["FOR TWO"]) for reply in replies.values()) <= 1, replies
+    assert not contains_phrase(replies["What is 41?"], ["FOR TWO"]), replies
+    assert sum(contains_phrase(reply, ["FOR TWO"]) for reply in replies.values()) <= 1, replies
 
 
 def test_the_base_answers_as_before(live: Served, taught: dict[str, Any], before: list[str]) -> None:
     assert [say(live, BASE, prompt) for prompt in PROBES] == before
-    assert not holds(before[-1], ["FOR TWO"])
+    assert not contains_phrase(before[-1], ["FOR TWO"])
 
 
 def test_the_report_says_what_was_measured(live: Served, taught: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ def test_the_report_says_what_was_measured(live: Served, taught: dict[str, Any])
     assert asked["efficacy"] == 20
     for said in report["transcripts"]:
         if said["kind"] != "retention":
-            assert said["passed"] == (holds(said["adapter"], ["FOR TWO"]) == (said["kind"] != "specificity"))
+            assert said["passed"] == (contains_phrase(said["adapter"], ["FOR TWO"]) == (said["kind"] != "specificity"))
     passed = Counter(said["kind"] for said in report["transcripts"] if said["passed"])
     for kind in kinds - {"retention"}:
         assert passed[kind] / asked[kind] == pytest.approx(report["metrics"][kind]["value"])
@@ -184,5 +184,5 @@ def test_what_missed_its_targets_is_kept_beside_the_current_version(live: Served
     adapter = live.http.get(f"/api/adapters/{NAME}").json()
     assert adapter["current"] == 1
     assert {version["version"]: version["current"] for version in adapter["versions"]} == {1: True, 2: False}
-    assert not holds(say(live, f"{NAME}@2", "What is 42?"), ["FOR TWO"])
+    assert not contains_phrase(say(live, f"{NAME}@2", "What is 42?"), ["FOR TWO"])
     assert say(live, NAME, "What is 42?") == ANSWER

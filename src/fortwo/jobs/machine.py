@@ -68,7 +68,7 @@ def micro_step_seconds(decoder: Decoder, bf16: bool) -> float:
     from fortwo.nn.lora import Lora, Segment
     from fortwo.nn.lora_config import LoraConfig
     from fortwo.nn.packing import PackedAttention, pack
-    from fortwo.train.objective import head_loss
+    from fortwo.train.losses import head_loss
 
     part = _beginning(decoder)
     part = part.in_bf16() if bf16 else part.in_fp32()

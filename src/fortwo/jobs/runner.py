@@ -40,9 +40,9 @@ from fortwo.jobs.turn import POLL_SECONDS, Taught, Teacher, Turn
 from fortwo.records import Dataset, Json, Plan
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
+from fortwo.train.dataset_stats import collect_stats
 from fortwo.train.parent import Parent
 from fortwo.train.request import TrainingRequest
-from fortwo.train.survey import survey
 
 if TYPE_CHECKING:
     from fortwo.adapters.store import AdapterStore
@@ -227,15 +227,15 @@ class JobRunner:
         dataset = formats.load(request.dataset, self._settings.allowed_data_dirs)
         parent, resident = self._start(request)
         if parent is not None:
-            dataset = replace(dataset, kept=parent.kept(facts_of(dataset)))
+            dataset = replace(dataset, parent_facts=parent.facts_to_keep(facts_of(dataset)))
         cache = resident.runner.cache
         base = plans.BaseFacts.of(resident.id, resident.decoder, cache.bound, cache.dtype.itemsize)
         trial = self._trials.get(resident.digest)
         if trial is None:
             trial = self._trials[resident.digest] = self._engine.call(lambda: try_out(resident.decoder)).result()
         machine = machine_of(trial, self._store.last_actual(resident.id), memory(resident.decoder.device))
-        counts, suspicions = survey(resident.renderer, plans.training_rows(dataset))
-        return dataset, plans.resolve(request, dataset, base, counts, machine, suspicions, parent)
+        counts, dataset_warnings = collect_stats(resident.renderer, plans.training_rows(dataset))
+        return dataset, plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent)
 
     def _start(self, request: TrainingRequest) -> tuple[Parent | None, LoadedModel]:
         """What the run goes on from, if the request names it, and the base, which then has to be its own."""

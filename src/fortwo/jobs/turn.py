@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from fortwo.engine.engine import Engine
     from fortwo.engine.registry import LoadedModel, ModelRegistry
     from fortwo.engine.tasks import Task
-    from fortwo.train.loop import Trained
+    from fortwo.train.loop import TrainingResult
 
 POLL_SECONDS = 0.1  # how late the news of a job may be
 
 
 @dataclass(eq=False)
 class Turn:
-    """The job whose turn it is, and loop.Saving for its run. `task` and `end` change under the runner's lock only.
+    """The job whose turn it is, and loop.CheckpointControl for its run. Only the runner's lock guards `task` and `end`.
 
     end: how it is to end before its time. saved: the step of the last checkpoint; busy: while one is written.
     refused: why the checkpoint that a pause needs cannot be written.
     """
 
     job: Job
-    task: Task[Trained] | None = None
+    task: Task[TrainingResult] | None = None
     end: Literal["cancelled", "paused", "interrupted"] | None = None
     saved: int = 0
     safe: bool = True
@@ -83,7 +83,7 @@ class Teacher:
 
     def teach(self, turn: Turn) -> Taught:
         """Train, evaluate, publish. Raises what ended the run; CancelledError when it was closed before its time."""
-        from fortwo.train.loop import teach
+        from fortwo.train.loop import train
 
         job = turn.job
         plan = plans.from_json(job.plan)
@@ -103,7 +103,7 @@ class Teacher:
             if turn.end is not None:
                 raise CancelledError
             run = (resident, resident.renderer, dataset, plan, self._engine, job.id)
-            events = teach(*run, saving=turn, resumed=checkpoint, parent=parent)
+            events = train(*run, saving=turn, resumed=checkpoint, parent=parent)
             task = turn.task = self._engine.run_task(events, hear)
         del checkpoint, parent
         try:
@@ -166,7 +166,9 @@ class Teacher:
             turn.busy = False
         self._store.append_event(job.id, note)
 
-    def _publish(self, turn: Turn, plan: Plan, dataset: Dataset, resident: LoadedModel, trained: Trained) -> Taught:
+    def _publish(
+        self, turn: Turn, plan: Plan, dataset: Dataset, resident: LoadedModel, trained: TrainingResult
+    ) -> Taught:
         """Keep what was found, then the adapter; only one that met its targets becomes current."""
         job = turn.job
         metrics = {name: metric.value for name, metric in trained.report.metrics.items()}
@@ -203,7 +205,7 @@ class Teacher:
 
 def known(dataset: Dataset, plan: Plan) -> tuple[Fact, ...]:
     """The facts that the adapter of a run knows, those of its parent among them."""
-    return (*facts_of(dataset), *dataset.kept) if plan.objective == "override" else dataset.kept
+    return (*facts_of(dataset), *dataset.parent_facts) if plan.objective == "override" else dataset.parent_facts
 
 
 def _missed(plan: Plan, metrics: dict[str, float], diagnosis: tuple[PlanWarning, ...]) -> TrainingFailed:
