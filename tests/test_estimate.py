@@ -147,19 +147,19 @@ def test_a_trial_measures_both_types_of_products_where_products_matter(monkeypat
     assert min(*trial.micro_step.values(), trial.token) > 0
 
 
-TRIAL = Trial({"fp32": MICRO_TOKENS / 100, "bf16": MICRO_TOKENS / 200}, token=ROWS / 1000)
+TRIAL = Trial({"fp32": MICRO_TOKENS / 100, "bf16": MICRO_TOKENS / 200}, token=ROWS / 1000, memory=7)
 
 
 def test_a_machine_is_as_its_trial_and_its_newest_job_say() -> None:
-    tried = machine_of(TRIAL, None, 7)
+    tried = machine_of(TRIAL, None)
     assert (tried.trained, tried.memory) == ({"fp32": 100, "bf16": 200}, 7)
     assert (tried.tokens_per_second, replace(tried, bf16=True).tokens_per_second) == (100, 200)
     assert 0 < tried.reply_tokens_per_second < 1000, "prompts are read, too"
-    shown = machine_of(TRIAL, {"tokens_per_second": 150.0, "reply_tokens_per_second": 45.0, "bf16": True}, None)
+    shown = machine_of(TRIAL, {"tokens_per_second": 150.0, "reply_tokens_per_second": 45.0, "bf16": True})
     assert replace(shown, bf16=True).tokens_per_second == 150
     assert shown.tokens_per_second == 100, "the job says nothing of the other type"
     assert shown.reply_tokens_per_second == 45
-    older = machine_of(TRIAL, {"tokens_per_second": 150.0}, None)
+    older = machine_of(TRIAL, {"tokens_per_second": 150.0})
     assert replace(older, bf16=True).tokens_per_second == 200, "a job of an older version does not say its type"
 
 

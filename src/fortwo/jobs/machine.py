@@ -26,10 +26,11 @@ REPEATS = 3
 @dataclass(frozen=True)
 class Trial:
     """What a trial of a few layers found: seconds of a micro-step of MICRO_TOKENS tokens by the type of its products,
-    and seconds of one token for each of ROWS replies."""
+    and seconds of one token for each of ROWS replies. memory: bytes of the device."""
 
     micro_step: Mapping[str, float]
     token: float
+    memory: int | None = None
 
 
 def try_out(decoder: Decoder) -> Trial:
@@ -38,16 +39,17 @@ def try_out(decoder: Decoder) -> Trial:
     The CPU tries both types, since which one is faster depends on its instructions and on the shapes. A GPU with bf16
     products, where a first run compiles kernels, tries that alone. A small model stays in fp32, as it is served.
     """
-    from fortwo.execution.autotuning import SMALL
+    from fortwo.execution.autotuning import SMALL, memory
     from fortwo.quantization.matmul import multiplies_bf16
 
     types = ["fp32"] if decoder.config.parameters < SMALL else ["fp32", "bf16"]
     if decoder.device.type != "cpu":
         types = ["bf16" if multiplies_bf16(decoder.device) else "fp32"]
-    return Trial({name: micro_step_seconds(decoder, name == "bf16") for name in types}, token_seconds(decoder))
+    micro_step = {name: micro_step_seconds(decoder, name == "bf16") for name in types}
+    return Trial(micro_step, token_seconds(decoder), memory(decoder.device))
 
 
-def machine_of(trial: Trial, last: Json | None, memory: int | None) -> Machine:
+def machine_of(trial: Trial, last: Json | None) -> Machine:
     """The machine by a trial and, where there is one, by what the newest run on this base took."""
     trained = {name: MICRO_TOKENS / seconds for name, seconds in trial.micro_step.items()}
     found, seen = last or {}, dict[str, float]()
@@ -55,7 +57,7 @@ def machine_of(trial: Trial, last: Json | None, memory: int | None) -> Machine:
         seen["bf16" if found["bf16"] else "fp32"] = found["tokens_per_second"]
     replied = found.get("reply_tokens_per_second")
     rate = replied or reply_rate(trial.token, ROWS, PASSES * max(trained.values()))
-    return Machine(trained, rate, memory, seen)
+    return Machine(trained, rate, trial.memory, seen)
 
 
 def reply_rate(step: float, rows: int, read: float) -> float:

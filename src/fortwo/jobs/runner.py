@@ -29,7 +29,6 @@ from fortwo.errors import (
     TrainingFailed,
     Unavailable,
 )
-from fortwo.execution.autotuning import memory
 from fortwo.facts.subject import facts_of
 from fortwo.jobs import parents
 from fortwo.jobs.checkpoints import CheckpointStore
@@ -233,7 +232,7 @@ class JobRunner:
         trial = self._trials.get(resident.digest)
         if trial is None:
             trial = self._trials[resident.digest] = self._engine.call(lambda: try_out(resident.decoder)).result()
-        machine = machine_of(trial, self._store.last_actual(resident.id), memory(resident.decoder.device))
+        machine = machine_of(trial, self._store.last_actual(resident.id))
         counts, dataset_warnings = collect_stats(resident.renderer, plans.training_rows(dataset))
         return dataset, plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent)
 
