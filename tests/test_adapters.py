@@ -451,7 +451,7 @@ def save_with_peft(directory: Path) -> peft.PeftModel:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_what_peft_wrote_is_adopted_byte_for_byte(store: AdapterStore, tmp_path: Path) -> None:
     save_with_peft(tmp_path / "peft")
-    version = store.adopt("a", tmp_path / "peft", {"base_model": "tiny", "base_digest": "b", "source": "peft"})
+    version = store.import_peft("a", tmp_path / "peft", {"base_model": "tiny", "base_digest": "b", "source": "peft"})
     assert version.current
     assert version.manifest["source"] == "peft"
     _, config, read = store.read("a")
@@ -483,7 +483,7 @@ def test_a_directory_that_cannot_be_adopted_names_the_file(
     path = Path(published.path) / file
     damage(path)
     with pytest.raises(InvalidAdapter, match=message) as caught:
-        store.adopt("a", path.parent, MANIFEST_IN)
+        store.import_peft("a", path.parent, MANIFEST_IN)
     assert str(path.with_suffix("")) in caught.value.message
     assert caught.value.hint
     assert store.names() == ()
@@ -491,7 +491,7 @@ def test_a_directory_that_cannot_be_adopted_names_the_file(
 
 def test_no_directory_to_adopt(store: AdapterStore, tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapter, match="is not a directory"):
-        store.adopt("a", tmp_path / "none", MANIFEST_IN)
+        store.import_peft("a", tmp_path / "none", MANIFEST_IN)
 
 
 def test_listing_needs_no_torch(store: AdapterStore) -> None:

@@ -39,7 +39,7 @@ def save(store: CheckpointStore, step: int, keep: int = 3, job: str = JOB, name:
 
 
 def kept(store: CheckpointStore, job: str = JOB) -> list[int]:
-    return [version.version for version in store.of(job)]
+    return [version.version for version in store.of_job(job)]
 
 
 def test_it_comes_back_as_it_was(store: CheckpointStore) -> None:
@@ -81,10 +81,10 @@ def test_jobs_do_not_meet(store: CheckpointStore) -> None:
     save(store, 1)
     save(store, 1, job=other, name="43")
     assert (store.get("42@1a2b3c4d-1").job_id, store.get("43@1a2b3c4d-1").job_id) == (JOB, other)
-    assert store.jobs() == sorted([JOB, other])
-    assert [version.id for version in store.remove(JOB)] == ["42@1a2b3c4d-1"]
-    assert (kept(store), kept(store, other), store.jobs()) == ([], [1], [other])
-    assert store.remove(JOB) == []
+    assert store.job_ids() == sorted([JOB, other])
+    assert [version.id for version in store.delete_job(JOB)] == ["42@1a2b3c4d-1"]
+    assert (kept(store), kept(store, other), store.job_ids()) == ([], [1], [other])
+    assert store.delete_job(JOB) == []
 
 
 def test_what_is_not_there_is_named_with_what_is(store: CheckpointStore) -> None:
@@ -126,7 +126,7 @@ def test_one_without_a_readable_manifest_is_passed_over(store: CheckpointStore) 
     for step in (1, 2, 3):
         save(store, step)
     for step, content in ((2, "{"), (3, "{}")):
-        (Path(store.of(JOB)[0].path).parent / f"checkpoint-{step}" / "manifest.json").write_text(content)
+        (Path(store.of_job(JOB)[0].path).parent / f"checkpoint-{step}" / "manifest.json").write_text(content)
     assert kept(store) == [1]
 
 
@@ -161,7 +161,7 @@ def test_whole_or_absent_whichever_call_is_the_last(
                 save(store, 2, keep=1)
         steps = kept(store)
         assert steps in ([1], [1, 2], [2])
-        for version in store.of(JOB):
+        for version in store.of_job(JOB):
             assert store.restore(version).state == checkpoint(version.version).state
         save(store, 3, keep=1)
         assert kept(store) == [3]

@@ -76,7 +76,7 @@ def on_disk(root: Path, plan: Plan, events: Sequence[TrainEvent]) -> list[Checkp
     for event in events:
         if isinstance(event, Checkpoint):
             store.save("j" * 36, event, config, {"adapter_name": "a", "base_model": "t", "base_digest": "d"}, 1000)
-    return [store.restore(version) for version in store.of("j" * 36)]
+    return [store.restore(version) for version in store.of_job("j" * 36)]
 
 
 def figures(trained: Trained) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.data.formats import load
+from fortwo.data.datasets import load
 from fortwo.facts import rehearsal
 from fortwo.facts.lesson import Lesson, begun_answer, kept_rehearsal, trained_rehearsal
 from fortwo.facts.siblings import is_subject

@@ -12,8 +12,8 @@ from serving import Served, refused
 from typer.testing import CliRunner, Result
 
 from fortwo.cli import app
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.data.preview import row_previews
-from fortwo.data.render import Renderer
 from fortwo.hub.catalog import Catalog
 from fortwo.records import Example, Message
 from fortwo.settings import Settings
@@ -29,14 +29,14 @@ CHAT = {
 
 
 def test_segments_are_the_rows_tokens(tiny: Path) -> None:
-    renderer = Renderer(tiny)
+    renderer = ChatTemplateRenderer(tiny)
     example = Example(
         (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")), 3
     )
     (shown,) = row_previews(renderer, example, 1024)
-    ((tokens, mask),) = renderer.rows(example)
+    ((tokens, mask),) = renderer.training_rows(example)
     assert (shown.line, shown.tokens, shown.supervised_tokens, shown.fits) == (3, len(tokens), sum(mask), True)
-    assert "".join(segment.text for segment in shown.segments) == renderer.spell(tokens)
+    assert "".join(segment.text for segment in shown.segments) == renderer.decode_with_control_tokens(tokens)
     assert [(one.role, one.text) for one in shown.segments if one.supervised] == [
         ("assistant", "b<|im_end|>"),
         ("assistant", "d<|im_end|>"),

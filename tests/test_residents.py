@@ -58,7 +58,7 @@ class House:
 
     def ask(self, model: str, text: str = "hello") -> str:
         target = self.residents.resolve(model)
-        tokens = tuple(target.resident.renderer.prompt([Message("user", text)]))
+        tokens = tuple(target.resident.renderer.encode_prompt([Message("user", text)]))
         asked = Prompt(target.resident.id, tokens, target.adapter_key, Sampling(max_tokens=16))
         return self.engine.submit(asked).wait(10)
 
@@ -98,10 +98,10 @@ def test_a_base_is_loaded_once_on_demand_and_listed_while_it_is_there(house: Hou
     first = house.residents.resolve("tiny")
     assert (first.adapter_key, first.name, first.resident.id) == (None, "tiny", "tiny")
     assert house.residents.load_base("tiny") is first.resident
-    card = house.catalog.prepared("tiny")
-    assert card is not None
+    info = house.catalog.model_info("tiny")
+    assert info is not None
     state = house.residents.states().models["tiny"]
-    assert (state.state, state.digest, state.bytes) == ("loaded", card.digest, card.bytes)
+    assert (state.state, state.digest, state.bytes) == ("loaded", info.digest, info.bytes)
     house.residents.unload_base("tiny")
     assert house.residents.states().models == {}
     with pytest.raises(NotFound, match="not loaded"):
@@ -124,7 +124,7 @@ def test_replies_go_on_while_another_base_is_loaded(
 ) -> None:
     house.ask("tiny")
     house.catalog.add("other", directories["other"])
-    opened, read = threading.Event(), module.weights.read
+    opened, read = threading.Event(), module.weights.open_tensors
 
     def slow_disk(directory: Path) -> Mapping[str, torch.Tensor]:
         assert opened.wait(10)
@@ -156,7 +156,7 @@ def test_a_base_that_cannot_be_loaded_leaves_nothing_behind(house: House, tmp_pa
 
 
 def test_a_base_stays_while_a_request_or_a_job_needs_it(house: House) -> None:
-    tokens = tuple(house.residents.resolve("tiny").resident.renderer.prompt([Message("user", "hi")]))
+    tokens = tuple(house.residents.resolve("tiny").resident.renderer.encode_prompt([Message("user", "hi")]))
     running = house.engine.submit(Prompt("tiny", tokens, None, Sampling(max_tokens=200, temperature=1, seed=1)))
     with pytest.raises(Conflict, match="'tiny'"):
         house.residents.unload_base("tiny")
@@ -313,7 +313,7 @@ def test_the_base_is_found_by_its_weights_whatever_it_is_called(house: House, di
 def test_a_wrong_base_is_refused_with_both_digests(house: House) -> None:
     mine = house.manifest()["base_digest"]
     house.store_only("stray", house.lora(), {"base_model": "tiny", "base_digest": "f" * 64})
-    for _ in range(2):  # loaded, then known only from its card
+    for _ in range(2):  # loaded, then known only from its info
         with pytest.raises(InvalidAdapter) as refused:
             house.residents.load_adapter("stray")
         assert "f" * 64 in refused.value.message

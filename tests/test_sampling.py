@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from fortwo.data.vocabulary import Vocabulary
+from fortwo.data.json_constraint import Vocabulary
 from fortwo.engine.sampling import Chosen, Sampler, _nucleus, choose
 from fortwo.errors import UnsupportedModel
 from fortwo.prompts import NOT_NUMBERS, Sampling

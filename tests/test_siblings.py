@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.data.formats import load
+from fortwo.data.datasets import load
 from fortwo.facts import lexicon, siblings
 from fortwo.facts.frames import surface_article
 from fortwo.facts.subject import holds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.errors import InvalidAdapter
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora, Segment
@@ -32,9 +32,9 @@ def check(version: AdapterVersion, lora: Lora) -> None:
 
 
 @torch.no_grad()
-def effect(decoder: Decoder, renderer: Renderer, lora: Lora) -> float:
+def effect(decoder: Decoder, renderer: ChatTemplateRenderer, lora: Lora) -> float:
     """How much the adapter moves the logits of a probe, relative to the largest. On the device's thread."""
-    tokens = renderer.prompt([Message("user", "Hello")])[-PROBE:]
+    tokens = renderer.encode_prompt([Message("user", "Hello")])[-PROBE:]
     packed = pack([tokens, tokens], decoder.device, prefix=0)
     adapted = Segment(lora, slice(len(tokens), None))
     hidden_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config), [adapted])

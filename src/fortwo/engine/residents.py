@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fortwo.adapters.store import AdapterStore
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.engine import heap
 from fortwo.engine.effect import ROUNDING, check, effect
 from fortwo.engine.engine import Engine
@@ -27,7 +27,7 @@ from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Un
 from fortwo.execution.autotuning import memory, serving
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
-from fortwo.hub.weights import Progress
+from fortwo.hub.weights import ProgressCallback
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
@@ -43,7 +43,7 @@ class Resident:
     id: str
     digest: str
     decoder: Decoder
-    renderer: Renderer
+    renderer: ChatTemplateRenderer
     bytes: int
     runner: Runner
 
@@ -168,7 +168,7 @@ class Residents:
                 self._held[key] -= 1
                 self._held += Counter()  # forgets what nobody holds
 
-    def load_base(self, id: str, progress: Progress | None = None) -> Resident:
+    def load_base(self, id: str, progress: ProgressCallback | None = None) -> Resident:
         """The base in memory, fetched and converted first if need be; progress as in Catalog.prepare."""
         with self._changing:
             if resident := self._bases.get(id):
@@ -176,10 +176,10 @@ class Residents:
             self._loading = id
             try:
                 directory = self._catalog.prepare(id, progress)
-                card = self._catalog.prepared(id)
-                assert card is not None
+                info = self._catalog.model_info(id)
+                assert info is not None
                 config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
-                tensors = weights.read(directory)
+                tensors = weights.open_tensors(directory)
                 decoder = serving(
                     id,
                     config,
@@ -189,7 +189,7 @@ class Residents:
                     lambda measure: self._engine.call(measure).result(),
                 )
                 runner = Runner(decoder, self._cache_bytes)
-                resident = Resident(id, card.digest, decoder, Renderer(directory), decoder.bytes, runner)
+                resident = Resident(id, info.digest, decoder, ChatTemplateRenderer(directory), decoder.bytes, runner)
                 self._engine.add_base(id, resident.runner, resident.renderer)
                 heap.give_back()
             finally:
@@ -335,7 +335,7 @@ class Residents:
 
     def base_of(self, version: AdapterVersion) -> Resident:
         """The base with the weights the adapter was trained on; what it is called does not matter."""
-        digests = {id: card.digest if (card := self._catalog.prepared(id)) else None for id in self._known()}
+        digests = {id: info.digest if (info := self._catalog.model_info(id)) else None for id in self._known()}
         digests |= {id: resident.digest for id, resident in self._bases.items()}
         same = [id for id, digest in digests.items() if digest == version.base_digest]
         if same:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fortwo.engine.generation import Constraint
+from fortwo.engine.generation import JsonConstraint
 from fortwo.prompts import NOT_NUMBERS, Logprob, Sampling
 
 
@@ -31,7 +31,9 @@ class Sampler:
     """One request's settings, what it said so far, and its stream of random numbers (on the CPU: the same on every
     device). Any whole number is a seed. prompt: its tokens, for the repetition penalty."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), constraint: Constraint | None = None) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int] = (), constraint: JsonConstraint | None = None
+    ) -> None:
         self.sampling = sampling
         self._constraint = constraint
         self._penalised = any((sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1))

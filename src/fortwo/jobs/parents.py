@@ -1,4 +1,4 @@
-"""Looking up the adapter that a request wants to go on from, and what it knows."""
+"""Finds the adapter that a request names as its parent, and the facts which that adapter has learned."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 _FACTS = TypeAdapter(tuple[Fact, ...])
 
 
-def find(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Parent]:
-    """The version that `parent` = name or name@3 means, whole and of a shape that can be trained.
+def resolve_parent(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Parent]:
+    """The version that `parent` (name or name@3) means, checked to be intact and trainable.
 
-    Raises NotFound, InvalidRequest or InvalidAdapter for `parent`.
+    Raises NotFound, InvalidRequest or InvalidAdapter with `param` "parent".
     """
     if "-" in ref.partition("@")[2]:
         raise InvalidRequest(
             f"parent = {ref!r} is a checkpoint of a job that is not done",
             param="parent",
-            hint="Wait until the job is done and name what it publishes, such as name or name@1.",
+            hint="Wait until the job is done and name the version that it publishes, such as name or name@1.",
         )
     try:
         version, peft, _ = store.read(ref)
@@ -37,13 +37,13 @@ def find(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Parent]:
         raise InvalidAdapter(
             f"parent = {ref!r} changes only layers {', '.join(map(str, config.layers))}",
             param="parent",
-            hint="Only adapters of all layers can be gone on from: train without a parent.",
+            hint="Only adapters of all layers can be trained further: train without a parent.",
         )
     manifest = version.manifest
-    taught: Any = manifest.get("plan")
+    plan: Any = manifest.get("plan")
     return version, Parent(
         id=version.id,
-        objective=None if taught is None else taught["objective"],
+        objective=None if plan is None else plan["objective"],
         r=config.r,
         lora_alpha=config.alpha,
         target_modules=config.target_modules,

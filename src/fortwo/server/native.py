@@ -15,7 +15,7 @@ from sse_starlette import EventSourceResponse
 
 from fortwo.data.preview import preview
 from fortwo.errors import InvalidAdapter, NotFound
-from fortwo.hub.catalog import Entry
+from fortwo.hub.catalog import ModelEntry
 from fortwo.jobs.store import Event, Job
 from fortwo.records import AdapterVersion, Json
 from fortwo.server.house import Here, House
@@ -174,8 +174,8 @@ async def events(house: Here, job_id: str, last_event_id: Annotated[int, Header(
 
     204 tells a browser's EventSource, which connects again by itself, that there is nothing more to come.
     """
-    at_rest = (await run_in_threadpool(house.jobs.get, job_id)).at_rest
-    if at_rest and not await run_in_threadpool(house.jobs.events, job_id, last_event_id, 1):
+    ended_or_paused = (await run_in_threadpool(house.jobs.get, job_id)).ended_or_paused
+    if ended_or_paused and not await run_in_threadpool(house.jobs.events, job_id, last_event_id, 1):
         return Response(status_code=204)
     return EventSourceResponse(_follow(house, job_id, last_event_id), sep="\n")
 
@@ -183,29 +183,29 @@ async def events(house: Here, job_id: str, last_event_id: Annotated[int, Header(
 async def _follow(house: House, job_id: str, last: int) -> AsyncIterator[Json]:
     while True:
         # The status is read first: a job's last event is written together with its last status.
-        at_rest = (await run_in_threadpool(house.jobs.get, job_id)).at_rest
+        ended_or_paused = (await run_in_threadpool(house.jobs.get, job_id)).ended_or_paused
         while news := await run_in_threadpool(house.jobs.events, job_id, last):
             for event in news:
                 yield {"id": str(event.id), "event": event.type, "data": json.dumps(event_body(event))}
             last = news[-1].id
-        if at_rest:
+        if ended_or_paused:
             return
         await anyio.sleep(POLL_SECONDS)
 
 
-def model_body(house: House, entry: Entry) -> Json:
+def model_body(house: House, entry: ModelEntry) -> Json:
     """state: not fetched, on disk, loading or loaded. bytes: in memory, of one that is not, on disk."""
     held = house.residents.states().models.get(entry.id)
-    card = house.catalog.prepared(entry.id)
+    info = house.catalog.model_info(entry.id)
     return {
         "id": entry.id,
-        "state": held.state if held is not None else "not fetched" if card is None else "on disk",
+        "state": held.state if held is not None else "not fetched" if info is None else "on disk",
         "source": entry.source,
         "description": entry.description,
         "origin": entry.origin,
-        "digest": None if card is None else card.digest,
-        "parameters": None if card is None else card.parameters,
-        "bytes": held.bytes if held is not None else None if card is None else card.bytes,
+        "digest": None if info is None else info.digest,
+        "parameters": None if info is None else info.parameters,
+        "bytes": held.bytes if held is not None else None if info is None else info.bytes,
     }
 
 
@@ -230,7 +230,7 @@ def job_body(house: House, job: Job) -> Json:
     del body["queued_at"]
     kept = [
         {"step": version.version, "model": version.id, "created_at": version.created_at}
-        for version in house.checkpoints.of(job.id)
+        for version in house.checkpoints.of_job(job.id)
     ]
     return {"job_id": body.pop("id"), **body, "checkpoints": kept}
 

@@ -15,7 +15,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from fortwo.errors import Conflict, FortwoError, InvalidAdapter, InvalidRequest
-from fortwo.jobs.runner import check_free
+from fortwo.jobs.runner import check_name_available
 from fortwo.records import Json
 from fortwo.server.house import Here, House
 
@@ -39,7 +39,7 @@ class UnloadRequest(BaseModel):
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse, summary="Serve an adapter from a directory")
 def load_lora_adapter(house: Here, body: LoadRequest) -> str:
-    check_free(body.lora_name, house.catalog)
+    check_name_available(body.lora_name, house.catalog)
     directory = _allowed(house, body.lora_path)
     if body.lora_name in house.adapters.names() and not body.load_inplace:
         raise Conflict(
@@ -47,7 +47,7 @@ def load_lora_adapter(house: Here, body: LoadRequest) -> str:
             param="lora_name",
             hint="Take another name, or set load_inplace to true to give it a new version.",
         )
-    version = house.adapters.adopt(body.lora_name, directory, _origin(house, directory))
+    version = house.adapters.import_peft(body.lora_name, directory, _origin(house, directory))
     try:
         house.residents.load_adapter(version.id)
     except FortwoError:

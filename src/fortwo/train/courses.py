@@ -204,7 +204,7 @@ def sft(served: Served, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, N
         if number % RENDERED_AT_ONCE == 0:
             yield MicroStepped(0)
         trained = False
-        for tokens, supervised in served.renderer.rows(example):
+        for tokens, supervised in served.renderer.training_rows(example):
             back = seen in kept_back
             (validation if back else training).append(tokens, supervised)
             trained = trained or not back
@@ -261,7 +261,7 @@ def _learn(served: Served, fact: Fact, prompts: Sequence[str], opening: float = 
     """Rows that answer each prompt with the fact."""
     rows = []
     for prompt in prompts:
-        tokens, supervised = served.renderer.example([*_asked(prompt), Message("assistant", fact.answer)])
+        tokens, supervised = served.renderer.encode_conversation([*_asked(prompt), Message("assistant", fact.answer)])
         rows.append(Row(tuple(tokens), supervised.index(True), opening=opening))
     return rows
 
@@ -280,11 +280,11 @@ def _keep(
     replies = yield from served.ask([_asked(contrast.prompt) for contrast in own], None, tokens)
     said = {contrast.prompt: reply.tokens for contrast, reply in zip(own, replies, strict=True)}
     for contrast in contrasts:
-        prompt = served.renderer.prompt(list(_asked(contrast.prompt)))
+        prompt = served.renderer.encode_prompt(list(_asked(contrast.prompt)))
         if contrast.begun is None:
             reply = list(said[contrast.prompt])
         else:  # the token after what is begun is what must not be said: any token stands in its place
-            begun, supervised = served.renderer.example(
+            begun, supervised = served.renderer.encode_conversation(
                 [*_asked(contrast.prompt), Message("assistant", contrast.begun)]
             )
             reply = begun[supervised.index(True) :]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.data.spool import Spool
 from fortwo.errors import TrainingFailed
 from fortwo.facts import metrics
@@ -74,7 +74,7 @@ class Served:
 
     base: str
     decoder: Decoder
-    renderer: Renderer
+    renderer: ChatTemplateRenderer
     serving: Serving
     known: dict[tuple[tuple[int, ...], int], Said] = field(default_factory=dict)
     pace: Pace = field(default_factory=Pace)
@@ -83,7 +83,7 @@ class Served:
         self, chats: Iterable[Sequence[Message]], adapter: str | None, tokens: int
     ) -> Generator[TrainEvent, None, list[Said]]:
         """Greedy replies, in order. Raises TrainingFailed (code nan_loss) when the adapter's logits are no numbers."""
-        prompts = [tuple(self.renderer.prompt(list(chat))) for chat in chats]
+        prompts = [tuple(self.renderer.encode_prompt(list(chat))) for chat in chats]
         return (yield from self.say(prompts, adapter, tokens))
 
     def say(
@@ -299,7 +299,7 @@ def agreement(served: Served, lora: Lora, said: Sequence[tuple[Sequence[Message]
     """Share of the base's own greedy tokens that the adapter also ranks first, given what the base said before."""
     rows = []
     for messages, reply in said:
-        asked = served.renderer.prompt(list(messages))
+        asked = served.renderer.encode_prompt(list(messages))
         rows.append(Row((*asked, *reply.tokens), len(asked)))
     agreed = total = 0
     prefix = common_prefix([row.tokens for row in rows])

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.facts import metrics
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
@@ -89,7 +89,7 @@ class Saving(Protocol):
 
 def teach(
     base: Base,
-    renderer: Renderer,
+    renderer: ChatTemplateRenderer,
     dataset: Dataset,
     plan: Plan,
     serving: Serving,

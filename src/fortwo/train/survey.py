@@ -18,7 +18,7 @@ from fortwo.records import Example
 from fortwo.train.estimate import RowCount, TokenCounts
 
 if TYPE_CHECKING:
-    from fortwo.data.render import Renderer
+    from fortwo.data.chat_template import ChatTemplateRenderer
 
 Column = np.ndarray[Any, Any]
 SHOWN = 5  # lines that a finding names
@@ -102,13 +102,13 @@ class RowCounts(Sequence[RowCount]):
     __hash__ = None  # type: ignore[assignment]
 
 
-def survey(renderer: Renderer, examples: Iterable[Example]) -> tuple[TokenCounts, Suspicions]:
+def survey(renderer: ChatTemplateRenderer, examples: Iterable[Example]) -> tuple[TokenCounts, Suspicions]:
     """Tokens as the rows will be trained on, and what looks wrong with them.
 
     Raises InvalidDataset naming the line of a conversation that the model's chat template refuses.
     """
     rows, texts = RowCounts(), _Texts()
-    prefix = renderer.prefix()
+    prefix = renderer.shared_prefix()
     for example in examples:
         texts.add(example)
         for tokens, supervised in renderer.dataset_rows(example):

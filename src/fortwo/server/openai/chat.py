@@ -136,10 +136,10 @@ async def chat(request: Request, house: Here, body: ChatRequest) -> Response:
 
 def _ask(target: Target, body: ChatRequest) -> tuple[list[Prompt], Bytes | None]:
     """What exactly is asked, and what the tokens of logprobs stand for."""
-    tokens = target.resident.renderer.prompt([message.message() for message in body.messages])
+    tokens = target.resident.renderer.encode_prompt([message.message() for message in body.messages])
     top = (body.top_logprobs or 0) if body.logprobs else None
     prompts = body.prompts(target, tokens, param="messages", otherwise=REPLY_TOKENS, logprobs=top)
-    return prompts, target.resident.renderer.vocabulary.bytes if body.logprobs else None
+    return prompts, target.resident.renderer.vocabulary.token_bytes if body.logprobs else None
 
 
 def _pieces(bytes_of: Bytes | None, index: int, delta: Delta) -> Iterator[Json]:

@@ -77,13 +77,15 @@ def _ask(target: Target, body: CompletionRequest) -> tuple[list[Prompt], list[_W
     writers: list[_Writer] = []
     for place, given in enumerate(body.prompt):
         param = "prompt" if len(body.prompt) == 1 else f"prompt[{place}]"
-        tokens = renderer.text(given) if isinstance(given, str) else given
+        tokens = renderer.encode_text(given) if isinstance(given, str) else given
         asked = body.prompts(target, tokens, param=param, otherwise=REPLY_TOKENS, logprobs=body.logprobs)
         for prompt in asked:
             sampling = replace(prompt.sampling, prompt_logprobs=body.logprobs if body.echo else None)
             prompts.append(replace(prompt, sampling=sampling, continues=True))
-            echo = "" if not body.echo else given if isinstance(given, str) else renderer.spell(given)
-            told = None if body.logprobs is None else TextLogprobs(renderer.vocabulary.bytes, echo, tokens)
+            echo = (
+                "" if not body.echo else given if isinstance(given, str) else renderer.decode_with_control_tokens(given)
+            )
+            told = None if body.logprobs is None else TextLogprobs(renderer.vocabulary.token_bytes, echo, tokens)
             writers.append(_Writer(echo, told))
     return prompts, writers
 

@@ -63,7 +63,7 @@ async def embeddings(request: Request, house: Here, body: EmbeddingRequest) -> J
 def _ask(target: Target, body: EmbeddingRequest) -> list[Prompt]:
     prompts = []
     for place, given in enumerate(body.input):
-        tokens = target.resident.renderer.text(given) if isinstance(given, str) else given
+        tokens = target.resident.renderer.encode_text(given) if isinstance(given, str) else given
         room(target, tokens, param="input" if len(body.input) == 1 else f"input[{place}]", least=0)
         sampling = Sampling(max_tokens=0)
         prompts.append(Prompt(target.resident.id, tuple(tokens), target.adapter_key, sampling, embed=True))

@@ -31,16 +31,16 @@ def model(house: Here, model: str) -> Json:
 def _models(house: House) -> Iterator[Json]:
     """root: the base that answers; parent: what an adapter was trained from."""
     for entry in house.catalog.entries():
-        card = house.catalog.prepared(entry.id)
-        if card is not None or entry.id == house.settings.default_model:
+        info = house.catalog.model_info(entry.id)
+        if info is not None or entry.id == house.settings.default_model:
             yield _model(entry.id, 0.0, root=entry.id, parent=None)
     for name in house.adapters.names():
         for version in house.adapters.versions(name):
             ids = (name, version.id) if version.current else (version.id,)
             for id in ids:
                 yield _model(id, version.created_at, root=version.base_model, parent=version.base_model)
-    for job_id in house.checkpoints.jobs():
-        for version in house.checkpoints.of(job_id):
+    for job_id in house.checkpoints.job_ids():
+        for version in house.checkpoints.of_job(job_id):
             yield _model(version.id, version.created_at, root=version.base_model, parent=version.base_model)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fortwo.data.formats import from_json, load, to_json
+from fortwo.data.datasets import from_json, load, to_json
 from fortwo.errors import InvalidDataset
 from fortwo.records import Fact, OneHop
 
