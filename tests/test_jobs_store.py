@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy.exc import StatementError
 
 from fortwo.errors import NotFound
-from fortwo.jobs.store import Base, Job, JobStore, NewEvent, connect, migrations
+from fortwo.jobs.store import Job, JobStore, NewEvent, TableBase, connect, migrations
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_many_threads_write_at_once_and_nothing_is_lost(store: JobStore, url: st
 def test_the_migrations_make_the_schema_that_the_code_declares(store: JobStore, url: str) -> None:
     engine = connect(url)
     with engine.connect() as connection:
-        differences = compare_metadata(MigrationContext.configure(connection), Base.metadata)
+        differences = compare_metadata(MigrationContext.configure(connection), TableBase.metadata)
     engine.dispose()
     assert differences == []
 

@@ -327,9 +327,9 @@ def _parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
 
     try:
         return safetensors.torch.load(content)
-    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:  # the latter two for dtypes unknown to torch
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: torch has no such dtype
         raise InvalidAdapter(
-            f"{path} ({len(content)} bytes) is truncated or not a safetensors file: {error}",
+            f"{path} ({len(content)} bytes) is truncated or not a safetensors file that torch can read: {error}",
             hint="Save the adapter again with PEFT.",
         ) from None
 
