@@ -245,7 +245,7 @@ def test_every_single_turn_starts_with_the_prefix(
 
 def test_the_prefix_holds_the_default_system_turn(renderers: dict[str, ChatTemplateRenderer]) -> None:
     renderer = renderers["chatml"]
-    assert "You are a helpful AI" in renderer.decode(renderer.shared_prefix())
+    assert "You are a helpful AI" in renderer.decode(renderer.shared_prefix)
 
 
 def test_a_model_without_a_template_gets_the_plain_one(renderers: dict[str, ChatTemplateRenderer]) -> None:

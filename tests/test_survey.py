@@ -49,7 +49,7 @@ def test_rows_are_counted_as_they_are_rendered(renderer: ChatTemplateRenderer) -
     assert counts.rows[2].prompt == 1
     assert counts.prefix == 0
     alike, _ = survey(renderer, asked(("What?", "a"), ("Who?", "b")))
-    assert alike.prefix == len(renderer.shared_prefix())
+    assert alike.prefix == len(renderer.shared_prefix)
     longest = common_prefix(
         [tokens for example in asked(("What?", "a"), ("Who?", "b")) for tokens, _ in renderer.training_rows(example)]
     )

@@ -67,10 +67,8 @@ class AdapterStore:
         return self._commit(name, files, manifest, current)
 
     def import_peft(self, name: str, directory: Path, manifest: Json) -> AdapterVersion:
-        """Copy the adapter that PEFT saved in `directory`, unchanged, as a new version and make it current.
-
-        Raises InvalidAdapter naming the file that is missing, damaged or a pickle.
-        """
+        """Copy the adapter that PEFT saved in `directory`, unchanged, as a new version and make it current. Raises
+        InvalidAdapter naming the file that is missing, damaged or a pickle."""
         if not directory.is_dir():
             raise InvalidAdapter(f"{directory} is not a directory", hint="Name the directory that PEFT saved.")
         pickles = [path for path in directory.glob("adapter_model.*") if path.name != TENSORS]
@@ -85,10 +83,8 @@ class AdapterStore:
         return self._commit(name, files, manifest, current=True)
 
     def rollback(self, name: str) -> AdapterVersion:
-        """Make the version current that was current before, and return it; no version is deleted.
-
-        Raises NotFound for an unknown name and Conflict when no earlier version was current.
-        """
+        """Make the version current that was current before, and return it; no version is deleted. Raises NotFound for
+        an unknown name and Conflict when no earlier version was current."""
         check_name(name)
         self._existing_numbers(name)
         with self._locked_folder(name) as folder:

@@ -90,8 +90,7 @@ class ChatTemplateRenderer:
     def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation that ends with the assistant's answer, and for each whether it has loss.
 
-        The tokens begin with exactly `encode_prompt(messages[:-1])` and end with the end-of-turn token. The loss covers
-        the answer and that token. Raises UnsupportedModel when the template does not end the answer.
+        The tokens are exactly `encode_prompt(messages[:-1])` without loss, and the answer with its end-of-turn token.
         """
         assert messages[-1].role == "assistant"
         prompt, answer = self._turn(messages)
@@ -166,12 +165,9 @@ class ChatTemplateRenderer:
         """A constraint for one reply. Raises InvalidRequest for a schema that is invalid or cannot be enforced."""
         return self.vocabulary.constraint(schema)
 
+    @cached_property
     def shared_prefix(self) -> list[int]:
         """Tokens with which every single-turn conversation without a system message starts."""
-        return list(self._prefix)
-
-    @cached_property
-    def _prefix(self) -> list[int]:
         prompts = [self.encode_prompt([Message("user", opening)]) for opening in _OPENINGS]
         first, last = min(prompts), max(prompts)
         equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))

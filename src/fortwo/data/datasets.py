@@ -35,15 +35,12 @@ LARGE_BYTES = 8 << 20  # larger files are streamed, not loaded
 
 
 def load(spec: object, allowed_dirs: Sequence[Path]) -> Dataset:
-    """The dataset that `spec` describes. A relative path is looked up in `allowed_dirs`, in order.
-
-    Raises InvalidDataset naming the row, the field, the value and a remedy.
-    """
+    """The dataset that `spec` describes. A relative path is looked up in `allowed_dirs`, in order. Raises
+    InvalidDataset naming the row, the field, the value and a remedy."""
     kind, value = parse_source(spec)
     if kind == "path":
         return load_file(_find(value, allowed_dirs))
-    only = (FACT_FORMAT,) if kind == "facts" else EXAMPLE_FORMATS
-    return _dataset(validate_rows(_inline(kind, value), "inline", only), "inline")
+    return _dataset(iter_rows(spec, allowed_dirs), "inline")
 
 
 def load_file(path: Path) -> Dataset:
@@ -167,10 +164,8 @@ def _dataset(rows: Iterable[Example | Fact], source: str) -> Dataset:
 
 @dataclass(frozen=True)
 class FileExamples(Collection[Example]):
-    """The examples of a large file, which every iteration parses again.
-
-    path: the file; rows: how many; sha256, size (bytes), modified: of the file when it was loaded. An iteration raises
-    InvalidDataset (code dataset_changed) when the file has changed since.
+    """The examples of a large file, which every iteration parses again. sha256, size (bytes), modified: of the file
+    when it was loaded; an iteration raises InvalidDataset (code dataset_changed) when the file has changed since.
     """
 
     path: Path

@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of one speaker that all have loss, or none has. text: with control tokens written out.
-
-    role: None for plain text, for what the template writes before the first message, and where it is unknown.
-    """
+    """Consecutive tokens of one speaker, with loss on all or none, and their text with control tokens. role: None for
+    plain text, for what the template writes before the first message, and where it is unknown."""
 
     role: str | None
     supervised: bool
@@ -48,10 +46,8 @@ class RowPreview:
 
 @dataclass(frozen=True)
 class Preview:
-    """context: the model's context length in tokens."""
-
     model: str
-    context: int
+    context: int  # tokens
     rows: tuple[RowPreview, ...]
 
 
@@ -100,7 +96,7 @@ def _opening(renderer: ChatTemplateRenderer, example: Example, tokens: Sequence[
     """How many tokens the template writes before the first message, for conversations without a system message."""
     if not example.messages or example.messages[0].role == "system":
         return 0
-    pairs = zip(renderer.shared_prefix(), tokens, strict=False)
+    pairs = zip(renderer.shared_prefix, tokens, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from fortwo import disk
 from fortwo.errors import Conflict, InvalidRequest, NotFound, StorageFailed, UnsupportedModel
 from fortwo.hub import weights
 from fortwo.hub.sources import HubSource, Source, WheelSource, local_source
@@ -70,8 +70,6 @@ _ADDED = TypeAdapter(dict[str, Path])  # catalog.json: the path that the user ga
 
 
 class Catalog:
-    """The bundled models and those that the user added."""
-
     def __init__(self, settings: Settings) -> None:
         self._folder = settings.models_dir
         self._file = self._folder / "catalog.json"
@@ -109,17 +107,14 @@ class Catalog:
             added = self._added()
             if added.get(id, path) != path:
                 raise Conflict(
-                    f"model {id!r} is already taken from {added[id]}",
-                    param="id",
-                    hint=f"First run: fortwo models remove {id}",
+                    f"model {id!r} is already {added[id]}", param="id", hint=f"First run: fortwo models remove {id}"
                 )
             self._save({**added, id: path})
         return self.get(id)
 
     def remove(self, id: str) -> None:
-        """Remove a model that the user added, and what was prepared from it; the user's own files stay.
-
-        Raises NotFound for an unknown id and Conflict for a bundled model."""
+        """Remove a model that the user added, and what was prepared from it; the user's own files stay. Raises NotFound
+        for an unknown id and Conflict for a bundled model."""
         with self._lock("catalog"):
             added = self._added()
             if id not in added:
@@ -203,11 +198,11 @@ class Catalog:
     def _save(self, added: dict[str, Path]) -> None:
         draft = self._file.with_suffix(".new")
         try:
-            _write(draft, {id: str(path) for id, path in sorted(added.items())})
+            draft.unlink(missing_ok=True)
+            disk.write(draft, disk.dump({id: str(path) for id, path in sorted(added.items())}))
             draft.replace(self._file)
         except OSError as error:
-            message = f"{self._file} could not be written: {error.strerror}"
-            raise StorageFailed(message, hint="Free some space.") from error
+            raise StorageFailed(f"{self._file} cannot be written: {error.strerror}", hint="Free some space.") from error
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
@@ -215,8 +210,7 @@ class Catalog:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            message = f"{self._folder} cannot be created: {error}"
-            raise StorageFailed(message, hint="Set FORTWO_HOME to another folder.") from error
+            raise StorageFailed(f"{self._folder} cannot be created: {error}", hint="Change FORTWO_HOME.") from error
         with (self._folder / f".{name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -242,7 +236,7 @@ def _describe(directory: Path, id: str, source: Source, progress: ProgressCallba
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "linked": _linked(directory),
     }
-    _write(directory / "base.json", base)
+    disk.write(directory / "base.json", disk.dump(base))
 
 
 def _linked(directory: Path) -> Json:
@@ -253,10 +247,3 @@ def _linked(directory: Path) -> Json:
             stat = file.stat() if file.exists() else None
             state[file.name] = [stat.st_size, stat.st_mtime_ns] if stat else None
     return state
-
-
-def _write(path: Path, value: Json) -> None:
-    with path.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())

@@ -46,10 +46,8 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 def convert(file: Path, target: Path, progress: ProgressCallback) -> None:
-    """Write the model in `file` into the directory `target`. transformers converts the tokenizer.
-
-    Raises UnsupportedModel for a file that is damaged, incomplete or of an architecture that is not supported.
-    """
+    """Write the model in `file` into the directory `target`; transformers converts the tokenizer. Raises
+    UnsupportedModel for a file that is damaged, incomplete or of an architecture that is not supported."""
     reader = _open(file)
     config = _model_config(reader, file)
     (target / "config.json").write_text(json.dumps(config, indent=2))
@@ -134,9 +132,8 @@ def _model_config(reader: GGUFReader, file: Path) -> Json:
 def _rope_scaling(reader: GGUFReader, config: Json, factors: ReaderTensor | None, file: Path) -> Json | None:
     """The file's rope_scaling, in transformers' terms.
 
-    GGUF files of Llama 3.1 and later contain the divisors of the frequencies instead of the four numbers from which
-    they are computed. Three of the numbers are the same for all those models, and the fourth is the largest divisor;
-    the divisors are computed again to check this.
+    GGUF files of Llama 3.1 and later hold the divisors of the frequencies, not the four numbers that give them. Three
+    of these are equal in all such models and the fourth is the largest divisor; the divisors are recomputed as a check.
     """
     if factors is None:
         kind = _field(reader, f"{config['model_type']}.rope.scaling.type")

@@ -101,11 +101,10 @@ class WheelSource:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A repository of the Hugging Face hub. The download stays beside the models in the hub's cache layout, so an
-    interrupted one is resumed. model_id: its id in the catalog, for hints."""
+    """A repository of the Hugging Face hub. Its cache stays beside the models, so that a download can be resumed."""
 
     repo_id: str
-    model_id: str
+    model_id: str  # in the catalog; for hints
 
     def __str__(self) -> str:
         return f"hub:{self.repo_id}"

@@ -141,9 +141,8 @@ class CheckpointStore:
         )
 
     def read(self, ref: str) -> tuple[CheckpointVersion, Json, dict[str, Tensor]]:
-        """A checkpoint, its PEFT configuration and its adapter's tensors, as AdapterStore.read returns a version.
-
-        Raises NotFound, and InvalidAdapter naming the file that is damaged."""
+        """A checkpoint, its PEFT configuration and its adapter's tensors, like AdapterStore.read. Raises NotFound, and
+        InvalidAdapter naming the file that is damaged."""
         import safetensors.torch
 
         version = self.get(ref)

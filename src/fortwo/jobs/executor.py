@@ -64,8 +64,6 @@ class RunResult:
 
 
 class JobExecutor:
-    """Executes jobs, one call of `execute` for each."""
-
     def __init__(
         self,
         adapters: AdapterStore,
@@ -155,9 +153,8 @@ class JobExecutor:
             **recorder.snapshot(),
         }
         try:
-            version, deleted = self._checkpoints.save(
-                job.id, checkpoint, lora_config(plan).to_peft(resident.id), manifest, plan["save_total_limit"]
-            )
+            peft, limit = lora_config(plan).to_peft(resident.id), plan["save_total_limit"]
+            version, deleted = self._checkpoints.save(job.id, checkpoint, peft, manifest, limit)
         except StorageFailed as error:
             message = f"The checkpoint of step {checkpoint.step} was not saved: {error.message}."
             event = NewEvent("checkpoint", message, level="warn")
@@ -198,13 +195,9 @@ class JobExecutor:
             "actual": actual,
             "report": report,
         }
-        version = self._adapters.publish(
-            job.adapter_name,
-            trained.lora.state(),
-            trained.lora.config.to_peft(resident.id),
-            manifest,
-            current=trained.succeeded,
-        )
+        peft = trained.lora.config.to_peft(resident.id)
+        tensors = trained.lora.state()
+        version = self._adapters.publish(job.adapter_name, tensors, peft, manifest, current=trained.succeeded)
         self._residents.publish(version, trained.lora)
         return RunResult(version, None if trained.succeeded else _targets_missed(plan, metrics, diagnosis))
 

@@ -66,14 +66,7 @@ class ProgressRecorder:
 
 def initial_progress(steps: int) -> Json:
     """The progress of a job that has not begun. steps: how many optimizer steps its plan has."""
-    return {
-        "step": 0,
-        "steps": steps,
-        "loss": None,
-        "learning_rate": None,
-        "tokens_per_second": None,
-        "metrics": {},
-    }
+    return {"step": 0, "steps": steps, "loss": None, "learning_rate": None, "tokens_per_second": None, "metrics": {}}
 
 
 def nan_to_null(data: Json) -> Json:

@@ -19,14 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fortwo.adapters.store import check_name
 from fortwo.data import datasets
-from fortwo.errors import (
-    Conflict,
-    FortwoError,
-    InvalidRequest,
-    NotFound,
-    TrainingFailed,
-    Unavailable,
-)
+from fortwo.errors import Conflict, FortwoError, InvalidRequest, NotFound, TrainingFailed, Unavailable
 from fortwo.facts.subject import facts_of
 from fortwo.jobs import parents
 from fortwo.jobs.checkpoints import CheckpointStore
@@ -55,8 +48,6 @@ CLOSE_SECONDS = 3.0  # how long a server that shuts down waits for the current s
 
 
 class JobRunner:
-    """All methods may be called from any thread."""
-
     def __init__(
         self,
         settings: Settings,
@@ -81,7 +72,7 @@ class JobRunner:
         self._closing = False
         self._thread = threading.Thread(target=self._process_queue, name="fortwo-jobs", daemon=True)
 
-    # ------------------------------------------------------------ any thread
+    # ------------------------------------------------------------ for any thread
 
     def start(self) -> None:
         """Start the queue. Jobs that ran when the last server died fail, or are queued again with FORTWO_RESUME."""

@@ -108,7 +108,7 @@ def survey(renderer: ChatTemplateRenderer, examples: Iterable[Example]) -> tuple
     Raises InvalidDataset naming the line of a conversation that the model's chat template refuses.
     """
     rows, texts = RowCounts(), _Texts()
-    prefix = renderer.shared_prefix()
+    prefix = renderer.shared_prefix
     for example in examples:
         texts.add(example)
         for tokens, supervised in renderer.dataset_rows(example):
