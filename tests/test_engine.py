@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fortwo.engine.engine import RUNNING, Engine
+from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
@@ -21,7 +21,7 @@ from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
-from fortwo.prompts import Delta, FinishReason, Prompt, Sampling
+from fortwo.prompts import MAX_RUNNING, Delta, FinishReason, Prompt, Sampling
 from fortwo.records import Phase, TrainEvent, Waiting
 
 CONTEXT = 256
@@ -149,7 +149,7 @@ def test_a_mixed_batch_answers_each_request_as_if_it_were_alone(engine: Engine) 
 
 
 def test_more_requests_than_run_at_once_are_all_answered(engine: Engine) -> None:
-    replies = [engine.submit(prompt(max_tokens=3)) for _ in range(2 * RUNNING + 1)]
+    replies = [engine.submit(prompt(max_tokens=3)) for _ in range(2 * MAX_RUNNING + 1)]
     assert {reply.wait(20) for reply in replies} == {alone("hello", 3)}
 
 
@@ -310,7 +310,7 @@ def test_closing_ends_everything_with_a_reason() -> None:
     engine.start()
     engine.add_base("tiny", Runner(DECODER), Ascii())
     ends: list[FinishReason | None] = []
-    replies = [engine.submit(long(), lambda delta: ends.append(delta.finish_reason)) for _ in range(RUNNING + 3)]
+    replies = [engine.submit(long(), lambda delta: ends.append(delta.finish_reason)) for _ in range(MAX_RUNNING + 3)]
     task = engine.run_task(forever(threading.Event()), lambda event: None)
     until(lambda: bool(replies[0].text))
     engine.close()

@@ -6,12 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from fortwo.engine.cache import SMALLEST
-from fortwo.engine.engine import RUNNING
 from fortwo.facts.lesson import trained_rehearsal
 from fortwo.jobs import machine
 from fortwo.jobs.machine import look, reply_rate
-from fortwo.train import estimate
 from fortwo.train.estimate import (
     HEAD_BYTES,
     MOMENTS,
@@ -122,7 +119,6 @@ def test_replies_lie_in_rows_of_doubled_length() -> None:
     assert reply_tokens(TokenCounts([RowCount(1, 100, 21)]), sft=False) == 144 * 256
     assert reply_tokens(TokenCounts([RowCount(1, 100, 21)]), sft=True) == 20 * 256  # 13 replies
     assert reply_tokens(TokenCounts([RowCount(1, 100, 1000)]), sft=True) == 20 * 256
-    assert (estimate.TOGETHER, estimate.ROW_TOKENS) == (RUNNING, SMALLEST)
 
 
 def test_the_rate_of_replies_counts_their_prompts() -> None:

@@ -121,7 +121,8 @@ def test_two_hundred_clients_of_whom_many_hang_up_leave_nothing_behind(served: S
 def test_past_the_queue_a_request_is_refused_and_told_when_to_come_back(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fortwo.engine.engine.RUNNING", 2)
+    for module in ("fortwo.prompts", "fortwo.engine.engine"):
+        monkeypatch.setattr(f"{module}.MAX_RUNNING", 2)
     with serve(tiny_settings(tmp_path, tiny, queue=1)) as served, ThreadPoolExecutor(3) as pool:
         served.chat()
         running = [pool.submit(served.post, "/v1/chat/completions", long()) for _ in range(3)]
@@ -182,7 +183,8 @@ def test_who_waits_for_a_model_to_load_is_in_nobodys_way(tiny: Path, tmp_path: P
 def test_who_waits_for_a_model_to_load_has_a_place_until_he_hangs_up(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fortwo.engine.engine.RUNNING", 1)
+    for module in ("fortwo.prompts", "fortwo.engine.engine"):
+        monkeypatch.setattr(f"{module}.MAX_RUNNING", 1)
     settings = tiny_settings(tmp_path, tiny, queue=1)
     Catalog(settings).add("cold", tiny)
     with serve(settings) as served:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 from fortwo.errors import StorageFailed
 from fortwo.records import Json
+
+DRAFT_PREFIX = ".draft-"
+NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of a model or an adapter: it becomes a folder's name
 
 
 def dump(content: Json) -> bytes:

@@ -41,8 +41,6 @@ TENSORS = "adapter_model.safetensors"
 MANIFEST = "manifest.json"
 
 _STATE = "versions.json"
-_DRAFT = ".draft-"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 
@@ -160,7 +158,7 @@ class AdapterStore:
         """The names of all adapters that have a version, sorted."""
         if not self._root.is_dir():
             return ()
-        names = sorted(path.name for path in self._root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+        names = sorted(path.name for path in self._root.iterdir() if disk.NAME.fullmatch(path.name) and path.is_dir())
         return tuple(name for name in names if _numbers(self._root / name))
 
     def versions(self, ref: str) -> tuple[AdapterVersion, ...]:
@@ -267,7 +265,7 @@ class AdapterStore:
 
 def check_name(name: str) -> None:
     """Raises InvalidRequest when an adapter cannot have this name."""
-    if not _NAME.fullmatch(name) or ".." in name:
+    if not disk.NAME.fullmatch(name):
         raise InvalidRequest(
             f"adapter_name = {name!r} is not allowed",
             param="adapter_name",
@@ -362,12 +360,12 @@ def _lock(directory: Path, *, wait: bool = True) -> int:
 
 
 def _new_draft(folder: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=_DRAFT, dir=folder))
+    return Path(tempfile.mkdtemp(prefix=disk.DRAFT_PREFIX, dir=folder))
 
 
 def _remove_abandoned_drafts(folder: Path) -> None:
     """Remove the drafts of writers that were killed."""
-    for draft in folder.glob(f"{_DRAFT}*"):
+    for draft in folder.glob(f"{disk.DRAFT_PREFIX}*"):
         try:
             lock = _lock(draft, wait=False)
         except (BlockingIOError, FileNotFoundError):  # its writer is alive, or has just published it

@@ -230,7 +230,7 @@ def _large(path: Path, rows: Iterator[Example | Fact]) -> Dataset:
 # ---------------------------------------------------------------- stored in a job
 
 _EXAMPLES = TypeAdapter(tuple[Example, ...])
-_FACTS = TypeAdapter(tuple[Fact, ...])
+FACTS = TypeAdapter(tuple[Fact, ...])
 
 
 def to_json(dataset: Dataset) -> Json:
@@ -246,7 +246,7 @@ def to_json(dataset: Dataset) -> Json:
 
 def from_json(body: Json) -> Dataset:
     """The dataset of `to_json`. Raises InvalidDataset (code dataset_changed) when the file it names has changed."""
-    facts, kept = (_FACTS.validate_python(body.get(name, ())) for name in ("facts", "kept"))
+    facts, kept = (FACTS.validate_python(body.get(name, ())) for name in ("facts", "kept"))
     if "file" not in body:
         return Dataset(body["digest"], _EXAMPLES.validate_python(body["examples"]), facts, body["source"], kept)
     file = body["file"]

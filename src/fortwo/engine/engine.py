@@ -28,14 +28,13 @@ from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, shares
 from fortwo.engine.tasks import Task
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from fortwo.nn.lora import Lora
-from fortwo.prompts import Delta, FinishReason, Prompt
+from fortwo.prompts import MAX_RUNNING, Delta, FinishReason, Prompt
 from fortwo.records import TrainEvent
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CORES = torch.get_num_threads()  # before an engine takes them
-RUNNING = 96  # requests of one base that decode together
 PROMPT_TOKENS = 2048  # of prompts that are computed in a turn
 PROMPT_TOKENS_BESIDE = 256  # the same while replies run: bounds how long they stand still
 TIDY_SECONDS = 20.0  # of a job, after which memory that it freed goes back to the system; half a second goes by that
@@ -54,7 +53,7 @@ class _Base:
     id: str
     runner: Runner
     speech: Speech
-    scheduler: Scheduler[_Request] = field(default_factory=lambda: Scheduler(RUNNING))
+    scheduler: Scheduler[_Request] = field(default_factory=lambda: Scheduler(MAX_RUNNING))
 
     def leave(self, request: _Request) -> None:
         self.scheduler.remove(request)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +64,6 @@ _BUNDLED: dict[str, tuple[Source, str]] = {
         "Code Llama 7B Instruct (Llama 2 Community License)",
     ),
 }
-_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ADDED = TypeAdapter(dict[str, Path])  # catalog.json: the path that the user gave for each id
 
 
@@ -90,7 +88,7 @@ class Catalog:
         A bundled model may be given a path too, which replaces its download. Nothing is read before `prepare`. Raises
         InvalidRequest for an id or a path that is not allowed, and Conflict when the id has another path already.
         """
-        if not _ID.fullmatch(id):
+        if not disk.NAME.fullmatch(id):
             raise InvalidRequest(
                 f"model id {id!r} is not allowed",
                 param="id",

@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 STATE = "state.json"
 STATE_TENSORS = "state.safetensors"
 
-_DRAFT = ".draft-"
 _FOLDER = re.compile(r"checkpoint-([1-9][0-9]{0,8})")
 _REF = re.compile(r"([0-9a-f]{8})-([1-9][0-9]{0,8})")
 
@@ -71,7 +70,7 @@ class CheckpointStore:
         try:
             job_folder.mkdir(parents=True, exist_ok=True)
             _remove_drafts(job_folder)
-            draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=job_folder))
+            draft = Path(tempfile.mkdtemp(prefix=disk.DRAFT_PREFIX, dir=job_folder))
             files[MANIFEST] = disk.dump(complete)
             for file, content in files.items():
                 disk.write(draft / file, content)
@@ -214,12 +213,12 @@ def _read_checked(version: CheckpointVersion, file: str) -> bytes:
 def _remove(folder: Path) -> None:
     """Remove a folder. It is renamed first, so that no reader sees half of it."""
     try:
-        trash = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=folder.parent))
+        trash = Path(tempfile.mkdtemp(prefix=disk.DRAFT_PREFIX, dir=folder.parent))
         shutil.rmtree(folder.rename(trash / folder.name).parent, ignore_errors=True)
     except OSError:
         log.warning("%s could not be removed.", folder, exc_info=True)
 
 
 def _remove_drafts(folder: Path) -> None:
-    for draft in folder.glob(f"{_DRAFT}*"):
+    for draft in folder.glob(f"{disk.DRAFT_PREFIX}*"):
         shutil.rmtree(draft, ignore_errors=True)

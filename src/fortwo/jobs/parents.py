@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
-
+from fortwo.data.datasets import FACTS
 from fortwo.errors import InvalidAdapter, InvalidRequest, NotFound
 from fortwo.nn.lora_config import LoraConfig
-from fortwo.records import AdapterVersion, Fact
+from fortwo.records import AdapterVersion
 from fortwo.train.parent import Parent
 
 if TYPE_CHECKING:
     from fortwo.adapters.store import AdapterStore
-
-_FACTS = TypeAdapter(tuple[Fact, ...])
 
 
 def resolve_parent(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Parent]:
@@ -50,5 +47,5 @@ def resolve_parent(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Paren
         use_rslora=config.use_rslora,
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
-        facts=_FACTS.validate_python(manifest.get("facts", ())),
+        facts=FACTS.validate_python(manifest.get("facts", ())),
     )

@@ -58,12 +58,13 @@ class House:
         """Build all of it and take up the queue of jobs. This loads torch, but no model."""
         isa.cap(self.settings.isa)
         from fortwo.adapters.store import AdapterStore
-        from fortwo.engine.engine import RUNNING, Engine
+        from fortwo.engine.engine import Engine
         from fortwo.engine.residents import Residents
         from fortwo.hub.catalog import Catalog
         from fortwo.jobs.checkpoints import CheckpointStore
         from fortwo.jobs.runner import JobRunner
         from fortwo.jobs.store import JobStore
+        from fortwo.prompts import MAX_RUNNING
 
         with ExitStack() as built:
             built.enter_context(_only_one(self.settings))
@@ -81,7 +82,7 @@ class House:
             )
             self.runner.start()
             built.callback(self.runner.close)
-            self.admission = Admission(RUNNING + self.settings.queue)
+            self.admission = Admission(MAX_RUNNING + self.settings.queue)
             self._closing = built.pop_all()
 
     async def resolve(self, model: str) -> Target:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fortwo.kernels import cpu
+from fortwo.train.estimate import MOMENT_BLOCK as BLOCK
 
-BLOCK = 256  # numbers of 8 bits that share a unit, their largest
 CHUNK = BLOCK << 12  # of them that are worked on at once, without the kernel
 # How the size of a moment is a code, between 0 and the one of 1: the upper bits of a float, without the lowest `shift`.
 FIRST, ROOT = (127, 20, (127 << 3) - 127), (255, 19, (127 << 4) - 255)  # code of 1, shift, what code 0 is of those bits

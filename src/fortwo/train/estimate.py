@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fortwo.facts.lesson import OWN_SHARE, RIVALS, trained_rehearsal
+from fortwo.prompts import MAX_RUNNING, MIN_ROW_TOKENS
 from fortwo.train.recipes import (
     EXAM_QUESTIONS,
     REPLY_TOKENS,
@@ -23,15 +24,14 @@ if TYPE_CHECKING:
 FLOAT = 4  # bytes: adapters are trained in fp32
 PROCESS = 400 << 20  # bytes of a server that holds nothing yet
 MOMENTS = 2  # copies of an adapter: AdamW's
-MOMENTS_8_BIT = MOMENTS * (1 / 4 + 1 / 256)  # and with the unit of each block
+MOMENT_BLOCK = 256  # moments of 8 bits that share a unit, their largest
+MOMENTS_8_BIT = MOMENTS * (1 / 4 + 1 / MOMENT_BLOCK)  # and with the unit of each block
 OF_BEST = 2  # more of them where the best adapter is kept
 HEAD_BYTES = 40 << 20  # of logits at once
 HEAD_COPIES = 5  # of them: the adapter's, the teacher's, the slope, and what products make of those
 LOOSE = 1.05  # memory that a step's tensors, whose sizes change, take to what they hold
 MICRO_TOKENS = 1280  # of a micro-step beyond the prefix, unless the request says otherwise
 PASSES = 3  # of a token that is trained on, to one that is only read: backward is two
-TOGETHER = 96  # replies that run at once
-ROW_TOKENS = 128  # of the smallest row of the cache
 ROWS_MADE = 1.5  # rows that the cache makes, to those in use
 
 
@@ -269,9 +269,9 @@ def memory(
 def reply_tokens(counts: TokenCounts, sft: bool) -> int:
     """Tokens that the cache has room for while an exam is answered: as many replies as run at once, in rows of doubled
     length."""
-    asked, reply = _sft_replies(counts) if sft else (TOGETHER, _reply(counts))
+    asked, reply = _sft_replies(counts) if sft else (MAX_RUNNING, _reply(counts))
     longest = max(row.prompt for row in counts.rows) + reply
-    return round(ROWS_MADE * min(TOGETHER, asked)) * max(ROW_TOKENS, 1 << math.ceil(math.log2(longest)))
+    return round(ROWS_MADE * min(MAX_RUNNING, asked)) * max(MIN_ROW_TOKENS, 1 << math.ceil(math.log2(longest)))
 
 
 def duration(seconds: float) -> str:
