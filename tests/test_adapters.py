@@ -1,4 +1,4 @@
-"""The store: versions are whole or absent, whatever happens, and PEFT reads them as they are."""
+"""The adapter store: versions are complete or absent, whatever happens, and PEFT can read them."""
 
 from __future__ import annotations
 

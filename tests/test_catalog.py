@@ -1,4 +1,4 @@
-"""Models appear whole or not at all, once, whatever happens on the way."""
+"""The catalog of base models: each appears complete and once, or not at all, whatever interrupts its preparation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training text is serving text, token for token, on tokenizers of three families and with hostile content."""
+"""Training rows have the tokens of serving, for tokenizers of three families and hostile message content."""
 
 from __future__ import annotations
 
@@ -368,9 +368,9 @@ def weighed(*weights: int) -> Example:
 def learned(rows: Sequence[tuple[list[int], list[bool]]]) -> list[tuple[tuple[int, ...], int]]:
     """Every token with loss, and what stands before it."""
     return [
-        (tuple(tokens[:place]), token)
+        (tuple(tokens[:index]), token)
         for tokens, mask in rows
-        for place, (token, here) in enumerate(zip(tokens, mask, strict=True))
+        for index, (token, here) in enumerate(zip(tokens, mask, strict=True))
         if here
     ]
 
@@ -382,11 +382,11 @@ def test_every_answer_is_learned_behind_the_prompt_that_serving_gives_it(
 ) -> None:
     renderer, example = renderers[family], weighed(*weights)
     rows = renderer.training_rows(example)
-    answers = [place for place, one in enumerate(example.messages) if one.role == "assistant" and one.weight]
-    alone = [renderer.encode_conversation(example.messages[: place + 1]) for place in answers]
+    answers = [index for index, one in enumerate(example.messages) if one.role == "assistant" and one.weight]
+    alone = [renderer.encode_conversation(example.messages[: index + 1]) for index in answers]
     assert sorted(learned(rows)) == sorted(learned(alone))
-    for place, (tokens, mask) in zip(answers, alone, strict=True):
-        assert tokens[: mask.index(True)] == renderer.encode_prompt(example.messages[:place])
+    for index, (tokens, mask) in zip(answers, alone, strict=True):
+        assert tokens[: mask.index(True)] == renderer.encode_prompt(example.messages[:index])
     apart = family in ("thinking", "llama3 cut as gpt2")  # the second reads an answer's begin and its end otherwise
     assert len(rows) == (len(answers) if apart else 1)
 
@@ -473,14 +473,14 @@ def test_a_schema_lets_its_instances_through_and_nothing_else(
     renderer = renderers[family]
     schema = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
     for text, fits in (('{"a": 5}', True), ('{\n  "a":5\n}', True), ('{"b": 5}', False), ('{"a": "x"}', False)):
-        constraint, kept = renderer.constraint(schema), True
+        constraint, allowed = renderer.constraint(schema), True
         for token in renderer.encode_text("x" + text)[
             len(renderer.encode_text("x")) :
         ]:  # x, since Llama 2 begins texts with a space
-            kept = kept and bool(constraint.allowed()[token])
-            if kept:
+            allowed = allowed and bool(constraint.allowed()[token])
+            if allowed:
                 constraint.advance(token)
-        assert (kept and any(constraint.allowed()[stop] for stop in renderer.stop_ids)) is fits
+        assert (allowed and any(constraint.allowed()[stop] for stop in renderer.stop_ids)) is fits
     for wrong in ('{"type": "objekt"}', '{"not": {}}', '{"$ref": "#/x"}'):
         with pytest.raises(InvalidRequest, match="schema") as caught:
             renderer.constraint(wrong)

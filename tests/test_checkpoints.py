@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint is the run that never stopped: same adapter, report and figures, bit for bit.
+"""A run that resumes from a checkpoint equals the run that never stopped, bit for bit: adapter, report and numbers.
 
 Every checkpoint in these tests has been on the disk.
 """

@@ -1,4 +1,4 @@
-"""Datasets: every known shape loads; every mistake is named with its line, field and remedy."""
+"""Datasets: every row format loads, and every mistake is reported with its line, its field and a remedy."""
 
 from __future__ import annotations
 

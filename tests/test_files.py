@@ -1,4 +1,4 @@
-"""Dataset files are read row after row, as json would read them whole, in memory that does not grow with them."""
+"""Dataset files are read row by row, with the same result as json, in memory that does not grow with the file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_list_in_chunks_is_the_list(
         patch.setattr(files, "CHUNK_BYTES", chunk)
         found = list(read_rows(path))
     assert [row for _, row in found] == json.loads(path.read_text())
-    assert [place.line for place, _ in found] == lines_of(path.read_text(), len(rows))
+    assert [location.line for location, _ in found] == lines_of(path.read_text(), len(rows))
 
 
 def lines_of(text: str, count: int) -> list[int]:
@@ -149,16 +149,16 @@ def test_a_large_file_is_the_same_dataset(tmp_path: Path, monkeypatch: pytest.Mo
     read_again = load_file(path)
     assert isinstance(read_again.examples, FileExamples)
     monkeypatch.setattr(datasets, "LARGE_BYTES", 1 << 20)
-    held = load_file(path)
-    assert isinstance(held.examples, tuple)
-    assert tuple(read_again.examples) == held.examples
-    assert (read_again.digest, read_again.source, len(read_again.examples)) == (held.digest, held.source, 30)
-    assert held.examples[3] in read_again.examples
-    for dataset in (held, read_again):
+    loaded = load_file(path)
+    assert isinstance(loaded.examples, tuple)
+    assert tuple(read_again.examples) == loaded.examples
+    assert (read_again.digest, read_again.source, len(read_again.examples)) == (loaded.digest, loaded.source, 30)
+    assert loaded.examples[3] in read_again.examples
+    for dataset in (loaded, read_again):
         body = to_json(dataset)
         back = from_json(json.loads(json.dumps(body)))
-        assert (back.digest, back.source, tuple(back.examples)) == (held.digest, held.source, held.examples)
-    assert len(json.dumps(to_json(read_again))) < 600 < len(json.dumps(to_json(held)))
+        assert (back.digest, back.source, tuple(back.examples)) == (loaded.digest, loaded.source, loaded.examples)
+    assert len(json.dumps(to_json(read_again))) < 600 < len(json.dumps(to_json(loaded)))
 
 
 @pytest.mark.usefixtures("large")

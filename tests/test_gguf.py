@@ -1,4 +1,4 @@
-"""A GGUF becomes the model it was made from: config, weights, tokenizer, chat template."""
+"""A GGUF file is converted to the model it was made from: config, weights, tokenizer, chat template."""
 
 from __future__ import annotations
 

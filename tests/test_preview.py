@@ -1,4 +1,4 @@
-"""What is shown is what is trained on: over HTTP and on the command line, without a model in memory."""
+"""Previews show the training rows, over HTTP and on the command line, without a model in memory."""
 
 from __future__ import annotations
 

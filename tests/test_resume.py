@@ -1,4 +1,4 @@
-"""Pausing, resuming and being killed, through the server, on a tiny model: nothing is lost or comes out otherwise.
+"""Pausing, resuming and killing a server with a tiny model: nothing is lost and the result is the same.
 
 A job that was stopped in whatever way publishes, once resumed, the adapter of the job that never stopped: their digests
 are equal.

@@ -1,4 +1,4 @@
-"""Writing that a crash cannot halve: files are synced before the folder that holds them is renamed into place."""
+"""Atomic writes: files are synced before their folder is renamed, so that a crash never leaves half a folder behind."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from fortwo.errors import StorageFailed
 from fortwo.records import Json
 
 DRAFT_PREFIX = ".draft-"
-NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of a model or an adapter: it becomes a folder's name
+NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of a model or an adapter, and of its folder
 
 
 def dump(content: Json) -> bytes:
     return json.dumps(content, indent=1, ensure_ascii=False).encode()
 
 
-def write(path: Path, *parts: bytes | memoryview) -> None:
-    """A new file of these parts, on the disk when this returns."""
+def write(path: Path, content: bytes) -> None:
+    """Create a file and wait until it is on the disk. Raises FileExistsError when it exists."""
     with path.open("xb") as file:
-        file.writelines(parts)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
 def sync(directory: Path) -> None:
-    """What was renamed or removed in a folder is on the disk when this returns."""
+    """Wait until everything that was renamed or removed in a directory is on the disk."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -35,7 +35,7 @@ def sync(directory: Path) -> None:
         os.close(handle)
 
 
-def refused(path: Path, error: OSError) -> StorageFailed:
+def storage_failed(path: Path, error: OSError) -> StorageFailed:
     return StorageFailed(
         f"{path} cannot be written: {error.strerror or error}",
         hint="Free space on the disk of FORTWO_HOME or make it writable; what was stored before is untouched.",

@@ -130,7 +130,7 @@ class AdapterStore:
         except BaseException as error:
             shutil.rmtree(version_folder, ignore_errors=True)
             if isinstance(error, OSError):
-                raise disk.refused(version_folder, error) from error
+                raise disk.storage_failed(version_folder, error) from error
             raise
         finally:
             os.close(lock)
@@ -150,7 +150,7 @@ class AdapterStore:
             finally:
                 os.close(lock)
         except OSError as error:
-            raise disk.refused(folder, error) from error
+            raise disk.storage_failed(folder, error) from error
 
     # ---------------------------------------------------------------- reading
 

@@ -182,19 +182,19 @@ class ChatTemplateRenderer:
     def _turn(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Tokens of the prompt, and tokens of everything that the template writes after it."""
         opening = self._render(messages[:-1], generation=True)
-        whole = self._render(messages, generation=False)
-        if not whole.startswith(opening):
+        complete = self._render(messages, generation=False)
+        if not complete.startswith(opening):
             raise UnsupportedModel(
                 f"the chat template in {self._directory} renders a finished conversation differently from the prompt "
                 "that asks for its last answer, so training would not match serving",
                 hint="Use a chat template whose generation prompt is the beginning of the assistant's turn.",
             )
-        prompt, tokens = self._encode(opening), self._encode(whole)
+        prompt, tokens = self._encode(opening), self._encode(complete)
         if tokens[: len(prompt)] == prompt:
             return prompt, tokens[len(prompt) :]
         # The answer's first characters merge with the prompt's last ones (an answer may begin with a line break).
         # Serving encodes the prompt alone, so the two are encoded apart here as well.
-        return prompt, self._encode(whole[len(opening) :])
+        return prompt, self._encode(complete[len(opening) :])
 
     def _render(self, messages: Sequence[Message], *, generation: bool) -> str:
         """The template's text, with control tokens under their private names."""

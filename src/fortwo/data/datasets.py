@@ -134,9 +134,9 @@ class _Digest:
         self._separator = b","
 
     def hexdigest(self) -> str:
-        whole = self._hash.copy()
-        whole.update(b"]")
-        return whole.hexdigest()
+        digest = self._hash.copy()
+        digest.update(b"]")
+        return digest.hexdigest()
 
 
 def _content(example: Example) -> object:

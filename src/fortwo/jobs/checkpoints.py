@@ -81,7 +81,7 @@ class CheckpointStore:
             disk.sync(job_folder)
         except OSError as error:
             _remove_drafts(job_folder)
-            raise disk.refused(folder, error) from error
+            raise disk.storage_failed(folder, error) from error
         deleted = list(self.of_job(job_id)[:-keep])
         for version in deleted:
             self.delete(version)
