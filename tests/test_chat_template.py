@@ -184,9 +184,9 @@ def test_text_without_control_tokens_is_rendered_as_transformers_does(
     reference = PreTrainedTokenizerFast.from_pretrained(directories[family])
     messages = [{"role": m.role, "content": m.content} for m in CHATS[name]]
     asked = reference.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-    assert renderers[family].prompt(CHATS[name][:-1]) == asked
+    assert renderers[family].encode_prompt(CHATS[name][:-1]) == asked
     whole = reference.apply_chat_template(messages, return_dict=False)
-    tokens, _ = renderers[family].example(CHATS[name])
+    tokens, _ = renderers[family].encode_conversation(CHATS[name])
     assert tokens == whole[: len(tokens)]
     assert not renderers[family].decode(whole[len(tokens) :]).strip()
 
@@ -219,8 +219,8 @@ def test_control_text_reads_as_the_characters_typed(renderers: dict[str, ChatTem
 
 @pytest.mark.parametrize(("family", "bos"), [("llama2", 1), ("plain with bos", 1), ("llama3", 0)])
 def test_there_is_one_bos(renderers: dict[str, ChatTemplateRenderer], family: str, bos: int) -> None:
-    assert renderers[family].prompt(chat("What?")).count(bos) == 1
-    assert renderers[family].example(chat("What?", "two"))[0].count(bos) == 1
+    assert renderers[family].encode_prompt(chat("What?")).count(bos) == 1
+    assert renderers[family].encode_conversation(chat("What?", "two"))[0].count(bos) == 1
 
 
 def test_stop_ids_are_the_end_of_turn_and_every_declared_eos(tmp_path: Path) -> None:
@@ -239,8 +239,8 @@ def test_stop_ids_are_the_end_of_turn_and_every_declared_eos(tmp_path: Path) -> 
 def test_every_single_turn_starts_with_the_prefix(
     renderers: dict[str, ChatTemplateRenderer], family: str, content: str
 ) -> None:
-    prefix = renderers[family].prefix()
-    assert renderers[family].prompt(chat(content))[: len(prefix)] == prefix
+    prefix = renderers[family].shared_prefix
+    assert renderers[family].encode_prompt(chat(content))[: len(prefix)] == prefix
 
 
 def test_the_prefix_holds_the_default_system_turn(renderers: dict[str, ChatTemplateRenderer]) -> None:
@@ -303,13 +303,13 @@ def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path, content: str | N
 
 def test_what_the_template_refuses_is_the_callers_error(renderers: dict[str, ChatTemplateRenderer]) -> None:
     with pytest.raises(InvalidRequest, match="roles must alternate") as caught:
-        renderers["llama2"].prompt([Message("user", "a"), Message("user", "b")])
+        renderers["llama2"].encode_prompt([Message("user", "a"), Message("user", "b")])
     assert caught.value.param == "messages"
 
 
 def test_half_a_surrogate_is_the_callers_error(renderers: dict[str, ChatTemplateRenderer]) -> None:
     with pytest.raises(InvalidRequest, match="not valid Unicode") as caught:
-        renderers["chatml"].prompt(chat("ok\ud83d"))
+        renderers["chatml"].encode_prompt(chat("ok\ud83d"))
     assert caught.value.param == "messages[0].content"
 
 

@@ -219,7 +219,7 @@ def test_a_schema_leaves_only_tokens_that_fit() -> None:
             (chosen,) = choose(logits[None], [sampler])
             assert isinstance(chosen, Chosen), chosen
             tokens.append(chosen.token)
-        assert b"".join(map(vocabulary.bytes, tokens[:-1])) in (b'"a"', b'"xx"', b"11")
+        assert b"".join(map(vocabulary.token_bytes, tokens[:-1])) in (b'"a"', b'"xx"', b"11")
 
 
 def test_rows_that_ask_for_more_leave_plain_ones_as_they_are() -> None:
