@@ -130,7 +130,7 @@ def test_replies_go_on_while_another_base_is_loaded(
         assert opened.wait(10)
         return read(directory)
 
-    monkeypatch.setattr(module.weights, "read", slow_disk)
+    monkeypatch.setattr(module.weights, "open_tensors", slow_disk)
     loading = threading.Thread(target=house.residents.load_base, args=["other"])
     loading.start()
     deadline = time.monotonic() + 10
