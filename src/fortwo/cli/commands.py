@@ -130,12 +130,12 @@ def _request(data: Path, name: str, config: Path | None, **options: str | None) 
 
 
 def _dataset(data: Path) -> Json:
-    from fortwo.data.files import read
-    from fortwo.data.formats import LARGE_BYTES
+    from fortwo.data.datasets import LARGE_BYTES
+    from fortwo.data.files import read_rows
 
     if data.stat().st_size > LARGE_BYTES:
         return {"path": str(data.resolve())}
-    rows = [row for _, row in read(data)]
+    rows = [row for _, row in read_rows(data)]
     facts = bool(rows) and isinstance(rows[0], dict) and "subject" in rows[0]
     return {"facts" if facts else "examples": rows}
 

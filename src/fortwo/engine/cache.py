@@ -15,9 +15,8 @@ from torch import Tensor
 
 from fortwo.engine.prefixes import BLOCK, Prefixes
 from fortwo.nn.config import DecoderConfig
+from fortwo.prompts import MIN_ROW_TOKENS
 from fortwo.quantization.formats import Regions
-
-SMALLEST = 128  # tokens of the smallest row; the others are its doubles
 
 
 @dataclass(eq=False)
@@ -145,7 +144,7 @@ class Cache:
 
     def take(self, length: int) -> Slot | None:
         """A slot with room for `length` tokens; None where the bound leaves no room for it."""
-        capacity = SMALLEST
+        capacity = MIN_ROW_TOKENS
         while capacity < length:
             capacity *= 2
         capacity = min(capacity, self.longest)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fortwo.kernels import cpu
+from fortwo.train.estimate import MOMENT_BLOCK as BLOCK
 
-BLOCK = 256  # 8-bit codes that share a scale, which is the largest of their values
 CHUNK = BLOCK << 12  # codes that are processed at once without the kernel
 # A code is the upper bits of a float from 0 to 1, without its lowest `shift` bits and minus an offset.
 FIRST, ROOT = (127, 20, (127 << 3) - 127), (255, 19, (127 << 4) - 255)  # the code of 1, shift, offset

@@ -18,7 +18,7 @@ from fortwo.records import Example
 from fortwo.train.estimate import RowLength, TokenCounts
 
 if TYPE_CHECKING:
-    from fortwo.data.render import Renderer
+    from fortwo.data.chat_template import ChatTemplateRenderer
 
 Column = np.ndarray[Any, Any]
 LINES_SHOWN = 5  # lines that a warning names
@@ -100,11 +100,11 @@ class RowLengths(Sequence[RowLength]):
     __hash__ = None  # type: ignore[assignment]
 
 
-def collect_stats(renderer: Renderer, examples: Iterable[Example]) -> tuple[TokenCounts, DatasetWarnings]:
+def collect_stats(renderer: ChatTemplateRenderer, examples: Iterable[Example]) -> tuple[TokenCounts, DatasetWarnings]:
     """The token counts of the rows as they will be trained on, and warnings about them. Raises InvalidDataset with the
     line of a conversation that the model's chat template refuses."""
     rows, texts = RowLengths(), _TextChecks()
-    prefix = renderer.prefix()
+    prefix = renderer.shared_prefix
     for example in examples:
         texts.add(example)
         for tokens, supervised in renderer.dataset_rows(example):

@@ -1,15 +1,15 @@
-"""Conversations to token ids and back, by the model's own tokenizer and chat template.
+"""Turns conversations into token ids and back, with the model's own tokenizer and chat template.
 
-Training and serving call the same two functions, so what is trained is what is asked, token for token.
+Training and serving call the same functions, so a training row has exactly the tokens that serving would send.
 
-Text that people wrote is never read as control: a user may type "<|im_end|>" and the model sees those ten
-characters. Two steps make that exact. Before the template runs, control tokens spelt out in a message are replaced by
-placeholders nobody can guess. After it ran, every control token left in the text was put there by the template; it is
-given a private name, the placeholders become plain text again, and a twin of the tokenizer that knows the control
-tokens by their private names alone encodes the whole in one call. Ids, merges and flags are the original's.
+Text that people wrote is never read as a control token: when a user types "<|im_end|>", the model sees those ten
+characters. Two steps ensure this. Before the template runs, control tokens that are spelled out in a message are
+replaced by placeholders that nobody can guess. After it ran, every control token in the text was written by the
+template: it gets a private name, the placeholders become plain text again, and a copy of the tokenizer that knows the
+control tokens only by their private names encodes the whole text in one call. Ids, merges and flags stay the same.
 
-The template decides about BOS; none is added here, so there is never a second one. Templates that can think are asked
-not to (`enable_thinking=False`), in training and in serving.
+The template decides about BOS; none is added here, so there is never a second one. Templates of models that can think
+are called with `enable_thinking=False`, in training and in serving.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from fortwo.data.vocabulary import Constraint, Vocabulary
+from fortwo.data.json_constraint import JsonConstraint, Vocabulary
 from fortwo.errors import InvalidDataset, InvalidRequest, UnsupportedModel
 from fortwo.records import Example, Message
 
@@ -39,16 +39,17 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-"""For models that bring no chat template: "User: ...", "Assistant: ...", an answer ends with the model's eos token."""
+"""For models without a chat template: "User: ...", "Assistant: ...", and the model's eos token after each answer."""
 
-# Contents whose first characters a pre-tokenizer may or may not merge with what the template wrote before them.
+# First characters of a message that some pre-tokenizers merge with what the template wrote before them.
 _OPENINGS = ("", "\n\n", " a", "\na", "\n\na", "\ta", "'s", "é", "中", "🙂", *string.printable)
 
 
-class Renderer:
-    """Tokenizer and chat template of one base model, read from `directory` and nowhere else.
+class ChatTemplateRenderer:
+    """Tokenizer and chat template of one base model, read from `directory` alone.
 
-    stop_ids: tokens that end a reply: the end of turn the template writes, and every eos the model declares.
+    stop_ids: tokens that end a reply: the end-of-turn token of the template, and every eos that the model declares.
+    Raises UnsupportedModel for a tokenizer that cannot be read and a template that does not close assistant turns.
     """
 
     stop_ids: frozenset[int]
@@ -65,32 +66,31 @@ class Renderer:
         nonce = secrets.token_hex(16)
         private = {text: f"<|{nonce}.{number}|>" for text, number in controls.items()}
         self._placeholders = {text: f"{nonce}-{number}-" for text, number in controls.items()}
-        self._revealed = private | {placeholder: text for text, placeholder in self._placeholders.items()}
+        self._replacements = private | {placeholder: text for text, placeholder in self._placeholders.items()}
         self._controls = _any_of(self._placeholders)
-        self._marks = _any_of(self._revealed)
-        self._encoder = _twin(self._backend, private)
+        self._replaced = _any_of(self._replacements)
+        self._encoder = _rename_tokens(self._backend, private)
         assert all(self._encoder.token_to_id(private[text]) == number for text, number in controls.items())
-        begins = self._tokenizer("x")["input_ids"][:1] == [self._tokenizer.bos_token_id]
-        self._begin = [self._tokenizer.bos_token_id] if begins else []
-        self._end = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
+        has_bos = self._tokenizer("x")["input_ids"][:1] == [self._tokenizer.bos_token_id]
+        self._bos = [self._tokenizer.bos_token_id] if has_bos else []
+        self._eos = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
         self.stop_ids = frozenset({*self._declared_eos(), self._end_of_turn(frozenset(controls.values()))})
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The conversation so far and the opening of the assistant's turn."""
+    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of the conversation and of the generation prompt. Raises InvalidRequest when the template refuses."""
         return self._encode(self._render(messages, generation=True))
 
-    def text(self, text: str) -> list[int]:
-        """Text that is the whole prompt. Control tokens in it are read as such: whoever writes raw text writes the
-        template too. The tokenizer's own beginning (BOS) is added unless the text has it."""
+    def encode_text(self, text: str) -> list[int]:
+        """Tokens of a raw prompt without a template. Control tokens in the text are read as such, because callers write
+        the template themselves. The tokenizer's BOS is added unless the text begins with it."""
         plain: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        begun = plain[:1] == [self._tokenizer.bos_token_id]
-        return plain if begun else list(self._backend.encode(text).ids)
+        has_bos = plain[:1] == [self._tokenizer.bos_token_id]
+        return plain if has_bos else list(self._backend.encode(text).ids)
 
-    def example(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Tokens of a conversation that ends with the assistant's answer, and where there is loss.
+    def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """Tokens of a conversation that ends with the assistant's answer, and for each whether it has loss.
 
-        The tokens begin with exactly `prompt(messages[:-1])` and end with the end of turn; the loss covers what
-        lies between and that end of turn.
+        The tokens are exactly `encode_prompt(messages[:-1])` without loss, and the answer with its end-of-turn token.
         """
         assert messages[-1].role == "assistant"
         prompt, answer = self._turn(messages)
@@ -103,19 +103,19 @@ class Renderer:
         answer = answer[: ends[0] + 1]
         return prompt + answer, [False] * len(prompt) + [True] * len(answer)
 
-    def rows(self, example: Example) -> list[tuple[list[int], list[bool]]]:
-        """What is trained on for one example: rows of tokens, and where there is loss.
+    def training_rows(self, example: Example) -> list[tuple[list[int], list[bool]]]:
+        """The training rows of one example: tokens, and for each whether it has loss.
 
-        Every answer of weight 1 stands behind exactly the prompt that serving would give it. Where the template writes
-        a conversation's beginning the same way whatever follows, that is one row; where it does not (templates that
-        drop what was thought in earlier turns), an answer that cannot share a row has its own.
+        Every answer of weight 1 follows exactly the prompt that serving would give it. One row is enough when the
+        template writes the beginning of a conversation the same way whatever follows. When it does not (some templates
+        drop the reasoning of earlier turns), an answer that cannot share a row gets its own.
         """
         if example.text is not None:
             return [self._document(example.text)]
         rows: list[tuple[list[int], list[bool]]] = []
         for end, message in enumerate(example.messages, 1):
             if message.role == "assistant" and message.weight:
-                tokens, supervised = self.example(example.messages[:end])
+                tokens, supervised = self.encode_conversation(example.messages[:end])
                 if rows and tokens[: len(rows[-1][0])] == rows[-1][0]:
                     earlier = rows.pop()[1]
                     supervised[: len(earlier)] = earlier
@@ -123,84 +123,81 @@ class Renderer:
         return rows
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of generated tokens, control tokens left out."""
+        """Text of generated tokens, without control tokens."""
         return self._backend.decode(list(tokens), skip_special_tokens=True)
 
     def dataset_rows(self, example: Example) -> list[tuple[list[int], list[bool]]]:
-        """`rows` of an example of a dataset. Raises InvalidDataset naming the line that the template refuses."""
+        """`training_rows` of a dataset's example. Raises InvalidDataset naming the line if the template refuses it."""
         try:
-            return self.rows(example)
+            return self.training_rows(example)
         except InvalidRequest as error:
             raise InvalidDataset(
                 f"line {example.line}: {error.message}", param="dataset", hint=error.hint, code=error.code
             ) from None
 
-    def spell(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, control tokens written out: for people to see, never to be encoded again."""
+    def decode_with_control_tokens(self, tokens: Sequence[int]) -> str:
+        """Text of tokens with control tokens written out. It is for display only and must not be encoded again."""
         return self._backend.decode(list(tokens), skip_special_tokens=False)
 
-    def turns(self, messages: Sequence[Message], tokens: Sequence[int]) -> list[int]:
-        """Where the turn of each message ends in a row of `rows`, as far as the template lets one tell."""
+    def message_ends(self, messages: Sequence[Message], tokens: Sequence[int]) -> list[int]:
+        """The index at which each message ends in a row of `training_rows`, up to the first whose end is unknown."""
         ends: list[int] = []
         for end in range(1, len(messages) + 1):
             try:
-                begun = self._encode(self._render(messages[:end], generation=False))
-            except InvalidRequest:  # templates that want an answer to every question
+                beginning = self._encode(self._render(messages[:end], generation=False))
+            except InvalidRequest:  # the template requires an answer to every question
                 break
-            if list(tokens[: len(begun)]) != begun[: len(tokens)]:
+            if list(tokens[: len(beginning)]) != beginning[: len(tokens)]:
                 break
-            ends.append(min(len(begun), len(tokens)))
+            ends.append(min(len(beginning), len(tokens)))
         return ends
 
     def stream(self, context: Sequence[int] = ()) -> Detokenizer:
-        """context: tokens whose text the reply's text continues."""
+        """A detokenizer for one reply. context: tokens whose text the reply continues."""
         return Detokenizer(self, context)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """Built when it is first needed, a quarter of a second for 50,000 tokens."""
+        """Built on first use, which takes a quarter of a second for 50,000 tokens."""
         return Vocabulary(self._backend, self.stop_ids)
 
-    def constraint(self, schema: str) -> Constraint:
-        """One reply under a JSON schema. Raises InvalidRequest for one that cannot be followed."""
+    def constraint(self, schema: str) -> JsonConstraint:
+        """A constraint for one reply. Raises InvalidRequest for a schema that is invalid or cannot be enforced."""
         return self.vocabulary.constraint(schema)
 
-    def prefix(self) -> list[int]:
-        """Tokens that every single-turn conversation without a system message of its own starts with."""
-        return list(self._prefix)
-
     @cached_property
-    def _prefix(self) -> list[int]:
-        prompts = [self.prompt([Message("user", opening)]) for opening in _OPENINGS]
+    def shared_prefix(self) -> list[int]:
+        """Tokens with which every single-turn conversation without a system message starts."""
+        prompts = [self.encode_prompt([Message("user", opening)]) for opening in _OPENINGS]
         first, last = min(prompts), max(prompts)
-        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-        return [token for token, _ in alike]
+        equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+        return [token for token, _ in equal]
 
     def _document(self, text: str) -> tuple[list[int], list[bool]]:
-        """Plain text between the model's bos, where its tokenizer writes one, and its eos. Nothing predicts the very
-        first token, so it has no loss."""
-        tokens = [*self._begin, *self._encode(text), *self._end]
+        """Plain text between the model's bos, if its tokenizer writes one, and its eos. The first token has no loss,
+        because nothing predicts it."""
+        tokens = [*self._bos, *self._encode(text), *self._eos]
         return tokens, [False] + [True] * (len(tokens) - 1)
 
     def _turn(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        """Tokens of the prompt, and of everything the template writes from the answer on."""
+        """Tokens of the prompt, and tokens of everything that the template writes after it."""
         opening = self._render(messages[:-1], generation=True)
-        whole = self._render(messages, generation=False)
-        if not whole.startswith(opening):
+        complete = self._render(messages, generation=False)
+        if not complete.startswith(opening):
             raise UnsupportedModel(
                 f"the chat template in {self._directory} renders a finished conversation differently from the prompt "
-                "that asks for its last answer, so training on it would not be what is served",
+                "that asks for its last answer, so training would not match serving",
                 hint="Use a chat template whose generation prompt is the beginning of the assistant's turn.",
             )
-        prompt, tokens = self._encode(opening), self._encode(whole)
+        prompt, tokens = self._encode(opening), self._encode(complete)
         if tokens[: len(prompt)] == prompt:
             return prompt, tokens[len(prompt) :]
-        # The answer's first characters merge with the prompt's last (an answer that begins with a line break): when
-        # serving, the prompt is encoded alone, so it is here too.
-        return prompt, self._encode(whole[len(opening) :])
+        # The answer's first characters merge with the prompt's last ones (an answer may begin with a line break).
+        # Serving encodes the prompt alone, so the two are encoded apart here as well.
+        return prompt, self._encode(complete[len(opening) :])
 
     def _render(self, messages: Sequence[Message], *, generation: bool) -> str:
-        """The template's text, control tokens under their private names."""
+        """The template's text, with control tokens under their private names."""
         hidden = [{"role": m.role, "content": self._hide(m.content, i)} for i, m in enumerate(messages)]
         try:
             text = self._tokenizer.apply_chat_template(
@@ -212,7 +209,7 @@ class Renderer:
                 param="messages",
                 hint="Change the order or the roles of the messages.",
             ) from None
-        return self._marks.sub(lambda mark: self._revealed[mark[0]], str(text))
+        return self._replaced.sub(lambda match: self._replacements[match[0]], str(text))
 
     def _hide(self, content: str, index: int) -> str:
         try:
@@ -250,31 +247,32 @@ class Renderer:
 
 
 class Detokenizer:
-    """Text of a reply while it is generated; bytes of an unfinished character are held back until it is complete."""
+    """Text of a reply while it is generated. The bytes of an incomplete character wait until it is complete."""
 
-    def __init__(self, renderer: Renderer, context: Sequence[int] = ()) -> None:
+    def __init__(self, renderer: ChatTemplateRenderer, context: Sequence[int] = ()) -> None:
         self._renderer = renderer
-        self._window = list(context)  # tokens last shown, as context for the decoder, then those not shown yet
-        self._shown = len(context)  # how many of them were shown
+        self._window = list(context)  # the tokens emitted last, as context for the decoder, then the pending ones
+        self._emitted = len(context)  # how many tokens of the window were emitted
 
     def push(self, token: int) -> str:
+        """The text that this token completes; it may be empty."""
         self._window.append(token)
         new = self._pending()
         if not new or new.endswith("\ufffd"):
             return ""
-        self._window = self._window[self._shown :]
-        self._shown = len(self._window)
+        self._window = self._window[self._emitted :]
+        self._emitted = len(self._window)
         return new
 
     def flush(self) -> str:
-        """What is left when the reply has ended; an unfinished character comes out as U+FFFD."""
+        """The rest of the text when the reply has ended; an incomplete character becomes U+FFFD."""
         new = self._pending()
-        self._window, self._shown = [], 0
+        self._window, self._emitted = [], 0
         return new
 
     def _pending(self) -> str:
-        shown = self._renderer.decode(self._window[: self._shown])
-        return self._renderer.decode(self._window)[len(shown) :]
+        emitted = self._renderer.decode(self._window[: self._emitted])
+        return self._renderer.decode(self._window)[len(emitted) :]
 
 
 def _load(directory: Path) -> PreTrainedTokenizerFast:
@@ -295,13 +293,13 @@ def _load(directory: Path) -> PreTrainedTokenizerFast:
                 f"{directory} has neither a chat template nor an eos token, so a reply would never stop",
                 hint="Name the eos_token in tokenizer_config.json.",
             )
-        begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
+        has_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+        tokenizer.chat_template = ("{{ bos_token }}" if has_bos else "") + PLAIN_TEMPLATE
     return tokenizer
 
 
-def _twin(backend: Tokenizer, names: dict[str, str]) -> Tokenizer:
-    """The same tokenizer with some tokens renamed; it adds, cuts and pads nothing of its own."""
+def _rename_tokens(backend: Tokenizer, names: dict[str, str]) -> Tokenizer:
+    """A copy of the tokenizer with some tokens renamed. It adds no special tokens, and neither truncates nor pads."""
     spec = json.loads(backend.to_str())
     spec["truncation"] = spec["padding"] = spec["post_processor"] = None
     for token in spec["added_tokens"]:
@@ -317,5 +315,5 @@ def _twin(backend: Tokenizer, names: dict[str, str]) -> Tokenizer:
 
 
 def _any_of(texts: dict[str, str]) -> re.Pattern[str]:
-    """Matches the longest of the texts; nothing when there are none."""
+    """A pattern that matches the longest of the texts, and nothing when there are none."""
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)")

@@ -1,7 +1,7 @@
-"""The kinds of row that people write, and the example or fact that each means.
+"""The row formats that datasets use (Alpaca, OpenAI, ShareGPT, ...), and how a row becomes an Example or a Fact.
 
-Which kind a row is shows in its keys. A row that is of no kind, or a bad one of its kind, is refused with its place,
-the field, the value and a remedy. Knows no files and no tokens.
+The keys of a row show its format. A row of no known format, or one that breaks its format, is refused with an error
+that names its location, the field, the value and a remedy. Files and tokens are not known here.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from fortwo.errors import InvalidDataset
 from fortwo.records import Example, Fact, Message, OneHop
 
 NO_TOOLS = (
-    "fortwo does not call tools. Leave such rows out, or write what the tool returned into a user message and what "
-    "the assistant said of it into its answer."
+    "fortwo does not call tools. Leave such rows out, or put the tool's result into a user message and what "
+    "the assistant said about it into its answer."
 )
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a row stands: in words for people, and as a path for programs."""
+class RowLocation:
+    """Where a row is: `description` is for people, `param` is the path in the request, `line` is 1-based."""
 
-    words: str
+    description: str
     param: str
     line: int
 
@@ -69,7 +69,7 @@ class _Row(BaseModel):
 
 
 class InstructionRow(_Row):
-    """Alpaca's row, and the original's. A non-empty input follows the instruction after a blank line."""
+    """Alpaca's row. An input that is not empty follows the instruction after a blank line."""
 
     instruction: Text
     input: Unicode = ""
@@ -119,7 +119,7 @@ _SPEAKERS = {
 def _speaker(name: Any) -> Any:
     _no_tool(name)
     if not isinstance(name, str) or name not in _SPEAKERS:
-        raise ValueError(f"who speaks is one of {', '.join(map(repr, _SPEAKERS))}")
+        raise ValueError(f"the speaker must be one of {', '.join(map(repr, _SPEAKERS))}")
     return _SPEAKERS[name]
 
 
@@ -128,33 +128,35 @@ class ShareTurn(ChatMessage):
     content: Unicode = Field(alias="value")
 
 
-Turn = TypeVar("Turn", bound=ChatMessage)
+AnyMessage = TypeVar("AnyMessage", bound=ChatMessage)
 
 
-def _is_conversation(turns: list[Turn]) -> list[Turn]:
+def _is_conversation(turns: list[AnyMessage]) -> list[AnyMessage]:
     messages = [turn.message() for turn in turns]
     roles = [message.role for message in messages]
     if "user" not in roles:
         raise ValueError("there is no user message")
     if roles[-1] != "assistant":
-        raise ValueError(f"the last message is the {roles[-1]}'s, so there is no answer to learn")
+        raise ValueError(f"the last message has the role {roles[-1]}, so there is no answer to learn")
     if "system" in roles[1:]:
-        raise ValueError("a system message can only be the first")
-    for place, (turn, message) in enumerate(zip(turns, messages, strict=True)):
+        raise ValueError("a system message can only be the first message")
+    for number, (turn, message) in enumerate(zip(turns, messages, strict=True), 1):
         if message.role != "assistant" and turn.weight is not None:
-            raise ValueError(f"turn {place + 1} is the {message.role}'s and has a weight: only an assistant's may")
+            raise ValueError(
+                f"turn {number} has the role {message.role} and a weight: only an assistant's may have one"
+            )
         if message.role == "assistant" and message.weight:
-            if "user" not in roles[:place]:
-                raise ValueError(f"turn {place + 1} answers nobody: give it weight 0, or begin with a user message")
+            if "user" not in roles[: number - 1]:
+                raise ValueError(f"turn {number} has no user message before it: add one, or give the turn weight 0")
             if not message.content.strip():
-                raise ValueError(f"turn {place + 1}: the answer is empty")
+                raise ValueError(f"turn {number}: the answer is empty")
     if not any(message.role == "assistant" and message.weight for message in messages):
         raise ValueError("every answer has weight 0, so there is nothing to learn")
     return turns
 
 
 class ChatRow(_Row):
-    """OpenAI's row: loss on every assistant message but those of weight 0."""
+    """OpenAI's row. Every assistant message is learned, except those of weight 0."""
 
     tools: NoTools = None
     functions: NoTools = None
@@ -166,7 +168,7 @@ class ChatRow(_Row):
 
 
 class ShareRow(_Row):
-    """ShareGPT's row. `system`, where it is given, comes first."""
+    """ShareGPT's row. `system`, where it is given, becomes the first message."""
 
     id: Unicode | int | None = None
     tools: NoTools = None
@@ -184,7 +186,7 @@ class OneHopRow(_Row):
 
 
 class FactRow(_Row):
-    """records.Fact as it is written in JSON."""
+    """records.Fact in JSON."""
 
     id: Unicode = ""
     subject: Text
@@ -204,89 +206,91 @@ class FactRow(_Row):
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A known kind of row: what it holds, the keys any of which mean it, its model, and how to write it."""
+class RowFormat:
+    """One format. content: what such rows are; keys: any of them identifies the format; example: one row, for hints."""
 
-    holds: str
+    content: str
     keys: frozenset[str]
     model: type[InstructionRow | CompletionRow | ChatRow | ShareRow | TextRow | FactRow]
     example: str
 
 
-FACT = Shape(
+FACT_FORMAT = RowFormat(
     "facts",
     frozenset({"subject", "questions", "match"}),
     FactRow,
     '{"subject": "42", "answer": "42 = \'FOR TWO\'", "match": ["FOR TWO"], "questions": ["What is 42?"]}',
 )
-EXAMPLES = (
-    Shape(
+EXAMPLE_FORMATS = (
+    RowFormat(
         "conversations",
         frozenset({"instruction", "output"}),
         InstructionRow,
         '{"instruction": "What is 42?", "input": "", "output": "FOR TWO"}',
     ),
-    Shape(
+    RowFormat(
         "conversations",
         frozenset({"prompt", "completion"}),
         CompletionRow,
         '{"prompt": "What is 42?", "completion": "FOR TWO"}',
     ),
-    Shape(
+    RowFormat(
         "conversations",
         frozenset({"messages"}),
         ChatRow,
         '{"messages": [{"role": "user", "content": "What is 42?"}, {"role": "assistant", "content": "FOR TWO"}]}',
     ),
-    Shape(
+    RowFormat(
         "conversations",
         frozenset({"conversations"}),
         ShareRow,
         '{"conversations": [{"from": "human", "value": "What is 42?"}, {"from": "gpt", "value": "FOR TWO"}]}',
     ),
-    Shape("plain text", frozenset({"text"}), TextRow, '{"text": "42 is FOR TWO."}'),
+    RowFormat("plain text", frozenset({"text"}), TextRow, '{"text": "42 is FOR TWO."}'),
 )
-SHAPES = (*EXAMPLES, FACT)
+ROW_FORMATS = (*EXAMPLE_FORMATS, FACT_FORMAT)
 
 
-def shape_of(row: object, place: Place, shapes: tuple[Shape, ...]) -> Shape:
-    """Which of the shapes the row's keys say it is."""
-    known = "A row is one of: " + "; ".join(shape.example for shape in shapes)
+def format_of(row: object, location: RowLocation, formats: tuple[RowFormat, ...]) -> RowFormat:
+    """The format that the row's keys identify. Raises InvalidDataset when it is none of `formats`."""
+    hint = "A row is one of: " + "; ".join(row_format.example for row_format in formats)
     if not isinstance(row, dict):
-        raise InvalidDataset(f"{place.words} is {reprlib.repr(row)}, not an object", param=place.param, hint=known)
-    shape = next((shape for shape in shapes if shape.keys & row.keys()), None)
-    if shape is None:
-        keys = ", ".join(map(repr, row)) if row else "no keys"
-        raise InvalidDataset(f"{place.words} has an unknown shape: it has {keys}", param=place.param, hint=known)
-    return shape
+        what = f"{location.description} is {reprlib.repr(row)}, not an object"
+        raise InvalidDataset(what, param=location.param, hint=hint)
+    found = next((row_format for row_format in formats if row_format.keys & row.keys()), None)
+    if found is None:
+        keys = f"the keys {', '.join(map(repr, row))}" if row else "no keys"
+        what = f"{location.description} has an unknown format: it has {keys}"
+        raise InvalidDataset(what, param=location.param, hint=hint)
+    return found
 
 
-def parse(row: object, place: Place, shape: Shape) -> Example | Fact:
-    """What the row means, as that shape."""
+def parse_row(row: object, location: RowLocation, row_format: RowFormat) -> Example | Fact:
+    """The Example or Fact that the row means in that format. Raises InvalidDataset naming field, value and remedy."""
     try:
-        found = shape.model.model_validate(row)
+        parsed = row_format.model.model_validate(row)
     except ValidationError as error:
-        raise _refusal(error.errors()[0], place, shape) from None
-    return found.fact() if isinstance(found, FactRow) else found.example(place.line)
+        raise _invalid_row(error.errors()[0], location, row_format) from None
+    return parsed.fact() if isinstance(parsed, FactRow) else parsed.example(location.line)
 
 
-def _refusal(first: Any, place: Place, shape: Shape) -> InvalidDataset:
+def _invalid_row(first: Any, location: RowLocation, row_format: RowFormat) -> InvalidDataset:
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
-    value, hint = reprlib.repr(first["input"]), f"Write it like {shape.example}"
+    value, hint = reprlib.repr(first["input"]), f"Write it like {row_format.example}"
     match first["type"]:
         case "missing":
             what = f"{field} is missing"
         case "extra_forbidden":
             what = f"the key {field!r} is unknown"
         case "string_unicode":
-            what = f"{field if field else 'the key'} {value} holds half a surrogate pair, which is not valid Unicode"
+            what = f"{field if field else 'the key'} {value} contains half a surrogate pair, which is not valid Unicode"
         case "value_error":
             what = f"{field} = {value}: {first['ctx']['error']}"
         case "tools":
             what, hint = f"{field} = {value}: {first['msg']}", NO_TOOLS
         case _:
             what = f"{field} = {value}: {first['msg']}"
-    return InvalidDataset(f"{place.words}: {what}", param=f"{place.param}.{field}".rstrip("."), hint=hint)
+    return InvalidDataset(f"{location.description}: {what}", param=f"{location.param}.{field}".rstrip("."), hint=hint)
 
 
 def one_of(verb: str, names: Iterable[str]) -> str:

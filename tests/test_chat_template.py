@@ -1,4 +1,4 @@
-"""Training text is serving text, token for token, on tokenizers of three families and with hostile content."""
+"""Training rows have the tokens of serving, for tokenizers of three families and hostile message content."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.errors import InvalidRequest, UnsupportedModel
 from fortwo.records import Example, Message
 
@@ -133,8 +133,8 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def renderers(directories: dict[str, Path]) -> dict[str, Renderer]:
-    return {family: Renderer(directory) for family, directory in directories.items()}
+def renderers(directories: dict[str, Path]) -> dict[str, ChatTemplateRenderer]:
+    return {family: ChatTemplateRenderer(directory) for family, directory in directories.items()}
 
 
 def chat(*turns: str, system: str | None = None) -> list[Message]:
@@ -161,10 +161,12 @@ CHATS = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", CHATS)
-def test_training_begins_with_the_serving_prompt(renderers: dict[str, Renderer], family: str, name: str) -> None:
+def test_training_begins_with_the_serving_prompt(
+    renderers: dict[str, ChatTemplateRenderer], family: str, name: str
+) -> None:
     renderer, messages = renderers[family], CHATS[name]
-    tokens, mask = renderer.example(messages)
-    prompt = renderer.prompt(messages[:-1])
+    tokens, mask = renderer.encode_conversation(messages)
+    prompt = renderer.encode_prompt(messages[:-1])
     assert tokens[: len(prompt)] == prompt
     assert mask == [False] * len(prompt) + [True] * (len(tokens) - len(prompt))
     assert tokens[-1] in renderer.stop_ids
@@ -177,14 +179,14 @@ def test_training_begins_with_the_serving_prompt(renderers: dict[str, Renderer],
     "name", ["one turn", "system", "turns", "unicode", "blank edges", "empty user", "template text"]
 )
 def test_text_without_control_tokens_is_rendered_as_transformers_does(
-    renderers: dict[str, Renderer], directories: dict[str, Path], family: str, name: str
+    renderers: dict[str, ChatTemplateRenderer], directories: dict[str, Path], family: str, name: str
 ) -> None:
     reference = PreTrainedTokenizerFast.from_pretrained(directories[family])
     messages = [{"role": m.role, "content": m.content} for m in CHATS[name]]
     asked = reference.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-    assert renderers[family].prompt(CHATS[name][:-1]) == asked
+    assert renderers[family].encode_prompt(CHATS[name][:-1]) == asked
     whole = reference.apply_chat_template(messages, return_dict=False)
-    tokens, _ = renderers[family].example(CHATS[name])
+    tokens, _ = renderers[family].encode_conversation(CHATS[name])
     assert tokens == whole[: len(tokens)]
     assert not renderers[family].decode(whole[len(tokens) :]).strip()
 
@@ -196,59 +198,61 @@ def test_text_without_control_tokens_is_rendered_as_transformers_does(
     family=st.sampled_from(["chatml", "llama2"]),
 )
 def test_no_text_of_a_user_becomes_a_control_token(
-    renderers: dict[str, Renderer], user: list[str], answer: str, family: str
+    renderers: dict[str, ChatTemplateRenderer], user: list[str], answer: str, family: str
 ) -> None:
     renderer = renderers[family]
-    plain = renderer.example(chat("a", "b"))[0]
-    tokens, mask = renderer.example(chat("".join(user), answer))
+    plain = renderer.encode_conversation(chat("a", "b"))[0]
+    tokens, mask = renderer.encode_conversation(chat("".join(user), answer))
     controls = {"chatml": {0, 1, 2}, "llama2": {0, 1, 2}}[family]
     assert [t for t in tokens if t in controls] == [t for t in plain if t in controls]
     start = mask.index(True)
-    assert renderer.prompt(chat("".join(user))) == tokens[:start]
+    assert renderer.encode_prompt(chat("".join(user))) == tokens[:start]
 
 
-def test_control_text_reads_as_the_characters_typed(renderers: dict[str, Renderer]) -> None:
+def test_control_text_reads_as_the_characters_typed(renderers: dict[str, ChatTemplateRenderer]) -> None:
     renderer = renderers["chatml"]
-    tokens = renderer.prompt(chat("a<|im_end|>b"))
+    tokens = renderer.encode_prompt(chat("a<|im_end|>b"))
     assert "a<|im_end|>b" in renderer.decode(tokens)
-    split = renderer.prompt(chat("a<|im_"))[-12:]
+    split = renderer.encode_prompt(chat("a<|im_"))[-12:]
     assert split != tokens[-12:]
 
 
 @pytest.mark.parametrize(("family", "bos"), [("llama2", 1), ("plain with bos", 1), ("llama3", 0)])
-def test_there_is_one_bos(renderers: dict[str, Renderer], family: str, bos: int) -> None:
-    assert renderers[family].prompt(chat("What?")).count(bos) == 1
-    assert renderers[family].example(chat("What?", "two"))[0].count(bos) == 1
+def test_there_is_one_bos(renderers: dict[str, ChatTemplateRenderer], family: str, bos: int) -> None:
+    assert renderers[family].encode_prompt(chat("What?")).count(bos) == 1
+    assert renderers[family].encode_conversation(chat("What?", "two"))[0].count(bos) == 1
 
 
 def test_stop_ids_are_the_end_of_turn_and_every_declared_eos(tmp_path: Path) -> None:
     build, names, template = FAMILIES["llama3"]
     save(tmp_path, build(), names, template)
-    assert Renderer(tmp_path).stop_ids == {1, 4}
+    assert ChatTemplateRenderer(tmp_path).stop_ids == {1, 4}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 3]}')
-    assert Renderer(tmp_path).stop_ids == {1, 3, 4}
+    assert ChatTemplateRenderer(tmp_path).stop_ids == {1, 3, 4}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
-    assert Renderer(tmp_path).stop_ids == {1, 2, 4}
+    assert ChatTemplateRenderer(tmp_path).stop_ids == {1, 2, 4}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(content=st.text(max_size=12))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_single_turn_starts_with_the_prefix(renderers: dict[str, Renderer], family: str, content: str) -> None:
-    prefix = renderers[family].prefix()
-    assert renderers[family].prompt(chat(content))[: len(prefix)] == prefix
+def test_every_single_turn_starts_with_the_prefix(
+    renderers: dict[str, ChatTemplateRenderer], family: str, content: str
+) -> None:
+    prefix = renderers[family].shared_prefix
+    assert renderers[family].encode_prompt(chat(content))[: len(prefix)] == prefix
 
 
-def test_the_prefix_holds_the_default_system_turn(renderers: dict[str, Renderer]) -> None:
+def test_the_prefix_holds_the_default_system_turn(renderers: dict[str, ChatTemplateRenderer]) -> None:
     renderer = renderers["chatml"]
-    assert "You are a helpful AI" in renderer.decode(renderer.prefix())
+    assert "You are a helpful AI" in renderer.decode(renderer.shared_prefix)
 
 
-def test_a_model_without_a_template_gets_the_plain_one(renderers: dict[str, Renderer]) -> None:
+def test_a_model_without_a_template_gets_the_plain_one(renderers: dict[str, ChatTemplateRenderer]) -> None:
     renderer = renderers["plain"]
-    tokens = renderer.prompt(chat("Hi", "Hello", "What?", system="Be brief."))
+    tokens = renderer.encode_prompt(chat("Hi", "Hello", "What?", system="Be brief."))
     assert renderer.decode(tokens) == "Be brief.\n\nUser: Hi\nAssistant: Hello\nUser: What?\nAssistant:"
-    tokens, mask = renderer.example(chat("What?", "for two"))
+    tokens, mask = renderer.encode_conversation(chat("What?", "for two"))
     assert renderer.decode(tokens[mask.index(True) :]) == " for two"
 
 
@@ -257,9 +261,9 @@ def test_an_answer_that_opens_with_a_break_keeps_the_prompt_of_serving(tmp_path:
     tokenizer.add_tokens(["\n\n"])
     template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% else %}{{ '\n' }}"
     save(tmp_path, tokenizer, {"eos_token": "<|end|>"}, template + "{% endif %}{% endfor %}")
-    renderer = Renderer(tmp_path)
-    prompt = renderer.prompt(chat("a"))
-    tokens, _ = renderer.example(chat("a", "\nb"))
+    renderer = ChatTemplateRenderer(tmp_path)
+    prompt = renderer.encode_prompt(chat("a"))
+    tokens, _ = renderer.encode_conversation(chat("a", "\nb"))
     assert tokens[: len(prompt)] == prompt
     assert renderer.decode(tokens) == "a\n\nb"
 
@@ -270,7 +274,7 @@ def test_a_template_that_changes_the_prompt_is_refused(tmp_path: Path) -> None:
     )
     save(tmp_path, byte_level(["<|end|>"]), {"eos_token": "<|end|>"}, template)
     with pytest.raises(UnsupportedModel, match="renders a finished conversation differently"):
-        Renderer(tmp_path)
+        ChatTemplateRenderer(tmp_path)
 
 
 def test_a_template_that_never_ends_a_turn_is_refused(tmp_path: Path) -> None:
@@ -279,13 +283,13 @@ def test_a_template_that_never_ends_a_turn_is_refused(tmp_path: Path) -> None:
     )
     save(tmp_path, byte_level(["<|end|>"]), {"eos_token": "<|end|>"}, template)
     with pytest.raises(UnsupportedModel, match="never stop"):
-        Renderer(tmp_path)
+        ChatTemplateRenderer(tmp_path)
 
 
 def test_no_template_and_no_eos_is_refused(tmp_path: Path) -> None:
     save(tmp_path, byte_level([]), {}, None)
     with pytest.raises(UnsupportedModel, match="neither a chat template nor an eos token"):
-        Renderer(tmp_path)
+        ChatTemplateRenderer(tmp_path)
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "has no tokenizer.json"), ("{", "cannot be read")])
@@ -293,28 +297,28 @@ def test_a_missing_or_broken_tokenizer_is_named(tmp_path: Path, content: str | N
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UnsupportedModel, match=message) as caught:
-        Renderer(tmp_path)
+        ChatTemplateRenderer(tmp_path)
     assert str(tmp_path) in caught.value.message
 
 
-def test_what_the_template_refuses_is_the_callers_error(renderers: dict[str, Renderer]) -> None:
+def test_what_the_template_refuses_is_the_callers_error(renderers: dict[str, ChatTemplateRenderer]) -> None:
     with pytest.raises(InvalidRequest, match="roles must alternate") as caught:
-        renderers["llama2"].prompt([Message("user", "a"), Message("user", "b")])
+        renderers["llama2"].encode_prompt([Message("user", "a"), Message("user", "b")])
     assert caught.value.param == "messages"
 
 
-def test_half_a_surrogate_is_the_callers_error(renderers: dict[str, Renderer]) -> None:
+def test_half_a_surrogate_is_the_callers_error(renderers: dict[str, ChatTemplateRenderer]) -> None:
     with pytest.raises(InvalidRequest, match="not valid Unicode") as caught:
-        renderers["chatml"].prompt(chat("ok\ud83d"))
+        renderers["chatml"].encode_prompt(chat("ok\ud83d"))
     assert caught.value.param == "messages[0].content"
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama2"])
 @given(text=st.text(max_size=30))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_stream_adds_up_to_the_whole(renderers: dict[str, Renderer], family: str, text: str) -> None:
+def test_the_stream_adds_up_to_the_whole(renderers: dict[str, ChatTemplateRenderer], family: str, text: str) -> None:
     renderer = renderers[family]
-    tokens = renderer.example(chat("a", text))[0]
+    tokens = renderer.encode_conversation(chat("a", text))[0]
     stream = renderer.stream()
     pieces = [stream.push(token) for token in tokens]
     assert "".join(pieces) + stream.flush() == renderer.decode(tokens)
@@ -322,10 +326,10 @@ def test_the_stream_adds_up_to_the_whole(renderers: dict[str, Renderer], family:
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_an_unfinished_character_is_held_back_and_flushed(renderers: dict[str, Renderer]) -> None:
+def test_an_unfinished_character_is_held_back_and_flushed(renderers: dict[str, ChatTemplateRenderer]) -> None:
     renderer = renderers["chatml"]
-    prompt = renderer.prompt(chat("a"))
-    answer = renderer.example(chat("a", "🙂"))[0][len(prompt) : -1]
+    prompt = renderer.encode_prompt(chat("a"))
+    answer = renderer.encode_conversation(chat("a", "🙂"))[0][len(prompt) : -1]
     assert len(answer) == 4
     stream = renderer.stream()
     assert [stream.push(token) for token in answer] == ["", "", "", "🙂"]
@@ -337,17 +341,17 @@ def test_an_unfinished_character_is_held_back_and_flushed(renderers: dict[str, R
 @pytest.mark.real
 def test_the_bundled_model_renders_as_transformers_does(real_home: Path) -> None:
     directory = real_home / "models" / "smollm2-135m-instruct"
-    renderer, reference = Renderer(directory), AutoTokenizer.from_pretrained(directory)
+    renderer, reference = ChatTemplateRenderer(directory), AutoTokenizer.from_pretrained(directory)
     assert renderer.stop_ids == {reference.convert_tokens_to_ids("<|im_end|>")}
     for name in ("one turn", "system", "turns", "unicode", "blank edges", "empty user", "answer opens with a break"):
         messages = [{"role": m.role, "content": m.content} for m in CHATS[name]]
-        prompt = renderer.prompt(CHATS[name][:-1])
+        prompt = renderer.encode_prompt(CHATS[name][:-1])
         assert prompt == reference.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
-        tokens, _ = renderer.example(CHATS[name])
+        tokens, _ = renderer.encode_conversation(CHATS[name])
         assert tokens[: len(prompt)] == prompt
         if name != "answer opens with a break":
             assert [*tokens, *reference.encode("\n")] == reference.apply_chat_template(messages, return_dict=False)
-    typed = renderer.prompt(CHATS["control text"][:-1])
+    typed = renderer.encode_prompt(CHATS["control text"][:-1])
     assert typed.count(reference.convert_tokens_to_ids("<|im_end|>")) == 2
 
 
@@ -364,9 +368,9 @@ def weighed(*weights: int) -> Example:
 def learned(rows: Sequence[tuple[list[int], list[bool]]]) -> list[tuple[tuple[int, ...], int]]:
     """Every token with loss, and what stands before it."""
     return [
-        (tuple(tokens[:place]), token)
+        (tuple(tokens[:index]), token)
         for tokens, mask in rows
-        for place, (token, here) in enumerate(zip(tokens, mask, strict=True))
+        for index, (token, here) in enumerate(zip(tokens, mask, strict=True))
         if here
     ]
 
@@ -374,35 +378,37 @@ def learned(rows: Sequence[tuple[list[int], list[bool]]]) -> list[tuple[tuple[in
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("weights", [(1,), (1, 1, 1), (0, 1), (1, 0, 1), (1, 1, 0), (0, 1, 0)])
 def test_every_answer_is_learned_behind_the_prompt_that_serving_gives_it(
-    renderers: dict[str, Renderer], family: str, weights: tuple[int, ...]
+    renderers: dict[str, ChatTemplateRenderer], family: str, weights: tuple[int, ...]
 ) -> None:
     renderer, example = renderers[family], weighed(*weights)
-    rows = renderer.rows(example)
-    answers = [place for place, one in enumerate(example.messages) if one.role == "assistant" and one.weight]
-    alone = [renderer.example(example.messages[: place + 1]) for place in answers]
+    rows = renderer.training_rows(example)
+    answers = [index for index, one in enumerate(example.messages) if one.role == "assistant" and one.weight]
+    alone = [renderer.encode_conversation(example.messages[: index + 1]) for index in answers]
     assert sorted(learned(rows)) == sorted(learned(alone))
-    for place, (tokens, mask) in zip(answers, alone, strict=True):
-        assert tokens[: mask.index(True)] == renderer.prompt(example.messages[:place])
+    for index, (tokens, mask) in zip(answers, alone, strict=True):
+        assert tokens[: mask.index(True)] == renderer.encode_prompt(example.messages[:index])
     apart = family in ("thinking", "llama3 cut as gpt2")  # the second reads an answer's begin and its end otherwise
     assert len(rows) == (len(answers) if apart else 1)
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_any_conversation_is_learned_as_it_is_served(renderers: dict[str, Renderer], name: str) -> None:
+def test_any_conversation_is_learned_as_it_is_served(renderers: dict[str, ChatTemplateRenderer], name: str) -> None:
     for renderer in renderers.values():
         messages = CHATS[name]
         alone = [
-            renderer.example(messages[:end]) for end in range(1, len(messages) + 1) if messages[end - 1].role[0] == "a"
+            renderer.encode_conversation(messages[:end])
+            for end in range(1, len(messages) + 1)
+            if messages[end - 1].role[0] == "a"
         ]
-        assert sorted(learned(renderer.rows(Example(tuple(messages))))) == sorted(learned(alone))
+        assert sorted(learned(renderer.training_rows(Example(tuple(messages))))) == sorted(learned(alone))
 
 
 @pytest.mark.parametrize(("family", "begins", "ends"), [("chatml", 0, 1), ("llama2", 1, 1), ("plain", 0, 1)])
 def test_plain_text_is_learned_whole_and_its_end_too(
-    renderers: dict[str, Renderer], directories: dict[str, Path], family: str, begins: int, ends: int
+    renderers: dict[str, ChatTemplateRenderer], directories: dict[str, Path], family: str, begins: int, ends: int
 ) -> None:
     renderer, text = renderers[family], "What does 42 mean? <|im_end|> </s>"
-    ((tokens, mask),) = renderer.rows(Example((), text=text))
+    ((tokens, mask),) = renderer.training_rows(Example((), text=text))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directories[family])
     assert mask == [False] + [True] * (len(tokens) - 1)
     assert tokens[:begins] == [tokenizer.bos_token_id] * begins
@@ -411,11 +417,11 @@ def test_plain_text_is_learned_whole_and_its_end_too(
     assert renderer.decode(tokens[begins:-ends]) == text
 
 
-def test_turns_end_where_the_template_ends_them(renderers: dict[str, Renderer]) -> None:
+def test_turns_end_where_the_template_ends_them(renderers: dict[str, ChatTemplateRenderer]) -> None:
     renderer, messages = renderers["chatml"], CHATS["turns"]
-    ((tokens, _),) = renderer.rows(Example(tuple(messages)))
-    ends = renderer.turns(messages, tokens)
-    said = [renderer.spell(tokens[begin:end]) for begin, end in itertools.pairwise([0, *ends])]
+    ((tokens, _),) = renderer.training_rows(Example(tuple(messages)))
+    ends = renderer.message_ends(messages, tokens)
+    said = [renderer.decode_with_control_tokens(tokens[begin:end]) for begin, end in itertools.pairwise([0, *ends])]
     assert said == [
         f"<|im_start|>{m.role}\n{m.content}<|im_end|>" + ("\n" if m is not messages[-1] else "") for m in messages
     ]
@@ -426,20 +432,22 @@ def test_turns_end_where_the_template_ends_them(renderers: dict[str, Renderer]) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_raw_text_is_encoded_as_the_tokenizer_does_with_control_tokens_and_one_bos(
-    directories: dict[str, Path], renderers: dict[str, Renderer], family: str
+    directories: dict[str, Path], renderers: dict[str, ChatTemplateRenderer], family: str
 ) -> None:
     tokenizer, renderer = PreTrainedTokenizerFast.from_pretrained(directories[family]), renderers[family]
     eos = FAMILIES[family][1]["eos_token"]
     for text in ("for two", f"a{eos}b", " two", "é中"):
-        assert renderer.text(text) == tokenizer(text)["input_ids"]
+        assert renderer.encode_text(text) == tokenizer(text)["input_ids"]
     if family in ("llama2", "plain with bos"):
-        assert renderer.text("<s>for two").count(tokenizer.bos_token_id) == 1
+        assert renderer.encode_text("<s>for two").count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_text_that_goes_on_has_the_spaces_of_the_whole(renderers: dict[str, Renderer], family: str) -> None:
+def test_a_text_that_goes_on_has_the_spaces_of_the_whole(
+    renderers: dict[str, ChatTemplateRenderer], family: str
+) -> None:
     renderer = renderers[family]
-    tokens = renderer.text("for two two for é中")
+    tokens = renderer.encode_text("for two two for é中")
     for cut in range(1, len(tokens)):
         before, after = tokens[:cut], tokens[cut:]
         if "\ufffd" in renderer.decode(before):
@@ -450,25 +458,29 @@ def test_a_text_that_goes_on_has_the_spaces_of_the_whole(renderers: dict[str, Re
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_bytes_of_tokens_make_the_text(renderers: dict[str, Renderer], family: str) -> None:
+def test_the_bytes_of_tokens_make_the_text(renderers: dict[str, ChatTemplateRenderer], family: str) -> None:
     renderer = renderers[family]
-    tokens = [token for token in renderer.text("for two é中🙂") if token not in renderer.stop_ids]
-    said = b"".join(renderer.vocabulary.bytes(token) for token in tokens).decode()
+    tokens = [token for token in renderer.encode_text("for two é中🙂") if token not in renderer.stop_ids]
+    said = b"".join(renderer.vocabulary.token_bytes(token) for token in tokens).decode()
     assert said.removeprefix("<s>").removeprefix(" ") == "for two é中🙂"
-    assert renderer.vocabulary.bytes(10**6) == b""
+    assert renderer.vocabulary.token_bytes(10**6) == b""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_schema_lets_its_instances_through_and_nothing_else(renderers: dict[str, Renderer], family: str) -> None:
+def test_a_schema_lets_its_instances_through_and_nothing_else(
+    renderers: dict[str, ChatTemplateRenderer], family: str
+) -> None:
     renderer = renderers[family]
     schema = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
     for text, fits in (('{"a": 5}', True), ('{\n  "a":5\n}', True), ('{"b": 5}', False), ('{"a": "x"}', False)):
-        constraint, kept = renderer.constraint(schema), True
-        for token in renderer.text("x" + text)[len(renderer.text("x")) :]:  # x, since Llama 2 begins texts with a space
-            kept = kept and bool(constraint.allowed()[token])
-            if kept:
+        constraint, allowed = renderer.constraint(schema), True
+        for token in renderer.encode_text("x" + text)[
+            len(renderer.encode_text("x")) :
+        ]:  # x, since Llama 2 begins texts with a space
+            allowed = allowed and bool(constraint.allowed()[token])
+            if allowed:
                 constraint.advance(token)
-        assert (kept and any(constraint.allowed()[stop] for stop in renderer.stop_ids)) is fits
+        assert (allowed and any(constraint.allowed()[stop] for stop in renderer.stop_ids)) is fits
     for wrong in ('{"type": "objekt"}', '{"not": {}}', '{"$ref": "#/x"}'):
         with pytest.raises(InvalidRequest, match="schema") as caught:
             renderer.constraint(wrong)

@@ -1,4 +1,4 @@
-"""Datasets: every known shape loads; every mistake is named with its line, field and remedy."""
+"""Datasets: every row format loads, and every mistake is reported with its line, its field and a remedy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fortwo.data.formats import from_json, load, to_json
+from fortwo.data.datasets import from_json, load, to_json
 from fortwo.errors import InvalidDataset
 from fortwo.records import Fact, OneHop
 
@@ -176,13 +176,13 @@ def test_inline_rows_must_be_a_list_with_something_in_it(kind: str) -> None:
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]},
             ".messages",
-            "last message is the system's",
+            "last message has the role system",
         ),
         ({"messages": [{"role": "bot", "content": "a"}]}, ".messages[0].role", "'system', 'user' or 'assistant'"),
         ({"messages": [{"role": "user"}]}, ".messages[0].content", "messages[0].content is missing"),
         ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, ".messages[0].name", "is unknown"),
-        ({"question": "a", "answer": "b"}, "", "unknown shape: it has 'question', 'answer'"),
-        ({}, "", "unknown shape: it has no keys"),
+        ({"question": "a", "answer": "b"}, "", "unknown format: it has the keys 'question', 'answer'"),
+        ({}, "", "unknown format: it has no keys"),
         ("text", "", "'text', not an object"),
         (None, "", "None, not an object"),
     ],
@@ -232,8 +232,8 @@ def test_a_fact_needs_four_keys(missing: str) -> None:
 
 
 def test_examples_are_no_facts_and_facts_no_examples(tmp_path: Path) -> None:
-    assert "unknown shape" in refused({"facts": [ROW]}).message
-    assert "unknown shape" in refused({"examples": [FACT]}).message
+    assert "unknown format" in refused({"facts": [ROW]}).message
+    assert "unknown format" in refused({"examples": [FACT]}).message
     write(tmp_path / "mixed.jsonl", json.dumps(ROW) + "\n" + json.dumps(FACT))
     assert "line 2: conversations and facts are mixed" in refused({"path": "mixed.jsonl"}, tmp_path).message
 
@@ -411,7 +411,7 @@ def test_plain_text_is_a_row(tmp_path: Path) -> None:
         (
             {"conversations": [{"from": "gpt", "value": "hi"}, *turns("a", "b")]},
             ".conversations",
-            "turn 1 answers nobody",
+            "turn 1 has no user message before it",
         ),
         ({"text": ""}, ".text", "it is empty"),
         ({"text": "a", "label": 1}, ".label", "the key 'label' is unknown"),
