@@ -27,6 +27,7 @@ from fortwo.data import formats
 from fortwo.data.render import Renderer
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
+from fortwo.execution.backend import backend_for
 from fortwo.facts.subject import holds
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
@@ -62,7 +63,7 @@ class Base:
         engine = Engine()
         engine.start()
         renderer = Renderer(directory)
-        engine.add_base("base", Runner(self._decoder), renderer)
+        engine.add_base("base", Runner(backend_for(self._decoder)), renderer)
         self._served = Served("base", self._decoder, renderer, engine)
 
     def retention(self, store: AdapterStore, ref: str, prompts: tuple[str, ...]) -> float:

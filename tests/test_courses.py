@@ -45,8 +45,8 @@ def school(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sch
 
 def prepared(school: School, dataset: Dataset, plan: Plan) -> Course:
     base = school.base
-    served = Served(base.id, base.decoder, base.renderer, school.engine)
-    task: Any = school.engine.run_task(courses.override(served, base.decoder, dataset, plan), lambda event: None)
+    served = Served(base.id, base.backend, base.renderer, school.engine)
+    task: Any = school.engine.run_task(courses.override(served, base.backend, dataset, plan), lambda event: None)
     course: Course = task.result(120)
     return course
 

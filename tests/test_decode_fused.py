@@ -13,6 +13,7 @@ from torch import Tensor
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence as Running
 from fortwo.execution.adapters_int8 import Laid, Rows
+from fortwo.execution.backend import backend_for
 from fortwo.execution.decode_fused import Step
 from fortwo.kernels import cpu
 from fortwo.nn.decoder import Decoder
@@ -31,7 +32,7 @@ SHAPES = {
 
 def replies(home: Decoder, adapters: list[str | None], steps: int = 4) -> Tensor:
     """Logits (steps, rows, V) of sequences of different lengths, the same tokens whatever comes out."""
-    runner, found = Runner(home), []
+    runner, found = Runner(backend_for(home)), []
     for seed, (key, shape) in enumerate(SHAPES.items()):
         runner.attach(key, random_lora(home, seed, shape), frozen=True)
     lengths = [3 + 7 * row % 30 + (120 if row == 1 else 0) for row in range(len(adapters))]  # one outgrows its pool

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence as Running
+from fortwo.execution.backend import backend_for
 from fortwo.execution.prefill_fused import Prefill
 from fortwo.kernels import cpu
 from fortwo.nn.decoder import Decoder
@@ -41,7 +42,7 @@ def home(family: str = "llama") -> Decoder:
 
 
 def runner_of(decoder: Decoder) -> Runner:
-    runner = Runner(decoder)
+    runner = Runner(backend_for(decoder))
     for seed, (key, shape) in enumerate(SHAPES.items()):
         runner.attach(key, random_lora(decoder, seed, shape), frozen=True)
     return runner

@@ -6,9 +6,9 @@ import torch
 
 from fortwo.data.render import Renderer
 from fortwo.errors import InvalidAdapter
-from fortwo.nn.decoder import Decoder
+from fortwo.execution.backend import Backend
 from fortwo.nn.lora import Lora, Segment
-from fortwo.nn.packing import PackedAttention, pack
+from fortwo.nn.packing import pack
 from fortwo.records import AdapterVersion, Message
 
 ROUNDING = 1e-6  # a relative change of the logits below this is no effect
@@ -32,11 +32,11 @@ def check(version: AdapterVersion, lora: Lora) -> None:
 
 
 @torch.no_grad()
-def effect(decoder: Decoder, renderer: Renderer, lora: Lora) -> float:
+def effect(backend: Backend, renderer: Renderer, lora: Lora) -> float:
     """How much the adapter moves the logits of a probe, relative to the largest. On the device's thread."""
     tokens = renderer.prompt([Message("user", "Hello")])[-PROBE:]
-    packed = pack([tokens, tokens], decoder.device, prefix=0)
+    packed = pack([tokens, tokens], backend.decoder.device, prefix=0)
     adapted = Segment(lora, slice(len(tokens), None))
-    hidden_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config), [adapted])
-    plain_V, adapted_V = decoder.logits(hidden_TD[packed.last_places()])
+    hidden_TD = backend.forward(packed, [adapted])
+    plain_V, adapted_V = backend.decoder.logits(hidden_TD[packed.last_places()])
     return float((adapted_V - plain_V).abs().max() / plain_V.abs().max())

@@ -25,6 +25,7 @@ from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
 from fortwo.execution.autotuning import memory, serving
+from fortwo.execution.backend import Backend, backend_for
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
 from fortwo.hub.weights import Progress
@@ -42,10 +43,14 @@ class Resident:
 
     id: str
     digest: str
-    decoder: Decoder
+    backend: Backend
     renderer: Renderer
     bytes: int
     runner: Runner
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.backend.decoder
 
 
 @dataclass(frozen=True)
@@ -188,8 +193,9 @@ class Residents:
                     self._settings,
                     lambda measure: self._engine.call(measure).result(),
                 )
-                runner = Runner(decoder, self._cache_bytes)
-                resident = Resident(id, card.digest, decoder, Renderer(directory), decoder.bytes, runner)
+                backend = backend_for(decoder)
+                runner = Runner(backend, self._cache_bytes)
+                resident = Resident(id, card.digest, backend, Renderer(directory), decoder.bytes, runner)
                 self._engine.add_base(id, resident.runner, resident.renderer)
                 heap.give_back()
             finally:
@@ -228,7 +234,7 @@ class Residents:
             decoder = resident.decoder
             lora = Lora.from_state(LoraConfig.from_peft(config), decoder.config, tensors, decoder.device)
             check(version, lora)
-            moved = self._engine.call(lambda: effect(decoder, resident.renderer, lora)).result()
+            moved = self._engine.call(lambda: effect(resident.backend, resident.renderer, lora)).result()
             if not moved >= ROUNDING:
                 raise InvalidAdapter(
                     f"adapter {version.id!r} changes nothing: on a probe the logits of {resident.id!r} move by "

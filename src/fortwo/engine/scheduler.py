@@ -9,18 +9,26 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from fortwo.engine.cache import Slot
-    from fortwo.engine.runner import Listener
+
+class Slot(Protocol):
+    """A place in the cache. length: tokens whose keys and values it holds."""
+
+    length: int
+
+
+class Listener(Protocol):
+    def hear(self, hidden_LD: Any, begin: int, /) -> None:
+        """Hidden states (a tensor) after the final norm of the sequence's tokens from place `begin` on."""
 
 
 @dataclass(eq=False)
 class Sequence:
     """One request as the runner sees it. tokens: the prompt, then what was generated; adapter: whose weights answer,
     None for the plain base; slot: its place in the cache while it runs, filled by the runner; listener: who hears the
-    hidden states of its tokens; kept: what is computed for it may serve others that begin alike."""
+    hidden states of its tokens, none of which is taken from kept prefixes then; kept: what is computed for it may
+    serve others that begin alike."""
 
     tokens: list[int]
     adapter: str | None

@@ -30,11 +30,12 @@ from fortwo.errors import (
     Unavailable,
 )
 from fortwo.execution.autotuning import memory
+from fortwo.execution.calibration import Trial
 from fortwo.facts.subject import facts_of
 from fortwo.jobs import parents
 from fortwo.jobs.checkpoints import CheckpointStore
 from fortwo.jobs.diary import begun
-from fortwo.jobs.machine import Trial, machine_of, try_out
+from fortwo.jobs.machine import machine_of, try_out
 from fortwo.jobs.store import ACTIVE, INTERRUPTED, Job, JobStore, Note, Status
 from fortwo.jobs.turn import POLL_SECONDS, Taught, Teacher, Turn
 from fortwo.records import Dataset, Json, Plan
@@ -232,7 +233,7 @@ class JobRunner:
         base = plans.BaseFacts.of(resident.id, resident.decoder, cache.bound, cache.dtype.itemsize)
         trial = self._trials.get(resident.digest)
         if trial is None:
-            trial = self._trials[resident.digest] = self._engine.call(lambda: try_out(resident.decoder)).result()
+            trial = self._trials[resident.digest] = self._engine.call(lambda: try_out(resident.backend)).result()
         machine = machine_of(trial, self._store.last_actual(resident.id), memory(resident.decoder.device))
         counts, suspicions = survey(resident.renderer, plans.training_rows(dataset))
         return dataset, plans.resolve(request, dataset, base, counts, machine, suspicions, parent)

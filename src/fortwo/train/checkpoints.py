@@ -117,7 +117,7 @@ def due(plan: Plan, step: int, seconds: float, examined: bool) -> bool:
 def capture(run: Run, served: Served) -> Checkpoint:
     """The run as it is now, in copies."""
     tensors = {"random.cpu": torch.get_rng_state()}
-    device = served.decoder.device
+    device = served.backend.decoder.device
     if device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
     tensors |= {f"optimizer.0.{name}": _copy(tensor) for name, tensor in run.optimizer.state().items()}

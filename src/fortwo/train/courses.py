@@ -15,9 +15,9 @@ from typing import Generic, TypeVar
 
 from fortwo.data.spool import Spool
 from fortwo.errors import InvalidRequest
+from fortwo.execution.backend import Backend
 from fortwo.facts.lesson import Contrast, Lesson, Probes, kept_rehearsal, trained_rehearsal
 from fortwo.facts.subject import facts_of
-from fortwo.nn.decoder import Decoder
 from fortwo.nn.packing import common_prefix
 from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvent
 from fortwo.train.escalation import Mix, mix_of
@@ -95,11 +95,11 @@ class Course:
     correct: Callable[[str | None, Replies | None], Generator[TrainEvent, None, Replies]] | None = None
 
 
-def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
+def override(served: Served, backend: Backend, dataset: Dataset, plan: Plan) -> Generator[TrainEvent, None, Course]:
     """Edit rows ask for the facts; contrast and rehearsal rows hold what the base says elsewhere. A few rows of both
     kinds are about what the run's parent knows.
 
-    decoder: what the run trains on; it is the teacher too, so that an adapter without effect loses nothing.
+    backend: what the run trains on; it is the teacher too, so that an adapter without effect loses nothing.
     """
     facts, known = _facts(dataset), dataset.kept
     lessons = _lessons((*facts, *known), plan["seed"])
@@ -129,8 +129,8 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
     prefix = common_prefix([row.tokens for row in everything])
     own = [row for row, one in zip(contrast, contrasts, strict=False) if one.begun is None]
     asked = rng.sample(own, min(plan["on_policy_prompts"], len(own)))
-    contrast = yield from with_teacher(decoder, contrast, prefix)
-    rehearsal = yield from with_teacher(decoder, rehearsal, prefix)
+    contrast = yield from with_teacher(backend, contrast, prefix)
+    rehearsal = yield from with_teacher(backend, rehearsal, prefix)
 
     updates = plan["gradient_accumulation_steps"]
     siblings = _parted(contrast[: len(contrasts)], len(lessons))
@@ -157,7 +157,7 @@ def override(served: Served, decoder: Decoder, dataset: Dataset, plan: Plan) -> 
             for row, prompt, reply in zip(asked, prompts, replies, strict=True)
             if tuple(reply[: row.supervised]) != row.tokens[row.start :]
         ]
-        strayed.refill((yield from with_teacher(decoder, rows, prefix)))
+        strayed.refill((yield from with_teacher(backend, rows, prefix)))
         return replies
 
     return Course(prefix, mix_of(plan), draw, exam, final, correct=correct)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from fortwo.facts.lesson import OWN_SHARE, RIVALS, trained_rehearsal
+from fortwo.nn.config import DecoderConfig
 from fortwo.train.recipes import (
     EXAM_QUESTIONS,
     REPLY_TOKENS,
@@ -16,9 +17,6 @@ from fortwo.train.recipes import (
     SFT_QUESTIONS,
     SFT_TOKENS,
 )
-
-if TYPE_CHECKING:
-    from fortwo.nn.decoder import Decoder
 
 FLOAT = 4  # bytes: adapters are trained in fp32
 PROCESS = 400 << 20  # bytes of a server that holds nothing yet
@@ -34,6 +32,16 @@ PASSES = 3  # of a token that is trained on, to one that is only read: backward 
 TOGETHER = 96  # replies that run at once
 ROW_TOKENS = 128  # of the smallest row of the cache
 ROWS_MADE = 1.5  # rows that the cache makes, to those in use
+
+
+class Network(Protocol):
+    """A decoder, as far as its memory is concerned."""
+
+    @property
+    def config(self) -> DecoderConfig: ...
+    @property
+    def bytes(self) -> int: ...
+    def bytes_to_train(self, bf16: bool) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class BaseFacts:
     kv_element: int = FLOAT
 
     @classmethod
-    def of(cls, id: str, decoder: Decoder, cache: int | None = None, kv_element: int = FLOAT) -> BaseFacts:
+    def of(cls, id: str, decoder: Network, cache: int | None = None, kv_element: int = FLOAT) -> BaseFacts:
         config = decoder.config
         return cls(
             id=id,

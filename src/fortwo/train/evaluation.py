@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from fortwo.data.render import Renderer
 from fortwo.data.spool import Spool
 from fortwo.errors import TrainingFailed
+from fortwo.execution.backend import Backend
 from fortwo.facts import metrics
 from fortwo.facts.lesson import Probes
 from fortwo.facts.subject import holds
-from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora, Segment
-from fortwo.nn.packing import PackedAttention, common_prefix, pack
+from fortwo.nn.packing import common_prefix, pack
 from fortwo.prompts import NOT_NUMBERS, Generation, Prompt, Sampling, Serving
 from fortwo.records import (
     Example,
@@ -73,7 +73,7 @@ class Served:
     """
 
     base: str
-    decoder: Decoder
+    backend: Backend
     renderer: Renderer
     serving: Serving
     known: dict[tuple[tuple[int, ...], int], Said] = field(default_factory=dict)
@@ -297,7 +297,7 @@ def _shares(questions: Sequence[Question], said: Mapping[tuple[Message, ...], Sa
 
 def agreement(served: Served, lora: Lora, said: Sequence[tuple[Sequence[Message], Said | Generation]]) -> Metric:
     """Share of the base's own greedy tokens that the adapter also ranks first, given what the base said before."""
-    rows = []
+    decoder, rows = served.backend.decoder, []
     for messages, reply in said:
         asked = served.renderer.prompt(list(messages))
         rows.append(Row((*asked, *reply.tokens), len(asked)))
@@ -305,11 +305,10 @@ def agreement(served: Served, lora: Lora, said: Sequence[tuple[Sequence[Message]
     prefix = common_prefix([row.tokens for row in rows])
     for group in micro_batches(rows, prefix, AGREEMENT_TOKENS):
         with torch.no_grad():
-            packed = pack([row.tokens for row in group], served.decoder.device, prefix)
-            attention = PackedAttention(packed, served.decoder.config)
-            final_TD = served.decoder.forward(packed.tokens_T, packed.positions_T, attention, [Segment(lora)])
+            packed = pack([row.tokens for row in group], decoder.device, prefix)
+            final_TD = served.backend.forward(packed, [Segment(lora)])
             places = [index for place, row in enumerate(group) for index in predicting(packed, place, row)]
-            ranked = served.decoder.logits(final_TD[places]).argmax(-1).tolist()
+            ranked = decoder.logits(final_TD[places]).argmax(-1).tolist()
         wanted = [row.tokens[place] for row in group for place in row.places]
         agreed += sum(ours == theirs for ours, theirs in zip(ranked, wanted, strict=True))
         total += len(wanted)
@@ -318,17 +317,16 @@ def agreement(served: Served, lora: Lora, said: Sequence[tuple[Sequence[Message]
 
 def validation_loss(served: Served, lora: Lora, rows: Spool) -> Generator[TrainEvent, None, float]:
     """Mean cross-entropy over the supervised tokens of rows that are held back, of the adapter as it is served."""
-    total, count = 0.0, 0
+    decoder, total, count = served.backend.decoder, 0.0, 0
     held = (Row.masked(*rows[place]) for place in range(len(rows)))
     for group in micro_batches(held, rows.prefix, AGREEMENT_TOKENS):
         with torch.no_grad():
-            packed = pack([row.tokens for row in group], served.decoder.device, rows.prefix)
-            attention = PackedAttention(packed, served.decoder.config)
-            final_TD = served.decoder.forward(packed.tokens_T, packed.positions_T, attention, [Segment(lora)])
+            packed = pack([row.tokens for row in group], decoder.device, rows.prefix)
+            final_TD = served.backend.forward(packed, [Segment(lora)])
             places = [index for place, row in enumerate(group) for index in predicting(packed, place, row)]
             wanted = torch.tensor([row.tokens[at] for row in group for at in row.places], device=final_TD.device)
             for part_ND, wanted_N in zip(final_TD[places].split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True):
-                total += float(F.cross_entropy(served.decoder.logits(part_ND), wanted_N, reduction="sum"))
+                total += float(F.cross_entropy(decoder.logits(part_ND), wanted_N, reduction="sum"))
         count += len(wanted)
         yield MicroStepped(len(packed.tokens_T))
     return total / count

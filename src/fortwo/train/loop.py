@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fortwo.data.render import Renderer
+from fortwo.execution.backend import Backend
 from fortwo.facts import metrics
-from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
 from fortwo.prompts import Serving
 from fortwo.records import (
@@ -57,7 +57,7 @@ class Base(Protocol):
     @property
     def id(self) -> str: ...
     @property
-    def decoder(self) -> Decoder: ...
+    def backend(self) -> Backend: ...
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ def teach(
     the adapter's logits are no numbers any more. The adapter is detached from `serving` at the end, however the run
     ends.
     """
-    decoder = base.decoder.in_bf16() if plan["bf16"] else base.decoder.in_fp32()
+    held = base.backend.decoder
+    backend = base.backend.with_decoder(held.in_bf16() if plan["bf16"] else held.in_fp32())
+    decoder = backend.decoder
     torch.manual_seed(plan["seed"])
     config = lora_config(plan)
     lora = (
@@ -116,7 +118,7 @@ def teach(
         else Lora.from_state(config, decoder.config, parent, decoder.device)
     )
     clock, known = (Clock(), {}) if resumed is None else checkpoints.begin_again(resumed)
-    served = Served(base.id, base.decoder, renderer, serving, known)
+    served = Served(base.id, base.backend, renderer, serving, known)
     serving.attach(base.id, key, lora)
     try:
         yield Phase(
@@ -124,7 +126,7 @@ def teach(
         )
         began = time.perf_counter()
         course = yield from (
-            courses.override(served, decoder, dataset, plan)
+            courses.override(served, backend, dataset, plan)
             if plan.objective == "override"
             else courses.sft(served, dataset, plan)
         )
@@ -140,15 +142,17 @@ def teach(
                     yield from course.correct(key, run.replies[step - 1])
                 run.draw(course.draw(mix_at(course.mix, run.rounds, step)))
             checkpoints.restore(run, resumed)
-        actual = yield from _train(served, decoder, run, course, plan, key, saving)
+        actual = yield from _train(served, backend, run, course, plan, key, saving)
         yield Phase("evaluating")
-        began, lora.room = time.perf_counter(), None
+        began = time.perf_counter()
+        backend.release()
         seen = course.final is course.exam and actual["best_step"] == actual["steps"]
         report = yield from course.final.report(served, key, lora, changed=not seen)
         escalations = told(run.rounds, run.best.metrics)
         report = replace(report, eval_losses=tuple(run.eval_losses), escalations=escalations)
     finally:
         lora.freeze()
+        backend.release()
         serving.detach(base.id, key)
     seconds, reporting = clock.seconds, time.perf_counter() - began
     actual |= {
@@ -173,13 +177,13 @@ def _optimizer(flat_N: Tensor, plan: Plan) -> AdamW:
 
 
 def _train(
-    served: Served, decoder: Decoder, run: Run, course: courses.Course, plan: Plan, key: str, saving: Saving | None
+    served: Served, backend: Backend, run: Run, course: courses.Course, plan: Plan, key: str, saving: Saving | None
 ) -> Generator[TrainEvent, None, dict[str, Any]]:
     """All steps that are left, with exams; leaves the best adapter in `run.lora`. Returns what happened.
 
     A step's checkpoint is made before its exam, so a run that goes on from there begins with that exam.
     """
-    stopped = yield from _evaluated(served, run, course, plan, key)
+    stopped = yield from _evaluated(served, backend, run, course, plan, key)
     why = "not needed"
     while stopped is None:
         if run.step == run.last(plan) and (why := (yield from _escalated(run, course, plan))):
@@ -191,7 +195,7 @@ def _train(
         run.step += 1
         rate = _rate(run, course, plan)
         run.peak_rate = max(run.peak_rate, rate)
-        stepped = yield from _step(decoder, run, course, plan, rate)
+        stepped = yield from _step(backend, run, course, plan, rate)
         run.final_loss = stepped.parts["learn"]
         if run.step == 1:
             run.first_loss = run.final_loss
@@ -199,7 +203,7 @@ def _train(
         since = run.clock.seconds - run.saved_at
         if saving is not None and checkpoints.due(plan, run.step, since, _exam_is_due(run, course, plan)):
             yield from _save(served, run, saving)
-        stopped = yield from _evaluated(served, run, course, plan, key)
+        stopped = yield from _evaluated(served, backend, run, course, plan, key)
     run.best.restore(run.lora.parameters())
     best_step = run.best.step if run.best.tensors else run.step
     validated = {one.step: one.loss for one in run.eval_losses}
@@ -251,12 +255,12 @@ def _rate(run: Run, course: courses.Course, plan: Plan) -> float:
 
 
 def _evaluated(
-    served: Served, run: Run, course: courses.Course, plan: Plan, key: str
+    served: Served, backend: Backend, run: Run, course: courses.Course, plan: Plan, key: str
 ) -> Generator[TrainEvent, None, str | None]:
     """The exam and the validation behind this step, if they are due. Why the run stops here, None where it goes on."""
     stopped = None
     if course.exam is not None and _exam_is_due(run, course, plan):
-        run.lora.room = None  # replies want the memory
+        backend.release()  # replies want the memory
         found = yield from course.exam.examine(served, key, run.lora, EXAM_QUESTIONS)
         yield Evaluated(run.step, {name: metric.value for name, metric in found.items()})
         shares = {name: metric.value for name, metric in found.items()}
@@ -319,7 +323,7 @@ def _save(served: Served, run: Run, saving: Saving) -> Generator[TrainEvent, Non
 
 
 def _step(
-    decoder: Decoder, run: Run, course: courses.Course, plan: Plan, rate: float
+    backend: Backend, run: Run, course: courses.Course, plan: Plan, rate: float
 ) -> Generator[TrainEvent, None, Stepped]:
     """One optimizer step in micro-steps: the same gradient as one pass over all its rows."""
     lora, clock = run.lora, run.clock
@@ -334,7 +338,7 @@ def _step(
         if tokens:
             yield MicroStepped(tokens)
         began = time.perf_counter()
-        found = losses(decoder, lora, course.prefix, batch, plan["gradient_checkpointing"])
+        found = losses(backend, lora, course.prefix, batch, plan["gradient_checkpointing"])
         total = found.learn / max(1, learn_over) + mix.keep_weight * found.keep / max(1, keep_over)
         total.backward()
         learn += float(found.learn.detach()) / max(1, learn_over)

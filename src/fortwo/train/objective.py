@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fortwo.execution.backend import Backend
 from fortwo.kernels.operations import cross_entropy, divergence
-from fortwo.nn.decoder import Decoder
-from fortwo.nn.lora import Lora, Segment
-from fortwo.nn.packing import Pack, PackedAttention, pack
+from fortwo.nn.lora import Lora
+from fortwo.nn.packing import Pack, pack
 from fortwo.quantization.matmul import product
 from fortwo.quantization.tiles import Tiles
 from fortwo.records import MicroStepped, TrainEvent
@@ -73,23 +73,22 @@ class Losses:
     tokens: int
 
 
-def with_teacher(decoder: Decoder, rows: Sequence[Row], prefix: int) -> Generator[TrainEvent, None, list[Row]]:
+def with_teacher(backend: Backend, rows: Sequence[Row], prefix: int) -> Generator[TrainEvent, None, list[Row]]:
     """Rows to keep, with what the base makes of them."""
     taught = []
     for group in micro_batches(rows, prefix, PREPARE_TOKENS):
-        with torch.no_grad():
-            packed = pack([row.tokens for row in group], decoder.device, prefix)
-            final_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config))
+        packed = pack([row.tokens for row in group], backend.decoder.device, prefix)
+        final_TD = backend.forward(packed)
         taught += [replace(row, teacher_ND=final_TD[predicting(packed, place, row)]) for place, row in enumerate(group)]
         yield MicroStepped(len(packed.tokens_T))
     return taught
 
 
-def losses(decoder: Decoder, lora: Lora, prefix: int, rows: Sequence[Row], checkpointing: bool = False) -> Losses:
-    """One pass over rows that share their first `prefix` tokens; checkpointing as in `Decoder.run`."""
+def losses(backend: Backend, lora: Lora, prefix: int, rows: Sequence[Row], checkpointing: bool = False) -> Losses:
+    """One pass over rows that share their first `prefix` tokens; checkpointing as in `Backend.train`."""
+    decoder = backend.decoder
     packed = pack([row.tokens for row in rows], decoder.device, prefix)
-    attention, segments = PackedAttention(packed, decoder.config), [Segment(lora)]
-    final_TD = decoder.forward(packed.tokens_T, packed.positions_T, attention, segments, True, checkpointing)
+    final_TD = backend.train(packed, lora, checkpointing)
     learn_places: list[int] = []
     keep_places: list[int] = []
     for place, row in enumerate(rows):

@@ -10,15 +10,12 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 
 from fortwo.records import Example
 from fortwo.train.estimate import RowCount, TokenCounts
-
-if TYPE_CHECKING:
-    from fortwo.data.render import Renderer
 
 Column = np.ndarray[Any, Any]
 SHOWN = 5  # lines that a finding names
@@ -102,7 +99,14 @@ class RowCounts(Sequence[RowCount]):
     __hash__ = None  # type: ignore[assignment]
 
 
-def survey(renderer: Renderer, examples: Iterable[Example]) -> tuple[TokenCounts, Suspicions]:
+class Rendering(Protocol):
+    """A `data.render.Renderer`, as far as rows are counted."""
+
+    def prefix(self) -> list[int]: ...
+    def dataset_rows(self, example: Example, /) -> list[tuple[list[int], list[bool]]]: ...
+
+
+def survey(renderer: Rendering, examples: Iterable[Example]) -> tuple[TokenCounts, Suspicions]:
     """Tokens as the rows will be trained on, and what looks wrong with them.
 
     Raises InvalidDataset naming the line of a conversation that the model's chat template refuses.
