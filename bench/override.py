@@ -63,8 +63,9 @@ class Base:
         engine = Engine()
         engine.start()
         renderer = Renderer(directory)
-        engine.add_base("base", Runner(backend_for(self._decoder)), renderer)
-        self._served = Served("base", self._decoder, renderer, engine)
+        backend = backend_for(self._decoder)
+        engine.add_base("base", Runner(backend), renderer)
+        self._served = Served("base", backend, renderer, engine)
 
     def retention(self, store: AdapterStore, ref: str, prompts: tuple[str, ...]) -> float:
         """Share of the base's greedy reply tokens, over all prompts, that the adapter ranks first in their place."""

@@ -10,9 +10,9 @@ from fortwo.engine.cache import SMALLEST
 from fortwo.engine.engine import RUNNING
 from fortwo.execution import autotuning
 from fortwo.execution.backend import backend_for
-from fortwo.execution.calibration import ROWS, Trial
+from fortwo.execution.calibration import Trial
 from fortwo.facts.lesson import trained_rehearsal
-from fortwo.jobs.machine import machine_of, reply_rate, try_out
+from fortwo.jobs.machine import ROWS, machine_of, reply_rate, try_out
 from fortwo.train import estimate
 from fortwo.train.estimate import (
     HEAD_BYTES,

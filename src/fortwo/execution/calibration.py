@@ -23,8 +23,6 @@ from fortwo.quantization.matmul import multiplies_bf16
 from fortwo.quantization.tiles import Tiles
 
 LAYERS = 2  # of a trial; the others take as long
-ROWS = 48  # replies of a trial, and rows of its micro-step
-REPLY, ASKED = 20, 30  # tokens of a reply, and of its prompt beyond what prompts share
 REPEATS = 3
 
 HeadLoss = Callable[[Tensor, Tensor | Tiles, Tensor], Tensor]
@@ -33,14 +31,15 @@ HeadLoss = Callable[[Tensor, Tensor | Tiles, Tensor], Tensor]
 @dataclass(frozen=True)
 class Trial:
     """What a trial of a few layers found: seconds of a micro-step by the type of its products, and seconds of one token
-    for each of ROWS replies."""
+    for each of many replies."""
 
     micro_step: Mapping[str, float]
     token: float
 
 
-def measure_throughput(backend: Backend, tokens: int, head_loss: HeadLoss) -> Trial:
-    """Measure. It must run on the device's thread. tokens: of a micro-step; head_loss: of hidden states (N, D) by the
+def measure_throughput(backend: Backend, tokens: int, rows: int, length: int, head_loss: HeadLoss) -> Trial:
+    """Measure. It must run on the device's thread. tokens: of a micro-step; rows: of a micro-step, and replies that run
+    together; length: tokens before the one of each reply that is measured; head_loss: of hidden states (N, D) by the
     head (V, D), against those of a teacher.
 
     The CPU tries both types, since which one is faster depends on its instructions and on the shapes. A GPU with bf16
@@ -50,18 +49,18 @@ def measure_throughput(backend: Backend, tokens: int, head_loss: HeadLoss) -> Tr
     types = ["fp32"] if decoder.config.parameters < autotuning.SMALL else ["fp32", "bf16"]
     if decoder.device.type != "cpu":
         types = ["bf16" if multiplies_bf16(decoder.device) else "fp32"]
-    seconds = {name: _micro_step_seconds(backend, name == "bf16", tokens, head_loss) for name in types}
-    return Trial(seconds, _token_seconds(backend))
+    seconds = {name: _micro_step_seconds(backend, name == "bf16", tokens, rows, head_loss) for name in types}
+    return Trial(seconds, _token_seconds(backend, rows, length))
 
 
-def _micro_step_seconds(backend: Backend, bf16: bool, tokens: int, head_loss: HeadLoss) -> float:
+def _micro_step_seconds(backend: Backend, bf16: bool, tokens: int, rows: int, head_loss: HeadLoss) -> float:
     """Of so many tokens, of which half are supervised, forward and backward."""
     part = backend.decoder.beginning(LAYERS)
     part = part.in_bf16() if bf16 else part.in_fp32()
     trained = backend.with_decoder(part)
     lora = Lora.init(LoraConfig(), part.config, seed=0, device=part.device)
     lora.flatten()
-    packed = pack([[0] * (tokens // ROWS)] * ROWS, part.device, prefix=0)
+    packed = pack([[0] * (tokens // rows)] * rows, part.device, prefix=0)
     x_TD = part.embed(packed.tokens_T).requires_grad_()
     final_ND = x_TD[::2].detach().requires_grad_()
 
@@ -79,16 +78,16 @@ def _micro_step_seconds(backend: Backend, bf16: bool, tokens: int, head_loss: He
 
 
 @torch.no_grad()
-def _token_seconds(backend: Backend) -> float:
-    """Of one token for ROWS replies."""
+def _token_seconds(backend: Backend, rows: int, length: int) -> float:
+    """Of one token for each of so many replies, behind so many tokens."""
     part = backend.decoder.beginning(LAYERS)
-    served, length = backend.with_decoder(part), ASKED + REPLY
+    served = backend.with_decoder(part)
     pool = Pool(part.config, length + 1, part.device, served.kv_dtype)
-    pool.resize(ROWS)
-    slots = [pool.take() for _ in range(ROWS)]
+    pool.resize(rows)
+    slots = [pool.take() for _ in range(rows)]
     for _ in served.prefill([Part([0] * length, 0, slot, None) for slot in slots]):
         pass
-    hidden_BD = torch.ones(ROWS, part.config.hidden, device=part.device)
+    hidden_BD = torch.ones(rows, part.config.hidden, device=part.device)
 
     def step() -> float:
         return float(served.decode([Part([0], length, slot, None) for slot in slots])[0, 0])

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from fortwo.execution.backend import Backend
-from fortwo.execution.calibration import ASKED, REPLY, ROWS, Trial, measure_throughput
-from fortwo.records import Json
+from typing import TYPE_CHECKING
+
 from fortwo.train.estimate import MICRO_TOKENS, PASSES, Machine
-from fortwo.train.objective import head_loss
+
+if TYPE_CHECKING:
+    from fortwo.execution.backend import Backend
+    from fortwo.execution.calibration import Trial
+    from fortwo.records import Json
+
+ROWS = 48  # replies of a trial, and rows of its micro-step
+REPLY, ASKED = 20, 30  # tokens of a reply, and of its prompt beyond what prompts share
 
 
 def try_out(backend: Backend) -> Trial:
     """Measure what a job's micro-steps and replies take. It must run on the device's thread."""
-    return measure_throughput(backend, MICRO_TOKENS, head_loss)
+    from fortwo.execution.calibration import measure_throughput
+    from fortwo.train.objective import head_loss
+
+    return measure_throughput(backend, MICRO_TOKENS, ROWS, ASKED + REPLY, head_loss)
 
 
 def machine_of(trial: Trial, last: Json | None, memory: int | None) -> Machine:

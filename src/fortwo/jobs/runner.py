@@ -29,8 +29,6 @@ from fortwo.errors import (
     TrainingFailed,
     Unavailable,
 )
-from fortwo.execution.autotuning import memory
-from fortwo.execution.calibration import Trial
 from fortwo.facts.subject import facts_of
 from fortwo.jobs import parents
 from fortwo.jobs.checkpoints import CheckpointStore
@@ -49,6 +47,7 @@ if TYPE_CHECKING:
     from fortwo.adapters.store import AdapterStore
     from fortwo.engine.engine import Engine
     from fortwo.engine.residents import Resident, Residents
+    from fortwo.execution.calibration import Trial
     from fortwo.hub.catalog import Catalog
 
 log = logging.getLogger(__name__)
@@ -224,6 +223,8 @@ class JobRunner:
             )
 
     def _resolve(self, request: TrainingRequest) -> tuple[Dataset, Plan]:
+        from fortwo.execution.autotuning import memory
+
         check_free(request.adapter_name, self._catalog)
         dataset = formats.load(request.dataset, self._settings.allowed_data_dirs)
         parent, resident = self._start(request)
