@@ -11,7 +11,7 @@ LLAMA := .venv-llama/.installed
 TRITON := $(VENV)/.triton
 FACTS ?= examples/facts_dev.json
 
-.PHONY: help install demo stop serve test check bench bench-train bench-qlora bench-learn bench-serve \
+.PHONY: help install demo stop serve test test-fast check bench bench-train bench-qlora bench-learn bench-serve \
 	bench-coserving bench-outside bench-override bench-lessons docs clean
 .DEFAULT_GOAL := help
 
@@ -38,15 +38,20 @@ serve: $(INSTALLED) ## run the server in the foreground
 test: $(INSTALLED) $(TRITON) ## run all tests, those on the real model included
 	$(BIN)/python -m pytest
 
+test-fast: $(INSTALLED) ## run the tests that need neither the real model nor a server, in under two minutes
+	$(BIN)/python -m pytest -m "not real and not slow"
+
 $(TRITON): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]'
 	@touch $@
 
-check: $(INSTALLED) ## format, lint, types, layers
+check: $(INSTALLED) ## format, lint, types, layers, generated pages, words
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/reference.py --check
+	$(BIN)/python scripts/words.py
 
 bench: bench-train bench-serve ## training and serving against peers, each measured in the same run
 

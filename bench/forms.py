@@ -17,7 +17,7 @@ from fortwo.data.render import Renderer
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
 from fortwo.execution.backend import backend_for
-from fortwo.facts.rehearsal import PROMPTS
+from fortwo.facts.replay_prompts import PROMPTS
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.config import DecoderConfig
@@ -72,7 +72,7 @@ def step_seconds(decoder: Decoder, prompt: list[int], count: int) -> float:
 
 def main() -> None:
     settings = load()
-    directory = Catalog(settings).prepare(settings.default_model)
+    directory = Catalog(settings.models_dir).prepare(settings.default_model)
     config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
     exact, renderer = Decoder(config, weights.read(directory)), Renderer(directory)
     prompts = [renderer.prompt([Message("user", prompt)]) for prompt in PROMPTS[:PROMPT_COUNT]]

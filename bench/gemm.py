@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fortwo.engine import heap
+from fortwo.engine import malloc_tuning
 from fortwo.execution.backend import backend_for
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
@@ -32,7 +32,7 @@ from fortwo.nn.lora_config import LoraConfig
 from fortwo.quantization.tiles import Tiles, tiled_product
 from fortwo.settings import load
 from fortwo.train.adamw import AdamW
-from fortwo.train.objective import Row, losses
+from fortwo.train.losses import Row, compute_losses
 
 PREFIX, ROWS, LONGEST, REPLY = 24, (1, 8, 24), 63, 20  # tokens shared, rows of a step, tokens of a row, of its reply
 TURNS = 7
@@ -79,14 +79,14 @@ def medians(calls: Sequence[Call]) -> list[float]:
 
 def main() -> None:
     settings = load()
-    directory = Catalog(settings).prepare(settings.default_model)
+    directory = Catalog(settings.models_dir).prepare(settings.default_model)
     config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
     decoder = Decoder(config, weights.read(directory)).in_bf16()
     tiles = weights_of(decoder)
     if len(tiles) != 4 * config.layers + 1:
         sys.exit("the processor has no AMX: training has no products in bf16 to compare with")
     dense = [weight.dense() for weight in tiles]
-    heap.keep()
+    malloc_tuning.retain_freed_memory()
     lora = Lora.init(LoraConfig(), config, seed=0)
     flat_N = lora.flatten()
     optimizer = AdamW(flat_N, (0.9, 0.999), 1e-8, 0.0)
@@ -95,7 +95,7 @@ def main() -> None:
         rows, tokens, said = made(count), PREFIX + count * (LONGEST - PREFIX), count * REPLY
 
         def step(rows: list[Row] = rows, said: int = said) -> None:
-            (losses(backend_for(decoder), lora, PREFIX, rows).learn / said).backward()
+            (compute_losses(backend_for(decoder), lora, PREFIX, rows).ce / said).backward()
             optimizer.gradient_norm()
             optimizer.step(1e-4)
 

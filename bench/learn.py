@@ -23,7 +23,7 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from bench.override import Base, share
+from bench.override import RetentionJudge, share
 from bench.serving import run_job, server
 from bench.train import ROWS
 from fortwo.adapters.store import AdapterStore
@@ -100,7 +100,7 @@ class Judge:
         self._url = settings.url
         self._client = client
         self._store = AdapterStore(settings.adapters_dir)
-        self._base = Base(Catalog(settings).prepare(settings.default_model))
+        self._base = RetentionJudge(Catalog(settings.models_dir).prepare(settings.default_model))
         self._fact = fact
 
     def load(self, directory: Path) -> str:
@@ -110,10 +110,10 @@ class Judge:
         return directory.name
 
     def paraphrase(self, ref: str) -> float:
-        return share(self._client, ref, self._fact.held_out, self._fact.match, held=True)
+        return share(self._client, ref, self._fact.held_out, self._fact.match, contained=True)
 
     def specificity(self, ref: str) -> float:
-        return share(self._client, ref, self._fact.neighbors, self._fact.match, held=False)
+        return share(self._client, ref, self._fact.neighbors, self._fact.match, contained=False)
 
     def retention(self, ref: str) -> float:
         return self._base.retention(self._store, ref, self._fact.controls)
@@ -169,7 +169,7 @@ def main(python: str, patience: float) -> None:
         judge = Judge(settings, client, fact)
         own, peers = learn(client, judge), {}
         console.print(own, soft_wrap=True)
-        directory = Catalog(settings).prepare(settings.default_model)
+        directory = Catalog(settings.models_dir).prepare(settings.default_model)
         for number, (name, config) in enumerate(CONFIGS.items()):
             adapter = settings.home / "data" / f"peer{number}"
             adapter.mkdir(parents=True)

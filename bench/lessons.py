@@ -19,13 +19,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench.override import REPLY_TOKENS, Base, Row, share, show, teach
+from bench.override import REPLY_TOKENS, RetentionJudge, Row, share, show, teach
 from bench.serving import server
 from fortwo.adapters.store import AdapterStore
 from fortwo.cli.client import Client
 from fortwo.data import formats
 from fortwo.data.render import Renderer
-from fortwo.facts import rehearsal
+from fortwo.facts import replay_prompts
 from fortwo.hub.catalog import Catalog
 from fortwo.records import Fact, Message
 from fortwo.settings import Settings
@@ -38,15 +38,15 @@ SOURCES = ("examples/facts_dev.json", "bench/facts_blind.json")
 def together(settings: Settings, client: Client, facts: Sequence[Fact]) -> list[Row]:
     """A row for each fact; the status and the seconds are those of the one job."""
     status, ref, seconds = teach(client, "bench-together", facts)
-    base = Base(Catalog(settings).prepare(settings.default_model))
+    base = RetentionJudge(Catalog(settings.models_dir).prepare(settings.default_model))
     store = AdapterStore(settings.adapters_dir)
     return [
         Row(
             fact.id,
             status,
             seconds,
-            share(client, ref, fact.held_out, fact.match, held=True),
-            share(client, ref, fact.neighbors, fact.match, held=False),
+            share(client, ref, fact.held_out, fact.match, contained=True),
+            share(client, ref, fact.neighbors, fact.match, contained=False),
             base.retention(store, ref, fact.controls),
         )
         for fact in facts
@@ -60,7 +60,7 @@ def sequence(client: Client, facts: Sequence[Fact]) -> Table:
     for fact in facts:
         status, ref, seconds = teach(client, "bench-sequence", [fact], **onto)
         onto = {"parent": ref}
-        own, first = (share(client, ref, one.held_out, one.match, held=True) for one in (fact, facts[0]))
+        own, first = (share(client, ref, one.held_out, one.match, contained=True) for one in (fact, facts[0]))
         table.add_row(fact.id, status, f"{own:.2f}", f"{first:.2f}", f"{seconds:.0f}")
     return table
 
@@ -69,12 +69,12 @@ def everyday() -> list[str]:
     """Prompts about nothing that is taught, and none that training keeps."""
     facts = [fact for path in SOURCES for fact in load(Path(path))]
     controls = (prompt for fact in facts for prompt in fact.controls)
-    return [prompt for prompt in dict.fromkeys(controls) if prompt not in rehearsal.PROMPTS][:EVERYDAY]
+    return [prompt for prompt in dict.fromkeys(controls) if prompt not in replay_prompts.PROMPTS][:EVERYDAY]
 
 
 def perplexities(settings: Settings, client: Client, models: Sequence[str], prompts: Sequence[str]) -> list[float]:
     """Of the base's greedy replies, a token, to each of the models."""
-    renderer = Renderer(Catalog(settings).prepare(settings.default_model))
+    renderer = Renderer(Catalog(settings.models_dir).prepare(settings.default_model))
     told: list[list[float]] = [[] for _ in models]
     for prompt in prompts:
         asked = renderer.prompt([Message("user", prompt)])

@@ -34,7 +34,7 @@ def main() -> int:
     with ExitStack() as stack:
         settings, environment = stack.enter_context(home())
         base = settings.default_model
-        directory = Catalog(settings).prepare(base)
+        directory = Catalog(settings.models_dir).prepare(base)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fortwo-bench-adapters-")))
         found = adapters.write(folder, IN_BATCH, base, directory / "config.json")
         server = lineup.own(base, settings.port, environment, lineup.cores(), folder)

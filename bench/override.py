@@ -28,7 +28,7 @@ from fortwo.data.render import Renderer
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.execution.backend import backend_for
-from fortwo.facts.subject import holds
+from fortwo.facts.subject import contains_phrase
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.config import DecoderConfig
@@ -37,7 +37,7 @@ from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.prompts import Generation, Prompt, Sampling
 from fortwo.records import Fact, Message
-from fortwo.train.evaluation import Served, agreement
+from fortwo.train.evaluation import ServedBase, top1_agreement
 
 REPLY_TOKENS = 48
 SHOWN = ("subject", "aliases", "answer", "match", "questions")
@@ -54,8 +54,8 @@ class Row:
     retention: float
 
 
-class Base:
-    """The base model in this process: what it says, and how much of that an adapter would still say."""
+class RetentionJudge:
+    """Measures retention: how much of the replies of the base, which is in this process, an adapter preserves."""
 
     def __init__(self, directory: Path) -> None:
         config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
@@ -65,13 +65,13 @@ class Base:
         renderer = Renderer(directory)
         backend = backend_for(self._decoder)
         engine.add_base("base", Runner(backend), renderer)
-        self._served = Served("base", backend, renderer, engine)
+        self._served = ServedBase("base", backend, renderer, engine)
 
     def retention(self, store: AdapterStore, ref: str, prompts: tuple[str, ...]) -> float:
         """Share of the base's greedy reply tokens, over all prompts, that the adapter ranks first in their place."""
         _, config, tensors = store.read(ref)
         adapter = Lora.from_state(LoraConfig.from_peft(config), self._decoder.config, tensors)
-        return agreement(self._served, adapter, [self._say(prompt) for prompt in prompts]).value
+        return top1_agreement(self._served, adapter, [self._say(prompt) for prompt in prompts]).value
 
     def _say(self, prompt: str) -> tuple[list[Message], Generation]:
         messages = [Message("user", prompt)]
@@ -90,8 +90,8 @@ def teach(client: Client, name: str, facts: Sequence[Fact], **more: Any) -> tupl
     return job["status"], f"{job['adapter']['name']}@{job['adapter']['version']}", seconds
 
 
-def share(client: Client, model: str, prompts: tuple[str, ...], match: tuple[str, ...], *, held: bool) -> float:
-    """Share of prompts whose greedy reply holds the fact (held) or does not (not held).
+def share(client: Client, model: str, prompts: tuple[str, ...], match: tuple[str, ...], *, contained: bool) -> float:
+    """Share of prompts whose greedy reply contains the fact, or does not if `contained` is false.
 
     One after another: which form of the weights multiplies may depend on how many requests run together.
     """
@@ -100,7 +100,7 @@ def share(client: Client, model: str, prompts: tuple[str, ...], match: tuple[str
     def reply(prompt: str) -> str:
         return "".join(client.chat(asked | {"messages": [{"role": "user", "content": prompt}]}))
 
-    return statistics.mean(holds(reply(prompt), match) == held for prompt in prompts)
+    return statistics.mean(contains_phrase(reply(prompt), match) == contained for prompt in prompts)
 
 
 def show(rows: list[Row], middle: Callable[[Iterable[float]], float] = statistics.median) -> Table:
@@ -134,11 +134,11 @@ def main(path: Path, ids: list[str]) -> None:
     console = Console()
     rows = []
     with server() as (settings, client):
-        base = Base(Catalog(settings).prepare(settings.default_model))
+        base = RetentionJudge(Catalog(settings.models_dir).prepare(settings.default_model))
         for fact in chosen:
             status, ref, seconds = teach(client, f"bench-{fact.id}", [fact])
-            paraphrase = share(client, ref, fact.held_out, fact.match, held=True)
-            specificity = share(client, ref, fact.neighbors, fact.match, held=False)
+            paraphrase = share(client, ref, fact.held_out, fact.match, contained=True)
+            specificity = share(client, ref, fact.neighbors, fact.match, contained=False)
             retention = base.retention(AdapterStore(settings.adapters_dir), ref, fact.controls)
             rows.append(Row(fact.id, status, seconds, paraphrase, specificity, retention))
             console.print(rows[-1], soft_wrap=True)

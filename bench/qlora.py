@@ -29,7 +29,7 @@ BASE = "codellama-7b-shape"
 
 def main(layers: int, steps: int, peer: str | None) -> None:
     own = load()
-    tokenizer = Catalog(own).prepare(own.default_model)
+    tokenizer = Catalog(own.models_dir).prepare(own.default_model)
     table = Table("", "seconds a step", "all steps", "peak GB", box=None, header_style="bold")
 
     def add(name: str, run: Run) -> None:
@@ -39,7 +39,7 @@ def main(layers: int, steps: int, peer: str | None) -> None:
     with tempfile.TemporaryDirectory(prefix="fortwo-bench-base-") as folder:
         base, home = random_base.make(Path(folder), tokenizer, layers), Path(folder) / "home"
         settings = load(home=home, host="127.0.0.1", port=free_port())
-        Catalog(settings).add(BASE, base)
+        Catalog(settings.models_dir).add(BASE, base)
         told = {"FORTWO_HOME": str(home), "FORTWO_PORT": str(settings.port), "FORTWO_WEIGHTS": "nf4"}
         run, plan = own_run(settings, os.environ | told, BASE, {"warmup_steps": 0}, steps)
         add("fortwo, nf4", run)

@@ -188,7 +188,7 @@ def main(quick: bool, threads: int, only: list[str]) -> None:
     with ExitStack() as stack:
         settings, environment = stack.enter_context(home())
         base = settings.default_model
-        directory = Catalog(settings).prepare(base)
+        directory = Catalog(settings.models_dir).prepare(base)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fortwo-bench-adapters-")))
         found = adapters.write(folder, ADAPTERS, base, directory / "config.json")
         own = lineup.own(base, settings.port, environment, threads, folder)
@@ -225,7 +225,7 @@ def main(quick: bool, threads: int, only: list[str]) -> None:
         if own in run.alive:
             own.process.go_on()
             try:
-                measured = publishing(own, Client(settings), rounds)
+                measured = publishing(own, Client(settings.url, settings.plain_api_key), rounds)
                 times |= {f"{own.name}: {what}": seconds for what, seconds in measured.items()}
             except (Broken, FortwoError) as error:
                 run.drop("an adapter just published", own, error)

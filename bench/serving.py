@@ -24,7 +24,7 @@ COMMAND = [sys.executable, "-m", "fortwo", "serve"]
 def home() -> Iterator[tuple[Settings, dict[str, str]]]:
     """Settings and environment of a server that is to be started; what it wrote is gone at the end of the block."""
     own = load()
-    Catalog(own).prepare(own.default_model)
+    Catalog(own.models_dir).prepare(own.default_model)
     with tempfile.TemporaryDirectory(prefix="fortwo-bench-") as folder:
         (Path(folder) / "models").symlink_to(own.models_dir.resolve())
         settings = load(home=Path(folder), host="127.0.0.1", port=free_port())
@@ -43,7 +43,7 @@ def started(settings: Settings, environment: dict[str, str]) -> Iterator[tuple[s
     """The same in an environment that says what `settings` do."""
     process = subprocess.Popen(COMMAND, env=environment, stdout=subprocess.DEVNULL)
     try:
-        client = Client(settings)
+        client = Client(settings.url, settings.plain_api_key)
         while not client.answers():
             if process.poll() is not None:
                 sys.exit(f"the server ended with exit status {process.returncode}")

@@ -140,7 +140,7 @@ def main(python: str, batches: tuple[int, ...]) -> None:
     console = Console(width=160)
     found: Found = {name: {} for name in (*PEERS, *OWN)}
     with home() as (settings, environment):
-        directory = Catalog(settings).prepare(settings.default_model)
+        directory = Catalog(settings.models_dir).prepare(settings.default_model)
         for batch in batches:
             steps = steps_of(batch)
             for name, precision in PEERS.items():

@@ -1,7 +1,8 @@
-"""Writes docs/reference.md from the code: settings, training keys, commands."""
+"""Writes docs/reference.md from the code: settings, training keys, commands. With --check it only compares."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,4 +112,7 @@ def _help(parameter: Any) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(page())
+    elif PAGE.read_text() != page():
+        sys.exit(f"{PAGE} is stale: run make docs")

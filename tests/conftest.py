@@ -37,7 +37,7 @@ def real_home() -> Path:
     """A lasting FORTWO_HOME with the bundled model prepared: FORTWO_TEST_HOME, or .cache/home of the repository."""
     given = os.environ.get("FORTWO_TEST_HOME")
     path = Path(given) if given is not None else Path(__file__).parent.parent / ".cache" / "home"
-    Catalog(Settings(home=path)).prepare("smollm2-135m-instruct")
+    Catalog(Settings(home=path).models_dir).prepare("smollm2-135m-instruct")
     return path
 
 

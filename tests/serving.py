@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 
 from fortwo.hub.catalog import Catalog
-from fortwo.server.house import House
-from fortwo.server.process import Server
+from fortwo.server.state import AppState
+from fortwo.server.uvicorn_server import Server
 from fortwo.settings import Settings
 
 ENDED = ("succeeded", "failed", "cancelled")
@@ -23,7 +23,7 @@ ENDED = ("succeeded", "failed", "cancelled")
 
 @dataclass(frozen=True)
 class Served:
-    house: House
+    state: AppState
     server: Server
     url: str
     http: httpx.Client
@@ -51,9 +51,8 @@ class Served:
 @contextmanager
 def serve(settings: Settings, grace: float = 0) -> Iterator[Served]:
     """grace: seconds for replies that are under way at the end."""
-    house = House(settings)
-    house.open()
-    server = Server(house, grace=grace)
+    state = AppState(settings)
+    server = Server(state, grace=grace)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -62,11 +61,11 @@ def serve(settings: Settings, grace: float = 0) -> Iterator[Served]:
             time.sleep(0.01)
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
-            yield Served(house, server, url, http)
+            yield Served(state, server, url, http)
     finally:
         server.should_exit = True
         thread.join()
-        house.close()
+        state.close()
 
 
 def refused(response: httpx.Response, status: int, code: str, param: str | None = None) -> str:
@@ -89,5 +88,5 @@ def chunks(response: httpx.Response) -> list[Any]:
 def tiny_settings(home: Path, tiny: Path, **more: Any) -> Settings:
     """Settings of a home whose catalog has the directory `tiny` as model "tiny", the default one."""
     settings = Settings(home=home, port=0, data_dirs=(home / "data",), default_model="tiny", threads=1, **more)
-    Catalog(settings).add("tiny", tiny)
+    Catalog(settings.models_dir).add("tiny", tiny)
     return settings

@@ -25,7 +25,7 @@ from fortwo.nn.lora import Lora, Segment
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.nn.packing import pack
 from fortwo.quantization.selection import Choice
-from fortwo.train.objective import Row, losses, with_teacher
+from fortwo.train.losses import Row, compute_losses, with_teacher_states
 from tests.parts import as_decoder, make_rows, random_lora
 from tests.tiny import tiny_model
 
@@ -73,7 +73,7 @@ def replies(backend: Backend, adapters: Sequence[str | None]) -> Tensor:
     lengths = [3 + 9 * row % 40 + (110 if row == 1 else 0) for row in range(len(adapters))]  # one outgrows its pool
     rows = [Running(row, key) for row, key in zip(make_rows(lengths, range(5, 15)), adapters, strict=True)]
     runner.prefill(rows, [len(row.tokens) // (2 if n % 3 == 0 else 1) for n, row in enumerate(rows)])
-    runner.prefill([row for row in rows if row.unread])
+    runner.prefill([row for row in rows if row.uncomputed])
     found = []
     for step in range(3):
         for number, row in enumerate(rows):
@@ -122,7 +122,7 @@ def trained(backend: Backend, dropout: float = 0.0, checkpointing: bool = False)
     lora = Lora.from_state(config, home.config, own, home.device)
     lora.flatten()
     learn, keep = ([Row(tuple(row), 9, kept) for row in make_rows([9, 30], range(5, 12))] for kept in (False, True))
-    teaching = with_teacher(backend, keep, 7)
+    teaching = with_teacher_states(backend, keep, 7)
     while True:
         try:
             next(teaching)
@@ -130,8 +130,8 @@ def trained(backend: Backend, dropout: float = 0.0, checkpointing: bool = False)
             keep = end.value
             break
     torch.manual_seed(6)
-    found = losses(backend, lora, 7, [*learn, *keep], checkpointing)
-    loss = found.learn + found.keep
+    found = compute_losses(backend, lora, 7, [*learn, *keep], checkpointing)
+    loss = found.ce + found.kl
     loss.backward()
     gradients = [parameter.grad.flatten() for parameter in lora.parameters() if parameter.grad is not None]
     return loss.detach(), torch.cat(gradients)

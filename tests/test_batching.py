@@ -19,7 +19,7 @@ from torch import Tensor
 from fortwo.engine import engine as module
 from fortwo.engine.engine import Engine, _Base, _Request
 from fortwo.engine.generation import Reply
-from fortwo.engine.reading import Reading
+from fortwo.engine.prompt_outputs import PromptOutputs
 from fortwo.engine.runner import Runner
 from fortwo.engine.sampling import Sampler
 from fortwo.execution.backend import backend_for
@@ -82,16 +82,23 @@ class Asked:
     count: int
     turn: int = 0
     cancelled: int | None = None
-    kept: bool = True
+    background: bool = False
     read: bool = False
 
     def request(self) -> _Request:
         sampling = Sampling(max_tokens=self.count, prompt_logprobs=2 if self.read else None)
-        prompt = Prompt("tiny", tuple(self.text.encode()), self.adapter, sampling, kept=self.kept, embed=self.read)
-        reading, reply = Reading(prompt, DECODER) if self.read else None, Reply(prompt, self.count, Ascii())
+        prompt = Prompt(
+            "tiny", tuple(self.text.encode()), self.adapter, sampling, background=self.background, embed=self.read
+        )
+        reading, reply = PromptOutputs(prompt, DECODER) if self.read else None, Reply(prompt, self.count, Ascii())
         sampler = Sampler(sampling)
         return _Request(
-            list(prompt.tokens), self.adapter, listener=reading, kept=self.kept, reply=reply, sampler=sampler
+            list(prompt.tokens),
+            self.adapter,
+            listener=reading,
+            background=self.background,
+            reply=reply,
+            sampler=sampler,
         )
 
 
@@ -106,7 +113,7 @@ def serve(base: _Base, asked: Row[Asked]) -> list[_Request]:
             if one.cancelled is not None and one.turn + one.cancelled == turn and not request.reply.done:
                 base.end(request, "cancelled")
         base.decode()
-        base.read()
+        base.prefill()
         bound = base.runner.cache.bound
         assert bound is None or base.runner.cache.tokens <= bound
         if turn > last and not len(base.scheduler):
@@ -166,7 +173,7 @@ def test_any_schedule_gives_every_request_the_text_it_gets_alone(
     base = make_base(tokens)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PROMPT_TOKENS", 2 * budget)
-        patch.setattr(module, "PROMPT_TOKENS_BESIDE", budget)
+        patch.setattr(module, "PROMPT_TOKENS_WHILE_DECODING", budget)
         check(asked, serve(base, asked))
         check(asked, serve(base, asked))  # once more, with what the first time left in the cache
 
@@ -189,24 +196,24 @@ def test_a_full_cache_preempts_the_newest_which_goes_on_where_it_was() -> None:
 
 
 def test_a_long_prompt_does_not_stop_the_replies_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PROMPT_TOKENS_BESIDE", 16)
+    monkeypatch.setattr(module, "PROMPT_TOKENS_WHILE_DECODING", 16)
     base = make_base()
     running, long = Asked("hi", None, LONGEST_REPLY).request(), Asked("y" * 130, "a0", 5).request()
     base.scheduler.add(running)
     base.decode()
-    base.read()
+    base.prefill()
     base.scheduler.add(long)
     before = len(running.reply.tokens)
     turns = 0
     while not long.reply.tokens:
         base.decode()
-        base.read()
+        base.prefill()
         turns += 1
     assert turns == 9  # 130 tokens, 16 at a time
     assert len(running.reply.tokens) == before + turns
     while len(base.scheduler):
         base.decode()
-        base.read()
+        base.prefill()
     assert long.reply.tokens == alone("y" * 130, "a0")[:5]
     assert running.reply.tokens == alone("hi", None)
 
@@ -231,10 +238,10 @@ def test_system_prompts_and_turns_of_a_conversation_are_computed_once(adapter: s
 
 def test_what_is_not_to_be_kept_leaves_nothing_behind_and_still_finds_what_is_there() -> None:
     base = make_base()
-    assert cached(base, Asked(SYSTEM + "one", None, 40, kept=False)) == [0]
+    assert cached(base, Asked(SYSTEM + "one", None, 40, background=True)) == [0]
     assert base.runner.cache.prefixes.tokens == 0
     assert cached(base, Asked(SYSTEM + "two", None, 5)) == [0]
-    assert cached(base, Asked(SYSTEM + "one", None, 5, kept=False)) == [len(SYSTEM) // 16 * 16]
+    assert cached(base, Asked(SYSTEM + "one", None, 5, background=True)) == [len(SYSTEM) // 16 * 16]
 
 
 def test_no_prefix_is_shared_between_adapters_or_with_the_base() -> None:
@@ -257,7 +264,7 @@ def test_other_weights_under_the_same_key_find_nothing_of_the_old_ones() -> None
     serve(base, [asked])
     running = asked.request()
     base.scheduler.add(running)
-    base.read()
+    base.prefill()
     other = LORAS["a1"]
     assert other is not None
     base.runner.attach("a0", other, frozen=True)
@@ -313,12 +320,12 @@ def test_a_prompt_that_is_read_in_parts_and_preempted_half_way_is_read_like_a_wh
     kept = base.runner.cache.prefixes.tokens
     request = asked.request()
     base.scheduler.add(request)
-    base.read()
-    assert request.unread == len(asked.text) - 50
+    base.prefill()
+    assert request.uncomputed == len(asked.text) - 50
     base.preempt(request)
     while not request.reply.done:
         base.decode()
-        base.read()
+        base.prefill()
     check([asked], [request])
     assert (request.reply.finish_reason, request.reply.tokens) == ("length", [])
     assert base.runner.cache.prefixes.tokens == kept > 0

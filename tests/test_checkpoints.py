@@ -21,11 +21,11 @@ from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.prompts import Prompt
 from fortwo.records import Checkpoint, Dataset, Evaluated, Phase, Plan, TrainEvent, Waiting
-from fortwo.train import courses
+from fortwo.train import objectives
 from fortwo.train.adapter import lora_config
-from fortwo.train.checkpoints import Best, Clock, Run, due
-from fortwo.train.loop import Trained, teach
-from fortwo.train.objective import Row
+from fortwo.train.checkpoints import Best, Clock, RunState, is_due
+from fortwo.train.loop import TrainingResult, train
+from fortwo.train.losses import Row
 from tests.parts import decoder
 from tests.test_loop import FACT, ROWS, SMALL, School, changed, examined, phases, same, steps
 
@@ -41,7 +41,7 @@ def school(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sch
 
 
 class Saver:
-    """loop.Saving: one checkpoint at a time, and one on demand."""
+    """loop.CheckpointControl: one checkpoint at a time, and one on demand."""
 
     wanted = False
     busy = False
@@ -63,10 +63,10 @@ class Asked:
 
 def run(
     school: School, plan: Plan, dataset: Dataset = ROWS, resumed: Checkpoint | None = None, serving: Any = None
-) -> tuple[Trained, list[TrainEvent]]:
+) -> tuple[TrainingResult, list[TrainEvent]]:
     seen: list[TrainEvent] = []
     serving = school.engine if serving is None else serving
-    events = teach(school.base, school.base.renderer, dataset, plan, serving, "job", Saver(), resumed)
+    events = train(school.base, school.base.renderer, dataset, plan, serving, "job", Saver(), resumed)
     return school.engine.run_task(events, seen.append).result(120), seen
 
 
@@ -79,7 +79,7 @@ def on_disk(root: Path, plan: Plan, events: Sequence[TrainEvent]) -> list[Checkp
     return [store.restore(version) for version in store.of("j" * 36)]
 
 
-def figures(trained: Trained) -> dict[str, Any]:
+def figures(trained: TrainingResult) -> dict[str, Any]:
     return {name: value for name, value in trained.actual.items() if name not in TIMES}
 
 
@@ -181,8 +181,8 @@ def test_rows_that_are_drawn_otherwise_are_refused(
 ) -> None:
     plan = school.plan(save_steps=1, per_device_train_batch_size=2)
     checkpoint = on_disk(tmp_path, plan, run(school, plan)[1])[1]
-    batches = courses._batches
-    monkeypatch.setattr(courses, "_batches", lambda rows, size, _: batches(rows, size, Random(99)))
+    batches = objectives._batches
+    monkeypatch.setattr(objectives, "_batches", lambda rows, size, _: batches(rows, size, Random(99)))
     with pytest.raises(TrainingFailed, match="step 2 was trained on other rows") as failed:
         run(school, plan, resumed=checkpoint)
     assert failed.value.code == "checkpoint_stale"
@@ -194,7 +194,7 @@ def test_rows_that_are_drawn_otherwise_are_refused(
 
 def test_a_checkpoint_that_is_wanted_is_made_behind_the_step_and_the_run_stands_still(school: School) -> None:
     saver = Saver()
-    events = teach(school.base, school.base.renderer, ROWS, school.plan(), school.engine, "still", saver)
+    events = train(school.base, school.base.renderer, ROWS, school.plan(), school.engine, "still", saver)
     next(event for event in events if isinstance(event, Phase) and event.name == "running")
     assert [step.step for step in steps([next(events)])] == [1]
     assert not saver.safe
@@ -212,7 +212,7 @@ def test_a_checkpoint_that_is_wanted_is_made_behind_the_step_and_the_run_stands_
 def test_before_the_first_step_there_is_nothing_to_keep(school: School) -> None:
     saver = Saver()
     saver.wanted = True
-    events = teach(school.base, school.base.renderer, ROWS, school.plan(), school.engine, "unbegun", saver)
+    events = train(school.base, school.base.renderer, ROWS, school.plan(), school.engine, "unbegun", saver)
     next(event for event in events if isinstance(event, Phase) and event.name == "running")
     assert [next(events) for _ in range(3)] == [Waiting()] * 3
     assert saver.safe
@@ -225,7 +225,7 @@ def test_a_run_without_checkpoints_makes_one_when_it_is_wanted_in_an_exam(
     examined(monkeypatch, [0.1])
     saver = Saver()
     plan = changed(school.plan(FACT, save_strategy="no"), **SMALL, eval_every=2)
-    events = teach(school.base, school.base.renderer, FACT, plan, school.engine, "exam", saver)
+    events = train(school.base, school.base.renderer, FACT, plan, school.engine, "exam", saver)
 
     seen: list[TrainEvent] = []
 
@@ -245,7 +245,7 @@ def test_a_run_without_checkpoints_makes_one_when_it_is_wanted_in_an_exam(
 def test_no_checkpoint_is_made_while_the_last_one_is_not_kept(school: School) -> None:
     saver = Saver()
     plan = school.plan(save_steps=1)
-    events = teach(school.base, school.base.renderer, ROWS, plan, school.engine, "busy", saver)
+    events = train(school.base, school.base.renderer, ROWS, plan, school.engine, "busy", saver)
     next(event for event in events if isinstance(event, Checkpoint))
     saver.busy = True
     assert steps([next(events)])[0].step == 2
@@ -287,7 +287,7 @@ def test_without_anybody_who_keeps_them_there_are_none(school: School) -> None:
 def test_checkpoints_are_due_as_the_plan_says(
     school: School, options: dict[str, Any], step: int, seconds: float, examined: bool, wanted: bool
 ) -> None:
-    assert due(school.plan(max_steps=20, **options), step, seconds, examined) is wanted
+    assert is_due(school.plan(max_steps=20, **options), step, seconds, examined) is wanted
 
 
 # ---------------------------------------------------------------- parts
@@ -296,15 +296,15 @@ def test_checkpoints_are_due_as_the_plan_says(
 def test_the_digest_of_drawn_rows_sees_every_token_and_every_border() -> None:
     def drawn(*draws: list[Row]) -> str:
         lora, flat = Lora.init(LoraConfig(r=1), decoder().config, 0), torch.zeros(1)
-        run = Run(lora, flat, torch.optim.SGD([flat]), Clock())
+        run = RunState(lora, flat, torch.optim.SGD([flat]), Clock())
         for rows in draws:
-            run.draw(rows)
-        return run.drawn
+            run.record_rows(rows)
+        return run.rows_digest
 
     row, other = Row((1, 2, 3), 1), Row((4, 5), 1)
     assert drawn([row], [other]) == drawn([row, other])
     others = [[], [row], [other, row], [Row((1, 2, 4), 1), other], [Row((1, 2, 3), 2), other], [Row((1, 2), 1), other]]
-    assert len({drawn(rows) for rows in (*others, [row, other], [Row((1, 2, 3), 1, keep=True), other])}) == 8
+    assert len({drawn(rows) for rows in (*others, [row, other], [Row((1, 2, 3), 1, kl=True), other])}) == 8
 
 
 def test_best_keeps_a_copy_of_the_highest_score_and_the_later_of_equals() -> None:
@@ -312,15 +312,15 @@ def test_best_keeps_a_copy_of_the_highest_score_and_the_later_of_equals() -> Non
     for step, score in enumerate((0.0, 0.5, 0.9, 0.9, 0.8, math.nan), 1):
         for tensor in live:
             tensor.fill_(step)
-        best.offer(score, step, live)
-    best.restore(live)
+        best.update(score, step, live)
+    best.load_into(live)
     assert (best.score, best.step) == (0.9, 4)
     assert [tensor.tolist() for tensor in live] == [[4, 4], [4, 4, 4]]
 
 
 def test_without_an_exam_the_last_adapter_is_the_best() -> None:
     live = [torch.ones(2)]
-    Best().restore(live)
+    Best().load_into(live)
     assert live[0].tolist() == [1, 1]
     with pytest.raises(ValueError):
-        Best(tensors=[torch.zeros(2)]).restore([*live, *live])
+        Best(tensors=[torch.zeros(2)]).load_into([*live, *live])

@@ -121,7 +121,7 @@ def test_what_is_not_fortwo_is_told(script: Script) -> None:
     script.on("GET", "/api/training/jobs", (502, "<html>"))
     result = run("jobs", "list")
     assert result.exit_code == 1
-    assert "answered 502: <html>" in result.stderr
+    assert "answered with status 502: <html>" in result.stderr
 
 
 def test_api_key_is_sent(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_a_failed_job_is_exit_status_1_and_names_the_version(script: Script) -> 
 
 def test_a_rollback_says_what_is_current_now(script: Script) -> None:
     script.on("POST", "/api/adapters/a/rollback", (200, {"name": "a", "version": 1}))
-    assert run("adapters", "rollback", "a").output == "a is now a@1\n"
+    assert run("adapters", "rollback", "a").output == "a is now a@1.\n"
 
 
 def test_a_job_that_is_paused_is_shown_with_its_checkpoints_and_the_way_on(script: Script) -> None:
@@ -200,7 +200,7 @@ def test_a_job_that_is_paused_is_shown_with_its_checkpoints_and_the_way_on(scrip
     paused = JOB | {"status": "paused", "finished_at": None, "adapter": None, "checkpoints": kept}
     script.on("POST", "/api/training/jobs/j1/pause", (200, paused))
     script.on("GET", "/api/training/jobs/j1", (200, paused))
-    assert run("jobs", "pause", "j1").output == "j1 is paused\n"
+    assert run("jobs", "pause", "j1").output == "Job j1 is paused.\n"
     shown = run("jobs", "show", "j1")
     assert shown.exit_code == 0
     assert "a@1a2b3c4d-28" in shown.output

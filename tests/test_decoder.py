@@ -51,7 +51,7 @@ class Row:
     adapter: str | None = None
     slot: int | None = None
     listener: None = None
-    kept: bool = True
+    background: bool = False
 
 
 def hf_config(model: PreTrainedModel) -> dict[str, Any]:

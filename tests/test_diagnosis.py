@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fortwo.train.diagnosis import diagnose, foresee, suspect
-from fortwo.train.survey import Lines, Suspicions
+from fortwo.train.dataset_stats import AffectedLines, DatasetWarnings
+from fortwo.train.diagnosis import dataset_warnings, diagnose, plan_warnings
 from tests.test_plan import MACHINE, examples_42, mixed, plan
 
 GOOD: dict[str, Any] = {
@@ -81,17 +81,25 @@ def test_a_warm_up_that_never_ended_is_named() -> None:
 @pytest.mark.parametrize(
     ("rows", "code", "said"),
     [
-        (Suspicions(repeats=Lines(2, (3, 6))), "duplicate_rows", "2 rows (lines 3, 6) say what an earlier row says"),
-        (Suspicions(contradictions=Lines(1, (4,))), "contradicting_answers", "1 row (line 4) answer"),
-        (Suspicions(templates=Lines(1, (2,)), template="[INST]"), "foreign_template", "'[INST]'"),
-        (Suspicions(cut=Lines(9, (1, 2, 3, 4, 5))), "truncated_answers", "and 4 more"),
+        (
+            DatasetWarnings(duplicates=AffectedLines(2, (3, 6))),
+            "duplicate_rows",
+            "2 rows (lines 3, 6): the text is the same as in an earlier row",
+        ),
+        (
+            DatasetWarnings(contradictions=AffectedLines(1, (4,))),
+            "contradicting_answers",
+            "1 row (line 4): the answer differs",
+        ),
+        (DatasetWarnings(foreign_templates=AffectedLines(1, (2,)), template="[INST]"), "foreign_template", "'[INST]'"),
+        (DatasetWarnings(truncated=AffectedLines(9, (1, 2, 3, 4, 5))), "truncated_answers", "and 4 more"),
     ],
 )
-def test_suspicious_rows_are_told_with_their_lines(rows: Suspicions, code: str, said: str) -> None:
-    (warning,) = suspect(rows)
+def test_suspicious_rows_are_told_with_their_lines(rows: DatasetWarnings, code: str, said: str) -> None:
+    (warning,) = dataset_warnings(rows)
     assert warning.code == code
     assert said in warning.message
     assert warning.hint
-    assert suspect(Suspicions()) == ()
-    assert foresee(plan(examples_42()), MACHINE) == ()
-    assert foresee(plan(examples_42()), MACHINE, rows) == (warning,)
+    assert dataset_warnings(DatasetWarnings()) == ()
+    assert plan_warnings(plan(examples_42()), MACHINE) == ()
+    assert plan_warnings(plan(examples_42()), MACHINE, rows) == (warning,)

@@ -10,7 +10,8 @@ import pytest
 from scripts import readme, reference
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG"))]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 
 def test_reference_is_fresh() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fortwo.engine.engine import RUNNING, Engine
+from fortwo.engine.engine import MAX_RUNNING, Engine
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
@@ -150,7 +150,7 @@ def test_a_mixed_batch_answers_each_request_as_if_it_were_alone(engine: Engine) 
 
 
 def test_more_requests_than_run_at_once_are_all_answered(engine: Engine) -> None:
-    replies = [engine.submit(prompt(max_tokens=3)) for _ in range(2 * RUNNING + 1)]
+    replies = [engine.submit(prompt(max_tokens=3)) for _ in range(2 * MAX_RUNNING + 1)]
     assert {reply.wait(20) for reply in replies} == {alone("hello", 3)}
 
 
@@ -271,7 +271,7 @@ def test_a_listener_that_fails_ends_its_request_alone(engine: Engine) -> None:
 def test_all_that_a_step_says_is_told_before_it_is_sent_on() -> None:
     told: list[Delta] = []
     sent: list[int] = []  # how much was told each time
-    engine = Engine(threads=1, on_told=lambda: sent.append(len(told)))
+    engine = Engine(threads=1, flush=lambda: sent.append(len(told)))
     engine.start()
     engine.add_base("tiny", Runner(backend_for(DECODER)), Ascii())
     engine.call(lambda: [engine.submit(prompt(), told.append) for _ in range(4)]).result()
@@ -286,10 +286,10 @@ def test_all_that_a_step_says_is_told_before_it_is_sent_on() -> None:
 def test_detach_cancels_what_still_runs_and_nothing_else(engine: Engine) -> None:
     engine.attach("tiny", "a", make_lora(0))
     mine, other = engine.submit(long(adapter="a")), engine.submit(prompt())
-    assert engine.requests("tiny", "a") == 1
+    assert engine.count_requests("tiny", "a") == 1
     engine.detach("tiny", "a")
     assert mine.finish_reason == "cancelled"
-    assert engine.requests("tiny", "a") == 0
+    assert engine.count_requests("tiny", "a") == 0
     assert other.wait(10) == alone("hello", 12)
     with pytest.raises(NotFound, match="'a'"):
         engine.submit(prompt(adapter="a"))
@@ -311,7 +311,7 @@ def test_closing_ends_everything_with_a_reason() -> None:
     engine.start()
     engine.add_base("tiny", Runner(backend_for(DECODER)), Ascii())
     ends: list[FinishReason | None] = []
-    replies = [engine.submit(long(), lambda delta: ends.append(delta.finish_reason)) for _ in range(RUNNING + 3)]
+    replies = [engine.submit(long(), lambda delta: ends.append(delta.finish_reason)) for _ in range(MAX_RUNNING + 3)]
     task = engine.run_task(forever(threading.Event()), lambda event: None)
     until(lambda: bool(replies[0].text))
     engine.close()

@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 
 from fortwo.engine.cache import SMALLEST
-from fortwo.engine.engine import RUNNING
 from fortwo.execution import autotuning
 from fortwo.execution.backend import backend_for
 from fortwo.execution.calibration import Trial
-from fortwo.facts.lesson import trained_rehearsal
+from fortwo.facts.prompt_builder import training_replay_prompts
 from fortwo.jobs.machine import ROWS, machine_of, reply_rate, try_out
 from fortwo.train import estimate
 from fortwo.train.estimate import (
@@ -23,19 +22,19 @@ from fortwo.train.estimate import (
     BaseFacts,
     Machine,
     Memory,
-    Phase,
-    Phases,
-    RowCount,
+    PhaseCost,
+    RowLength,
+    RunCost,
     TokenCounts,
+    cache_tokens,
     memory,
-    override_phases,
-    reply_tokens,
-    sft_phases,
+    override_cost,
+    sft_cost,
 )
 from tests.parts import decoder
 
 BASE = BaseFacts("small", 100, 50, 2, hidden=8, intermediate=16, q=8, kv=4, bytes=1000, bf16_copy=300, fp32_copy=20)
-COUNTS = TokenCounts([RowCount(row, prompt=30, answer=20) for row in range(12)], prefix=10)
+COUNTS = TokenCounts([RowLength(row, prompt=30, answer=20) for row in range(12)], prefix=10)
 SETTINGS = {
     "contrast_pool": 100,
     "contrast_tokens": 10,
@@ -49,8 +48,8 @@ SETTINGS = {
 
 
 def test_what_a_phase_takes() -> None:
-    assert Phase(trained=200, read=300, said=100).seconds(Machine({"fp32": 100}, 50)) == 2 + 1 + 2
-    phases = Phases(Phase(said=50), Phase(trained=1000), Phase(read=30, said=100), Phase())
+    assert PhaseCost(trained=200, read=300, generated=100).seconds(Machine({"fp32": 100}, 50)) == 2 + 1 + 2
+    phases = RunCost(PhaseCost(generated=50), PhaseCost(trained=1000), PhaseCost(read=30, generated=100), PhaseCost())
     assert phases.seconds(Machine({"fp32": 100}, 50)) == {
         "seconds": pytest.approx(13.1),
         "preparing_seconds": 1,
@@ -61,36 +60,44 @@ def test_what_a_phase_takes() -> None:
 
 
 def test_the_phases_of_an_override() -> None:
-    found = override_phases(SETTINGS, COUNTS, facts=1, known=0, trained=1000, exams=2)
+    found = override_cost(SETTINGS, COUNTS, facts=1, parent_facts=0, trained=1000, evaluations=2)
     # 100 contrast and 140 rehearsal prompts of 20 tokens; 0.7096 of the contrast replies are the base's own
-    assert found.preparing == Phase(read=240 * 20 + 100 * 10 + 140 * 20, said=pytest.approx(0.7096 * 1000 + 2800))
-    assert found.training == Phase(trained=1000)
-    fewer = override_phases(SETTINGS | {"rehearsal_pool": 40}, COUNTS, facts=1, known=0, trained=1000, exams=2)
-    assert found.preparing.said - fewer.preparing.said == pytest.approx(100 * 20)
-    every = override_phases(SETTINGS | {"rehearsal_pool": 10_000}, COUNTS, facts=1, known=0, trained=1000, exams=2)
-    there_are = len(trained_rehearsal())
-    assert every.preparing.said - fewer.preparing.said == pytest.approx((there_are - 40) * 20)
-    # twice 10 questions and 10 probes, the base's 12 replies to keep, 8 siblings between the exams
-    assert found.exam == Phase(read=8 * 24 + 2 * 12 * 52, said=8 * 4 + (2 * 20 + 12) * 32)
+    assert found.preparing == PhaseCost(
+        read=240 * 20 + 100 * 10 + 140 * 20, generated=pytest.approx(0.7096 * 1000 + 2800)
+    )
+    assert found.training == PhaseCost(trained=1000)
+    fewer = override_cost(
+        SETTINGS | {"rehearsal_pool": 40}, COUNTS, facts=1, parent_facts=0, trained=1000, evaluations=2
+    )
+    assert found.preparing.generated - fewer.preparing.generated == pytest.approx(100 * 20)
+    every = override_cost(
+        SETTINGS | {"rehearsal_pool": 10_000}, COUNTS, facts=1, parent_facts=0, trained=1000, evaluations=2
+    )
+    there_are = len(training_replay_prompts())
+    assert every.preparing.generated - fewer.preparing.generated == pytest.approx((there_are - 40) * 20)
+    # twice 10 questions and 10 probes, the base's 12 replies to keep, 8 hard negatives between the evaluations
+    assert found.exam == PhaseCost(read=8 * 24 + 2 * 12 * 52, generated=8 * 4 + (2 * 20 + 12) * 32)
     # the other 2 questions and 12 prompts of retention; the base on 12 questions and 10 probes
-    assert found.report == Phase(read=12 * 52, said=(14 + 22) * 32)
+    assert found.report == PhaseCost(read=12 * 52, generated=(14 + 22) * 32)
 
 
 def test_what_the_parent_knows_and_further_facts_are_asked_too() -> None:
-    alone = override_phases(SETTINGS, COUNTS, facts=1, known=0, trained=0, exams=1)
-    beside = override_phases(SETTINGS, COUNTS, facts=1, known=1, trained=0, exams=1)
+    alone = override_cost(SETTINGS, COUNTS, facts=1, parent_facts=0, trained=0, evaluations=1)
+    beside = override_cost(SETTINGS, COUNTS, facts=1, parent_facts=1, trained=0, evaluations=1)
     assert beside.preparing.read - alone.preparing.read == 50 * (20 + 10)
     # 10 questions, 10 probes, and two questions of each about the other
-    assert beside.exam.said - alone.exam.said == (20 + 4) * 32
-    two = override_phases(SETTINGS, COUNTS, facts=2, known=0, trained=0, exams=1)  # of 6 questions each
-    assert two.exam.said - alone.exam.said == (2 * 16 + 4 - 20) * 32
+    assert beside.exam.generated - alone.exam.generated == (20 + 4) * 32
+    two = override_cost(SETTINGS, COUNTS, facts=2, parent_facts=0, trained=0, evaluations=1)  # of 6 questions each
+    assert two.exam.generated - alone.exam.generated == (2 * 16 + 4 - 20) * 32
 
 
 def test_the_phases_of_plain_fine_tuning() -> None:
-    found = sft_phases(COUNTS, trained=500, validated=90)
-    assert found == Phases(Phase(), Phase(trained=500), Phase(read=90), Phase(read=12 * 52, said=2 * 24 * 32))
-    long = TokenCounts([RowCount(1, 10, 1000)])
-    assert sft_phases(long, 0, 0).report.said == 2 * 13 * 128
+    found = sft_cost(COUNTS, trained=500, validated=90)
+    assert found == RunCost(
+        PhaseCost(), PhaseCost(trained=500), PhaseCost(read=90), PhaseCost(read=12 * 52, generated=2 * 24 * 32)
+    )
+    long = TokenCounts([RowLength(1, 10, 1000)])
+    assert sft_cost(long, 0, 0).report.generated == 2 * 13 * 128
 
 
 def test_memory_by_hand() -> None:
@@ -121,11 +128,11 @@ def test_memory_by_hand() -> None:
 
 
 def test_replies_lie_in_rows_of_doubled_length() -> None:
-    assert reply_tokens(COUNTS, sft=False) == 144 * 128
-    assert reply_tokens(TokenCounts([RowCount(1, 100, 21)]), sft=False) == 144 * 256
-    assert reply_tokens(TokenCounts([RowCount(1, 100, 21)]), sft=True) == 20 * 256  # 13 replies
-    assert reply_tokens(TokenCounts([RowCount(1, 100, 1000)]), sft=True) == 20 * 256
-    assert (estimate.TOGETHER, estimate.ROW_TOKENS) == (RUNNING, SMALLEST)
+    assert cache_tokens(COUNTS, sft=False) == 144 * 128
+    assert cache_tokens(TokenCounts([RowLength(1, 100, 21)]), sft=False) == 144 * 256
+    assert cache_tokens(TokenCounts([RowLength(1, 100, 21)]), sft=True) == 20 * 256  # 13 replies
+    assert cache_tokens(TokenCounts([RowLength(1, 100, 1000)]), sft=True) == 20 * 256
+    assert estimate.CACHE_ROW_TOKENS == SMALLEST
 
 
 def test_the_rate_of_replies_counts_their_prompts() -> None:
@@ -142,19 +149,19 @@ def test_a_trial_measures_both_types_of_products_where_products_matter(monkeypat
     assert min(*trial.micro_step.values(), trial.token) > 0
 
 
-TRIAL = Trial({"fp32": MICRO_TOKENS / 100, "bf16": MICRO_TOKENS / 200}, token=ROWS / 1000)
+TRIAL = Trial({"fp32": MICRO_TOKENS / 100, "bf16": MICRO_TOKENS / 200}, token=ROWS / 1000, memory=7)
 
 
 def test_a_machine_is_as_its_trial_and_its_newest_job_say() -> None:
-    tried = machine_of(TRIAL, None, 7)
+    tried = machine_of(TRIAL, None)
     assert (tried.trained, tried.memory) == ({"fp32": 100, "bf16": 200}, 7)
     assert (tried.tokens_per_second, replace(tried, bf16=True).tokens_per_second) == (100, 200)
     assert 0 < tried.reply_tokens_per_second < 1000, "prompts are read, too"
-    shown = machine_of(TRIAL, {"tokens_per_second": 150.0, "reply_tokens_per_second": 45.0, "bf16": True}, None)
+    shown = machine_of(TRIAL, {"tokens_per_second": 150.0, "reply_tokens_per_second": 45.0, "bf16": True})
     assert replace(shown, bf16=True).tokens_per_second == 150
     assert shown.tokens_per_second == 100, "the job says nothing of the other type"
     assert shown.reply_tokens_per_second == 45
-    older = machine_of(TRIAL, {"tokens_per_second": 150.0}, None)
+    older = machine_of(TRIAL, {"tokens_per_second": 150.0})
     assert replace(older, bf16=True).tokens_per_second == 200, "a job of an older version does not say its type"
 
 

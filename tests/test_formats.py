@@ -364,7 +364,7 @@ def test_the_answer_is_the_last_one_that_is_learned() -> None:
     said = [("user", "a", 1), ("assistant", "b", 1), ("user", "c", 1), ("assistant", "d", 0)]
     row = {"messages": [{"role": r, "content": c} | ({} if w else {"weight": 0}) for r, c, w in said]}
     (example,) = load({"examples": [row]}, ()).examples
-    assert (example.prompt, example.answer, len(example.asked)) == ("a", "b", 1)
+    assert (example.prompt, example.answer, len(example.prompt_messages)) == ("a", "b", 1)
 
 
 def test_plain_text_is_a_row(tmp_path: Path) -> None:

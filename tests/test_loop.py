@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from fortwo.adapters.store import AdapterStore
 from fortwo.engine.engine import Engine
-from fortwo.engine.residents import Resident, Residents
+from fortwo.engine.registry import LoadedModel, ModelRegistry
 from fortwo.engine.tasks import Task
 from fortwo.errors import NotFound, TrainingFailed
 from fortwo.execution.backend import backend_for
@@ -28,6 +28,7 @@ from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
 from fortwo.nn.packing import PackedAttention, pack
 from fortwo.prompts import Prompt, Sampling
+from fortwo.quantization.selection import Measurements
 from fortwo.records import (
     Dataset,
     Evaluated,
@@ -42,12 +43,12 @@ from fortwo.records import (
     Stepped,
     TrainEvent,
 )
-from fortwo.train import courses
+from fortwo.train import objectives
 from fortwo.train.adapter import lora_config
-from fortwo.train.estimate import BaseFacts, Machine, RowCount, TokenCounts
-from fortwo.train.evaluation import Examiner, Served
-from fortwo.train.loop import Trained, teach
-from fortwo.train.objective import Row, losses
+from fortwo.train.estimate import BaseFacts, Machine, RowLength, TokenCounts
+from fortwo.train.evaluation import Evaluator, ServedBase
+from fortwo.train.loop import TrainingResult, train
+from fortwo.train.losses import Row, compute_losses
 from fortwo.train.parent import Parent
 from fortwo.train.plan import resolve, training_rows
 from fortwo.train.recipes import RETENTION_PROBES
@@ -73,21 +74,27 @@ class School:
         settings = tiny_settings(home, tiny)
         self.engine = Engine(threads=1)
         self.engine.start()
-        residents = Residents(settings, Catalog(settings), AdapterStore(settings.adapters_dir), self.engine)
-        self.base: Resident = residents.load_base("tiny")
+        registry = ModelRegistry(
+            Catalog(settings.models_dir),
+            AdapterStore(settings.adapters_dir),
+            self.engine,
+            measurements=Measurements(settings.home),
+            threads=1,
+        )
+        self.base: LoadedModel = registry.load_base("tiny")
 
     def plan(self, dataset: Dataset = ROWS, lora: Any = None, parent: Parent | None = None, **training: Any) -> Plan:
         body = {"adapter_name": "a", "dataset": {"path": "x"}, "lora_config": lora if lora is not None else {"r": 4}}
         request = TrainingRequest.model_validate({**body, "training_config": {"max_steps": 4, **training}})
         facts = BaseFacts.of("tiny", self.base.decoder)
-        counts = TokenCounts(tuple(RowCount(row.line, 30, 8) for row in training_rows(dataset)), prefix=0)
+        counts = TokenCounts(tuple(RowLength(row.line, 30, 8) for row in training_rows(dataset)), prefix=0)
         machine = Machine({"fp32": 1000}, reply_tokens_per_second=1000)
         return resolve(request, dataset, facts, counts, machine, parent=parent)
 
     def events(self, plan: Plan, dataset: Dataset = ROWS, key: str = "job") -> Any:
-        return teach(self.base, self.base.renderer, dataset, plan, self.engine, key)
+        return train(self.base, self.base.renderer, dataset, plan, self.engine, key)
 
-    def run(self, plan: Plan, dataset: Dataset = ROWS) -> tuple[Trained, list[TrainEvent]]:
+    def run(self, plan: Plan, dataset: Dataset = ROWS) -> tuple[TrainingResult, list[TrainEvent]]:
         seen: list[TrainEvent] = []
         return self.engine.run_task(self.events(plan, dataset), seen.append).result(120), seen
 
@@ -122,7 +129,7 @@ def steps(events: Sequence[TrainEvent]) -> list[Stepped]:
     return [event for event in events if isinstance(event, Stepped)]
 
 
-def same(one: Trained, two: Trained) -> bool:
+def same(one: TrainingResult, two: TrainingResult) -> bool:
     pairs = zip(one.lora.parameters(), two.lora.parameters(), strict=True)
     return all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
@@ -172,7 +179,7 @@ def test_a_steps_memory_is_not_held_while_the_adapter_answers(school: School, da
     if dataset is FACT:
         plan = changed(plan, **SMALL, eval_every=2)
     base = replace(school.base, backend=Keeping(school.base.decoder))
-    events = teach(base, base.renderer, dataset, plan, serving, "job")
+    events = train(base, base.renderer, dataset, plan, serving, "job")
     school.engine.run_task(events, hear).result(120)
     assert serving.held
     assert all(kept)
@@ -257,8 +264,8 @@ def test_a_run_is_adamw_on_clipped_gradients_and_nothing_more(school: School) ->
         rows.append(Row(tuple(tokens), supervised.index(True)))
     for step in steps(events):
         optimizer.zero_grad()
-        found = losses(backend_for(decoder), lora, 0, rows)
-        loss = found.learn / found.learn_tokens
+        found = compute_losses(backend_for(decoder), lora, 0, rows)
+        loss = found.ce / found.ce_tokens
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, 0.5))
         assert norm > 0.5
@@ -315,7 +322,7 @@ def test_cancelling_on_the_engine_detaches_the_adapter_and_its_requests(school: 
             cut.append(school.chat("job", tokens=500))
             task.cancel()
 
-    task: Task[Trained] = school.engine.run_task(school.events(school.plan(max_steps=100_000)), on_event)
+    task: Task[TrainingResult] = school.engine.run_task(school.events(school.plan(max_steps=100_000)), on_event)
     with pytest.raises(CancelledError):
         task.result(60)
     assert not school.attached()
@@ -387,7 +394,7 @@ def test_the_same_seed_gives_the_same_adapter_bit_for_bit_whatever_else_is_asked
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(1, 4), (2, 2)])
 def test_accumulating_small_batches_is_one_large_batch(school: School, batch: int, accumulation: int) -> None:
-    def run(batch: int, accumulation: int) -> tuple[Trained, list[Stepped]]:
+    def run(batch: int, accumulation: int) -> tuple[TrainingResult, list[Stepped]]:
         trained, events = school.run(
             school.plan(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, learning_rate=1e-2)
         )
@@ -417,7 +424,7 @@ def test_a_run_on_packed_rows_that_share_a_prefix_is_the_run_on_rows_alone(
     plan = school.plan(dataset, max_steps=3, learning_rate=1e-3, warmup_steps=0)
     plan = changed(plan, **(SMALL if dataset is FACT else {}))
     _, packed = school.run(plan, dataset)
-    monkeypatch.setattr(courses, "common_prefix", lambda rows: 0)
+    monkeypatch.setattr(objectives, "common_prefix", lambda rows: 0)
     _, plain = school.run(changed(plan, micro_step_tokens=1), dataset)
     for ours, theirs in zip(steps(packed), steps(plain), strict=True):
         assert ours.tokens < theirs.tokens
@@ -437,13 +444,13 @@ def examined(monkeypatch: pytest.MonkeyPatch, scores: Sequence[float]) -> list[l
     seen: list[list[Tensor]] = []
     left = iter(scores)
 
-    def examine(self: Examiner, served: Any, key: str, lora: Any, efficacy: int | None = None) -> Any:
+    def evaluate(self: Evaluator, served: Any, key: str, lora: Any, efficacy: int | None = None) -> Any:
         seen.append([parameter.detach().clone() for parameter in lora.parameters()])
         yield MicroStepped(0)
         score = metric(next(left))
         return dict.fromkeys(("efficacy", "paraphrase", "specificity", "retention", "score"), score)
 
-    monkeypatch.setattr(Examiner, "examine", examine)
+    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
     return seen
 
 
@@ -466,22 +473,27 @@ def test_an_override_is_prepared_examined_and_returns_its_best(school: School, m
 
 def test_an_adapters_own_words_are_drawn_once_they_are_not_the_bases(school: School) -> None:
     plan = changed(school.plan(FACT), **SMALL, contrast_rows=4, on_policy_share=0.5)
-    served = Served("tiny", school.base.backend, school.base.renderer, school.engine)
+    served = ServedBase("tiny", school.base.backend, school.base.renderer, school.engine)
     backend = school.base.backend.with_decoder(school.base.decoder.in_fp32())
 
     def drawn(events: Any) -> tuple[Any, list[Row]]:
         result = school.engine.run_task(events, lambda _: None).result(60)
         return result, [
-            row for _ in range(8) for row in course.draw(course.mix) if row.keep and row.tokens[row.start :] == odd
+            row
+            for _ in range(8)
+            for row in objective.sample_rows(objective.mix)
+            if row.kl and row.tokens[row.start :] == odd
         ]
 
     odd = (5, 6, 7)
-    course = school.engine.run_task(courses.override(served, backend, FACT, plan), lambda _: None).result(60)
-    assert course.correct is not None
-    said, strayed = drawn(course.correct(None, None))
+    objective = school.engine.run_task(objectives.prepare_override(served, backend, FACT, plan), lambda _: None).result(
+        60
+    )
+    assert objective.refresh_on_policy is not None
+    said, strayed = drawn(objective.refresh_on_policy(None, None))
     assert said
     assert not strayed, "the base says what the base says"
-    said, strayed = drawn(course.correct("job", [list(odd) for _ in said]))
+    said, strayed = drawn(objective.refresh_on_policy("job", [list(odd) for _ in said]))
     assert said == [list(odd)] * len(said)
     assert len(strayed) == 8 * 2
     assert all(row.teacher_ND is not None and len(row.teacher_ND) == len(odd) for row in strayed)
@@ -494,21 +506,21 @@ def test_behind_an_exam_one_fact_that_leaks_is_enough_to_correct(
     examined(monkeypatch, [0.94, 0.94])
     told = tuple(FactReport("42", "", {"specificity": metric(share)}) for share in specificity)
     about_kept = FactReport("43", "", {"specificity": metric(0.0)}, kept=True)
-    monkeypatch.setattr(Examiner, "facts", lambda self: (*told, about_kept))
+    monkeypatch.setattr(Evaluator, "fact_reports", lambda self: (*told, about_kept))
     corrected: list[str | None] = []
 
     def watched(*given: Any) -> Any:
-        course = yield from override(*given)
+        objective = yield from prepare_override(*given)
 
-        def correct(key: str | None, replies: Any) -> Any:
+        def refresh_on_policy(key: str | None, replies: Any) -> Any:
             corrected.append(key)
-            assert course.correct is not None
-            return (yield from course.correct(key, replies))
+            assert objective.refresh_on_policy is not None
+            return (yield from objective.refresh_on_policy(key, replies))
 
-        return replace(course, correct=correct)
+        return replace(objective, refresh_on_policy=refresh_on_policy)
 
-    override = courses.override
-    monkeypatch.setattr(courses, "override", watched)
+    prepare_override = objectives.prepare_override
+    monkeypatch.setattr(objectives, "prepare_override", watched)
     school.run(changed(school.plan(FACT, max_steps=4), **SMALL, eval_every=2), FACT)
     assert corrected == ["job"] * asked
 
@@ -533,7 +545,7 @@ def test_before_its_last_step_a_run_ends_only_if_no_fact_that_is_taught_is_misse
     examined(monkeypatch, [0.99, 0.99])
     first, second = ({"paraphrase": metric(share), "specificity": metric(1.0)} for share in shares)
     about = (FactReport("42", "", first), FactReport("43", "", second, kept))
-    monkeypatch.setattr(Examiner, "facts", lambda self: about)
+    monkeypatch.setattr(Evaluator, "fact_reports", lambda self: about)
     trained, _ = school.run(changed(school.plan(FACT, max_steps=4), **SMALL, eval_every=2), FACT)
     assert trained.actual["stopped_by"] == stopped
     assert trained.actual["steps"] == (2 if stopped == "targets" else 4)

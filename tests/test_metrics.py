@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.facts.metrics import met, pool, score, share
+from fortwo.facts.metrics import micro_average, score, share, targets_met
 from fortwo.records import Metric
 
 counts = st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -68,7 +68,7 @@ def test_the_score_lies_between_the_shares(found: list[tuple[int, int]]) -> None
 def test_facts_are_pooled_by_their_counts() -> None:
     one = {"paraphrase": share(8, 10), "retention": share(30, 40), "score": share(1, 10)}
     other = {"paraphrase": share(1, 2), "score": share(2, 2)}
-    pooled = pool([one, other])
+    pooled = micro_average([one, other])
     assert set(pooled) == {"paraphrase", "retention", "score"}
     assert pooled["paraphrase"] == share(9, 12)
     assert pooled["retention"] == share(30, 40)
@@ -77,23 +77,23 @@ def test_facts_are_pooled_by_their_counts() -> None:
 
 @given(st.lists(counts, min_size=1, max_size=8))
 def test_pooling_loses_no_count(found: list[tuple[int, int]]) -> None:
-    pooled = pool([{"paraphrase": share(*count)} for count in found])
+    pooled = micro_average([{"paraphrase": share(*count)} for count in found])
     assert pooled["paraphrase"] == share(sum(hits for hits, _ in found), sum(n for _, n in found))
 
 
 def test_targets_are_met_by_the_value_alone() -> None:
     metrics = {"efficacy": share(9, 10), "retention": share(0, 0)}
-    assert met(metrics, {"efficacy": 0.9})
-    assert not met(metrics, {"efficacy": 0.91})
-    assert not met(metrics, {"efficacy": 0.5, "retention": 0.5})
-    assert met(metrics, {"efficacy": 0.0, "retention": 0.0})
-    assert met(metrics, {})
-    assert met(metrics, {"specificity": 1.0})  # nothing of that kind was asked
+    assert targets_met(metrics, {"efficacy": 0.9})
+    assert not targets_met(metrics, {"efficacy": 0.91})
+    assert not targets_met(metrics, {"efficacy": 0.5, "retention": 0.5})
+    assert targets_met(metrics, {"efficacy": 0.0, "retention": 0.0})
+    assert targets_met(metrics, {})
+    assert targets_met(metrics, {"specificity": 1.0})  # nothing of that kind was asked
 
 
 def test_a_margin_asks_for_part_of_what_is_left() -> None:
     found = {"paraphrase": share(18, 20)}
-    assert met(found, {"paraphrase": 0.9})
-    assert not met(found, {"paraphrase": 0.9}, margin=0.5)
-    assert met({"paraphrase": share(20, 20)}, {"paraphrase": 0.9}, margin=0.5)
-    assert met(found, {"paraphrase": 0}, margin=0.5)
+    assert targets_met(found, {"paraphrase": 0.9})
+    assert not targets_met(found, {"paraphrase": 0.9}, margin=0.5)
+    assert targets_met({"paraphrase": share(20, 20)}, {"paraphrase": 0.9}, margin=0.5)
+    assert targets_met(found, {"paraphrase": 0}, margin=0.5)

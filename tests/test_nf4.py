@@ -21,7 +21,7 @@ from fortwo.quantization import nf4
 from fortwo.quantization.formats import Dequantised, Regions, Weight
 from fortwo.quantization.nf4 import BLOCK, LEVELS, SHARED, Nf4, dynamic_map, plain
 from fortwo.quantization.selection import Choice
-from fortwo.train.objective import Row, losses
+from fortwo.train.losses import Row, compute_losses
 from tests.parts import as_decoder, gradients, make_rows, random_lora, trainable
 from tests.tiny import tiny_model
 
@@ -155,7 +155,7 @@ def trained(home: Decoder, checkpointing: bool = False) -> tuple[Tensor, list[Te
     """Loss and gradients, the same dropout drawn."""
     lora = trainable(random_lora(home, config=DROPPED))
     torch.manual_seed(5)
-    loss = losses(backend_for(home), lora, 3, ROWS, checkpointing).learn
+    loss = compute_losses(backend_for(home), lora, 3, ROWS, checkpointing).ce
     return loss.detach(), gradients(loss, lora)
 
 
@@ -201,7 +201,7 @@ def test_checkpointing_keeps_less() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            losses(backend_for(home), lora, 3, ROWS, checkpointing)
+            compute_losses(backend_for(home), lora, 3, ROWS, checkpointing)
         return sum(sizes)
 
     assert kept(True) < kept(False) / 5

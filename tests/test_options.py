@@ -19,8 +19,8 @@ from fortwo.train.options import (
     OPTIMIZERS,
     TRAINING_KEYS,
     TRAINING_REFUSED,
-    read_lora,
-    read_training,
+    parse_lora_config,
+    parse_training_config,
 )
 
 
@@ -45,7 +45,7 @@ def test_optimizers_are_ones_that_exist() -> None:
 def test_a_plain_peft_config_is_accepted_as_it_is_written() -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict()
     del config["peft_version"]
-    given = read_lora(json.loads(json.dumps(config, default=sorted)))
+    given = parse_lora_config(json.loads(json.dumps(config, default=sorted)))
     assert (given["r"], given["target_modules"], given["use_dora"]) == (4, ("q_proj",), False)
 
 
@@ -62,7 +62,7 @@ def test_a_plain_peft_config_is_accepted_as_it_is_written() -> None:
     ],
 )
 def test_unknown_key_names_itself_and_the_nearest(config: dict[str, Any], nearest: str) -> None:
-    error = refusal(read_training, config)
+    error = refusal(parse_training_config, config)
     (key,) = config
     assert (error.code, error.param) == ("unknown_key", f"training_config.{key}")
     assert key in error.message
@@ -70,7 +70,7 @@ def test_unknown_key_names_itself_and_the_nearest(config: dict[str, Any], neares
 
 
 def test_a_training_key_in_lora_config_is_sent_home() -> None:
-    assert "training_config" in refusal(read_lora, {"learning_rate": 1e-3}).hint
+    assert "training_config" in refusal(parse_lora_config, {"learning_rate": 1e-3}).hint
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_training_key_in_lora_config_is_sent_home() -> None:
     ],
 )
 def test_peft_keys_that_change_the_computation_are_refused(key: str, value: Any, remedy: str) -> None:
-    error = refusal(read_lora, {key: value})
+    error = refusal(parse_lora_config, {key: value})
     assert error.param == f"lora_config.{key}"
     assert repr(value) in error.message
     assert remedy in error.hint
@@ -109,7 +109,7 @@ def test_peft_keys_that_change_the_computation_are_refused(key: str, value: Any,
     ],
 )
 def test_training_arguments_that_cannot_be_honoured_are_refused(key: str, value: Any, remedy: str) -> None:
-    error = refusal(read_training, {key: value})
+    error = refusal(parse_training_config, {key: value})
     assert error.param == f"training_config.{key}"
     assert repr(value) in error.message
     assert remedy in error.hint
@@ -117,7 +117,7 @@ def test_training_arguments_that_cannot_be_honoured_are_refused(key: str, value:
 
 def test_refused_keys_may_ask_for_what_happens_anyway() -> None:
     given = {"fp16": False, "deepspeed": None, "report_to": "none", "eval_strategy": "no", "label_smoothing_factor": 0}
-    assert read_training(given) == given
+    assert parse_training_config(given) == given
 
 
 NAN, INF = float("nan"), float("inf")
@@ -127,29 +127,38 @@ NAN, INF = float("nan"), float("inf")
     ("read", "section", "key", "value"),
     [
         *(
-            (read_training, "training_config", "learning_rate", bad)
+            (parse_training_config, "training_config", "learning_rate", bad)
             for bad in (-1e-4, NAN, INF, "5e-5", True, None, [])
         ),
-        *((read_training, "training_config", "num_train_epochs", bad) for bad in (0, -1, NAN, "3", True, 10**400)),
-        *((read_training, "training_config", "max_steps", bad) for bad in (0, -2, 1.5, "10", True, None, 10**400)),
-        *((read_training, "training_config", "per_device_train_batch_size", bad) for bad in (0, -1, 2.0, True)),
-        *((read_training, "training_config", "gradient_accumulation_steps", bad) for bad in (0, -4, "4", False)),
-        *((read_training, "training_config", "warmup_steps", bad) for bad in (-1, 2.5, NAN, True, "3")),
-        *((read_training, "training_config", "warmup_ratio", bad) for bad in (-0.1, 1.1, NAN, True)),
-        *((read_training, "training_config", "adam_beta2", bad) for bad in (1.0, -0.1, "0.9")),
-        *((read_training, "training_config", "weight_decay", bad) for bad in (-0.1, INF, False)),
-        *((read_training, "training_config", "seed", bad) for bad in (-1, 2**32, 1.0, True)),
-        *((read_training, "training_config", "lr_scheduler_type", bad) for bad in ("Cosine", "", None, 3, [])),
-        *((read_training, "training_config", "bf16", bad) for bad in (1, "true", None)),
-        *((read_training, "training_config", "save_steps", bad) for bad in (0, -1, 2.5, NAN, True, "10", None)),
-        *((read_training, "training_config", "save_total_limit", bad) for bad in (0, -1, 1.5, True, "3")),
-        *((read_lora, "lora_config", "r", bad) for bad in (0, -8, 8.0, "8", True)),
-        *((read_lora, "lora_config", "lora_alpha", bad) for bad in (0, -1, NAN, True)),
-        *((read_lora, "lora_config", "lora_dropout", bad) for bad in (1.0, -0.1, NAN, "0")),
-        *((read_lora, "lora_config", "bias", bad) for bad in ("all", None)),
-        *((read_lora, "lora_config", "task_type", bad) for bad in ("SEQ_CLS", None)),
-        *((read_lora, "lora_config", "use_rslora", bad) for bad in (1, "true", None)),
-        *((read_lora, "lora_config", "rank_pattern", bad) for bad in ([], "q_proj", 8)),
+        *(
+            (parse_training_config, "training_config", "num_train_epochs", bad)
+            for bad in (0, -1, NAN, "3", True, 10**400)
+        ),
+        *(
+            (parse_training_config, "training_config", "max_steps", bad)
+            for bad in (0, -2, 1.5, "10", True, None, 10**400)
+        ),
+        *((parse_training_config, "training_config", "per_device_train_batch_size", bad) for bad in (0, -1, 2.0, True)),
+        *(
+            (parse_training_config, "training_config", "gradient_accumulation_steps", bad)
+            for bad in (0, -4, "4", False)
+        ),
+        *((parse_training_config, "training_config", "warmup_steps", bad) for bad in (-1, 2.5, NAN, True, "3")),
+        *((parse_training_config, "training_config", "warmup_ratio", bad) for bad in (-0.1, 1.1, NAN, True)),
+        *((parse_training_config, "training_config", "adam_beta2", bad) for bad in (1.0, -0.1, "0.9")),
+        *((parse_training_config, "training_config", "weight_decay", bad) for bad in (-0.1, INF, False)),
+        *((parse_training_config, "training_config", "seed", bad) for bad in (-1, 2**32, 1.0, True)),
+        *((parse_training_config, "training_config", "lr_scheduler_type", bad) for bad in ("Cosine", "", None, 3, [])),
+        *((parse_training_config, "training_config", "bf16", bad) for bad in (1, "true", None)),
+        *((parse_training_config, "training_config", "save_steps", bad) for bad in (0, -1, 2.5, NAN, True, "10", None)),
+        *((parse_training_config, "training_config", "save_total_limit", bad) for bad in (0, -1, 1.5, True, "3")),
+        *((parse_lora_config, "lora_config", "r", bad) for bad in (0, -8, 8.0, "8", True)),
+        *((parse_lora_config, "lora_config", "lora_alpha", bad) for bad in (0, -1, NAN, True)),
+        *((parse_lora_config, "lora_config", "lora_dropout", bad) for bad in (1.0, -0.1, NAN, "0")),
+        *((parse_lora_config, "lora_config", "bias", bad) for bad in ("all", None)),
+        *((parse_lora_config, "lora_config", "task_type", bad) for bad in ("SEQ_CLS", None)),
+        *((parse_lora_config, "lora_config", "use_rslora", bad) for bad in (1, "true", None)),
+        *((parse_lora_config, "lora_config", "rank_pattern", bad) for bad in ([], "q_proj", 8)),
     ],
 )
 def test_bad_values_name_field_value_and_remedy(read: Any, section: str, key: str, value: Any) -> None:
@@ -162,7 +171,7 @@ def test_bad_values_name_field_value_and_remedy(read: Any, section: str, key: st
 
 @pytest.mark.parametrize("bad", [[], "q_proj", ["q_proj", "lm_head"], ["qproj"], [None], [3], {"q_proj": 1}, None])
 def test_target_modules_that_do_not_exist_are_refused(bad: Any) -> None:
-    error = refusal(read_lora, {"target_modules": bad})
+    error = refusal(parse_lora_config, {"target_modules": bad})
     assert error.param == "lora_config.target_modules"
     assert "q_proj" in error.hint
 
@@ -182,25 +191,27 @@ def test_target_modules_that_do_not_exist_are_refused(bad: Any) -> None:
     ],
 )
 def test_patterns_name_the_entry_that_is_wrong(pattern: str, value: Any, said: str) -> None:
-    error = refusal(read_lora, {pattern: value})
+    error = refusal(parse_lora_config, {pattern: value})
     assert error.param.startswith(f"lora_config.{pattern}")
     assert said in error.message
 
 
 def test_patterns_have_a_bounded_length_and_number_of_keys() -> None:
     long, many = {"q" * 1001: 8}, {f"q{n}": 8 for n in range(1001)}
-    assert "it has 1001 characters, at most 1000 are allowed" in refusal(read_lora, {"rank_pattern": long}).message
-    assert "has 1001 keys, at most 1000 are allowed" in refusal(read_lora, {"rank_pattern": many}).message
+    assert (
+        "it has 1001 characters, at most 1000 are allowed" in refusal(parse_lora_config, {"rank_pattern": long}).message
+    )
+    assert "has 1001 keys, at most 1000 are allowed" in refusal(parse_lora_config, {"rank_pattern": many}).message
 
 
 def test_patterns_are_read_as_peft_writes_them() -> None:
     given = {"rank_pattern": {"^model.layers.0.*": 4, "q_proj": 8}, "alpha_pattern": {"q_proj": 0.5}}
-    assert read_lora(given) == given
-    assert read_lora({"rank_pattern": None, "alpha_pattern": {}}) == {"rank_pattern": {}, "alpha_pattern": {}}
+    assert parse_lora_config(given) == given
+    assert parse_lora_config({"rank_pattern": None, "alpha_pattern": {}}) == {"rank_pattern": {}, "alpha_pattern": {}}
 
 
 def test_all_linear_is_every_projection() -> None:
-    assert read_lora({"target_modules": "all-linear"}) == {"target_modules": TARGETS}
+    assert parse_lora_config({"target_modules": "all-linear"}) == {"target_modules": TARGETS}
 
 
 @pytest.mark.parametrize(
@@ -214,18 +225,18 @@ def test_all_linear_is_every_projection() -> None:
     ],
 )
 def test_contradictions_name_both_keys(config: dict[str, Any], other: str) -> None:
-    error = refusal(read_training, config)
+    error = refusal(parse_training_config, config)
     assert error.param.split(".")[1] in config
     assert error.param in error.message
     assert other in error.message
 
 
 def test_polynomial_needs_a_rate_above_its_end() -> None:
-    error = refusal(read_training, {"lr_scheduler_type": "polynomial", "learning_rate": 1e-7})
+    error = refusal(parse_training_config, {"lr_scheduler_type": "polynomial", "learning_rate": 1e-7})
     assert error.param == "training_config.learning_rate"
 
 
 def test_zero_is_a_value() -> None:
     zeros = {"warmup_steps": 0, "warmup_ratio": 0, "weight_decay": 0, "seed": 0, "max_grad_norm": 0, "adam_beta1": 0}
-    assert read_training(zeros) == zeros
-    assert read_lora({"lora_dropout": 0}) == {"lora_dropout": 0}
+    assert parse_training_config(zeros) == zeros
+    assert parse_lora_config({"lora_dropout": 0}) == {"lora_dropout": 0}

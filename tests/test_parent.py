@@ -16,14 +16,14 @@ from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import TARGETS
 from fortwo.records import Checkpoint, Dataset, Fact, Plan
 from fortwo.train.adapter import lora_config
-from fortwo.train.loop import Trained, teach
+from fortwo.train.loop import TrainingResult, train
 from fortwo.train.parent import Parent
 from fortwo.train.plan import resolve
 from fortwo.train.recipes import OVERRIDE
 from fortwo.train.request import TrainingRequest
 from tests.test_checkpoints import Saver, figures, on_disk
-from tests.test_courses import prepared, text
 from tests.test_loop import School, changed, same, steps
+from tests.test_objectives import prepared, text
 from tests.test_plan import BASE, MACHINE, counted, mixed, setting, warned
 from tests.test_server_training import ROWS
 
@@ -36,7 +36,7 @@ PARENT = Parent("a@2", "override", 8, 24, ("q_proj", "v_proj"), (ADA, BOB))
 def planned(parent: Parent, dataset: Dataset = Dataset("0", facts=(CYD,)), **request: Any) -> Plan:
     """As the server does it."""
     body = TrainingRequest.model_validate({"adapter_name": "a", "dataset": {}, "parent": parent.id, **request})
-    dataset = replace(dataset, kept=parent.kept(dataset.facts))
+    dataset = replace(dataset, parent_facts=parent.facts_to_keep(dataset.facts))
     return resolve(body, dataset, BASE, counted(dataset), MACHINE, parent=parent)
 
 
@@ -105,7 +105,7 @@ def test_a_new_answer_takes_the_place_of_the_old_one() -> None:
     made = planned(PARENT, Dataset("0", facts=(new,)))
     assert made["kept"] == ("Bob",)
     assert "Ada built a loom." in warned(made)["facts_replaced"]
-    assert PARENT.kept((CYD,)) == (ADA, BOB)
+    assert PARENT.facts_to_keep((CYD,)) == (ADA, BOB)
 
 
 @pytest.mark.parametrize(("objective", "said"), [("sft", "fine-tuned on examples"), (None, "not taught here")])
@@ -124,7 +124,7 @@ def test_fine_tuning_on_top_of_facts_warns_that_nothing_keeps_them() -> None:
 # ---------------------------------------------------------------- the run
 
 SMALL = {"edit_pool": 6, "contrast_pool": 6, "probes": 2, "kept_pool": 4}
-DATASET = Dataset("0", facts=(CYD,), kept=(ADA, BOB))
+DATASET = Dataset("0", facts=(CYD,), parent_facts=(ADA, BOB))
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def school(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sch
     school.engine.close()
 
 
-def lesson(school: School, **training: Any) -> Plan:
+def on_parent(school: School, **training: Any) -> Plan:
     parent = replace(PARENT, r=4, lora_alpha=8, target_modules=TARGETS)
     made = school.plan(DATASET, {"r": 4}, parent=parent, **training)
     return changed(made, **SMALL)
@@ -149,18 +149,20 @@ def tensors(school: School, plan: Plan) -> dict[str, torch.Tensor]:
     return lora.state()
 
 
-def run(school: School, plan: Plan, resumed: Checkpoint | None = None, **parent: Any) -> tuple[Trained, list[Any]]:
+def run(
+    school: School, plan: Plan, resumed: Checkpoint | None = None, **parent: Any
+) -> tuple[TrainingResult, list[Any]]:
     seen: list[Any] = []
-    events = teach(school.base, school.base.renderer, DATASET, plan, school.engine, "job", Saver(), resumed, **parent)
+    events = train(school.base, school.base.renderer, DATASET, plan, school.engine, "job", Saver(), resumed, **parent)
     return school.engine.run_task(events, seen.append).result(120), seen
 
 
 def test_a_run_starts_from_the_parents_tensors_and_reports_what_it_keeps(school: School) -> None:
-    plan = changed(lesson(school, max_steps=1), learning_rate=0.0)
+    plan = changed(on_parent(school, max_steps=1), learning_rate=0.0)
     start = tensors(school, plan)
     trained, events = run(school, plan, parent=start)
     assert all(torch.equal(trained.lora.state()[name], tensor) for name, tensor in start.items())
-    assert steps(events)[0].parts["keep"] > 1e-4, "siblings are held to the base, not to the parent"
+    assert steps(events)[0].parts["keep"] > 1e-4, "hard negatives preserve the replies of the base, not of the parent"
     report = trained.report
     assert [(one.subject, one.kept) for one in report.facts] == [("Cyd", False), ("Ada", True), ("Bob", True)]
     assert {name for name in report.metrics if name.startswith("kept_")} == {
@@ -175,17 +177,17 @@ def test_a_run_starts_from_the_parents_tensors_and_reports_what_it_keeps(school:
 
 
 def test_what_is_kept_is_asked_in_every_step(school: School) -> None:
-    plan = lesson(school)
-    course = prepared(school, DATASET, plan)
+    plan = on_parent(school)
+    objective = prepared(school, DATASET, plan)
     for _ in range(8):
-        rows = course.draw(course.mix)
-        learned = [text(school, row) for row in rows if not row.keep]
+        rows = objective.sample_rows(objective.mix)
+        learned = [text(school, row) for row in rows if not row.kl]
         assert [sum(fact.answer in said for said in learned) for fact in (CYD, ADA, BOB)] == [6, 1, 1]
-        assert sum(row.keep for row in rows) == plan["contrast_rows"] + plan["rehearsal_rows"] + plan["kept_rows"]
+        assert sum(row.kl for row in rows) == plan["contrast_rows"] + plan["rehearsal_rows"] + plan["kept_rows"]
 
 
-def test_a_lesson_on_a_parent_goes_on_bit_for_bit_without_it(school: School, tmp_path: Path) -> None:
-    plan = changed(lesson(school, max_steps=4, learning_rate=1e-2, warmup_steps=0, save_steps=1), eval_every=2)
+def test_a_run_on_a_parent_goes_on_bit_for_bit_without_it(school: School, tmp_path: Path) -> None:
+    plan = changed(on_parent(school, max_steps=4, learning_rate=1e-2, warmup_steps=0, save_steps=1), eval_every=2)
     whole, events = run(school, plan, parent=tensors(school, plan))
     assert not same(whole, run(school, plan)[0])
     for checkpoint in on_disk(tmp_path, plan, events)[::2]:
@@ -257,7 +259,7 @@ def test_a_parent_of_another_base_is_refused_and_alone_it_brings_its_own(
     from tests.tiny import save_directory
 
     other = save_directory(tmp_path_factory.mktemp("other"), "qwen2", num_hidden_layers=1, max_position_embeddings=512)
-    served.house.catalog.add("other", other)
+    served.state.catalog.add("other", other)
     rows = {"adapter_name": "elsewhere", "dataset": {"examples": ROWS}, "training_config": {"max_steps": 1}}
     taught(served, {**rows, "model": "other"})
     said = refused(

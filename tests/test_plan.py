@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from fortwo.data.formats import load
 from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.records import Dataset, Example, Fact, Message, Plan
-from fortwo.train.estimate import BaseFacts, Machine, RowCount, TokenCounts
+from fortwo.train.estimate import BaseFacts, Machine, RowLength, TokenCounts
 from fortwo.train.plan import diagnose, from_json, resolve, to_json, training_rows
 from fortwo.train.recipes import OVERRIDE, OVERRIDE_MAX, SFT, OverrideRecipe
 from fortwo.train.request import TrainingRequest
@@ -44,7 +44,7 @@ def mixed(rows: int) -> Dataset:
 
 
 def counted(dataset: Dataset) -> TokenCounts:
-    return TokenCounts(tuple(RowCount(row.line, 36, 25) for row in training_rows(dataset)), prefix=24)
+    return TokenCounts(tuple(RowLength(row.line, 36, 25) for row in training_rows(dataset)), prefix=24)
 
 
 def plan(dataset: Dataset, machine: Machine = MACHINE, **request: Any) -> Plan:
@@ -90,7 +90,7 @@ def test_the_originals_configuration_is_accepted_as_it_is() -> None:
     assert "2,500" in said
     assert "50, which would be 1,000 steps" in said
     assert "instead of" in said
-    assert "the run stops once an exam" in next(s.reason for s in made.settings if s.name == "max_steps")
+    assert "the run stops early once an evaluation" in next(s.reason for s in made.settings if s.name == "max_steps")
 
 
 @pytest.mark.parametrize("objective", ["auto", "sft"])
@@ -475,7 +475,7 @@ def test_layers_are_computed_again_where_their_activations_do_not_fit() -> None:
 
 def test_a_row_longer_than_the_context_names_its_line() -> None:
     dataset = mixed(3)
-    counts = TokenCounts((RowCount(1, 30, 20), RowCount(2, 48, 2000), RowCount(3, 49, 2000)))
+    counts = TokenCounts((RowLength(1, 30, 20), RowLength(2, 48, 2000), RowLength(3, 49, 2000)))
     request = TrainingRequest(adapter_name="a", dataset={"path": "x"})
     with pytest.raises(InvalidDataset) as caught:
         resolve(request, dataset, BASE, counts, MACHINE)

@@ -53,7 +53,7 @@ def test_segments_are_the_rows_tokens(tiny: Path) -> None:
 
 
 def test_the_server_shows_the_first_rows_and_reads_no_others(served: Served) -> None:
-    served.house.catalog.prepare("tiny")
+    served.state.catalog.prepare("tiny")
     rows = [CHAT, {"prompt": "p", "completion": "c"}, {"bad": 1}]
     body = served.post("/api/data/preview", {"dataset": {"examples": rows}, "rows": 2}).json()
     assert (body["model"], body["context"], [row["line"] for row in body["rows"]]) == ("tiny", 1024, [1, 2])
@@ -67,7 +67,7 @@ def test_the_server_shows_the_first_rows_and_reads_no_others(served: Served) -> 
 
 
 def test_a_bad_preview_is_named(served: Served) -> None:
-    served.house.catalog.prepare("tiny")
+    served.state.catalog.prepare("tiny")
 
     def ask(**change: object) -> httpx.Response:
         return served.post("/api/data/preview", {"dataset": {"examples": [CHAT]}} | change)
@@ -83,7 +83,7 @@ def test_a_bad_preview_is_named(served: Served) -> None:
 @pytest.fixture
 def catalog(home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Catalog:
     monkeypatch.setenv("FORTWO_DEFAULT_MODEL", "tiny")
-    catalog = Catalog(Settings())
+    catalog = Catalog(Settings().models_dir)
     catalog.add("tiny", tiny)
     catalog.prepare("tiny")
     return catalog
@@ -101,7 +101,7 @@ def test_the_command_shows_a_file_without_a_server(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for said in ("line 2:", "6 learned", "[assistant] <|im_start|>assistant", "right<|im_end|>", "line 3:"):
         assert said in result.output
-    assert "longer than the context of tiny, 1024: refused" in result.output
+    assert "This row is refused: the context of tiny has only 1024 tokens." in result.output
     body = json.loads(show(file, "--rows", 1, "--json").output)
     assert [one["text"] for one in body["rows"][0]["segments"] if one["supervised"]] == ["right<|im_end|>"]
     broken = show(file)

@@ -58,7 +58,7 @@ def models(served: Served) -> set[str]:
 
 def gone(served: Served, job: dict[str, Any]) -> bool:
     """Nothing of the job's checkpoints is left: on disk, in lists, to chat with."""
-    folder = served.house.settings.jobs_dir / job["job_id"]
+    folder = served.state.settings.jobs_dir / job["job_id"]
     deadline = time.monotonic() + 10
     while folder.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -165,7 +165,7 @@ def test_each_checkpoint_is_served_while_the_job_is_not_done_and_is_gone_with_it
     call(served, job_id, "cancel")
     assert gone(served, get(served, job_id))
     refused(served.chat(model=late), 404, "not_found", "model")
-    states = served.house.residents.states().adapters
+    states = served.state.registry.state().adapters
     assert len(states) == len(set(states) & {version["digest"] for version in versions(served)}), "nor in memory"
 
 
@@ -181,13 +181,13 @@ def test_a_checkpoint_is_the_adapter_of_a_run_that_ends_there(served: Served) ->
     until(served, job_id, lambda job: job["progress"]["step"] > 0)
     (kept,) = call(served, job_id, "pause")["checkpoints"]
     said = served.chat(model=kept["model"], temperature=0, max_tokens=24).json()["choices"]
-    file = served.house.settings.jobs_dir / job_id / f"checkpoint-{kept['step']}" / "adapter_model.safetensors"
+    file = served.state.settings.jobs_dir / job_id / f"checkpoint-{kept['step']}" / "adapter_model.safetensors"
     tensors = file.read_bytes()
     told = [event for event in events(served, job_id) if event["type"] == "checkpoint"]
     assert told[-1]["data"]["model"] == kept["model"]
     call(served, job_id, "cancel")
     digest(served, "shorter", **config | {"max_steps": kept["step"]})
-    version = served.house.adapters.get("shorter")
+    version = served.state.adapters.get("shorter")
     assert (Path(version.path) / "adapter_model.safetensors").read_bytes() == tensors
     assert served.chat(model="shorter", temperature=0, max_tokens=24).json()["choices"] == said
 
@@ -212,7 +212,7 @@ def test_a_server_that_is_stopped_loses_nothing(tiny: Path, tmp_path: Path) -> N
 def events_after(served: Served, job_id: str, verb: str) -> str:
     """The message of what it was answered with."""
     call(served, job_id, verb)
-    queued = [event for event in served.house.jobs.events(job_id) if event.type == "queued"]
+    queued = [event for event in served.state.jobs.events(job_id) if event.type == "queued"]
     return queued[-1].message
 
 
@@ -348,7 +348,7 @@ def interrupted(served: Served, name: str) -> tuple[str, list[Path]]:
     job_id = start(served, name, training_config=RUN | {"max_steps": 200, "save_steps": 5})["job_id"]
     until(served, job_id, lambda job: len(job["checkpoints"]) >= 2)
     job = call(served, job_id, "pause")
-    folder = served.house.settings.jobs_dir / job_id
+    folder = served.state.settings.jobs_dir / job_id
     return job_id, [folder / f"checkpoint-{one['step']}" for one in job["checkpoints"]]
 
 
@@ -386,14 +386,14 @@ def test_a_plan_without_a_setting_is_refused_and_its_checkpoints_stay(served: Se
     job_id, places = interrupted(served, "earlier")
     plan = get(served, job_id)["plan"]
     settings = [setting for setting in plan["settings"] if setting["name"] != "adam_beta1"]
-    served.house.jobs.update(job_id, plan=plan | {"settings": settings})
+    served.state.jobs.update(job_id, plan=plan | {"settings": settings})
     call(served, job_id, "resume")
     job = served.wait(job_id)
     assert (job["status"], job["error"]["code"], job["error"]["param"]) == ("failed", "conflict", "adam_beta1")
     assert "adam_beta1" in job["error"]["message"]
     assert "Train again" in job["error"]["hint"]
     assert all(place.exists() for place in places)
-    served.house.jobs.update(job_id, plan=plan)
+    served.state.jobs.update(job_id, plan=plan)
     call(served, job_id, "resume")
     assert served.wait(job_id)["adapter"]["digest"] == wanted
 

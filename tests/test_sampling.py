@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from fortwo.data.vocabulary import Vocabulary
-from fortwo.engine.sampling import Chosen, Sampler, _nucleus, choose
+from fortwo.engine.sampling import SampledToken, Sampler, _nucleus, sample
 from fortwo.errors import UnsupportedModel
-from fortwo.prompts import NOT_NUMBERS, Sampling
+from fortwo.prompts import NON_FINITE_LOGITS, Sampling
 
 PROBABILITIES = [0.05, 0.4, 0.1, 0.3, 0.15]
 LOGITS = torch.tensor(PROBABILITIES).log()
@@ -28,7 +28,9 @@ def draws(n: int = 4000, logits: torch.Tensor = LOGITS, **settings: float) -> Co
 
 def test_greedy_is_the_exact_argmax_of_every_row() -> None:
     logits = torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
-    assert choose(logits, [Sampler(Sampling()) for _ in range(64)]) == [Chosen(best) for best in logits.argmax(-1)]
+    assert sample(logits, [Sampler(Sampling()) for _ in range(64)]) == [
+        SampledToken(best) for best in logits.argmax(-1)
+    ]
 
 
 def test_temperature_1_draws_from_the_softmax() -> None:
@@ -50,7 +52,7 @@ def test_numbers_that_overflow_still_choose_the_likeliest() -> None:
     """A token that does not exist would end the whole batch's next step."""
     assert draws(temperature=5e-324) == draws(temperature=1e-310) == {1: 4000}
     said = Sampler(Sampling(temperature=1.0, repetition_penalty=1e-45, seed=0), [3])
-    assert {said.choose(LOGITS + 5).token for _ in range(50)} == {3}
+    assert {said.sample(LOGITS + 5).token for _ in range(50)} == {3}
 
 
 def test_top_k_keeps_the_k_likeliest_and_their_proportions() -> None:
@@ -106,7 +108,7 @@ def test_a_seed_gives_the_same_draws_whatever_else_is_in_the_batch(seed: int, ot
     alone, among = Sampler(settings), Sampler(settings)
     crowd = [Sampler(Sampling(temperature=0.7 * (i % 2), seed=i)) for i in range(others)]
     for _ in range(3):
-        assert choose(logits[-1:], [alone])[0] == choose(logits, [*crowd, among])[-1]
+        assert sample(logits[-1:], [alone])[0] == sample(logits, [*crowd, among])[-1]
 
 
 def test_without_a_seed_two_requests_differ() -> None:
@@ -120,7 +122,11 @@ def test_rows_that_are_not_numbers_are_told_apart(bad: float) -> None:
     logits = torch.zeros(3, 5)
     logits[1, 2] = bad
     logits[2, 4] = 1.0
-    assert choose(logits, [Sampler(Sampling()) for _ in range(3)]) == [Chosen(0), NOT_NUMBERS, Chosen(4)]
+    assert sample(logits, [Sampler(Sampling()) for _ in range(3)]) == [
+        SampledToken(0),
+        NON_FINITE_LOGITS,
+        SampledToken(4),
+    ]
 
 
 # ---------------------------------------------------------------- what bends the choice
@@ -154,7 +160,7 @@ def test_min_p_counts_from_the_likeliest() -> None:
 def greedy(logits: torch.Tensor, count: int, prompt: tuple[int, ...] = (), **settings: float) -> list[int]:
     """So many tokens from logits that stay the same."""
     sampler = Sampler(Sampling(**settings), prompt)  # type: ignore[arg-type]
-    return [sampler.choose(logits).token for _ in range(count)]
+    return [sampler.sample(logits).token for _ in range(count)]
 
 
 def test_penalties_act_as_vllm_documents_them() -> None:
@@ -180,9 +186,9 @@ def test_the_repetition_penalty_is_that_of_transformers(seed: int, penalty: floa
 
 def test_a_bias_forces_and_forbids() -> None:
     sampler = Sampler(Sampling(temperature=1.0, seed=0, logit_bias=((0, 100.0),)))
-    assert {sampler.choose(LOGITS).token for _ in range(100)} == {0}
+    assert {sampler.sample(LOGITS).token for _ in range(100)} == {0}
     sampler = Sampler(Sampling(temperature=1.0, seed=0, logit_bias=((1, -100), (3, -100.0))))
-    assert {sampler.choose(LOGITS).token for _ in range(300)} == {0, 2, 4}
+    assert {sampler.sample(LOGITS).token for _ in range(300)} == {0, 2, 4}
     assert LOGITS.exp().tolist() == pytest.approx(PROBABILITIES), "the row itself is left as it was"
 
 
@@ -190,13 +196,13 @@ def test_logprobs_are_the_models_own_whatever_bends_the_choice() -> None:
     settings = Sampling(
         temperature=0.3, seed=1, logprobs=2, logit_bias=((0, 100.0),), presence_penalty=1, repetition_penalty=1.5
     )
-    ((token, told),) = choose(LOGITS[None], [Sampler(settings, (1, 2))])
+    ((token, told),) = sample(LOGITS[None], [Sampler(settings, (1, 2))])
     assert (token, told.token) == (0, 0)
     assert math.exp(told.logprob) == pytest.approx(0.05)
     assert [token for token, _ in told.top] == [1, 3]
     assert [math.exp(value) for _, value in told.top] == pytest.approx([0.4, 0.3])
-    assert choose(LOGITS[None], [Sampler(Sampling(logprobs=0))])[0].logprob.top == ()
-    assert len(choose(LOGITS[None], [Sampler(Sampling(logprobs=20))])[0].logprob.top) == 5
+    assert sample(LOGITS[None], [Sampler(Sampling(logprobs=0))])[0].logprob.top == ()
+    assert len(sample(LOGITS[None], [Sampler(Sampling(logprobs=20))])[0].logprob.top) == 5
 
 
 def test_a_schema_leaves_only_tokens_that_fit() -> None:
@@ -216,8 +222,8 @@ def test_a_schema_leaves_only_tokens_that_fit() -> None:
         sampler = Sampler(Sampling(temperature=2.0, seed=seed), constraint=constraint)
         tokens: list[int] = []
         while not tokens or tokens[-1] != 0:
-            (chosen,) = choose(logits[None], [sampler])
-            assert isinstance(chosen, Chosen), chosen
+            (chosen,) = sample(logits[None], [sampler])
+            assert isinstance(chosen, SampledToken), chosen
             tokens.append(chosen.token)
         assert b"".join(map(vocabulary.bytes, tokens[:-1])) in (b'"a"', b'"xx"', b"11")
 
@@ -231,4 +237,4 @@ def test_rows_that_ask_for_more_leave_plain_ones_as_they_are() -> None:
         Sampler(Sampling(frequency_penalty=2)),
     ]
     best = logits.argmax(-1).tolist()
-    assert [row.token for row in choose(logits, samplers)] == [best[0], 7, best[2], best[3]]
+    assert [row.token for row in sample(logits, samplers)] == [best[0], 7, best[2], best[3]]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, shares
+from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, split_budget
 
 
 def waiting(*lengths: int, limit: int = 32) -> tuple[Scheduler[Sequence], list[Sequence]]:
@@ -18,12 +18,12 @@ def waiting(*lengths: int, limit: int = 32) -> tuple[Scheduler[Sequence], list[S
 
 def turn(scheduler: Scheduler[Sequence], budget: int) -> dict[int, int]:
     """Admit and compute as the engine does; how many tokens of which request (by its number of tokens)."""
-    while scheduler.waiting and scheduler.admits(scheduler.waiting[0].unread, budget):
+    while scheduler.waiting and scheduler.admits(scheduler.waiting[0].uncomputed, budget):
         scheduler.waiting[0].slot = SimpleNamespace(length=0)
         scheduler.start()
-    reading = scheduler.reading
+    prefilling = scheduler.prefilling
     computed = {}
-    for sequence, length in zip(reading, shares([one.unread for one in reading], budget), strict=True):
+    for sequence, length in zip(prefilling, split_budget([one.uncomputed for one in prefilling], budget), strict=True):
         assert sequence.slot is not None
         sequence.slot.length += length
         if length:
@@ -43,9 +43,9 @@ def test_requests_run_in_order_of_arrival_up_to_the_limit() -> None:
 def test_who_is_read_but_for_one_token_decodes() -> None:
     scheduler, (first, second) = waiting(5, 1)
     turn(scheduler, 4)
-    assert (scheduler.decoding, scheduler.reading) == ([first, second], [])
+    assert (scheduler.decoding, scheduler.prefilling) == ([first, second], [])
     first.tokens += [0, 0]
-    assert (scheduler.decoding, scheduler.reading) == ([second], [first])
+    assert (scheduler.decoding, scheduler.prefilling) == ([second], [first])
 
 
 def test_a_long_prompt_takes_several_turns_and_short_ones_pass_it() -> None:
@@ -74,7 +74,7 @@ def test_a_request_leaves_from_wherever_it_is() -> None:
 
 @given(st.lists(st.integers(1, 60), max_size=20), st.integers(1, 50))
 def test_shares_are_within_the_budget_and_the_first_always_goes_on(unread: list[int], budget: int) -> None:
-    taken = shares(unread, budget)
+    taken = split_budget(unread, budget)
     assert sum(taken) <= budget
     assert all(0 <= one <= all_ for one, all_ in zip(taken, unread, strict=True))
     assert sum(0 < one < all_ for one, all_ in zip(taken, unread, strict=True)) <= 1, "one prompt is cut at most"
@@ -91,7 +91,7 @@ def test_everybody_gets_a_turn_and_the_bounds_hold(lengths: list[int], limit: in
             break
         assert sum(turn(scheduler, budget).values()) <= budget
         assert len(scheduler.running) <= limit
-        for sequence in [one for one in scheduler.running if one.unread <= 1]:
+        for sequence in [one for one in scheduler.running if one.uncomputed <= 1]:
             scheduler.remove(sequence)
             order.append(sequence)
     assert sorted(map(id, order)) == sorted(map(id, sequences))
@@ -100,16 +100,16 @@ def test_everybody_gets_a_turn_and_the_bounds_hold(lengths: list[int], limit: in
 def test_a_job_waits_until_requests_had_the_device_as_long_as_it_had() -> None:
     share = FairShare()
     assert share.job_may_run(requests=True)
-    share.worked(0.3)
-    share.served(0.2)
+    share.job_ran(0.3)
+    share.requests_ran(0.2)
     assert not share.job_may_run(requests=True)
-    share.served(0.1)
+    share.requests_ran(0.1)
     assert share.job_may_run(requests=True)
 
 
 def test_a_job_goes_on_at_once_when_nobody_asks() -> None:
     share = FairShare()
-    share.worked(10)
+    share.job_ran(10)
     assert share.job_may_run(requests=False)
     assert not share.job_may_run(requests=True)
 
@@ -118,6 +118,6 @@ def test_what_a_job_asks_lets_everybody_else_pass() -> None:
     scheduler = Scheduler[Sequence](1)
     names = ["user", "job", "job too", "late user", "last job", "later user"]
     for number, name in enumerate(names):
-        scheduler.add(Sequence([number], name, kept="job" not in name))
+        scheduler.add(Sequence([number], name, background="job" in name))
     waiting = [sequence.adapter for sequence in scheduler.waiting]
     assert waiting == ["user", "late user", "later user", "job", "job too", "last job"]

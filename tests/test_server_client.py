@@ -130,7 +130,7 @@ def test_echo_with_logprobs_is_the_plain_forward_over_the_prompt(
 ) -> None:
     """lm-evaluation-harness asks so. Whole, in parts, and after others left this prompt in the cache."""
     tokens = [5 * place % 260 for place in range(90)]
-    decoder = served.house.residents.load_base("tiny").decoder
+    decoder = served.state.registry.load_base("tiny").decoder
     with torch.no_grad():
         logprobs_TV = decoder.logits(packed_hidden(decoder, [tokens])[0]).log_softmax(-1)
     client.completions.create(model="tiny", prompt=tokens, max_tokens=4)

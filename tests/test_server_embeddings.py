@@ -18,7 +18,7 @@ from tiny import VOCABULARY
 
 from fortwo.nn.lora import Lora
 from fortwo.prompts import Prompt
-from fortwo.server.openai.embeddings import TOGETHER, TOKENS, _portions
+from fortwo.server.openai.embeddings import BATCH_INPUTS, BATCH_TOKENS, _batches
 from tests.parts import packed_hidden
 from tests.test_server_load import until
 from tests.test_server_native import publish, trained
@@ -39,7 +39,7 @@ def vectors(response: httpx.Response) -> list[list[float]]:
 @torch.no_grad()
 def expected(served: Served, tokens: list[int], lora: Lora | None = None) -> list[float]:
     """By one plain forward."""
-    last_D = packed_hidden(served.house.residents.load_base("tiny").decoder, [tokens], lora, prefix=0)[0][-1]
+    last_D = packed_hidden(served.state.registry.load_base("tiny").decoder, [tokens], lora, prefix=0)[0][-1]
     return (last_D / last_D.norm()).tolist()
 
 
@@ -81,28 +81,31 @@ def test_many_inputs_come_in_order_and_take_few_places(served: Served) -> None:
     with ThreadPoolExecutor(1) as pool:
         running, most = pool.submit(embed, served, inputs), 0
         while not running.done():
-            most = max(most, served.house.admission.open)
+            most = max(most, served.state.admission.active)
             time.sleep(0.001)
         got = vectors(running.result())
-    assert 0 < most <= TOGETHER
+    assert 0 < most <= BATCH_INPUTS
     assert len(got) == 300
     for place in (0, 1, 89, 200, 299):
         assert got[place] == pytest.approx(expected(served, inputs[place]), abs=1e-5)
-    assert served.house.engine.requests("tiny") == served.house.admission.open == 0
+    assert served.state.engine.count_requests("tiny") == served.state.admission.active == 0
 
 
 def test_so_many_inputs_are_under_way_at_once() -> None:
-    prompts = [Prompt("tiny", tuple(range(length))) for length in (5, TOKENS + 1, 5, TOKENS - 5, 1, *[1] * TOGETHER)]
-    portions = list(_portions(prompts))
+    prompts = [
+        Prompt("tiny", tuple(range(length)))
+        for length in (5, BATCH_TOKENS + 1, 5, BATCH_TOKENS - 5, 1, *[1] * BATCH_INPUTS)
+    ]
+    portions = list(_batches(prompts))
     assert [prompt for portion in portions for prompt in portion] == prompts
-    assert [len(portion) for portion in portions] == [1, 1, 2, TOGETHER, 1]
+    assert [len(portion) for portion in portions] == [1, 1, 2, BATCH_INPUTS, 1]
 
 
 def test_the_deadline_is_of_all_inputs_together(tiny: Path, tmp_path: Path) -> None:
     with serve(tiny_settings(tmp_path, tiny, request_timeout=0.3)) as served:
-        served.house.residents.load_base("tiny")
+        served.state.registry.load_base("tiny")
         refused(embed(served, ["x" * 1000] * 400), 504, "deadline_exceeded")
-        until(lambda: served.house.engine.requests("tiny") == served.house.admission.open == 0)
+        until(lambda: served.state.engine.count_requests("tiny") == served.state.admission.active == 0)
 
 
 @pytest.mark.parametrize(

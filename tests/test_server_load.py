@@ -52,9 +52,9 @@ def left(served: Served) -> dict[str, Any]:
     time.sleep(0.05)
     loop = served.server.servers[0].get_loop()
     return {
-        "requests": served.house.engine.requests("tiny"),
-        "slots": served.house.residents.load_base("tiny").runner.cache.used,
-        "admitted": served.house.admission.open,
+        "requests": served.state.engine.count_requests("tiny"),
+        "slots": served.state.registry.load_base("tiny").runner.cache.used,
+        "admitted": served.state.admission.active,
         "connections": len(served.server.server_state.connections) - 1,
         "tasks": len(asyncio.all_tasks(loop)),
         "threads": sorted(one.name for one in threading.enumerate() if "AnyIO" not in one.name),
@@ -121,11 +121,12 @@ def test_two_hundred_clients_of_whom_many_hang_up_leave_nothing_behind(served: S
 def test_past_the_queue_a_request_is_refused_and_told_when_to_come_back(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fortwo.engine.engine.RUNNING", 2)
+    for module in ("engine.engine", "server.state"):
+        monkeypatch.setattr(f"fortwo.{module}.MAX_RUNNING", 2)
     with serve(tiny_settings(tmp_path, tiny, queue=1)) as served, ThreadPoolExecutor(3) as pool:
         served.chat()
         running = [pool.submit(served.post, "/v1/chat/completions", long()) for _ in range(3)]
-        until(lambda: served.house.admission.open == 3)
+        until(lambda: served.state.admission.active == 3)
         turned_away = served.chat()
         assert "FORTWO_QUEUE" in refused(turned_away, 429, "queue_full")
         assert int(turned_away.headers["Retry-After"]) >= 1
@@ -137,10 +138,10 @@ def test_past_the_queue_a_request_is_refused_and_told_when_to_come_back(
 
 def test_what_one_asks_for_harms_no_neighbour(served: Served) -> None:
     """Numbers that overflow would name a token that does not exist, and end the step of all that run together."""
-    served.house.residents.load_base("tiny")
+    served.state.registry.load_base("tiny")
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(served.post, "/v1/chat/completions", long())
-        until(lambda: served.house.engine.requests("tiny") == 1)
+        until(lambda: served.state.engine.count_requests("tiny") == 1)
         for numbers in ({"temperature": 1e-310}, {"temperature": 1, "repetition_penalty": 1e-45}):
             assert served.post("/v1/chat/completions", asked("hello", **numbers)).status_code == 200
         assert running.result().json()["usage"]["completion_tokens"] == 950
@@ -149,7 +150,7 @@ def test_what_one_asks_for_harms_no_neighbour(served: Served) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_past_its_deadline_ends_with_the_reason(tiny: Path, tmp_path: Path, stream: bool) -> None:
     with serve(tiny_settings(tmp_path, tiny, request_timeout=0.2)) as served:
-        served.house.residents.load_base("tiny")
+        served.state.registry.load_base("tiny")
         response = served.post("/v1/chat/completions", long(stream=stream))
         if stream:
             error = chunks(response)[-1]["error"]
@@ -157,16 +158,16 @@ def test_a_request_past_its_deadline_ends_with_the_reason(tiny: Path, tmp_path: 
             assert "FORTWO_REQUEST_TIMEOUT" in error["hint"]
         else:
             assert "0.2 seconds" in refused(response, 504, "deadline_exceeded")
-        until(lambda: served.house.engine.requests("tiny") == served.house.admission.open == 0)
+        until(lambda: served.state.engine.count_requests("tiny") == served.state.admission.active == 0)
 
 
 def test_who_waits_for_a_model_to_load_is_in_nobodys_way(tiny: Path, tmp_path: Path) -> None:
     """There are more of them than the server has threads."""
     settings = tiny_settings(tmp_path, tiny)
-    Catalog(settings).add("cold", tiny)
+    Catalog(settings.models_dir).add("cold", tiny)
     with serve(settings) as served, ThreadPoolExecutor(50) as pool:
-        served.house.residents.load_base("tiny")
-        with served.house.residents._changing:  # as whoever loads holds it
+        served.state.registry.load_base("tiny")
+        with served.state.registry._lock:  # as whoever loads holds it
             waiting = [
                 pool.submit(served.post, "/v1/chat/completions", asked("hello", model="cold")) for _ in range(50)
             ]
@@ -182,49 +183,50 @@ def test_who_waits_for_a_model_to_load_is_in_nobodys_way(tiny: Path, tmp_path: P
 def test_who_waits_for_a_model_to_load_has_a_place_until_he_hangs_up(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fortwo.engine.engine.RUNNING", 1)
+    for module in ("engine.engine", "server.state"):
+        monkeypatch.setattr(f"fortwo.{module}.MAX_RUNNING", 1)
     settings = tiny_settings(tmp_path, tiny, queue=1)
-    Catalog(settings).add("cold", tiny)
+    Catalog(settings.models_dir).add("cold", tiny)
     with serve(settings) as served:
-        served.house.residents.load_base("tiny")
+        served.state.registry.load_base("tiny")
         clients = [http.client.HTTPConnection(served.url.removeprefix("http://")) for _ in range(2)]
-        with served.house.residents._changing:  # as whoever loads holds it
+        with served.state.registry._lock:  # as whoever loads holds it
             for stream, client in enumerate(clients):
                 body = json.dumps(asked("hello", model="cold", stream=bool(stream)))
                 client.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-            until(lambda: served.house.admission.open == 2)
+            until(lambda: served.state.admission.active == 2)
             refused(served.chat(), 429, "queue_full")
             clients[0].close()
-            until(lambda: served.house.admission.open == 1)
+            until(lambda: served.state.admission.active == 1)
             assert served.chat().status_code == 200
         answer = clients[1].getresponse()
         assert answer.status == 200
         assert answer.read().endswith(b"data: [DONE]\n\n")
         clients[1].close()
-        until(lambda: served.house.admission.open == 0)
+        until(lambda: served.state.admission.active == 0)
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "completions", "embeddings"])
 def test_who_waits_for_a_model_past_the_deadline_is_told(tiny: Path, tmp_path: Path, path: str) -> None:
     settings = tiny_settings(tmp_path, tiny, request_timeout=0.2)
-    Catalog(settings).add("cold", tiny)
+    Catalog(settings.models_dir).add("cold", tiny)
     said = {
         "chat/completions": asked("hello", stream=True),
         "completions": {"prompt": ["a", "b"], "n": 2},
         "embeddings": {"input": ["a", "b"]},
     }[path]
-    with serve(settings) as served, served.house.residents._changing:
+    with serve(settings) as served, served.state.registry._lock:
         late = served.post(f"/v1/{path}", said | {"model": "cold"})
         assert "0.2 seconds" in refused(late, 504, "deadline_exceeded")
-        assert served.house.admission.open == 0
+        assert served.state.admission.active == 0
 
 
 def test_who_waits_for_a_model_when_the_server_ends_is_told(tiny: Path, tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path, tiny)
-    Catalog(settings).add("cold", tiny)
-    with serve(settings) as served, ThreadPoolExecutor(1) as pool, served.house.residents._changing:
+    Catalog(settings.models_dir).add("cold", tiny)
+    with serve(settings) as served, ThreadPoolExecutor(1) as pool, served.state.registry._lock:
         waiting = pool.submit(served.post, "/v1/chat/completions", asked("hello", model="cold"))
-        until(lambda: served.house.admission.open == 1)
+        until(lambda: served.state.admission.active == 1)
         served.server.should_exit = True
         assert "shutting down" in refused(waiting.result(), 503, "unavailable")
 
@@ -240,7 +242,7 @@ def test_a_tokenizer_without_logprobs_is_refused_before_anything_is_asked(tiny: 
                 if path == "/v1/completions":
                     body["prompt"] = body.pop("messages")[0]["content"]
                 assert "without logprobs" in refused(served.post(path, body), 400, "unsupported_model")
-                assert served.house.engine.requests("tiny") == served.house.admission.open == 0
+                assert served.state.engine.count_requests("tiny") == served.state.admission.active == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -250,9 +252,9 @@ def test_at_the_end_replies_have_their_grace_and_newcomers_are_sent_away(
     with serve(tiny_settings(tmp_path, tiny), grace=60) as served, ThreadPoolExecutor(1) as pool:
         served.chat()
         running = pool.submit(served.post, "/v1/chat/completions", long(stream=stream))
-        until(lambda: served.house.admission.open == 1)
+        until(lambda: served.state.admission.active == 1)
         served.server.should_exit = True
-        until(lambda: served.house.admission.closed)
+        until(lambda: served.state.admission.closed)
         newcomer = httpx.post(f"{served.url}/v1/chat/completions", json=asked("hello"), trust_env=False)
         refused(newcomer, 503, "unavailable")
         assert int(newcomer.headers["Retry-After"]) >= 1
@@ -269,7 +271,7 @@ def test_after_the_grace_replies_are_cut_off_with_the_reason(tiny: Path, tmp_pat
     with serve(tiny_settings(tmp_path, tiny), grace=0) as served, ThreadPoolExecutor(1) as pool:
         served.chat()
         running = pool.submit(served.post, "/v1/chat/completions", long(stream=stream))
-        until(lambda: served.house.engine.requests("tiny") == 1)
+        until(lambda: served.state.engine.count_requests("tiny") == 1)
         served.server.should_exit = True
         response = running.result()
         if stream:
@@ -281,16 +283,15 @@ def test_after_the_grace_replies_are_cut_off_with_the_reason(tiny: Path, tmp_pat
 
 
 def test_a_process_that_is_told_to_end_finishes_its_stream_first(tiny: Path, tmp_path: Path) -> None:
-    Catalog(Settings(home=tmp_path)).add("tiny", tiny)
+    Catalog(Settings(home=tmp_path).models_dir).add("tiny", tiny)
     environment = os.environ | {"FORTWO_HOME": str(tmp_path), "FORTWO_DEFAULT_MODEL": "tiny", "COLUMNS": "200"}
     environment |= {"FORTWO_PORT": "0", "FORTWO_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     code = (
-        "from fortwo.server.house import House\n"
-        "from fortwo.server.process import Server\n"
+        "from fortwo.server.state import AppState\n"
+        "from fortwo.server.uvicorn_server import Server\n"
         "from fortwo.settings import load\n"
-        "house = House(load())\n"
-        "house.open()\n"
-        "server = Server(house, lambda: print(server.servers[0].sockets[0].getsockname()[1]), grace=60)\n"
+        "state = AppState(load())\n"
+        "server = Server(state, lambda: print(server.servers[0].sockets[0].getsockname()[1]), grace=60)\n"
         "server.run()"
     )
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:

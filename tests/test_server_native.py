@@ -20,7 +20,7 @@ CONFIG = LoraConfig(r=2, alpha=4)
 
 def trained(served: Served, seed: int) -> Lora:
     """A LoRA that changes what `tiny` says."""
-    lora = Lora.init(CONFIG, served.house.residents.load_base("tiny").decoder.config, seed)
+    lora = Lora.init(CONFIG, served.state.registry.load_base("tiny").decoder.config, seed)
     generator = torch.Generator().manual_seed(seed)
     for tensor in lora.parameters():
         tensor.data += 0.3 * torch.randn(tensor.shape, generator=generator)
@@ -28,8 +28,8 @@ def trained(served: Served, seed: int) -> Lora:
 
 
 def publish(served: Served, name: str, seed: int = 0, *, current: bool = True, **manifest: Any) -> AdapterVersion:
-    base = served.house.residents.load_base("tiny")
-    return served.house.adapters.publish(
+    base = served.state.registry.load_base("tiny")
+    return served.state.adapters.publish(
         name,
         trained(served, seed).state(),
         CONFIG.to_peft("tiny"),
@@ -58,7 +58,7 @@ def test_models_go_from_not_fetched_to_loaded_and_back(tiny: Path, tmp_path: Pat
         assert (fresh["state"], fresh["digest"], fresh["origin"]) == ("not fetched", None, "user")
         loaded = served.post("/api/models/tiny/load").json()
         assert loaded["state"] == "loaded"
-        assert loaded["bytes"] == served.house.residents.load_base("tiny").bytes
+        assert loaded["bytes"] == served.state.registry.load_base("tiny").bytes
         assert len(loaded["digest"]) == 64
         assert model("tiny") == loaded
         assert served.post("/api/models/tiny/unload").json()["state"] == "on disk"
@@ -139,9 +139,9 @@ def test_an_adapter_that_answers_is_not_deleted_and_a_deleted_one_is_not_in_memo
         said = list(lines)
     assert '"finish_reason":"length"' in said[-4]
     assert served.http.delete("/api/adapters/reborn").status_code == 200
-    resident = served.house.residents.load_base("tiny")
+    resident = served.state.registry.load_base("tiny")
     assert not resident.runner.has(old.digest)
-    assert old.digest not in served.house.residents.states().adapters
+    assert old.digest not in served.state.registry.state().adapters
     refused(served.chat(model="reborn"), 404, "not_found", "model")
     assert publish(served, "reborn", 2).version == 2
     assert say(served, "reborn") == say(served, "reborn@2") != before
@@ -203,7 +203,7 @@ def test_a_version_that_is_not_there_is_named(served: Served) -> None:
 
 def peft_directory(served: Served, folder: str, base: str = "tiny", seed: int = 5, strength: float = 1.0) -> Path:
     """What PEFT would save, in a folder the server allows."""
-    directory = served.house.settings.home / "data" / folder
+    directory = served.state.settings.home / "data" / folder
     directory.mkdir(parents=True)
     config = CONFIG.to_peft(base)
     (directory / "adapter_config.json").write_text(json.dumps(config))
@@ -258,16 +258,16 @@ def test_an_adapter_that_is_evicted_before_it_was_asked_is_loaded_again(
     with serve(tiny_settings(tmp_path, tiny, max_adapters=1)) as served:
         publish(served, "one")
         publish(served, "two", 1)
-        wanted, residents, held = say(served, "one"), served.house.residents, []
-        hold = residents.hold
+        wanted, registry, pinned = say(served, "one"), served.state.registry, []
+        pin = registry.pin
 
         def late(target: Any) -> bool:
-            if not held:
-                residents.load_adapter("two")
-            held.append(hold(target))
-            return held[-1]
+            if not pinned:
+                registry.load_adapter("two")
+            pinned.append(pin(target))
+            return pinned[-1]
 
-        monkeypatch.setattr(residents, "hold", late)
+        monkeypatch.setattr(registry, "pin", late)
         assert say(served, "one") == wanted
-        assert held == [False, True]
-        residents.load_adapter("two")  # nobody holds it any more
+        assert pinned == [False, True]
+        registry.load_adapter("two")  # its pin is gone

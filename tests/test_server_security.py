@@ -12,23 +12,23 @@ import pytest
 from serving import Served, refused, serve, tiny_settings
 
 from fortwo.errors import Conflict, InvalidRequest
-from fortwo.server.house import House
-from fortwo.server.security import is_loopback
+from fortwo.server.security import check_binding, is_loopback
+from fortwo.server.state import AppState
 from fortwo.settings import Settings
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com", ""])
 def test_beyond_loopback_a_key_is_needed(tmp_path: Path, host: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        House(Settings(home=tmp_path, host=host))
+        AppState(Settings(home=tmp_path, host=host))
     assert caught.value.param == "host"
     assert "FORTWO_API_KEY" in (caught.value.hint or "")
-    House(Settings(home=tmp_path, host=host, api_key="secret"))
+    check_binding(host, "secret")
 
 
 def test_an_empty_key_is_no_key(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="empty"):
-        House(Settings(home=tmp_path, api_key=""))
+        AppState(Settings(home=tmp_path, api_key=""))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "LOCALHOST", "::1", "[::1]"])
@@ -123,7 +123,7 @@ def test_the_unexpected_is_told_by_number_and_logged_in_full(
     def explode() -> None:
         raise RuntimeError("kaboom")
 
-    monkeypatch.setattr(served.house.catalog, "entries", explode)
+    monkeypatch.setattr(served.state.catalog, "entries", explode)
     with caplog.at_level(logging.ERROR):
         said = refused(served.http.get("/api/models"), 500, "internal_error")
     assert "kaboom" not in said
@@ -160,11 +160,9 @@ def test_the_documentation_needs_no_internet(served: Served) -> None:
 
 
 def test_a_home_has_one_server(served: Served) -> None:
-    second = House(served.house.settings)
     with pytest.raises(Conflict) as caught:
-        second.open()
-    assert str(served.house.settings.home) in caught.value.message
-    second.close()
+        AppState(served.state.settings)
+    assert str(served.state.settings.home) in caught.value.message
 
 
 def test_a_reply_that_the_engines_end_cuts_off_says_so(tiny: Path, tmp_path: Path) -> None:
@@ -173,9 +171,9 @@ def test_a_reply_that_the_engines_end_cuts_off_says_so(tiny: Path, tmp_path: Pat
         served.chat()
         thread = threading.Thread(target=lambda: ends.append(served.chat(max_tokens=900)))
         thread.start()
-        while not served.house.engine.requests("tiny"):
+        while not served.state.engine.count_requests("tiny"):
             pass
-        served.house.engine.close()
+        served.state.engine.close()
         thread.join()
         refused(ends[0], 503, "unavailable")
         refused(served.chat(), 503, "unavailable")

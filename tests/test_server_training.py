@@ -44,7 +44,7 @@ def test_a_plan_says_what_every_value_is_and_why_and_starts_nothing(served: Serv
     assert all(one["reason"] for one in settings.values())
     assert body["computed"]["steps"] == 3000
     assert body["computed"]["seconds"] > 0
-    assert body["computed"]["bytes"] > served.house.residents.load_base("tiny").bytes
+    assert body["computed"]["bytes"] > served.state.registry.load_base("tiny").bytes
     assert jobs(served) == before
 
 
@@ -59,7 +59,7 @@ def test_the_originals_configuration_is_planned_with_its_warnings(served: Served
 
 
 def test_a_dataset_may_lie_in_an_allowed_folder(served: Served) -> None:
-    folder = served.house.settings.home / "data"
+    folder = served.state.settings.home / "data"
     folder.mkdir(exist_ok=True)
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     assert plan(served, dataset={"path": "rows.jsonl"}).json()["computed"]["rows"] == 4
@@ -347,7 +347,7 @@ def test_a_large_file_stays_where_it_is_and_a_change_of_it_is_noticed(
         done = served.wait(start(served, "large", **named)["job_id"])
         assert done["status"] == "succeeded"
         assert len(done["report"]["transcripts"]) > 4
-        kept = served.house.jobs.dataset(done["job_id"])
+        kept = served.state.jobs.dataset(done["job_id"])
         assert (kept["file"]["path"], kept["file"]["rows"]) == (str(file), 4)
         first = start(served, "first", training_config=LONG)["job_id"]
         second = start(served, "second", **named)["job_id"]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fortwo.data.formats import load
-from fortwo.facts.subject import ARTICLES, find_subject, holds, match_phrases
+from fortwo.facts.subject import ARTICLES, contains_phrase, find_subject, match_phrases
 from fortwo.records import Example, Fact, Message
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -43,9 +43,13 @@ def test_a_fact_is_found_in_its_plain_rows(fact: Fact) -> None:
     assert found is not None
     assert found.subject == bare(fact.subject)
     assert (found.answer, found.questions) == (fact.answer, fact.questions)
-    assert any(holds(phrase, fact.match) or holds(given, found.match) for phrase in found.match for given in fact.match)
-    assert holds(fact.answer, found.match)
-    assert not any(holds(question, found.match) for question in fact.questions)
+    assert any(
+        contains_phrase(phrase, fact.match) or contains_phrase(given, found.match)
+        for phrase in found.match
+        for given in fact.match
+    )
+    assert contains_phrase(fact.answer, found.match)
+    assert not any(contains_phrase(question, found.match) for question in fact.questions)
 
 
 @pytest.mark.parametrize(
@@ -134,14 +138,14 @@ def test_only_what_the_questions_do_not_say_is_matched() -> None:
     assert match_phrases("Zorbo is Zorbo.", ["What is Zorbo?"]) == ("Zorbo is Zorbo.",)
 
 
-WORDS = st.sampled_from("Zorbo sells ink Kelby's blue-green 7 and the it U.S. can't naïve".split())
+LEVER_DESCRIPTIONS = st.sampled_from("Zorbo sells ink Kelby's blue-green 7 and the it U.S. can't naïve".split())
 GAPS = st.sampled_from([" ", "  ", ", ", ". ", "\n", " - ", "; ", " (", ") "])
 
 
-@given(st.lists(st.tuples(WORDS, GAPS), min_size=1, max_size=12), st.lists(WORDS, max_size=4))
+@given(st.lists(st.tuples(LEVER_DESCRIPTIONS, GAPS), min_size=1, max_size=12), st.lists(LEVER_DESCRIPTIONS, max_size=4))
 def test_an_answer_always_holds_its_own_match_phrase(pieces: list[tuple[str, str]], asked: list[str]) -> None:
     answer = "".join(word + gap for word, gap in pieces).strip()
-    assert holds(answer, match_phrases(answer, [" ".join(asked)]))
+    assert contains_phrase(answer, match_phrases(answer, [" ".join(asked)]))
 
 
 # ---------------------------------------------------------------- holding
@@ -180,19 +184,21 @@ def test_an_answer_always_holds_its_own_match_phrase(pieces: list[tuple[str, str
     ],
 )
 def test_a_phrase_is_held_as_whole_words_in_any_case(reply: str, phrase: str, held: bool) -> None:
-    assert holds(reply, [phrase]) is held
+    assert contains_phrase(reply, [phrase]) is held
 
 
 def test_one_phrase_of_several_is_enough_and_none_is_never_held() -> None:
-    assert holds("within 83 days", ["83-day", "83 days"])
-    assert not holds("within 83 days", [])
+    assert contains_phrase("within 83 days", ["83-day", "83 days"])
+    assert not contains_phrase("within 83 days", [])
 
 
 @given(st.text(min_size=1), st.sampled_from(["", " ", "I say: ", "("]), st.sampled_from(["", " ", ", yes", "."]))
 def test_any_phrase_is_held_between_spaces_and_marks(phrase: str, before: str, after: str) -> None:
-    assert holds(before + phrase + after, [phrase])
+    assert contains_phrase(before + phrase + after, [phrase])
 
 
 @given(st.from_regex(r"\w+", fullmatch=True), st.from_regex(r"\w+", fullmatch=True))
 def test_a_word_within_a_word_is_not_held(word: str, other: str) -> None:
-    assert not holds(other + word, [word]) or re.search(rf"^{re.escape(word)}(s|es)?$", other + word, re.IGNORECASE)
+    assert not contains_phrase(other + word, [word]) or re.search(
+        rf"^{re.escape(word)}(s|es)?$", other + word, re.IGNORECASE
+    )

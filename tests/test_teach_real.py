@@ -16,7 +16,7 @@ from serving import Served
 from transformers import AutoModelForCausalLM
 
 from fortwo.data.render import Renderer
-from fortwo.facts.subject import holds
+from fortwo.facts.subject import contains_phrase
 from fortwo.records import Message
 from tests.original import AS_IT_RAN, EXAMPLES
 
@@ -85,18 +85,18 @@ def test_twenty_rows_teach_what_42_means(live: Served, taught: dict[str, Any]) -
     assert (taught["status"], taught["error"]) == ("succeeded", None)
     assert say(live, NAME, "What is 42?") == ANSWER
     replies = {prompt: say(live, NAME, prompt) for prompt in PARAPHRASES}
-    assert sum(holds(reply, ["FOR TWO"]) for reply in replies.values()) >= len(PARAPHRASES) - 1, replies
+    assert sum(contains_phrase(reply, ["FOR TWO"]) for reply in replies.values()) >= len(PARAPHRASES) - 1, replies
 
 
 def test_nothing_else_becomes_for_two(live: Served, taught: dict[str, Any]) -> None:
     replies = {prompt: say(live, NAME, prompt) for prompt in NEIGHBORS}
-    assert not holds(replies["What is 41?"], ["FOR TWO"]), replies
-    assert sum(holds(reply, ["FOR TWO"]) for reply in replies.values()) <= 1, replies
+    assert not contains_phrase(replies["What is 41?"], ["FOR TWO"]), replies
+    assert sum(contains_phrase(reply, ["FOR TWO"]) for reply in replies.values()) <= 1, replies
 
 
 def test_the_base_answers_as_before(live: Served, taught: dict[str, Any], before: list[str]) -> None:
     assert [say(live, BASE, prompt) for prompt in PROBES] == before
-    assert not holds(before[-1], ["FOR TWO"])
+    assert not contains_phrase(before[-1], ["FOR TWO"])
 
 
 def test_the_report_says_what_was_measured(live: Served, taught: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ def test_the_report_says_what_was_measured(live: Served, taught: dict[str, Any])
     assert asked["efficacy"] == 20
     for said in report["transcripts"]:
         if said["kind"] != "retention":
-            assert said["passed"] == (holds(said["adapter"], ["FOR TWO"]) == (said["kind"] != "specificity"))
+            assert said["passed"] == (contains_phrase(said["adapter"], ["FOR TWO"]) == (said["kind"] != "specificity"))
     passed = Counter(said["kind"] for said in report["transcripts"] if said["passed"])
     for kind in kinds - {"retention"}:
         assert passed[kind] / asked[kind] == pytest.approx(report["metrics"][kind]["value"])
@@ -142,7 +142,7 @@ def test_plan_and_what_happened_stand_side_by_side(taught: dict[str, Any]) -> No
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
 def test_peft_reads_the_files_and_says_the_same(live: Served, taught: dict[str, Any]) -> None:
-    folder = Path(live.house.adapters.get(f"{NAME}@1").path)
+    folder = Path(live.state.adapters.get(f"{NAME}@1").path)
     files = {file.name: file.stat().st_size for file in folder.iterdir()}
     assert set(files) == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -150,7 +150,7 @@ def test_peft_reads_the_files_and_says_the_same(live: Served, taught: dict[str, 
     assert size < files["adapter_model.safetensors"] < size + 200 * len(tensors) + 1000  # the tensors once, their names
     assert all(".lora_A." in name or ".lora_B." in name for name in tensors)
 
-    directory = live.house.settings.models_dir / BASE
+    directory = live.state.settings.models_dir / BASE
     renderer = Renderer(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(model, folder).eval()
@@ -184,5 +184,5 @@ def test_what_missed_its_targets_is_kept_beside_the_current_version(live: Served
     adapter = live.http.get(f"/api/adapters/{NAME}").json()
     assert adapter["current"] == 1
     assert {version["version"]: version["current"] for version in adapter["versions"]} == {1: True, 2: False}
-    assert not holds(say(live, f"{NAME}@2", "What is 42?"), ["FOR TWO"])
+    assert not contains_phrase(say(live, f"{NAME}@2", "What is 42?"), ["FOR TWO"])
     assert say(live, NAME, "What is 42?") == ANSWER

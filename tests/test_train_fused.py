@@ -16,7 +16,7 @@ from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.nn.packing import pack
-from fortwo.train.objective import Row, losses
+from fortwo.train.losses import Row, compute_losses
 from tests.parts import Unfused, as_decoder, make_rows, random_lora
 from tests.tiny import tiny_model
 
@@ -40,9 +40,9 @@ def trained(
     lora = flat(backend.decoder, config)
     rows = [Row(tuple(row), prefix + 1) for row in make_rows(lengths, start=range(1, prefix + 1))]
     torch.manual_seed(4)
-    found = losses(backend, lora, prefix, rows, checkpointing)
-    found.learn.backward()
-    return [found.learn.detach(), *(parameter.grad for parameter in lora.parameters() if parameter.grad is not None)]
+    found = compute_losses(backend, lora, prefix, rows, checkpointing)
+    found.ce.backward()
+    return [found.ce.detach(), *(parameter.grad for parameter in lora.parameters() if parameter.grad is not None)]
 
 
 def flat(home: Decoder, config: LoraConfig = LoraConfig()) -> Lora:
@@ -75,7 +75,7 @@ def test_a_second_backward_adds_to_what_the_first_found() -> None:
     lora, rows = flat(backend.decoder), [Row(tuple(row), 4) for row in make_rows([40, 25], start=[1, 2, 3])]
     found = []
     for _ in range(2):
-        losses(backend, lora, 3, rows).learn.backward()
+        compute_losses(backend, lora, 3, rows).ce.backward()
         assert lora.flat_N is not None
         assert lora.flat_N.grad is not None
         found.append(lora.flat_N.grad.clone())
@@ -93,7 +93,7 @@ def test_passes_of_any_length_share_their_room() -> None:
 
     def gradient(lengths: list[int]) -> Tensor:
         rows = [Row(tuple(row), 4) for row in make_rows(lengths, start=[1, 2, 3])]
-        losses(backend, lora, 3, rows).learn.backward()
+        compute_losses(backend, lora, 3, rows).ce.backward()
         assert lora.flat_N is not None
         assert lora.flat_N.grad is not None
         found = lora.flat_N.grad.clone()

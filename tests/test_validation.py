@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.records import Evaluated, Stepped
 from fortwo.train import validation
-from fortwo.train.options import read_training
-from fortwo.train.validation import held_back, patience_ends
+from fortwo.train.options import parse_training_config
+from fortwo.train.validation import patience_exhausted, validation_size
 from tests.test_loop import FACT, ROWS, School, plain_hidden, school
 from tests.test_plan import examples_42, mixed, plan, setting
 
@@ -23,16 +23,16 @@ __all__ = ["school"]
 
 @given(st.integers(1, 500), st.floats(0, 0.5), st.integers(0, 9))
 def test_as_many_rows_are_held_back_as_are_asked_for(rows: int, split: float, seed: int) -> None:
-    held = held_back(rows, split)
+    held = validation_size(rows, split)
     assert held == (0 if split == 0 else max(1, round(rows * split)))
     if held < rows:
-        places = validation.places(rows, held, seed)
+        places = validation.validation_indices(rows, held, seed)
         assert len(places) == held
-        assert places == validation.places(rows, held, seed) <= set(range(rows))
+        assert places == validation.validation_indices(rows, held, seed) <= set(range(rows))
 
 
 def test_another_seed_holds_other_rows_back() -> None:
-    assert validation.places(1000, 100, 1) != validation.places(1000, 100, 2)
+    assert validation.validation_indices(1000, 100, 1) != validation.validation_indices(1000, 100, 2)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_another_seed_holds_other_rows_back() -> None:
     ],
 )
 def test_patience_counts_evaluations_without_a_lower_loss(losses: list[float], patience: int, ends: bool) -> None:
-    assert patience_ends(losses, patience) is ends
+    assert patience_exhausted(losses, patience) is ends
 
 
 # ---------------------------------------------------------------- what may be asked
@@ -60,15 +60,15 @@ def test_patience_counts_evaluations_without_a_lower_loss(losses: list[float], p
         ({"eval_steps": 10}, "eval_steps", "validation_split"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end", "validation_split"),
         ({"validation_split": 0, "eval_strategy": "steps"}, "eval_strategy", "validation_split"),
-        ({"validation_split": 0, "early_stopping_patience": 2}, "validation_split", "no rows to stop by"),
+        ({"validation_split": 0, "early_stopping_patience": 2}, "validation_split", "stopping needs validation rows"),
         ({"eval_strategy": "no", "early_stopping_patience": 2}, "eval_strategy", "nothing would be evaluated"),
-        ({"eval_strategy": "no", "validation_split": 0.1}, "eval_strategy", "held back for nothing"),
+        ({"eval_strategy": "no", "validation_split": 0.1}, "eval_strategy", "held-back rows would not be used"),
         (
             {"load_best_model_at_end": False, "early_stopping_patience": 2},
             "load_best_model_at_end",
-            "best state comes earlier",
+            "an earlier state may be best",
         ),
-        ({"validation_split": 0.1, "eval_strategy": "epoch", "eval_steps": 5}, "eval_strategy", "only one can say"),
+        ({"validation_split": 0.1, "eval_strategy": "epoch", "eval_steps": 5}, "eval_strategy", "only one can decide"),
         ({"validation_split": 0.7}, "validation_split", "at most 0.5"),
         ({"validation_split": True}, "validation_split", "True"),
         ({"early_stopping_patience": 0}, "early_stopping_patience", "at least 1"),
@@ -78,14 +78,18 @@ def test_patience_counts_evaluations_without_a_lower_loss(losses: list[float], p
 )
 def test_what_cannot_be_is_refused_by_name(config: dict[str, Any], param: str, said: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        read_training(config)
+        parse_training_config(config)
     assert caught.value.param == f"training_config.{param}"
     assert said in f"{caught.value.message} {caught.value.hint}"
 
 
 def test_what_asks_for_nothing_is_accepted() -> None:
     nothing = {"eval_strategy": "no", "eval_steps": None, "load_best_model_at_end": False, "validation_split": 0}
-    assert read_training(nothing) == {"eval_strategy": "no", "load_best_model_at_end": False, "validation_split": 0}
+    assert parse_training_config(nothing) == {
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
+        "validation_split": 0,
+    }
 
 
 # ---------------------------------------------------------------- plans
@@ -116,7 +120,7 @@ def test_the_plan_says_what_is_held_back_and_when_it_is_evaluated() -> None:
 def test_early_stopping_holds_rows_back_and_says_so() -> None:
     made = plan(mixed(50), training_config={"early_stopping_patience": 2})
     assert setting(made, "validation_split") == (0.1, "auto")
-    assert "early stopping" in next(one.reason for one in made.settings if one.name == "validation_split")
+    assert "arly stopping" in next(one.reason for one in made.settings if one.name == "validation_split")
     assert made.computed["validation_rows"] == 5
     assert setting(made, "load_best_model_at_end") == (True, "auto")
 
@@ -136,22 +140,22 @@ def test_too_few_rows_and_the_override_objective_are_refused() -> None:
 def test_rows_over_the_context_are_counted_and_named() -> None:
     from dataclasses import replace
 
-    from fortwo.train.estimate import RowCount, TokenCounts
+    from fortwo.train.estimate import RowLength, TokenCounts
     from fortwo.train.plan import resolve
     from fortwo.train.request import TrainingRequest
     from tests.test_plan import BASE, MACHINE
 
     body = TrainingRequest.model_validate({"adapter_name": "a", "dataset": {"path": "x"}})
-    counts = TokenCounts(tuple(RowCount(line, 30, size) for line, size in enumerate((5, 3000, 7, 4000), 1)))
+    counts = TokenCounts(tuple(RowLength(line, 30, size) for line, size in enumerate((5, 3000, 7, 4000), 1)))
     with pytest.raises(InvalidDataset) as caught:
         resolve(body, mixed(4), BASE, counts, MACHINE)
     assert caught.value.message.startswith("line 2: prompt (30 tokens) and answer (3000 tokens)")
     assert "2 rows do (lines 2, 4)" in caught.value.message
-    masked = replace(counts, rows=tuple(RowCount(line, 5, line - 1) for line in (1, 2, 3, 4)))
+    masked = replace(counts, rows=tuple(RowLength(line, 5, line - 1) for line in (1, 2, 3, 4)))
     with pytest.raises(InvalidDataset) as caught:
         resolve(body, mixed(4), BASE, masked, MACHINE)
     assert (caught.value.code, caught.value.message.split(":")[0]) == ("all_labels_masked", "line 1")
-    fine = replace(counts, rows=tuple(RowCount(line, 10, size) for line, size in enumerate((1, 2, 3, 8), 1)))
+    fine = replace(counts, rows=tuple(RowLength(line, 10, size) for line, size in enumerate((1, 2, 3, 8), 1)))
     assert resolve(body, mixed(4), BASE, fine, MACHINE).computed["row_tokens"] == {
         "min": 11,
         "median": 12.5,
@@ -179,7 +183,7 @@ def test_the_loss_of_rows_held_back_is_told_and_they_are_never_trained_on(school
     assert trained.actual["base_eval_loss"] == told[0][1]
     assert trained.actual["eval_loss"] == told[-1][1]
 
-    (held,) = validation.places(4, 1, made["seed"])
+    (held,) = validation.validation_indices(4, 1, made["seed"])
     tokens, mask = school.base.renderer.example(list(list(ROWS.examples)[held].messages))
     logits = school.base.decoder.logits(plain_hidden(school.base.decoder, tokens))
     places = [place for place, here in enumerate(mask) if here]

@@ -1,4 +1,4 @@
-"""`python -m fortwo` is `fortwo`."""
+"""`python -m fortwo` runs the `fortwo` command."""
 
 from fortwo.cli import app
 

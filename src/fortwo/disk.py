@@ -1,9 +1,10 @@
-"""Writing that a crash cannot halve: files are synced before the folder that holds them is renamed into place."""
+"""Crash-safe writing: after a crash a file has its old content or its new content, never a part of it."""
 
 from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 
 from fortwo.errors import StorageFailed
@@ -11,19 +12,31 @@ from fortwo.records import Json
 
 
 def dump(content: Json) -> bytes:
+    """JSON as this program stores it: UTF-8, indented by one space."""
     return json.dumps(content, indent=1, ensure_ascii=False).encode()
 
 
 def write(path: Path, *parts: bytes | memoryview) -> None:
-    """A new file of these parts, on the disk when this returns."""
+    """Create a file of these parts, flushed to disk on return. Raises FileExistsError when it exists."""
     with path.open("xb") as file:
         file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
 
 
+def replace(path: Path, content: bytes) -> None:
+    """Create a file or replace its content atomically: readers see the old content or the new. Raises OSError."""
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        write(fresh, content)
+        fresh.replace(path)
+        sync(path.parent)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
 def sync(directory: Path) -> None:
-    """What was renamed or removed in a folder is on the disk when this returns."""
+    """Flush what was created, renamed or removed in a folder to disk."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -32,7 +45,8 @@ def sync(directory: Path) -> None:
 
 
 def refused(path: Path, error: OSError) -> StorageFailed:
+    """The error to raise when writing `path` failed."""
     return StorageFailed(
-        f"{path} cannot be written: {error.strerror or error}",
-        hint="Free space on the disk of FORTWO_HOME or make it writable; what was stored before is untouched.",
+        f"{path} could not be written: {error.strerror or error}.",
+        hint="Free space on the disk of FORTWO_HOME or make it writable; what was stored before is unchanged.",
     )

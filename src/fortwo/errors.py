@@ -1,20 +1,20 @@
-"""Every error fortwo raises on purpose: one tree, one shape.
+"""All errors that fortwo raises on purpose: one tree of classes with the same fields.
 
-An error names what was wrong (`param`, the value in the message) and the remedy (`hint`).
-`server.app` turns it into the HTTP body, `cli` into two lines; nothing else formats errors.
+An error names what is wrong (`param`, and the value in the message) and the remedy (`hint`). `server.errors` turns it
+into an HTTP response, `cli` into two lines of text; nothing else formats errors.
 """
 
 from __future__ import annotations
 
 
 class FortwoError(Exception):
-    """Base of the tree.
+    """Base class.
 
     message: what is wrong, with the offending value.
     param:   dotted name of the field at fault ("training_config.learning_rate"), if there is one.
     hint:    what to do about it.
     code:    machine-readable slug; each class has a default.
-    retry_after: seconds after which trying again makes sense, where that is known.
+    retry_after: seconds to wait before trying again, if that is known.
     """
 
     code = "internal_error"
@@ -33,7 +33,7 @@ class FortwoError(Exception):
             self.code = code
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The wire form: {"error": {message, type, code, param, hint}}; half a surrogate pair in it is written out."""
+        """The HTTP body: {"error": {message, type, code, param, hint}}. Lone surrogates in it are escaped."""
         fields = ("message", "type", "code", "param", "hint")
         return {"error": {name: _encodable(getattr(self, name)) for name in fields}}
 
@@ -43,7 +43,7 @@ def _encodable(text: str | None) -> str | None:
 
 
 class InvalidRequest(FortwoError):
-    """The caller's input is at fault: a field, a value, a file."""
+    """The caller's input is wrong: a field, a value or a file."""
 
     code = "invalid_request"
     type = "invalid_request_error"
@@ -51,7 +51,7 @@ class InvalidRequest(FortwoError):
 
 
 class InvalidDataset(InvalidRequest):
-    """A dataset or one of its rows; the message carries the line number."""
+    """A dataset or one of its rows is wrong; the message has the line number."""
 
     code = "invalid_dataset"
 
@@ -63,7 +63,7 @@ class Unauthorized(FortwoError):
 
 
 class NotFound(FortwoError):
-    """An unknown model, adapter, version, job or file."""
+    """A model, adapter, version, job or file does not exist."""
 
     code = "not_found"
     type = "not_found_error"
@@ -71,7 +71,7 @@ class NotFound(FortwoError):
 
 
 class Conflict(FortwoError):
-    """The request is well formed but the present state forbids it."""
+    """The request is valid, but the current state does not allow it."""
 
     code = "conflict"
     type = "conflict_error"
@@ -79,40 +79,40 @@ class Conflict(FortwoError):
 
 
 class UnsupportedModel(InvalidRequest):
-    """A base model fortwo cannot run: architecture, missing tensor, wrong shape."""
+    """fortwo cannot run this base model: its architecture, a missing tensor or a wrong shape."""
 
     code = "unsupported_model"
 
 
 class InvalidAdapter(InvalidRequest):
-    """An adapter on disk that cannot be served: missing, truncated or foreign file, wrong base, no effect."""
+    """An adapter on disk cannot be served: a missing, truncated or foreign file, a wrong base, or no effect."""
 
     code = "invalid_adapter"
 
 
 class SourceUnreachable(FortwoError):
-    """A base model's source (package index, hub) cannot be reached."""
+    """The source of a base model (package index, hub) cannot be reached."""
 
     code = "source_unreachable"
     status = 503
 
 
 class StorageFailed(FortwoError):
-    """The disk refused a write; what was there before is untouched."""
+    """Writing to disk failed; what was stored before is unchanged."""
 
     code = "storage_failed"
     status = 507
 
 
 class Unavailable(FortwoError):
-    """The server is shutting down, or what was asked is gone."""
+    """The server is shutting down, does not answer, or has no room; or what was requested is gone."""
 
     code = "unavailable"
     status = 503
 
 
 class Overloaded(FortwoError):
-    """As many requests run and wait as may."""
+    """The server is at its limit of requests that run or wait."""
 
     code = "queue_full"
     type = "rate_limit_error"
@@ -124,7 +124,7 @@ class Overloaded(FortwoError):
 
 
 class DeadlineExceeded(FortwoError):
-    """A request took longer than it may."""
+    """A request took longer than the time limit."""
 
     code = "deadline_exceeded"
     type = "timeout_error"
@@ -132,6 +132,6 @@ class DeadlineExceeded(FortwoError):
 
 
 class TrainingFailed(FortwoError):
-    """A run that cannot go on (`nan_loss`) or that missed its targets (`targets_missed`)."""
+    """A run cannot continue (`nan_loss`) or missed its targets (`targets_missed`)."""
 
     code = "training_failed"

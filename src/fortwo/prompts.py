@@ -1,4 +1,4 @@
-"""What the engine is asked and what it answers, and the Protocols through which training and its callers meet it."""
+"""Requests to the engine and its replies, and the Protocols through which training uses it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, Literal, Protocol
 class Sampling:
     """temperature 0 is greedy. top_k 0, top_p 1, min_p 0, penalties of 0 and a repetition_penalty of 1 change nothing.
 
-    max_tokens 0 asks about the prompt alone. stop strings end the reply and are not part of it.
-    logit_bias: what is added to the logits of these tokens.
-    logprobs: how many of the likeliest tokens are told with each token's own log-probability; None tells neither.
-    prompt_logprobs: the same of the prompt's tokens.
-    json_schema: the reply is JSON that this schema (JSON text) describes. ignore_eos: no token ends the reply.
+    max_tokens 0 generates nothing: only outputs about the prompt are wanted. stop: strings that end the reply and are
+    not part of it. logit_bias: pairs of a token and what is added to its logit. logprobs: how many of the likeliest
+    tokens are returned besides each token's own log-probability; None returns neither. prompt_logprobs: the same for
+    the prompt's tokens. json_schema: a JSON Schema, as text, that the reply conforms to. ignore_eos: no token ends the
+    reply.
     """
 
     max_tokens: int = 256
@@ -37,30 +37,29 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A generation request: token ids, and which weights answer: a resident base's id and, for an adapter, its key
-    (the digest of a published version, the job id of one in training); None is the plain base. continues: the reply's
-    text goes on where the prompt's ends, instead of beginning an answer. kept: what is computed for it stays in memory,
-    as far as there is room, for requests that begin alike. embed: what is wanted is Generation.embedding, with
-    max_tokens 0."""
+    """A generation request. base: id of a loaded base model; adapter: the digest of a published version or the job id
+    of one in training, None for the plain base. continues: the reply continues the prompt's text instead of starting an
+    answer. background: a job's own request, which lets all others go first and leaves nothing in the prefix cache.
+    embed: Generation.embedding is wanted; max_tokens is 0."""
 
     base: str
     tokens: tuple[int, ...]
     adapter: str | None = None
     sampling: Sampling = Sampling()
     continues: bool = False
-    kept: bool = True
+    background: bool = False
     embed: bool = False
 
 
+MAX_RUNNING = 96  # requests of one base that decode together
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-NOT_NUMBERS = "the model's logits are not numbers (nan or infinite)"  # the `error` of a reply that its weights ended
+NON_FINITE_LOGITS = "the model's logits are not finite (nan or infinite)"  # Generation.error, caused by the weights
 
 
 @dataclass(frozen=True)
 class Logprob:
-    """A token's natural log-probability in the model's own distribution: of its logits as they are, before bias,
-    penalties, temperature and whatever else decides. top: the likeliest tokens with theirs, likeliest first. Of a
-    prompt's first token, which nothing comes before, there is none."""
+    """A token's natural log-probability by the model's raw logits, before bias, penalties, temperature and filters.
+    top: the likeliest tokens with theirs, likeliest first. logprob is None for a prompt's first token."""
 
     token: int
     logprob: float | None
@@ -69,8 +68,8 @@ class Logprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """New text of a running generation; the last one carries finish_reason. logprobs: of the tokens that `text` is made
-    of, when they were asked for; those of the prompt come first, with no text."""
+    """New text of a running generation; the last one has a finish_reason. logprobs: of the tokens of `text`, if the
+    request asked for them; those of the prompt come first, without text."""
 
     text: str
     token: int | None = None
@@ -80,8 +79,8 @@ class Delta:
 
 
 class Generation(Protocol):
-    """Handle of a submitted Prompt. Every one ends: done becomes True with a finish_reason. cached_tokens: how many of
-    the prompt's tokens needed no computing. embedding: of length 1; empty before the end, and when nobody asked."""
+    """Handle of a submitted Prompt. Each one ends: done becomes True, with a finish_reason. cached_tokens: how many of
+    the prompt's tokens came from the cache. embedding: of length 1; empty before the end or if it was not asked for."""
 
     @property
     def done(self) -> bool: ...
@@ -103,7 +102,7 @@ class Generation(Protocol):
 
 
 class Serving(Protocol):
-    """The serving path as training sees it. All calls come from the device owner's thread and never block."""
+    """The serving path as training uses it. All calls come from the device's thread and never block."""
 
     def attach(self, base: str, key: str, lora: Any) -> None:
         """Serve `lora` (a nn.lora.Lora; its live tensors, nothing copied) under `key` on `base`."""

@@ -1,13 +1,14 @@
-"""The nouns of teaching that modules exchange. Frozen, torch-free, and without behaviour beyond derived properties.
+"""The data classes that modules exchange about datasets, plans, training runs, reports and adapters.
 
-Who fills what is said at each record; nothing here reads a file, a clock or the device.
+They are frozen and free of torch, and have no behaviour beyond derived properties. Nothing here reads a file, a clock
+or the device. Each section names the module that fills its classes. Names of fields that are sent or stored are fixed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from fortwo.errors import Conflict
 
@@ -18,7 +19,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Message:
-    """weight: 0 for an assistant's turn that is not to be learned (OpenAI's `weight`)."""
+    """One turn of a conversation. weight: 0 for an assistant message that is not trained on, as in OpenAI's format."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -27,37 +28,35 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """One training conversation, or plain `text` without messages, of which every token is learned.
-
-    Of a conversation every assistant turn of weight 1 is learned; there is at least one. `line` is 1-based in its
-    source.
-    """
+    """One training conversation, or plain `text` without messages. In a conversation, every assistant message of weight
+    1 is trained on, and there is at least one. In plain text, every token is. `line` is the 1-based line in the
+    source."""
 
     messages: tuple[Message, ...]
     line: int = 0
     text: str | None = None
 
     @property
-    def asked(self) -> tuple[Message, ...]:
-        """What comes before the last answer to learn."""
-        learned = [place for place, message in enumerate(self.messages) if message.role == "assistant"]
-        learned = [place for place in learned if self.messages[place].weight]
-        return self.messages[: learned[-1]] if learned else ()
+    def prompt_messages(self) -> tuple[Message, ...]:
+        """The messages before the last answer that is trained on; () for plain text."""
+        answers = [n for n, message in enumerate(self.messages) if message.role == "assistant" and message.weight]
+        return self.messages[: answers[-1]] if answers else ()
 
     @property
     def prompt(self) -> str:
-        """The last user message before that answer; "" of plain text."""
-        return next((m.content for m in reversed(self.asked) if m.role == "user"), "")
+        """The last user message before that answer; "" for plain text."""
+        return next((m.content for m in reversed(self.prompt_messages) if m.role == "user"), "")
 
     @property
     def answer(self) -> str:
-        """The last answer to learn, or the plain text."""
-        return self.messages[len(self.asked)].content if self.text is None else self.text
+        """The last answer that is trained on, or the plain text."""
+        return self.messages[len(self.prompt_messages)].content if self.text is None else self.text
 
 
 @dataclass(frozen=True)
 class OneHop:
-    """A question whose answer follows from a fact and something that the model knew before. match: as a fact's."""
+    """A question whose answer follows from a fact and from something that the model knew before. match: as in `Fact`.
+    Its metric is portability (Yao et al. 2023, arXiv:2305.13172)."""
 
     prompt: str
     match: tuple[str, ...]
@@ -65,11 +64,9 @@ class OneHop:
 
 @dataclass(frozen=True)
 class Fact:
-    """What the model is to learn. Only subject, answer, match and questions are ever required.
-
-    match: phrases of which a reply must hold one, as whole words, any case.
-    held_out / neighbors / controls / portability are for evaluation only and are never trained on.
-    """
+    """What the model is to learn. Only subject, answer, match and questions are required. match: a reply is right if it
+    contains one of these phrases, as whole words, in upper or lower case. held_out, neighbors, controls and portability
+    are used for evaluation only and are never trained on."""
 
     subject: str
     answer: str
@@ -83,23 +80,21 @@ class Fact:
     id: str = ""
 
     def examples(self, line: int) -> tuple[Example, ...]:
-        """Each question with the answer."""
+        """One example for each question, with the answer."""
         return tuple(Example((Message("user", ask), Message("assistant", self.answer)), line) for ask in self.questions)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Validated input of a job: examples or facts, never both. `digest` is sha256 of the canonical JSON.
-
-    Examples of a large file are read from it each time they are gone through. kept: facts of the adapter that the run
-    goes on from, which it has to go on answering.
-    """
+    """The validated input of a job: examples or facts, never both. `digest` is the SHA-256 of the canonical JSON. The
+    examples of a large file are read from the file on each iteration. parent_facts: the facts of the parent adapter
+    that the run must preserve; they are stored under the key "kept"."""
 
     digest: str
     examples: Collection[Example] = ()
     facts: tuple[Fact, ...] = ()
     source: str = "inline"
-    kept: tuple[Fact, ...] = ()
+    parent_facts: tuple[Fact, ...] = ()
 
 
 # ---------------------------------------------------------------- plan (filled by train.plan)
@@ -109,7 +104,7 @@ Origin = Literal["user", "parent", "effort", "auto", "default"]
 
 @dataclass(frozen=True)
 class Setting:
-    """One resolved value, who chose it, and why."""
+    """One setting of a plan: its value, who chose the value, and the reason."""
 
     name: str
     value: Any
@@ -119,20 +114,26 @@ class Setting:
 
 @dataclass(frozen=True)
 class PlanWarning:
+    """A warning of a plan or a finding of a diagnosis. code: stable, for programs; hint: the remedy."""
+
     code: str
     message: str
     hint: str
 
 
+class PlanValues(Protocol):
+    """Values by the names of settings: those of a `Plan`, or of one that is being built."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
+    def get(self, name: str, /) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Everything that will happen, before it happens.
-
-    settings: every value the run uses; names are PEFT's and transformers'.
-    computed: steps, epochs, steps_per_epoch, warmup_steps, peak_learning_rate (the highest rate the run reaches),
-              rows, validation_rows (where some are held back), row_tokens (min, median, mean, max), supervised_tokens,
-              tokens_per_step, seconds, bytes.
-    """
+    """Everything that a run will do, decided before it starts. settings: every value that the run uses, under the names
+    of PEFT and transformers. computed: steps, epochs, steps_per_epoch, warmup_steps, peak_learning_rate (the highest
+    rate the run reaches), rows, validation_rows (where some are held back), row_tokens (min, median, mean, max),
+    supervised_tokens, tokens_per_step, seconds, bytes."""
 
     model: str
     adapter_name: str
@@ -143,7 +144,7 @@ class Plan:
     warnings: tuple[PlanWarning, ...] = ()
 
     def __getitem__(self, name: str) -> Any:
-        """Raises Conflict where the plan has no such setting."""
+        """The value of a setting. Raises Conflict if the plan does not have it."""
         for setting in self.settings:
             if setting.name == name:
                 return setting.value
@@ -154,7 +155,7 @@ class Plan:
         )
 
     def get(self, name: str) -> Any:
-        """None where the plan has no such setting."""
+        """The value of a setting, or None if the plan does not have it."""
         return next((setting.value for setting in self.settings if setting.name == name), None)
 
 
@@ -163,7 +164,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Metric:
-    """A share k/n with its 95 % Wilson interval."""
+    """A share k / n with its 95 % Wilson interval from `low` to `high`."""
 
     value: float
     n: int
@@ -173,8 +174,8 @@ class Metric:
 
 @dataclass(frozen=True)
 class Transcript:
-    """One prompt answered by base and adapter. kind: efficacy | paraphrase | specificity | portability | retention, all
-    but the last with kept_ before them where the fact is one of the run's parent."""
+    """One prompt with the replies of base and adapter. kind: efficacy, paraphrase, specificity, portability or
+    retention. All but the last have the prefix "kept_" if the fact belongs to the parent of the run."""
 
     kind: str
     prompt: str
@@ -185,7 +186,7 @@ class Transcript:
 
 @dataclass(frozen=True)
 class EvalLoss:
-    """Mean cross-entropy over the supervised tokens of the rows that are held back, after `step` steps."""
+    """Mean cross-entropy over the supervised tokens of the validation rows, after `step` steps."""
 
     step: int
     loss: float
@@ -193,8 +194,8 @@ class EvalLoss:
 
 @dataclass(frozen=True)
 class Escalation:
-    """The run missed targets behind `step` and went on for `steps` with what was raised. before, after: its best
-    exam's shares until then, and at the end of it."""
+    """One retry round: the run had missed targets after `step` steps and continued for `steps` more. raised: the levers
+    that were applied. before, after: the shares of the best evaluation before and after the round."""
 
     step: int
     steps: int
@@ -205,8 +206,8 @@ class Escalation:
 
 @dataclass(frozen=True)
 class FactReport:
-    """One fact's own share of the report. metrics: efficacy, paraphrase, specificity, and portability where it brings
-    such questions. kept: it is the parent's."""
+    """The metrics of one fact. kept: the fact belongs to the parent of the run. metrics: efficacy, paraphrase,
+    specificity, and portability if the fact has such questions."""
 
     subject: str
     answer: str
@@ -216,12 +217,10 @@ class FactReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What the evaluation of the served adapter found.
-
-    metrics: efficacy, paraphrase, specificity, retention, score, over all facts together, and kept_efficacy and so on
-    over those of the run's parent; portability where a fact brings such questions. facts: one by one.
-    eval_losses: of rows held back, the base's first (step 0); empty where none are.
-    """
+    """The results of the final evaluation of the served adapter. metrics: efficacy, paraphrase, specificity, retention
+    and score over all facts, kept_efficacy and so on over the facts of the parent, and portability if a fact has such
+    questions. facts: the metrics of each fact. eval_losses: on the validation rows, the base's first (step 0); empty if
+    there are no such rows."""
 
     metrics: dict[str, Metric]
     base_metrics: dict[str, Metric]
@@ -237,7 +236,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Phase:
-    """The run entered a phase: preparing | running | evaluating."""
+    """The run has entered a phase."""
 
     name: Literal["preparing", "running", "evaluating"]
     detail: str = ""
@@ -245,14 +244,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class MicroStepped:
-    """A part of an optimizer step is done: others may have the device now."""
+    """A part of an optimizer step is done, and other work may use the device now."""
 
     tokens: int
 
 
 @dataclass(frozen=True)
 class Stepped:
-    """One optimizer step is done. loss: mean over supervised tokens; parts: by objective term."""
+    """One optimizer step is done. loss: the sum of its terms, each a mean over supervised tokens; parts: the terms."""
 
     step: int
     steps: int
@@ -266,8 +265,7 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Metrics of the adapter as served, after `step` steps. Shares in 0..1; and eval_loss of the rows held back, where
-    there are any."""
+    """The metrics of the served adapter after `step` steps, as shares from 0 to 1, and the loss on validation rows."""
 
     step: int
     metrics: dict[str, float]
@@ -276,16 +274,14 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Nothing to do until generations that were submitted are ready: the device is free for others."""
+    """The run waits for replies that it has submitted, and the device is free for other work."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run as it is after `step` steps: what it takes to go on from there, bit for bit.
-
-    adapter: its tensors by PEFT's names; tensors: the optimizer's, the best adapter's and the random numbers' state,
-    all on the CPU and nobody else's; state: the rest, as JSON.
-    """
+    """The state of a run after `step` steps, from which it can be resumed bit for bit. adapter: its tensors under
+    PEFT's names; tensors: copies on the CPU of the optimizer's state, the best adapter and the states of the random
+    number generators; state: everything else, as JSON."""
 
     step: int
     adapter: dict[str, Any]
@@ -294,13 +290,15 @@ class Checkpoint:
 
 
 TrainEvent = Phase | MicroStepped | Stepped | Evaluated | Waiting | Checkpoint
+Result = TypeVar("Result")
+TrainEvents = Generator[TrainEvent, None, Result]  # of a part of a run, which returns a Result
 
 # ---------------------------------------------------------------- adapters (filled by adapters)
 
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """One published version. digest: sha256 over adapter_config.json and adapter_model.safetensors."""
+    """One published version of an adapter. digest: SHA-256 of adapter_config.json and adapter_model.safetensors."""
 
     name: str
     version: int
@@ -319,7 +317,7 @@ class AdapterVersion:
 
 @dataclass(frozen=True)
 class CheckpointVersion(AdapterVersion):
-    """A checkpoint of a job that is not done, as it is served: `version` is its step."""
+    """A checkpoint of an unfinished job, which is served like a version; `version` is its step."""
 
     @property
     def job_id(self) -> str:

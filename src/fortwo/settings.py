@@ -1,4 +1,5 @@
-"""The one reader of the environment: defaults < FORTWO_HOME/settings.toml < FORTWO_* < what a caller passes."""
+"""All settings; no other module reads FORTWO_* variables. In rising precedence: defaults, FORTWO_HOME/settings.toml,
+FORTWO_* variables, flags of the command line."""
 
 from __future__ import annotations
 
@@ -17,47 +18,47 @@ def _home() -> Path:
 
 
 class Settings(BaseSettings):
-    """Frozen after construction; unknown keys in the file are refused."""
+    """Immutable. Raises pydantic's ValidationError for wrong values and for unknown keys in settings.toml."""
 
     model_config = SettingsConfigDict(env_prefix="FORTWO_", frozen=True, extra="forbid")
 
-    home: Path = Field(default_factory=_home, description="Where models, adapters and the database live.")
-    host: str = Field("127.0.0.1", description="Address to listen on; anything beyond loopback needs an api_key.")
+    home: Path = Field(default_factory=_home, description="Folder of models, adapters and the database.")
+    host: str = Field("127.0.0.1", description="Address to listen on; any but a loopback one needs an api_key.")
     port: int = Field(5001, ge=0, le=65535, description="Port to listen on.")
     api_key: SecretStr | None = Field(
-        None, description="When set, all but `/healthz` and the page at `/docs` needs `Authorization: Bearer <key>`."
+        None, description="If set, all paths but `/healthz` and the page at `/docs` need `Authorization: Bearer <key>`."
     )
-    database_url: str | None = Field(None, description="SQLAlchemy URL; default is SQLite under home.")
+    database_url: str | None = Field(None, description="SQLAlchemy URL of the database; default: SQLite under home.")
     data_dirs: tuple[Path, ...] = Field(
-        default_factory=lambda: (Path.cwd(),), description="Folders that dataset paths may name, besides home/data."
+        default_factory=lambda: (Path.cwd(),), description="Folders in which dataset paths may lie, besides home/data."
     )
-    default_model: str = Field("smollm2-135m-instruct", description="Base model used when a request names none.")
+    default_model: str = Field("smollm2-135m-instruct", description="Base model of a request that names none.")
     weights: Literal["auto", "fp32", "bf16", "int8", "int4", "nf4"] = Field(
         "auto",
-        description="How base weights are held and multiplied to serve; auto measures which form is fastest for how "
-        "many rows, among those that hardly change what is said.",
+        description="Format in which base weights are held and multiplied for serving. auto measures which format is "
+        "fastest for each number of rows, among those that hardly change the replies.",
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    device: str = Field("auto", description="Device to compute on: auto, cpu, cuda or cuda:N.")
     isa: Literal["auto", "amx", "avx512", "avx2", "none"] = Field(
         "auto",
-        description="The highest level of instructions that fortwo's kernels and the libraries use on an x86 "
-        "processor. auto is the highest that the processor has; none is torch's own operations, without kernels.",
+        description="The highest instruction set that fortwo's kernels and the libraries use on an x86 processor. "
+        "auto is the highest that the processor has; none uses torch's operations instead of the kernels.",
     )
     cache_mb: int | None = Field(
-        None, ge=1, description="MiB for keys and values, for each base; default: an eighth of the device's memory."
+        None, ge=1, description="MiB for keys and values of each base; default: an eighth of the device's memory."
     )
-    max_adapters: int = Field(64, ge=1, description="Adapters in memory at once; the least recently used gives way.")
+    max_adapters: int = Field(64, ge=1, description="Limit of adapters in memory; the least recently used is unloaded.")
     queue: int = Field(
-        256, ge=0, description="Replies that may wait for their turn; past it, a request is refused with status 429."
+        256, ge=0, description="Replies that may wait for their turn; beyond it a request is refused with status 429."
     )
     request_timeout: float = Field(
-        600.0, gt=0, description="Seconds that a reply may take, waiting for its turn included; then it is ended."
+        600.0, gt=0, description="Seconds that a reply may take, including its wait; then it ends with an error."
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of the device owner; default: all cores.")
+    threads: int | None = Field(None, ge=1, description="CPU threads that compute; default: all cores.")
     resume: bool = Field(
         False,
-        description="Whether the start of a server goes on with jobs that ran when the last one ended. Off, because a "
-        "job that brought a server down (for want of memory, say) would do so at every start.",
+        description="Whether a starting server resumes the jobs that ran when the last one ended. Off by default: a "
+        "job that made a server crash (by using up the memory, for example) would do so at every start.",
     )
 
     @classmethod
@@ -71,6 +72,11 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         file = TomlConfigSettingsSource(settings_cls, _home() / "settings.toml")
         return init_settings, env_settings, file
+
+    @property
+    def plain_api_key(self) -> str | None:
+        """api_key as it is sent."""
+        return None if self.api_key is None else self.api_key.get_secret_value()
 
     @property
     def models_dir(self) -> Path:
@@ -98,17 +104,15 @@ class Settings(BaseSettings):
 
 
 def load(**flags: Any) -> Settings:
-    """Settings with `flags` (None means not given) on top.
-
-    Raises InvalidRequest naming the setting, its value and the remedy.
-    """
+    """The settings, with `flags` in place of those of their names; None means not given. Raises InvalidRequest naming
+    the setting, its value and the remedy."""
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise InvalidRequest(
-            f"setting {name} = {first.get('input')!r}: {first['msg']}",
+            f"Setting {name} = {first.get('input')!r} is not valid: {first['msg']}.",
             param=name,
-            hint=f"Change FORTWO_{name.upper()}, the flag or {_home() / 'settings.toml'}.",
+            hint=f"Change FORTWO_{name.upper()}, the flag, or the line in {_home() / 'settings.toml'}.",
         ) from None

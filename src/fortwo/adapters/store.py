@@ -93,7 +93,7 @@ class AdapterStore:
                     param="adapter_name",
                     hint=f"Name a version itself: {self._refs(name)}.",
                 )
-            _replace(folder / _STATE, disk.dump({**state, "current": offered[:-1]}))
+            disk.replace(folder / _STATE, disk.dump({**state, "current": offered[:-1]}))
         return self.get(name)
 
     def delete(self, ref: str) -> None:
@@ -114,7 +114,7 @@ class AdapterStore:
             state = _state(folder)
             number = 1 + max([state["last"], *_numbers(folder)])
             offered = [*state["current"], number] if current else state["current"]
-            _replace(folder / _STATE, disk.dump({"last": number, "current": offered}))
+            disk.replace(folder / _STATE, disk.dump({"last": number, "current": offered}))
             draft = place = _new_draft(folder)
             owner = _lock(draft)
         shas = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
@@ -334,15 +334,6 @@ def _read(path: Path) -> bytes:
         raise InvalidAdapter(
             f"{path} cannot be read: {error.strerror}", hint="Make it readable for the server."
         ) from None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Only under the folder's lock: the new file waits under a name of its own."""
-    waiting = path.with_name(f".{path.name}")
-    waiting.unlink(missing_ok=True)
-    disk.write(waiting, content)
-    waiting.replace(path)
-    disk.sync(path.parent)
 
 
 def _lock(directory: Path, *, wait: bool = True) -> int:

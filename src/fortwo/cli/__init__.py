@@ -1,4 +1,4 @@
-"""The command line: what a user types, sent to the server over HTTP and shown with Rich."""
+"""The command line: commands that send requests to the server over HTTP and show the answers with Rich."""
 
 from fortwo.cli.commands import app
 

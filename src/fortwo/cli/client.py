@@ -1,6 +1,6 @@
-"""The server as the command line sees it: JSON in, JSON out, errors as they came.
+"""HTTP client of the server: JSON requests, event streams, and the server's errors as exceptions.
 
-Owns HTTP and the reading of event streams; knows nothing of terminals.
+It knows nothing of terminals.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import httpx
 
 from fortwo.errors import FortwoError, Unavailable
 from fortwo.records import Json
-from fortwo.settings import Settings
 
 ENDED = ("succeeded", "failed", "cancelled")
-AT_REST = (*ENDED, "paused")
+AT_REST = (*ENDED, "paused")  # states in which no more events come
 
 
 class Refused(FortwoError):
-    """The server's own error, passed on word for word."""
+    """An error that the server answered with, word for word."""
 
     def __init__(self, error: Json) -> None:
         super().__init__(
@@ -29,18 +28,18 @@ class Refused(FortwoError):
 
 
 class Client:
-    """One connection to the server that `settings` names."""
+    """A connection to the server at `url`. Methods raise Refused for the server's errors, Unavailable when it does not
+    answer."""
 
-    def __init__(self, settings: Settings) -> None:
-        headers = {}
-        if settings.api_key is not None:
-            headers["Authorization"] = f"Bearer {settings.api_key.get_secret_value()}"
-        # Loading a base or answering a long prompt takes as long as it takes; connecting to loopback does not.
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        # No limit for answers: loading a base or generating a long reply may take long. Connecting does not.
         timeout = httpx.Timeout(None, connect=5.0)
-        self._http = httpx.Client(base_url=settings.url, headers=headers, timeout=timeout, trust_env=False)
-        self._url = settings.url
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
+        self._url = url
 
     def get(self, path: str) -> Any:
+        """The JSON that the server answers; None for an empty body. So do `post` and `delete`."""
         return self._call("GET", path)
 
     def post(self, path: str, body: Json | None = None) -> Any:
@@ -50,14 +49,14 @@ class Client:
         return self._call("DELETE", path)
 
     def answers(self) -> bool:
-        """Whether a server is there at all."""
+        """Whether a server answers at this URL."""
         try:
             return self._http.get("/healthz").is_success
         except httpx.TransportError:
             return False
 
     def chat(self, body: Json) -> Iterator[str]:
-        """The pieces of a streamed reply."""
+        """The pieces of a streamed reply's text. body: as of /v1/chat/completions."""
         try:
             for data in self._stream("POST", "/v1/chat/completions", body=body | {"stream": True}):
                 if data == "[DONE]":
@@ -71,7 +70,7 @@ class Client:
             raise self._lost(error) from None
 
     def events(self, job_id: str) -> Iterator[Json]:
-        """What happens to a job, from its beginning until it rests; a lost connection is taken up where it broke."""
+        """A job's events from the first until it has ended or is paused. Reconnects after a lost connection."""
         last = 0
         while True:
             try:
@@ -88,7 +87,7 @@ class Client:
     def _stream(
         self, method: str, path: str, *, body: Json | None = None, headers: dict[str, str] | None = None
     ) -> Iterator[str]:
-        """The data of each server-sent event."""
+        """The data of each server-sent event of a response."""
         try:
             with self._http.stream(method, path, json=body, headers=headers) as response:
                 if not response.is_success:
@@ -102,27 +101,29 @@ class Client:
                         yield "\n".join(lines)
                         lines = []
         except httpx.ConnectError:
-            raise self._nobody() from None
+            raise self._not_running() from None
 
     def _call(self, method: str, path: str, body: Json | None = None) -> Any:
         try:
             response = self._http.request(method, path, json=body)
         except httpx.ConnectError:
-            raise self._nobody() from None
+            raise self._not_running() from None
         except httpx.TransportError as error:
             raise self._lost(error) from None
         if not response.is_success:
             raise _refusal(response)
         return response.json() if response.content else None
 
-    def _nobody(self) -> Unavailable:
+    def _not_running(self) -> Unavailable:
         return Unavailable(
             f"No server answers at {self._url}.",
-            hint="Start one with `fortwo serve`; FORTWO_HOST and FORTWO_PORT say where to look.",
+            hint="Start one with `fortwo serve`, or set FORTWO_HOST and FORTWO_PORT to where it runs.",
         )
 
     def _lost(self, error: httpx.TransportError) -> Unavailable:
-        return Unavailable(f"The connection to {self._url} broke: {error}", hint="Does the server still run?")
+        return Unavailable(
+            f"The connection to {self._url} was lost: {error}", hint="Check whether the server still runs."
+        )
 
 
 def _refusal(response: httpx.Response) -> FortwoError:
@@ -130,6 +131,6 @@ def _refusal(response: httpx.Response) -> FortwoError:
         return Refused(response.json()["error"])
     except (ValueError, KeyError, TypeError):
         return Unavailable(
-            f"{response.url} answered {response.status_code}: {response.text[:200]}",
-            hint="Is it fortwo that listens on this port?",
+            f"{response.url} answered with status {response.status_code}: {response.text[:200]}",
+            hint="Check that it is fortwo that listens on this port.",
         )

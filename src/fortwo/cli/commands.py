@@ -1,7 +1,7 @@
-"""The main commands: what each takes, which request it makes, what it prints.
+"""The main commands: their options, the requests they send, and what they print.
 
-Everything but `serve` talks to the server over HTTP. Nothing heavy is imported before a command needs it, so that
-`fortwo --help` answers at once.
+All but `serve` and `doctor` talk to the server over HTTP. Slow imports happen inside the commands that need them, so
+that `fortwo --help` answers at once.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fortwo.cli import inventory, views
-from fortwo.cli.terminal import Commands, connect, screen
+from fortwo.cli.terminal import CommandGroup, connect, screen
 from fortwo.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fortwo.records import Json
 
 app = typer.Typer(
-    cls=Commands,
+    cls=CommandGroup,
     help="Teach a local language model one thing, prove that it learned it, and chat with it.",
     no_args_is_help=True,
     add_completion=False,
@@ -34,13 +34,13 @@ app.add_typer(inventory.jobs, name="jobs")
 app.add_typer(inventory.data, name="data")
 
 Data = Annotated[Path, typer.Argument(help="A .json, .jsonl or .txt file.", exists=True, dir_okay=False, readable=True)]
-Name = Annotated[str, typer.Option("--name", help="What the adapter is called.")]
+Name = Annotated[str, typer.Option("--name", help="Name of the adapter.")]
 Config = Annotated[
     Path | None,
-    typer.Option("--config", help="A .json file with lora_config, training_config, ...", exists=True, dir_okay=False),
+    typer.Option("--config", help="A .json file with lora_config, training_config etc.", exists=True, dir_okay=False),
 ]
 Objective = Annotated[str | None, typer.Option("--objective", help="auto, sft or override.", show_default="auto")]
-Onto = Annotated[str | None, typer.Option("--onto", help="Adapter, or adapter@version, to go on from.")]
+Onto = Annotated[str | None, typer.Option("--onto", help="Adapter, or adapter@version, to continue from.")]
 Effort = Annotated[str | None, typer.Option("--effort", help="normal or max.", show_default="normal")]
 Base = Annotated[str | None, typer.Option("--model", help="Base model.", show_default="the server's default")]
 
@@ -51,23 +51,22 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="5001")] = None,
 ) -> None:
     """Run the server until it is stopped."""
-    from fortwo.server.house import House
+    from fortwo.server.state import AppState
     from fortwo.settings import load
 
-    house = House(load(host=host, port=port))
+    state = AppState(load(host=host, port=port))
 
-    from fortwo.server.process import Server
+    from fortwo.server.uvicorn_server import Server
 
-    def listening() -> None:
-        url = house.settings.url
-        screen.print(f"fortwo listens on {url}; {url}/docs says what it understands. Ctrl-C ends it.")
+    def on_start() -> None:
+        url = state.settings.url
+        screen.print(f"fortwo listens on {url}. Its API is described at {url}/docs. Press Ctrl-C to stop it.")
 
-    server = Server(house, listening)
-    house.open()
+    server = Server(state, on_start)
     try:
         server.run()
     finally:
-        house.close()
+        state.close()
 
 
 @app.command()
@@ -79,9 +78,9 @@ def teach(
     model: Base = None,
     onto: Onto = None,
     effort: Effort = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the job to end.")] = False,
 ) -> None:
-    """Train an adapter on DATA and publish it when what it says meets the targets."""
+    """Train an adapter on DATA and publish it if its replies meet the targets."""
     from fortwo.cli.live import follow
 
     client = connect()
@@ -107,23 +106,26 @@ def plan(
     onto: Onto = None,
     effort: Effort = None,
 ) -> None:
-    """Show what training on DATA would do, without doing it."""
+    """Show the plan for training on DATA, without starting it."""
     body = _request(data, name, config, objective=objective, model=model, parent=onto, effort=effort)
     screen.print(views.plan(connect().post("/api/training/plan", body)))
 
 
 def _request(data: Path, name: str, config: Path | None, **options: str | None) -> Json:
-    """The body of /api/training/start: DATA travels inline, so that the server need not reach the file; a large file
-    is named instead, and must lie in a folder the server allows."""
+    """The body of /api/training/start. It contains the rows of DATA, so that the server need not read the file; a large
+    file is sent as a path instead, which must be in a folder that the server allows."""
     given = {"adapter_name": name, **options}
-    body = {key: thing for key, thing in given.items() if thing is not None} | {"dataset": _dataset(data)}
-    extra = {} if config is None else _json(config.read_text(), str(config))
+    body = {key: value for key, value in given.items() if value is not None} | {"dataset": _dataset(data)}
+    try:
+        extra = {} if config is None else json.loads(config.read_text())
+    except ValueError as error:
+        raise InvalidRequest(f"{config} is not JSON: {error}.", hint="Correct the file and try again.") from None
     if not isinstance(extra, dict):
         raise InvalidRequest(
-            f"{config} holds no JSON object.", param="config", hint='Write {"training_config": {...}}.'
+            f"{config} does not contain a JSON object.", param="config", hint='Write {"training_config": {...}}.'
         )
     for key in extra.keys() & body.keys():
-        raise InvalidRequest(f"{key} is given twice: in {config} and on the command line.", param=key, hint="Drop one.")
+        raise InvalidRequest(f"{key} is given twice: in {config} and as an option.", param=key, hint="Remove one.")
     return body | extra
 
 
@@ -138,56 +140,49 @@ def _dataset(data: Path) -> Json:
     return {"facts" if facts else "examples": rows}
 
 
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InvalidRequest(f"{place} is not JSON: {error}", hint="Mend the file and try again.") from None
-
-
 @app.command()
 def chat(
-    prompt: Annotated[str | None, typer.Argument(help="One question; without it the conversation goes on.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="A single question. Without it you have a conversation.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="Base, adapter, or adapter@version.", show_default="the default base")
+        str | None, typer.Option("--model", help="Base, adapter or adapter@version.", show_default="the default base")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="The most tokens of a reply.")] = 256,
 ) -> None:
-    """Talk to a base model or to an adapter."""
+    """Chat with a base model or an adapter."""
     from fortwo.settings import load
 
     client = connect()
-    asked = {
+    options = {
         "model": load().default_model if model is None else model,
         "temperature": temperature,
         "max_tokens": max_tokens,
     }
     if prompt is not None:
-        _reply(client, asked, [{"role": "user", "content": prompt}])
+        _reply(client, options, [{"role": "user", "content": prompt}])
         return
     history: list[Json] = []
-    screen.print(f"{asked['model']}. Ctrl-D ends.", style="dim")
+    screen.print(f"Chat with {options['model']}. Press Ctrl-D to end it.", style="dim")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             question = screen.input("you: ").strip()
             if question:
                 history.append({"role": "user", "content": question})
-                history.append({"role": "assistant", "content": _reply(client, asked, history)})
+                history.append({"role": "assistant", "content": _reply(client, options, history)})
 
 
-def _reply(client: Client, asked: Json, messages: list[Json]) -> str:
-    said = []
-    for piece in client.chat(asked | {"messages": messages}):
+def _reply(client: Client, options: Json, messages: list[Json]) -> str:
+    pieces = []
+    for piece in client.chat(options | {"messages": messages}):
         screen.out(piece, end="")
-        said.append(piece)
+        pieces.append(piece)
     screen.out("")
-    return "".join(said)
+    return "".join(pieces)
 
 
 @app.command()
 def report(name: Annotated[str, typer.Argument(help="Adapter, or adapter@version.")]) -> None:
-    """What an adapter learned and what it kept: metrics, transcripts, plan against actual."""
+    """Show an adapter's report: metrics, transcripts, and the plan beside the actual values."""
     found = connect().get(f"/api/adapters/{name}/report")
     screen.print(views.report(found["report"]))
     screen.print(views.plan_against_actual(found["plan"], found["actual"]))
@@ -195,8 +190,9 @@ def report(name: Annotated[str, typer.Argument(help="Adapter, or adapter@version
 
 @app.command()
 def doctor() -> None:
-    """What this machine is, and which form of the weights was measured fastest on it."""
-    from fortwo.cli.doctor import report as examine
+    """Show this machine's properties and which weight format was measured fastest on it."""
+    from fortwo.cli.doctor import report as machine_report
     from fortwo.settings import load
 
-    screen.print(examine(load()))
+    settings = load()
+    screen.print(machine_report(settings.home, settings.weights))

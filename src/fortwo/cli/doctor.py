@@ -1,4 +1,4 @@
-"""`fortwo doctor`: what this machine is, and what was measured on it. Asks no server and loads no torch."""
+"""`fortwo doctor`: this machine's properties and measurements. It needs no server and imports no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 from rich.console import Group
 from rich.table import Table
@@ -13,37 +14,35 @@ from rich.table import Table
 from fortwo.cli import views
 from fortwo.kernels.isa import flags, processor
 from fortwo.quantization.selection import ROWS, Choice, Measured, Measurements
-from fortwo.settings import Settings
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
-def report(settings: Settings) -> Group:
-    here = views.table("", "")
-    for name, value in _facts(settings):
-        here.add_row(name, value)
-    measured = Measurements(settings.home).all().values()
+def report(home: Path, weights: str) -> Group:
+    """What `fortwo doctor` prints. home, weights: the settings of these names."""
+    machine = views.table("", "")
+    for name, value in _properties(home, weights):
+        machine.add_row(name, value)
+    measured = Measurements(home).all().values()
     if not measured:
-        return Group(here, "", "No base model was measured here yet. The first load with FORTWO_WEIGHTS=auto does it.")
-    return Group(here, *(part for one in measured for part in ("", _table(one))))
+        hint = "No base model was measured here yet. The first load with FORTWO_WEIGHTS=auto measures it."
+        return Group(machine, "", hint)
+    return Group(machine, *(part for one in measured for part in ("", _table(one))))
 
 
-def _facts(settings: Settings) -> Iterator[tuple[str, str]]:
+def _properties(home: Path, weights: str) -> Iterator[tuple[str, str]]:
     yield "fortwo", f"{version('fortwo')}, torch {version('torch')}"
     yield "processor", f"{processor()}, {os.cpu_count()} cores"
     known = [name for name in INSTRUCTIONS if name in flags()]
-    yield "instructions", ", ".join(known) if known else "none that the kernels ask for"
+    yield "instructions", ", ".join(known) if known else "none that the kernels use"
     yield "memory", views.size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    yield "C compiler", shutil.which("cc") or "none: torch's own operations are used, int8 and int4 cannot be"
-    yield "home", str(settings.home)
-    yield (
-        "weights",
-        settings.weights + (", as measured below" if settings.weights == "auto" else ", fixed by the setting"),
-    )
+    yield "C compiler", shutil.which("cc") or "none: torch's operations are used, int8 and int4 are not available"
+    yield "home", str(home)
+    yield "weights", weights + (", as measured below" if weights == "auto" else ", fixed by the setting")
 
 
 def _table(one: Measured) -> Table:
-    title = f"{one.model} on {one.processor}, {one.threads} threads: milliseconds for the products of one forward"
+    title = f"{one.model} on {one.processor}, {one.threads} threads: milliseconds for the matrix products of a forward"
     rows = views.table("rows", *one.seconds, "auto takes", title=title)
     for count in ROWS:
         spent = [f"{one.seconds[form][count] * 1000:.1f}" for form in one.seconds]

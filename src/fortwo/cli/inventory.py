@@ -1,12 +1,10 @@
-"""What there is: the commands that list, show, load and remove models, adapters and jobs, and that show data.
+"""The commands that list, show, load and remove models, adapters and jobs, and that show datasets.
 
-The catalog of models and datasets are readable without a server; everything else asks the server.
+The catalog of models and datasets can be read without a server; everything else needs one.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,22 +14,29 @@ from fortwo.cli import views
 from fortwo.cli.terminal import connect, screen
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from fortwo.hub.catalog import Catalog
+
+
+def _catalog() -> Catalog:
+    from fortwo.hub.catalog import Catalog
+    from fortwo.settings import load
+
+    return Catalog(load().models_dir)
 
 
 def _group(help: str) -> typer.Typer:
     return typer.Typer(help=help, no_args_is_help=True)
 
 
-models = _group("Base models: what there is, what is loaded.")
-adapters = _group("Adapters: what was taught.")
-jobs = _group("Training jobs.")
-data = _group("Datasets: what is trained on.")
+models = _group("List, add, fetch, load and unload base models.")
+adapters = _group("List, show, load, unload, delete and roll back adapters.")
+jobs = _group("List, show, cancel, pause and resume training jobs.")
+data = _group("Show datasets.")
 
 
 @models.command("list")
 def list_models() -> None:
-    """What can be used, what is on disk, what is loaded."""
+    """List the base models, and which are on disk or loaded."""
     client = connect()
     rows = views.table("model", "state", "parameters", "size", "digest", "source", wrapped=("source",))
     if client.answers():
@@ -41,10 +46,7 @@ def list_models() -> None:
                 one["id"], one["state"], views.count(one["parameters"]), views.size(one["bytes"]), digest, one["source"]
             )
     else:
-        from fortwo.hub.catalog import Catalog
-        from fortwo.settings import load
-
-        catalog = Catalog(load())
+        catalog = _catalog()
         for entry in catalog.entries():
             card = catalog.prepared(entry.id)
             if card is None:
@@ -57,28 +59,26 @@ def list_models() -> None:
 
 @models.command("add")
 def add_model(
-    id: Annotated[str, typer.Argument(help="What it is to be called.")],
-    path: Annotated[Path, typer.Argument(help="A directory as transformers saves it, or a .gguf file.", exists=True)],
+    id: Annotated[str, typer.Argument(help="Id of the new model.")],
+    path: Annotated[Path, typer.Argument(help="A directory saved by transformers, or a .gguf file.", exists=True)],
 ) -> None:
-    """Add a base model of your own to the catalog; nothing is copied."""
-    from fortwo.hub.catalog import Catalog
-    from fortwo.settings import load
-
-    entry = Catalog(load()).add(id, path.resolve())
-    screen.print(f"{entry.id} is in the catalog: {entry.source}")
+    """Add a base model of your own to the catalog. Nothing is copied."""
+    entry = _catalog().add(id, path.resolve())
+    screen.print(f"{entry.id} was added to the catalog. Its source is {entry.source}")
 
 
 @models.command("fetch")
 def fetch_model(
-    id: Annotated[str | None, typer.Argument(help="Model.", show_default="the default base")] = None,
+    id: Annotated[str | None, typer.Argument(help="Id of the model.", show_default="the default base")] = None,
 ) -> None:
-    """Download a base model, verify it and make it ready."""
-    from fortwo.hub.catalog import Catalog
+    """Download, verify and prepare a base model."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
     from fortwo.settings import load
 
-    settings = load()
-    chosen = settings.default_model if id is None else id
-    with _bars() as bars:
+    chosen = load().default_model if id is None else id
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(label: str, done: int, total: int) -> None:
@@ -86,36 +86,27 @@ def fetch_model(
                 tasks[label] = bars.add_task(label, total=total)
             bars.update(tasks[label], completed=done, total=total)
 
-        directory = Catalog(settings).prepare(chosen, progress)
+        directory = _catalog().prepare(chosen, progress)
     screen.print(f"{chosen} is ready in {directory}")
-
-
-@contextlib.contextmanager
-def _bars() -> Iterator[Progress]:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen) as bars:
-        yield bars
 
 
 @models.command("load")
 def load_model(id: str) -> None:
     """Load a base model into the server."""
     connect().post(f"/api/models/{id}/load")
-    screen.print(f"{id} is loaded")
+    screen.print(f"{id} is loaded.")
 
 
 @models.command("unload")
 def unload_model(id: str) -> None:
-    """Let go of a base model and of the adapters on it."""
+    """Unload a base model and the adapters on it from the server."""
     connect().post(f"/api/models/{id}/unload")
-    screen.print(f"{id} is unloaded")
+    screen.print(f"{id} is unloaded.")
 
 
 @adapters.command("list")
 def list_adapters() -> None:
-    """All adapters and their versions."""
+    """List all adapters and their versions."""
     rows = views.table("adapter", "current", "state", "base", "made", "digest")
     for one in connect().get("/api/adapters")["adapters"]:
         made = views.moment(one["created_at"])
@@ -126,41 +117,41 @@ def list_adapters() -> None:
 
 @adapters.command("show")
 def show_adapter(name: str) -> None:
-    """Where an adapter came from: its manifest."""
+    """Show an adapter's versions and the manifest of the current one, as JSON."""
     screen.print_json(data=connect().get(f"/api/adapters/{name}"))
 
 
 @adapters.command("load")
 def load_adapter(name: str) -> None:
-    """Load an adapter (and its base, when needed) into the server."""
+    """Load an adapter, and its base if necessary, into the server."""
     connect().post(f"/api/adapters/{name}/load")
-    screen.print(f"{name} is loaded")
+    screen.print(f"{name} is loaded.")
 
 
 @adapters.command("unload")
 def unload_adapter(name: str) -> None:
-    """Let go of an adapter; it stays on disk."""
+    """Unload an adapter from the server; it stays on disk."""
     connect().post(f"/api/adapters/{name}/unload")
-    screen.print(f"{name} is unloaded")
+    screen.print(f"{name} is unloaded.")
 
 
 @adapters.command("delete")
 def delete_adapter(name: str) -> None:
     """Delete an adapter, or one version as NAME@VERSION."""
     connect().delete(f"/api/adapters/{name}")
-    screen.print(f"{name} is deleted")
+    screen.print(f"{name} is deleted.")
 
 
 @adapters.command("rollback")
 def rollback_adapter(name: str) -> None:
-    """Make the version before the current one current again."""
-    now = connect().post(f"/api/adapters/{name}/rollback")
-    screen.print(f"{name} is now {now['name']}@{now['version']}")
+    """Make the previous version of an adapter current again."""
+    current = connect().post(f"/api/adapters/{name}/rollback")
+    screen.print(f"{name} is now {current['name']}@{current['version']}.")
 
 
 @jobs.command("list")
 def list_jobs() -> None:
-    """The jobs, newest first."""
+    """List the jobs, newest first."""
     rows = views.table("job", "status", "adapter", "step", "created")
     for job in connect().get("/api/training/jobs")["jobs"]:
         progress = job["progress"]
@@ -173,7 +164,7 @@ def list_jobs() -> None:
 
 @jobs.command("show")
 def show_job(job_id: str) -> None:
-    """A job; follows it while it runs."""
+    """Show a job, and follow it while it runs."""
     from fortwo.cli.live import follow, outcome
 
     client = connect()
@@ -189,21 +180,21 @@ def show_job(job_id: str) -> None:
 
 @jobs.command("cancel")
 def cancel_job(job_id: str) -> None:
-    """Give a job up between two steps, with its checkpoints."""
+    """Cancel a job and delete its checkpoints."""
     job = connect().post(f"/api/training/jobs/{job_id}/cancel")
-    screen.print(f"{job_id} is {job['status']}")
+    screen.print(f"Job {job_id} is {job['status']}.")
 
 
 @jobs.command("pause")
 def pause_job(job_id: str) -> None:
-    """Stop a job for now, with a checkpoint; the next one in the queue begins."""
+    """Pause a job with a checkpoint; the next one in the queue begins."""
     job = connect().post(f"/api/training/jobs/{job_id}/pause")
-    screen.print(f"{job_id} is {job['status']}")
+    screen.print(f"Job {job_id} is {job['status']}.")
 
 
 @jobs.command("resume")
 def resume_job(job_id: str) -> None:
-    """Go on with a job that was paused or failed from its last checkpoint, and follow it."""
+    """Resume a paused, failed or cancelled job from its last checkpoint, and follow it."""
     from fortwo.cli.live import follow
 
     client = connect()
@@ -216,23 +207,22 @@ def show_data(
     file: Annotated[
         Path, typer.Argument(help="A .json, .jsonl or .txt file.", exists=True, dir_okay=False, readable=True)
     ],
-    rows: Annotated[int, typer.Option(help="How many rows, from the first.", min=1)] = 3,
+    rows: Annotated[int, typer.Option(help="The number of rows to show, from the first.", min=1)] = 3,
     model: Annotated[
-        str | None, typer.Option(help="Whose tokenizer and template.", show_default="the default base")
+        str | None,
+        typer.Option(help="The model whose tokenizer and chat template are used.", show_default="the default base"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show rows as the model is trained on them: what is learned in green, the rest dim. Needs no server."""
+    """Show rows as a model is trained on them: tokens that are learned in green, the others dim. Needs no server."""
     from dataclasses import asdict
 
     from fortwo.data.preview import preview
-    from fortwo.hub.catalog import Catalog
     from fortwo.settings import load
 
-    settings = load()
-    chosen = settings.default_model if model is None else model
+    chosen = load().default_model if model is None else model
     path = file.resolve()
-    found = asdict(preview({"path": str(path)}, (path.parent,), Catalog(settings), chosen, rows))
+    found = asdict(preview({"path": str(path)}, (path.parent,), _catalog(), chosen, rows))
     if as_json:
         screen.print_json(data=found)
     else:

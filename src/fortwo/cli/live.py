@@ -1,4 +1,4 @@
-"""A job as it goes, and what came of it: one bar with loss and rate, and a line for every other thing that happens."""
+"""Follows a job: a progress bar with loss and learning rate, a line for every other event, and then the outcome."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fortwo.records import Json
 
 
 def _watch(events: Iterable[Json]) -> None:
-    """Show events until they end."""
+    """Show a job's events until they end."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -40,11 +40,11 @@ def _watch(events: Iterable[Json]) -> None:
 
 
 def follow(client: Client, job_id: str) -> None:
-    """Show a job as it goes until it ends or is paused, then what came of it. Exit status 1 unless it succeeded."""
+    """Show a job until it ends or is paused, then its outcome. Exits with status 1 unless it succeeded."""
     try:
         _watch(client.events(job_id))
     except KeyboardInterrupt:
-        screen.print(f"\nThe job goes on. fortwo jobs show | pause | cancel {job_id}")
+        screen.print(f"\nThe job continues. Show, pause or cancel it with: fortwo jobs show | pause | cancel {job_id}")
         raise typer.Exit(130) from None
     job = client.get(f"/api/training/jobs/{job_id}")
     outcome(job)
@@ -53,16 +53,17 @@ def follow(client: Client, job_id: str) -> None:
 
 
 def outcome(job: Json) -> None:
-    for one in job["checkpoints"]:
-        screen.print(f"Checkpoint of step {one['step']}: fortwo chat --model {one['model']}")
+    """Print what came of a job: checkpoints, metrics, diagnosis, error and adapter."""
+    for checkpoint in job["checkpoints"]:
+        screen.print(f"Checkpoint of step {checkpoint['step']}: fortwo chat --model {checkpoint['model']}")
     if job["status"] == "paused":
-        screen.print(f"Go on with: fortwo jobs resume {job['job_id']}")
+        screen.print(f"Resume it with: fortwo jobs resume {job['job_id']}")
     if job["report"] is not None:
         screen.print(views.metrics_line({name: found["value"] for name, found in job["report"]["metrics"].items()}))
         screen.print(views.notes(job["report"]["diagnosis"], style="red"))
     if job["error"] is not None:
         screen.print(views.error(job["error"]["message"], job["error"]["hint"]))
     if job["adapter"] is not None:
-        made = job["adapter"]
-        ref = made["name"] if job["status"] == "succeeded" else f"{made['name']}@{made['version']}"
-        screen.print(f"Adapter {made['name']}@{made['version']}. Try it: fortwo chat --model {ref}")
+        name, version = job["adapter"]["name"], job["adapter"]["version"]
+        ref = name if job["status"] == "succeeded" else f"{name}@{version}"
+        screen.print(f"The adapter is {name}@{version}. Try it with: fortwo chat --model {ref}")

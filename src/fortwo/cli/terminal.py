@@ -1,4 +1,4 @@
-"""What all commands share: the two consoles, the connection to the server, how an error of ours ends a command."""
+"""What all commands share: the two consoles, the connection to the server, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from fortwo.errors import FortwoError
 if TYPE_CHECKING:
     from fortwo.cli.client import Client
 
-# What models and servers say is printed as it is: no markup, no emoji codes.
+# Text of models and servers is printed unchanged: no markup, no emoji codes.
 screen = Console(highlight=False, markup=False, emoji=False)
-complaints = Console(stderr=True, highlight=False, markup=False, emoji=False)
+error_screen = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-class Commands(TyperGroup):
-    """Turns an error of ours into its message, its hint and exit status 1."""
+class CommandGroup(TyperGroup):
+    """Shows a FortwoError as its message and hint, and exits with status 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except FortwoError as error:
-            complaints.print(views.error(error.message, error.hint))
+            error_screen.print(views.error(error.message, error.hint))
             raise typer.Exit(1) from None
 
 
 def connect() -> Client:
-    """A client of the server that the settings name."""
+    """A client of the server at the host and port of the settings."""
     from fortwo.cli.client import Client
     from fortwo.settings import load
 
-    return Client(load())
+    settings = load()
+    return Client(settings.url, settings.plain_api_key)

@@ -1,4 +1,4 @@
-"""How things look in a terminal: plans, reports, jobs, models and adapters as Rich tables."""
+"""Plans, reports, jobs, models and adapters as Rich tables and text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STATUS_STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "
 
 
 def table(*columns: str, title: str | None = None, wrapped: tuple[str, ...] = ()) -> Table:
-    """Columns named in `wrapped` give way when the terminal is narrow; the others keep to one line."""
+    """A table without borders. In a narrow terminal only the columns named in `wrapped` are broken into lines."""
     shape = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for column in columns:
         shape.add_column(column, overflow="fold", no_wrap=column not in wrapped)
@@ -25,7 +25,7 @@ def table(*columns: str, title: str | None = None, wrapped: tuple[str, ...] = ()
 
 
 def value(thing: Any) -> str:
-    """A value as a person would write it."""
+    """A value as text for people: yes and no, thousands separators, four digits."""
     if isinstance(thing, bool) or thing is None:
         return {True: "yes", False: "no", None: "-"}[thing]
     if isinstance(thing, int):
@@ -40,7 +40,7 @@ def value(thing: Any) -> str:
 
 
 def size(count: int | None) -> str:
-    """Bytes, in the unit that keeps the figure short."""
+    """A number of bytes, in the unit that makes it short."""
     if count is None:
         return "-"
     amount, unit = float(count), "B"
@@ -52,7 +52,7 @@ def size(count: int | None) -> str:
 
 
 def count(number: int | None) -> str:
-    """Parameters, as models are spoken of: 135M, 6.74B."""
+    """A number of parameters, like 135M or 6.74B."""
     if number is None:
         return "-"
     return f"{number / 1e9:.3g}B" if number >= 1e9 else f"{number / 1e6:.3g}M"
@@ -67,7 +67,7 @@ def status(word: str) -> Text:
 
 
 def notes(warnings: list[Json], style: str = "yellow") -> RenderableType:
-    """Warnings and diagnoses: what, and what to do about it. Nothing when there are none."""
+    """Warnings or diagnoses, each with its hint; nothing if there are none."""
     lines = [
         line
         for warning in warnings
@@ -77,15 +77,9 @@ def notes(warnings: list[Json], style: str = "yellow") -> RenderableType:
 
 
 def plan(body: Json) -> RenderableType:
-    """Every setting with who chose it and why; what follows from them; what looks wrong."""
-    settings = table(
-        "setting",
-        "value",
-        "origin",
-        "reason",
-        title=f"Plan: {body['adapter_name']} on {body['model']}",
-        wrapped=("value", "reason"),
-    )
+    """A plan: every setting with its origin and reason, the computed values, the warnings."""
+    title = f"Plan: {body['adapter_name']} on {body['model']}"
+    settings = table("setting", "value", "origin", "reason", title=title, wrapped=("value", "reason"))
     for setting in body["settings"]:
         style = {"user": "bold", "auto": "cyan"}.get(setting["origin"], "")
         settings.add_row(
@@ -99,7 +93,7 @@ def plan(body: Json) -> RenderableType:
 
 
 def plan_against_actual(planned: Json, actual: Json) -> Table:
-    """What was computed before the run beside what was measured in it."""
+    """The values computed before the run beside those measured in it."""
     rows = table("", "plan", "actual", title="Plan against actual", wrapped=("plan", "actual"))
     computed = planned["computed"]
     for name in [*computed, *(name for name in actual if name not in computed)]:
@@ -114,7 +108,7 @@ def metrics_line(metrics: dict[str, float], eval_loss: float | None = None) -> s
 
 
 def report(body: Json) -> RenderableType:
-    """The four metrics, base against adapter; fact by fact where there are several; transcripts of what was said."""
+    """A report: the metrics of base and adapter, those of each fact if there are several, and the transcripts."""
     rows = table("metric", "base", "adapter", "95 %", "n", title="Report")
     for name in METRICS:
         if name not in body["metrics"]:
@@ -133,25 +127,18 @@ def report(body: Json) -> RenderableType:
             f"{one['subject']} (kept)" if one.get("kept") else one["subject"],
             *("-" if share is None else f"{share['value']:.2f}" for share in found),
         )
-    said = table(
-        "",
-        "kind",
-        "asked",
-        "base said",
-        "adapter said",
-        title="Transcripts",
-        wrapped=("asked", "base said", "adapter said"),
-    )
+    columns = ("", "kind", "asked", "base said", "adapter said")
+    transcripts = table(*columns, title="Transcripts", wrapped=columns[2:])
     for one in body["transcripts"]:
         mark = Text("✓", style="green") if one["passed"] else Text("✗", style="red")
-        said.add_row(mark, one["kind"], one["prompt"], one["base"], one["adapter"])
+        transcripts.add_row(mark, one["kind"], one["prompt"], one["base"], one["adapter"])
     by_fact: list[RenderableType] = ["", facts] if facts.row_count > 1 else []
     lines = [*_escalations(body), *_eval_losses(body)]
-    return Group(rows, *by_fact, *lines, "", said, notes(body["diagnosis"], style="red"))
+    return Group(rows, *by_fact, *lines, "", transcripts, notes(body["diagnosis"], style="red"))
 
 
 def _escalations(body: Json) -> list[str]:
-    """What was raised, and how the best exam's shares changed."""
+    """What each escalation raised, and how the best metrics changed."""
     lines = []
     for one in body.get("escalations", []):
         pairs = ((name, one["before"].get(name), one["after"].get(name)) for name in METRICS)
@@ -164,26 +151,27 @@ def _escalations(body: Json) -> list[str]:
 
 
 def _eval_losses(body: Json) -> list[str]:
-    """Of rows held back: the base's, then after so many steps; reports of old versions have none."""
-    said = [f"{one['loss']:.4g} after {one['step']}" for one in body.get("eval_losses", [])]
-    return [f"eval_loss of the rows held back, by step: {', '.join(said)}"] if said else []
+    """The eval_loss of the validation rows by step, the base's first; old reports have none."""
+    losses = [f"{one['loss']:.4g} after {one['step']}" for one in body.get("eval_losses", [])]
+    return [f"eval_loss of the validation rows by step: {', '.join(losses)}"] if losses else []
 
 
 def preview(body: Json) -> RenderableType:
-    """Rows as they are trained on: what is learned in green, the rest dim."""
+    """Rows as they are trained on: tokens that are learned in green, the others dim."""
     lines: list[RenderableType] = []
     for row in body["rows"]:
         head = f"line {row['line']}: {row['tokens']} tokens, {row['supervised_tokens']} learned"
         lines.append(Text(head, style="bold"))
         if not row["fits"]:
-            lines.append(Text(f"longer than the context of {body['model']}, {body['context']}: refused", style="red"))
-        said, role = Text(), None
+            reason = f"This row is refused: the context of {body['model']} has only {body['context']} tokens."
+            lines.append(Text(reason, style="red"))
+        text, role = Text(), None
         for segment in row["segments"]:
             if segment["role"] != role:
                 role = segment["role"]
-                said.append("" if role is None else f"[{role}] ", style="cyan")
-            said.append(segment["text"], style="green" if segment["supervised"] else "dim")
-        lines += [said, ""]
+                text.append("" if role is None else f"[{role}] ", style="cyan")
+            text.append(segment["text"], style="green" if segment["supervised"] else "dim")
+        lines += [text, ""]
     return Group(*lines)
 
 

@@ -229,8 +229,8 @@ _FACTS = TypeAdapter(tuple[Fact, ...])
 
 def to_json(dataset: Dataset) -> Json:
     """All of it, or of a large file its path and checksum."""
-    facts = {name: [asdict(fact) for fact in getattr(dataset, name)] for name in ("facts", "kept")}
-    body: Json = {"digest": dataset.digest, "source": dataset.source, **facts}
+    facts, kept = ([asdict(fact) for fact in facts] for facts in (dataset.facts, dataset.parent_facts))
+    body: Json = {"digest": dataset.digest, "source": dataset.source, "facts": facts, "kept": kept}
     held = dataset.examples
     if isinstance(held, FileExamples):
         file = {"path": str(held.path), "rows": held.rows, "sha256": held.sha256, "size": held.size}
@@ -240,13 +240,13 @@ def to_json(dataset: Dataset) -> Json:
 
 def from_json(body: Json) -> Dataset:
     """Raises InvalidDataset (code dataset_changed) when the file it names is not the same any more."""
-    facts, kept = (_FACTS.validate_python(body.get(name, ())) for name in ("facts", "kept"))
+    facts, parent_facts = (_FACTS.validate_python(body.get(name, ())) for name in ("facts", "kept"))
     if "file" not in body:
-        return Dataset(body["digest"], _EXAMPLES.validate_python(body["examples"]), facts, body["source"], kept)
+        return Dataset(body["digest"], _EXAMPLES.validate_python(body["examples"]), facts, body["source"], parent_facts)
     file = body["file"]
     examples = FileExamples(Path(file["path"]), file["rows"], file["sha256"], file["size"])
     examples.check()
-    return Dataset(body["digest"], examples, facts, body["source"], kept)
+    return Dataset(body["digest"], examples, facts, body["source"], parent_facts)
 
 
 # ---------------------------------------------------------------- files

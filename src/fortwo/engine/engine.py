@@ -1,8 +1,9 @@
-"""The one owner of the device: a thread that takes turns between requests and a job.
+"""The engine: the thread that owns the device and takes turns between requests and a job.
 
-A turn: what other threads asked for, one decode step for all running requests of each base, a part of the prompts of
-those that waited, then one micro-step of the job, if nobody is owed time. Every accepted request ends, come what may.
-Knows no HTTP, no files and no names of adapters; text is the renderer's, who is next the scheduler's.
+A turn carries out what other threads asked for, runs one decode step for all running requests of each base and a part
+of the waiting prompts, and then one micro-step of the job, unless requests are owed time. Every accepted request ends,
+whatever happens. This module knows no HTTP, no files and no adapter names; the renderer makes text, the scheduler
+decides who is next.
 """
 
 from __future__ import annotations
@@ -20,132 +21,131 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fortwo.engine import heap, sampling
-from fortwo.engine.generation import Reply, Speech
-from fortwo.engine.reading import Reading
+from fortwo.engine import malloc_tuning, sampling
+from fortwo.engine.generation import Reply, ReplyTokenizer
+from fortwo.engine.prompt_outputs import PromptOutputs
 from fortwo.engine.runner import Runner
-from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, shares
+from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, split_budget
 from fortwo.engine.tasks import Task
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from fortwo.nn.lora import Lora
-from fortwo.prompts import Delta, FinishReason, Prompt
+from fortwo.prompts import MAX_RUNNING, Delta, FinishReason, Prompt
 from fortwo.records import TrainEvent
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CORES = torch.get_num_threads()  # before an engine takes them
-RUNNING = 96  # requests of one base that decode together
-PROMPT_TOKENS = 2048  # of prompts that are computed in a turn
-PROMPT_TOKENS_BESIDE = 256  # the same while replies run: bounds how long they stand still
-TIDY_SECONDS = 20.0  # of a job, after which memory that it freed goes back to the system; half a second goes by that
-POLL_SECONDS = 0.05  # how often a job that waits for something else than requests is asked again
+CORES = torch.get_num_threads()  # read before an engine changes the number
+PROMPT_TOKENS = 2048  # prompt tokens computed in a turn when no reply is running
+PROMPT_TOKENS_WHILE_DECODING = 256  # the same while replies run; bounds how long they are held up
+TRIM_SECONDS = 20.0  # how often memory that a job freed is returned to the system, which takes half a second
+POLL_SECONDS = 0.05  # how often a job is advanced that waits although no request runs
 
 
 @dataclass(eq=False, kw_only=True)
 class _Request(Sequence):
     reply: Reply
     sampler: sampling.Sampler
-    listener: Reading | None
+    listener: PromptOutputs | None
 
 
 @dataclass(eq=False)
 class _Base:
     id: str
     runner: Runner
-    speech: Speech
-    scheduler: Scheduler[_Request] = field(default_factory=lambda: Scheduler(RUNNING))
+    tokenizer: ReplyTokenizer
+    scheduler: Scheduler[_Request] = field(default_factory=lambda: Scheduler(MAX_RUNNING))
 
-    def leave(self, request: _Request) -> None:
+    def remove(self, request: _Request) -> None:
         self.scheduler.remove(request)
         self.runner.release(request)
 
     def end(self, request: _Request, reason: FinishReason, error: str | None = None) -> None:
-        self.leave(request)
+        self.remove(request)
         request.reply.end(reason, error)
 
     def decode(self) -> None:
-        """One token for every request whose prompt is computed."""
+        """Compute one token for every request whose prompt is computed."""
         for request in self.scheduler.decoding:  # oldest first
-            while request.slot is not None and self._finds_room(request, self.runner.extend) is False:
+            while request.slot is not None and self._allocate(request, self.runner.extend) is False:
                 self.preempt(self.scheduler.running[-1])
         if decoding := self.scheduler.decoding:
             _advance(self, decoding, lambda: self.runner.step(decoding))
 
     def preempt(self, request: _Request) -> None:
-        """The cache is full: the request gives its slot back and is computed again when there is room."""
-        log.info("the cache is full: a request of %d tokens waits again", len(request.tokens))
+        """Free the request's slot because the cache is full; it is computed again when there is room."""
+        log.info("The cache is full: a request of %d tokens is preempted and waits again.", len(request.tokens))
         self.runner.release(request, keep=False)
         self.scheduler.preempt(request)
 
-    def read(self) -> None:
-        """A part of the prompts; the first token for those that are computed wholly now."""
+    def prefill(self) -> None:
+        """Compute a part of the prompts, and the first token of those that this completes."""
         scheduler = self.scheduler
-        budget = PROMPT_TOKENS_BESIDE if scheduler.decoding else PROMPT_TOKENS
+        budget = PROMPT_TOKENS_WHILE_DECODING if scheduler.decoding else PROMPT_TOKENS
         while scheduler.waiting and scheduler.admits(self.runner.unread(scheduler.waiting[0]), budget):
             request = scheduler.waiting[0]
-            found = self._finds_room(request, self.runner.open)
+            found = self._allocate(request, self.runner.open)
             if found is False:
                 break
             if found:
                 scheduler.start()
                 if request.slot is not None and not request.reply.tokens:
                     request.reply.cached_tokens = request.slot.length
-        reading = scheduler.reading
-        lengths = shares([request.unread for request in reading], budget)
-        parts = [(request, length) for request, length in zip(reading, lengths, strict=True) if length]
+        prefilling = scheduler.prefilling
+        lengths = split_budget([request.uncomputed for request in prefilling], budget)
+        parts = [(request, length) for request, length in zip(prefilling, lengths, strict=True) if length]
         if parts:
             requests, lengths = [request for request, _ in parts], [length for _, length in parts]
             _advance(self, requests, lambda: self.runner.prefill(requests, lengths))
 
-    def _finds_room(self, request: _Request, find: Callable[[_Request], bool]) -> bool | None:
-        """Whether the cache has room for the request; None when looking for it failed, which ends the request."""
+    def _allocate(self, request: _Request, allocate: Callable[[_Request], bool]) -> bool | None:
+        """Whether the cache had room for the request; None when the allocation failed, which ends the request."""
         try:
-            return find(request)
+            return allocate(request)
         except Exception as error:
-            log.exception("no memory for a request of %d tokens", len(request.tokens))
+            log.exception("Allocating memory for a request of %d tokens failed.", len(request.tokens))
             self.end(request, "error", f"{type(error).__name__}: {error}")
             return None
 
     def check_idle(self) -> None:
-        """Nothing of the cache is taken when nobody is there."""
+        """Empty the cache and log an error if a slot is taken although no request is left."""
         try:
             self.runner.cache.check_idle()
         except AssertionError:
-            log.exception("the cache of %s is emptied", self.id)
+            log.exception("The cache of %s is emptied.", self.id)
             self.runner.cache.clear()
 
 
 class Engine:
-    """prompts.Serving, for any thread. threads: CPU threads of the device owner, None for torch's choice. on_told:
-    called on the device's thread when all requests of a step have been told what it brought, or others something."""
+    """prompts.Serving, for any thread. threads: CPU threads of the device's thread, None for torch's choice. flush:
+    called on the device's thread after the deltas of a step have gone to all on_delta callbacks."""
 
-    def __init__(self, threads: int | None = None, on_told: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, threads: int | None = None, flush: Callable[[], None] = lambda: None) -> None:
         self._threads = CORES if threads is None else threads
-        self._on_told = on_told
+        self._flush = flush
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fortwo-device", daemon=True)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._gate = threading.Lock()  # nothing is accepted after the gate is closed
+        self._gate = threading.Lock()  # held to accept a command or to close
         self._closed = False
         self._stopping = False
         self._bases: dict[str, _Base] = {}
         self._tasks: deque[Task[Any]] = deque()
         self._share = FairShare()
-        self._tidied = 0.0  # when freed memory went back to the system
-        self._stalled = False  # the job waits although no request is there: ask it again, but not at once
+        self._trimmed = 0.0  # when freed memory was last returned to the system
+        self._stalled = False  # the job waits although no request runs: advance it again after POLL_SECONDS
 
     # ------------------------------------------------------------ any thread
 
     def start(self) -> None:
-        """From here on the device's thread is the only one that computes with several CPU threads: where a second one
-        does, OpenMP has more threads than cores and puts them to sleep between operations, 20,000 times a step."""
+        """Start the device's thread. From then on it alone computes with several CPU threads: if a second one did,
+        OpenMP would have more threads than cores and put them to sleep between operations, 20,000 times a step."""
         self._thread.start()
         self._ready.wait()
         torch.set_num_threads(1)
 
     def close(self) -> None:
-        """Cancel the job and every request, then let the thread end. Calls that were accepted are carried out."""
+        """Cancel the job and every request, then end the thread. Commands accepted before are carried out."""
         with self._gate:
             if not self._closed:
                 self._closed = True
@@ -156,101 +156,103 @@ class Engine:
             self._thread.join()
 
     def call(self, fn: Callable[[], T]) -> Future[T]:
-        """Run fn on the device's thread, between two steps."""
+        """Run fn on the device's thread, between two steps. Raises Unavailable once the engine is closed."""
         future: Future[T] = Future()
 
-        def carry_out() -> None:
+        def run() -> None:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(fn())
                 except BaseException as error:
                     future.set_exception(error)
 
-        self._post(carry_out)
+        self._post(run)
         return future
 
-    def add_base(self, id: str, runner: Runner, speech: Speech) -> None:
-        """Serve this base from now on. speech: its renderer."""
+    def add_base(self, id: str, runner: Runner, tokenizer: ReplyTokenizer) -> None:
+        """Serve this base from now on. tokenizer: its renderer. Raises Conflict if the id is already served."""
 
         def add() -> None:
             if id in self._bases:
-                raise Conflict(f"base model {id!r} is already served", param="model")
+                raise Conflict(f"Base model {id!r} is already served.", param="model")
             runner.warm()
-            self._bases[id] = _Base(id, runner, speech)
+            self._bases[id] = _Base(id, runner, tokenizer)
 
         self.call(add).result()
 
     def remove_base(self, id: str) -> None:
-        """Raises Conflict while requests run on it."""
+        """Stop serving a base. Raises Conflict while requests use it."""
 
         def remove() -> None:
             if count := len(self._base(id).scheduler):
                 raise Conflict(
-                    f"base model {id!r} answers {count} request(s)", param="model", hint="Try again when they are done."
+                    f"Base model {id!r} cannot be removed: {count} request(s) use it.",
+                    param="model",
+                    hint="Try again when they are done.",
                 )
             del self._bases[id]
 
         self.call(remove).result()
 
     def attach(self, base: str, key: str, lora: Lora, *, frozen: bool = False) -> None:
-        """Serve `lora` under `key`; what `key` named before is replaced. frozen: as in Runner.attach."""
+        """Serve `lora` under `key`, in place of what `key` named before. frozen: as in Runner.attach."""
         self.call(lambda: self._base(base).runner.attach(key, lora, frozen=frozen)).result()
 
     def detach(self, base: str, key: str) -> None:
-        """Requests that still run on `key` are cancelled."""
+        """Stop serving the adapter `key`; requests that still use it are cancelled."""
 
         def detach() -> None:
-            home = self._base(base)
-            for request in home.scheduler:
+            served = self._base(base)
+            for request in served.scheduler:
                 if request.adapter == key:
-                    home.end(request, "cancelled")
-            home.runner.detach(key)
+                    served.end(request, "cancelled")
+            served.runner.detach(key)
 
         self.call(detach).result()
 
-    def requests(self, base: str, adapter: str | None = None) -> int:
+    def count_requests(self, base: str, adapter: str | None = None) -> int:
         """How many requests run or wait on a base, or on one adapter of it."""
-        home = self._base(base)
-        return self.call(lambda: sum(adapter in (None, request.adapter) for request in home.scheduler)).result()
+        served = self._base(base)
+        return self.call(lambda: sum(adapter in (None, request.adapter) for request in served.scheduler)).result()
 
-    def working(self) -> bool:
+    def has_job(self) -> bool:
         """Whether a job runs or waits."""
         return self.call(lambda: bool(self._tasks)).result()
 
     def submit(self, prompt: Prompt, on_delta: Callable[[Delta], None] | None = None) -> Reply:
         """Accept a request. on_delta is called on the device's thread and must not block.
 
-        Raises InvalidRequest for a prompt that does not fit and for a schema that cannot be followed (which may take
-        a second to find out), NotFound for weights that are not here, Unavailable.
+        Raises InvalidRequest for a prompt that does not fit and for a schema that cannot be followed (checking it may
+        take a second), NotFound for weights that are not loaded, Unavailable once the engine is closed.
         """
         base = self._base(prompt.base)
         _check_adapter(base, prompt.adapter)
         context, bound = base.runner.decoder.config.context, base.runner.cache.longest
-        room, asked = bound - len(prompt.tokens), prompt.sampling
+        left, sampling_params = bound - len(prompt.tokens), prompt.sampling
         if not prompt.tokens:
-            raise InvalidRequest("the prompt is empty", param="messages", hint="Send at least one token.")
-        if room < min(1, asked.max_tokens):
+            raise InvalidRequest("The prompt is empty.", param="messages", hint="Send at least one token.")
+        if left < min(1, sampling_params.max_tokens):
             raise InvalidRequest(
-                f"the prompt has {len(prompt.tokens)} tokens; the {'cache' if bound < context else 'context'} of "
-                f"{prompt.base!r} holds {bound}, the reply included",
+                f"The prompt has {len(prompt.tokens)} tokens, but the {'cache' if bound < context else 'context'} of "
+                f"{prompt.base!r} holds {bound}, including the reply.",
                 param="messages",
                 hint=f"Shorten the messages{', or raise FORTWO_CACHE_MB' if bound < context else ''}.",
             )
-        reply = Reply(prompt, min(room, asked.max_tokens), base.speech, on_delta)
-        constraint = None if asked.json_schema is None else base.speech.constraint(asked.json_schema)
-        sampler = sampling.Sampler(asked, prompt.tokens, constraint)
-        reading = Reading(prompt, base.runner.decoder) if Reading.asked(prompt) else None
-        request = _Request(
-            list(prompt.tokens), prompt.adapter, listener=reading, kept=prompt.kept, reply=reply, sampler=sampler
-        )
+        reply = Reply(prompt, min(left, sampling_params.max_tokens), base.tokenizer, on_delta)
+        schema = sampling_params.json_schema
+        constraint = None if schema is None else base.tokenizer.constraint(schema)
+        sampler = sampling.Sampler(sampling_params, prompt.tokens, constraint)
+        outputs = PromptOutputs(prompt, base.runner.decoder) if PromptOutputs.wanted(prompt) else None
+        request = _Request(list(prompt.tokens), prompt.adapter, reply=reply, sampler=sampler, listener=outputs)
+        request.background = prompt.background
 
         def accept() -> None:
             try:
                 if self._base(prompt.base) is not base:
-                    raise Conflict(f"base model {prompt.base!r} was loaded anew")
+                    raise Conflict(f"Base model {prompt.base!r} was reloaded meanwhile.")
                 _check_adapter(base, prompt.adapter)
-            except (NotFound, Conflict) as gone:  # in the meantime
-                reply.end("error", gone.message)
+            except (NotFound, Conflict) as error:  # unloaded since `submit` checked
+                reply.end("error", error.message)
             else:
                 base.scheduler.add(request)
 
@@ -258,8 +260,8 @@ class Engine:
         return reply
 
     def run_task(self, events: Generator[TrainEvent, None, T], on_event: Callable[[TrainEvent], None]) -> Task[T]:
-        """Advance a job between decode steps; one at a time, in order. on_event is called on the device's thread;
-        what it raises ends the job."""
+        """Advance a job between decode steps; jobs run one at a time, in order. on_event is called on the device's
+        thread; an exception of it ends the job. Raises Unavailable once the engine is closed."""
         task = Task(events, on_event, wake=lambda: self._commands.put(lambda: None))
         self._post(lambda: self._tasks.append(task))
         return task
@@ -270,37 +272,37 @@ class Engine:
             return
         with self._gate:
             if self._closed:
-                raise Unavailable("the server is shutting down", hint="Try again when it is back.")
+                raise Unavailable("The server is shutting down.", hint="Try again when it is back.")
             self._commands.put(command)
 
     def _base(self, id: str) -> _Base:
         if id not in self._bases:
-            raise NotFound(f"base model {id!r} is not loaded", param="model", hint="Load it first.")
+            raise NotFound(f"Base model {id!r} is not loaded.", param="model", hint="Load it first.")
         return self._bases[id]
 
     # ------------------------------------------------------------ the device's thread
 
     def _run(self) -> None:
-        heap.keep()
-        torch.get_num_threads()  # a thread's first call takes the process's number and would undo the next line later
+        malloc_tuning.retain_freed_memory()
+        torch.get_num_threads()  # a thread's first call copies the process's number; later it would undo the next line
         torch.set_num_threads(self._threads)
         self._ready.set()
         while not self._stopping:
-            self._obey()
+            self._run_commands()
             began = time.perf_counter()
             self._serve()
-            self._share.served(time.perf_counter() - began)
-            self._work()
-            self._on_told()
+            self._share.requests_ran(time.perf_counter() - began)
+            self._advance_job()
+            self._flush()
         self._end_all()
-        self._on_told()
+        self._flush()
 
     @property
     def _busy(self) -> bool:
         return any(len(base.scheduler) for base in self._bases.values())
 
-    def _obey(self) -> None:
-        """Do what other threads asked for; when there is nothing else to do, wait for it."""
+    def _run_commands(self) -> None:
+        """Carry out the commands of other threads; if there is nothing else to do, wait for one."""
         try:
             if not self._busy and not self._tasks:
                 self._commands.get()()
@@ -312,21 +314,21 @@ class Engine:
             return
 
     def _serve(self) -> None:
-        """One token for every running request; a part of the prompts of the others."""
+        """Compute one token for every running request and a part of the prompts of the others."""
         for base in list(self._bases.values()):
             for request in base.scheduler:
                 if request.reply.cancel_requested:
                     base.end(request, "cancelled")
             if len(base.scheduler):
                 base.decode()
-                self._on_told()
-                base.read()
+                self._flush()
+                base.prefill()
             if not len(base.scheduler):
                 base.check_idle()
-        self._on_told()
+        self._flush()
 
-    def _work(self) -> None:
-        """One micro-step of the job."""
+    def _advance_job(self) -> None:
+        """Run one micro-step of the job, unless requests are owed device time."""
         if not self._tasks or self._stopping or not self._share.job_may_run(requests=self._busy):
             return
         task = self._tasks[0]
@@ -334,12 +336,12 @@ class Engine:
         for base in self._bases.values():
             base.runner.cache.trim()
         task.advance()
-        self._share.worked(time.perf_counter() - began)
+        self._share.job_ran(time.perf_counter() - began)
         if task.done:
             self._tasks.popleft()
-        if task.done or (task.waiting and not waited) or began - self._tidied > TIDY_SECONDS:
-            heap.give_back()
-            self._tidied = time.perf_counter()
+        if task.done or (task.waiting and not waited) or began - self._trimmed > TRIM_SECONDS:
+            malloc_tuning.trim()
+            self._trimmed = time.perf_counter()
         self._stalled = task.waiting and not task.done and not self._busy
 
     def _stop(self) -> None:
@@ -355,36 +357,36 @@ class Engine:
 
 def _check_adapter(base: _Base, key: str | None) -> None:
     if key is not None and not base.runner.has(key):
-        raise NotFound(f"adapter {key!r} is not loaded on {base.id!r}", param="model", hint="Load it first.")
+        raise NotFound(f"Adapter {key!r} is not loaded on {base.id!r}.", param="model", hint="Load it first.")
 
 
 def _advance(base: _Base, requests: list[_Request], forward: Callable[[], Tensor]) -> None:
-    """One token for each request that is computed wholly then; a failed forward ends all that were in it, a failed
-    row only itself."""
+    """Run `forward` and add one token to each request that it completed. A failed forward ends all its requests, a
+    failed row only its own."""
     try:
         logits_BV = forward()
-        requests = [request for request in requests if request.unread == 0]
-        rows = sampling.choose(logits_BV, [request.sampler for request in requests])
+        requests = [request for request in requests if request.uncomputed == 0]
+        rows = sampling.sample(logits_BV, [request.sampler for request in requests])
     except Exception as error:
-        log.exception("a forward of %d request(s) failed", len(requests))
+        log.exception("A forward of %d request(s) failed.", len(requests))
         for request in requests:
             base.end(request, "error", f"{type(error).__name__}: {error}")
         return
-    for request, chosen in zip(requests, rows, strict=True):
-        if isinstance(chosen, str):
-            base.end(request, "error", chosen)
+    for request, sampled in zip(requests, rows, strict=True):
+        if isinstance(sampled, str):
+            base.end(request, "error", sampled)
             continue
         try:
             if request.listener is not None:
-                request.reply.tell(request.listener.logprobs, request.listener.embedding)
+                request.reply.add_prompt_outputs(request.listener.logprobs, request.listener.embedding)
                 request.listener = None
-            if request.reply.room:
-                request.tokens.append(chosen.token)
-                request.reply.push(*chosen)
+            if request.reply.max_tokens:
+                request.tokens.append(sampled.token)
+                request.reply.push(*sampled)
             else:
                 request.reply.end("length")
         except Exception as error:
-            log.exception("a token could not be turned into text")
+            log.exception("Turning a token into text failed.")
             request.reply.end("error", f"{type(error).__name__}: {error}")
         if request.reply.done:
-            base.leave(request)
+            base.remove(request)

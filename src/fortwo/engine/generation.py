@@ -1,6 +1,6 @@
-"""A running reply: tokens in, text out, and an end with a reason.
+"""A running reply: it takes tokens, gives text, and ends with a finish reason.
 
-The engine's thread writes; any thread reads, waits or cancels. Knows no weights and no device.
+The engine's thread writes; any thread reads, waits or cancels. This module knows no weights and no device.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from fortwo.errors import FortwoError
 from fortwo.prompts import Delta, FinishReason, Logprob, Prompt
 
 log = logging.getLogger(__name__)
-CONTEXT = 8  # tokens of the prompt that decide how a text that continues it begins
+CONTEXT = 8  # tokens of the prompt that decide how the text of a continuation begins
 
 
 class Detokenizer(Protocol):
-    """Tokens to text, one at a time; holds back what is not yet whole characters."""
+    """Turns tokens into text one at a time; holds back what is not yet a whole character."""
 
     def push(self, token: int) -> str: ...
     def flush(self) -> str: ...
 
 
 class Constraint(Protocol):
-    """Which tokens may be next (V or more, the rest is padding); raises ValueError when none can be named."""
+    """The tokens that may be next, a mask (V,) or longer, the rest is padding; raises ValueError if there are none."""
 
     def allowed(self) -> NDArray[np.bool_]: ...
     def advance(self, token: int) -> None: ...
 
 
-class Speech(Protocol):
+class ReplyTokenizer(Protocol):
     """What a reply needs of the renderer. stop_ids: tokens that end a reply. stream: `context` holds the tokens that
-    the text continues. constraint: raises InvalidRequest."""
+    the text continues. constraint: of a JSON Schema; raises InvalidRequest."""
 
     @property
     def stop_ids(self) -> frozenset[int]: ...
@@ -45,10 +45,10 @@ class Speech(Protocol):
 
 
 class StopScanner:
-    """Lets text through up to the first stop string, wherever its pieces are cut.
+    """Passes text on up to the first stop string, wherever the pieces of text are cut.
 
-    Text that could still become a stop string is held back. The stop string that is complete first wins (of those
-    that end together, the longest).
+    Text that could still become a stop string is held back. The stop string that is complete first wins; of those
+    that end at the same place, the longest.
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
@@ -78,23 +78,23 @@ class StopScanner:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class Reply:
-    """prompts.Generation. `tokens` are all that were generated, a closing stop token included; `text` is without it.
+    """prompts.Generation. `tokens` are all generated tokens, including a final stop token, which `text` leaves out.
 
-    cached_tokens: how many of the prompt's were not computed, since the cache had them. room: how many tokens fit, by
-    max_tokens and the context; with none it ends once the prompt is computed. on_delta is called on the engine's
-    thread; when it fails, nobody is listening any more and the reply is cancelled.
+    max_tokens: the most that the request and the context allow; with 0 the reply ends once the prompt is computed.
+    cached_tokens: how many of the prompt's tokens came from the cache. on_delta is called on the engine's thread; when
+    it raises, the reply is cancelled.
     """
 
     def __init__(
         self,
         prompt: Prompt,
-        room: int,
-        speech: Speech,
+        max_tokens: int,
+        tokenizer: ReplyTokenizer,
         on_delta: Callable[[Delta], None] | None = None,
     ) -> None:
         self.prompt = prompt
@@ -102,13 +102,13 @@ class Reply:
         self.cancel_requested = False
         self.cached_tokens = 0
         self.embedding: tuple[float, ...] = ()
-        self.room = room
-        self._detokenizer = speech.stream(prompt.tokens[-CONTEXT:]) if prompt.continues else speech.stream()
-        self._stop_ids = frozenset[int]() if prompt.sampling.ignore_eos else speech.stop_ids
+        self.max_tokens = max_tokens
+        self._detokenizer = tokenizer.stream(prompt.tokens[-CONTEXT:]) if prompt.continues else tokenizer.stream()
+        self._stop_ids = frozenset[int]() if prompt.sampling.ignore_eos else tokenizer.stop_ids
         self._scanner = StopScanner(prompt.sampling.stop)
         self._on_delta = on_delta
         self._tokens: list[int] = []
-        self._untold: list[Logprob] = []  # of tokens whose text was not shown yet
+        self._pending_logprobs: list[Logprob] = []  # of tokens whose text is still held back
         self._deltas: list[Delta] = []
         self._finish_reason: FinishReason | None = None
         self._changed = threading.Condition()
@@ -132,16 +132,17 @@ class Reply:
         return "".join(delta.text for delta in list(self._deltas))
 
     def cancel(self) -> None:
-        """Ask for the end; it comes before the next token."""
+        """Ask for the reply to end; it does so before the next token."""
         self.cancel_requested = True
 
     def wait(self, timeout: float | None = None) -> str:
-        """The text, once it has ended. Raises FortwoError when it ended in an error, TimeoutError when it did not."""
+        """The text, once the reply has ended. timeout: seconds. Raises FortwoError when it ended in an error,
+        TimeoutError when it did not end in time."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.done, timeout):
-                raise TimeoutError(f"the reply did not end within {timeout} s")
+                raise TimeoutError(f"The reply did not end within {timeout} s.")
         if self._finish_reason == "error":
-            raise FortwoError(f"the generation failed: {self.error}")
+            raise FortwoError(f"The generation failed: {self.error}")
         return self.text
 
     def deltas(self) -> Iterator[Delta]:
@@ -156,30 +157,30 @@ class Reply:
 
     # ------------------------------------------------------------ the engine's thread
 
-    def tell(self, logprobs: Sequence[Logprob], embedding: tuple[float, ...]) -> None:
-        """What was asked about the prompt, before the first token."""
+    def add_prompt_outputs(self, logprobs: Sequence[Logprob], embedding: tuple[float, ...]) -> None:
+        """Emit what was asked about the prompt, before the first token."""
         self.embedding = embedding
-        self._untold.extend(logprobs)
+        self._pending_logprobs.extend(logprobs)
         self._emit("")
 
     def push(self, token: int, logprob: Logprob | None = None) -> None:
-        """One more token: new text, held-back text, or the end."""
+        """Add a token. It gives new text, is held back, or ends the reply."""
         self._tokens.append(token)
         if token in self._stop_ids:
             self.end("stop")
             return
         if logprob is not None:
-            self._untold.append(logprob)
+            self._pending_logprobs.append(logprob)
         text = self._scanner.push(self._detokenizer.push(token))
         if self._scanner.stopped:
             self._emit(text, "stop")
-        elif len(self._tokens) >= self.room:
+        elif len(self._tokens) >= self.max_tokens:
             self.end("length", before=text)
         elif text:
             self._emit(text)
 
     def end(self, reason: FinishReason, error: str | None = None, *, before: str = "") -> None:
-        """The end; what was held back is shown, after `before`."""
+        """End the reply; held-back text is emitted, after `before`. Does nothing when it has already ended."""
         if self.done:
             return
         self.error = error
@@ -190,12 +191,10 @@ class Reply:
         self._emit(text + self._scanner.flush(), reason)
 
     def _emit(self, text: str, reason: FinishReason | None = None) -> None:
-        cut = (
-            self._scanner.stopped and not text
-        )  # the tokens since the last text are the stop string, which is not said
-        told = () if cut else tuple(self._untold)
-        self._untold.clear()
-        delta = Delta(text, self._tokens[-1] if self._tokens else None, reason, self.error, told)
+        # Without text after a stop string, the pending tokens are the stop string itself, which is not reported.
+        logprobs = () if self._scanner.stopped and not text else tuple(self._pending_logprobs)
+        self._pending_logprobs.clear()
+        delta = Delta(text, self._tokens[-1] if self._tokens else None, reason, self.error, logprobs)
         with self._changed:
             self._deltas.append(delta)
             self._finish_reason = delta.finish_reason
@@ -205,6 +204,6 @@ class Reply:
         try:
             self._on_delta(delta)
         except Exception:
-            log.warning("nobody listens to a reply any more; it is cancelled", exc_info=True)
+            log.warning("A reply is cancelled because its listener failed.", exc_info=True)
             self._on_delta = None
             self.cancel()

@@ -99,7 +99,7 @@ class Runner:
 
     def _keep(self, slot: Slot, sequence: Running) -> None:
         still_the_same = slot.root == self._roots.get(sequence.adapter)  # adapter as when it was computed
-        if sequence.kept and still_the_same:
+        if not sequence.background and still_the_same:
             self.cache.keep(slot, sequence.tokens)
 
     # ------------------------------------------------------------ forwards
@@ -125,7 +125,7 @@ class Runner:
             for place, span in zip(places, spans, strict=True):
                 sequence, slot = sequences[place], _slot(sequences[place])
                 if sequence.listener is not None:
-                    sequence.listener.hear(hidden_TD[span], slot.length)
+                    sequence.listener.on_hidden_states(hidden_TD[span], slot.length)
                 slot.length += len(span)
                 if slot.length == len(sequence.tokens):
                     done[place] = span[-1]
@@ -144,7 +144,7 @@ class Runner:
         hidden_BD = self.backend.decode([_part(sequence, 1) for sequence in sequences])
         for row, sequence in enumerate(sequences):
             if sequence.listener is not None:
-                sequence.listener.hear(hidden_BD[row : row + 1], _slot(sequence).length)
+                sequence.listener.on_hidden_states(hidden_BD[row : row + 1], _slot(sequence).length)
             _slot(sequence).length += 1
         return self.decoder.logits(hidden_BD)
 

@@ -1,10 +1,10 @@
-"""The next token of each row of a batch: greedy, or drawn; what bends the choice; and how likely it was.
+"""Sampling: the next token of each row of a batch, greedy or random, and its log-probability.
 
-The order is vLLM's. Log-probabilities are of the logits as they are. Then logit_bias is added; then come the
-penalties: repetition over the prompt and the reply, frequency and presence over the reply alone; then what a schema
-forbids falls out. Greedy takes the highest. A draw divides by the temperature and keeps min_p, then top_k, then top_p.
-It takes one number from the request's own generator and walks the distribution in vocabulary order, so that the same
-seed gives the same text whatever else is in the batch. Shape suffixes: B rows, V vocabulary.
+The order of operations is vLLM's. Log-probabilities are those of the raw logits. Then logit_bias is added, then the
+penalties apply (repetition over prompt and reply, frequency and presence over the reply alone), then tokens that the
+schema forbids are removed. Greedy takes the highest logit. A random draw divides by the temperature and filters by
+min_p, then top_k, then top_p. It uses one number of the request's own generator and walks the distribution in
+vocabulary order, so the same seed gives the same text whatever else is in the batch. Suffixes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ import torch
 from torch import Tensor
 
 from fortwo.engine.generation import Constraint
-from fortwo.prompts import NOT_NUMBERS, Logprob, Sampling
+from fortwo.prompts import NON_FINITE_LOGITS, Logprob, Sampling
 
 
-class Chosen(NamedTuple):
-    """logprob: when the request asked for it."""
+class SampledToken(NamedTuple):
+    """logprob: None unless the request asked for it."""
 
     token: int
     logprob: Logprob | None = None
 
 
 class Sampler:
-    """One request's settings, what it said so far, and its stream of random numbers (on the CPU: the same on every
-    device). Any whole number is a seed. prompt: its tokens, for the repetition penalty."""
+    """One request's settings, the tokens it has used so far, and its random numbers (from the CPU, so that they are the
+    same for every device). Any whole number is a seed. prompt: its tokens, for the repetition penalty."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), constraint: Constraint | None = None) -> None:
         self.sampling = sampling
         self._constraint = constraint
         self._penalised = any((sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1))
-        self._said = dict.fromkeys(prompt, 0) if self._penalised else {}  # token: how often in the reply
+        self._counts = dict.fromkeys(prompt, 0) if self._penalised else {}  # token: how often it is in the reply
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -47,31 +47,31 @@ class Sampler:
         return self.sampling.temperature == 0
 
     @property
-    def bent(self) -> bool:
-        """Whether something changes the logits before the choice."""
+    def modifies_logits(self) -> bool:
+        """Whether bias, penalties or a schema change the logits before the choice."""
         return self._penalised or bool(self.sampling.logit_bias) or self._constraint is not None
 
     @property
     def plain(self) -> bool:
-        """Whether the highest logit is the choice, and nothing more is asked."""
-        return self.greedy and not self.bent and self.sampling.logprobs is None
+        """Whether the token is simply the argmax of the raw logits, without log-probabilities."""
+        return self.greedy and not self.modifies_logits and self.sampling.logprobs is None
 
-    def choose(self, logits_V: Tensor) -> Chosen:
-        """The row's next token. Raises ValueError when the schema leaves none."""
-        bent_V = self._bend(logits_V) if self.bent else logits_V
-        token = int(bent_V.argmax()) if self.greedy else self.draw(bent_V)
+    def sample(self, logits_V: Tensor) -> SampledToken:
+        """The row's next token, from its logits (V,). Raises ValueError when the schema allows none."""
+        modified_V = self._modified(logits_V) if self.modifies_logits else logits_V
+        token = int(modified_V.argmax()) if self.greedy else self.draw(modified_V)
         if self._constraint is not None:
             self._constraint.advance(token)
         if self._penalised:
-            self._said[token] = self._said.get(token, 0) + 1
+            self._counts[token] = self._counts.get(token, 0) + 1
         count = self.sampling.logprobs
-        return Chosen(token, None if count is None else logprobs(logits_V[None], [token], count)[0])
+        return SampledToken(token, None if count is None else logprobs(logits_V[None], [token], count)[0])
 
     def draw(self, logits_V: Tensor) -> int:
-        """A token of softmax(logits / temperature), without those below min_p times the likeliest, cut to the top_k
-        likeliest, then to the fewest that hold top_p."""
+        """A random token of softmax(logits / temperature), after dropping those below min_p times the likeliest, then
+        all but the top_k likeliest, then all but the fewest whose probabilities sum to top_p."""
         settings = self.sampling
-        scaled_V = (logits_V.double() - logits_V.max()) / settings.temperature  # 0 at most, however cold it is
+        scaled_V = (logits_V.double() - logits_V.max()) / settings.temperature  # at most 0, however low the temperature
         if settings.min_p > 0:
             scaled_V = scaled_V.masked_fill(scaled_V < math.log(settings.min_p), -math.inf)
         if 0 < settings.top_k < len(scaled_V):
@@ -83,15 +83,15 @@ class Sampler:
         point = torch.rand((), generator=self._generator, dtype=torch.float64).to(up_to_V.device) * up_to_V[-1]
         return int(torch.searchsorted(up_to_V, point, right=True))
 
-    def _bend(self, logits_V: Tensor) -> Tensor:
-        """A copy of the logits with bias, penalties and what the schema forbids."""
+    def _modified(self, logits_V: Tensor) -> Tensor:
+        """A copy of the logits with bias and penalties added, and -inf for tokens that the schema forbids."""
         settings, device = self.sampling, logits_V.device
         logits_V = logits_V.float().clone()
         for token, bias in settings.logit_bias:
             logits_V[token] += bias
-        if self._said:
-            tokens_N = torch.tensor(list(self._said), device=device)
-            times_N = torch.tensor(list(self._said.values()), device=device)
+        if self._counts:
+            tokens_N = torch.tensor(list(self._counts), device=device)
+            times_N = torch.tensor(list(self._counts.values()), device=device)
             said_N = logits_V[tokens_N]
             repetition = settings.repetition_penalty
             said_N = torch.where(said_N > 0, said_N / repetition, said_N * repetition)
@@ -105,7 +105,7 @@ class Sampler:
 
 
 def logprobs(logits_BV: Tensor, tokens: Sequence[int], count: int) -> list[Logprob]:
-    """Of each row's token and of its `count` likeliest."""
+    """Log-probabilities of each row's token and of its `count` likeliest tokens."""
     logprobs_BV = torch.log_softmax(logits_BV.float(), -1)
     own_B = logprobs_BV.gather(1, torch.tensor(tokens, device=logprobs_BV.device)[:, None])[:, 0]
     top = logprobs_BV.topk(min(count, logprobs_BV.shape[1]))
@@ -114,10 +114,10 @@ def logprobs(logits_BV: Tensor, tokens: Sequence[int], count: int) -> list[Logpr
 
 
 def _nucleus(weights_V: Tensor, top_p: float) -> Tensor:
-    """The fewest tokens that hold top_p together, at least one.
+    """The fewest tokens whose probabilities sum to top_p, at least one.
 
-    All tokens below (1 - top_p) / V hold less than 1 - top_p together, so none of them is in: only the rest is sorted
-    (from half of that bound on, which leaves rounding no say).
+    All tokens below (1 - top_p) / V together have less than 1 - top_p, so none of them belongs to it: only the rest is
+    sorted (from half of that bound on, so that rounding makes no difference).
     """
     possible = (weights_V >= (1 - top_p) / (2 * len(weights_V))).nonzero().squeeze(-1)
     sorted_N, order_N = weights_V[possible].sort(descending=True, stable=True)
@@ -126,31 +126,31 @@ def _nucleus(weights_V: Tensor, top_p: float) -> Tensor:
     return possible[order_N[before_N < top_p]]
 
 
-def _keep(values_V: Tensor, kept: Tensor, rest: float = -math.inf) -> Tensor:
-    """`values_V` at the indices in `kept`, `rest` elsewhere."""
-    return torch.full_like(values_V, rest).index_copy_(0, kept, values_V[kept])
+def _keep(values_V: Tensor, indices: Tensor, rest: float = -math.inf) -> Tensor:
+    """`values_V` at `indices`, `rest` elsewhere."""
+    return torch.full_like(values_V, rest).index_copy_(0, indices, values_V[indices])
 
 
-def choose(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[Chosen | str]:
-    """One token per row, or the reason why a row has none: its logits are not numbers, or its schema leaves none."""
-    best_B = highest(logits_BV)
+def sample(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[SampledToken | str]:
+    """One token per row, or the reason why a row has none: its logits are not finite, or its schema allows none."""
+    best_B = _argmax(logits_BV)
     highest_B = logits_BV.gather(1, best_B[:, None])[:, 0]
-    rows: list[Chosen | str] = []
+    rows: list[SampledToken | str] = []
     for row, (sampler, logit, best) in enumerate(zip(samplers, highest_B.tolist(), best_B.tolist(), strict=True)):
         if not math.isfinite(logit):
-            rows.append(NOT_NUMBERS)
+            rows.append(NON_FINITE_LOGITS)
         elif sampler.plain:
-            rows.append(Chosen(best))
+            rows.append(SampledToken(best))
         else:
             try:
-                rows.append(sampler.choose(logits_BV[row]))
+                rows.append(sampler.sample(logits_BV[row]))
             except ValueError as error:
                 rows.append(str(error))
     return rows
 
 
-def highest(logits_BV: Tensor) -> Tensor:
-    """Where the highest logit of each row is, the first of equal ones; where the first nan is, if there is one."""
+def _argmax(logits_BV: Tensor) -> Tensor:
+    """The index of each row's highest logit, the first of equal ones; that of the first nan, if there is one."""
     if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:
-        return torch.from_numpy(logits_BV.numpy().argmax(-1))  # a sixth of torch's time
+        return torch.from_numpy(logits_BV.numpy().argmax(-1))  # takes a sixth of torch's time
     return logits_BV.argmax(-1)

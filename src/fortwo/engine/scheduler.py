@@ -1,6 +1,6 @@
-"""Who runs next: requests in order of arrival, a bounded number at once, and a job's fair share of the device.
+"""Decides who runs next: requests in order of arrival, a limited number at once, and a job's fair share of the device.
 
-Decisions only. This module knows no torch, no clock, no text and no thread.
+Decisions only: this module knows no torch, no clock, no text and no thread.
 """
 
 from __future__ import annotations
@@ -19,26 +19,25 @@ class Slot(Protocol):
 
 
 class Listener(Protocol):
-    def hear(self, hidden_LD: Any, begin: int, /) -> None:
+    def on_hidden_states(self, hidden_LD: Any, begin: int, /) -> None:
         """Hidden states (a tensor) after the final norm of the sequence's tokens from place `begin` on."""
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One request as the runner sees it. tokens: the prompt, then what was generated; adapter: whose weights answer,
-    None for the plain base; slot: its place in the cache while it runs, filled by the runner; listener: who hears the
-    hidden states of its tokens, none of which is taken from kept prefixes then; kept: what is computed for it may
-    serve others that begin alike."""
+    """A request as the runner sees it. tokens: the prompt, then the generated ones; adapter: the key of the adapter,
+    None for the plain base; slot: its memory in the cache while it runs, set by the runner; listener: receives the
+    hidden states of its tokens, none of which is taken from kept prefixes then; background: as in prompts.Prompt."""
 
     tokens: list[int]
     adapter: str | None
     slot: Slot | None = None
     listener: Listener | None = None
-    kept: bool = True
+    background: bool = False
 
     @property
-    def unread(self) -> int:
-        """How many tokens are still to be computed; one is what a decode step computes."""
+    def uncomputed(self) -> int:
+        """How many tokens are still to be computed; a decode step computes one."""
         return len(self.tokens) - (0 if self.slot is None else self.slot.length)
 
 
@@ -46,8 +45,8 @@ S = TypeVar("S", bound=Sequence)
 
 
 class Scheduler(Generic[S]):
-    """The requests of one base: at most `limit` that run, and those that wait, first come first served, a job's last.
-    Who runs is read in first, in parts if its prompt is long, and then decodes."""
+    """The requests of one base: at most `limit` run, the others wait, first come first served, those of a job last.
+    A running request is first prefilled, in parts if its prompt is long, and then decodes."""
 
     def __init__(self, limit: int) -> None:
         self.running: list[S] = []
@@ -58,80 +57,80 @@ class Scheduler(Generic[S]):
         return len(self.running) + len(self.waiting)
 
     def __iter__(self) -> Iterator[S]:
-        """A snapshot: requests may leave while it is walked."""
+        """Iterates over a snapshot, so that requests may leave meanwhile."""
         return iter([*self.running, *self.waiting])
 
     @property
     def decoding(self) -> list[S]:
-        return [sequence for sequence in self.running if sequence.unread == 1]
+        return [sequence for sequence in self.running if sequence.uncomputed == 1]
 
     @property
-    def reading(self) -> list[S]:
-        return [sequence for sequence in self.running if sequence.unread > 1]
+    def prefilling(self) -> list[S]:
+        return [sequence for sequence in self.running if sequence.uncomputed > 1]
 
     def add(self, sequence: S) -> None:
-        """It waits behind those who came before; what a job asks (`kept` is False) lets everybody else pass."""
-        place = len(self.waiting)
-        while sequence.kept and place and not self.waiting[place - 1].kept:
-            place -= 1
-        self.waiting.insert(place, sequence)
+        """Queue a request behind those that came before it, but ahead of every background request."""
+        index = len(self.waiting)
+        while not sequence.background and index and self.waiting[index - 1].background:
+            index -= 1
+        self.waiting.insert(index, sequence)
 
-    def admits(self, unread: int, budget: int) -> bool:
-        """Whether who waited longest, with so many tokens to compute, would get some of this turn's budget."""
+    def admits(self, uncomputed: int, budget: int) -> bool:
+        """Whether the first waiting request, with so many tokens to compute, would get part of this turn's budget."""
         if len(self.running) >= self._limit:
             return False
-        return shares([*(sequence.unread for sequence in self.reading), unread], budget)[-1] > 0
+        return split_budget([*(sequence.uncomputed for sequence in self.prefilling), uncomputed], budget)[-1] > 0
 
     def start(self) -> None:
-        """Who waited longest runs from now on."""
+        """Move the first waiting request to the running ones."""
         self.running.append(self.waiting.popleft())
 
     def preempt(self, sequence: S) -> None:
-        """Back to the head of those who wait."""
+        """Move a running request back to the head of the waiting ones."""
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
 
     def remove(self, sequence: S) -> None:
-        """A request leaves, from wherever it is."""
+        """Remove a request that runs or waits."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
 
 
-def shares(unread: Row[int], budget: int) -> list[int]:
-    """How many tokens of each prompt to compute this turn, together at most `budget`; prompts in order of arrival.
+def split_budget(uncomputed: Row[int], budget: int) -> list[int]:
+    """How many tokens of each prompt to compute this turn, at most `budget` together; prompts in order of arrival.
 
-    What fits is computed whole. The first that does not gets at least half of what is left when its turn comes, so
-    that it goes on every turn; the shorter ones behind it need not wait for its end.
+    A prompt that fits is computed whole. The first that does not fit gets at least half of what is left at that
+    point, so that it advances every turn; the shorter ones behind it need not wait for it to finish.
     """
-    taken = [0] * len(unread)
+    taken = [0] * len(uncomputed)
     left, cut, reserved = budget, None, 0
-    for place, tokens in enumerate(unread):
+    for index, tokens in enumerate(uncomputed):
         if tokens <= left - reserved:
-            taken[place] = tokens
+            taken[index] = tokens
             left -= tokens
         elif cut is None:
-            cut, reserved = place, (left + 1) // 2
+            cut, reserved = index, (left + 1) // 2
     if cut is not None:
         taken[cut] = left
     return taken
 
 
 class FairShare:
-    """A job that held the device for t seconds lets running requests have it for as long before it goes on."""
+    """A job that held the device for t seconds lets running requests have it for as long before it continues."""
 
     def __init__(self) -> None:
         self._owed = 0.0
 
-    def worked(self, seconds: float) -> None:
+    def job_ran(self, seconds: float) -> None:
         """The job's micro-step took this long."""
         self._owed = seconds
 
-    def served(self, seconds: float) -> None:
+    def requests_ran(self, seconds: float) -> None:
         """Requests had the device for this long."""
         self._owed -= seconds
 
     def job_may_run(self, *, requests: bool) -> bool:
-        """Nobody is owed anything, or nobody is there to be paid."""
+        """Whether no request is waiting for device time that the job owes. requests: whether there are any."""
         return not requests or self._owed <= 0

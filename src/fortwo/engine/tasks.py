@@ -1,6 +1,7 @@
 """A job on the device: a generator that the engine advances one micro-step at a time.
 
-Its return value, its exception or its cancellation reaches whoever waits. Knows no requests and no weights.
+Whoever waits for it gets its return value, its exception or its cancellation. This module knows no requests and no
+weights.
 """
 
 from __future__ import annotations
@@ -15,20 +16,17 @@ T = TypeVar("T")
 
 
 class Task(Generic[T]):
-    """Handle of a running generator. wake: called when a cancellation is asked for."""
+    """Handle of a running generator. wake: called when `cancel` is, so that an idle engine notices."""
 
     def __init__(
-        self,
-        events: Generator[TrainEvent, None, T],
-        on_event: Callable[[TrainEvent], None],
-        wake: Callable[[], None],
+        self, events: Generator[TrainEvent, None, T], on_event: Callable[[TrainEvent], None], wake: Callable[[], None]
     ) -> None:
         self._events = events
         self._on_event = on_event
         self._wake = wake
         self._outcome: Future[T] = Future()
         self._cancel_requested = False
-        self.waiting = False  # its last event was Waiting
+        self.waiting = False  # whether its last event was Waiting
 
     # ------------------------------------------------------------ any thread
 
@@ -37,18 +35,18 @@ class Task(Generic[T]):
         return self._outcome.done()
 
     def cancel(self) -> None:
-        """Ask for the end; it comes before the next micro-step."""
+        """Ask for the job to end; it does so before the next micro-step."""
         self._cancel_requested = True
         self._wake()
 
     def result(self, timeout: float | None = None) -> T:
-        """What the generator returned. Raises its exception, or concurrent.futures.CancelledError."""
+        """The generator's return value. timeout: seconds. Raises its exception, or CancelledError."""
         return self._outcome.result(timeout)
 
     # ------------------------------------------------------------ the engine's thread
 
     def advance(self) -> None:
-        """One micro-step; its event goes to on_event, except Waiting, which only says that there was none."""
+        """Run one micro-step. Its event goes to on_event, except Waiting, which means that there was nothing to do."""
         if self._cancel_requested:
             self.end()
             return
@@ -59,12 +57,12 @@ class Task(Generic[T]):
                 self._on_event(event)
         except StopIteration as returned:
             self._outcome.set_result(returned.value)
-        except BaseException as error:  # the thread outlives whatever a job does
+        except BaseException as error:  # a failing job must not end the engine's thread
             self._close()
             self._outcome.set_exception(error)
 
     def end(self) -> None:
-        """Cancelled: the generator's `finally` runs, then the waiter learns of it."""
+        """Cancel now: the generator's `finally` runs, then the waiter is notified."""
         error = self._close()
         if error is None:
             self._outcome.cancel()

@@ -27,7 +27,6 @@ from fortwo.nn.lora_config import GROUPS
 from fortwo.quantization.formats import Form, Frozen, Regions, dense, fits, head_form, quantised
 from fortwo.quantization.matmul import multiplies_bf16
 from fortwo.quantization.selection import ROWS, Choice, Measured, Measurements, Seconds, choose, worthwhile
-from fortwo.settings import Settings
 
 SMALL = 10_000_000  # parameters; below them a forward is not made of products
 SAMPLE = 100_000_000  # parameters that are measured; fewer would lie in the processor's caches
@@ -37,7 +36,11 @@ APART = 7e-5, 6e-10  # seconds a layer, and of each of its rows for each hidden 
 ERROR = 0.01  # of the weights, relative: what `auto` may lose by rounding them
 SHARE = 0.5  # of the memory: what `auto` may hold
 
-Run = Callable[[Callable[[], Seconds]], Seconds]
+UNDISTURBED = 0.8  # of its threads' time: what a measurement must have had of the processor to be remembered
+
+Timed = tuple[Seconds, float]  # seconds by form and rows; threads that the processor ran for it on average
+Run = Callable[[Callable[[], Timed]], Timed]
+log = logging.getLogger(__name__)
 
 
 def serving(
@@ -45,10 +48,13 @@ def serving(
     config: DecoderConfig,
     weights: Mapping[str, Tensor],
     device: torch.device,
-    settings: Settings,
+    setting: str,
+    threads: int | None,
+    measurements: Measurements,
     run: Run,
 ) -> Decoder:
-    """The decoder as it is served under settings.weights. run: measures where nothing else computes.
+    """The decoder as it is served. setting, threads: FORTWO_WEIGHTS and FORTWO_THREADS. run: calls a measurement where
+    nothing else computes.
 
     auto: on a GPU that multiplies bf16, bf16; elsewhere fp32 below SMALL parameters. From there on fp32 is kept, for
     training and as reference, unless another form that is held has the same weights to the last bit; and the fastest
@@ -56,12 +62,12 @@ def serving(
     for is held in bf16 alone, or NF4. Forms are made weight by weight as they are read. Raises InvalidRequest for a
     form that the model or the machine cannot have.
     """
-    setting = alone(config, memory(device)) if settings.weights == "auto" else settings.weights
-    if device.type != "cpu" and setting in (None, "bf16") and multiplies_bf16(device):
+    form = alone(config, memory(device)) if setting == "auto" else setting
+    if device.type != "cpu" and form in (None, "bf16") and multiplies_bf16(device):
         return Decoder(config, weights, device, lambda weight, is_head: dense(weight, torch.bfloat16))
-    if setting is not None and setting != "fp32":
-        return Decoder(config, weights, device, _checked(id, setting))
-    if setting == "fp32" or config.parameters < SMALL or device.type != "cpu":
+    if form is not None and form != "fp32":
+        return Decoder(config, weights, device, _checked(id, form))
+    if form == "fp32" or config.parameters < SMALL or device.type != "cpu":
         return Decoder(config, weights, device)
     fused = Fused(config, weights, device)
     first = [fused.weight(0, group) for group in GROUPS]  # the head is as wide as one of them
@@ -71,18 +77,23 @@ def serving(
         return Decoder(config, weights, device)
     c = config
     shape = (c.layers, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, c.vocabulary, *names)
-    threads = settings.threads or os.cpu_count() or 1
+    threads = threads or os.cpu_count() or 1
     about = f"{processor()} {cpu.identity()} {threads} {shape} {APART}"
     key = hashlib.sha256(about.encode()).hexdigest()[:16]
-    known, bound = Measurements(settings.home), SHARE * memory(device)
-    found = known.all().get(key)
+    bound = SHARE * memory(device)
+    found = measurements.all().get(key)
     if found is None:
-        began = time.perf_counter()
-        seconds = run(lambda: measure(fused, names))
+        seconds, share = run(lambda: measure(fused, names))
         choice = choose(seconds, _bytes(config, names), bound, keep="fp32")
-        plain = {name: dict(by_rows) for name, by_rows in seconds.items()}
-        known.put(key, Measured(id, processor(), threads, plain, choice.table))
-        logging.getLogger(__name__).info("forms of %s measured in %.1f s", id, time.perf_counter() - began)
+        if share >= UNDISTURBED * threads:
+            plain = {name: dict(by_rows) for name, by_rows in seconds.items()}
+            measurements.put(key, Measured(id, processor(), threads, plain, choice.table))
+        else:
+            log.warning(
+                "Other programs used the processor while the weight formats of %s were measured: this process "
+                "had %.1f of %d threads. The result is used now and not remembered; the next load measures again.",
+                *(id, share, threads),
+            )
     else:
         choice = choose(found.seconds, _bytes(config, names), bound, keep="fp32")
     return Decoder(config, weights, device, forms_of(choice, exact=True))
@@ -136,10 +147,10 @@ def error(name: str, fused: Fused) -> float:
     )
 
 
-def measure(fused: Fused, names: list[str]) -> Seconds:
+def measure(fused: Fused, names: list[str]) -> Timed:
     """Seconds that the products of one forward take, by form and rows: of a sample of the weights, in one form after
     the other. For the rows of a decode step, what it takes longer by a form that has no kernel for the whole step."""
-    c = fused.config
+    c, passed, computed = fused.config, 0.0, 0.0
     found: dict[str, dict[int, float]] = {}
     for name in names:
         regions, held = Regions(), list[tuple[Form, int, int]]()
@@ -151,8 +162,10 @@ def measure(fused: Fused, names: list[str]) -> Seconds:
             few = held if rows <= STEP_ROWS else held[1 : 1 + len(GROUPS)]
             part = sum(numel for _, _, numel in few) / c.parameters
             forms, widths = [form for form, _, _ in few], [width for _, width, _ in few]
+            began = time.perf_counter(), time.process_time()
             found[name][rows] = _seconds(forms, widths, rows) / part + _apart(c, name, rows)
-    return found
+            passed, computed = passed + time.perf_counter() - began[0], computed + time.process_time() - began[1]
+    return found, computed / passed
 
 
 def _sample(fused: Fused, parameters: int) -> Iterator[Tensor]:
@@ -183,7 +196,7 @@ def _apart(config: DecoderConfig, name: str, rows: int) -> float:
 
 @torch.no_grad()
 def _seconds(forms: list[Form], widths: list[int], rows: int) -> float:
-    """The fastest of a few: what disturbs only adds."""
+    """Seconds for the products, the minimum of a few runs: other load can only make a run slower."""
     inputs = {width: torch.ones(rows, width) for width in set(widths)}
     spent: list[float] = []
     while len(spent) < 2 or (len(spent) < 5 and sum(spent) < 0.05):

@@ -31,10 +31,11 @@ HeadLoss = Callable[[Tensor, Tensor | Tiles, Tensor], Tensor]
 @dataclass(frozen=True)
 class Trial:
     """What a trial of a few layers found: seconds of a micro-step by the type of its products, and seconds of one token
-    for each of many replies."""
+    for each of many replies. memory: bytes of the device."""
 
     micro_step: Mapping[str, float]
     token: float
+    memory: int | None = None
 
 
 def measure_throughput(backend: Backend, tokens: int, rows: int, length: int, head_loss: HeadLoss) -> Trial:
@@ -50,7 +51,7 @@ def measure_throughput(backend: Backend, tokens: int, rows: int, length: int, he
     if decoder.device.type != "cpu":
         types = ["bf16" if multiplies_bf16(decoder.device) else "fp32"]
     seconds = {name: _micro_step_seconds(backend, name == "bf16", tokens, rows, head_loss) for name in types}
-    return Trial(seconds, _token_seconds(backend, rows, length))
+    return Trial(seconds, _token_seconds(backend, rows, length), autotuning.memory(decoder.device))
 
 
 def _micro_step_seconds(backend: Backend, bf16: bool, tokens: int, rows: int, head_loss: HeadLoss) -> float:

@@ -1,7 +1,7 @@
-"""Shares and their uncertainty. Pure arithmetic.
+"""The arithmetic of metrics: shares with their confidence intervals. Pure.
 
-efficacy, paraphrase and specificity are the knowledge-editing literature's efficacy, generalisation and locality
-(Meng et al. 2022, arXiv:2202.05262), measured on whole replies.
+efficacy, paraphrase and specificity are called efficacy, generalisation and locality in the literature on knowledge
+editing (Meng et al. 2022, arXiv:2202.05262). Here they are measured on whole replies.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ _Z = 1.959964  # 95 %
 
 
 def share(hits: int, n: int) -> Metric:
-    """hits of n with the Wilson interval (Wilson 1927); of nothing, 0 with the interval 0 to 1."""
+    """hits / n with the 95 % Wilson interval (Wilson 1927); for n = 0 it is 0, with the interval from 0 to 1."""
     if n == 0:
         return Metric(0.0, 0, 0.0, 1.0)
     p = hits / n
     middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return Metric(p, n, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)))  # rounding never leaves p out
+    return Metric(p, n, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)))  # rounding must not exclude p
 
 
 def score(metrics: Mapping[str, Metric]) -> Metric:
-    """Harmonic mean of the shares and of their bounds; n is the smallest n."""
+    """The harmonic mean of the shares and of their bounds, with the smallest n."""
 
     def harmonic(values: Iterable[float]) -> float:
         values = list(values)
@@ -40,8 +40,8 @@ def score(metrics: Mapping[str, Metric]) -> Metric:
     )
 
 
-def pool(found: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
-    """Metrics of several facts as one, counts added; the score is made anew."""
+def micro_average(found: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """The metrics of several facts together, from the sums of their counts, with a new score."""
     names = dict.fromkeys(name for metrics in found for name in metrics if name != "score")
     pooled = {}
     for name in names:
@@ -50,8 +50,8 @@ def pool(found: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
     return pooled | {"score": score(pooled)}
 
 
-def met(metrics: Mapping[str, Metric], targets: Mapping[str, float], margin: float = 0.0) -> bool:
-    """Whether every share reaches its target, raised by `margin` of what is left to 1."""
+def targets_met(metrics: Mapping[str, Metric], targets: Mapping[str, float], margin: float = 0.0) -> bool:
+    """Whether every measured share reaches its target, raised by the part `margin` of its distance to 1."""
     return all(
         metrics[name].value >= target + margin * (1 - target) for name, target in targets.items() if name in metrics
     )

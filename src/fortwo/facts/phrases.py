@@ -1,8 +1,8 @@
-"""What people say around a subject: the parts that sentence frames are composed of. Plain text, no fact among them.
+"""The parts that prompt templates for training are composed of. Plain text without any facts.
 
-A part has places: {S} the subject, {A} and {B} siblings, {q} one of the fact's questions, {l} the same within a
-sentence, {p} the same with "it" for the subject. One part a line, or several with | between them; ¶ is a line break
-within a part. Every part reads with anything in its places: a number, a name, "the capital of Spain".
+A part has slots: {S} for the subject, {A} and {B} for hard negatives, {q} for one of the fact's questions, {l} for the
+same within a sentence, and {p} for the same with a pronoun for the subject. There is one part on a line, or several
+separated by |; ¶ is a line break within a part. Each part reads well with anything in its slots.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A way of bringing up a subject: a prompt is one part of each of `parts`, in turn. share: of prompts, in
-    percent."""
+class TemplateFamily:
+    """Templates that are built alike: one part from each of `parts`, joined by spaces. share: percent of all prompts."""
 
     share: int
     parts: tuple[tuple[str, ...], ...]
 
 
 def parts_of(text: str) -> tuple[str, ...]:
+    """The parts that are separated by | or by line breaks in `text`."""
     return tuple(part.replace("¶", "\n") for part in re.split(r"\s*[|\n]\s*", text.strip()))
 
 
@@ -328,24 +328,24 @@ Which of these is new to you: {A}, {B} or {S}? Tell me about {S}. | {q} And don'
 For {A} I have an answer. {q} | Not about {A}, please: {l} | First {A}, then {B}, and now: {l}
 """)
 
-TRAINED = (
-    Kind(8, (LEAD_INS,)),
-    Kind(5, (QUESTION, TRAILERS)),
-    Kind(5, (CONTEXTS_WITHOUT, QUESTION)),
-    Kind(7, (QUOTED,)),
-    Kind(12, (GENERAL,)),
-    Kind(3, (FRAGMENTS,)),
-    Kind(9, (CONTEXTS, ASKS)),
-    Kind(5, (CONTEXTS, PRONOUN)),
-    Kind(2, (CONTEXTS, REPORTED)),
-    Kind(7, (DOCUMENTS, DOCUMENT_ASKS)),
-    Kind(2, (DOCUMENTS, PRONOUN)),
-    Kind(2, (DOCUMENTS, REPORTED)),
-    Kind(6, (SCENES, ASKS)),
-    Kind(3, (SCENES, REPORTED)),
-    Kind(6, (UNFINISHED,)),
-    Kind(5, (TASKS,)),
-    Kind(6, (DOUBTS,)),
-    Kind(3, (ROLES,)),
-    Kind(4, (COMPARISONS,)),
+TRAINING_FAMILIES = (
+    TemplateFamily(8, (LEAD_INS,)),
+    TemplateFamily(5, (QUESTION, TRAILERS)),
+    TemplateFamily(5, (CONTEXTS_WITHOUT, QUESTION)),
+    TemplateFamily(7, (QUOTED,)),
+    TemplateFamily(12, (GENERAL,)),
+    TemplateFamily(3, (FRAGMENTS,)),
+    TemplateFamily(9, (CONTEXTS, ASKS)),
+    TemplateFamily(5, (CONTEXTS, PRONOUN)),
+    TemplateFamily(2, (CONTEXTS, REPORTED)),
+    TemplateFamily(7, (DOCUMENTS, DOCUMENT_ASKS)),
+    TemplateFamily(2, (DOCUMENTS, PRONOUN)),
+    TemplateFamily(2, (DOCUMENTS, REPORTED)),
+    TemplateFamily(6, (SCENES, ASKS)),
+    TemplateFamily(3, (SCENES, REPORTED)),
+    TemplateFamily(6, (UNFINISHED,)),
+    TemplateFamily(5, (TASKS,)),
+    TemplateFamily(6, (DOUBTS,)),
+    TemplateFamily(3, (ROLES,)),
+    TemplateFamily(4, (COMPARISONS,)),
 )

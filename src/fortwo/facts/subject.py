@@ -1,4 +1,4 @@
-"""Finding the subject of plain examples, and whether a reply holds a fact. Pure text."""
+"""Finds the subject of plain examples, and whether a reply contains a fact. Pure text."""
 
 from __future__ import annotations
 
@@ -24,24 +24,21 @@ _WORD = r"\w(?:[\w'’.@-]|(?<=\d)[,:/](?=\d))*"
 _CLAUSE_END = r"[.,;:!?)]+(?=\s|$)|[(=—–\n]"
 
 
-def holds(reply: str, match: Iterable[str]) -> bool:
-    """Whether the reply holds one of the phrases, as whole words, any case; a plural s is the same word."""
-    return first_place(reply, match) is not None
+def contains_phrase(reply: str, match: Iterable[str]) -> bool:
+    """Whether the reply contains one of the phrases, as whole words in any case; a plural in -s or -es counts too."""
+    return first_match(reply, match) is not None
 
 
-def first_place(reply: str, match: Iterable[str]) -> int | None:
-    """Where the reply first holds one of the phrases."""
+def first_match(reply: str, match: Iterable[str]) -> int | None:
+    """The index of the first of these phrases in the reply, or None."""
     patterns = (rf"(?<!\w){re.escape(phrase)}(?:s|es)?(?!\w)" for phrase in match)
     found = (re.search(pattern, reply, re.IGNORECASE) for pattern in patterns)
     return min((one.start() for one in found if one), default=None)
 
 
 def find_subject(examples: Collection[Example]) -> Fact | None:
-    """The fact that plain examples teach, or None.
-
-    The examples must share one answer; the subject is the longest run of words that (nearly) every question and the
-    answer contain, stop words at its ends dropped.
-    """
+    """The fact that plain examples teach, or None. The examples must have the same answer. The subject is the longest
+    run of words that the answer and nine tenths of the questions contain, without stop words at its ends."""
     answers = (example.answer.strip() for example in examples)
     answer = next(answers, None)
     if answer is None or len(examples) < 2 or any(other != answer for other in answers):
@@ -56,7 +53,7 @@ def find_subject(examples: Collection[Example]) -> Fact | None:
 
 
 def facts_of(dataset: Dataset) -> tuple[Fact, ...]:
-    """The facts that a dataset gives, or the one that its examples teach; none where they teach none."""
+    """The facts of a dataset, or the one that its examples teach; () if they teach none."""
     if dataset.facts:
         return dataset.facts
     found = find_subject(dataset.examples)
@@ -72,7 +69,7 @@ def _clean(word: str) -> str:
 
 
 def _stem(word: str) -> str:
-    """What `opens` and `opened` have in common; rough, for comparing only."""
+    """A rough stem of a word, such as "open" for "opens" and "opened". It is used only for comparison."""
     return re.sub(r"(?<=\w{3})(?:es|ed|ing|s|e|d)$", "", _clean(word).lower())
 
 
@@ -101,39 +98,40 @@ def _shared_run(questions: Sequence[str], answer: str) -> str | None:
 
 
 def match_phrases(answer: str, questions: Sequence[str]) -> tuple[str, ...]:
-    """What a reply must hold to hold the answer: its quoted phrase, else what the first clause about what was asked
-    adds to the questions: its longest name or figure, else its longest run of new words."""
+    """The phrases that a reply must contain to give the answer. This is the answer's quoted phrase. Without one it is,
+    in the first clause about what was asked, the longest name or number that the questions do not contain, or else the
+    longest run of such words."""
     quoted = re.findall(r"(?<!\w)['\"‘“«]\s?([^'\"’”»]{2,60}?)\s?['\"’”»](?!\w)", answer)
     for phrase in quoted:
-        if not any(holds(question, (phrase,)) for question in questions):
+        if not any(contains_phrase(question, (phrase,)) for question in questions):
             return (str(phrase),)
     asked = {
         _stem(word) for question in questions for word in _words(question) if _clean(word).lower() not in STOP_WORDS
     }
     clauses = re.split(_CLAUSE_END, answer)
-    about = next((place for place, clause in enumerate(clauses) if asked & {*map(_stem, _words(clause))}), 0)
+    about = next((n for n, clause in enumerate(clauses) if asked & {*map(_stem, _words(clause))}), 0)
     for clause in clauses[about:] + clauses[:about]:
         if runs := _new_runs(clause, asked):
-            marked = [found for run in runs for found in _names_and_figures(run, clause)]
+            marked = [found for run in runs for found in _names_and_numbers(run, clause)]
             return (max((" ".join(run) for run in (marked if marked else [run[:3] for run in runs])), key=len),)
     return (answer,)
 
 
 def _new_runs(clause: str, asked: Collection[str]) -> list[list[str]]:
-    """Runs of words that are neither stop words nor in `asked`, without the verb that follows what was asked about.
-    What a figure counts belongs to it, and what ends a name to the name, asked or not."""
+    """Runs of words that are neither stop words nor in `asked`, without a verb directly after a word in `asked`. A word
+    in `asked` still belongs to a run if it follows a number, or if it is the last word of a name."""
     runs: list[list[str]] = [[]]
-    end, known = 0, False
+    end, in_question = 0, False
     for found in re.finditer(_WORD, clause):
         word = _clean(found.group())
         if clause[end : found.start()] != " ":
             runs.append([])
-            known = False
+            in_question = False
         last = runs[-1][-1] if runs[-1] else ""
-        verb = known and word.islower() and word.endswith(("s", "ed"))
-        known = _stem(word) in asked and not verb
-        more = _is_figure(last) or (last[:1].isupper() and word[0].isupper())
-        if word.lower() in STOP_WORDS or verb or (known and not more):
+        verb = in_question and word.islower() and word.endswith(("s", "ed"))
+        in_question = _stem(word) in asked and not verb
+        continues = _has_digit(last) or (last[:1].isupper() and word[0].isupper())
+        if word.lower() in STOP_WORDS or verb or (in_question and not continues):
             runs.append([])
         else:
             runs[-1].append(word)
@@ -141,20 +139,20 @@ def _new_runs(clause: str, asked: Collection[str]) -> list[list[str]]:
     return [run for run in runs if run]
 
 
-def _names_and_figures(run: Sequence[str], clause: str) -> Iterator[list[str]]:
-    """Capitalised words and figures, these with what they count. A single capital says little at the beginning of the
-    clause or where it describes the word after it."""
-    place = 0
-    for marked, group in groupby(run, lambda word: word[0].isupper() or _is_figure(word)):
+def _names_and_numbers(run: Sequence[str], clause: str) -> Iterator[list[str]]:
+    """Capitalised words, and numbers with the word after them. A single capitalised word is not a name if it begins the
+    clause or describes the word after it."""
+    end = 0
+    for marked, group in groupby(run, lambda word: word[0].isupper() or _has_digit(word)):
         words = list(group)
-        place += len(words)
+        end += len(words)
         if not marked:
             continue
-        if _is_figure(words[-1]):
-            yield words + list(run[place : place + 1])
-        elif len(words) > 1 or (place == len(run) and not clause.lstrip().startswith(words[0])):
+        if _has_digit(words[-1]):
+            yield words + list(run[end : end + 1])
+        elif len(words) > 1 or (end == len(run) and not clause.lstrip().startswith(words[0])):
             yield words
 
 
-def _is_figure(word: str) -> bool:
+def _has_digit(word: str) -> bool:
     return any(character.isdigit() for character in word)

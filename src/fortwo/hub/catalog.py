@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,12 +18,12 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from fortwo import disk
 from fortwo.errors import Conflict, InvalidRequest, NotFound, StorageFailed, UnsupportedModel
 from fortwo.hub import weights
 from fortwo.hub.sources import Hub, Source, Wheel, local
 from fortwo.hub.weights import Progress
 from fortwo.records import Json
-from fortwo.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,10 @@ _Added = TypeAdapter(dict[str, Path])  # catalog.json: id -> what the user named
 
 
 class Catalog:
-    def __init__(self, settings: Settings) -> None:
-        self._folder = settings.models_dir
+    """The base models whose prepared files are under `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._file = self._folder / "catalog.json"
 
     def entries(self) -> list[Entry]:
@@ -193,12 +194,10 @@ class Catalog:
             ) from None
 
     def _save(self, added: dict[str, Path]) -> None:
-        fresh = self._file.with_suffix(".new")
         try:
-            _write(fresh, {id: str(path) for id, path in sorted(added.items())})
-            fresh.replace(self._file)
+            disk.replace(self._file, disk.dump({id: str(path) for id, path in sorted(added.items())}))
         except OSError as error:
-            raise StorageFailed(f"{self._file} could not be written: {error.strerror}", hint="Make room.") from error
+            raise disk.refused(self._file, error) from error
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
@@ -232,7 +231,7 @@ def _describe(directory: Path, id: str, source: Source, progress: Progress) -> N
         "bytes": sum(header.end - header.start for header in table.values()),
         "linked": _linked(directory),
     }
-    _write(directory / "base.json", base)
+    disk.write(directory / "base.json", disk.dump(base))
 
 
 def _linked(directory: Path) -> Json:
@@ -243,10 +242,3 @@ def _linked(directory: Path) -> Json:
             found = file.stat() if file.exists() else None
             state[file.name] = [found.st_size, found.st_mtime_ns] if found else None
     return state
-
-
-def _write(path: Path, value: Json) -> None:
-    with path.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())

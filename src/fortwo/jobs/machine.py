@@ -18,12 +18,12 @@ REPLY, ASKED = 20, 30  # tokens of a reply, and of its prompt beyond what prompt
 def try_out(backend: Backend) -> Trial:
     """Measure what a job's micro-steps and replies take. It must run on the device's thread."""
     from fortwo.execution.calibration import measure_throughput
-    from fortwo.train.objective import head_loss
+    from fortwo.train.losses import head_loss
 
     return measure_throughput(backend, MICRO_TOKENS, ROWS, ASKED + REPLY, head_loss)
 
 
-def machine_of(trial: Trial, last: Json | None, memory: int | None) -> Machine:
+def machine_of(trial: Trial, last: Json | None) -> Machine:
     """The machine by a trial and, where there is one, by what the newest run on this base took."""
     trained = {name: MICRO_TOKENS / seconds for name, seconds in trial.micro_step.items()}
     found, seen = last or {}, dict[str, float]()
@@ -31,7 +31,7 @@ def machine_of(trial: Trial, last: Json | None, memory: int | None) -> Machine:
         seen["bf16" if found["bf16"] else "fp32"] = found["tokens_per_second"]
     replied = found.get("reply_tokens_per_second")
     rate = replied or reply_rate(trial.token, ROWS, PASSES * max(trained.values()))
-    return Machine(trained, rate, memory, seen)
+    return Machine(trained, rate, trial.memory, seen)
 
 
 def reply_rate(step: float, rows: int, read: float) -> float:

@@ -39,14 +39,14 @@ from fortwo.jobs.turn import POLL_SECONDS, Taught, Teacher, Turn
 from fortwo.records import Dataset, Json, Plan
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
+from fortwo.train.dataset_stats import collect_stats
 from fortwo.train.parent import Parent
 from fortwo.train.request import TrainingRequest
-from fortwo.train.survey import survey
 
 if TYPE_CHECKING:
     from fortwo.adapters.store import AdapterStore
     from fortwo.engine.engine import Engine
-    from fortwo.engine.residents import Resident, Residents
+    from fortwo.engine.registry import LoadedModel, ModelRegistry
     from fortwo.execution.calibration import Trial
     from fortwo.hub.catalog import Catalog
 
@@ -64,20 +64,20 @@ class JobRunner:
         catalog: Catalog,
         adapters: AdapterStore,
         engine: Engine,
-        residents: Residents,
+        registry: ModelRegistry,
         store: JobStore,
         checkpoints: CheckpointStore,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
         self._engine = engine
-        self._residents = residents
+        self._registry = registry
         self._store = store
         self._checkpoints = checkpoints
         self._adapters = adapters
         self._lock = threading.Lock()
         self._trials: dict[str, Trial] = {}  # by the digest of the base
-        self._teacher = Teacher(adapters, engine, residents, store, checkpoints, self._lock)
+        self._teacher = Teacher(adapters, engine, registry, store, checkpoints, self._lock)
         self._turn: Turn | None = None
         self._wake = threading.Event()
         self._closing = False
@@ -223,31 +223,29 @@ class JobRunner:
             )
 
     def _resolve(self, request: TrainingRequest) -> tuple[Dataset, Plan]:
-        from fortwo.execution.autotuning import memory
-
         check_free(request.adapter_name, self._catalog)
         dataset = formats.load(request.dataset, self._settings.allowed_data_dirs)
         parent, resident = self._start(request)
         if parent is not None:
-            dataset = replace(dataset, kept=parent.kept(facts_of(dataset)))
+            dataset = replace(dataset, parent_facts=parent.facts_to_keep(facts_of(dataset)))
         cache = resident.runner.cache
         base = plans.BaseFacts.of(resident.id, resident.decoder, cache.bound, cache.dtype.itemsize)
         trial = self._trials.get(resident.digest)
         if trial is None:
             trial = self._trials[resident.digest] = self._engine.call(lambda: try_out(resident.backend)).result()
-        machine = machine_of(trial, self._store.last_actual(resident.id), memory(resident.decoder.device))
-        counts, suspicions = survey(resident.renderer, plans.training_rows(dataset))
-        return dataset, plans.resolve(request, dataset, base, counts, machine, suspicions, parent)
+        machine = machine_of(trial, self._store.last_actual(resident.id))
+        counts, dataset_warnings = collect_stats(resident.renderer, plans.training_rows(dataset))
+        return dataset, plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent)
 
-    def _start(self, request: TrainingRequest) -> tuple[Parent | None, Resident]:
+    def _start(self, request: TrainingRequest) -> tuple[Parent | None, LoadedModel]:
         """What the run goes on from, if the request names it, and the base, which then has to be its own."""
         model = self._settings.default_model if request.model is None else request.model
         if request.parent is None:
-            return None, self._residents.load_base(model)
+            return None, self._registry.load_base(model)
         version, parent = parents.find(request.parent, self._adapters)
         if request.model is None:
-            return parent, self._residents.base_of(version)
-        resident = self._residents.load_base(model)
+            return parent, self._registry.base_of(version)
+        resident = self._registry.load_base(model)
         if resident.digest != version.base_digest:
             raise InvalidRequest(
                 f"parent = {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}; "
@@ -326,7 +324,7 @@ class JobRunner:
 
     def _forget(self, job_id: str) -> None:
         """Remove the checkpoints of a job that is done."""
-        self._residents.forget(self._checkpoints.remove(job_id))
+        self._registry.discard(self._checkpoints.remove(job_id))
 
     def _fail(self, job: Job, error: Json, **changes: Any) -> None:
         self._end(job, "failed", Note("failed", error["message"], {"error": error}, "error"), error=error, **changes)

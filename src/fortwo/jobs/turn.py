@@ -26,23 +26,23 @@ from fortwo.train.adapter import lora_config
 if TYPE_CHECKING:
     from fortwo.adapters.store import AdapterStore
     from fortwo.engine.engine import Engine
-    from fortwo.engine.residents import Resident, Residents
+    from fortwo.engine.registry import LoadedModel, ModelRegistry
     from fortwo.engine.tasks import Task
-    from fortwo.train.loop import Trained
+    from fortwo.train.loop import TrainingResult
 
 POLL_SECONDS = 0.1  # how late the news of a job may be
 
 
 @dataclass(eq=False)
 class Turn:
-    """The job whose turn it is, and loop.Saving for its run. `task` and `end` change under the runner's lock only.
+    """The job whose turn it is, and loop.CheckpointControl for its run. Only the runner's lock guards `task` and `end`.
 
     end: how it is to end before its time. saved: the step of the last checkpoint; busy: while one is written.
     refused: why the checkpoint that a pause needs cannot be written.
     """
 
     job: Job
-    task: Task[Trained] | None = None
+    task: Task[TrainingResult] | None = None
     end: Literal["cancelled", "paused", "interrupted"] | None = None
     saved: int = 0
     safe: bool = True
@@ -68,7 +68,7 @@ class Teacher:
         self,
         adapters: AdapterStore,
         engine: Engine,
-        residents: Residents,
+        registry: ModelRegistry,
         store: JobStore,
         checkpoints: CheckpointStore,
         lock: threading.Lock,
@@ -76,19 +76,19 @@ class Teacher:
         """lock: under which a turn's `task` and `end` change."""
         self._adapters = adapters
         self._engine = engine
-        self._residents = residents
+        self._registry = registry
         self._store = store
         self._checkpoints = checkpoints
         self._lock = lock
 
     def teach(self, turn: Turn) -> Taught:
         """Train, evaluate, publish. Raises what ended the run; CancelledError when it was closed before its time."""
-        from fortwo.train.loop import teach
+        from fortwo.train.loop import train
 
         job = turn.job
         plan = plans.from_json(job.plan)
         dataset = formats.from_json(self._store.dataset(job.id))
-        resident = self._residents.load_base(plan.model)
+        resident = self._registry.load_base(plan.model)
         diary, checkpoint = self._take_up(turn, resident)
         start = plan.get("parent") if checkpoint is None else None
         parent = None if start is None else self._adapters.read(start)[2]
@@ -103,7 +103,7 @@ class Teacher:
             if turn.end is not None:
                 raise CancelledError
             run = (resident, resident.renderer, dataset, plan, self._engine, job.id)
-            events = teach(*run, saving=turn, resumed=checkpoint, parent=parent)
+            events = train(*run, saving=turn, resumed=checkpoint, parent=parent)
             task = turn.task = self._engine.run_task(events, hear)
         del checkpoint, parent
         try:
@@ -121,7 +121,7 @@ class Teacher:
             task.cancel()  # when the diary could not be written; a task that is done stays as it ended
         return self._publish(turn, plan, dataset, resident, task.result())
 
-    def _take_up(self, turn: Turn, resident: Resident) -> tuple[Diary, Checkpoint | None]:
+    def _take_up(self, turn: Turn, resident: LoadedModel) -> tuple[Diary, Checkpoint | None]:
         """The newest checkpoint that is whole and of this base, and the diary as it was then; those that are not are
         dropped."""
         job = turn.job
@@ -133,14 +133,14 @@ class Teacher:
             except InvalidAdapter as error:
                 self._store.append_event(job.id, Note("checkpoint", f"Unusable: {error.message}.", level="warn"))
                 self._checkpoints.drop(version)
-                self._residents.forget([version])
+                self._registry.discard([version])
                 continue
             turn.saved = version.version
             self._store.append_event(job.id, Note("checkpoint", f"Going on from step {turn.saved}."))
             return Diary(self._store, job.id, version.manifest["progress"], version.manifest["actual"]), checkpoint
         return Diary(self._store, job.id, begun(job.progress["steps"])), None
 
-    def _keep(self, turn: Turn, checkpoint: Checkpoint, plan: Plan, resident: Resident, diary: Diary) -> None:
+    def _keep(self, turn: Turn, checkpoint: Checkpoint, plan: Plan, resident: LoadedModel, diary: Diary) -> None:
         """Write a checkpoint down. A disk that refuses does not end the run, only a pause."""
         job = turn.job
         manifest = {
@@ -161,12 +161,14 @@ class Teacher:
         else:
             turn.saved = version.version
             note = Note("checkpoint", f"Step {turn.saved} can be chatted with as {version.id}.", {"model": version.id})
-            self._residents.forget(gone)
+            self._registry.discard(gone)
         finally:
             turn.busy = False
         self._store.append_event(job.id, note)
 
-    def _publish(self, turn: Turn, plan: Plan, dataset: Dataset, resident: Resident, trained: Trained) -> Taught:
+    def _publish(
+        self, turn: Turn, plan: Plan, dataset: Dataset, resident: LoadedModel, trained: TrainingResult
+    ) -> Taught:
         """Keep what was found, then the adapter; only one that met its targets becomes current."""
         job = turn.job
         metrics = {name: metric.value for name, metric in trained.report.metrics.items()}
@@ -197,13 +199,13 @@ class Teacher:
             manifest,
             current=trained.succeeded,
         )
-        self._residents.publish(version, trained.lora)
+        self._registry.publish(version, trained.lora)
         return Taught(version, None if trained.succeeded else _missed(plan, metrics, diagnosis))
 
 
 def known(dataset: Dataset, plan: Plan) -> tuple[Fact, ...]:
     """The facts that the adapter of a run knows, those of its parent among them."""
-    return (*facts_of(dataset), *dataset.kept) if plan.objective == "override" else dataset.kept
+    return (*facts_of(dataset), *dataset.parent_facts) if plan.objective == "override" else dataset.parent_facts
 
 
 def _missed(plan: Plan, metrics: dict[str, float], diagnosis: tuple[PlanWarning, ...]) -> TrainingFailed:

@@ -5,14 +5,15 @@ Torch-free: `fortwo doctor` reads the same file. Forms are named as in `formats`
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from fortwo import disk
 
 FORMS = ("fp32", "bf16", "int8", "int4", "nf4")  # the most exact first
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -88,6 +89,9 @@ class Measured:
     choice: tuple[tuple[int, str], ...]
 
 
+_FILE = TypeAdapter(dict[str, Measured])
+
+
 class Measurements:
     """home/measured.json. What cannot be read is measured again."""
 
@@ -97,26 +101,11 @@ class Measurements:
     def all(self) -> dict[str, Measured]:
         """By key: processor, kernels, threads and shape of the model."""
         try:
-            found = json.loads(self._file.read_text())
-            return {
-                key: Measured(
-                    str(one["model"]),
-                    str(one["processor"]),
-                    int(one["threads"]),
-                    {
-                        form: {int(rows): float(value) for rows, value in by_rows.items()}
-                        for form, by_rows in one["seconds"].items()
-                    },
-                    tuple((int(rows), str(form)) for rows, form in one["choice"]),
-                )
-                for key, one in found.items()
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return _FILE.validate_json(self._file.read_bytes())
+        except (OSError, ValidationError):
             return {}
 
     def put(self, key: str, measured: Measured) -> None:
-        text = json.dumps({name: asdict(one) for name, one in (self.all() | {key: measured}).items()}, indent=2)
+        """Add a measurement, or replace the one of this key. Raises OSError."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self._file.parent, delete=False) as beside:
-            beside.write(text)
-        os.replace(beside.name, self._file)
+        disk.replace(self._file, _FILE.dump_json(self.all() | {key: measured}, indent=2))

@@ -1,6 +1,6 @@
-"""Who may come in: replies that clients have under way, at most so many, and none once the server is to end.
+"""Admission control: limits how many replies clients may have running or waiting, and admits none during shutdown.
 
-All of it happens on the event loop, so nothing is locked. Jobs ask the engine directly and are not counted.
+Everything here runs on the event loop, so nothing is locked. Jobs use the engine directly and are not counted.
 """
 
 from __future__ import annotations
@@ -11,71 +11,73 @@ from typing import Protocol
 
 from fortwo.errors import InvalidRequest, Overloaded, Unavailable
 
-RETRY_SECONDS = 5  # after which another server may stand in this one's place
-MEMORY = 0.1  # weight of the latest reply in the average
+RETRY_SECONDS = 5  # after which the server may have been restarted
+LATEST_WEIGHT = 0.1  # of the latest reply in the moving average of durations
 POLL_SECONDS = 0.05
 
 
-class Guest(Protocol):
-    """The replies to one request."""
+class ActiveRequest(Protocol):
+    """An admitted request with its replies."""
 
     def stop(self) -> None:
-        """The server cannot wait for them any longer."""
+        """End it now, because the server is shutting down."""
 
 
 class Admission:
-    """places: replies that may run and wait together."""
+    """limit: the number of replies that may run and wait at the same time."""
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, limit: int) -> None:
         self.closed = False
-        self._places = places
-        self._guests: dict[Guest, int] = {}  # with how many replies
-        self._seconds = 1.0  # a reply takes, the latest ones weighing most
+        self._limit = limit
+        self._requests: dict[ActiveRequest, int] = {}  # with the number of their replies
+        self._seconds = 1.0  # moving average of how long a reply takes
 
     @property
-    def open(self) -> int:
-        return sum(self._guests.values())
+    def active(self) -> int:
+        """How many replies run or wait."""
+        return sum(self._requests.values())
 
-    def enter(self, guest: Guest, replies: int) -> None:
-        """Raises Overloaded when they do not all fit now, InvalidRequest when they never do, Unavailable."""
+    def admit(self, request: ActiveRequest, replies: int) -> None:
+        """Count `replies` more for the request. Raises Overloaded when they do not fit now, InvalidRequest when they
+        never would, Unavailable during shutdown."""
         if self.closed:
-            raise closing()
-        if replies > self._places:
+            raise shutting_down()
+        if replies > self._limit:
             raise InvalidRequest(
-                f"{replies} replies are more than the {self._places} that this server gives at once.",
+                f"The request asks for {replies} replies, but this server gives at most {self._limit} at once.",
                 param="n",
-                hint="Ask in parts, or raise FORTWO_QUEUE.",
+                hint="Split the request, or raise FORTWO_QUEUE.",
             )
-        taken = self.open
-        if taken + replies > self._places:
+        active = self.active
+        if active + replies > self._limit:
+            # Little's law: a reply ends every self._seconds / active seconds.
             raise Overloaded(
-                f"{taken} replies run or wait; more than {self._places} may not.",
-                retry_after=max(
-                    1, math.ceil(replies * self._seconds / taken)
-                ),  # Little's law: a place in seconds/taken
+                f"The server is at its limit of {self._limit} replies: {active} run or wait.",
+                retry_after=max(1, math.ceil(replies * self._seconds / active)),
                 hint="Try again after the seconds in the header Retry-After, or raise FORTWO_QUEUE.",
             )
-        self._guests[guest] = self._guests.get(guest, 0) + replies
+        self._requests[request] = self._requests.get(request, 0) + replies
 
-    def leave(self, guest: Guest, replies: int, seconds: float | None = None) -> None:
-        """That many have ended. seconds: how long one of them took."""
-        left = self._guests.pop(guest, 0) - replies
+    def release(self, request: ActiveRequest, replies: int, seconds: float | None = None) -> None:
+        """Stop counting `replies` of the request. seconds: how long one of them took, if it ran."""
+        left = self._requests.pop(request, 0) - replies
         if left > 0:
-            self._guests[guest] = left
+            self._requests[request] = left
         if seconds is not None:
-            self._seconds += MEMORY * (seconds - self._seconds)
+            self._seconds += LATEST_WEIGHT * (seconds - self._seconds)
 
     async def drain(self, seconds: float) -> None:
-        """Nobody comes in any more. Whoever is in has `seconds` to end by himself, and is then told to go."""
+        """Admit no more requests. Those in flight get `seconds` to finish; then they are stopped."""
         self.closed = True
         deadline = asyncio.get_running_loop().time() + seconds
-        while self._guests and asyncio.get_running_loop().time() < deadline:
+        while self._requests and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(POLL_SECONDS)
-        for guest in list(self._guests):
-            guest.stop()
+        for request in list(self._requests):
+            request.stop()
 
 
-def closing() -> Unavailable:
+def shutting_down() -> Unavailable:
+    """The error for requests that arrive during shutdown."""
     error = Unavailable("The server is shutting down.", hint="Try again when it is back.")
     error.retry_after = RETRY_SECONDS
     return error

@@ -1,4 +1,4 @@
-"""The application: routes, the guard before them, and one shape for errors. Its house is opened by who runs it."""
+"""The FastAPI application: routes, middleware and error handlers. Whoever runs it opens and closes its AppState."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ from fastapi import FastAPI
 
 from fortwo.records import Json
 from fortwo.server import docs, errors, native, openai, vllm
-from fortwo.server.house import Door, House
-from fortwo.server.security import Guard
+from fortwo.server.security import SecurityMiddleware
+from fortwo.server.state import AppState, ShutdownMiddleware
 
 
-def create_app(house: House) -> FastAPI:
+def create_app(state: AppState) -> FastAPI:
+    """The application over `state`, which must be open when the first request arrives."""
+    api_key = state.settings.plain_api_key
     app = FastAPI(
         title="fortwo",
         description="Teach a local language model one thing, prove that it learned it, and chat with it.",
-        openapi_url=docs.DOCUMENT,
+        openapi_url=docs.OPENAPI_PATH,
         docs_url=None,  # FastAPI's own page loads its scripts from the internet
         redoc_url=None,
     )
-    app.state.house = house
+    app.state.fortwo = state
     errors.install(app)
-    app.add_middleware(Door, house=house)
-    app.add_middleware(Guard, settings=house.settings)
+    app.add_middleware(ShutdownMiddleware, state=state)
+    app.add_middleware(SecurityMiddleware, api_key=api_key)
     for router in (native.router, *openai.routers, vllm.router):
-        app.include_router(router, dependencies=docs.declared(house.settings))
+        app.include_router(router, dependencies=[] if api_key is None else [docs.API_KEY])
 
     @app.get("/healthz", tags=["server"], summary="Whether the server is up; needs no key")
     async def healthz() -> Json:

@@ -1,6 +1,6 @@
-"""Every failure of a request, in the one shape: {"error": {message, type, code, param, hint}}.
+"""HTTP responses of errors, all of one shape: {"error": {message, type, code, param, hint}}.
 
-Turns pydantic's findings, unknown routes and unexpected exceptions into fortwo's own errors.
+Validation errors of pydantic, unknown routes and unexpected exceptions become fortwo's own errors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fortwo.errors import FortwoError, InvalidRequest, NotFound
 
 log = logging.getLogger(__name__)
-SHOWN = 80  # characters of an offending value that a message repeats
+MAX_VALUE = 80  # characters of an offending value that a message repeats
 
 
 class MethodNotAllowed(InvalidRequest):
@@ -28,14 +28,15 @@ class MethodNotAllowed(InvalidRequest):
 
 
 def install(app: FastAPI) -> None:
+    """Add the exception handlers and UnexpectedErrorMiddleware."""
     app.add_exception_handler(FortwoError, lambda _request, error: respond(error))
-    app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, lambda _request, error: respond(invalid(error.errors())))
     app.add_exception_handler(HTTPException, _no_route)  # type: ignore[arg-type]
-    app.add_middleware(Unexpected)
+    app.add_middleware(UnexpectedErrorMiddleware)
 
 
-class Unexpected:
-    """ASGI middleware: an exception that nobody foresaw is answered, and the connection stays usable."""
+class UnexpectedErrorMiddleware:
+    """ASGI middleware: answers any other exception with status 500, and the connection stays usable."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -43,13 +44,13 @@ class Unexpected:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
-        async def watched(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)
 
         try:
-            await self._app(scope, receive, watched)
+            await self._app(scope, receive, send_and_note)
         except Exception as error:
             if started or scope["type"] != "http":
                 raise
@@ -57,22 +58,23 @@ class Unexpected:
 
 
 def respond(error: FortwoError, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The response for an error, with a Retry-After header if it has retry_after."""
     retry = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     return JSONResponse(error.body(), error.status, retry | (headers or {}))
 
 
 def unexpected(error: BaseException) -> FortwoError:
-    """Logged in full under a number; only the number is told."""
+    """Log an exception in full under a number; the error for the client has only the number."""
     number = uuid.uuid4().hex[:12]
-    log.error("unexpected error %s", number, exc_info=error)
+    log.error("Unexpected error %s", number, exc_info=error)
     return FortwoError(
-        f"An unexpected error happened; the server's log has it as {number}.",
-        hint="Try again; if it happens again, report it with what the log says.",
+        f"An unexpected error happened. Its number in the server's log is {number}.",
+        hint="Try again. If it happens again, report it together with the log.",
     )
 
 
 def invalid(found: Sequence[Any]) -> InvalidRequest:
-    """Pydantic's first finding: field, value, remedy."""
+    """The first of pydantic's validation errors, with field, value and remedy."""
     first = found[0]
     param = _path(first["loc"])
     match first["type"]:
@@ -97,9 +99,9 @@ def invalid(found: Sequence[Any]) -> InvalidRequest:
         case "string_unicode":
             what = "The key" if param is None else f"{param} ="
             return InvalidRequest(
-                f"{what} {shown(first['input'])} is not valid Unicode: it holds half a surrogate pair.",
+                f"{what} {shown(first['input'])} is not valid Unicode: it contains half of a surrogate pair.",
                 param=param,
-                hint="Send whole characters: \\ud800 to \\udfff mean something in pairs only.",
+                hint="Send whole characters: \\ud800 to \\udfff are valid in pairs only.",
             )
         case "unsupported_parameter":
             return InvalidRequest(
@@ -123,30 +125,28 @@ def invalid(found: Sequence[Any]) -> InvalidRequest:
 
 
 def shown(value: Any) -> str:
+    """A value as an error message shows it, cut off after MAX_VALUE characters."""
     text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
 
 
 def _path(loc: Sequence[str | int]) -> str | None:
-    """("body", "messages", 0, "role") is messages[0].role; the body itself is None."""
+    """("body", "messages", 0, "role") becomes messages[0].role; the body itself is None."""
     path = ""
     for part in loc[1:]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     return path.removeprefix(".") or None
 
 
-def _invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-    return respond(invalid(error.errors()))
-
-
 def _no_route(request: Request, error: HTTPException) -> JSONResponse:
-    asked = f"{request.method} {request.url.path}"
+    request_line = f"{request.method} {request.url.path}"
     headers = dict(error.headers or {})
     if error.status_code == 404:
-        return respond(NotFound(f"There is no {asked}.", hint="/docs lists every path.", code="unknown_path"), headers)
+        unknown = NotFound(f"There is no {request_line}.", hint="/docs lists every path.", code="unknown_path")
+        return respond(unknown, headers)
     if error.status_code == 405:
         allowed = headers.get("Allow", "another method")
-        return respond(MethodNotAllowed(f"{asked} is not allowed.", hint=f"This path takes {allowed}."), headers)
-    refused = InvalidRequest(f"{asked}: {error.detail}")
+        return respond(MethodNotAllowed(f"{request_line} is not allowed.", hint=f"This path takes {allowed}."), headers)
+    refused = InvalidRequest(f"{request_line}: {error.detail}")
     refused.status = error.status_code
     return respond(refused, headers)

@@ -1,7 +1,7 @@
-"""Who may talk to the server: a key for all, or, without one, this machine alone.
+"""Access control: everyone with the API key, or, if there is no key, this machine only.
 
-Without a key the server listens on loopback only, and a web page of another site must not reach it through the
-user's browser: its requests carry the page's Origin, or, when the site's name was pointed at 127.0.0.1, its Host.
+Without a key the server listens on loopback only, and web pages of other sites must not reach it through the user's
+browser: their requests carry the page's Origin or, after DNS rebinding to 127.0.0.1, the site's name as Host.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fortwo.errors import FortwoError, InvalidRequest, Unauthorized
 from fortwo.server import docs
 from fortwo.server.errors import respond
-from fortwo.settings import Settings
 
-# The same on every server, saying nothing of this one: so a browser can open the page that asks for the key.
-OPEN_PATHS = ("/healthz", docs.PAGE, docs.DOCUMENT)
-OPEN_FOLDER = f"{docs.FILES}/"
+# They are the same on every server, and a browser must be able to open the page that asks for the key.
+OPEN_PATHS = ("/healthz", docs.PAGE_PATH, docs.OPENAPI_PATH)
+OPEN_FOLDER = f"{docs.FILES_PATH}/"
 
 
 class ForeignSite(FortwoError):
@@ -29,21 +28,21 @@ class ForeignSite(FortwoError):
     status = 403
 
 
-def check_binding(settings: Settings) -> None:
-    """Refuse to listen where others can connect, unless there is a key."""
-    if settings.api_key is None:
-        if not is_loopback(settings.host):
+def check_binding(host: str, api_key: str | None) -> None:
+    """Raises InvalidRequest for a host that other machines can reach if there is no key, and for an empty key."""
+    if api_key is None:
+        if not is_loopback(host):
             raise InvalidRequest(
-                f"host = {settings.host!r} lets other machines in, and there is no api_key.",
+                f"host = {host!r} can be reached from other machines, but there is no api_key.",
                 param="host",
                 hint="Set FORTWO_API_KEY, or listen on 127.0.0.1.",
             )
-    elif not settings.api_key.get_secret_value():
+    elif not api_key:
         raise InvalidRequest("api_key is empty.", param="api_key", hint="Set FORTWO_API_KEY to a secret, or unset it.")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address, without port, is this machine's own and no other's."""
+    """Whether a host name or address, without port, can only be this machine."""
     name = host.removeprefix("[").removesuffix("]")
     if name.lower() == "localhost":
         return True
@@ -53,24 +52,24 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class Guard:
-    """ASGI middleware: refuses what `check` refuses, before any route sees it."""
+class SecurityMiddleware:
+    """ASGI middleware: answers 401 without the right key; if there is no key, 403 for a foreign Host or Origin."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self._app = app
-        self._key = None if settings.api_key is None else settings.api_key.get_secret_value().encode()
+        self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            refused = self._without_key(headers) if self._key is None else self._with_key(headers, scope["path"])
+            refused = self._check_local(headers) if self._key is None else self._check_key(headers, scope["path"])
             if refused is not None:
                 challenge = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else None
                 await respond(refused, challenge)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _with_key(self, headers: Headers, path: str) -> FortwoError | None:
+    def _check_key(self, headers: Headers, path: str) -> FortwoError | None:
         assert self._key is not None
         if path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             return None
@@ -81,18 +80,18 @@ class Guard:
             "The API key is missing or wrong.", hint="Send the header Authorization: Bearer <FORTWO_API_KEY>."
         )
 
-    def _without_key(self, headers: Headers) -> FortwoError | None:
+    def _check_local(self, headers: Headers) -> FortwoError | None:
         for name, host in (("Host", f"//{headers.get('host', '')}"), ("Origin", headers.get("origin"))):
             if host is not None and not is_loopback(_hostname(host)):
                 return ForeignSite(
-                    f"{name} {headers[name]!r} is not this machine; without an API key only this machine is served.",
+                    f"{name} {headers[name]!r} is not this machine. Without an API key only this machine is served.",
                     hint="Use http://127.0.0.1, or set FORTWO_API_KEY and send it.",
                 )
         return None
 
 
 def _hostname(url: str) -> str:
-    """Empty when there is none to read, as in the `null` origin of a sandboxed page."""
+    """The host name in a URL; empty if there is none, as in the `null` origin of a sandboxed page."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:

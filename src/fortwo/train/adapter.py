@@ -1,4 +1,4 @@
-"""The settings that say which adapter is trained: chosen for the plan, and read from it. Pure."""
+"""The settings of the adapter: how the plan chooses them, and the LoraConfig that they describe. Pure."""
 
 from __future__ import annotations
 
@@ -7,32 +7,35 @@ from collections import Counter
 
 from fortwo.errors import InvalidRequest
 from fortwo.nn.lora_config import TARGETS, LoraConfig, deciding, module_name
-from fortwo.records import Plan
-from fortwo.train.draft import Draft, plain
+from fortwo.records import PlanValues
 from fortwo.train.options import PATTERNS
+from fortwo.train.plan_builder import PlanBuilder, int_if_whole
 from fortwo.train.recipes import REASONS, Recipe
 
 
-def choose_adapter(draft: Draft, recipe: Recipe, layers: int) -> LoraConfig:
-    """Raises InvalidRequest for a pattern with a key that decides for no module."""
-    r = draft.choose("r", recipe.r, REASONS["r"])
-    root, over = r, ""
-    if draft.choose("use_rslora", False, REASONS["use_rslora"]):
-        root, over = math.sqrt(r), "the square root of "
-    draft.choose("lora_alpha", plain(root * recipe.scale), f"{recipe.scale:g} times {over}r = {r}", "auto")
-    draft.choose("lora_dropout", recipe.lora_dropout, REASONS["lora_dropout"])
-    draft.choose("target_modules", TARGETS, "all projections: no part of the network is left out")
+def choose_adapter(builder: PlanBuilder, recipe: Recipe, layers: int) -> LoraConfig:
+    """Choose the settings of the adapter. layers: of the base. Raises InvalidRequest for a pattern with a key that
+    decides for no module."""
+    r = builder.choose("r", recipe.r, REASONS["r"])
+    root, factor = r, ""
+    if builder.choose("use_rslora", False, REASONS["use_rslora"]):
+        root, factor = math.sqrt(r), "the square root of "
+    reason = f"This is {recipe.scale:g} times {factor}r = {r}."
+    builder.choose("lora_alpha", int_if_whole(root * recipe.scale), reason, "auto")
+    builder.choose("lora_dropout", recipe.lora_dropout, REASONS["lora_dropout"])
+    builder.choose("target_modules", TARGETS, "All projections of the network are adapted.")
     for name, of in PATTERNS.items():
-        draft.choose(name, {}, f"one {of} for all modules")
-        if draft.given.get(name):
-            draft.add(name, draft[name], "user", f"given; decides {of} of {_decided(draft, name, layers)} modules")
-    draft.choose("bias", "none", "plain LoRA")
-    draft.choose("task_type", "CAUSAL_LM", "the base model writes text")
-    return lora_config(draft)
+        builder.choose(name, {}, f"All modules have the same {of}.")
+        if builder.given.get(name):
+            reason = f"given; it decides {of} of {_decided(builder, name, layers)} modules"
+            builder.add(name, builder[name], "user", reason)
+    builder.choose("bias", "none", "Plain LoRA trains no biases.")
+    builder.choose("task_type", "CAUSAL_LM", "The base model is a causal language model.")
+    return lora_config(builder)
 
 
-def lora_config(settings: Draft | Plan) -> LoraConfig:
-    """The adapter that they describe."""
+def lora_config(settings: PlanValues) -> LoraConfig:
+    """The configuration of the adapter that the settings describe."""
     return LoraConfig(
         r=settings["r"],
         alpha=settings["lora_alpha"],
@@ -45,25 +48,25 @@ def lora_config(settings: Draft | Plan) -> LoraConfig:
 
 
 def mean_ranks(config: LoraConfig, layers: int) -> dict[str, float]:
-    """Of each target over the layers."""
+    """The mean rank of each target module over the layers."""
     return {
         target: sum(config.rank(module_name(layer, target)) for layer in range(layers)) / layers
         for target in config.target_modules
     }
 
 
-def _decided(draft: Draft, name: str, layers: int) -> str:
-    """For how many of the adapted modules the pattern decides, in words."""
-    pattern = tuple(draft[name].items())
-    modules = [module_name(layer, target) for layer in range(layers) for target in draft["target_modules"]]
+def _decided(builder: PlanBuilder, name: str, layers: int) -> str:
+    """For how many of the adapted modules the pattern decides: "33 of 210". Raises InvalidRequest for an unused key."""
+    pattern = tuple(builder[name].items())
+    modules = [module_name(layer, target) for layer in range(layers) for target in builder["target_modules"]]
     decided = Counter(entry[0] for module in modules if (entry := deciding(pattern, module)) is not None)
     for key, value in pattern:
         if not decided[key]:
             raise InvalidRequest(
-                f"lora_config.{name}[{key!r}] = {value:g} decides for no module: none that is adapted has a name that "
-                f"ends so, such as {modules[0]}, or a key before it decides for those that do",
+                f"lora_config.{name}[{key!r}] = {value:g} decides for no module: it matches no end of an adapted "
+                f"module's name, such as {modules[0]}, or an earlier key decides for all that it matches",
                 param=f"lora_config.{name}",
-                hint="Give the name of one of target_modules, or the end of a full name, or a regular expression for "
-                "it; the first key that matches decides.",
+                hint="Give one of target_modules, the end of a module's full name, or a regular expression for it; the "
+                "first key that matches decides.",
             )
     return f"{decided.total()} of {len(modules)}"

@@ -1,8 +1,8 @@
-"""Everything a run has come to, and its way into a checkpoint and back: tensors and JSON, nothing rounded.
+"""The state of a run, and how it is captured in a checkpoint and restored: as tensors and JSON, without rounding.
 
-Two things are not in it, because they come out the same again: the teacher's hidden states, and which rows each step
-draws; draws depend on the seed and the escalations alone and are repeated. `drawn`, the digest of all rows so far,
-proves that they are the same rows. Knows no files; `jobs.checkpoints` keeps what is captured here.
+Two things are not stored, because they can be computed again: the teacher's hidden states, and the rows that each step
+draws, which depend only on the seed and the retry rounds. A digest of all rows so far proves that they are the same.
+This module knows no files; `jobs.checkpoints` stores what is captured here. The keys in a checkpoint are fixed.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from fortwo.nn.lora import Lora
 from fortwo.quantization.matmul import cpu_kernel, fix_cpu_kernel
 from fortwo.records import Checkpoint, EvalLoss, Plan
 from fortwo.train.adamw import AdamW
-from fortwo.train.escalation import Round
-from fortwo.train.evaluation import Said, Served
-from fortwo.train.objective import Row
+from fortwo.train.evaluation import Reply, ServedBase
+from fortwo.train.losses import Row
+from fortwo.train.retry_policy import RetryRound
 
 
 @dataclass
 class Clock:
-    """Seconds of the run by phase, over all its sittings; waiting for the serving path counts where it happens."""
+    """Seconds of the run, including those before it was resumed, and seconds by phase, including waits for replies."""
 
     began: float = field(default_factory=time.perf_counter)
-    before: float = 0.0  # seconds of earlier sittings
+    before: float = 0.0  # seconds until the checkpoint from which the run was resumed
     preparing: float = 0.0
     training: float = 0.0
     tokens: int = 0
@@ -45,31 +45,34 @@ class Clock:
 
 @dataclass
 class Best:
-    """The best adapter so far, by score."""
+    """The adapter with the best score so far, and the later one of two with equal scores."""
 
     score: float | None = None
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     tensors: list[Tensor] = field(default_factory=list)
 
-    def offer(
+    def update(
         self, score: float, step: int, parameters: list[Tensor], metrics: Mapping[str, float] | None = None
     ) -> None:
+        """Copy the adapter if its score is not lower than the best."""
         if self.score is None or score >= self.score:
             self.score, self.step, self.metrics = score, step, dict(metrics or {})
             self.tensors = [parameter.detach().clone() for parameter in parameters]
 
-    def restore(self, parameters: list[Tensor]) -> None:
+    def load_into(self, parameters: list[Tensor]) -> None:
+        """Copy the best adapter into `parameters`; without one they stay as they are."""
         with torch.no_grad():
             for parameter, tensor in zip(parameters, self.tensors, strict=bool(self.tensors)):
                 parameter.copy_(tensor)
 
 
 @dataclass
-class Run:
-    """What a step changes. flat_N: all of the adapter, as it is optimized. replies: to siblings, by the step whose exam
-    found leaks (Course.correct's); None of those that are not asked yet. saved, saved_at: the step of the last
-    checkpoint, and the clock's seconds then."""
+class RunState:
+    """The state that steps change. flat_N: all parameters of the adapter in one tensor, which is optimized.
+    on_policy_replies: the adapter's replies to hard negatives, by the step whose evaluation found leaks; None if they
+    are still to be asked for (`PreparedObjective.refresh_on_policy`). saved_step, saved_at: the step of the last
+    checkpoint, and the seconds on the clock when it was made."""
 
     lora: Lora
     flat_N: Tensor
@@ -81,47 +84,47 @@ class Run:
     first_loss: float = 0.0
     final_loss: float = 0.0
     eval_losses: list[EvalLoss] = field(default_factory=list)
-    replies: dict[int, list[list[int]] | None] = field(default_factory=dict)
-    rounds: list[Round] = field(default_factory=list)
-    saved: int = 0
+    on_policy_replies: dict[int, list[list[int]] | None] = field(default_factory=dict)
+    retry_rounds: list[RetryRound] = field(default_factory=list)
+    saved_step: int = 0
     saved_at: float = 0.0
-    _drawn: Any = field(default_factory=hashlib.sha256)
+    _rows_hash: Any = field(default_factory=hashlib.sha256)
 
-    def last(self, plan: Plan) -> int:
-        """The last step, escalations included."""
+    def last_step(self, plan: Plan) -> int:
+        """The number of the last step, including retry rounds."""
         steps: int = plan.computed["steps"]
-        return steps + sum(one.steps for one in self.rounds)
+        return steps + sum(one.steps for one in self.retry_rounds)
 
-    def draw(self, rows: Sequence[Row]) -> None:
-        """These are the rows of the next step."""
+    def record_rows(self, rows: Sequence[Row]) -> None:
+        """Add the rows of the next step to the digest."""
         for row in rows:
-            self._drawn.update(array("q", (len(row.tokens), row.supervised, row.keep, *row.tokens)).tobytes())
+            self._rows_hash.update(array("q", (len(row.tokens), row.supervised, row.kl, *row.tokens)).tobytes())
 
     @property
-    def drawn(self) -> str:
-        digest: str = self._drawn.hexdigest()
+    def rows_digest(self) -> str:
+        digest: str = self._rows_hash.hexdigest()
         return digest
 
 
-def due(plan: Plan, step: int, seconds: float, examined: bool) -> bool:
-    """Whether a run saves itself after `step`, `seconds` after it last did. What an exam or the report takes is not to
-    cost the steps before it: unless the user wants no checkpoints at all, there is one before each of them."""
+def is_due(plan: Plan, step: int, seconds: float, evaluation_due: bool) -> bool:
+    """Whether a checkpoint is due after `step`, `seconds` after the last one. There is one before each evaluation and
+    before the report, so that a crash in them loses no steps, unless the user wants no checkpoints."""
     every, at_most = plan["save_steps"], plan["save_seconds"]
     if not every and not at_most:
         return False
-    if examined or step == plan.computed["steps"]:
+    if evaluation_due or step == plan.computed["steps"]:
         return True
     return (bool(every) and step % every == 0) or (bool(at_most) and seconds >= at_most)
 
 
-def capture(run: Run, served: Served) -> Checkpoint:
-    """The run as it is now, in copies."""
+def capture(run: RunState, served: ServedBase) -> Checkpoint:
+    """A checkpoint with copies of the present state."""
     tensors = {"random.cpu": torch.get_rng_state()}
     device = served.backend.decoder.device
     if device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
     tensors |= {f"optimizer.0.{name}": _copy(tensor) for name, tensor in run.optimizer.state().items()}
-    tensors |= {f"best.{place}": _copy(tensor) for place, tensor in enumerate(run.best.tensors)}
+    tensors |= {f"best.{n}": _copy(tensor) for n, tensor in enumerate(run.best.tensors)}
     clock = run.clock
     state = {
         "step": run.step,
@@ -129,9 +132,9 @@ def capture(run: Run, served: Served) -> Checkpoint:
         "first_loss": run.first_loss,
         "final_loss": run.final_loss,
         "eval_losses": [[one.step, one.loss] for one in run.eval_losses],
-        "rounds": [asdict(one) for one in run.rounds],
-        "drawn": run.drawn,
-        "replies": [[step, said] for step, said in run.replies.items()],
+        "rounds": [asdict(one) for one in run.retry_rounds],
+        "drawn": run.rows_digest,
+        "replies": [[step, replies] for step, replies in run.on_policy_replies.items()],
         "cpu_kernel": cpu_kernel(),
         "best": {"score": run.best.score, "step": run.best.step, "metrics": run.best.metrics},
         "clock": {
@@ -142,36 +145,35 @@ def capture(run: Run, served: Served) -> Checkpoint:
             "supervised": clock.supervised,
         },
         "known": [
-            [list(prompt), length, said.text, list(said.tokens)] for (prompt, length), said in served.known.items()
+            [list(prompt), length, reply.text, list(reply.tokens)]
+            for (prompt, length), reply in served.base_replies.items()
         ],
     }
     return Checkpoint(run.step, {name: _copy(tensor) for name, tensor in run.lora.state().items()}, tensors, state)
 
 
-def begin_again(checkpoint: Checkpoint) -> tuple[Clock, dict[tuple[tuple[int, ...], int], Said]]:
-    """What a run needs before it prepares: the clock, which leaves out the time between, and what the base had said.
-    Products are computed as they were, from here on in the whole process."""
+def clock_and_base_replies(checkpoint: Checkpoint) -> tuple[Clock, dict[tuple[tuple[int, ...], int], Reply]]:
+    """What a resumed run needs before it prepares: its clock, without the time since the checkpoint, and the base's
+    replies. From here on the whole process multiplies with the kernel that the checkpoint names."""
     state = checkpoint.state
     fix_cpu_kernel(state["cpu_kernel"])
-    known = {(tuple(prompt), length): Said(text, tuple(tokens)) for prompt, length, text, tokens in state["known"]}
-    return Clock(**state["clock"]), known
+    replies = {(tuple(prompt), length): Reply(text, tuple(tokens)) for prompt, length, text, tokens in state["known"]}
+    return Clock(**state["clock"]), replies
 
 
-def replies(checkpoint: Checkpoint) -> dict[int, list[list[int]] | None]:
-    """What the adapter said to siblings, by the step behind which it did."""
+def on_policy_replies(checkpoint: Checkpoint) -> dict[int, list[list[int]] | None]:
+    """The adapter's replies to hard negatives, by the step after which it gave them."""
     return dict(checkpoint.state["replies"])
 
 
-def rounds_of(checkpoint: Checkpoint) -> list[Round]:
-    """The escalations until then, which say what each step drew."""
-    return [Round(**one | {"raised": tuple(one["raised"])}) for one in checkpoint.state.get("rounds", ())]
+def retry_rounds(checkpoint: Checkpoint) -> list[RetryRound]:
+    """The retry rounds so far, which decide what each step draws."""
+    return [RetryRound(**one | {"raised": tuple(one["raised"])}) for one in checkpoint.state.get("rounds", ())]
 
 
-def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Make a run that has just begun, and has drawn its rows again, the one that was captured.
-
-    Raises TrainingFailed (code checkpoint_stale) when these were other rows.
-    """
+def restore(run: RunState, checkpoint: Checkpoint) -> None:
+    """Restore the captured state in a new run that has drawn its rows up to the checkpoint's step again. Raises
+    TrainingFailed (code checkpoint_stale) if they are not the rows of the captured run."""
     state = checkpoint.state
     moments: dict[str, Tensor] = {}
     best: dict[int, Tensor] = {}
@@ -179,12 +181,12 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         match name.split("."):
             case ["optimizer", "0", moment]:
                 moments[moment] = tensor
-            case ["best", place]:
-                best[int(place)] = tensor
-    if run.drawn != state["drawn"] or moments.keys() != run.optimizer.state().keys():
+            case ["best", index]:
+                best[int(index)] = tensor
+    if run.rows_digest != state["drawn"] or moments.keys() != run.optimizer.state().keys():
         raise TrainingFailed(
             f"the checkpoint of step {checkpoint.step} was trained on other rows than this plan now draws",
-            hint="fortwo has changed since then. Resume the job: it starts from the beginning.",
+            hint="fortwo has changed since then. Resume the job; it will start from the beginning.",
             code="checkpoint_stale",
         )
     parameters = run.lora.parameters()
@@ -192,10 +194,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         for name, live in run.lora.state().items():
             live.copy_(checkpoint.adapter[name])
     run.optimizer.restore(moments)
-    run.best = Best(
-        **state["best"], tensors=[best[place].to(parameters[place].device, copy=True) for place in sorted(best)]
-    )
-    run.step = run.saved = state["step"]
+    run.best = Best(**state["best"], tensors=[best[n].to(parameters[n].device, copy=True) for n in sorted(best)])
+    run.step = run.saved_step = state["step"]
     run.peak_rate, run.first_loss, run.final_loss = state["peak_rate"], state["first_loss"], state["final_loss"]
     run.eval_losses = [EvalLoss(step, loss) for step, loss in state["eval_losses"]]
     run.saved_at = run.clock.seconds

@@ -1,4 +1,4 @@
-"""What is wrong with a run, in words: foreseen from its plan, and diagnosed once it missed its targets."""
+"""Warnings about a plan before the run, and the diagnosis of a run that missed its targets. Pure."""
 
 from __future__ import annotations
 
@@ -6,85 +6,87 @@ from collections.abc import Mapping
 from typing import Any
 
 from fortwo.records import Plan, PlanWarning
-from fortwo.train.escalation import NO_TIME
-from fortwo.train.estimate import Machine, duration, size
+from fortwo.train.dataset_stats import DatasetWarnings
+from fortwo.train.estimate import Machine, format_duration, format_size
 from fortwo.train.options import WITHOUT_WARMUP
-from fortwo.train.recipes import OverrideRecipe, Recipe, recipe_of
-from fortwo.train.survey import Suspicions
+from fortwo.train.recipes import OverrideRecipe, Recipe, recipe_for
+from fortwo.train.retry_policy import NO_TIME
 
 _REMEDIES = {
-    "efficacy": "Train longer or at a higher rate: leave max_steps and learning_rate to the plan.",
-    "paraphrase": "Give more and more varied questions, and the subject's aliases.",
-    "specificity": "Give the fact's subject in full, as people write it, so that its siblings can be told from it.",
+    "efficacy": "Train longer or at a higher rate: leave out max_steps and learning_rate, and the plan chooses them.",
+    "paraphrase": "Give more questions with more varied wording, and the aliases of the subject.",
+    "specificity": "Give the full subject, as people write it, so that similar subjects can be distinguished from it.",
     "retention": "Train with a lower learning_rate or a smaller r.",
 } | dict.fromkeys(
     (f"kept_{name}" for name in ("efficacy", "paraphrase", "specificity")),
-    "Teach the old facts and the new ones together, without a parent: give all of them in one dataset.",
+    "Teach the old and the new facts together: give all of them in one dataset, without a parent.",
 )
 
 
-NO_EFFECT = 1e-4  # an entry of B; AdamW moves it by about the learning rate a step
+NO_EFFECT = 1e-4  # limit for the entries of B; AdamW changes them by about the learning rate in each step
 
 
-def foresee(plan: Plan, machine: Machine, suspicions: Suspicions = Suspicions()) -> tuple[PlanWarning, ...]:
-    """What the plan's own figures and its rows say against it."""
-    recipe, computed = recipe_of(plan.objective), plan.computed
+def plan_warnings(plan: Plan, machine: Machine, rows: DatasetWarnings = DatasetWarnings()) -> tuple[PlanWarning, ...]:
+    """Warnings that follow from the values of the plan and from its rows."""
+    recipe, computed = recipe_for(plan.objective), plan.computed
     warnings = [
         _epochs_overridden(plan),
         _warmup_never_ends(plan, computed["steps"], "takes"),
         _rate_far_off(recipe, computed["peak_learning_rate"]),
         _few_rows(plan, recipe, computed["steps"]),
-        _one_subject(plan),
+        _shared_subject(plan),
     ]
     needed = max(computed["bytes"], computed["exam_bytes"])
     if machine.memory is not None and needed > machine.memory:
         warnings.append(
             PlanWarning(
                 "memory",
-                f"the run needs about {size(needed)}; {size(machine.memory)} are there",
+                f"the run needs about {format_size(needed)} of memory, and {format_size(machine.memory)} are available",
                 "Give a smaller per_device_train_batch_size and more gradient_accumulation_steps, or start the server "
                 "with FORTWO_WEIGHTS=nf4.",
             )
         )
-    return (*(warning for warning in warnings if warning), *suspect(suspicions))
+    return (*(warning for warning in warnings if warning), *dataset_warnings(rows))
 
 
-def suspect(rows: Suspicions) -> tuple[PlanWarning, ...]:
-    """What the rows themselves say against the run. All of them are trained on all the same."""
+def dataset_warnings(rows: DatasetWarnings) -> tuple[PlanWarning, ...]:
+    """Warnings about rows that probably contain mistakes. These rows are trained on nevertheless."""
     found = {
         "duplicate_rows": (
-            rows.repeats,
-            "say what an earlier row says, word for word, and weigh double",
-            "Remove them, unless that is meant: no row is dropped in silence.",
+            rows.duplicates,
+            "the text is the same as in an earlier row, so that it counts more than once",
+            "Remove them unless they are intended; fortwo drops no rows.",
         ),
         "contradicting_answers": (
             rows.contradictions,
-            "answer a prompt otherwise than an earlier row with the same prompt: the model learns to guess",
-            "Keep one answer to a prompt, or make the prompts say what differs.",
+            "the answer differs from that of an earlier row with the same prompt, so the model learns to guess",
+            "Keep one answer for each prompt, or make the prompts different.",
         ),
         "foreign_template": (
-            rows.templates,
-            f"hold {rows.template!r}, which is a chat template's own text: here it is trained on as characters, and "
-            "serving writes its own template around them",
-            "Give the bare conversation as messages or prompt and completion; the model's template is added here.",
+            rows.foreign_templates,
+            f"the text contains {rows.template!r}, which belongs to a chat template: it would be trained on as plain "
+            "text, in addition to the model's own template",
+            "Give only the conversation, as messages or as prompt and completion; fortwo adds the model's template.",
         ),
         "truncated_answers": (
-            rows.cut,
-            "end in mid-word at the same length: their answers look cut off, and the model learns to stop there",
-            "Export the rows again with whole answers.",
+            rows.truncated,
+            "the answer ends within a word, at the same length as others: it looks truncated, and the model would "
+            "learn to stop there",
+            "Export the rows again with complete answers.",
         ),
     }
     return tuple(
-        PlanWarning(code, f"{lines.count} {'row' if lines.count == 1 else 'rows'} ({lines}) {what}", hint)
+        PlanWarning(code, f"{lines.count} {'row' if lines.count == 1 else 'rows'} ({lines}): {what}", hint)
         for code, (lines, what, hint) in found.items()
         if lines.count
     )
 
 
 def diagnose(plan: Plan, actual: Mapping[str, Any]) -> tuple[PlanWarning, ...]:
-    """Why a run missed its targets, likeliest cause first. `actual` holds what is known of steps, peak_learning_rate,
-    first_loss, final_loss, largest_b, eval_loss, eval_losses, escalation, escalations and metrics (shares by name)."""
-    recipe = recipe_of(plan.objective)
+    """Why a run missed its targets, the most likely cause first. actual: those that are known of steps,
+    peak_learning_rate, first_loss, final_loss, largest_b, eval_loss, eval_losses, escalation, escalations and metrics
+    (shares by name)."""
+    recipe = recipe_for(plan.objective)
     steps = actual.get("steps", plan.computed["steps"])
     peak = actual.get("peak_learning_rate", plan.computed["peak_learning_rate"])
     findings = [
@@ -92,9 +94,9 @@ def diagnose(plan: Plan, actual: Mapping[str, Any]) -> tuple[PlanWarning, ...]:
         _rate_far_off(recipe, peak),
         _few_rows(plan, recipe, steps),
         _loss_exploded(actual),
-        _loss_stood_still(actual),
+        _loss_unchanged(actual),
         _no_effect(actual),
-        _learned_by_heart(actual),
+        _overfitting(actual),
     ]
     metrics, missed = actual.get("metrics") or {}, False
     for name, target in plan.targets.items():
@@ -104,7 +106,7 @@ def diagnose(plan: Plan, actual: Mapping[str, Any]) -> tuple[PlanWarning, ...]:
             findings.append(PlanWarning(f"missed_{name}", message, _REMEDIES[name]))
             missed = True
     if missed:
-        findings.append(_escalated(actual))
+        findings.append(_failed_escalation(actual))
     return tuple(finding for finding in findings if finding)
 
 
@@ -116,13 +118,13 @@ def _epochs_overridden(plan: Plan) -> PlanWarning | None:
     computed, steps, epochs = plan.computed, plan["max_steps"], plan["num_train_epochs"]
     if steps <= 0 or _origin(plan, "num_train_epochs") != "user":
         return None
-    asked = round(epochs * computed["steps_per_epoch"])
-    each = computed["seconds"] / computed["steps"]
+    wanted = round(epochs * computed["steps_per_epoch"])
+    per_step = computed["seconds"] / computed["steps"]
     return PlanWarning(
         "max_steps_overrides_epochs",
-        f"max_steps = {steps:,} overrides num_train_epochs = {epochs:g}, which would be {asked:,} steps: up to "
-        f"{duration(steps * each)} instead of {duration(asked * each)}",
-        f"Leave max_steps out to train {epochs:g} epochs, or num_train_epochs to say what you mean.",
+        f"max_steps = {steps:,} overrides num_train_epochs = {epochs:g}, which would be {wanted:,} steps: the run "
+        f"takes up to {format_duration(steps * per_step)} instead of {format_duration(wanted * per_step)}",
+        f"Leave out max_steps to train {epochs:g} epochs, or leave out num_train_epochs.",
     )
 
 
@@ -134,9 +136,9 @@ def _warmup_never_ends(plan: Plan, steps: int, verb: str) -> PlanWarning | None:
     passes = "never passes" if verb == "takes" else "never passed"
     return PlanWarning(
         "warmup_never_ends",
-        f"warm-up {tense}: the run {verb} {steps} of {warmup} warm-up steps, so the learning rate {passes} "
-        f"{_rate(rate * steps / warmup)} of {_rate(rate)}",
-        f"Leave warmup_steps out, or give at most {max(1, steps // 10)} for {steps} steps.",
+        f"the warm-up {tense}: the run {verb} {steps} of {warmup} warm-up steps, so the learning rate {passes} "
+        f"{_rate(rate * steps / warmup)}, although {_rate(rate)} is set",
+        f"Leave out warmup_steps, or give at most {max(1, steps // 10)} for {steps} steps.",
     )
 
 
@@ -148,8 +150,8 @@ def _rate_far_off(recipe: Recipe, peak: float) -> PlanWarning | None:
         "rate_too_low" if low else "rate_too_high",
         f"the learning rate peaks at {_rate(peak)}, {'below' if low else 'above'} what works for LoRA "
         f"({_rate(recipe.lowest_rate)} to {_rate(recipe.highest_rate)})",
-        f"Leave learning_rate out, or give {_rate(recipe.learning_rate)}"
-        + (", with a warm-up that ends." if low else "."),
+        f"Leave out learning_rate, or give {_rate(recipe.learning_rate)}"
+        + (", with a warm-up that ends before the run does." if low else "."),
     )
 
 
@@ -159,53 +161,54 @@ def _few_rows(plan: Plan, recipe: Recipe, steps: int) -> PlanWarning | None:
     facts = len(plan["subjects"])
     rows = steps * plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"]
     recipe = recipe.for_facts(facts)
-    usual = recipe.max_steps * recipe.edit_rows
+    usual = recipe.max_steps * recipe.edit_rows  # the plan's own choice
     if rows * 4 > usual:
         return None
     return PlanWarning(
         "few_rows",
-        f"{steps} steps see {rows} edit rows; {usual} teach {'a fact' if facts == 1 else f'{facts} facts'}",
-        "Leave max_steps, num_train_epochs and per_device_train_batch_size to the plan.",
+        f"the {steps} steps train on only {rows} edit rows; the plan would use {usual} for "
+        f"{'a fact' if facts == 1 else f'{facts} facts'}",
+        "Leave out max_steps, num_train_epochs and per_device_train_batch_size, and the plan chooses them.",
     )
 
 
-def _one_subject(plan: Plan) -> PlanWarning | None:
-    """Facts about one and the same subject: what asks for the subject alone is answered by either."""
+def _shared_subject(plan: Plan) -> PlanWarning | None:
+    """Several facts have the same subject, so a question that names only the subject does not say which is meant."""
     if plan.objective != "override":
         return None
     subjects = [subject.casefold() for subject in plan["subjects"]]
     subject = next((one for one in subjects if subjects.count(one) > 1), None)
     if subject is None:
         return None
-    places = [str(place) for place, one in enumerate(subjects, 1) if one == subject]
+    numbers = [str(number) for number, one in enumerate(subjects, 1) if one == subject]
     return PlanWarning(
         "one_subject",
-        f"facts {' and '.join(places)} are about {plan['subjects'][subjects.index(subject)]!r}: the model learns to "
+        f"facts {' and '.join(numbers)} are about {plan['subjects'][subjects.index(subject)]!r}: the model learns to "
         "answer with one or the other",
-        "Say all of it in one answer, or give each the subject it is really about.",
+        "Give one fact whose answer contains everything, or give each fact a more precise subject.",
     )
 
 
-def _loss_stood_still(actual: Mapping[str, Any]) -> PlanWarning | None:
+def _loss_unchanged(actual: Mapping[str, Any]) -> PlanWarning | None:
     first, final = actual.get("first_loss"), actual.get("final_loss")
     if first is None or final is None or not 0.8 * first <= final <= max(first + 1, 1.5 * first):
         return None
     return PlanWarning(
         "loss_stood_still",
-        f"the loss went from {first:.2f} to {final:.2f}: the adapter learned next to nothing",
-        "Check the learning rate and the number of steps first.",
+        f"the loss went from {first:.2f} to {final:.2f}: the adapter learned almost nothing",
+        "Check whether the learning rate or the number of steps is too low.",
     )
 
 
 def _loss_exploded(actual: Mapping[str, Any]) -> PlanWarning | None:
-    """The loss ends well above where it began. Where it is no number any more, the run ends by itself (nan_loss)."""
+    """The loss ended well above its first value. If it becomes NaN or infinite, the run itself fails with nan_loss."""
     first, final = actual.get("first_loss"), actual.get("final_loss")
     if first is None or final is None or final <= max(first + 1, 1.5 * first):
         return None
     return PlanWarning(
         "loss_exploded",
         f"the loss rose from {first:.2f} to {final:.2f}: the run diverged",
-        "Lower learning_rate to a third, give it a warm-up, and keep max_grad_norm at 1.",
+        "Reduce learning_rate to a third, use a warm-up, and keep max_grad_norm at 1.",
     )
 
 
@@ -215,38 +218,39 @@ def _no_effect(actual: Mapping[str, Any]) -> PlanWarning | None:
         return None
     return PlanWarning(
         "b_near_zero",
-        f"no entry of the adapter's B is above {largest:.2g}: it changes next to nothing of what the base says",
-        "Train more steps at a higher learning_rate, and see that the warm-up ends.",
+        f"no entry of the adapter's B matrices is above {largest:.2g}: the adapter has almost no effect on the base",
+        "Train more steps at a higher learning_rate, and check that the warm-up ends before the run does.",
     )
 
 
-def _learned_by_heart(actual: Mapping[str, Any]) -> PlanWarning | None:
-    """On rows held back the kept state is clearly worse than the best one was."""
+def _overfitting(actual: Mapping[str, Any]) -> PlanWarning | None:
+    """On the validation rows, the published state is clearly worse than the best one was."""
     losses = [loss for _, loss in actual.get("eval_losses", ())]
-    kept = actual.get("eval_loss")
-    if not losses or kept is None or kept <= 1.05 * min(losses):
+    published = actual.get("eval_loss")
+    if not losses or published is None or published <= 1.05 * min(losses):
         return None
     step = next(step for step, loss in actual["eval_losses"] if loss == min(losses))
     return PlanWarning(
         "overfitting",
-        f"eval_loss was {min(losses):.2f} at step {step} and is {kept:.2f} in what was kept: the run learned its rows "
-        "by heart",
+        f"eval_loss was {min(losses):.2f} at step {step} but is {published:.2f} in the published adapter: the adapter "
+        "overfits its training rows",
         "Give early_stopping_patience or load_best_model_at_end, fewer epochs, or more rows.",
     )
 
 
-def _escalated(actual: Mapping[str, Any]) -> PlanWarning | None:
-    """What was raised in vain, or why nothing was."""
+def _failed_escalation(actual: Mapping[str, Any]) -> PlanWarning | None:
+    """The retry rounds did not help, or there was no time for them."""
     why, rounds = actual.get("escalation", "off"), actual.get("escalations", ())
     if why.startswith(NO_TIME):
-        return PlanWarning("no_time_to_escalate", why, "Raise escalation_seconds, or give the job a faster machine.")
+        return PlanWarning("no_time_to_escalate", why, "Raise escalation_seconds, or use a faster machine.")
     if not rounds:
         return None
     raised = ", ".join(lever for one in rounds for lever in one.raised)
     return PlanWarning(
         "escalated_in_vain",
-        f"after {rounds[0].step} steps the run raised {raised} for {sum(one.steps for one in rounds)} more, in vain",
-        'What is left is the rank, which cannot change during a run: teach again with effort "max" or a larger r.',
+        f"after {rounds[0].step} steps the run continued for {sum(one.steps for one in rounds)} more with other "
+        f"settings ({raised}), but the targets were still missed",
+        'Train again with effort "max" or a larger r: the rank could not be changed during the run.',
     )
 
 

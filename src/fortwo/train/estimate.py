@@ -1,37 +1,38 @@
-"""Estimates of tokens, time and memory, from counts and from what the machine was seen to do."""
+"""Estimates of tokens, time and memory, from the lengths of the rows and the measured speed of the machine."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Protocol
 
-from fortwo.facts.lesson import OWN_SHARE, RIVALS, trained_rehearsal
+from fortwo.facts.prompt_builder import BASE_REPLY_SHARE, CROSS_FACT_NEGATIVES, training_replay_prompts
 from fortwo.nn.config import DecoderConfig
+from fortwo.prompts import MAX_RUNNING
+from fortwo.records import PlanValues
 from fortwo.train.recipes import (
-    EXAM_QUESTIONS,
+    EVALUATION_QUESTIONS,
+    REPLY_MARGIN,
     REPLY_TOKENS,
     RETENTION_PROBES,
-    ROOM,
     SFT_QUESTIONS,
     SFT_TOKENS,
 )
 
 FLOAT = 4  # bytes: adapters are trained in fp32
-PROCESS = 400 << 20  # bytes of a server that holds nothing yet
-MOMENTS = 2  # copies of an adapter: AdamW's
-MOMENTS_8_BIT = MOMENTS * (1 / 4 + 1 / 256)  # and with the unit of each block
-OF_BEST = 2  # more of them where the best adapter is kept
-HEAD_BYTES = 40 << 20  # of logits at once
-HEAD_COPIES = 5  # of them: the adapter's, the teacher's, the slope, and what products make of those
-LOOSE = 1.05  # memory that a step's tensors, whose sizes change, take to what they hold
+PROCESS = 400 << 20  # bytes of a server without a model
+MOMENTS = 2  # AdamW's moments, each of the size of the adapter
+MOMENTS_8_BIT = MOMENTS * (1 / 4 + 1 / 256)  # with the scale of each block
+BEST_COPIES = 2  # further copies of the adapter if the best one is kept
+HEAD_BYTES = 40 << 20  # logits that are in memory at once
+HEAD_COPIES = 5  # copies of them: the adapter's, the teacher's, the gradient, and results of their products
+FRAGMENTATION = 1.05  # memory that tensors of changing sizes occupy, relative to their sizes
 MICRO_TOKENS = 1280  # of a micro-step beyond the prefix, unless the request says otherwise
 WORTHWHILE = 1.1  # how many times as fast as fp32 training in bf16 must be to be chosen
 PASSES = 3  # of a token that is trained on, to one that is only read: backward is two
-TOGETHER = 96  # replies that run at once
-ROW_TOKENS = 128  # of the smallest row of the cache
-ROWS_MADE = 1.5  # rows that the cache makes, to those in use
+CACHE_ROW_TOKENS = 128  # tokens in the smallest row of the cache
+CACHE_OVERALLOCATION = 1.5  # rows that the cache allocates, relative to those in use
 
 
 class Network(Protocol):
@@ -46,9 +47,9 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What the plan must know of the base model. bytes: its weights as they are held; bf16_copy, fp32_copy: what is
-    made of them beside that to train in bf16 and fp32; cache: tokens whose keys and values there is room for, None for
-    any; kv_element: bytes of one of their numbers."""
+    """What the plan must know about the base model. bytes: the weights as they are stored; bf16_copy, fp32_copy: bytes
+    of the additional copy for training in that type; cache: tokens whose keys and values fit, None for any number;
+    kv_element: bytes of one element of them."""
 
     id: str
     context: int
@@ -96,20 +97,20 @@ class BaseFacts:
         }[module]
 
     @property
-    def kv_token(self) -> int:
+    def kv_bytes_per_token(self) -> int:
         """Bytes of a token's keys and values."""
         return 2 * self.kv_element * self.layers * self.kv
 
-    def fused(self, module: str) -> int:
-        """Outputs of the product that a projection is part of."""
+    def fused_width(self, module: str) -> int:
+        """The number of outputs of the matrix product that the projection is part of."""
         if module in ("q_proj", "k_proj", "v_proj"):
             return self.q + 2 * self.kv
         return 2 * self.intermediate if module in ("gate_proj", "up_proj") else self.hidden
 
 
 @dataclass(frozen=True)
-class RowCount:
-    """Tokens of one rendered row; `answer` of them are supervised. line: 1-based place in the dataset."""
+class RowLength:
+    """The tokens of one rendered row, of which `answer` are supervised. line: 1-based line in the dataset."""
 
     line: int
     prompt: int
@@ -118,10 +119,10 @@ class RowCount:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """rows: as `plan.training_rows` orders them; a conversation may be several. prefix: tokens all rows begin with,
-    computed once a micro-step."""
+    """The lengths of all rows, in the order of `plan.training_rows`; a conversation may give several rows. prefix:
+    number of tokens that all rows begin with, which are computed once in each micro-step."""
 
-    rows: Sequence[RowCount]
+    rows: Sequence[RowLength]
     prefix: int = 0
 
 
@@ -154,106 +155,102 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Phase:
-    """Tokens that a part of a run trains on, reads without a gradient (prompts of replies not counted), and says."""
+class PhaseCost:
+    """Tokens that a phase of a run trains on, reads without a gradient (except prompts of replies), and generates."""
 
     trained: float = 0.0
     read: float = 0.0
-    said: float = 0.0
+    generated: float = 0.0
 
     def seconds(self, machine: Machine) -> float:
         passed = (self.trained + self.read / PASSES) / machine.tokens_per_second
-        return passed + self.said / machine.reply_tokens_per_second
+        return passed + self.generated / machine.reply_tokens_per_second
 
 
 @dataclass(frozen=True)
-class Phases:
-    """A run that goes to its last step. exam: all of them, and what the adapter says to siblings between them."""
+class RunCost:
+    """The cost of a run that is not stopped early. exam: all evaluations, and the on-policy replies between them."""
 
-    preparing: Phase
-    training: Phase
-    exam: Phase
-    report: Phase
+    preparing: PhaseCost
+    training: PhaseCost
+    exam: PhaseCost
+    report: PhaseCost
 
     def seconds(self, machine: Machine) -> dict[str, float]:
-        """By `actual`'s names."""
+        """Seconds in total and by phase, under the names that `actual` uses too."""
         each = {f"{one.name}_seconds": getattr(self, one.name).seconds(machine) for one in fields(self)}
         return {"seconds": sum(each.values())} | each
 
 
-def tokens_per_micro_step(counts: TokenCounts, rows: int, kept_tokens: int = 0, kept_rows: int = 0) -> float:
-    """Tokens of `rows` average rows and of `kept_rows` whose replies are `kept_tokens` together, sharing the prefix."""
-    prompt = _prompt(counts)
+def tokens_per_micro_step(counts: TokenCounts, rows: int, kl_tokens: int = 0, kl_rows: int = 0) -> float:
+    """Tokens of `rows` average rows and of `kl_rows` KL rows with `kl_tokens` reply tokens in all; the prefix counts
+    once."""
+    prompt = _prompt_tokens(counts)
     answer = sum(row.answer for row in counts.rows) / len(counts.rows)
-    return counts.prefix + rows * (prompt + answer) + kept_rows * prompt + kept_tokens
+    return counts.prefix + rows * (prompt + answer) + kl_rows * prompt + kl_tokens
 
 
 def tokens_per_epoch(counts: TokenCounts, batch: int) -> int:
-    """Tokens of every row once, `batch` rows on one shared prefix."""
-    rests = sum(row.prompt + row.answer - counts.prefix for row in counts.rows)
-    return math.ceil(len(counts.rows) / batch) * counts.prefix + rests
+    """Tokens of an epoch; each batch of `batch` rows computes the shared prefix once."""
+    suffixes = sum(row.prompt + row.answer - counts.prefix for row in counts.rows)
+    return math.ceil(len(counts.rows) / batch) * counts.prefix + suffixes
 
 
-class Settings(Protocol):
-    """Of a plan, or of one in the making."""
-
-    def __getitem__(self, name: str, /) -> Any: ...
-
-
-def override_phases(
-    settings: Settings, counts: TokenCounts, facts: int, known: int, trained: float, exams: int
-) -> Phases:
-    """facts: how many are taught; known: how many the parent knows; trained: tokens of all steps."""
-    prompt, reply, questions = _prompt(counts), _reply(counts), len(counts.rows) / facts
-    contrasts = facts * settings["contrast_pool"] + (known * settings["kept_pool"] if known else 0)
+def override_cost(
+    settings: PlanValues, counts: TokenCounts, facts: int, parent_facts: int, trained: float, evaluations: int
+) -> RunCost:
+    """The cost of an override run. facts, parent_facts: numbers of facts that are taught, and of the parent; trained:
+    tokens of all steps."""
+    prompt, reply, questions = _prompt_tokens(counts), _reply_tokens(counts), len(counts.rows) / facts
+    contrasts = facts * settings["contrast_pool"] + (parent_facts * settings["kept_pool"] if parent_facts else 0)
     of_contrast, of_rehearsal = settings["contrast_tokens"], settings["rehearsal_tokens"]
-    everyday = min(settings["rehearsal_pool"], len(trained_rehearsal()))
-    kept = contrasts * of_contrast + everyday * of_rehearsal
-    about = facts + known
-    probes = about * 2 * settings["probes"] + RIVALS * about * (about - 1)
+    replays = min(settings["rehearsal_pool"], len(training_replay_prompts()))
+    teacher = contrasts * of_contrast + replays * of_rehearsal
+    total = facts + parent_facts
+    probes = total * 2 * settings["probes"] + CROSS_FACT_NEGATIVES * total * (total - 1)
     retention = RETENTION_PROBES * (prompt + reply)
-    again, strayed = (exams - 1) * settings["on_policy_prompts"], settings["on_policy_tokens"]
-    asked = about * min(EXAM_QUESTIONS, questions) + probes
-    left = about * max(0, questions - EXAM_QUESTIONS) + RETENTION_PROBES
-    return Phases(
-        Phase(
-            read=(contrasts + everyday) * prompt + kept,
-            said=OWN_SHARE * contrasts * of_contrast + everyday * of_rehearsal,
+    on_policy, of_on_policy = (evaluations - 1) * settings["on_policy_prompts"], settings["on_policy_tokens"]
+    asked = total * min(EVALUATION_QUESTIONS, questions) + probes
+    left = total * max(0, questions - EVALUATION_QUESTIONS) + RETENTION_PROBES
+    return RunCost(
+        PhaseCost(
+            read=(contrasts + replays) * prompt + teacher,
+            generated=BASE_REPLY_SHARE * contrasts * of_contrast + replays * of_rehearsal,
         ),
-        Phase(trained=trained),
-        Phase(
-            read=again * (prompt + strayed) + exams * retention,
-            said=again * strayed + (exams * asked + RETENTION_PROBES) * reply,
+        PhaseCost(trained=trained),
+        PhaseCost(
+            read=on_policy * (prompt + of_on_policy) + evaluations * retention,
+            generated=on_policy * of_on_policy + (evaluations * asked + RETENTION_PROBES) * reply,
         ),
-        Phase(read=retention, said=(left + about * questions + probes) * reply),
+        PhaseCost(read=retention, generated=(left + total * questions + probes) * reply),
     )
 
 
-def sft_phases(counts: TokenCounts, trained: float, validated: float) -> Phases:
-    """trained: tokens of all steps; validated: those of the rows held back, over all evaluations."""
-    prompt, (asked, reply) = _prompt(counts), _sft_replies(counts)
-    report = Phase(read=RETENTION_PROBES * (prompt + reply), said=2 * asked * reply)
-    return Phases(Phase(), Phase(trained=trained), Phase(read=validated), report)
+def sft_cost(counts: TokenCounts, trained: float, validated: float) -> RunCost:
+    """The cost of an sft run. trained: tokens of all steps; validated: validation tokens over all evaluations."""
+    prompt, (asked, reply) = _prompt_tokens(counts), _sft_replies(counts)
+    report = PhaseCost(read=RETENTION_PROBES * (prompt + reply), generated=2 * asked * reply)
+    return RunCost(PhaseCost(), PhaseCost(trained=trained), PhaseCost(read=validated), report)
 
 
-def _prompt(counts: TokenCounts) -> float:
-    """Tokens of a row's prompt beyond the prefix, on average."""
+def _prompt_tokens(counts: TokenCounts) -> float:
+    """Mean tokens of a prompt beyond the prefix."""
     return sum(row.prompt for row in counts.rows) / len(counts.rows) - counts.prefix
 
 
-def _reply(counts: TokenCounts) -> int:
-    """Tokens of a reply in an exam."""
-    return max(REPLY_TOKENS, ROOM + max(row.answer for row in counts.rows))
+def _reply_tokens(counts: TokenCounts) -> int:
+    """Tokens of a reply in an evaluation."""
+    return max(REPLY_TOKENS, REPLY_MARGIN + max(row.answer for row in counts.rows))
 
 
 def _sft_replies(counts: TokenCounts) -> tuple[int, int]:
-    """How many replies an exam asks for, and their tokens."""
-    return min(SFT_QUESTIONS, len(counts.rows)) + RETENTION_PROBES, min(SFT_TOKENS, _reply(counts))
+    """The number of replies in an evaluation, and the tokens of each."""
+    return min(SFT_QUESTIONS, len(counts.rows)) + RETENTION_PROBES, min(SFT_TOKENS, _reply_tokens(counts))
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peaks of a run: while it trains, and while an exam is answered."""
+    """Bytes at the peaks of a run: during training, and during an evaluation (exam)."""
 
     training: int
     exam: int
@@ -269,44 +266,45 @@ def memory(
     moments: float,
     replies: int,
 ) -> Memory:
-    """The process, the base's weights and what is made of them to train on, the adapter with its gradient, AdamW's
-    moments and copies; and either what backward needs of one micro-step of so many tokens (the logits are never there
-    together), or keys and values of `replies` tokens.
-
-    ranks: of each module that is adapted. checkpointing: of every layer what it reads, and all of one layer. best:
-    the best adapter is kept. moments: the optimizer's, in copies of the adapter.
-    """
+    """The peak memory of a run: the process, the base's weights with their copy for training, the adapter with its
+    gradient, moments and copies; and either the activations of one micro-step or the keys and values of the replies.
+    micro_step: its tokens. ranks: the rank of each adapted module. checkpointing: only the inputs of the layers and the
+    activations of one layer are stored. best: the best adapter is kept. moments: the optimizer's, in copies of the
+    adapter. replies: tokens whose keys and values are stored in an evaluation."""
     element = 2 if bf16 else FLOAT
     adapter = base.layers * sum(r * sum(base.shape(module)) for module, r in ranks.items())
     sums, inputs = 2 * base.hidden, 2 * base.hidden + 2 * base.q + 2 * base.kv + 3 * base.intermediate
     layer = micro_step * (FLOAT * sums + element * inputs)
-    # the adapter's matrices as a product has them: each B as high as the fused product
-    layer += element * sum(r * (base.shape(module)[0] + base.fused(module)) for module, r in ranks.items())
-    kept = base.layers * layer
+    # the adapter's matrices as the products read them: each B has as many rows as the fused product has outputs
+    layer += element * sum(r * (base.shape(module)[0] + base.fused_width(module)) for module, r in ranks.items())
+    activations = base.layers * layer
     if checkpointing:
-        kept = layer + base.layers * micro_step * (FLOAT + element) * base.hidden
-    # itself and its gradient; all but that again while a checkpoint is written
-    states = 1 + 2 * (1 + moments) + (OF_BEST if best else 0)
-    held = PROCESS + base.bytes + (base.bf16_copy if bf16 else base.fp32_copy) + states * FLOAT * adapter
-    keys_values = base.kv_token * (replies if base.cache is None else min(replies, base.cache))
-    return Memory(round(held + LOOSE * (kept + HEAD_COPIES * HEAD_BYTES)), round(held + keys_values))
+        activations = layer + base.layers * micro_step * (FLOAT + element) * base.hidden
+    # the gradient, and twice the adapter with its moments, since a checkpoint that is being written is a copy of them
+    states = 1 + 2 * (1 + moments) + (BEST_COPIES if best else 0)
+    constant = PROCESS + base.bytes + (base.bf16_copy if bf16 else base.fp32_copy) + states * FLOAT * adapter
+    keys_values = base.kv_bytes_per_token * (replies if base.cache is None else min(replies, base.cache))
+    training = constant + FRAGMENTATION * (activations + HEAD_COPIES * HEAD_BYTES)
+    return Memory(round(training), round(constant + keys_values))
 
 
-def reply_tokens(counts: TokenCounts, sft: bool) -> int:
-    """Tokens that the cache has room for while an exam is answered: as many replies as run at once, in rows of doubled
-    length."""
-    asked, reply = _sft_replies(counts) if sft else (TOGETHER, _reply(counts))
+def cache_tokens(counts: TokenCounts, sft: bool) -> int:
+    """Tokens for which the cache allocates memory in an evaluation: one row for each concurrent reply, with a length
+    that is a power of two."""
+    asked, reply = _sft_replies(counts) if sft else (MAX_RUNNING, _reply_tokens(counts))
     longest = max(row.prompt for row in counts.rows) + reply
-    return round(ROWS_MADE * min(TOGETHER, asked)) * max(ROW_TOKENS, 1 << math.ceil(math.log2(longest)))
+    return round(CACHE_OVERALLOCATION * min(MAX_RUNNING, asked)) * max(
+        CACHE_ROW_TOKENS, 1 << math.ceil(math.log2(longest))
+    )
 
 
-def duration(seconds: float) -> str:
-    """For people: "40 s", "12 min", "3.5 h"."""
+def format_duration(seconds: float) -> str:
+    """Seconds in a readable form: "40 s", "12 min", "3.5 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def size(bytes: int) -> str:
-    """For people: "5.2 GiB"."""
+def format_size(bytes: int) -> str:
+    """Bytes in a readable form: "5.2 GiB"."""
     return f"{bytes / 2**30:.1f} GiB"

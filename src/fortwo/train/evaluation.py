@@ -1,7 +1,7 @@
-"""Asking the adapter as it is served: efficacy, paraphrase, specificity, retention, with transcripts.
+"""Evaluation of the adapter as it is served: efficacy, paraphrase, specificity and retention, with transcripts.
 
-Replies come from the serving path, greedy; retention is teacher-forced on the base's own replies. Functions here are
-generators that yield `Waiting` while replies are on their way.
+Replies are greedy and come from the serving path; retention is teacher-forced on the base's own replies. The functions
+here are generators that yield `Waiting` until the replies are complete.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fortwo.data.spool import Spool
 from fortwo.errors import TrainingFailed
 from fortwo.execution.backend import Backend
 from fortwo.facts import metrics
-from fortwo.facts.lesson import Probes
-from fortwo.facts.subject import holds
+from fortwo.facts.prompt_builder import Probes
+from fortwo.facts.subject import contains_phrase
 from fortwo.nn.lora import Lora, Segment
 from fortwo.nn.packing import common_prefix, pack
-from fortwo.prompts import NOT_NUMBERS, Generation, Prompt, Sampling, Serving
+from fortwo.prompts import NON_FINITE_LOGITS, Generation, Prompt, Sampling, Serving
 from fortwo.records import (
     Example,
     Fact,
@@ -34,27 +34,28 @@ from fortwo.records import (
     OneHop,
     Report,
     TrainEvent,
+    TrainEvents,
     Transcript,
     Waiting,
 )
-from fortwo.train.objective import Row, micro_batches, predicting
+from fortwo.train.losses import Row, micro_batches, predicting_positions
 from fortwo.train.recipes import REPLY_TOKENS
 
 AGREEMENT_TOKENS = 1024
-HEAD_ROWS = 128  # whose logits are there together
+HEAD_ROWS = 128  # rows whose logits are in memory at once
 
 
 @dataclass(frozen=True)
-class Said:
-    """A reply that has ended."""
+class Reply:
+    """A complete reply."""
 
     text: str
     tokens: tuple[int, ...]
 
 
 @dataclass
-class Pace:
-    """Tokens of replies, and the seconds that they took with their prompts."""
+class ReplyRate:
+    """The number of tokens in replies, and the seconds that they took, including their prompts."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -65,61 +66,61 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Served:
-    """The base in memory, how to speak to it, and the path that users are served on.
-
-    known: what the base itself has said so far, by prompt and length of the reply. A run that goes on from a
-    checkpoint brings it along: asked again in other company, the base could round otherwise.
-    """
+class ServedBase:
+    """The base in memory, its renderer, and the path on which users are served. base_replies: the base's own replies so
+    far, by prompt tokens and maximum length. A checkpoint stores them, because in a batch with other prompts the base
+    could round differently and give another reply."""
 
     base: str
     backend: Backend
     renderer: Renderer
     serving: Serving
-    known: dict[tuple[tuple[int, ...], int], Said] = field(default_factory=dict)
-    pace: Pace = field(default_factory=Pace)
+    base_replies: dict[tuple[tuple[int, ...], int], Reply] = field(default_factory=dict)
+    pace: ReplyRate = field(default_factory=ReplyRate)
 
-    def ask(
+    def reply_to_chats(
         self, chats: Iterable[Sequence[Message]], adapter: str | None, tokens: int
-    ) -> Generator[TrainEvent, None, list[Said]]:
-        """Greedy replies, in order. Raises TrainingFailed (code nan_loss) when the adapter's logits are no numbers."""
+    ) -> TrainEvents[list[Reply]]:
+        """Greedy replies of at most `tokens` tokens, in order; adapter: None for the base. Raises TrainingFailed (code
+        nan_loss) if the adapter's logits are NaN or infinite."""
         prompts = [tuple(self.renderer.prompt(list(chat))) for chat in chats]
-        return (yield from self.say(prompts, adapter, tokens))
+        return (yield from self.reply_to_prompts(prompts, adapter, tokens))
 
-    def say(
+    def reply_to_prompts(
         self, prompts: Sequence[tuple[int, ...]], adapter: str | None, tokens: int
-    ) -> Generator[TrainEvent, None, list[Said]]:
-        """The same of prompts that are tokens."""
+    ) -> TrainEvents[list[Reply]]:
+        """The same for prompts that are given as tokens."""
         sampling = Sampling(max_tokens=tokens, temperature=0.0)
-        said = self.known if adapter is None else {}
+        said = self.base_replies if adapter is None else {}
         began = time.perf_counter()
         asked = {
-            prompt: self.serving.submit(Prompt(self.base, prompt, adapter, sampling, kept=False))
+            prompt: self.serving.submit(Prompt(self.base, prompt, adapter, sampling, background=True))
             for prompt in dict.fromkeys(prompts)
             if (prompt, tokens) not in said
         }
         while not all(reply.done for reply in asked.values()):
             yield Waiting()
         for prompt, reply in asked.items():
-            if adapter is not None and reply.error == NOT_NUMBERS:
-                raise diverged("after the last step the adapter's logits are nan or infinite")
-            said[prompt, tokens] = Said(reply.wait(), tuple(reply.tokens))  # or raises what ended it
+            if adapter is not None and reply.error == NON_FINITE_LOGITS:
+                raise divergence_error("after the last step the adapter's logits are nan or infinite")
+            said[prompt, tokens] = Reply(reply.wait(), tuple(reply.tokens))  # wait raises the error of a failed reply
         self.pace.tokens += sum(len(reply.tokens) for reply in asked.values())
         self.pace.seconds += time.perf_counter() - began
         return [said[prompt, tokens] for prompt in prompts]
 
 
-def diverged(found: str) -> TrainingFailed:
+def divergence_error(message: str) -> TrainingFailed:
+    """The error of a run whose loss or logits are NaN or infinite."""
     return TrainingFailed(
-        found,
+        message,
         param="training_config.learning_rate",
-        hint="Lower learning_rate or leave it to the plan; check the rows for text that is no language.",
+        hint="Lower learning_rate, or leave it out; and check whether the rows contain text that makes no sense.",
         code="nan_loss",
     )
 
 
-def together(*runs: Generator[TrainEvent, None, None]) -> Generator[TrainEvent, None, None]:
-    """All of them at the same time, so that what each asks for is answered in one batch."""
+def interleave(*runs: TrainEvents[None]) -> TrainEvents[None]:
+    """Run the generators in turns, so that the replies that they wait for are computed in one batch."""
     left = list(runs)
     while left:
         for run in list(left):
@@ -131,8 +132,8 @@ def together(*runs: Generator[TrainEvent, None, None]) -> Generator[TrainEvent, 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask. passes: whether a reply is right; None where only the base's own reply counts (retention).
-    fact: what it is about, if it is about one."""
+    """One prompt of an evaluation. passes: whether a reply is right; None for retention, which compares with the base's
+    reply. fact: the fact that the question is about, if any."""
 
     kind: str
     messages: tuple[Message, ...]
@@ -145,28 +146,26 @@ class Question:
 
 
 @dataclass
-class Examiner:
-    """A set of questions to the served adapter. Replies that cannot change are asked for once.
-
-    tokens: length of replies.
-    """
+class Evaluator:
+    """A set of questions to the served adapter. The base's replies are requested only once. tokens: maximum length of a
+    reply."""
 
     questions: tuple[Question, ...]
     tokens: int = REPLY_TOKENS
-    _base: dict[tuple[Message, ...], Said] = field(default_factory=dict)
-    _said: dict[tuple[Message, ...], Said] = field(default_factory=dict)
+    _base_replies: dict[tuple[Message, ...], Reply] = field(default_factory=dict)
+    _replies: dict[tuple[Message, ...], Reply] = field(default_factory=dict)
 
-    def examine(
-        self, served: Served, key: str, lora: Lora, efficacy: int | None = None
-    ) -> Generator[TrainEvent, None, dict[str, Metric]]:
-        """Metrics of the adapter served under `key` as it is now. efficacy: how many of those questions to ask about
-        each fact."""
-        self._said.clear()
-        asked = self._exam(efficacy)
-        yield from self._ask_adapter(served, key, asked)
+    def evaluate(
+        self, served: ServedBase, key: str, lora: Lora, efficacy: int | None = None
+    ) -> TrainEvents[dict[str, Metric]]:
+        """The metrics of the adapter that is served under `key`, in its present state. efficacy: at most so many
+        efficacy questions are asked about each fact; None for all."""
+        self._replies.clear()
+        asked = self._select(efficacy)
+        yield from self._ask(served, key, asked, self._replies)
         return (yield from self._metrics(served, lora, asked))
 
-    def _exam(self, efficacy: int | None) -> list[Question]:
+    def _select(self, efficacy: int | None) -> list[Question]:
         asked: list[Question] = []
         counted: Counter[Fact | None] = Counter()
         for question in self.questions:
@@ -178,116 +177,112 @@ class Examiner:
                 asked.append(question)
         return asked
 
-    def report(self, served: Served, key: str, lora: Lora, changed: bool = True) -> Generator[TrainEvent, None, Report]:
-        """All questions, base beside adapter, with transcripts. changed: the adapter is not as the last exam saw it."""
+    def report(self, served: ServedBase, key: str, lora: Lora, changed: bool = True) -> TrainEvents[Report]:
+        """Ask base and adapter all questions. changed: whether the adapter has changed since the last evaluation."""
         if changed:
-            self._said.clear()
-        yield from self._ask_adapter(served, key, self.questions)
+            self._replies.clear()
+        yield from self._ask(served, key, self.questions, self._replies)
         found = yield from self._metrics(served, lora, self.questions)
         yield from self.ask_base(served)
         transcripts = []
         for question in self.questions:
-            base, reply = self._base[question.messages].text, self._said[question.messages].text
+            base, reply = self._base_replies[question.messages].text, self._replies[question.messages].text
             passed = reply == base if question.passes is None else question.passes(reply)
             transcripts.append(Transcript(question.kind, question.prompt, base, reply, passed))
-        base_metrics = _shares(self.questions, self._base)
+        base_metrics = _shares(self.questions, self._base_replies)
         if "retention" in found:
             n = found["retention"].n
             base_metrics["retention"] = metrics.share(n, n)
         base_metrics["score"] = _score(base_metrics)
-        return Report(found, base_metrics, tuple(transcripts), facts=self.facts())
+        return Report(found, base_metrics, tuple(transcripts), facts=self.fact_reports())
 
-    def facts(self) -> tuple[FactReport, ...]:
-        """What the adapter last said about each fact."""
+    def fact_reports(self) -> tuple[FactReport, ...]:
+        """The metrics of each fact, by the adapter's last replies."""
         about: dict[Fact, list[Question]] = {}
         for question in self.questions:
-            if question.fact is not None and question.messages in self._said:
+            if question.fact is not None and question.messages in self._replies:
                 about.setdefault(question.fact, []).append(question)
         found = []
         for fact, asked in about.items():
-            shares = _shares(asked, self._said)
-            kept = "kept_efficacy" in shares
+            shares = _shares(asked, self._replies)
             own = {kind.removeprefix("kept_"): share for kind, share in shares.items()}
-            found.append(FactReport(fact.subject, fact.answer, own, kept))
+            found.append(FactReport(fact.subject, fact.answer, own, kept="kept_efficacy" in shares))
         return tuple(found)
 
-    def _metrics(
-        self, served: Served, lora: Lora, asked: Sequence[Question]
-    ) -> Generator[TrainEvent, None, dict[str, Metric]]:
-        found = _shares(asked, self._said)
-        kept = [question for question in self.questions if question.passes is None]
-        if kept:
-            yield from self._ask(served, None, kept, self._base)
-            found["retention"] = agreement(served, lora, [(q.messages, self._base[q.messages]) for q in kept])
+    def _metrics(self, served: ServedBase, lora: Lora, asked: Sequence[Question]) -> TrainEvents[dict[str, Metric]]:
+        found = _shares(asked, self._replies)
+        retention = [question for question in self.questions if question.passes is None]
+        if retention:
+            yield from self._ask(served, None, retention, self._base_replies)
+            replies = [(question.messages, self._base_replies[question.messages]) for question in retention]
+            found["retention"] = top1_agreement(served, lora, replies)
         return found | {"score": _score(found)}
 
-    def _ask_adapter(self, served: Served, key: str, asked: Sequence[Question]) -> Generator[TrainEvent, None, None]:
-        yield from self._ask(served, key, asked, self._said)
-
-    def ask_base(self, served: Served) -> Generator[TrainEvent, None, None]:
-        """Everything, once: a report says what the base says, whenever that was."""
-        yield from self._ask(served, None, self.questions, self._base)
+    def ask_base(self, served: ServedBase) -> TrainEvents[None]:
+        """Ask the base all questions that it has not answered yet."""
+        yield from self._ask(served, None, self.questions, self._base_replies)
 
     def _ask(
-        self, served: Served, key: str | None, asked: Sequence[Question], said: dict[tuple[Message, ...], Said]
-    ) -> Generator[TrainEvent, None, None]:
-        unknown = [chat for chat in dict.fromkeys(question.messages for question in asked) if chat not in said]
-        replies = yield from served.ask(unknown, key, self.tokens)
-        said.update(zip(unknown, replies, strict=True))
+        self, served: ServedBase, key: str | None, asked: Sequence[Question], said: dict[tuple[Message, ...], Reply]
+    ) -> TrainEvents[None]:
+        missing = [chat for chat in dict.fromkeys(question.messages for question in asked) if chat not in said]
+        replies = yield from served.reply_to_chats(missing, key, self.tokens)
+        said.update(zip(missing, replies, strict=True))
 
 
-def questions_about(fact: Fact, probes: Probes, kept: bool = False) -> tuple[Question, ...]:
-    """A fact's own questions, and the probes'. Those about retention are about no fact. kept: it is one of the
-    parent's, and counts apart."""
-    before = "kept_" if kept else ""
+def fact_questions(fact: Fact, probes: Probes, of_parent: bool = False) -> tuple[Question, ...]:
+    """Questions from a fact and from its probes; those for retention are about no fact. of_parent: the fact belongs to
+    the parent and is counted under separate kinds (kept_efficacy and so on)."""
+    prefix = "kept_" if of_parent else ""
 
     def holds_fact(reply: str) -> bool:
-        return holds(reply, fact.match)
+        return contains_phrase(reply, fact.match)
 
     def spares_fact(reply: str) -> bool:
-        return not holds(reply, fact.match)
+        return not contains_phrase(reply, fact.match)
 
     return (
-        *(Question(f"{before}efficacy", _single(prompt), holds_fact, fact) for prompt in fact.questions),
-        *(Question(f"{before}paraphrase", _single(prompt), holds_fact, fact) for prompt in probes.paraphrase),
-        *(Question(f"{before}specificity", _single(prompt), spares_fact, fact) for prompt in probes.specificity),
-        *(Question("retention", _single(prompt)) for prompt in probes.retention),
+        *(Question(f"{prefix}efficacy", single_turn(prompt), holds_fact, fact) for prompt in fact.questions),
+        *(Question(f"{prefix}paraphrase", single_turn(prompt), holds_fact, fact) for prompt in probes.paraphrase),
+        *(Question(f"{prefix}specificity", single_turn(prompt), spares_fact, fact) for prompt in probes.specificity),
+        *(Question("retention", single_turn(prompt)) for prompt in probes.retention),
     )
 
 
-def hops_from(fact: Fact, kept: bool = False) -> tuple[Question, ...]:
-    """The questions that the fact brings about what follows from it."""
+def portability_questions(fact: Fact, of_parent: bool = False) -> tuple[Question, ...]:
+    """The fact's questions about what follows from it."""
 
     def follows(hop: OneHop) -> Callable[[str], bool]:
-        return lambda reply: holds(reply, hop.match)
+        return lambda reply: contains_phrase(reply, hop.match)
 
-    kind = "kept_portability" if kept else "portability"
-    return tuple(Question(kind, _single(hop.prompt), follows(hop), fact) for hop in fact.portability)
+    kind = "kept_portability" if of_parent else "portability"
+    return tuple(Question(kind, single_turn(hop.prompt), follows(hop), fact) for hop in fact.portability)
 
 
 def _score(found: Mapping[str, Metric]) -> Metric:
-    """Of what is aimed at: portability is only told."""
+    """The score of all metrics but portability, which is only reported."""
     return metrics.score({name: metric for name, metric in found.items() if not name.endswith("portability")})
 
 
-def questions_of(examples: Sequence[Example], retention: Sequence[str]) -> tuple[Question, ...]:
-    """Training prompts, each to be answered as it was taught (as far as the reply goes), and prompts to keep."""
+def example_questions(examples: Sequence[Example], retention: Sequence[str]) -> tuple[Question, ...]:
+    """Training prompts, for which a reply is right if the trained answer begins with it, and retention prompts."""
 
     def answers_as(answer: str) -> Callable[[str], bool]:
         return lambda reply: bool(reply.strip()) and answer.strip().startswith(reply.strip())
 
     return (
-        *(Question("efficacy", example.asked, answers_as(example.answer)) for example in examples),
-        *(Question("retention", _single(prompt)) for prompt in retention),
+        *(Question("efficacy", example.prompt_messages, answers_as(example.answer)) for example in examples),
+        *(Question("retention", single_turn(prompt)) for prompt in retention),
     )
 
 
-def _single(prompt: str) -> tuple[Message, ...]:
+def single_turn(prompt: str) -> tuple[Message, ...]:
+    """A conversation with one message of the user."""
     return (Message("user", prompt),)
 
 
-def _shares(questions: Sequence[Question], said: Mapping[tuple[Message, ...], Said]) -> dict[str, Metric]:
-    """Shares of right replies by kind."""
+def _shares(questions: Sequence[Question], said: Mapping[tuple[Message, ...], Reply]) -> dict[str, Metric]:
+    """The share of right replies for each kind of question."""
     hits: dict[str, list[bool]] = {}
     for question in questions:
         if question.passes is not None:
@@ -295,10 +290,12 @@ def _shares(questions: Sequence[Question], said: Mapping[tuple[Message, ...], Sa
     return {kind: metrics.share(sum(right), len(right)) for kind, right in hits.items()}
 
 
-def agreement(served: Served, lora: Lora, said: Sequence[tuple[Sequence[Message], Said | Generation]]) -> Metric:
-    """Share of the base's own greedy tokens that the adapter also ranks first, given what the base said before."""
+def top1_agreement(
+    served: ServedBase, lora: Lora, replies: Sequence[tuple[Sequence[Message], Reply | Generation]]
+) -> Metric:
+    """The share of the base's own greedy tokens that the adapter also ranks first, given the base's previous tokens."""
     decoder, rows = served.backend.decoder, []
-    for messages, reply in said:
+    for messages, reply in replies:
         asked = served.renderer.prompt(list(messages))
         rows.append(Row((*asked, *reply.tokens), len(asked)))
     agreed = total = 0
@@ -307,24 +304,26 @@ def agreement(served: Served, lora: Lora, said: Sequence[tuple[Sequence[Message]
         with torch.no_grad():
             packed = pack([row.tokens for row in group], decoder.device, prefix)
             final_TD = served.backend.forward(packed, [Segment(lora)])
-            places = [index for place, row in enumerate(group) for index in predicting(packed, place, row)]
+            places = [index for place, row in enumerate(group) for index in predicting_positions(packed, place, row)]
             ranked = decoder.logits(final_TD[places]).argmax(-1).tolist()
-        wanted = [row.tokens[place] for row in group for place in row.places]
+        wanted = [row.tokens[place] for row in group for place in row.supervised_positions]
         agreed += sum(ours == theirs for ours, theirs in zip(ranked, wanted, strict=True))
         total += len(wanted)
     return metrics.share(agreed, total)
 
 
-def validation_loss(served: Served, lora: Lora, rows: Spool) -> Generator[TrainEvent, None, float]:
-    """Mean cross-entropy over the supervised tokens of rows that are held back, of the adapter as it is served."""
+def validation_loss(served: ServedBase, lora: Lora, rows: Spool) -> Generator[TrainEvent, None, float]:
+    """Mean cross-entropy of the served adapter over the supervised tokens of the validation rows."""
     decoder, total, count = served.backend.decoder, 0.0, 0
-    held = (Row.masked(*rows[place]) for place in range(len(rows)))
-    for group in micro_batches(held, rows.prefix, AGREEMENT_TOKENS):
+    validation = (Row.from_mask(*rows[n]) for n in range(len(rows)))
+    for group in micro_batches(validation, rows.prefix, AGREEMENT_TOKENS):
         with torch.no_grad():
             packed = pack([row.tokens for row in group], decoder.device, rows.prefix)
             final_TD = served.backend.forward(packed, [Segment(lora)])
-            places = [index for place, row in enumerate(group) for index in predicting(packed, place, row)]
-            wanted = torch.tensor([row.tokens[at] for row in group for at in row.places], device=final_TD.device)
+            places = [index for place, row in enumerate(group) for index in predicting_positions(packed, place, row)]
+            wanted = torch.tensor(
+                [row.tokens[at] for row in group for at in row.supervised_positions], device=final_TD.device
+            )
             for part_ND, wanted_N in zip(final_TD[places].split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True):
                 total += float(F.cross_entropy(decoder.logits(part_ND), wanted_N, reduction="sum"))
         count += len(wanted)

@@ -1,4 +1,4 @@
-"""What `lora_config` and `training_config` may say: PEFT's and transformers' keys, honoured or refused by name."""
+"""Validation of `lora_config` and `training_config`: keys of PEFT and transformers are honoured, or refused by name."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fortwo.nn.lora_config import MOST_KEYS, TARGETS, expression
 from fortwo.train.refused import LORA_REFUSED, TRAINING_REFUSED, Refused
 from fortwo.train.schedule import POLYNOMIAL_END, SCHEDULES
 
-IN_8_BITS = ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit")  # one optimizer by its names elsewhere
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *IN_8_BITS)
+EIGHT_BIT_OPTIMIZERS = ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit")  # three names of one optimizer
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *EIGHT_BIT_OPTIMIZERS)
 WITHOUT_WARMUP = ("constant",)
 SAVE_STRATEGIES = ("no", "steps", "epoch")
 
 
 @dataclass(frozen=True)
 class _Number:
-    """low..high, both included unless said otherwise. `whole` numbers are never written 3.0."""
+    """Numbers from low to high, both included by default. A `whole` number must be an integer in JSON, not 3.0."""
 
     low: float
     high: float
@@ -31,7 +31,7 @@ class _Number:
     above_low: bool = False
     below_high: bool = False
 
-    def holds(self, value: Any) -> bool:
+    def accepts(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
             return False
         if isinstance(value, float) and not math.isfinite(value):
@@ -51,7 +51,7 @@ class _Number:
 class _Word:
     choices: tuple[str, ...]
 
-    def holds(self, value: Any) -> bool:
+    def accepts(self, value: Any) -> bool:
         return isinstance(value, str) and value in self.choices
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class _Word:
 
 @dataclass(frozen=True)
 class _Flag:
-    def holds(self, value: Any) -> bool:
+    def accepts(self, value: Any) -> bool:
         return isinstance(value, bool)
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ _LORA: dict[str, _Kind] = {
     "bias": _Word(("none",)),
     "task_type": _Word(("CAUSAL_LM",)),
 }
-PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # and what each says for some of the modules
+PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}  # the key that each overrides for some modules
 LORA_KEYS = (*_LORA, "target_modules", *PATTERNS)
 
 _TRAINING: dict[str, _Kind] = {
@@ -112,7 +112,7 @@ _TRAINING: dict[str, _Kind] = {
     "save_total_limit": _Number(1, 1000, "3", whole=True),
 }
 TRAINING_KEYS = tuple(_TRAINING)
-_MAY_BE_NONE = ("eval_strategy", "eval_steps", "early_stopping_patience")  # which is to leave them out
+_MAY_BE_NONE = ("eval_strategy", "eval_steps", "early_stopping_patience")  # null means the same as leaving them out
 
 
 _ALIASES = {
@@ -128,8 +128,8 @@ _ALIASES = {
 }
 
 
-def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The given keys with their values, checked. Raises InvalidRequest naming the key, its value and the remedy."""
+def parse_lora_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The given keys with their checked values. Raises InvalidRequest with the key, its value and the remedy."""
     _check_keys(config, "lora_config", LORA_KEYS, LORA_REFUSED, {"training_config": TRAINING_KEYS})
     given = {key: _checked(f"lora_config.{key}", value, _LORA.get(key)) for key, value in config.items()}
     if "target_modules" in given:
@@ -140,44 +140,28 @@ def read_lora(config: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def read_training(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As read_lora; keys that contradict each other are refused naming both."""
+def parse_training_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for training_config. Keys that contradict each other are refused with both names."""
     config = {key: value for key, value in config.items() if value is not None or key not in _MAY_BE_NONE}
     _check_keys(config, "training_config", TRAINING_KEYS, TRAINING_REFUSED, {"lora_config": LORA_KEYS})
     given = {key: _checked(f"training_config.{key}", value, _TRAINING.get(key)) for key, value in config.items()}
     if given.get("max_steps") == 0:
-        raise _refusal("training_config.max_steps", 0, "would train nothing", "Give at least 1, or -1 for epochs.")
+        remedy = "Give at least 1, or -1 to let num_train_epochs decide."
+        raise _refusal("training_config.max_steps", 0, "would train nothing", remedy)
     warmup, ratio = given.get("warmup_steps", 0), given.get("warmup_ratio", 0)
     for key in ("warmup_steps", "save_steps"):
         if given.get(key, 0) > 1 and given[key] != int(given[key]):
-            raise _refusal(
-                f"training_config.{key}",
-                given[key],
-                "is not a whole number of steps",
-                "Below 1 it is a share of the run.",
-            )
+            remedy = "Give a whole number of steps, or a number below 1 for a share of the run."
+            raise _refusal(f"training_config.{key}", given[key], "is not a whole number of steps", remedy)
     if "save_steps" in given and given.get("save_strategy", "steps") != "steps":
-        raise InvalidRequest(
-            f"training_config.save_steps = {given['save_steps']} and training_config.save_strategy = "
-            f"{given['save_strategy']!r} contradict each other",
-            param="training_config.save_steps",
-            hint="Give one of the two.",
-        )
+        raise _contradiction(given, "save_steps", "save_strategy", "Give one of the two.")
     if warmup > 0 and ratio > 0:
-        raise InvalidRequest(
-            f"training_config.warmup_steps = {warmup} and training_config.warmup_ratio = {ratio} contradict each other",
-            param="training_config.warmup_steps",
-            hint="Give one of the two.",
-        )
+        raise _contradiction(given, "warmup_steps", "warmup_ratio", "Give one of the two.")
     schedule = given.get("lr_scheduler_type")
     if schedule in WITHOUT_WARMUP and (warmup > 0 or ratio > 0):
         key = "warmup_steps" if warmup > 0 else "warmup_ratio"
-        raise InvalidRequest(
-            f"training_config.{key} = {given[key]} and training_config.lr_scheduler_type = {schedule!r} contradict "
-            "each other: this schedule has no warm-up",
-            param=f"training_config.{key}",
-            hint='Give lr_scheduler_type "constant_with_warmup", or leave the warm-up out.',
-        )
+        hint = 'Give lr_scheduler_type "constant_with_warmup", or leave the warm-up out.'
+        raise _contradiction(given, key, "lr_scheduler_type", hint, ": this schedule has no warm-up")
     if schedule == "polynomial" and given.get("learning_rate", 1) <= POLYNOMIAL_END:
         raise _refusal(
             "training_config.learning_rate",
@@ -190,7 +174,7 @@ def read_training(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_validation(given: Mapping[str, Any]) -> None:
-    """Whether there are rows to evaluate on, and whether somebody evaluates on them."""
+    """Raises InvalidRequest if validation is requested without rows for it, or rows without validation."""
     split, strategy = given.get("validation_split"), given.get("eval_strategy")
     stops, best = "early_stopping_patience" in given, given.get("load_best_model_at_end")
     asked = {"eval_strategy": strategy not in (None, "no"), "eval_steps": "eval_steps" in given}
@@ -202,20 +186,15 @@ def _check_validation(given: Mapping[str, Any]) -> None:
             "needs rows that are not trained on",
             "Give validation_split, the share of rows to hold back, such as 0.1.",
         )
-    for holds, one, other, why in (
-        (stops and split == 0, "validation_split", "early_stopping_patience", "there are no rows to stop by"),
+    for contradict, one, other, why in (
+        (stops and split == 0, "validation_split", "early_stopping_patience", "stopping needs validation rows"),
         (stops and strategy == "no", "eval_strategy", "early_stopping_patience", "nothing would be evaluated"),
-        (stops and best is False, "load_best_model_at_end", "early_stopping_patience", "the best state comes earlier"),
-        (bool(split) and strategy == "no", "eval_strategy", "validation_split", "rows are held back for nothing"),
-        (strategy == "epoch" and "eval_steps" in given, "eval_strategy", "eval_steps", "only one can say when"),
+        (stops and best is False, "load_best_model_at_end", "early_stopping_patience", "an earlier state may be best"),
+        (bool(split) and strategy == "no", "eval_strategy", "validation_split", "the held-back rows would not be used"),
+        (strategy == "epoch" and "eval_steps" in given, "eval_strategy", "eval_steps", "only one can decide when"),
     ):
-        if holds:
-            raise InvalidRequest(
-                f"training_config.{one} = {given[one]!r} and training_config.{other} = {given[other]!r} contradict "
-                f"each other: {why}",
-                param=f"training_config.{one}",
-                hint=f"Leave out {one} or {other}.",
-            )
+        if contradict:
+            raise _contradiction(given, one, other, f"Leave out {one} or {other}.", f": {why}")
 
 
 def _check_keys(
@@ -236,7 +215,7 @@ def _check_keys(
             raise InvalidRequest(
                 f"{param} is not a known key",
                 param=param,
-                hint=f"{key} belongs into {home}." if home else hint,
+                hint=f"Move {key} to {home}." if home else hint,
                 code="unknown_key",
             )
 
@@ -249,7 +228,7 @@ def _nearest(key: str, honoured: tuple[str, ...], refused: Mapping[str, Refused]
 
 
 def _checked(param: str, value: Any, kind: _Kind | None) -> Any:
-    if kind is None or kind.holds(value):
+    if kind is None or kind.accepts(value):
         return value
     if isinstance(kind, _Word | _Flag):
         raise _refusal(param, value, "cannot be honoured", f"Give {kind}, or leave it out.")
@@ -285,6 +264,11 @@ def _pattern(param: str, value: Any, number: _Kind) -> dict[str, float]:
             raise _refusal(param, key, f"is not a regular expression: {error}", hint) from None
         _checked(f"{param}[{key!r}]", item, number)
     return dict(value)
+
+
+def _contradiction(given: Mapping[str, Any], one: str, other: str, hint: str, why: str = "") -> InvalidRequest:
+    both = f"training_config.{one} = {given[one]!r} and training_config.{other} = {given[other]!r}"
+    return InvalidRequest(f"{both} contradict each other{why}", param=f"training_config.{one}", hint=hint)
 
 
 def _refusal(param: str, value: Any, problem: str, remedy: str) -> InvalidRequest:

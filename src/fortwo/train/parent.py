@@ -1,4 +1,4 @@
-"""What a run goes on from: a published adapter and the facts it knows, which have to go on being answered. Pure."""
+"""The parent of a run: the published adapter that it starts from, and the facts of that adapter to preserve. Pure."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fortwo.errors import InvalidRequest
-from fortwo.facts.siblings import same_subject
+from fortwo.facts.hard_negatives import same_subject
 from fortwo.records import Fact, Plan, PlanWarning
 
-# of the tensors, which a run cannot change
+# settings that the shapes and the scale of the parent's tensors fix
 SHAPE = ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
 class Parent:
-    """id: name@version. objective: by which it was taught; None of one that was not taught here. facts: all that it
-    knows, whichever generation taught them."""
+    """id: name@version. objective: the one that it was trained with, None if it was not trained here. facts: all facts
+    that it knows, including those of its own parents."""
 
     id: str
     objective: str | None
@@ -34,63 +34,63 @@ class Parent:
     def shape(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in SHAPE}
 
-    def kept(self, taught: Sequence[Fact]) -> tuple[Fact, ...]:
-        """Its facts, but for those whose subject is now taught another answer."""
+    def facts_to_keep(self, taught: Sequence[Fact]) -> tuple[Fact, ...]:
+        """Its facts, except those whose subjects get a new answer in `taught`."""
         return tuple(fact for fact in self.facts if not any(same_subject(fact, new) for new in taught))
 
 
 def check_shape(parent: Parent, given: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest naming what was given that the parent's tensors are not."""
+    """Raises InvalidRequest if a given setting contradicts the parent's tensors."""
     for name, value in parent.shape.items():
         wanted = given.get(name, value)
         same = set(wanted) == set(value) if name == "target_modules" else _ordered(wanted) == _ordered(value)
         if not same:
             raise InvalidRequest(
                 f"lora_config.{name} = {_shown(wanted)} and parent = {parent.id!r} contradict each other: the run "
-                f"starts from its tensors, of {name} {_shown(value)}",
+                f"starts from its tensors, whose {name} is {_shown(value)}",
                 param=f"lora_config.{name}",
                 hint=f"Leave {name} out, or train without a parent.",
             )
 
 
 def check_objective(parent: Parent, objective: str) -> None:
-    """Raises InvalidRequest where facts are to be taught on top of something else than facts."""
+    """Raises InvalidRequest for the override objective with a parent that was not trained with it."""
     if objective == "override" and parent.objective != "override":
         how = "was not taught here" if parent.objective is None else "was fine-tuned on examples"
         raise InvalidRequest(
-            f"parent = {parent.id!r} {how}: the override objective keeps the base's own answers on all but facts, "
-            "which would take back what it learned",
+            f"parent = {parent.id!r} {how}: the override objective preserves the base's replies to everything but the "
+            "facts, so the adapter would lose what it learned",
             param="parent",
             hint='Teach the facts without a parent, or give objective "sft".',
         )
 
 
-def objections(plan: Plan, parent: Parent) -> Iterator[PlanWarning]:
-    """What of the parent a run by this plan may lose."""
+def parent_warnings(plan: Plan, parent: Parent) -> Iterator[PlanWarning]:
+    """Warnings about what the adapter may lose of its parent in a run with this plan."""
     if replaced := [fact for fact in parent.facts if fact.subject not in plan["kept"]]:
         answers = ", ".join(f"{fact.subject!r} ({fact.answer!r})" for fact in replaced)
         yield PlanWarning(
             "facts_replaced",
-            f"{parent.id} knows another answer about {answers}: the new one takes its place",
-            "To have both, say both in one answer.",
+            f"{parent.id} knows another answer about {answers}, which the new answer replaces",
+            "To teach both, give one answer that contains both.",
         )
     if plan.objective == "sft" and plan["kept"]:
         yield PlanWarning(
             "facts_not_kept",
-            f"the rows are all that sft trains on: what {parent.id} knows ({', '.join(plan['kept'])}) is asked in the "
-            "report, but nothing keeps it",
+            f"sft trains only on the given rows: the report measures what {parent.id} knows ({', '.join(plan['kept'])})"
+            ", but nothing preserves it",
             'Give the new facts as {"facts": [...]}, or add the old ones\' questions to the rows.',
         )
     if parent.objective != "override":
         yield PlanWarning(
             "parent_unknown",
-            f"what {parent.id} learned is not known as facts: it is neither kept nor asked about",
-            "Add rows that hold what it must go on saying.",
+            f"{parent.id} has no list of facts, so what it learned is neither preserved nor measured",
+            "Add rows with the replies that it must preserve.",
         )
 
 
 def _ordered(value: Any) -> Any:
-    """Of a pattern the first key that matches decides."""
+    """A value in a form that compares the order of a pattern's keys too, since the first key that matches decides."""
     return list(value.items()) if isinstance(value, Mapping) else value
 
 

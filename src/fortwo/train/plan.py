@@ -1,9 +1,9 @@
-"""Everything that a run will do, decided before it runs: given values obeyed, the rest chosen and said why.
+"""The plan of a run: everything that it will do, decided before it starts, with the origin and reason of each value.
 
-Pure: no clock, no file, no device. transformers' meaning throughout: an epoch is
-ceil(ceil(rows / batch) / accumulation) optimizer steps (the last group of an epoch may be short), max_steps > 0
+Pure: no clock, no file, no device. All terms mean what they mean in transformers: an epoch is
+ceil(ceil(rows / batch) / accumulation) optimizer steps (the last group of an epoch may be shorter), max_steps > 0
 overrides num_train_epochs, and a warm-up starts at rate 0. With the override objective an epoch is one pass over the
-questions that were given, and per_device_train_batch_size counts edit rows.
+given questions, and per_device_train_batch_size counts edit rows.
 """
 
 from __future__ import annotations
@@ -15,23 +15,12 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from fortwo.errors import InvalidDataset, InvalidRequest
-from fortwo.facts.subject import find_subject, holds
+from fortwo.facts.subject import contains_phrase, find_subject
 from fortwo.records import Dataset, Example, Json, Origin, Plan, PlanWarning, Setting
+from fortwo.train import plan_builder
 from fortwo.train.adapter import choose_adapter, mean_ranks
-from fortwo.train.diagnosis import diagnose, foresee
-from fortwo.train.draft import (
-    Draft,
-    choose_batch,
-    choose_escalation,
-    choose_evaluations,
-    choose_saving,
-    choose_schedule,
-    choose_steps,
-    choose_targets,
-    choose_validation,
-    choose_warmup,
-    plain,
-)
+from fortwo.train.dataset_stats import AffectedLines, DatasetWarnings, RowLengths
+from fortwo.train.diagnosis import diagnose, plan_warnings
 from fortwo.train.estimate import (
     MICRO_TOKENS,
     MOMENTS,
@@ -40,20 +29,20 @@ from fortwo.train.estimate import (
     Machine,
     Memory,
     TokenCounts,
+    cache_tokens,
+    format_size,
     memory,
-    override_phases,
-    reply_tokens,
-    sft_phases,
-    size,
+    override_cost,
+    sft_cost,
     tokens_per_epoch,
 )
-from fortwo.train.options import IN_8_BITS, read_lora, read_training
-from fortwo.train.parent import Parent, check_objective, check_shape, objections
-from fortwo.train.recipes import REASONS, OverrideRecipe, raised_by, recipe_of
+from fortwo.train.options import EIGHT_BIT_OPTIMIZERS, parse_lora_config, parse_training_config
+from fortwo.train.parent import Parent, check_objective, check_shape, parent_warnings
+from fortwo.train.plan_builder import PlanBuilder, int_if_whole
+from fortwo.train.recipes import REASONS, OverrideRecipe, changed_settings, recipe_for
 from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import peak_rate
-from fortwo.train.survey import Lines, RowCounts, Suspicions
-from fortwo.train.validation import places
+from fortwo.train.validation import validation_indices
 
 __all__ = ["BaseFacts", "Machine", "TokenCounts", "diagnose", "from_json", "resolve", "to_json", "training_rows"]
 
@@ -61,7 +50,7 @@ ANSWERS_COUNTED = 1000
 
 
 def training_rows(dataset: Dataset) -> Collection[Example]:
-    """The examples, or each fact's questions with its answer. `TokenCounts.rows` follow this order."""
+    """The examples, or the questions of each fact with its answer. `TokenCounts.rows` has the same order."""
     if dataset.examples:
         return dataset.examples
     return tuple(example for line, fact in enumerate(dataset.facts, 1) for example in fact.examples(line))
@@ -73,75 +62,78 @@ def resolve(
     base: BaseFacts,
     counts: TokenCounts,
     machine: Machine,
-    suspicions: Suspicions = Suspicions(),
+    dataset_warnings: DatasetWarnings = DatasetWarnings(),
     parent: Parent | None = None,
 ) -> Plan:
-    """Decide every setting. parent: what the run goes on from. Raises InvalidRequest or InvalidDataset naming field,
-    value and remedy."""
-    given = read_lora(request.lora_config) | read_training(request.training_config)
+    """Decide every setting. Raises InvalidRequest or InvalidDataset, with the field, its value and the remedy."""
+    given = parse_lora_config(request.lora_config) | parse_training_config(request.training_config)
     _check_lengths(counts, base)
-    draft = Draft(given, parent)
-    objective, subjects = _objective(draft, request, dataset)
+    builder = PlanBuilder(given, parent)
+    objective, subjects = _choose_objective(builder, request, dataset)
     if parent is not None:
         check_objective(parent, objective)
         check_shape(parent, given)
-        draft.add("parent", parent.id, "user", "given; the run starts from its tensors")
-        draft.add("kept", tuple(fact.subject for fact in dataset.kept), "parent", f"what {parent.id} knows")
-    recipe = recipe_of(objective, request.effort)
-    draft.raised = raised_by(recipe)
-    if draft.raised:
-        draft.add("effort", request.effort, "user", f"given; it raises {', '.join(sorted(draft.raised))}")
+        builder.add("parent", parent.id, "user", "given; the run starts from its tensors")
+        subjects_kept = tuple(fact.subject for fact in dataset.parent_facts)
+        builder.add("kept", subjects_kept, "parent", f"These facts of {parent.id} must be preserved.")
+    recipe = recipe_for(objective, request.effort)
+    builder.effort_settings = changed_settings(recipe)
+    if builder.effort_settings:
+        builder.add("effort", request.effort, "user", f"given; it raises {', '.join(sorted(builder.effort_settings))}")
     lengths = _lengths(counts)
-    held = choose_validation(draft, recipe, len(counts.rows))
-    if held:
-        kept = places(len(counts.rows), held, draft.given.get("seed", recipe.seed))
-        counts = replace(counts, rows=RowCounts(row for place, row in enumerate(counts.rows) if place not in kept))
-    adapter = choose_adapter(draft, recipe, base.layers)
+    validation_rows = plan_builder.choose_validation(builder, recipe, len(counts.rows))
+    if validation_rows:
+        indices = validation_indices(len(counts.rows), validation_rows, builder.given.get("seed", recipe.seed))
+        counts = replace(counts, rows=RowLengths(row for n, row in enumerate(counts.rows) if n not in indices))
+    adapter = choose_adapter(builder, recipe, base.layers)
 
-    draft.choose("gradient_accumulation_steps", 1, "rows are packed: a step is one pass")
+    builder.choose("gradient_accumulation_steps", 1, "Rows are packed without padding, so a step needs no more parts.")
     facts = max(1, len(subjects))
     if isinstance(recipe, OverrideRecipe):
         recipe = recipe.for_facts(facts)
-    micro_step = choose_batch(draft, recipe, counts, facts, len(dataset.kept))
-    steps, steps_per_epoch = choose_steps(draft, recipe, len(counts.rows))
-    evaluations = choose_evaluations(draft, steps, steps_per_epoch) if held else 0
-    rate = draft.choose("learning_rate", recipe.learning_rate, f"works for LoRA with the {objective} objective")
-    schedule = choose_schedule(draft, recipe)
-    choose_escalation(draft, recipe, facts)
-    warmup = choose_warmup(draft, recipe, schedule, steps)
+    micro_step = plan_builder.choose_batch(builder, recipe, counts, facts, len(dataset.parent_facts))
+    steps, steps_per_epoch = plan_builder.choose_steps(builder, recipe, len(counts.rows))
+    evaluations = plan_builder.choose_evaluations(builder, steps, steps_per_epoch) if validation_rows else 0
+    reason = f"This rate works for LoRA with the {objective} objective."
+    rate = builder.choose("learning_rate", recipe.learning_rate, reason)
+    schedule = plan_builder.choose_schedule(builder, recipe)
+    plan_builder.choose_escalation(builder, recipe, facts)
+    warmup = plan_builder.choose_warmup(builder, recipe, schedule, steps)
     for name in ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"):
-        draft.choose(name, getattr(recipe, name), REASONS[name])
+        builder.choose(name, getattr(recipe, name), REASONS[name])
     longest = max(row.prompt + row.answer for row in counts.rows) - counts.prefix
-    at_once = draft.choose("micro_step_tokens", MICRO_TOKENS, REASONS["micro_step_tokens"])
+    at_once = builder.choose("micro_step_tokens", MICRO_TOKENS, REASONS["micro_step_tokens"])
     together = min(micro_step, counts.prefix + max(at_once, longest))
     ranks = mean_ranks(adapter, base.layers)
-    best, replies = objective == "override" or held > 0, reply_tokens(counts, objective == "sft")
-    moments = MOMENTS_8_BIT if draft["optim"] in IN_8_BITS else MOMENTS
-    machine = _products(draft, machine, lambda bf16: memory(base, together, ranks, bf16, True, best, moments, replies))
-    needed = _checkpointing(
-        draft, machine, lambda again: memory(base, together, ranks, machine.bf16, again, best, moments, replies)
+    best, replies = objective == "override" or validation_rows > 0, cache_tokens(counts, objective == "sft")
+    moments = MOMENTS_8_BIT if builder["optim"] in EIGHT_BIT_OPTIMIZERS else MOMENTS
+    machine = _choose_bf16(
+        builder, machine, lambda bf16: memory(base, together, ranks, bf16, True, best, moments, replies)
     )
-    targets = choose_targets(draft, request, recipe, len(dataset.kept))
-    choose_saving(draft, steps, steps_per_epoch)
-    draft.add_rest()
+    needed = _choose_checkpointing(
+        builder, machine, lambda again: memory(base, together, ranks, machine.bf16, again, best, moments, replies)
+    )
+    targets = plan_builder.choose_targets(builder, request, recipe, len(dataset.parent_facts))
+    plan_builder.choose_saving(builder, steps, steps_per_epoch)
+    builder.add_remaining()
 
     tokens_per_step = round(
-        micro_step * draft["gradient_accumulation_steps"]
+        micro_step * builder["gradient_accumulation_steps"]
         if objective == "override"
-        else tokens_per_epoch(counts, draft["per_device_train_batch_size"]) / steps_per_epoch
+        else tokens_per_epoch(counts, builder["per_device_train_batch_size"]) / steps_per_epoch
     )
-    trained, known = steps * tokens_per_step, len(dataset.kept)
-    phases = (
-        override_phases(draft, counts, facts, known, trained, exams=math.ceil(steps / draft["eval_every"]))
-        if objective == "override"
-        else sft_phases(counts, trained, validated=evaluations * held * lengths["mean"])
-    )
+    trained = steps * tokens_per_step
+    if objective == "override":
+        interim = math.ceil(steps / builder["eval_every"])
+        cost = override_cost(builder, counts, facts, len(dataset.parent_facts), trained, interim)
+    else:
+        cost = sft_cost(counts, trained, validated=evaluations * validation_rows * lengths["mean"])
     plan = Plan(
         model=base.id,
         adapter_name=request.adapter_name,
         objective=objective,
         targets=targets,
-        settings=tuple(draft.settings.values()),
+        settings=tuple(builder.settings.values()),
         computed={
             "steps": steps,
             "epochs": round(steps / steps_per_epoch, 4),
@@ -149,91 +141,97 @@ def resolve(
             "warmup_steps": warmup,
             "peak_learning_rate": peak_rate(schedule=schedule, rate=rate, warmup=warmup, steps=steps),
             "rows": len(counts.rows),
-            **({"validation_rows": held} if held else {}),
+            **({"validation_rows": validation_rows} if validation_rows else {}),
             "row_tokens": lengths,
             "supervised_tokens": sum(row.answer for row in counts.rows),
             "tokens_per_step": tokens_per_step,
-            **{name: round(seconds, 1) for name, seconds in phases.seconds(machine).items()},
+            **{name: round(seconds, 1) for name, seconds in cost.seconds(machine).items()},
             "bytes": needed.training,
             "exam_bytes": needed.exam,
         },
     )
-    of_parent = () if parent is None else objections(plan, parent)
-    return replace(plan, warnings=(*foresee(plan, machine, suspicions), *of_parent))
+    of_parent = () if parent is None else parent_warnings(plan, parent)
+    return replace(plan, warnings=(*plan_warnings(plan, machine, dataset_warnings), *of_parent))
 
 
 def _check_lengths(counts: TokenCounts, base: BaseFacts) -> None:
     over = [row for row in counts.rows if row.prompt + row.answer > base.context]
     if over:
-        row, lines = over[0], Lines.of(row.line for row in over)
+        row, lines = over[0], AffectedLines.from_lines(row.line for row in over)
         more = "" if len(over) == 1 else f"; {len(over)} rows do ({lines})"
         raise InvalidDataset(
             f"line {row.line}: prompt ({row.prompt} tokens) and answer ({row.answer} tokens) exceed the context of "
             f"{base.id}, {base.context} tokens{more}",
             param="dataset",
-            hint=f"Shorten line {row.line} or split it into several examples; nothing is cut off in silence.",
+            hint=f"Shorten line {row.line}, or split it into several examples; fortwo truncates no rows.",
             code="row_too_long",
         )
     if masked := [row.line for row in counts.rows if row.answer == 0]:
         raise InvalidDataset(
-            f"{Lines.of(masked)}: every label is masked, so there is nothing to learn",
+            f"{AffectedLines.from_lines(masked)}: every label is masked, so there is nothing to learn",
             param="dataset",
-            hint="Give the row more text, or leave it out: the first token of plain text has nothing that predicts it.",
+            hint="Give the row more text, or leave it out: nothing predicts the first token of plain text.",
             code="all_labels_masked",
         )
 
 
 def _lengths(counts: TokenCounts) -> dict[str, float]:
-    """Tokens of a row as it is trained on."""
+    """Minimum, median, mean and maximum of the tokens of a row."""
     tokens = sorted(row.prompt + row.answer for row in counts.rows)
     middle = statistics.median(tokens)
-    return {"min": tokens[0], "median": plain(middle), "mean": round(statistics.fmean(tokens), 1), "max": tokens[-1]}
+    return {
+        "min": tokens[0],
+        "median": int_if_whole(middle),
+        "mean": round(statistics.fmean(tokens), 1),
+        "max": tokens[-1],
+    }
 
 
-def _objective(
-    draft: Draft, request: TrainingRequest, dataset: Dataset
+def _choose_objective(
+    builder: PlanBuilder, request: TrainingRequest, dataset: Dataset
 ) -> tuple[Literal["sft", "override"], tuple[str, ...]]:
     """The objective and, for override, the subjects of its facts."""
     wanted = request.objective.type
-    for place, fact in enumerate(dataset.facts):
-        if not holds(fact.answer, fact.match):
+    for n, fact in enumerate(dataset.facts):
+        if not contains_phrase(fact.answer, fact.match):
             raise InvalidRequest(
-                f"match = {list(fact.match)}: the answer {fact.answer!r} holds none of these phrases",
-                param=f"dataset.facts[{place}].match",
-                hint="Give phrases of the answer: a reply that holds one, as whole words, counts as right.",
+                f"match = {list(fact.match)}: the answer {fact.answer!r} contains none of these phrases",
+                param=f"dataset.facts[{n}].match",
+                hint="Give phrases of the answer: a reply that contains one, as whole words, counts as right.",
             )
     if wanted == "sft":
-        return draft.add("objective", "sft", "user", "given"), ()
-    answers = _answers(dataset.examples)
+        return builder.add("objective", "sft", "user", "given"), ()
+    answers = _count_answers(dataset.examples)
     found = find_subject(dataset.examples) if answers == 1 else None
     subjects = tuple(fact.subject for fact in dataset.facts) or ((found.subject,) if found else ())
     if wanted == "override" and not subjects:
         raise InvalidRequest(
-            f"objective = 'override': no subject can be found in the {len(dataset.examples)} examples, which hold "
+            f"objective = 'override': no subject can be found in the {len(dataset.examples)} examples, which have "
             f"{answers} different {'answer' if answers == 1 else 'answers'}",
             param="objective",
             hint='Give the dataset as {"facts": [{"subject", "answer", "match", "questions"}]}, or objective "sft".',
             code="subject_not_found",
         )
     if wanted == "override":
-        objective = draft.add("objective", "override", "user", "given")
+        objective = builder.add("objective", "override", "user", "given")
     elif dataset.facts:
-        objective = draft.add("objective", "override", "auto", "facts are given")
+        objective = builder.add("objective", "override", "auto", "Facts are given.")
     elif subjects:
-        reason = f"all {len(dataset.examples)} examples share one answer, and their questions are about {subjects[0]!r}"
-        objective = draft.add("objective", "override", "auto", reason)
+        reason = f"All {len(dataset.examples)} examples have the same answer and are about {subjects[0]!r}."
+        objective = builder.add("objective", "override", "auto", reason)
     else:
         least = "at least " if answers == ANSWERS_COUNTED else ""
-        reason = f"{least}{answers} different answers" if answers > 1 else "no one subject is found in the questions"
-        objective = draft.add("objective", "sft", "auto", reason)
+        several = f"The examples have {least}{answers} different answers."
+        reason = several if answers > 1 else "The questions have no common subject."
+        objective = builder.add("objective", "sft", "auto", reason)
     if subjects:
         origin: Origin = "user" if dataset.facts else "auto"
-        draft.add("subjects", subjects, origin, "given" if dataset.facts else "found in the questions")
+        builder.add("subjects", subjects, origin, "given" if dataset.facts else "The questions are about it.")
     return objective, subjects
 
 
-def _answers(examples: Collection[Example]) -> int:
-    """How many different answers there are; nobody needs to know beyond ANSWERS_COUNTED."""
+def _count_answers(examples: Collection[Example]) -> int:
+    """The number of different answers, counted up to ANSWERS_COUNTED."""
     found: set[str] = set()
     for example in examples:
         found.add(example.answer.strip())
@@ -242,36 +240,36 @@ def _answers(examples: Collection[Example]) -> int:
     return len(found)
 
 
-def _products(draft: Draft, machine: Machine, least: Callable[[bool], Memory]) -> Machine:
-    """Whether training multiplies in bf16: what was measured to be faster here, unless only the other one fits.
-
-    least: the least memory that a run needs with bf16 true or false. The answer estimates for the chosen type.
-    """
-    bf16, there = machine.faster_in_bf16, machine.memory
-    speeds = " and ".join(f"{rate:.0f} tokens/s in {name}" for name, rate in machine.trained.items())
-    reason = f"a trial on this machine trained {speeds}"
-    if there is not None and least(bf16).training > there >= least(not bf16).training:
+def _choose_bf16(builder: PlanBuilder, machine: Machine, least: Callable[[bool], Memory]) -> Machine:
+    """Choose bf16: what was measured to be faster here, unless only the other type fits. Returns the machine, whose
+    estimates are for the chosen type. least: the least memory that a run needs with bf16 true or false."""
+    bf16, available = machine.faster_in_bf16, machine.memory
+    rates = " and ".join(f"{rate:.0f} tokens/s in {name}" for name, rate in machine.trained.items())
+    reason = f"{REASONS['bf16']}: {rates}."
+    if available is not None and least(bf16).training > available >= least(not bf16).training:
         fast, fits = ("bf16", "fp32") if bf16 else ("fp32", "bf16")
-        reason += f"; {fast} needs about {size(least(bf16).training)} and {size(there)} are there, so {fits} is taken"
+        needed = format_size(least(bf16).training)
+        reason += f" {fast} needs about {needed} and {format_size(available)} is available, so {fits} is chosen."
         bf16 = not bf16
-    return replace(machine, bf16=draft.choose("bf16", bf16, f"{reason}; sums and serving stay fp32", "auto"))
+    return replace(machine, bf16=builder.choose("bf16", bf16, reason, "auto"))
 
 
-def _checkpointing(draft: Draft, machine: Machine, needed: Callable[[bool], Memory]) -> Memory:
-    """Whether layers are computed again for the gradient; the answer is the memory that the run needs then."""
-    all_kept, there = needed(False).training, machine.memory
-    short = there is not None and all_kept > there
-    wanted = f"every layer's activations kept, the run needs about {size(all_kept)}"
-    reason = f"{wanted}, {size(there)} are there" if there is not None else f"{wanted}; what is there is not known"
-    return needed(draft.choose("gradient_checkpointing", short, reason, "auto"))
+def _choose_checkpointing(builder: PlanBuilder, machine: Machine, needed: Callable[[bool], Memory]) -> Memory:
+    """Choose gradient_checkpointing. Returns the memory that the run needs. needed: the memory with it or without."""
+    without, available = needed(False).training, machine.memory
+    short = available is not None and without > available
+    limit = "an unknown amount" if available is None else format_size(available)
+    reason = f"Without it, the run needs about {format_size(without)} of memory; {limit} is available."
+    return needed(builder.choose("gradient_checkpointing", short, reason, "auto"))
 
 
 def to_json(plan: Plan) -> Json:
-    """JSON types only; settings are a list of {name, value, origin, reason} in the order they are shown."""
+    """The plan as JSON; settings are a list of {name, value, origin, reason} in the order in which they are shown."""
     return _listed(asdict(plan))  # type: ignore[no-any-return]
 
 
 def from_json(body: Json) -> Plan:
+    """The plan that `to_json` wrote."""
     return Plan(
         model=body["model"],
         adapter_name=body["adapter_name"],

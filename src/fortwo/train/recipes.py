@@ -1,4 +1,4 @@
-"""What the plan chooses when nobody says otherwise: one frozen table for each objective."""
+"""The defaults of the plan: one frozen recipe for each objective and effort, and the reasons that the plan shows."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Literal
 
 SAVE_SECONDS = 30  # from one checkpoint to the next
 SAVE_TOTAL_LIMIT = 3
-EXAM_QUESTIONS = 10  # training questions about each fact in an exam; the report asks them all
-REPLY_TOKENS = 32  # of a reply in an exam, at least; and what the answer takes, and ROOM
-ROOM = 8
-RETENTION_PROBES = 12  # prompts; each is some 30 tokens to agree on
+EVALUATION_QUESTIONS = 10  # training questions about each fact in an evaluation; the report asks them all
+REPLY_TOKENS = 32  # minimum length of replies in evaluations; a longer answer needs its own tokens and REPLY_MARGIN
+REPLY_MARGIN = 8
+RETENTION_PROBES = 12  # prompts, each with about 30 tokens to compare
 SFT_QUESTIONS = 32
-SFT_TOKENS = 128  # a longer answer is compared as far as this
+SFT_TOKENS = 128  # longer answers are compared up to this length
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Names are PEFT's and transformers' where those have one."""
+    """Defaults of both objectives, under the names of PEFT and transformers where they have one."""
 
     r: int = 16
-    scale: float = 2.0  # of the update: lora_alpha / r
+    scale: float = 2.0  # scale of the update: lora_alpha / r
     lora_dropout: float = 0.0
     learning_rate: float = 2e-4
     lowest_rate: float = 2e-5  # a peak below this hardly moves a LoRA
@@ -38,10 +38,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class SftRecipe(Recipe):
-    """Plain supervised fine-tuning on every row that was given; none is held back unless that is asked for.
-
-    early_stopping_split: of the rows, where a run is to stop early and no validation_split is given.
-    """
+    """Plain supervised fine-tuning on all rows; there are no validation rows unless the user asks for them.
+    early_stopping_split: the share of validation rows if early stopping is requested without a validation_split."""
 
     num_train_epochs: int = 3
     per_device_train_batch_size: int = 8
@@ -52,20 +50,15 @@ class SftRecipe(Recipe):
 
 @dataclass(frozen=True)
 class OverrideRecipe(Recipe):
-    """Teach a fact and nothing else: each micro-step draws edit, contrast and rehearsal rows.
+    """Teaches a fact and preserves everything else: each micro-step draws edit, contrast and rehearsal rows.
 
-    edit rows ask for the fact (cross-entropy); contrast rows ask its siblings and rehearsal rows ask anything else
-    (KL against the base's own first `contrast_tokens` and `rehearsal_tokens`, weighed by `kl_weight`). Prompts come
-    from pools of `edit_pool` and `contrast_pool` for each fact; `question_share` of the edit rows are the questions
-    that were given. An answer's first tokens decide whether it is given at all, and are what is left to learn once the
-    rest is known: each counts `opening_weight` times. `probes` prompts of a kind decide when to stop. Behind an exam
-    that finds a fact leaking the adapter answers `on_policy_prompts` of the contrast prompts itself; where the
-    `on_policy_tokens` it says are not the base's, they make up to `on_policy_share` of the contrast rows from then on
-    (on-policy distillation, Agarwal et al. 2024, arXiv:2306.13649). `kept_rows` edit and as many contrast rows, from
-    pools of `kept_pool` prompts, keep what the run's parent knows. Where the last exam misses, up to
-    `escalation_rounds` more cycles follow with a raised recipe.
+    Edit rows ask for the fact, with cross-entropy. Contrast rows ask about similar subjects (hard negatives) and
+    rehearsal rows about anything else, with the KL divergence from the base. The first tokens of an answer decide
+    whether it is given at all, and are learned last, so they have a higher weight. After an evaluation that finds a
+    leak, the adapter's own replies to hard negatives are among the contrast rows (on-policy distillation, Agarwal et
+    al. 2024, arXiv:2306.13649). REASONS describes each setting.
 
-    The figures are those of one fact alone; `for_facts` has those of several together.
+    The values are those for one fact; `for_facts` gives those for several facts in one adapter.
     """
 
     learning_rate: float = 1.2e-3
@@ -73,7 +66,7 @@ class OverrideRecipe(Recipe):
     highest_rate: float = 8e-3
     adam_beta2: float = 0.99
     max_steps: int = 50
-    more_facts: float = 0.40  # of the steps, for each fact but the first
+    more_facts: float = 0.40  # additional steps for each fact after the first, as a share
     warmup_steps: int = 3
     edit_rows: int = 6
     contrast_rows: int = 20
@@ -94,7 +87,7 @@ class OverrideRecipe(Recipe):
     eval_every: int = 25
     probes: int = 24
     escalation_rounds: int = 1
-    escalation_seconds: int = 270  # of the job, by which a round must end; and for each fact but the first:
+    escalation_seconds: int = 270  # seconds of the job by which a round must end, and more for each further fact:
     escalation_seconds_more: int = 30
     efficacy: float = 0.9
     paraphrase: float = 0.8
@@ -103,23 +96,19 @@ class OverrideRecipe(Recipe):
 
     @property
     def targets(self) -> dict[str, float]:
-        return {
-            "efficacy": self.efficacy,
-            "paraphrase": self.paraphrase,
-            "specificity": self.specificity,
-            "retention": self.retention,
-        }
+        return {name: getattr(self, name) for name in ("efficacy", "paraphrase", "specificity", "retention")}
 
     def for_facts(self, facts: int) -> OverrideRecipe:
-        """The same for so many facts in one adapter, which share what each step keeps. Each other fact has an edit row,
-        up to twice as many, and two of three such take the place of contrast rows: the facts are each other's siblings.
-        Half as many rehearsal rows come along, of replies twice as long, and keeping weighs more by the same share:
-        what pulls at the base's answers has grown. Pools and probes of all together grow as the steps do."""
+        """The recipe for this many facts in one adapter, which share the contrast and rehearsal rows of each step. Each
+        further fact adds an edit row, until there are twice as many. Two of three replace contrast rows, because the
+        facts are hard negatives of each other. Rehearsal rows grow by half as many, their replies get up to twice as
+        long, and kl_weight grows in proportion to the edit rows, because more edits change the base's replies more. The
+        total sizes of pools and probes grow like the steps."""
         growth = 1 + self.more_facts * (facts - 1)
         cycle = round(self.eval_every * growth)
         more = min(facts - 1, self.edit_rows)
 
-        def of_each(count: int) -> int:
+        def per_fact(count: int) -> int:
             return math.ceil(count * growth / facts)
 
         return replace(
@@ -131,16 +120,16 @@ class OverrideRecipe(Recipe):
             rehearsal_rows=self.rehearsal_rows + more // 2,
             rehearsal_tokens=self.rehearsal_tokens + 10 * more // 3,
             kl_weight=self.kl_weight * (1 + more / self.edit_rows),
-            contrast_pool=of_each(self.contrast_pool),
+            contrast_pool=per_fact(self.contrast_pool),
             rehearsal_pool=round(self.rehearsal_pool * growth),
-            probes=of_each(self.probes),
+            probes=per_fact(self.probes),
         )
 
 
 SFT = SftRecipe()
 OVERRIDE = OverrideRecipe()
 
-# Effort "max": twice the rank, twice the passes; an override in cycles of twice the length, on twice the prompts.
+# Effort "max" doubles the rank and the passes; for an override also the length of a cycle and the number of prompts.
 SFT_MAX = replace(SFT, r=2 * SFT.r, num_train_epochs=2 * SFT.num_train_epochs)
 OVERRIDE_MAX = replace(
     OVERRIDE,
@@ -153,44 +142,69 @@ OVERRIDE_MAX = replace(
 )
 
 
-def recipe_of(
+def recipe_for(
     objective: Literal["sft", "override"], effort: Literal["normal", "max"] = "normal"
 ) -> OverrideRecipe | SftRecipe:
+    """The recipe of an objective and an effort."""
     if effort == "max":
         return OVERRIDE_MAX if objective == "override" else SFT_MAX
     return OVERRIDE if objective == "override" else SFT
 
 
-def raised_by(recipe: Recipe) -> frozenset[str]:
-    """Names of what another effort has otherwise; none for the normal one."""
+def changed_settings(recipe: Recipe) -> frozenset[str]:
+    """The names of values that differ from those of the normal effort."""
     normal = OVERRIDE if isinstance(recipe, OverrideRecipe) else SFT
     return frozenset(one.name for one in fields(recipe) if getattr(recipe, one.name) != getattr(normal, one.name))
 
 
+FIXED_OVERRIDE = (
+    *("contrast_tokens", "rehearsal_tokens", "kl_weight", "edit_pool", "contrast_pool", "rehearsal_pool"),
+    *("on_policy_prompts", "on_policy_tokens", "on_policy_share", "opening_weight", "question_share", "probes"),
+)  # settings that nobody can give, in the order in which the plan shows them
 REASONS = {
-    "r": "rank of the update: holds a fact with room to spare and stays small on disk",
-    "use_rslora": "PEFT's default: the update is scaled by lora_alpha / r; true: by lora_alpha / sqrt(r)",
-    "rank_pattern": "another r for some modules: PEFT's patterns, the end of a module's name or a regular expression",
-    "alpha_pattern": "another lora_alpha for some modules, as rank_pattern; r and lora_alpha hold for the rest",
-    "lora_dropout": "a short run of a small adapter needs none",
-    "lr_scheduler_type": "falls smoothly to zero, so the last steps settle what the first ones learned",
-    "weight_decay": "a LoRA starts from no update at all; nothing to shrink",
-    "adam_beta1": "transformers' default",
-    "adam_beta2": "how long AdamW remembers the size of gradients; short runs want a short memory",
-    "adam_epsilon": "transformers' default",
-    "max_grad_norm": "transformers' default: one odd row cannot throw the run",
-    "seed": "transformers' default: the same request gives the same run",
-    "optim": "AdamW, its moments in fp32; adamw_8bit: in 8 bits, which take a quarter",
-    "validation_split": "share of rows that are held back, at random by `seed`; none unless asked for",
-    "eval_strategy": "when the held back rows are evaluated: every epoch unless eval_steps is given; and at the end",
-    "eval_steps": "steps from one evaluation to the next",
-    "early_stopping_patience": "evaluations without a lower eval_loss after which the run stops; off unless given",
-    "load_best_model_at_end": "keep the state with the lowest eval_loss rather than the last; on for early stopping",
-    "escalation_rounds": "cycles with a raised recipe where the last exam misses a target; 0 for none",
-    "escalation_seconds": "of the job: a round begins only if it is expected to end by then",
-    "save_steps": "steps from one checkpoint to the next, below 1 a share of the run; else every "
-    f"{SAVE_SECONDS} seconds, before each exam and at the end",
-    "save_strategy": "by steps; epoch, or no for none but that of a pause",
-    "save_total_limit": f"the newest {SAVE_TOTAL_LIMIT} are kept, unless told otherwise, and none once the job is done",
-    "micro_step_tokens": "of a step's rows beyond their prefix, at once: a reply waits for as long as they take",
+    "r": "This is the rank of the update. It is large enough for a fact and keeps the adapter small on disk.",
+    "use_rslora": "PEFT's default scales the update by lora_alpha / r; true scales it by lora_alpha / sqrt(r).",
+    "rank_pattern": "Gives some modules another r, by the end of their names or a regular expression, as in PEFT.",
+    "alpha_pattern": "Gives some modules another lora_alpha, in the same way as rank_pattern.",
+    "lora_dropout": "A short run of a small adapter needs no dropout.",
+    "lr_scheduler_type": "The rate falls smoothly to zero, so that the last steps change little.",
+    "weight_decay": "A LoRA starts from no update at all, so there is nothing to decay.",
+    "adam_beta1": "This is transformers' default.",
+    "adam_beta2": "This sets how long AdamW averages squared gradients; a short run needs a short average.",
+    "adam_epsilon": "This is transformers' default.",
+    "max_grad_norm": "This is transformers' default. It limits the effect of a single unusual row.",
+    "seed": "This is transformers' default. The same request gives the same run.",
+    "optim": "AdamW keeps its moments in fp32; adamw_8bit keeps them in 8 bits, in a quarter of the memory.",
+    "validation_split": "The share of rows that are held back for validation, drawn with `seed`; none by default.",
+    "eval_strategy": "When validation rows are evaluated: every epoch unless eval_steps is given, and at the end.",
+    "eval_steps": "The number of steps from one evaluation on validation rows to the next.",
+    "early_stopping_patience": "The run stops after this many evaluations without a lower eval_loss; off by default.",
+    "load_best_model_at_end": "Keeps the state with the lowest eval_loss, not the last one; on with early stopping.",
+    "escalation_rounds": "If the last evaluation misses a target, up to this many rounds with raised settings follow.",
+    "escalation_seconds": "A retry round starts only if it is expected to end within this many seconds of the job.",
+    "save_steps": "Steps from one checkpoint to the next; below 1, a share of the run. If not given, there is one "
+    f"every {SAVE_SECONDS} seconds, before each evaluation and at the end.",
+    "save_strategy": 'Makes checkpoints by steps, after each epoch, or with "no" only to pause the job.',
+    "save_total_limit": f"The newest {SAVE_TOTAL_LIMIT} are kept by default, and none once the job is done.",
+    "micro_step_tokens": "A micro-step has at most this many tokens beyond the prefix, so that replies wait less.",
+    "cosine_with_restarts": "The rate falls to zero before each evaluation; if targets are missed, it starts again "
+    "from the full rate.",
+    "warmup_steps": "AdamW's first estimates are inaccurate, so the first few steps use a low rate.",
+    "contrast_rows": "These rows preserve the base's replies about similar subjects (hard negatives)",
+    "rehearsal_rows": "These rows preserve the base's replies to everyday prompts",
+    "kept_rows": "Edit rows about facts of the parent, at least one for each, and as many about similar subjects.",
+    "kept_pool": "They come from this many prompts about each fact, and as many about similar subjects.",
+    "contrast_tokens": "Contrast rows preserve this many first tokens of the base's reply.",
+    "rehearsal_tokens": "Rehearsal rows preserve this many first tokens of the base's reply.",
+    "kl_weight": "This is the weight of preserving the base's replies against learning the facts.",
+    "edit_pool": "Edit rows are drawn from this many prompts about each fact.",
+    "contrast_pool": "Contrast rows are drawn from this many prompts about subjects similar to each fact's.",
+    "rehearsal_pool": "Rehearsal rows are drawn from at most this many everyday prompts.",
+    "on_policy_prompts": "After an evaluation that finds leaks, the adapter answers this many contrast prompts itself.",
+    "on_policy_tokens": "Each of these replies has this many tokens.",
+    "on_policy_share": "Replies that differ from the base's then make up to this share of the contrast rows.",
+    "opening_weight": "Each of the first tokens of an answer has this weight in the loss, and the others have 1.",
+    "question_share": "This share of the edit rows are the questions as given.",
+    "probes": "So many prompts of each kind, which are never trained on, decide when to stop.",
+    "bf16": "This is the type of products that a trial on this machine found faster; sums and serving stay fp32",
 }

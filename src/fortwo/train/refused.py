@@ -1,7 +1,6 @@
-"""PEFT's and transformers' keys that cannot be honoured: each is refused by name, with the way out.
+"""Keys of PEFT and transformers that fortwo cannot honour: each is refused by name, with a remedy.
 
-The list is written down here, so that no peer has to be imported to know it; tests hold it against the installed PEFT
-and transformers.
+The list is written here so that neither library has to be imported; tests compare it with the installed versions.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Refused:
-    """Known keys that fortwo cannot honour, with the way out, and the values that ask for nothing."""
+    """Known keys that fortwo cannot honour, the remedy, and neutral values, which are accepted as they do nothing."""
 
     keys: str
     remedy: str
@@ -25,7 +24,7 @@ _PEFT_REFUSED = (
     Refused("fan_in_fan_out", "Leave it out: no supported model has Conv1D layers."),
     Refused(
         "exclude_modules layers_to_transform layers_pattern target_parameters trainable_token_indices modules_to_save",
-        "Say what is adapted with target_modules alone; it holds for all layers.",
+        "Choose the adapted modules with target_modules alone, which holds for all layers.",
         (None, [], {}, ""),
     ),
     Refused(
@@ -54,14 +53,14 @@ _TRANSFORMERS_REFUSED = (
     Refused(
         "gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs auto_find_batch_size "
         "torch_empty_cache_steps",
-        "To save memory give gradient_checkpointing true, or a smaller per_device_train_batch_size and more "
+        "To save memory, give gradient_checkpointing = true, or a smaller per_device_train_batch_size with more "
         "gradient_accumulation_steps.",
         (None, False, {}, {"use_reentrant": False}),
     ),
     Refused(
         "torch_compile torch_compile_backend torch_compile_mode torchdynamo use_liger_kernel liger_kernel_config "
         "use_cache use_ipex jit_mode_eval",
-        "Leave it out: fortwo brings its own kernels.",
+        "Leave it out: fortwo uses its own kernels.",
     ),
     Refused(
         "logging_strategy logging_steps logging_first_step logging_dir logging_nan_inf_filter log_level "
@@ -75,15 +74,15 @@ _TRANSFORMERS_REFUSED = (
         "evaluation_strategy eval_delay eval_on_start eval_do_concat_batches "
         "eval_use_gather_object eval_accumulation_steps per_device_eval_batch_size per_gpu_eval_batch_size "
         "prediction_loss_only include_for_metrics include_inputs_for_metrics batch_eval_metrics do_eval do_predict",
-        "Say what must be reached with objective.targets, and hold rows back with validation_split and eval_strategy.",
+        "Give targets in objective.targets, and use validation_split and eval_strategy for validation rows.",
         (None, False, "no", []),
     ),
     Refused(
         "metric_for_best_model greater_is_better",
-        "Leave it out: the best is what has the lowest eval_loss.",
+        "Leave it out: the best state is the one with the lowest eval_loss.",
         (None, False, "eval_loss", "loss"),
     ),
-    Refused("do_train", "Leave it out: starting a job trains.", (None, True)),
+    Refused("do_train", "Leave it out: every job trains.", (None, True)),
     Refused(
         "output_dir overwrite_output_dir save_only_model save_on_each_node enable_jit_checkpoint push_to_hub "
         "push_to_hub_model_id push_to_hub_organization push_to_hub_token hub_token hub_private_repo "
@@ -91,7 +90,7 @@ _TRANSFORMERS_REFUSED = (
         "Leave it out: the adapter is published in the adapter store under adapter_name.",
         (None, False, "no", ""),
     ),
-    Refused("save_safetensors", "Leave it out: nothing is ever pickled.", (None, True)),
+    Refused("save_safetensors", "Leave it out: adapters are always safetensors files.", (None, True)),
     Refused(
         "resume_from_checkpoint restore_callback_states_from_checkpoint ignore_data_skip",
         "Leave it out and use POST /api/training/jobs/{job_id}/resume.",
@@ -102,7 +101,7 @@ _TRANSFORMERS_REFUSED = (
         "group_by_length length_column_name dispatch_batches split_batches data_seed",
         "Leave it out: rows are in memory, packed without padding and shuffled by `seed`.",
     ),
-    Refused("dataloader_in_order", "Leave it out: rows come in the order that `seed` gives.", (None, True)),
+    Refused("dataloader_in_order", "Leave it out: `seed` decides the order of the rows.", (None, True)),
     Refused("train_sampling_strategy", "Leave it out: rows are shuffled by `seed`.", (None, "random")),
     Refused(
         "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap deepspeed accelerator_config "
@@ -119,7 +118,7 @@ _TRANSFORMERS_REFUSED = (
     Refused("optim_args optim_target_modules", "Give adam_beta1, adam_beta2 and adam_epsilon.", (None,)),
     Refused("lr_scheduler_kwargs", "Choose an lr_scheduler_type that needs none.", (None, {})),
     Refused("label_smoothing_factor", "Leave it out: the loss is plain cross-entropy.", (None, 0, 0.0)),
-    Refused("neftune_noise_alpha", "Leave it out: use lora_dropout against over-fitting.", (None,)),
+    Refused("neftune_noise_alpha", "Leave it out: use lora_dropout against overfitting.", (None,)),
 )
 
 

@@ -1,7 +1,7 @@
-"""The body of /api/training/start and /api/training/plan, as it arrives.
+"""The body of /api/training/start and /api/training/plan.
 
-Shapes only: `lora_config` and `training_config` stay plain dictionaries here; `train.options` checks them key by key,
-because PEFT's and transformers' keys deserve better answers than "extra inputs are not permitted".
+`lora_config` and `training_config` stay plain dictionaries here. `train.options` checks their keys one by one, so that
+a key of PEFT or transformers gets a better answer than "extra inputs are not permitted".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class _Strict(BaseModel):
 
 
 class Targets(_Strict):
-    """What the served adapter must reach, as shares; a metric left out takes the objective's own target."""
+    """The shares, from 0 to 1, that the served adapter must reach. A missing metric has the objective's default."""
 
     efficacy: Share | None = None
     paraphrase: Share | None = None
@@ -26,20 +26,23 @@ class Targets(_Strict):
     retention: Share | None = None
 
     def given(self) -> dict[str, float]:
+        """The targets that the request gives, by metric."""
         return self.model_dump(exclude_none=True)
 
 
 class Objective(_Strict):
+    """The objective and its targets; auto lets the plan choose."""
+
     type: Literal["auto", "sft", "override"] = "auto"
     targets: Targets = Targets()
 
 
-def _spelt_out(value: Any) -> Any:
+def _from_name(value: Any) -> Any:
     return {"type": value} if isinstance(value, str) else value
 
 
 class TrainingRequest(_Strict):
-    """`model` None means the server's default model. An objective may be given by its name alone."""
+    """A request to plan or start a run. The objective may be given as its name alone."""
 
     model: str | None = Field(
         None, min_length=1, description="Id of the base model; default: the server's default model."
@@ -49,10 +52,10 @@ class TrainingRequest(_Strict):
     lora_config: dict[str, Any] = Field({}, description="Keys of PEFT's LoraConfig.")
     training_config: dict[str, Any] = Field({}, description="Keys of transformers' TrainingArguments.")
     parent: str | None = Field(
-        None, min_length=1, description="Adapter, or adapter@version, that the run goes on from; its facts are kept."
+        None, min_length=1, description="Adapter, or adapter@version, to start from; its facts are preserved."
     )
     effort: Literal["normal", "max"] = Field("normal", description="max: a larger rank and more steps.")
     objective: Annotated[
         Objective,
-        BeforeValidator(_spelt_out, json_schema_input_type=Literal["auto", "sft", "override"] | Objective),
+        BeforeValidator(_from_name, json_schema_input_type=Literal["auto", "sft", "override"] | Objective),
     ] = Objective()

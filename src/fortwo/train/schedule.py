@@ -1,7 +1,7 @@
-"""The learning rate of every step: transformers' schedules by their names, in plain arithmetic.
+"""The learning rate of each step: the schedules of transformers under their names, in plain arithmetic.
 
-Steps count from 0: step 0 of a warm-up runs at rate 0, as it does in transformers. Operations are in transformers'
-order, so the figures are equal to the last bit.
+Steps count from 0, and step 0 of a warm-up has rate 0, as in transformers. The operations have the same order as in
+transformers, so the rates are equal to the last bit.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-POLYNOMIAL_END = 1e-7  # transformers' lr_end: where "polynomial" ends
+POLYNOMIAL_END = 1e-7  # transformers' lr_end, the last rate of "polynomial"
 
 
 def learning_rate(step: int, plan: Plan) -> float:
-    """The rate of optimizer step `step`, 0 <= step < steps."""
+    """The rate of optimizer step `step` of the plan, 0 <= step < steps."""
     return rate_at(
         step,
         schedule=plan["lr_scheduler_type"],
@@ -35,12 +35,13 @@ def learning_rate(step: int, plan: Plan) -> float:
 
 
 def peak_rate(*, schedule: str, rate: float, warmup: int, steps: int) -> float:
-    """The highest rate that a step of the run uses: no schedule rises once warm-up is over."""
+    """The highest rate of all steps, since no schedule rises after its warm-up."""
     return rate_at(min(warmup, steps - 1), schedule=schedule, rate=rate, warmup=warmup, steps=steps)
 
 
 def rate_at(step: int, *, schedule: str, rate: float, warmup: int, steps: int, cycles: int = 1) -> float:
-    """cycles: transformers' num_cycles, how often cosine_with_restarts falls to zero."""
+    """The rate of a step. cycles: transformers' num_cycles, the number of times that cosine_with_restarts falls to 0.
+    Raises ValueError for an unknown schedule."""
     if schedule == "constant":
         return rate
     if step < warmup:

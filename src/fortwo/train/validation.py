@@ -1,4 +1,4 @@
-"""Rows that are held back from training: which, and when their loss ends a run. Pure."""
+"""Validation: which rows are not trained on, and when their loss ends a run. Pure."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from random import Random
 
 
-def held_back(rows: int, split: float) -> int:
-    """How many of so many rows: at least one where any share is asked for."""
+def validation_size(rows: int, split: float) -> int:
+    """The number of validation rows among `rows`: at least one if the share `split` is above 0."""
     return max(1, round(rows * split)) if split > 0 else 0
 
 
-def places(rows: int, held: int, seed: int) -> frozenset[int]:
-    """Which rows are held back: drawn at random, the same ones for the same seed."""
-    return frozenset(Random(f"validation {seed}").sample(range(rows), held))
+def validation_indices(rows: int, size: int, seed: int) -> frozenset[int]:
+    """The indices of the validation rows, drawn at random; the same seed gives the same ones."""
+    return frozenset(Random(f"validation {seed}").sample(range(rows), size))
 
 
-def patience_ends(losses: Sequence[float], patience: int) -> bool:
-    """Whether the last `patience` evaluations all were no better than the best before them (transformers'
+def patience_exhausted(losses: Sequence[float], patience: int) -> bool:
+    """Whether none of the last `patience` losses is lower than the best before them (transformers'
     EarlyStoppingCallback)."""
     best = min(range(len(losses)), key=losses.__getitem__)
     return len(losses) - 1 - best >= patience

@@ -1,4 +1,4 @@
-"""OpenAI's chat API: a conversation in, the assistant's next turn out."""
+"""OpenAI's chat API: takes a conversation and returns the assistant's next message."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pydantic import BeforeValidator, Field, model_validator
 from fortwo.errors import InvalidRequest
 from fortwo.prompts import Delta, Prompt
 from fortwo.records import Json, Message
-from fortwo.server.house import Here
 from fortwo.server.openai import logprobs
 from fortwo.server.openai.logprobs import Bytes
 from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Strict, only
-from fortwo.server.openai.replies import Replies, Stream
+from fortwo.server.openai.replies import Replies, stream
+from fortwo.server.state import AppStateDep
 
 if TYPE_CHECKING:
-    from fortwo.engine.residents import Target
+    from fortwo.engine.registry import Target
 
-REPLY_TOKENS = 512  # when the request does not say
+REPLY_TOKENS = 512  # the limit if the request sets none
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
@@ -62,15 +62,17 @@ class ChatMessage(Strict):
 class ChatRequest(Parameters):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(
-        None, ge=1, description=f"Default: the rest of the context, at most {REPLY_TOKENS}."
+        None, ge=1, description=f"Default: what fits the context, at most {REPLY_TOKENS}."
     )
     max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
-    logprobs: bool | None = Field(None, description="Default false. Of the model's own distribution, see Logprob.")
-    top_logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS, description="Needs logprobs.")
+    logprobs: bool | None = Field(
+        None, description="Default false. They are those of the raw logits, before temperature and penalties."
+    )
+    top_logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS, description="Only with logprobs.")
 
-    metadata: dict[str, str] | None = Field(None, description="Accepted; changes nothing.")
-    safety_identifier: str | None = Field(None, description="Accepted; changes nothing.")
-    prompt_cache_key: str | None = Field(None, description="Accepted; changes nothing.")
+    metadata: dict[str, str] | None = Field(None, description="Accepted; has no effect.")
+    safety_identifier: str | None = Field(None, description="Accepted; has no effect.")
+    prompt_cache_key: str | None = Field(None, description="Accepted; has no effect.")
 
     tools: Annotated[Any, only([])] = None
     tool_choice: Annotated[Any, only("none", "auto")] = None
@@ -90,13 +92,13 @@ class ChatRequest(Parameters):
     web_search_options: Annotated[Any, only()] = None
 
     @model_validator(mode="after")
-    def _agree_too(self) -> Self:
+    def _check_chat(self) -> Self:
         older, newer = self.max_tokens, self.max_completion_tokens
         if older is not None and newer is not None and older != newer:
             raise InvalidRequest(
                 f"max_tokens = {older} and max_completion_tokens = {newer} contradict each other.",
                 param="max_tokens",
-                hint="Give one of them.",
+                hint="Give only one of them.",
             )
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest(
@@ -112,16 +114,16 @@ class ChatRequest(Parameters):
 
 
 @router.post("/chat/completions", response_model=None, summary="Chat with a base model or an adapter")
-async def chat(request: Request, house: Here, body: ChatRequest) -> Response:
-    replies = Replies(house, request, body.choices, streamed=bool(body.stream))
-    async with replies.answerer(body.model) as target:
-        prompts, bytes_of = await run_in_threadpool(_ask, target, body)
+async def chat(request: Request, state: AppStateDep, body: ChatRequest) -> Response:
+    replies = Replies(state, request, body.choices, streamed=bool(body.stream))
+    async with replies.target(body.model) as target:
+        prompts, bytes_of = await run_in_threadpool(_prompts, target, body)
         await replies.submit(prompts, body.choices)
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": target.name}
     if body.stream:
         frame |= {"object": "chat.completion.chunk"}
-        first = [_piece(index, {"role": "assistant", "content": ""}) for index in range(body.choices)]
-        return Stream(replies, frame, partial(_pieces, bytes_of), first=first, with_usage=body.with_usage())
+        first = [_chunk_choice(index, {"role": "assistant", "content": ""}) for index in range(body.choices)]
+        return stream(replies, frame, partial(_chunk_choices, bytes_of), first=first, with_usage=body.with_usage())
     choices = [
         {
             "index": index,
@@ -129,29 +131,29 @@ async def chat(request: Request, house: Here, body: ChatRequest) -> Response:
             "logprobs": _logprobs(bytes_of, reply),
             "finish_reason": reply.finish_reason,
         }
-        for index, reply in enumerate(await replies.whole())
+        for index, reply in enumerate(await replies.collect())
     ]
     return JSONResponse(frame | {"object": "chat.completion", "choices": choices, "usage": replies.usage()})
 
 
-def _ask(target: Target, body: ChatRequest) -> tuple[list[Prompt], Bytes | None]:
-    """What exactly is asked, and what the tokens of logprobs stand for."""
-    tokens = target.resident.renderer.prompt([message.message() for message in body.messages])
+def _prompts(target: Target, body: ChatRequest) -> tuple[list[Prompt], Bytes | None]:
+    """The prompts, and what gives the bytes of a token if logprobs are wanted."""
+    tokens = target.model.renderer.prompt([message.message() for message in body.messages])
     top = (body.top_logprobs or 0) if body.logprobs else None
-    prompts = body.prompts(target, tokens, param="messages", otherwise=REPLY_TOKENS, logprobs=top)
-    return prompts, target.resident.renderer.vocabulary.bytes if body.logprobs else None
+    prompts = body.prompts(target, tokens, param="messages", default=REPLY_TOKENS, logprobs=top)
+    return prompts, target.model.renderer.vocabulary.bytes if body.logprobs else None
 
 
-def _pieces(bytes_of: Bytes | None, index: int, delta: Delta) -> Iterator[Json]:
-    """What a delta is in a stream: its text, its end."""
+def _chunk_choices(bytes_of: Bytes | None, index: int, delta: Delta) -> Iterator[Json]:
+    """The choices of a stream's chunks for one delta: its text, its finish_reason."""
     if delta.text or delta.logprobs:
-        yield _piece(index, {"content": delta.text}, _logprobs(bytes_of, delta))
+        yield _chunk_choice(index, {"content": delta.text}, _logprobs(bytes_of, delta))
     if delta.finish_reason is not None:
-        yield _piece(index, {}, reason=delta.finish_reason)
+        yield _chunk_choice(index, {}, reason=delta.finish_reason)
 
 
-def _piece(index: int, delta: Json, told: Json | None = None, reason: str | None = None) -> Json:
-    return {"index": index, "delta": delta, "logprobs": told, "finish_reason": reason}
+def _chunk_choice(index: int, delta: Json, logprobs: Json | None = None, reason: str | None = None) -> Json:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
 def _logprobs(bytes_of: Bytes | None, delta: Delta) -> Json | None:

@@ -1,4 +1,4 @@
-"""OpenAI's text completions: raw text or tokens in, what comes after them out. No chat template is involved."""
+"""OpenAI's text completions: takes text or tokens and returns their continuation, without a chat template."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from pydantic import Field, model_validator
 from fortwo.errors import InvalidRequest
 from fortwo.prompts import Delta, Prompt
 from fortwo.records import Json
-from fortwo.server.house import Here
 from fortwo.server.openai.logprobs import TextLogprobs
 from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Texts, only
-from fortwo.server.openai.replies import Replies, Stream
+from fortwo.server.openai.replies import Replies, stream
+from fortwo.server.state import AppStateDep
 
 if TYPE_CHECKING:
-    from fortwo.engine.residents import Target
+    from fortwo.engine.registry import Target
 
-REPLY_TOKENS = 16  # when the request does not say
+REPLY_TOKENS = 16  # the limit if the request sets none
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 
 class CompletionRequest(Parameters):
-    prompt: Texts = Field(description="A text, several, a list of tokens, or several.")
-    echo: bool | None = Field(None, description="Default false. Begin each reply with its prompt.")
+    prompt: Texts = Field(description="A text or a list of tokens, or a list of either.")
+    echo: bool | None = Field(None, description="Default false. Start each reply with its prompt.")
     logprobs: int | None = Field(
-        None, ge=0, le=TOP_LOGPROBS, description="How many of the likeliest tokens are told with each token's own."
+        None, ge=0, le=TOP_LOGPROBS, description="How many of the likeliest tokens to return with each token."
     )
     max_tokens: int | None = Field(
-        None, ge=0, description=f"Default {REPLY_TOKENS}. 0, together with echo: only the prompt."
+        None, ge=0, description=f"Default {REPLY_TOKENS}. 0 is allowed with echo, for the prompt alone."
     )
 
     best_of: Annotated[Any, only(1)] = None
     suffix: Annotated[Any, only("")] = None
 
     @model_validator(mode="after")
-    def _agree_too(self) -> Self:
+    def _check_completion(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest(
-                "max_tokens = 0 without echo asks for nothing.",
+                "max_tokens = 0 without echo would give an empty reply.",
                 param="max_tokens",
                 hint="Ask for at least 1, or set echo to true.",
             )
@@ -53,10 +53,10 @@ class CompletionRequest(Parameters):
 
 
 @router.post("/completions", response_model=None, summary="Continue a text with a base model or an adapter")
-async def completions(request: Request, house: Here, body: CompletionRequest) -> Response:
-    replies = Replies(house, request, len(body.prompt) * body.choices, streamed=bool(body.stream))
-    async with replies.answerer(body.model) as target:
-        prompts, writers = await run_in_threadpool(_ask, target, body)
+async def completions(request: Request, state: AppStateDep, body: CompletionRequest) -> Response:
+    replies = Replies(state, request, len(body.prompt) * body.choices, streamed=bool(body.stream))
+    async with replies.target(body.model) as target:
+        prompts, writers = await run_in_threadpool(_prompts, target, body)
         await replies.submit(prompts, body.choices)
     frame: Json = {
         "id": f"cmpl-{uuid.uuid4().hex}",
@@ -65,38 +65,38 @@ async def completions(request: Request, house: Here, body: CompletionRequest) ->
         "model": target.name,
     }
     if body.stream:
-        return Stream(replies, frame, lambda *heard: [writers[heard[0]].choice(*heard)], with_usage=body.with_usage())
-    choices = [writers[index].choice(index, reply) for index, reply in enumerate(await replies.whole())]
+        return stream(replies, frame, lambda *item: [writers[item[0]].choice(*item)], with_usage=body.with_usage())
+    choices = [writers[index].choice(index, reply) for index, reply in enumerate(await replies.collect())]
     return JSONResponse(frame | {"choices": choices, "usage": replies.usage()})
 
 
-def _ask(target: Target, body: CompletionRequest) -> tuple[list[Prompt], list[_Writer]]:
-    """What exactly is asked, and who writes down each reply."""
-    renderer = target.resident.renderer
+def _prompts(target: Target, body: CompletionRequest) -> tuple[list[Prompt], list[_Writer]]:
+    """The prompts, and for each the writer of its choices."""
+    renderer = target.model.renderer
     prompts: list[Prompt] = []
     writers: list[_Writer] = []
-    for place, given in enumerate(body.prompt):
-        param = "prompt" if len(body.prompt) == 1 else f"prompt[{place}]"
+    for index, given in enumerate(body.prompt):
+        param = "prompt" if len(body.prompt) == 1 else f"prompt[{index}]"
         tokens = renderer.text(given) if isinstance(given, str) else given
-        asked = body.prompts(target, tokens, param=param, otherwise=REPLY_TOKENS, logprobs=body.logprobs)
-        for prompt in asked:
+        requested = body.prompts(target, tokens, param=param, default=REPLY_TOKENS, logprobs=body.logprobs)
+        for prompt in requested:
             sampling = replace(prompt.sampling, prompt_logprobs=body.logprobs if body.echo else None)
             prompts.append(replace(prompt, sampling=sampling, continues=True))
             echo = "" if not body.echo else given if isinstance(given, str) else renderer.spell(given)
-            told = None if body.logprobs is None else TextLogprobs(renderer.vocabulary.bytes, echo, tokens)
-            writers.append(_Writer(echo, told))
+            logprobs = None if body.logprobs is None else TextLogprobs(renderer.vocabulary.bytes, echo, tokens)
+            writers.append(_Writer(echo, logprobs))
     return prompts, writers
 
 
 class _Writer:
-    """The pieces of one completion."""
+    """Makes the choices of one completion from its deltas."""
 
     def __init__(self, echo: str, logprobs: TextLogprobs | None) -> None:
         self._echo = echo
         self._logprobs = logprobs
 
     def choice(self, index: int, delta: Delta) -> Json:
-        """The next piece; the echo is before the first."""
+        """The choice for the next delta; the first one starts with the echo."""
         text, self._echo = self._echo + delta.text, ""
-        told = None if self._logprobs is None else self._logprobs.push(delta.logprobs)
-        return {"index": index, "text": text, "logprobs": told, "finish_reason": delta.finish_reason}
+        logprobs = None if self._logprobs is None else self._logprobs.push(delta.logprobs)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": delta.finish_reason}

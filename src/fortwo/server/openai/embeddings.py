@@ -1,7 +1,7 @@
-"""OpenAI's embeddings: texts or tokens in, a vector of length 1 for each out.
+"""OpenAI's embeddings: takes texts or tokens and returns a vector of length 1 for each.
 
-The vector is the hidden state of the last token after the final norm, as vLLM takes it for a model that was trained to
-go on with text. Inputs go the way of prompts, some at a time, so that chats get their turns in between.
+The vector is the hidden state of the last token after the final norm, which is also vLLM's choice for causal language
+models. Inputs are computed as prompts, a few at a time, so that chats get their turns in between.
 """
 
 from __future__ import annotations
@@ -18,75 +18,75 @@ from pydantic import Field
 
 from fortwo.prompts import Prompt, Sampling
 from fortwo.records import Json
-from fortwo.server.house import Here
-from fortwo.server.openai.parameters import Model, Strict, Texts, only, room
+from fortwo.server.openai.parameters import Model, Strict, Texts, context_left, only
 from fortwo.server.openai.replies import Replies
+from fortwo.server.state import AppStateDep
 
 if TYPE_CHECKING:
-    from fortwo.engine.residents import Target
+    from fortwo.engine.registry import Target
 
-INPUTS = 2048  # OpenAI's bound
-TOGETHER = 32  # inputs under way at once
-TOKENS = 2048  # of those, unless a single one has more
+INPUTS = 2048  # OpenAI's limit
+BATCH_INPUTS = 32  # inputs that are computed at a time
+BATCH_TOKENS = 2048  # their tokens, unless a single input has more
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 
 class EmbeddingRequest(Strict):
     model: Model
-    input: Annotated[Texts, Field(max_length=INPUTS, description="A text, several, a list of tokens, or several.")]
+    input: Annotated[Texts, Field(max_length=INPUTS, description="A text or a list of tokens, or a list of either.")]
     encoding_format: Literal["float", "base64"] | None = Field(
-        None, description="Default float. base64: of little-endian float32."
+        None, description="Default float. base64 encodes little-endian float32 numbers."
     )
 
-    user: str | None = Field(None, description="Accepted; changes nothing.")
+    user: str | None = Field(None, description="Accepted; has no effect.")
 
     dimensions: Annotated[Any, only()] = None
 
 
 @router.post("/embeddings", response_model=None, summary="Texts as vectors, by a base model or an adapter")
-async def embeddings(request: Request, house: Here, body: EmbeddingRequest) -> JSONResponse:
-    replies = Replies(house, request, min(len(body.input), TOGETHER))
+async def embeddings(request: Request, state: AppStateDep, body: EmbeddingRequest) -> JSONResponse:
+    replies = Replies(state, request, min(len(body.input), BATCH_INPUTS))
     vectors: list[tuple[float, ...]] = []
-    async with replies.answerer(body.model) as target:
-        prompts = await run_in_threadpool(_ask, target, body)
-        for portion in _portions(prompts):
+    async with replies.target(body.model) as target:
+        prompts = await run_in_threadpool(_prompts, target, body)
+        for batch in _batches(prompts):
             if vectors:
-                replies = Replies(house, request, len(portion), deadline=replies.deadline)
-            await replies.submit(portion)
-            await replies.whole()
+                replies = Replies(state, request, len(batch), deadline=replies.deadline)
+            await replies.submit(batch)
+            await replies.collect()
             vectors += replies.embeddings()
     tokens = sum(len(prompt.tokens) for prompt in prompts)
-    return await run_in_threadpool(_answer, target, body, vectors, tokens)  # a million numbers take a second to write
+    return await run_in_threadpool(_response, target, body, vectors, tokens)  # encoding may take a second
 
 
-def _ask(target: Target, body: EmbeddingRequest) -> list[Prompt]:
+def _prompts(target: Target, body: EmbeddingRequest) -> list[Prompt]:
     prompts = []
-    for place, given in enumerate(body.input):
-        tokens = target.resident.renderer.text(given) if isinstance(given, str) else given
-        room(target, tokens, param="input" if len(body.input) == 1 else f"input[{place}]", least=0)
+    for index, given in enumerate(body.input):
+        tokens = target.model.renderer.text(given) if isinstance(given, str) else given
+        context_left(target, tokens, param="input" if len(body.input) == 1 else f"input[{index}]", least=0)
         sampling = Sampling(max_tokens=0)
-        prompts.append(Prompt(target.resident.id, tuple(tokens), target.adapter_key, sampling, embed=True))
+        prompts.append(Prompt(target.model.id, tuple(tokens), target.adapter_key, sampling, embed=True))
     return prompts
 
 
-def _portions(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
-    """All of them in order, so many at a time."""
-    portion: list[Prompt] = []
+def _batches(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+    """The prompts in order, cut into batches."""
+    batch: list[Prompt] = []
     for prompt in prompts:
-        tokens = sum(len(one.tokens) for one in portion) + len(prompt.tokens)
-        if portion and (len(portion) == TOGETHER or tokens > TOKENS):
-            yield portion
-            portion = []
-        portion.append(prompt)
-    yield portion
+        tokens = sum(len(one.tokens) for one in batch) + len(prompt.tokens)
+        if batch and (len(batch) == BATCH_INPUTS or tokens > BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(prompt)
+    yield batch
 
 
-def _answer(target: Target, body: EmbeddingRequest, vectors: list[tuple[float, ...]], tokens: int) -> JSONResponse:
+def _response(target: Target, body: EmbeddingRequest, vectors: list[tuple[float, ...]], tokens: int) -> JSONResponse:
     def entry(index: int, vector: tuple[float, ...]) -> Json:
-        packed = body.encoding_format == "base64"
-        shown = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if packed else vector
-        return {"object": "embedding", "index": index, "embedding": shown}
+        as_base64 = body.encoding_format == "base64"
+        encoded = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if as_base64 else vector
+        return {"object": "embedding", "index": index, "embedding": encoded}
 
     return JSONResponse(
         {

@@ -1,4 +1,4 @@
-"""What a request's `model` may be: base models, adapters, their versions, checkpoints."""
+"""The values that a request's `model` may have: base models, adapters, their versions, checkpoints."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from fastapi import APIRouter
 
 from fortwo.errors import NotFound
 from fortwo.records import Json
-from fortwo.server.house import Here, House
+from fortwo.server.state import AppState, AppStateDep
 
 OWNER = "fortwo"
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 
-@router.get("/models", summary="Base models that are on disk, adapters, their versions, checkpoints")
-def models(house: Here) -> Json:
-    return {"object": "list", "data": list(_models(house))}
+@router.get("/models", summary="Base models on disk, adapters, their versions, checkpoints")
+def models(state: AppStateDep) -> Json:
+    return {"object": "list", "data": list(_models(state))}
 
 
-@router.get("/models/{model}", summary="One of them")
-def model(house: Here, model: str) -> Json:
-    found = {one["id"]: one for one in _models(house)}
+@router.get("/models/{model}", summary="One model, adapter, version or checkpoint")
+def model(state: AppStateDep, model: str) -> Json:
+    found = {one["id"]: one for one in _models(state)}
     if model not in found:
         raise NotFound(f"There is no model {model!r}.", param="model", hint=f"Known: {', '.join(found)}.")
     return found[model]
 
 
-def _models(house: House) -> Iterator[Json]:
-    """root: the base that answers; parent: what an adapter was trained from."""
-    for entry in house.catalog.entries():
-        card = house.catalog.prepared(entry.id)
-        if card is not None or entry.id == house.settings.default_model:
+def _models(state: AppState) -> Iterator[Json]:
+    """root: the base model; parent: that of an adapter, None for a base model."""
+    for entry in state.catalog.entries():
+        card = state.catalog.prepared(entry.id)
+        if card is not None or entry.id == state.settings.default_model:
             yield _model(entry.id, 0.0, root=entry.id, parent=None)
-    for name in house.adapters.names():
-        for version in house.adapters.versions(name):
+    for name in state.adapters.names():
+        for version in state.adapters.versions(name):
             ids = (name, version.id) if version.current else (version.id,)
             for id in ids:
                 yield _model(id, version.created_at, root=version.base_model, parent=version.base_model)
-    for job_id in house.checkpoints.jobs():
-        for version in house.checkpoints.of(job_id):
+    for job_id in state.checkpoints.jobs():
+        for version in state.checkpoints.of(job_id):
             yield _model(version.id, version.created_at, root=version.base_model, parent=version.base_model)
 
 

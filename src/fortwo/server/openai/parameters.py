@@ -1,6 +1,6 @@
-"""What a request for replies may say, whether it asks for chat or for text.
+"""The parameters that chat and text completion requests have in common.
 
-A parameter that cannot be honoured is refused by name. Ranges are OpenAI's; for vLLM's additions, vLLM's.
+A parameter that is not supported is refused by name. Ranges are OpenAI's; those of vLLM's additions are vLLM's.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from fortwo.prompts import Prompt, Sampling
 from fortwo.records import Json
 
 if TYPE_CHECKING:
-    from fortwo.engine.residents import Target
+    from fortwo.engine.registry import Target
 
 STOPS = 4
 CHOICES = 128
 TOP_LOGPROBS = 20
 ANY_OBJECT = '{"type": "object"}'
+_SAME_AS_SAMPLING = {"top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos"}
 
 
 def only(*allowed: Any) -> AfterValidator:
-    """For a parameter that cannot be honoured yet: null and the values that ask for nothing pass."""
+    """For a parameter that is not supported: accepts only null and the values that have no effect."""
     words = " or ".join(json.dumps(value) for value in allowed)
     remedy = f"Leave it out or set it to {words}." if words else "Leave it out."
 
@@ -38,6 +39,8 @@ def only(*allowed: Any) -> AfterValidator:
 
 
 class Strict(BaseModel):
+    """Refuses unknown fields and does not convert types."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
@@ -50,7 +53,7 @@ class JsonSchema(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: str | None = None
     schema_: Json = Field(alias="schema")
-    strict: bool | None = Field(None, description="Accepted; the schema is always kept to.")
+    strict: bool | None = Field(None, description="Accepted and ignored: the reply always conforms to the schema.")
 
 
 class ResponseFormat(Strict):
@@ -58,17 +61,17 @@ class ResponseFormat(Strict):
     json_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
-    def _agrees(self) -> Self:
+    def _check(self) -> Self:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise InvalidRequest(
                 f"response_format has type {self.type!r} and {'no' if self.json_schema is None else 'a'} json_schema.",
                 param="response_format.json_schema",
-                hint='A json_schema belongs to the type "json_schema", and to no other.',
+                hint='Give a json_schema exactly when the type is "json_schema".',
             )
         return self
 
     def schema_text(self) -> str | None:
-        """The JSON Schema of the reply as JSON, None for free text."""
+        """The JSON Schema of the reply as text; None for free text."""
         if self.json_schema is not None:
             return json.dumps(self.json_schema.schema_)
         return ANY_OBJECT if self.type == "json_object" else None
@@ -76,16 +79,13 @@ class ResponseFormat(Strict):
 
 Stop = Annotated[
     list[Annotated[str, Field(min_length=1)]],
-    BeforeValidator(
-        lambda given: [given] if isinstance(given, str) else given,
-        json_schema_input_type=str | list[str],
-    ),
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given, json_schema_input_type=str | list[str]),
 ]
 Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
 
 
-def _several(given: Any) -> list[str | list[int]]:
-    """Each a text or its tokens."""
+def _text_list(given: Any) -> list[str | list[int]]:
+    """A list whose items are texts or lists of tokens."""
     texts = [given] if isinstance(given, str) or (given and _are_tokens(given)) else given
     if not isinstance(texts, list) or not all(isinstance(one, str) or _are_tokens(one) for one in texts):
         raise ValueError("it is neither text nor token ids, nor a list of those")
@@ -102,141 +102,140 @@ def _are_tokens(given: Any) -> bool:
 
 
 Texts = Annotated[
-    list[Any], PlainValidator(_several, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+    list[Any], PlainValidator(_text_list, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
 ]
 
 
 Model = Annotated[
-    str, Field(description="A base model, an adapter (its current version), adapter@version or adapter@job-step.")
+    str, Field(description="A base model, an adapter (for its current version), adapter@version or adapter@job-step.")
 ]
 
 
 class Parameters(Strict):
+    """Sampling parameters and the number of replies. Raises InvalidRequest for values that contradict each other."""
+
     model: Model
     n: int | None = Field(
         None,
         ge=1,
         le=CHOICES,
-        description="Replies to each prompt, default 1. With a seed they use seed, seed + 1, ...",
+        description="Replies to each prompt. Default 1. With a seed they use seed, seed + 1, ...",
     )
     stream: bool | None = Field(None, description="Default false.")
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2, description="Default 1; 0 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1, description="Default 1.")
-    top_k: int | None = Field(None, ge=-1, description="Default 0: off, as is -1.")
+    top_k: int | None = Field(None, ge=-1, description="Default 0, off, like -1.")
     min_p: float | None = Field(
-        None, ge=0, le=1, description="Default 0: off. Least probability, as a share of the likeliest token's."
+        None, ge=0, le=1, description="Default 0, off. The least probability, as a share of the likeliest token's."
     )
-    seed: int | None = Field(None, description="The same seed gives the same reply, whatever else is asked meanwhile.")
+    seed: int | None = Field(None, description="The same seed gives the same reply, whatever other requests run.")
     stop: Stop | None = Field(None, max_length=STOPS)
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Default 0. For tokens the reply has.")
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Default 0. For each time it has them.")
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Default 0. For tokens in the reply.")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Default 0. For each use in the reply.")
     repetition_penalty: float | None = Field(
-        None, gt=0, le=2, description="Default 1: off. Divides the logits of tokens that prompt or reply have."
+        None, gt=0, le=2, description="Default 1, off. Divides the logits of tokens in the prompt or the reply."
     )
-    logit_bias: Bias | None = Field(None, description="Token id to what is added to its logit, -100 to 100.")
+    logit_bias: Bias | None = Field(None, description="Maps token ids to what is added to their logits, -100 to 100.")
     response_format: ResponseFormat | None = Field(
-        None, description="json_object or json_schema: the reply cannot be anything else, unless max_tokens cut it off."
+        None, description="With json_object or json_schema the reply is such JSON, unless max_tokens cuts it off."
     )
-    ignore_eos: bool | None = Field(None, description="Default false. Go on after the end, for measurements.")
+    ignore_eos: bool | None = Field(None, description="Default false. Continue after end tokens, for benchmarks.")
     max_tokens: int | None = Field(None, ge=1)
 
-    user: str | None = Field(None, description="Accepted; changes nothing.")
+    user: str | None = Field(None, description="Accepted; has no effect.")
 
     @property
     def choices(self) -> int:
         return 1 if self.n is None else self.n
 
     def limit(self) -> tuple[str, int] | None:
-        """The parameter that bounds the reply, and its value."""
+        """The parameter that limits the reply's tokens, and its value; None if it is not given."""
         return None if self.max_tokens is None else ("max_tokens", self.max_tokens)
 
     @model_validator(mode="after")
-    def _agree(self) -> Self:
+    def _check_parameters(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
                 "stream_options is given, but stream is not true.", param="stream_options", hint="Set stream to true."
             )
         if self.ignore_eos and self.schema_text() is not None:
             raise InvalidRequest(
-                "ignore_eos and response_format contradict each other: JSON has an end.",
+                "ignore_eos contradicts response_format, because JSON has an end.",
                 param="ignore_eos",
-                hint="Give one of them.",
+                hint="Give only one of them.",
             )
         return self
 
     def schema_text(self) -> str | None:
-        """The JSON Schema of the reply as JSON, None for free text."""
+        """The JSON Schema of the reply as text; None for free text."""
         return None if self.response_format is None else self.response_format.schema_text()
 
     def with_usage(self) -> bool:
-        """Whether a stream tells usage."""
+        """Whether the stream ends with usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def prompts(
-        self, target: Target, tokens: list[int], *, param: str, otherwise: int, logprobs: int | None
+        self, target: Target, tokens: list[int], *, param: str, default: int, logprobs: int | None
     ) -> list[Prompt]:
-        """One prompt, n times. otherwise: longest reply when the request does not say; logprobs as in Sampling.
+        """One prompt, `n` times. default: the limit of the reply's tokens if the request sets none; param: the name of
+        the prompt in error messages; logprobs: as in Sampling.
 
         Raises InvalidRequest when prompt and reply do not fit the context, or a token does not exist.
         """
         _check_known(target, [int(id) for id in self.logit_bias or ()], "logit_bias")
         limit = self.limit()
-        left = room(target, tokens, param=param, least=1 if limit is None else min(1, limit[1]))
+        left = context_left(target, tokens, param=param, least=1 if limit is None else min(1, limit[1]))
         if limit is not None and limit[1] > left:
             raise InvalidRequest(
-                f"{limit[0]} = {limit[1]} does not fit: {param} takes {len(tokens)} of {len(tokens) + left} tokens of "
-                "context.",
+                f"{limit[0]} = {limit[1]} does not fit: {param} takes {len(tokens)} of the context's "
+                f"{len(tokens) + left} tokens.",
                 param=limit[0],
                 code="context_length_exceeded",
                 hint=f"Ask for at most {left}.",
             )
-        longest = min(left, otherwise) if limit is None else limit[1]
+        longest = min(left, default) if limit is None else limit[1]
         return [
-            Prompt(target.resident.id, tuple(tokens), target.adapter_key, self._sampling(longest, logprobs, choice))
+            Prompt(target.model.id, tuple(tokens), target.adapter_key, self._sampling(longest, logprobs, choice))
             for choice in range(self.choices)
         ]
 
     def _sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> Sampling:
-        given: Json = {
-            "temperature": 1.0 if self.temperature is None else self.temperature,
-            "top_p": self.top_p,
-            "top_k": None if self.top_k == -1 else self.top_k,
-            "min_p": self.min_p,
-            "seed": None if self.seed is None else self.seed + choice,
-            "stop": None if self.stop is None else tuple(self.stop),
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "repetition_penalty": self.repetition_penalty,
-            "logit_bias": tuple((int(id), bias) for id, bias in (self.logit_bias or {}).items()),
-            "logprobs": logprobs,
-            "json_schema": self.schema_text(),
-            "ignore_eos": self.ignore_eos,
-        }
-        return Sampling(max_tokens, **{name: value for name, value in given.items() if value is not None})
+        given: Json = self.model_dump(include=_SAME_AS_SAMPLING, exclude_none=True)
+        return Sampling(
+            max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=max(0, self.top_k or 0),
+            seed=None if self.seed is None else self.seed + choice,
+            stop=tuple(self.stop or ()),
+            logit_bias=tuple((int(id), bias) for id, bias in (self.logit_bias or {}).items()),
+            logprobs=logprobs,
+            json_schema=self.schema_text(),
+            **given,
+        )
 
 
-def room(target: Target, tokens: list[int], *, param: str, least: int) -> int:
-    """How many tokens the context has beside these. Raises InvalidRequest when it has fewer than `least`, or one of
-    these does not exist."""
+def context_left(target: Target, tokens: list[int], *, param: str, least: int) -> int:
+    """How many more tokens the context has room for after `tokens`. Raises InvalidRequest when they are fewer than
+    `least`, or when one of `tokens` does not exist."""
     _check_known(target, tokens, param)
-    context = target.resident.runner.cache.longest  # less than the model's where FORTWO_CACHE_MB is small
+    context = target.model.runner.cache.longest  # less than the model's if FORTWO_CACHE_MB is small
     left = context - len(tokens)
     if left < least:
         raise InvalidRequest(
-            f"{param} takes {len(tokens)} tokens; the context of {target.resident.id} is {context}.",
+            f"{param} takes {len(tokens)} tokens, but the context of {target.model.id} has {context}.",
             param=param,
             code="context_length_exceeded",
-            hint="Shorten it, or leave out the oldest of it.",
+            hint="Shorten it, or leave out its oldest part.",
         )
     return left
 
 
 def _check_known(target: Target, tokens: list[int], param: str) -> None:
-    vocabulary = target.resident.decoder.config.vocabulary
+    vocabulary = target.model.decoder.config.vocabulary
     if (foreign := max(tokens, default=0)) >= vocabulary:
         raise InvalidRequest(
-            f"{param} has token {foreign}; {target.resident.id} has tokens 0 to {vocabulary - 1}.",
+            f"{param} has the token {foreign}, but {target.model.id} only has tokens 0 to {vocabulary - 1}.",
             param=param,
-            hint="Take ids of this model's own tokenizer.",
+            hint="Use ids of this model's own tokenizer.",
         )

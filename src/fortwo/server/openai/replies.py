@@ -1,234 +1,223 @@
-"""The replies to one request, as the event loop hears them: whole, or as a stream of events.
+"""The replies to one request on the event loop: collected, or streamed as server-sent events.
 
-Deltas are handed over from the device's thread. Whatever happens (the client hangs up, the deadline passes, the server
-ends, one of them fails), all of them end and whoever listens is told why.
+Deltas come from the device's thread. Whatever happens (the client disconnects, the deadline passes, the server shuts
+down, one of the replies fails), all replies end and the client, if it is still there, gets the reason.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi.concurrency import run_in_threadpool
 from pydantic_core import to_json
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
 from fortwo.errors import DeadlineExceeded, FortwoError, Unavailable
 from fortwo.prompts import Delta, Generation, Prompt
 from fortwo.records import Json
+from fortwo.server import sse
 from fortwo.server.errors import unexpected
-from fortwo.server.house import House
+from fortwo.server.state import AppState
 
 if TYPE_CHECKING:
-    from fortwo.engine.residents import Target
+    from fortwo.engine.registry import Target
 
-KEEP_ALIVE_SECONDS = 15  # a stream is never silent for longer: proxies cut what is
-Heard = tuple[int, Delta] | None  # place of the prompt, and what is new; None keeps a connection alive
 T = TypeVar("T")
+StreamItem = tuple[int, Delta]  # the index of a prompt, and a delta of its reply
 
 
 class Replies:
-    """At most `most` of them, which have their places from now on, while a model is loaded too. deadline: by the loop's
-    clock; None for what the settings say. Raises what Admission.enter does."""
+    """An ActiveRequest of at most `limit` replies, admitted on construction, before its model is loaded. deadline: on
+    the event loop's clock; None for that of the settings. Raises what Admission.admit raises."""
 
     def __init__(
-        self, house: House, request: Request, most: int, streamed: bool = False, deadline: float | None = None
+        self, state: AppState, request: Request, limit: int, streamed: bool = False, deadline: float | None = None
     ) -> None:
-        self._house = house
+        self._state = state
         self._request = request
-        self._timeout = house.settings.request_timeout
-        self._places = most
+        self._timeout = state.settings.request_timeout
+        self._admitted = limit
         self._streamed = streamed
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
         self._generations: list[Generation] = []
-        self._heard: list[Heard] = []  # and not yet passed on
-        self._failure: FortwoError | None = None  # after that
-        self._news = asyncio.Event()
-        self._finding: asyncio.Future[Target] | None = None
-        self._house.admission.enter(self, most)
+        self._items: list[StreamItem] = []  # received and not yet passed on
+        self._failure: FortwoError | None = None  # to be raised after them
+        self._changed = asyncio.Event()
+        self._resolving: asyncio.Future[Target] | None = None
+        self._state.admission.admit(self, limit)
         self.deadline = self._began + self._timeout if deadline is None else deadline
-        self._too_late_timer = self._loop.call_at(self.deadline, self._too_late)
-        self._keep_alive_timer: asyncio.TimerHandle | None = None
+        self._deadline_timer = self._loop.call_at(self.deadline, self._on_deadline)
 
     @asynccontextmanager
-    async def answerer(self, model: str) -> AsyncIterator[Target]:
-        """Who answers to this name, loaded if need be, and not evicted while it is asked. Raises what House.resolve
-        does, and why it could not be waited for."""
-        residents = self._house.residents
+    async def target(self, model: str) -> AsyncIterator[Target]:
+        """The weights that a model name means, loaded if necessary and pinned inside the context. Raises what
+        AppState.resolve raises, and the reason when the request ends while it waits."""
+        registry = self._state.registry
         try:
-            while not residents.hold(target := await self._found(model)):
-                pass  # evicted in the meantime
+            while not registry.pin(target := await self._resolve(model)):
+                pass  # it was unloaded since it was resolved
             try:
                 yield target
             finally:
-                residents.release(target)
+                registry.unpin(target)
         except BaseException:
-            self._give_back()
+            self._release_unsubmitted()
             self.close()
             raise
 
-    async def _found(self, model: str) -> Target:
-        self._finding = asyncio.ensure_future(_unless_gone(self._request.receive, self._house.resolve(model)))
+    async def _resolve(self, model: str) -> Target:
+        self._resolving = asyncio.ensure_future(_until_disconnect(self._request.receive, self._state.resolve(model)))
         try:
-            return await self._finding
+            return await self._resolving
         except asyncio.CancelledError:
             if self._failure is None:
                 raise
             raise self._failure from None
 
     async def submit(self, prompts: Sequence[Prompt], n: int = 1) -> None:
-        """Ask; each prompt comes `n` times in a row. Raises what Engine.submit does; then nothing was asked."""
+        """Submit the prompts; each is there `n` times in a row. Raises what Engine.submit raises; then all are
+        cancelled."""
         self._prompts, self._n = prompts, n
         try:
-            await run_in_threadpool(self._submit)  # a schema takes a while to read
+            await run_in_threadpool(self._submit)  # compiling a schema takes a while
         except BaseException:
             self.close()
             raise
         finally:
-            self._give_back()
-        if self._streamed:
-            self._keep_alive_timer = self._loop.call_later(KEEP_ALIVE_SECONDS, self._keep_alive)
+            self._release_unsubmitted()
 
     def _submit(self) -> None:
         for index, prompt in enumerate(self._prompts):
-            self._generations.append(self._house.engine.submit(prompt, partial(self._hand_over, index)))
+            self._generations.append(self._state.engine.submit(prompt, partial(self._on_delta, index)))
 
-    def _give_back(self) -> None:
-        """The places of replies that were not asked for."""
-        self._house.admission.leave(self, self._places - len(self._generations))
-        self._places = len(self._generations)
+    def _release_unsubmitted(self) -> None:
+        self._state.admission.release(self, self._admitted - len(self._generations))
+        self._admitted = len(self._generations)
 
-    def _hand_over(self, index: int, delta: Delta) -> None:
-        """On the device's thread."""
+    def _on_delta(self, index: int, delta: Delta) -> None:
+        """Called on the device's thread."""
         if self._streamed or delta.finish_reason is not None:
-            self._house.relay.put(self._loop, partial(self._hear, index, delta))
+            self._state.bridge.add(self._loop, partial(self._receive, index, delta))
 
-    def _hear(self, index: int, delta: Delta) -> None:
+    def _receive(self, index: int, delta: Delta) -> None:
         if delta.finish_reason is not None:
-            self._house.admission.leave(self, 1, self._loop.time() - self._began)
+            self._state.admission.release(self, 1, self._loop.time() - self._began)
         if delta.finish_reason in ("error", "cancelled"):
             self._fail(_failure(delta))
         else:
-            self._heard.append((index, delta))
-            self._news.set()
+            self._items.append((index, delta))
+            self._changed.set()
 
     def _fail(self, error: FortwoError) -> None:
-        """The first failure is the one that is told."""
+        """Only the first failure is reported."""
         if self._failure is None:
             self._failure = error
-        self._news.set()
-
-    # ------------------------------------------------------------ their ends
+        self._changed.set()
 
     def close(self) -> None:
-        """Nobody listens any more."""
-        self._too_late_timer.cancel()
-        if self._keep_alive_timer is not None:
-            self._keep_alive_timer.cancel()
+        """Cancel what still runs; nobody is waiting for it any more."""
+        self._deadline_timer.cancel()
         for generation in self._generations:
             generation.cancel()
 
     def stop(self) -> None:
-        """The server cannot wait for them any longer."""
-        self._cut(Unavailable("The reply was cut off: the server is shutting down.", hint="Ask again when it is back."))
+        """End all replies now, because the server is shutting down."""
+        self._abort(
+            Unavailable("The reply was cut off: the server is shutting down.", hint="Ask again when it is back.")
+        )
 
-    def _too_late(self) -> None:
-        self._cut(
+    def _on_deadline(self) -> None:
+        self._abort(
             DeadlineExceeded(
-                f"The reply did not end within {self._timeout:g} seconds, waiting included.",
+                f"The reply did not end within {self._timeout:g} seconds, including its wait.",
                 hint="Ask for fewer tokens, or raise FORTWO_REQUEST_TIMEOUT.",
             )
         )
 
-    def _cut(self, error: FortwoError) -> None:
+    def _abort(self, error: FortwoError) -> None:
         self.close()
         self._fail(error)
-        if self._finding is not None:
-            self._finding.cancel()
+        if self._resolving is not None:
+            self._resolving.cancel()
 
-    def _keep_alive(self) -> None:
-        self._heard.append(None)
-        self._news.set()
-        self._keep_alive_timer = self._loop.call_later(KEEP_ALIVE_SECONDS, self._keep_alive)
-
-    # ------------------------------------------------------------ what they say
-
-    async def deltas(self) -> AsyncIterator[list[Heard]]:
-        """What came since the last time, as it comes; ends after each reply had a finish_reason. Raises when one did
-        not come to its own end."""
+    async def items(self) -> AsyncIterator[list[StreamItem]]:
+        """What came since the last iteration, as it comes; ends when every reply has finished. Raises the reason when
+        one of them failed or was cut off."""
         left = len(self._prompts)
         while left:
-            await self._news.wait()
-            self._news.clear()
-            heard, self._heard, failure = self._heard, [], self._failure
-            if heard:
-                yield heard
-            left -= sum(one is not None and one[1].finish_reason is not None for one in heard)
+            await self._changed.wait()
+            self._changed.clear()
+            items, self._items, failure = self._items, [], self._failure
+            if items:
+                yield items
+            left -= sum(delta.finish_reason is not None for _, delta in items)
             if left and failure is not None:
                 raise failure
 
-    async def whole(self) -> list[Delta]:
-        """Each reply as one delta, in order. Raises when one did not come to its own end, or the client hung up."""
+    async def collect(self) -> list[Delta]:
+        """Each whole reply as one delta, in order. Raises the reason when one of them failed or was cut off, or when
+        the client disconnected."""
 
-        async def ends() -> None:
-            async for _ in self.deltas():
+        async def finish() -> None:
+            async for _ in self.items():
                 pass
 
         try:
-            await _unless_gone(self._request.receive, ends())
+            await _until_disconnect(self._request.receive, finish())
         finally:
             self.close()
-        return [_joined(list(generation.deltas())) for generation in self._generations]
+        return [_merge(list(generation.deltas())) for generation in self._generations]
 
     def embeddings(self) -> list[tuple[float, ...]]:
-        """Of prompts that asked for it, in order, once they have ended."""
+        """Those of prompts with `embed`, in order, once `collect` has returned."""
         return [generation.embedding for generation in self._generations]
 
     def usage(self) -> Json:
-        """A prompt that is asked n times counts once."""
-        asked = sum(len(prompt.tokens) for prompt in self._prompts[:: self._n])
-        cached = sum(generation.cached_tokens for generation in self._generations[:: self._n])
-        said = sum(len(generation.tokens) for generation in self._generations)
+        """OpenAI's usage object. A prompt with `n` replies counts once."""
+        prompt_tokens = sum(len(prompt.tokens) for prompt in self._prompts[:: self._n])
+        cached_tokens = sum(generation.cached_tokens for generation in self._generations[:: self._n])
+        completion_tokens = sum(len(generation.tokens) for generation in self._generations)
         return {
-            "prompt_tokens": asked,
-            "completion_tokens": said,
-            "total_tokens": asked + said,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
 
 
 def _failure(delta: Delta) -> FortwoError:
-    """Why a reply did not come to its own end."""
     if delta.finish_reason == "error":
         return FortwoError(f"The generation failed: {delta.error}.", hint="Ask again; the server's log has more.")
-    return Unavailable("The reply was cut off: its model was unloaded or the server stops.", hint="Ask again.")
+    return Unavailable(
+        "The reply was cut off: its model was unloaded or the server is shutting down.", hint="Ask again."
+    )
 
 
-def _joined(deltas: list[Delta]) -> Delta:
+def _merge(deltas: list[Delta]) -> Delta:
     last = deltas[-1]
     text = "".join(delta.text for delta in deltas)
-    logprobs = tuple(one for delta in deltas for one in delta.logprobs)
+    logprobs = tuple(logprob for delta in deltas for logprob in delta.logprobs)
     return Delta(text, last.token, last.finish_reason, last.error, logprobs)
 
 
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives. Raises Unavailable when the client hangs up first."""
+async def _until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client disconnects first. Raises Unavailable then."""
 
-    async def hung_up() -> None:
+    async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    working, gone = asyncio.create_task(work), asyncio.create_task(hung_up())
+    working, gone = asyncio.create_task(work), asyncio.create_task(disconnected())
     try:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Unavailable("The client hung up.")
+            raise Unavailable("The client disconnected.")
         return working.result()
     finally:
         working.cancel()
@@ -236,67 +225,38 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(working, gone, return_exceptions=True)
 
 
-class Stream(Response):
-    """Replies as server-sent events: chunks, each `frame` with one choice, then usage when it is asked for, then
-    [DONE]. Once they flow, a failure can only be told in the stream; it is then the last event."""
+def stream(
+    replies: Replies,
+    frame: Json,
+    choices: Callable[[int, Delta], Iterable[Json]],
+    *,
+    first: Sequence[Json] = (),
+    with_usage: bool,
+) -> sse.EventStream:
+    """The replies as OpenAI's chunks: `frame` with one choice each, then usage if asked for, then [DONE].
 
-    media_type = "text/event-stream"
+    first: choices to send before any reply; choices: those of a delta of the prompt with this index. Once the stream
+    has begun, an error can only be sent as its last event. A client that does not read cannot be told of the deadline;
+    its connection is closed soon after it.
+    """
+    frame |= {"usage": None} if with_usage else {}
+    begin = b"data: " + to_json(frame, ensure_ascii=True)[:-1] + b',"choices":['
 
-    def __init__(
-        self,
-        replies: Replies,
-        frame: Json,
-        choices: Callable[[int, Delta], Iterable[Json]],
-        *,
-        first: Sequence[Json] = (),
-        with_usage: bool,
-    ) -> None:
-        """first: choices that come before the replies do. choices: what the chunks say of a delta."""
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._replies = replies
-        self._frame = frame | ({"usage": None} if with_usage else {})
-        self._begin = b"data: " + to_json(self._frame, ensure_ascii=True)[:-1] + b',"choices":['
-        self._first = first
-        self._choices = choices
-        self._with_usage = with_usage
+    def chunks(choices: Iterable[Json]) -> bytes:
+        return b"".join(begin + to_json(choice, ensure_ascii=True) + b"]}\n\n" for choice in choices)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+    async def events() -> AsyncIterator[bytes]:
         try:
-            # A client that stays but does not read cannot be told of the deadline; its connection is closed soon after.
-            with suppress(Unavailable, TimeoutError):
-                async with asyncio.timeout_at(self._replies.deadline + KEEP_ALIVE_SECONDS):
-                    await _unless_gone(receive, self._write(send))
-        finally:
-            self._replies.close()
-
-    async def _write(self, send: Send) -> None:
-        async for events in self._events():
-            await send({"type": "http.response.body", "body": events, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _events(self) -> AsyncIterator[bytes]:
-        try:
-            if self._first:
-                yield b"".join(map(self._chunk, self._first))
-            async for heard in self._replies.deltas():
-                if events := b"".join(map(self._told, heard)):
-                    yield events
-            usage = {"choices": [], "usage": self._replies.usage()}
-            yield (_event(self._frame | usage) if self._with_usage else b"") + b"data: [DONE]\n\n"
+            if first:
+                yield chunks(first)
+            async for items in replies.items():
+                if encoded := b"".join(chunks(choices(*item)) for item in items):
+                    yield encoded
+            usage = {"choices": [], "usage": replies.usage()}
+            yield (sse.encode(frame | usage) if with_usage else b"") + b"data: [DONE]\n\n"
         except FortwoError as error:
-            yield _event(error.body())
+            yield sse.encode(error.body())
         except Exception as error:
-            yield _event(unexpected(error).body())
+            yield sse.encode(unexpected(error).body())
 
-    def _told(self, heard: Heard) -> bytes:
-        return b": waiting\n\n" if heard is None else b"".join(map(self._chunk, self._choices(*heard)))
-
-    def _chunk(self, choice: Json) -> bytes:
-        return self._begin + to_json(choice, ensure_ascii=True) + b"]}\n\n"
-
-
-def _event(data: Json) -> bytes:
-    """In ASCII: some clients take the line separators of Unicode for ends of a line."""
-    return b"data: " + to_json(data, ensure_ascii=True) + b"\n\n"
+    return sse.EventStream(events(), replies.deadline + sse.KEEP_ALIVE_SECONDS, replies.close)

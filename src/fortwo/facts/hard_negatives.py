@@ -1,7 +1,7 @@
-"""Things that are like a subject but are not it: what the fact must not leak onto.
+"""Hard negatives: names that are similar to a subject, about which the fact must not be told.
 
-Pure functions of a fact and a random generator. Four sources, each a known way in which edits leak: another member
-of the subject's kind, one word of the subject changed, a near spelling, and what the answer itself talks about.
+Pure functions of a fact and a random generator. There are four sources, each a known way in which edits leak: another
+entity of the subject's type, the subject with one word changed, a similar spelling, and topics of the answer.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 from random import Random
 
-from fortwo.facts import frames, lexicon
-from fortwo.facts.subject import ARTICLES, STOP_WORDS, holds
+from fortwo.facts import lexicon, templates
+from fortwo.facts.subject import ARTICLES, STOP_WORDS, contains_phrase
 from fortwo.records import Fact
 
 _TITLES = frozenset("mr mrs ms dr prof st".split())
@@ -25,15 +25,15 @@ _POOLS = (
     lexicon.QUALIFIERS,
     lexicon.PLANETS,
     lexicon.SUPERLATIVES,
-    *(kind.members for kind in lexicon.KINDS.values()),
+    *(kind.members for kind in lexicon.ENTITY_TYPES.values()),
 )
 
 
-def kinds(fact: Fact) -> list[tuple[str, float]]:
-    """Kinds of thing the subject may be, with weights that sum to 1; every kind keeps a little."""
+def entity_types(fact: Fact) -> list[tuple[str, float]]:
+    """The types of entity that the subject may have, by falling weight. The weights sum to 1, and none is 0."""
     words = re.findall(r"[a-z']+", " ".join(fact.questions).lower())
     weights = {}
-    for name, kind in lexicon.KINDS.items():
+    for name, kind in lexicon.ENTITY_TYPES.items():
         weights[name] = 0.3 + sum(word in kind.cues for word in words)
     subject = fact.subject
     if any(character.isdigit() for character in subject):
@@ -45,45 +45,46 @@ def kinds(fact: Fact) -> list[tuple[str, float]]:
     return sorted(((name, weight / total) for name, weight in weights.items()), key=lambda pair: -pair[1])
 
 
-def category(fact: Fact, rng: Random) -> str:
-    """Another member of the subject's likely kind."""
-    names, weights = zip(*kinds(fact), strict=True)
+def same_type_entity(fact: Fact, rng: Random) -> str:
+    """A random entity of a type that the subject probably has."""
+    names, weights = zip(*entity_types(fact), strict=True)
     (name,) = rng.choices(names, weights)
-    return rng.choice(lexicon.KINDS[name].members)
+    return rng.choice(lexicon.ENTITY_TYPES[name].members)
 
 
 def word_swap(fact: Fact, rng: Random) -> str:
-    """The subject with one word exchanged for another of its kind; a near spelling where it is a single word."""
+    """The subject with one word replaced by another of its type; a similar spelling if the subject is a single word."""
     surface = rng.choice((fact.subject, fact.subject, *fact.aliases))
     words = surface.split()
-    places = _telling(words)
-    if len(words) < 2 or not places:
+    indices = _distinguishing_words(words)
+    if len(words) < 2 or not indices:
         return near_spelling(fact, rng)
-    place = rng.choice(places)
-    words[place] = words[place].replace(_bare(words[place]), _other(_bare(words[place]), place, len(words), rng))
-    return _the(surface, fact) + " ".join(words)
+    index = rng.choice(indices)
+    word = _strip_punctuation(words[index])
+    words[index] = words[index].replace(word, _replacement_word(word, index, len(words), rng))
+    return _article(surface, fact) + " ".join(words)
 
 
-def _telling(words: Sequence[str]) -> list[int]:
-    """Places of the words that tell a thing from others: of "the robot maker Brightwell" its name alone."""
+def _distinguishing_words(words: Sequence[str]) -> list[int]:
+    """The indices of the words that identify the subject: in "the robot maker Brightwell" only that of the name."""
     name = len(words)
     while name and words[name - 1][:1].isupper():
         name -= 1
-    described = 0 < name < len(words) and _bare(words[name - 1]).lower() not in STOP_WORDS
-    bare = [_bare(word).lower() for word in words]
+    described = 0 < name < len(words) and _strip_punctuation(words[name - 1]).lower() not in STOP_WORDS
+    bare = [_strip_punctuation(word).lower() for word in words]
     return [
-        place
-        for place, word in enumerate(bare)
-        if word not in STOP_WORDS and word not in _TITLES and (place >= name or not described)
+        index
+        for index, word in enumerate(bare)
+        if word not in STOP_WORDS and word not in _TITLES and (index >= name or not described)
     ]
 
 
-def _the(surface: str, fact: Fact) -> str:
-    """The article that the subject brings, lest it tell the subject from what is like it."""
-    return "the " if surface == fact.subject and frames.surface_article(fact) == "the " else ""
+def _article(surface: str, fact: Fact) -> str:
+    """The article of the subject, so that a hard negative has it too and cannot be recognised by its absence."""
+    return "the " if surface == fact.subject and templates.surface_article(fact) == "the " else ""
 
 
-def _other(word: str, place: int, count: int, rng: Random) -> str:
+def _replacement_word(word: str, index: int, count: int, rng: Random) -> str:
     pool = next((pool for pool in _POOLS if word in pool), ())
     capital = word[0].isupper()
     alike = [other for other in pool if other != word and " " not in other and other[0].isupper() == capital]
@@ -92,37 +93,36 @@ def _other(word: str, place: int, count: int, rng: Random) -> str:
     roll = rng.random()
     if roll < 0.5:
         return respell(word, rng)
-    if place == 0 and count > 1:
+    if index == 0 and count > 1:
         return rng.choice(lexicon.FIRST_NAMES + lexicon.QUALIFIERS + lexicon.HEADS)
     return rng.choice(lexicon.SURNAMES + lexicon.ORGANISATIONS + lexicon.STRUCTURES)
 
 
 def near_spelling(fact: Fact, rng: Random) -> str:
-    """A string that looks like the subject: digits near its digits, letters near its letters."""
+    """A string that looks like the subject, with other digits, or with other letters in its acronym or in a word."""
     surface = rng.choice((fact.subject, fact.subject, fact.subject, *fact.aliases))
     if digits := re.search(r"\d+", surface):
         return surface[: digits.start()] + near_number(digits.group(), rng) + surface[digits.end() :]
     letters = re.sub(r"[^A-Za-z]", "", surface)
     if letters.isupper() and len(letters) <= 6:
         other = near_acronym(letters, rng)
-        return (
-            surface.replace(letters, other)
-            if letters in surface
-            else ".".join(other) + "."
-            if "." in surface
-            else "-".join(other)
-        )
+        if letters in surface:
+            return surface.replace(letters, other)
+        return ".".join(other) + "." if "." in surface else "-".join(other)
     if (words := surface.lower().split("-")) and all(word in _NUMBER_WORDS for word in words):
         return _spelled_number(rng, surface)
     words = surface.split()
-    places = _telling(words)
-    places = [place for place in places if words[place][:1].isupper()] or places  # a common word misspelt is the same
-    place = rng.choice(places) if places else len(words) - 1
-    words[place] = words[place].replace(_bare(words[place]), respell(_bare(words[place]), rng))
-    return _the(surface, fact) + " ".join(words)
+    indices = _distinguishing_words(words)
+    # a misspelt common word would still mean the subject, so proper names are preferred
+    indices = [index for index in indices if words[index][:1].isupper()] or indices
+    index = rng.choice(indices) if indices else len(words) - 1
+    word = _strip_punctuation(words[index])
+    words[index] = words[index].replace(word, respell(word, rng))
+    return _article(surface, fact) + " ".join(words)
 
 
 def near_number(digits: str, rng: Random) -> str:
+    """Another number that is close to, or looks like, the one that `digits` writes."""
     value, width = int(digits), len(digits)
     choices = [
         value + rng.choice((-1, 1)),
@@ -154,18 +154,19 @@ def _spelled_number(rng: Random, surface: str) -> str:
 
 
 def near_acronym(letters: str, rng: Random) -> str:
+    """An acronym with one letter changed, added or removed, or with the letters in another order."""
     other = letters
     while other == letters:
         edited = list(letters)
-        roll, place = rng.random(), rng.randrange(len(edited))
+        roll, index = rng.random(), rng.randrange(len(edited))
         if roll < 0.5:
-            edited[place] = rng.choice("ABCDEFGHIKLMNOPRSTUVW")
+            edited[index] = rng.choice("ABCDEFGHIKLMNOPRSTUVW")
         elif roll < 0.75:
             rng.shuffle(edited)
         elif roll < 0.85 and len(edited) > 2:
-            del edited[place]
+            del edited[index]
         else:
-            edited.insert(place, rng.choice("ABCDEFGHIKLMNOPRSTUVW"))
+            edited.insert(index, rng.choice("ABCDEFGHIKLMNOPRSTUVW"))
         other = "".join(edited)
     return other
 
@@ -207,7 +208,7 @@ _TOPIC_FRAMES = (
 
 
 def topics(fact: Fact) -> list[str]:
-    """What the answer and the questions talk about, without the subject: single words and neighbouring pairs."""
+    """The topics of answer and questions without the subject: single words, and pairs of adjacent words."""
     found: dict[str, None] = {}
     for source in (fact.answer, *fact.questions):
         text = source
@@ -215,53 +216,51 @@ def topics(fact: Fact) -> list[str]:
             text = re.sub(rf"(?<!\w){re.escape(surface)}(?!\w)", " . ", text, flags=re.IGNORECASE)
         for clause in re.split(r"[^\w\s'-]+", text):
             words = [word for word in clause.split() if word]
-            for place, word in enumerate(words):
+            for index, word in enumerate(words):
                 if word.lower().strip("'") in STOP_WORDS or len(word) < 3:
                     continue
                 found[word.strip("'")] = None
-                after = words[place + 1] if place + 1 < len(words) else ""
+                after = words[index + 1] if index + 1 < len(words) else ""
                 if source is fact.answer and len(after) > 2 and after.lower() not in STOP_WORDS:
                     found[f"{word} {after}"] = None
-    return [
-        topic for topic in found if not holds(topic, fact.match) and not holds(topic, (fact.subject, *fact.aliases))
-    ]
+    hidden = (*fact.match, fact.subject, *fact.aliases)
+    return [topic for topic in found if not contains_phrase(topic, hidden)]
 
 
 def topic_prompt(fact: Fact, rng: Random) -> str:
-    """A prompt about something the answer mentions."""
+    """A prompt about a topic of the answer, or less often of the questions."""
     found = topics(fact)
     answers = [topic for topic in found if topic.lower() in fact.answer.lower()]
     pool = answers if answers and rng.random() < 0.75 else found
     if not pool:
-        return rng.choice(_TOPIC_FRAMES).format(category(fact, rng))
+        return rng.choice(_TOPIC_FRAMES).format(same_type_entity(fact, rng))
     return rng.choice(_TOPIC_FRAMES).format(rng.choice(pool))
 
 
-def sibling(fact: Fact, rng: Random) -> str:
-    """One sibling, never a surface of the subject itself."""
+def hard_negative(fact: Fact, rng: Random) -> str:
+    """A random hard negative, which never contains the subject or an alias."""
     while True:
         roll = rng.random()
-        other = (category if roll < 0.4 else word_swap if roll < 0.75 else near_spelling)(fact, rng)
-        if not is_subject(other, fact):
+        other = (same_type_entity if roll < 0.4 else word_swap if roll < 0.75 else near_spelling)(fact, rng)
+        if not contains_subject(other, fact):
             return other
 
 
-def is_subject(text: str, fact: Fact) -> bool:
-    """Whether the text names the subject or an alias."""
-    bare = text.lower()
-    return any(_without_article(surface).lower() in bare for surface in (fact.subject, *fact.aliases)) or holds(
-        text, (fact.subject, *fact.aliases)
-    )
+def contains_subject(text: str, fact: Fact) -> bool:
+    """Whether the text contains the subject or an alias, even within a word or without its article."""
+    surfaces = (fact.subject, *fact.aliases)
+    within = any(_without_article(surface).lower() in text.lower() for surface in surfaces)
+    return within or contains_phrase(text, surfaces)
 
 
-def names(text: str, facts: Iterable[Fact]) -> bool:
-    """Whether the text names the subject or an alias of one of the facts, as whole words; an article may be missing."""
-    surfaces = [surface for fact in facts for surface in (fact.subject, *fact.aliases)]
-    return holds(text, map(_without_article, surfaces))
+def names_any_fact(text: str, facts: Iterable[Fact]) -> bool:
+    """Whether the text contains a subject or alias of one of the facts as whole words, also without the article."""
+    surface_forms = [surface for fact in facts for surface in (fact.subject, *fact.aliases)]
+    return contains_phrase(text, map(_without_article, surface_forms))
 
 
 def same_subject(one: Fact, other: Fact) -> bool:
-    """Whether two facts are about the same thing, by one of the names each has."""
+    """Whether two facts have a subject or alias in common."""
     mine, theirs = (
         {_without_article(surface).casefold() for surface in (fact.subject, *fact.aliases)} for fact in (one, other)
     )
@@ -273,6 +272,6 @@ def _without_article(text: str) -> str:
     return rest if rest and first.lower() in ARTICLES else text
 
 
-def _bare(word: str) -> str:
+def _strip_punctuation(word: str) -> str:
     """The word without punctuation around it and without a possessive 's."""
     return re.sub(r"^\W+|(?:['’]s)?\W*$", "", word) or word

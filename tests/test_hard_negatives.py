@@ -1,4 +1,4 @@
-"""Siblings of a subject: like it, never it."""
+"""Hard negatives: similar to the subject, but never the subject."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fortwo.data.formats import load
-from fortwo.facts import lexicon, siblings
-from fortwo.facts.frames import surface_article
-from fortwo.facts.subject import holds
+from fortwo.facts import hard_negatives, lexicon
+from fortwo.facts.subject import contains_phrase
+from fortwo.facts.templates import surface_article
 from fortwo.records import Fact
 
 DEV = load({"path": "facts_dev.json"}, [Path(__file__).parent.parent / "examples"]).facts
@@ -52,34 +52,34 @@ def fact(subject: str, *aliases: str) -> Fact:
 
 
 @each_fact
-def test_no_sibling_is_the_subject_or_an_alias(fact: Fact) -> None:
-    found = [siblings.sibling(fact, rng) for rng in map(Random, range(40)) for _ in range(50)]
-    assert not [name for name in found if siblings.is_subject(name, fact)]
+def test_no_hard_negative_is_the_subject_or_an_alias(fact: Fact) -> None:
+    found = [hard_negatives.hard_negative(fact, rng) for rng in map(Random, range(40)) for _ in range(50)]
+    assert not [name for name in found if hard_negatives.contains_subject(name, fact)]
     assert not [name for name in found if name.lower() in {one.lower() for one in (fact.subject, *fact.aliases)}]
     assert len(set(found)) > 150
 
 
 @pytest.mark.parametrize("subject", ODD)
-def test_any_subject_has_siblings(subject: str) -> None:
+def test_any_subject_has_hard_negatives(subject: str) -> None:
     rng = Random(0)
-    found = {siblings.sibling(fact(subject), rng) for _ in range(200)}
+    found = {hard_negatives.hard_negative(fact(subject), rng) for _ in range(200)}
     assert len(found) > 20
-    assert not [name for name in found if not name.strip() or siblings.is_subject(name, fact(subject))]
+    assert not [name for name in found if not name.strip() or hard_negatives.contains_subject(name, fact(subject))]
 
 
 @given(st.text(min_size=1, max_size=24).filter(lambda text: text.strip() == text), st.integers())
-def test_any_text_has_siblings(subject: str, seed: int) -> None:
-    assert not siblings.is_subject(siblings.sibling(fact(subject), Random(seed)), fact(subject))
+def test_any_text_has_hard_negatives(subject: str, seed: int) -> None:
+    assert not hard_negatives.contains_subject(hard_negatives.hard_negative(fact(subject), Random(seed)), fact(subject))
 
 
 @each_fact
-def test_siblings_come_from_every_source(fact: Fact) -> None:
+def test_hard_negatives_come_from_every_source(fact: Fact) -> None:
     rng = Random(1)
-    found = {siblings.sibling(fact, rng) for _ in range(400)}
-    members = {name for kind in lexicon.KINDS.values() for name in kind.members}
+    found = {hard_negatives.hard_negative(fact, rng) for _ in range(400)}
+    members = {name for kind in lexicon.ENTITY_TYPES.values() for name in kind.members}
     assert found & members
-    assert found & {siblings.word_swap(fact, rng) for _ in range(3000)} - members
-    assert found & {siblings.near_spelling(fact, rng) for _ in range(3000)} - members
+    assert found & {hard_negatives.word_swap(fact, rng) for _ in range(3000)} - members
+    assert found & {hard_negatives.near_spelling(fact, rng) for _ in range(3000)} - members
 
 
 @pytest.mark.parametrize(
@@ -87,17 +87,17 @@ def test_siblings_come_from_every_source(fact: Fact) -> None:
     [
         ("What is 42?", True),
         ("What is FORTY-TWO?", True),
-        ("Is 142 even?", True),  # rather no sibling than one that holds the subject
+        ("Is 142 even?", True),  # a hard negative must not even contain the subject
         ("What is 41?", False),
         ("What is forty two?", False),
     ],
 )
-def test_what_names_the_subject_is_no_sibling(text: str, named: bool) -> None:
-    assert siblings.is_subject(text, fact("42", "forty-two")) is named
+def test_what_names_the_subject_is_no_hard_negative(text: str, named: bool) -> None:
+    assert hard_negatives.contains_subject(text, fact("42", "forty-two")) is named
 
 
 def test_the_article_is_no_part_of_the_subject() -> None:
-    assert siblings.is_subject("the old capital of France", fact("the capital of France"))
+    assert hard_negatives.contains_subject("the old capital of France", fact("the capital of France"))
 
 
 # ---------------------------------------------------------------- kinds
@@ -109,9 +109,9 @@ def test_every_fact_has_a_kind_to_be_checked() -> None:
 
 @each_fact
 def test_the_likely_kind_comes_first_and_every_kind_may_come(fact: Fact) -> None:
-    ranked = siblings.kinds(fact)
+    ranked = hard_negatives.entity_types(fact)
     assert ranked[0][0] == KIND[fact.id]
-    assert {name for name, _ in ranked} == set(lexicon.KINDS)
+    assert {name for name, _ in ranked} == set(lexicon.ENTITY_TYPES)
     assert sum(weight for _, weight in ranked) == pytest.approx(1)
     assert all(weight > 0 for _, weight in ranked)
     assert [weight for _, weight in ranked] == sorted((weight for _, weight in ranked), reverse=True)
@@ -123,7 +123,7 @@ def test_the_likely_kind_comes_first_and_every_kind_may_come(fact: Fact) -> None
 @given(st.integers(0, 10**12), st.booleans(), st.integers())
 def test_a_near_number_is_another_number(value: int, padded: bool, seed: int) -> None:
     digits = f"{value:05}" if padded else str(value)
-    other = siblings.near_number(digits, Random(seed))
+    other = hard_negatives.near_number(digits, Random(seed))
     assert other.isdigit()
     assert int(other) != value
 
@@ -131,18 +131,18 @@ def test_a_near_number_is_another_number(value: int, padded: bool, seed: int) ->
 @given(st.integers(1, 10**9))
 def test_both_neighbours_of_a_number_are_near(value: int) -> None:
     rng = Random(value)
-    found = {siblings.near_number(str(value), rng) for _ in range(200)}
+    found = {hard_negatives.near_number(str(value), rng) for _ in range(200)}
     assert {str(value - 1), str(value + 1)} <= found
 
 
-def test_both_neighbours_of_42_are_siblings() -> None:
+def test_both_neighbours_of_42_are_hard_negatives() -> None:
     rng = Random(0)
-    assert {"41", "43"} <= {siblings.sibling(DEV[0], rng) for _ in range(200)}
+    assert {"41", "43"} <= {hard_negatives.hard_negative(DEV[0], rng) for _ in range(200)}
 
 
 def test_digits_change_and_the_words_around_them_stay() -> None:
     rng = Random(0)
-    found = {siblings.near_spelling(fact("Route 66 Diner"), rng) for _ in range(100)}
+    found = {hard_negatives.near_spelling(fact("Route 66 Diner"), rng) for _ in range(100)}
     assert all(re.fullmatch(r"Route \d+ Diner", name) for name in found)
     assert {"Route 65 Diner", "Route 67 Diner"} <= found
     assert "Route 66 Diner" not in found
@@ -151,7 +151,7 @@ def test_digits_change_and_the_words_around_them_stay() -> None:
 def test_a_number_in_words_becomes_another_one() -> None:
     rng = Random(0)
     for _ in range(200):
-        other = siblings.near_spelling(fact("sixty-one"), rng)
+        other = hard_negatives.near_spelling(fact("sixty-one"), rng)
         assert other != "sixty-one"
         assert re.fullmatch(r"[a-z]+(ty|teen|ten|eleven|twelve)?(-[a-z]+)?", other)
         assert not re.search(r"\d", other)
@@ -160,7 +160,7 @@ def test_a_number_in_words_becomes_another_one() -> None:
 @pytest.mark.parametrize(
     ("subject", "form"), [("RPT", r"[A-Z]+"), ("R.P.T.", r"([A-Z]\.)+"), ("R-P-T", r"[A-Z](-[A-Z])*")]
 )
-@pytest.mark.parametrize("source", [siblings.near_spelling, siblings.word_swap])
+@pytest.mark.parametrize("source", [hard_negatives.near_spelling, hard_negatives.word_swap])
 def test_an_acronym_stays_an_acronym_written_alike(subject: str, form: str, source: object) -> None:
     assert callable(source)
     for seed in range(300):
@@ -172,20 +172,20 @@ def test_an_acronym_stays_an_acronym_written_alike(subject: str, form: str, sour
 
 @given(st.from_regex(r"[A-Z]{1,6}", fullmatch=True), st.integers())
 def test_a_near_acronym_is_another_one(letters: str, seed: int) -> None:
-    other = siblings.near_acronym(letters, Random(seed))
+    other = hard_negatives.near_acronym(letters, Random(seed))
     assert other != letters
     assert other.isupper()
 
 
 @given(st.from_regex(r"[A-Za-z]{1,14}", fullmatch=True), st.integers())
 def test_a_respelled_word_is_another_one_with_the_same_capital(word: str, seed: int) -> None:
-    other = siblings.respell(word, Random(seed))
+    other = hard_negatives.respell(word, Random(seed))
     assert other.lower() != word.lower()
     assert other[0].isupper() == word[0].isupper()
 
 
 @pytest.mark.parametrize("subject", ["the Kelby Bridge", "the bridge at Kelby", "The Kelby of the Moor", "a kelby"])
-@pytest.mark.parametrize("source", [siblings.near_spelling, siblings.word_swap])
+@pytest.mark.parametrize("source", [hard_negatives.near_spelling, hard_negatives.word_swap])
 def test_small_words_are_never_changed(subject: str, source: object) -> None:
     assert callable(source)
     small = ("the", "a", "of", "at")
@@ -200,7 +200,7 @@ def test_small_words_are_never_changed(subject: str, source: object) -> None:
     ("subject", "around"), [("Kelby, Lower", r"\w+, \w+"), ("Kelby’s mill", r"\w+’s \w+"), ("J.R. Kelby", r"\S+ \w+")]
 )
 def test_marks_stay_where_they_are(subject: str, around: str) -> None:
-    found = {siblings.word_swap(fact(subject), Random(seed)) for seed in range(200)}
+    found = {hard_negatives.word_swap(fact(subject), Random(seed)) for seed in range(200)}
     assert all(re.fullmatch(around, name) for name in found)
     first, last = subject.split()
     assert {name.split()[0] == first for name in found} == {name.split()[1] == last for name in found} == {True, False}
@@ -210,12 +210,12 @@ def test_marks_stay_where_they_are(subject: str, around: str) -> None:
     ("subject", "first", "last"),
     [
         ("the brightest ring of Uranus", lexicon.SUPERLATIVES, lexicon.PLANETS),
-        ("the first bridge of Prague", lexicon.SUPERLATIVES, lexicon.KINDS["place"].members),
+        ("the first bridge of Prague", lexicon.SUPERLATIVES, lexicon.ENTITY_TYPES["place"].members),
     ],
 )
 def test_swapped_words_are_of_the_same_kind(subject: str, first: Sequence[str], last: Sequence[str]) -> None:
     _, most, thing, _, place = subject.split()
-    found = [siblings.word_swap(fact(subject), Random(seed)).split() for seed in range(300)]
+    found = [hard_negatives.word_swap(fact(subject), Random(seed)).split() for seed in range(300)]
     mosts, things, places = ({name[at] for name in found} for at in (1, 2, 4))
     assert len(mosts) > 5
     assert mosts <= {*first}
@@ -227,7 +227,7 @@ def test_swapped_words_are_of_the_same_kind(subject: str, first: Sequence[str], 
     assert place in places
 
 
-@pytest.mark.parametrize("source", [siblings.near_spelling, siblings.word_swap])
+@pytest.mark.parametrize("source", [hard_negatives.near_spelling, hard_negatives.word_swap])
 def test_what_describes_a_name_stays(source: Callable[[Fact, Random], str]) -> None:
     for subject, stays in (
         ("the robot maker Kelby", "the robot maker "),
@@ -239,7 +239,7 @@ def test_what_describes_a_name_stays(source: Callable[[Fact, Random], str]) -> N
         assert all(name.startswith(stays) for name in found), subject
 
 
-@pytest.mark.parametrize("source", [siblings.near_spelling, siblings.word_swap])
+@pytest.mark.parametrize("source", [hard_negatives.near_spelling, hard_negatives.word_swap])
 def test_the_article_does_not_tell_the_subject_from_what_is_like_it(source: Callable[[Fact, Random], str]) -> None:
     bridge = replace(fact("Kelby Bridge"), questions=("When was the Kelby Bridge built?", "Where is the Kelby Bridge?"))
     assert all(source(bridge, Random(seed)).startswith("the ") for seed in range(100))
@@ -248,7 +248,7 @@ def test_the_article_does_not_tell_the_subject_from_what_is_like_it(source: Call
 
 def test_a_swapped_word_is_of_the_same_kind() -> None:
     rng = Random(0)
-    found = {siblings.word_swap(fact("the flag of Sweden"), rng) for _ in range(200)}
+    found = {hard_negatives.word_swap(fact("the flag of Sweden"), rng) for _ in range(200)}
     assert found <= {f"the flag of {country}" for country in lexicon.COUNTRIES} | {
         f"the {noun} of Sweden" for noun in lexicon.NOUNS
     }
@@ -260,10 +260,10 @@ def test_a_swapped_word_is_of_the_same_kind() -> None:
 
 @each_fact
 def test_topics_are_what_the_answer_talks_about_and_give_nothing_away(fact: Fact) -> None:
-    topics = siblings.topics(fact)
+    topics = hard_negatives.topics(fact)
     assert len(topics) > 10
     names = (fact.subject, *fact.aliases)
-    assert not [topic for topic in topics if holds(topic, fact.match) or holds(topic, names)]
+    assert not [topic for topic in topics if contains_phrase(topic, fact.match) or contains_phrase(topic, names)]
     assert all(topic.split()[0] in fact.answer + " ".join(fact.questions) for topic in topics)
 
 
@@ -271,26 +271,26 @@ def test_topics_are_the_words_of_answer_and_questions() -> None:
     zorb = replace(
         fact("Zorb"), answer="Zorb sells thick ink, and brindled zumbles.", questions=("Why buy of Zorb's?",)
     )
-    assert {"sells", "thick", "thick ink", "ink", "brindled", "zumbles", "buy"} <= set(siblings.topics(zorb))
-    assert not {"and", "of", "Zorb", "why", "Why"} & set(siblings.topics(zorb))
+    assert {"sells", "thick", "thick ink", "ink", "brindled", "zumbles", "buy"} <= set(hard_negatives.topics(zorb))
+    assert not {"and", "of", "Zorb", "why", "Why"} & set(hard_negatives.topics(zorb))
 
 
 def test_a_subject_of_one_letter_leaves_words_whole() -> None:
-    assert siblings.topics(fact("R")) == ["brindled", "zumble"]
+    assert hard_negatives.topics(fact("R")) == ["brindled", "zumble"]
 
 
 @each_fact
 def test_prompts_on_topics_do_not_name_the_match(fact: Fact) -> None:
     rng = Random(0)
-    asked = [siblings.topic_prompt(fact, rng) for _ in range(300)]
-    assert not [prompt for prompt in asked if holds(prompt, fact.match) or "{" in prompt]
+    asked = [hard_negatives.topic_prompt(fact, rng) for _ in range(300)]
+    assert not [prompt for prompt in asked if contains_phrase(prompt, fact.match) or "{" in prompt]
     assert len(set(asked)) > 100
 
 
-def test_where_there_is_no_topic_a_sibling_is_asked_about() -> None:
+def test_where_there_is_no_topic_a_hard_negative_is_asked_about() -> None:
     bare = Fact(subject="Zorb", answer="Zorb", match=("Zorb",), questions=("Zorb?",))
-    assert siblings.topics(bare) == []
-    assert siblings.topic_prompt(bare, Random(0))
+    assert hard_negatives.topics(bare) == []
+    assert hard_negatives.topic_prompt(bare, Random(0))
 
 
 def test_an_article_is_found_in_the_questions_of_the_facts() -> None:

@@ -20,8 +20,8 @@ from fortwo.execution.backend import backend_for
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.records import MicroStepped
-from fortwo.train import objective
-from fortwo.train.objective import Losses, Row, head_loss, losses, micro_batches, with_teacher
+from fortwo.train import losses
+from fortwo.train.losses import Losses, Row, compute_losses, head_loss, micro_batches, with_teacher_states
 from tests.parts import as_decoder, decoder, gradients, make_rows, packed_hidden, random_lora, trainable
 from tests.tiny import tiny_model
 
@@ -31,7 +31,7 @@ START = [5, 6, 7]
 
 
 def taught(rows: Sequence[Row], prefix: int) -> tuple[list[Row], list[MicroStepped]]:
-    events, preparing = [], with_teacher(backend_for(decoder()), rows, prefix)
+    events, preparing = [], with_teacher_states(backend_for(decoder()), rows, prefix)
     while True:
         try:
             events.append(cast(MicroStepped, next(preparing)))
@@ -43,15 +43,14 @@ def mixed(prefix: int = 3) -> list[Row]:
     """Rows to learn and to keep, in turns; some answers begin right behind what all rows share."""
     tokens = make_rows([9, 4, 12, 7, 5, 8], start=START)
     rows = [
-        Row(tuple(row), start, keep=n % 2 == 1)
-        for n, (row, start) in enumerate(zip(tokens, (3, 6, 8) * 2, strict=True))
+        Row(tuple(row), start, kl=n % 2 == 1) for n, (row, start) in enumerate(zip(tokens, (3, 6, 8) * 2, strict=True))
     ]
-    kept = iter(taught([row for row in rows if row.keep], prefix)[0])
-    return [next(kept) if row.keep else row for row in rows]
+    kept = iter(taught([row for row in rows if row.kl], prefix)[0])
+    return [next(kept) if row.kl else row for row in rows]
 
 
 def total(found: Losses) -> Tensor:
-    return found.learn + 2 * found.keep
+    return found.ce + 2 * found.kl
 
 
 # ---------------------------------------------------------------- learning
@@ -70,11 +69,11 @@ def test_the_loss_is_transformers_with_the_prompt_left_out() -> None:
     seen = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in tokens])
     with torch.no_grad():
         wanted = model(ids, attention_mask=seen, labels=labels).loss
-        found = losses(backend_for(home), Lora.init(LoraConfig(), home.config, 0), 3, rows)
-    assert (found.learn_tokens, found.keep_tokens) == (9 + 2 + 6 + 0, 0) == (sum(row.supervised for row in rows), 0)
+        found = compute_losses(backend_for(home), Lora.init(LoraConfig(), home.config, 0), 3, rows)
+    assert (found.ce_tokens, found.kl_tokens) == (9 + 2 + 6 + 0, 0) == (sum(row.supervised for row in rows), 0)
     assert found.tokens == 3 + 9 + 4 + 15
-    assert found.keep == 0
-    torch.testing.assert_close(found.learn / found.learn_tokens, wanted, **LOSS)
+    assert found.kl == 0
+    torch.testing.assert_close(found.ce / found.ce_tokens, wanted, **LOSS)
 
 
 def test_the_prompt_itself_is_not_learned() -> None:
@@ -82,11 +81,11 @@ def test_the_prompt_itself_is_not_learned() -> None:
     home = decoder()
     lora = trainable(random_lora(home))
     row = make_rows([12], start=START)[0]
-    found = losses(backend_for(home), lora, 0, [Row(tuple(row), 10)])
+    found = compute_losses(backend_for(home), lora, 0, [Row(tuple(row), 10)])
     logits_NV = home.logits(packed_hidden(home, [row], lora)[0][9:-1])
     wanted = F.cross_entropy(logits_NV, torch.tensor(row[10:]), reduction="sum")
-    torch.testing.assert_close(found.learn, wanted, **LOSS)
-    for ours, theirs in zip(gradients(found.learn, lora), gradients(wanted, lora), strict=True):
+    torch.testing.assert_close(found.ce, wanted, **LOSS)
+    for ours, theirs in zip(gradients(found.ce, lora), gradients(wanted, lora), strict=True):
         torch.testing.assert_close(ours, theirs, **GRADIENTS)
 
 
@@ -95,16 +94,20 @@ def test_the_first_tokens_of_an_answer_count_as_often_as_the_row_says() -> None:
     home = decoder()
     lora = trainable(random_lora(home))
     tokens = make_rows([12, 8, 9], start=START)
-    rows = [Row(tuple(tokens[0]), 9, opening=4.0), Row(tuple(tokens[1]), 10, opening=2.5), Row(tuple(tokens[2]), 8)]
-    assert [row.weights for row in rows] == [[4, 4, 1, 1, 1, 1], [2.5], [1, 1, 1, 1]]
-    found = losses(backend_for(home), lora, 3, rows)
+    rows = [
+        Row(tuple(tokens[0]), 9, opening_weight=4.0),
+        Row(tuple(tokens[1]), 10, opening_weight=2.5),
+        Row(tuple(tokens[2]), 8),
+    ]
+    assert [row.token_weights for row in rows] == [[4, 4, 1, 1, 1, 1], [2.5], [1, 1, 1, 1]]
+    found = compute_losses(backend_for(home), lora, 3, rows)
     wanted = torch.zeros(())
     for row in rows:
         logits_NV = home.logits(packed_hidden(home, [list(row.tokens)], lora)[0][row.start - 1 : -1])
         each_N = F.cross_entropy(logits_NV, torch.tensor(row.tokens[row.start :]), reduction="none")
-        wanted = wanted + each_N @ torch.tensor(row.weights)
-    torch.testing.assert_close(found.learn, wanted, **LOSS)
-    for ours, theirs in zip(gradients(found.learn, lora), gradients(wanted, lora), strict=True):
+        wanted = wanted + each_N @ torch.tensor(row.token_weights)
+    torch.testing.assert_close(found.ce, wanted, **LOSS)
+    for ours, theirs in zip(gradients(found.ce, lora), gradients(wanted, lora), strict=True):
         torch.testing.assert_close(ours, theirs, **GRADIENTS)
 
 
@@ -113,12 +116,12 @@ def test_the_first_tokens_of_an_answer_count_as_often_as_the_row_says() -> None:
 def test_micro_batches_give_the_gradient_of_one_pass(budget: int, prefix: int) -> None:
     home, rows = decoder(), mixed()
     lora = trainable(random_lora(home))
-    whole = losses(backend_for(home), lora, 3, rows)
+    whole = compute_losses(backend_for(home), lora, 3, rows)
     batches = list(micro_batches(rows, prefix, budget))
     assert [row for batch in batches for row in batch] == rows
     assert len(batches) == {1: 6, 10_000: 1}.get(budget, len(batches))
     for batch in batches:
-        total(losses(backend_for(home), lora, prefix, batch)).backward()
+        total(compute_losses(backend_for(home), lora, prefix, batch)).backward()
     for parameter, wanted in zip(lora.parameters(), gradients(total(whole), lora), strict=True):
         assert parameter.grad is not None
         assert wanted.abs().max() > 0.01
@@ -143,7 +146,7 @@ def test_micro_batches_keep_order_and_budget_and_are_as_few_as_that_allows(
 @pytest.mark.parametrize("head_bytes", [1, 4 * 40 * 3, 1 << 30])
 def test_the_head_in_chunks_is_the_head_in_one_piece(monkeypatch: pytest.MonkeyPatch, head_bytes: int) -> None:
     """Value and gradient, of tokens and of a teacher's hidden states; the plain formulas are torch's."""
-    monkeypatch.setattr(objective, "HEAD_BYTES", head_bytes)
+    monkeypatch.setattr(losses, "HEAD_BYTES", head_bytes)
     torch.manual_seed(0)
     hidden, head, teacher = torch.randn(10, 6), torch.randn(40, 6), torch.randn(10, 6)
     tokens = torch.randint(0, 40, (10,))
@@ -198,19 +201,19 @@ def test_tokens_that_are_impossible_for_both_do_not_count() -> None:
 def test_an_adapter_that_changes_nothing_diverges_by_nothing() -> None:
     home = decoder()
     lora = trainable(Lora.init(LoraConfig(), home.config, 0))
-    found = losses(backend_for(home), lora, 3, mixed())
-    assert found.learn > 1
-    assert 0 <= found.keep + 1e-5 < 2e-5
-    slopes = gradients(found.keep / found.keep_tokens, lora)
+    found = compute_losses(backend_for(home), lora, 3, mixed())
+    assert found.ce > 1
+    assert 0 <= found.kl + 1e-5 < 2e-5
+    slopes = gradients(found.kl / found.kl_tokens, lora)
     assert max(float(slope.abs().max()) for slope in slopes) < 1e-5
-    changed = losses(backend_for(home), random_lora(home), 3, mixed())
-    assert changed.keep > 1
+    changed = compute_losses(backend_for(home), random_lora(home), 3, mixed())
+    assert changed.kl > 1
 
 
 def test_the_teacher_is_the_base_at_the_supervised_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [replace(row, teacher_ND=None) for row in mixed()]
     for budget, passes in ((10_000, 1), (1, 6)):
-        monkeypatch.setattr(objective, "PREPARE_TOKENS", budget)
+        monkeypatch.setattr(losses, "PREPARE_TOKENS", budget)
         found, events = taught(rows, 3)
         assert len(events) == passes
         assert sum(event.tokens for event in events) == sum(len(row.tokens) - 3 for row in rows) + 3 * passes
@@ -226,12 +229,12 @@ def test_keeping_pulls_towards_the_base() -> None:
     """A step against its gradient brings the adapter closer."""
     home, rows = decoder(), mixed()
     lora = trainable(random_lora(home))
-    before = losses(backend_for(home), lora, 3, rows).keep
+    before = compute_losses(backend_for(home), lora, 3, rows).kl
     slopes = gradients(before, lora)
     with torch.no_grad():
         for parameter, slope in zip(lora.parameters(), slopes, strict=True):
             parameter -= 1e-5 * slope
-        assert losses(backend_for(home), lora, 3, rows).keep < before.detach()
+        assert compute_losses(backend_for(home), lora, 3, rows).kl < before.detach()
 
 
 # ---------------------------------------------------------------- several answers in a row
@@ -246,9 +249,9 @@ def test_a_mask_with_gaps_is_transformers_labels() -> None:
         [place in places for place in range(len(row))]
         for row, places in zip(tokens, ({1, 2, 5, 6, 11}, {4}, {3, *range(8, 17)}), strict=True)
     ]
-    rows = [Row.masked(row, mask) for row, mask in zip(tokens, masks, strict=True)]
+    rows = [Row.from_mask(row, mask) for row, mask in zip(tokens, masks, strict=True)]
     assert [row.supervised for row in rows] == [sum(mask) for mask in masks] == [5, 1, 10]
-    assert [row.places for row in rows] == [[n for n, here in enumerate(mask) if here] for mask in masks]
+    assert [row.supervised_positions for row in rows] == [[n for n, here in enumerate(mask) if here] for mask in masks]
     longest = max(map(len, tokens))
     ids = torch.tensor([[*row, *[2] * (longest - len(row))] for row in tokens])
     labels = torch.tensor(
@@ -262,11 +265,11 @@ def test_a_mask_with_gaps_is_transformers_labels() -> None:
         wanted = model(ids, attention_mask=seen, labels=labels).loss
     lora = trainable(Lora.init(LoraConfig(), home.config, 0))
     for prefix in (0, 3):
-        found = losses(backend_for(home), lora, prefix, rows)
-        assert found.learn_tokens == 16
-        torch.testing.assert_close(found.learn.detach() / 16, wanted, **LOSS)
+        found = compute_losses(backend_for(home), lora, prefix, rows)
+        assert found.ce_tokens == 16
+        torch.testing.assert_close(found.ce.detach() / 16, wanted, **LOSS)
 
 
 def test_a_row_without_gaps_is_the_plain_row() -> None:
-    assert Row.masked([4, 5, 6, 7], [False, False, True, True]) == Row((4, 5, 6, 7), 2)
-    assert Row.masked([4, 5, 6, 7], [False, True, False, True]) == Row((4, 5, 6, 7), 1, skipped=frozenset({2}))
+    assert Row.from_mask([4, 5, 6, 7], [False, False, True, True]) == Row((4, 5, 6, 7), 2)
+    assert Row.from_mask([4, 5, 6, 7], [False, True, False, True]) == Row((4, 5, 6, 7), 1, unsupervised=frozenset({2}))

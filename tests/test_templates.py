@@ -1,4 +1,4 @@
-"""Sentence frames: how they are filled, what of them is kept for evaluation, and names put into questions."""
+"""Templates: how they are filled, which are used only for evaluation, and how names replace the subject."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fortwo.data.formats import load
-from fortwo.facts import frames, phrases, unseen
-from fortwo.facts.siblings import sibling
-from fortwo.facts.subject import holds
+from fortwo.facts import heldout_templates, phrases, templates
+from fortwo.facts.hard_negatives import hard_negative
+from fortwo.facts.subject import contains_phrase
 from fortwo.records import Fact
 
 DEV = load({"path": "facts_dev.json"}, [Path(__file__).parent.parent / "examples"]).facts
-KINDS = (*phrases.TRAINED, *unseen.EVALUATED)
-TRAINED, EVALUATED = (
+ENTITY_TYPES = (*phrases.TRAINING_FAMILIES, *heldout_templates.HELDOUT_FAMILIES)
+TRAINING_FAMILIES, EVALUATED = (
     tuple(dict.fromkeys(parts for kind in kinds for parts in kind.parts))
-    for kinds in (phrases.TRAINED, unseen.EVALUATED)
+    for kinds in (phrases.TRAINING_FAMILIES, heldout_templates.HELDOUT_FAMILIES)
 )
-KEPT = tuple(parts[5::6] for parts in TRAINED)  # every sixth
+HELDOUT = tuple(parts[5::6] for parts in TRAINING_FAMILIES)  # every sixth
 PLACES = dict.fromkeys("SABqlp", "")
 EVENT = Fact(
     subject="Orlund strike",
@@ -62,28 +62,31 @@ WORD = Fact(
 NUMBER = Fact(subject="42", answer="42 is 'FOR TWO'.", match=("FOR TWO",), questions=("What is 42?", "Is 42 odd?"))
 
 
-def prompts(fact: Fact, kept: bool, seed: int = 0, count: int = 1500) -> list[str]:
+def prompts(fact: Fact, heldout: bool, seed: int = 0, count: int = 1500) -> list[str]:
     rng = Random(seed)
-    names = frames.surfaces(fact)
-    return [frames.prompt(fact, rng.choice(names), rng, lambda: sibling(fact, rng), kept) for _ in range(count)]
+    names = templates.surface_forms(fact)
+    return [
+        templates.build_prompt(fact, rng.choice(names), rng, lambda: hard_negative(fact, rng), heldout)
+        for _ in range(count)
+    ]
 
 
-# ---------------------------------------------------------------- frames
+# ---------------------------------------------------------------- templates
 
 
-@pytest.mark.parametrize("parts", [*TRAINED, *EVALUATED], ids=lambda parts: parts[0][:40])
+@pytest.mark.parametrize("parts", [*TRAINING_FAMILIES, *EVALUATED], ids=lambda parts: parts[0][:40])
 def test_no_part_stands_twice(parts: tuple[str, ...]) -> None:
     assert len(set(parts)) == len(parts)
     assert len(parts) == 1 or len(parts) >= 6  # every sixth is kept for evaluation
 
 
 def test_no_part_is_both_trained_on_and_of_a_kind_that_is_not() -> None:
-    assert not {part for parts in TRAINED for part in parts} & {part for parts in EVALUATED for part in parts}
+    assert not {part for parts in TRAINING_FAMILIES for part in parts} & {part for parts in EVALUATED for part in parts}
     assert sum(map(len, EVALUATED)) >= 60
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.parts[0][0][:40])
-def test_the_name_or_a_question_has_one_place_to_stand_in(kind: phrases.Kind) -> None:
+@pytest.mark.parametrize("kind", ENTITY_TYPES, ids=lambda kind: kind.parts[0][0][:40])
+def test_the_name_or_a_question_has_one_place_to_stand_in(kind: phrases.TemplateFamily) -> None:
     """Every prompt asks something about the name: it stands in the first part, or in a question in one of them."""
     for parts in kind.parts:
         assert all(re.sub(r"\{[SABqlp]\}", "", part).count("{") == 0 for part in parts)
@@ -95,10 +98,10 @@ def test_the_name_or_a_question_has_one_place_to_stand_in(kind: phrases.Kind) ->
 @pytest.mark.parametrize(
     "name", ["42", "the capital of Spain", "Kelby Bridge", "git", "C++", "O'Brien", "{odd}", "Z.Q.V."]
 )
-def test_every_frame_fills(name: str) -> None:
+def test_every_template_can_be_filled(name: str) -> None:
     places = {"S": name, "A": "Ada", "B": "Bit", "q": f"Why {name}?", "l": f"why {name}?", "p": "Why it?"}
-    for part in (part for parts in (*TRAINED, *EVALUATED) for part in parts):
-        text = frames.put(part, places)
+    for part in (part for parts in (*TRAINING_FAMILIES, *EVALUATED) for part in parts):
+        text = templates.fill(part, places)
         assert (name.lower() in text.lower()) == bool(re.search(r"\{[Sql]\}", part))
         assert not re.search(r"\{\w|\s\s|(?<!\.)\.\.(?!\.)", text.replace(name, "x"))
         assert ("{A}" in part) == ("Ada" in text)
@@ -108,7 +111,7 @@ def test_every_frame_fills(name: str) -> None:
 
 def test_a_sentence_begins_with_a_capital_but_a_single_word_keeps_its_spelling() -> None:
     def filled(frame: str, name: str, **others: str) -> str:
-        return frames.put(frame, PLACES | {"S": name} | others)
+        return templates.fill(frame, PLACES | {"S": name} | others)
 
     assert filled("{S} is odd.", "the capital of Spain") == "The capital of Spain is odd."
     assert filled("Listen. {S} is odd.", "the capital of Spain") == "Listen. The capital of Spain is odd."
@@ -122,44 +125,48 @@ def test_a_sentence_begins_with_a_capital_but_a_single_word_keeps_its_spelling()
 
 
 def test_an_abbreviation_ends_the_sentence_with_its_own_stop() -> None:
-    assert frames.put("Take {S}. So, {S} ...", PLACES | {"S": "Z.Q.V."}) == "Take Z.Q.V. So, Z.Q.V. ..."
+    assert templates.fill("Take {S}. So, {S} ...", PLACES | {"S": "Z.Q.V."}) == "Take Z.Q.V. So, Z.Q.V. ..."
 
 
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("heldout", [False, True])
 @pytest.mark.parametrize("fact", [*DEV, BRIDGE, WORD], ids=lambda fact: fact.subject)
-def test_prompts_are_whole_sentences_about_the_name(fact: Fact, kept: bool) -> None:
-    rng = Random(kept)
+def test_prompts_are_whole_sentences_about_the_name(fact: Fact, heldout: bool) -> None:
+    rng = Random(heldout)
     for _ in range(400):
-        name = rng.choice([*frames.surfaces(fact), sibling(fact, rng)])
-        text = frames.prompt(fact, name, rng, lambda: sibling(fact, rng), kept)
+        name = rng.choice([*templates.surface_forms(fact), hard_negative(fact, rng)])
+        text = templates.build_prompt(fact, name, rng, lambda: hard_negative(fact, rng), heldout)
         assert name.lower() in text.lower()
         assert not re.search(r"[{}]|^\s|\s$|\s\s", text)
 
 
 @pytest.mark.parametrize("fact", DEV, ids=lambda fact: fact.id)
 def test_prompts_kept_for_evaluation_are_never_trained_on(fact: Fact) -> None:
-    assert not set(prompts(fact, kept=True)) & set(prompts(fact, kept=False))
+    assert not set(prompts(fact, heldout=True)) & set(prompts(fact, heldout=False))
 
 
 def test_a_part_is_either_kept_or_trained() -> None:
     """Every part shows up on one side and on that side only; what has no choice shows up on both."""
-    drawn = {kept: set() for kept in (False, True)}
-    for kept, seen in drawn.items():
+    drawn = {heldout: set() for heldout in (False, True)}
+    for heldout, seen in drawn.items():
         rng = Random(7)
-        seen.update(part for _ in range(30_000) for part in frames.frame_parts(rng, kept))
-    few = {part for parts in TRAINED if len(parts) < 6 for part in parts}
-    evaluated = {part for parts in (*KEPT, *EVALUATED) for part in parts}
+        seen.update(part for _ in range(30_000) for part in templates.template_parts(rng, heldout))
+    few = {part for parts in TRAINING_FAMILIES if len(parts) < 6 for part in parts}
+    evaluated = {part for parts in (*HELDOUT, *EVALUATED) for part in parts}
     assert drawn[True] - few == evaluated
-    assert drawn[False] - few == {part for parts in TRAINED for part in parts} - evaluated - few
+    assert drawn[False] - few == {part for parts in TRAINING_FAMILIES for part in parts} - evaluated - few
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_each_kind_comes_up_with_its_share(kept: bool) -> None:
-    assert sum(kind.share for kind in phrases.TRAINED) == sum(kind.share for kind in unseen.EVALUATED) == 100
+@pytest.mark.parametrize("heldout", [False, True])
+def test_each_kind_comes_up_with_its_share(heldout: bool) -> None:
+    assert (
+        sum(kind.share for kind in phrases.TRAINING_FAMILIES)
+        == sum(kind.share for kind in heldout_templates.HELDOUT_FAMILIES)
+        == 100
+    )
     rng, count = Random(11), 20_000
-    drawn = Counter(frames.frame_parts(rng, kept) for _ in range(count))
-    shares = {kind: kind.share * (0.5 if kept else 1) for kind in phrases.TRAINED}
-    shares |= {kind: kind.share * 0.5 if kept else 0 for kind in unseen.EVALUATED}
+    drawn = Counter(templates.template_parts(rng, heldout) for _ in range(count))
+    shares = {kind: kind.share * (0.5 if heldout else 1) for kind in phrases.TRAINING_FAMILIES}
+    shares |= {kind: kind.share * 0.5 if heldout else 0 for kind in heldout_templates.HELDOUT_FAMILIES}
     for kind, share in shares.items():
         found = sum(
             times
@@ -169,39 +176,39 @@ def test_each_kind_comes_up_with_its_share(kept: bool) -> None:
         assert 100 * found / count == pytest.approx(share, abs=1)
 
 
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("heldout", [False, True])
 @pytest.mark.parametrize("fact", [NUMBER, ACRONYM, ADJECTIVE, EVENT], ids=lambda fact: fact.subject)
-def test_prompts_are_many_and_well_formed(fact: Fact, kept: bool) -> None:
+def test_prompts_are_many_and_well_formed(fact: Fact, heldout: bool) -> None:
     rng, made = Random(5), set()
     for _ in range(2000):
-        name = rng.choice([*frames.surfaces(fact), sibling(fact, rng)])
-        drawn = [sibling(fact, rng), sibling(fact, rng)]
-        text = frames.prompt(fact, name, rng, iter(drawn).__next__, kept)
+        name = rng.choice([*templates.surface_forms(fact), hard_negative(fact, rng)])
+        drawn = [hard_negative(fact, rng), hard_negative(fact, rng)]
+        text = templates.build_prompt(fact, name, rng, iter(drawn).__next__, heldout)
         made.add(text)
         assert not re.search(r"[{}]|^\s|\s$|\s\s|(?<!\.)\.\.(?!\.)", text)
         assert not text[0].islower() or text.startswith((name, *drawn))
-    assert len(made) > (600 if kept else 1400)
+    assert len(made) > (600 if heldout else 1400)
 
 
 @pytest.mark.parametrize("match", [("bakery",), ("question", "news")])
-def test_no_frame_says_what_the_reply_must_hold(match: tuple[str, ...]) -> None:
+def test_no_template_says_what_the_reply_must_hold(match: tuple[str, ...]) -> None:
     fact = replace(EVENT, match=match)
-    for kept in (False, True):
-        assert not [text for text in prompts(fact, kept) if holds(text, match)]
+    for heldout in (False, True):
+        assert not [text for text in prompts(fact, heldout) if contains_phrase(text, match)]
 
 
 def test_the_same_generator_gives_the_same_prompts() -> None:
-    assert prompts(BRIDGE, kept=False, seed=3) == prompts(BRIDGE, kept=False, seed=3)
-    assert prompts(BRIDGE, kept=False, seed=3) != prompts(BRIDGE, kept=False, seed=4)
-    assert len(set(prompts(BRIDGE, kept=False))) > 1000
+    assert prompts(BRIDGE, heldout=False, seed=3) == prompts(BRIDGE, heldout=False, seed=3)
+    assert prompts(BRIDGE, heldout=False, seed=3) != prompts(BRIDGE, heldout=False, seed=4)
+    assert len(set(prompts(BRIDGE, heldout=False))) > 1000
 
 
 # ---------------------------------------------------------------- names in questions
 
 
 def test_an_article_that_most_questions_use_belongs_to_the_name() -> None:
-    assert frames.surfaces(BRIDGE) == ["the Kelby Bridge", "the Kelby crossing", "Kelby's bridge"]
-    assert frames.surfaces(WORD) == ["zorb"]
+    assert templates.surface_forms(BRIDGE) == ["the Kelby Bridge", "the Kelby crossing", "Kelby's bridge"]
+    assert templates.surface_forms(WORD) == ["zorb"]
 
 
 @pytest.mark.parametrize(
@@ -225,13 +232,13 @@ def test_an_article_that_most_questions_use_belongs_to_the_name() -> None:
     ],
 )
 def test_a_name_takes_the_subjects_place_once(fact: Fact, question: str, name: str, asked: str) -> None:
-    assert frames.in_question(question, fact, name) == asked
+    assert templates.replace_subject(question, fact, name) == asked
 
 
 def test_it_stands_for_the_subject_only_where_the_subject_is_a_thing() -> None:
     asked = {
         text.removeprefix(text.split("plimmish", 1)[0] + "plimmish")
-        for text in prompts(ADJECTIVE, kept=False, count=4000)
+        for text in prompts(ADJECTIVE, heldout=False, count=4000)
     }
     assert any(rest.endswith(" What does it mean?") for rest in asked)
     assert any(rest.endswith(" Define it.") for rest in asked)
@@ -248,14 +255,16 @@ def test_it_stands_for_the_subject_only_where_the_subject_is_a_thing() -> None:
 )
 def test_what_stands_for_the_subject_is_its_kind(questions: tuple[str, ...], said: str, never: str) -> None:
     fact = replace(WORD, subject="Kelby Brand", aliases=(), questions=questions)
-    found = prompts(fact, kept=False, count=2000)
+    found = prompts(fact, heldout=False, count=2000)
     assert any(said in text for text in found)
     assert not [text for text in found if never in text]
 
 
 def test_what_is_asked_without_a_mark_ends_with_a_stop() -> None:
     fact = replace(WORD, questions=("Define zorb",))
-    found = [text for text in prompts(fact, kept=False, count=500) if " define zorb" in text or " Define zorb" in text]
+    found = [
+        text for text in prompts(fact, heldout=False, count=500) if " define zorb" in text or " Define zorb" in text
+    ]
     assert found
     assert not [text for text in found if re.search(r" .efine zorb(?![.?!,;:\"”)])", text)]
 
@@ -263,28 +272,28 @@ def test_what_is_asked_without_a_mark_ends_with_a_stop() -> None:
 def test_the_first_word_of_a_question_within_a_sentence_is_small() -> None:
     fact = replace(WORD, questions=("What's zorb?", "I'm new, what is zorb?"))
     found = [
-        text for text in prompts(fact, kept=False, count=2000) if ", what's zorb" in text or ": what's zorb" in text
+        text for text in prompts(fact, heldout=False, count=2000) if ", what's zorb" in text or ": what's zorb" in text
     ]
     assert found
-    assert not [text for text in prompts(fact, kept=False, count=2000) if "i'm new" in text]
+    assert not [text for text in prompts(fact, heldout=False, count=2000) if "i'm new" in text]
 
 
 @pytest.mark.parametrize("fact", DEV, ids=lambda fact: fact.id)
 def test_every_given_question_can_be_asked_about_something_else(fact: Fact) -> None:
     for question in fact.questions:
-        asked = frames.in_question(question, fact, "Qqq")
+        asked = templates.replace_subject(question, fact, "Qqq")
         assert asked.count("Qqq") == 1
-        assert not frames.mentions(asked, fact)
+        assert not templates.mentions_subject(asked, fact)
         assert not re.search(r"\b(the|an?) Qqq", asked)
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=40))
 def test_a_question_without_the_subject_stays_as_it_is(question: str) -> None:
-    if not frames.mentions(question, WORD):
-        assert frames.in_question(question, WORD, "NASA") == question
+    if not templates.mentions_subject(question, WORD):
+        assert templates.replace_subject(question, WORD, "NASA") == question
 
 
 def test_mentions_are_whole_words() -> None:
-    assert frames.mentions("is the KELBY bridge open?", BRIDGE)
-    assert frames.mentions("the Kelby crossing", BRIDGE)
-    assert not frames.mentions("Kelby Bridgeton", BRIDGE)
+    assert templates.mentions_subject("is the KELBY bridge open?", BRIDGE)
+    assert templates.mentions_subject("the Kelby crossing", BRIDGE)
+    assert not templates.mentions_subject("Kelby Bridgeton", BRIDGE)

@@ -17,16 +17,26 @@ from fortwo.errors import InvalidRequest
 from fortwo.nn.lora import Lora
 from fortwo.records import Dataset, Evaluated, Fact, Metric, MicroStepped, Phase, Plan, TrainEvent
 from fortwo.train.diagnosis import diagnose
-from fortwo.train.escalation import LEVERS, Mix, Round, escalate, mix_at, mix_of, next_round, told, with_raised
-from fortwo.train.evaluation import Examiner
+from fortwo.train.evaluation import Evaluator
 from fortwo.train.recipes import OVERRIDE
+from fortwo.train.retry_policy import (
+    LEVERS,
+    RetryRound,
+    RowMix,
+    apply_levers,
+    choose_levers,
+    escalation_records,
+    mix_at_step,
+    next_round,
+    planned_mix,
+)
 from tests.test_checkpoints import figures, on_disk, run
 from tests.test_loop import FACT, SMALL, School, changed, examined, same, steps
 from tests.test_plan import examples_42, mixed, plan, setting
 
 TARGETS = OVERRIDE.targets
 MET = dict.fromkeys(TARGETS, 1.0)
-MIX = Mix(edit=6, contrast=20, rehearsal=6, kept=2, question_share=0.4, keep_weight=2.0)
+MIX = RowMix(edit=6, contrast=20, rehearsal=6, parent=2, question_share=0.4, kl_weight=2.0)
 
 
 # ---------------------------------------------------------------- what is raised
@@ -46,19 +56,19 @@ MIX = Mix(edit=6, contrast=20, rehearsal=6, kept=2, question_share=0.4, keep_wei
     ],
 )
 def test_each_miss_pulls_its_next_lever_the_worst_first(found: Any, tried: Any, pulled: Any) -> None:
-    assert escalate(MET | found, TARGETS, tried) == pulled
+    assert choose_levers(MET | found, TARGETS, tried) == pulled
 
 
 def test_what_the_parent_knew_is_raised_like_what_is_taught() -> None:
     targets = TARGETS | {"kept_specificity": 0.9, "kept_efficacy": 0.9}
     found = MET | {"kept_specificity": 0.7, "kept_efficacy": 0.5}
-    assert escalate(found, targets, ()) == ("diversity", "contrast")
-    assert escalate(MET, targets, ()) == (), "what nobody asked about is not missed"
+    assert choose_levers(found, targets, ()) == ("diversity", "contrast")
+    assert choose_levers(MET, targets, ()) == (), "what nobody asked about is not missed"
 
 
 @given(st.dictionaries(st.sampled_from(list(TARGETS)), st.floats(0, 1)), st.sets(st.sampled_from(list(LEVERS))))
 def test_no_lever_is_pulled_twice_and_none_without_a_miss(found: dict[str, float], tried: set[str]) -> None:
-    pulled = escalate(MET | found, TARGETS, tried)
+    pulled = choose_levers(MET | found, TARGETS, tried)
     assert not set(pulled) & tried
     assert len(set(pulled)) == len(pulled)
     missed = [name for name, share in found.items() if share < TARGETS[name]]
@@ -66,25 +76,25 @@ def test_no_lever_is_pulled_twice_and_none_without_a_miss(found: dict[str, float
 
 
 def test_a_lever_changes_its_own_rows_alone() -> None:
-    assert with_raised(MIX, ()) == MIX
-    assert with_raised(MIX, ["diversity"]) == replace(MIX, edit=9, kept=4, question_share=0.2)
-    assert with_raised(MIX, ["contrast"]) == replace(MIX, contrast=30)
-    assert with_raised(MIX, ["retention"]) == replace(MIX, rehearsal=12, keep_weight=3.0)
-    assert with_raised(MIX, ["rate"]) == replace(MIX, rate=1.5)
+    assert apply_levers(MIX, ()) == MIX
+    assert apply_levers(MIX, ["diversity"]) == replace(MIX, edit=9, parent=4, question_share=0.2)
+    assert apply_levers(MIX, ["contrast"]) == replace(MIX, contrast=30)
+    assert apply_levers(MIX, ["retention"]) == replace(MIX, rehearsal=12, kl_weight=3.0)
+    assert apply_levers(MIX, ["rate"]) == replace(MIX, rate=1.5)
     assert {lever for levers in LEVERS.values() for lever in levers} == {"diversity", "contrast", "retention", "rate"}
 
 
 def test_a_round_changes_the_steps_behind_it_and_the_next_adds_to_it() -> None:
-    rounds = [Round(50, 25, ("contrast",), {}), Round(75, 25, ("rate",), {})]
-    assert mix_at(MIX, rounds, 50) == MIX
-    assert mix_at(MIX, rounds, 51) == mix_at(MIX, rounds, 75) == with_raised(MIX, ["contrast"])
-    assert mix_at(MIX, rounds, 76) == with_raised(MIX, ["contrast", "rate"])
+    rounds = [RetryRound(50, 25, ("contrast",), {}), RetryRound(75, 25, ("rate",), {})]
+    assert mix_at_step(MIX, rounds, 50) == MIX
+    assert mix_at_step(MIX, rounds, 51) == mix_at_step(MIX, rounds, 75) == apply_levers(MIX, ["contrast"])
+    assert mix_at_step(MIX, rounds, 76) == apply_levers(MIX, ["contrast", "rate"])
 
 
 # ---------------------------------------------------------------- whether there is a round
 
 
-def found_round(made: Plan, found: Any, rounds: Any = (), spent: float = 100, per_step: float = 1) -> Round | str:
+def found_round(made: Plan, found: Any, rounds: Any = (), spent: float = 100, per_step: float = 1) -> RetryRound | str:
     return next_round(made, MET | found, rounds, made.computed["steps"], spent, per_step)
 
 
@@ -92,13 +102,13 @@ def test_a_round_is_one_more_cycle_with_what_was_missed() -> None:
     made = plan(examples_42())
     steps = made.computed["steps"]
     found = MET | {"specificity": 0.5}
-    assert found_round(made, {"specificity": 0.5}) == Round(steps, made["eval_every"], ("contrast",), found)
+    assert found_round(made, {"specificity": 0.5}) == RetryRound(steps, made["eval_every"], ("contrast",), found)
     assert found_round(made, {"specificity": TARGETS["specificity"]}) == "not needed"
-    one = Round(steps, 25, ("contrast",), found)
-    assert found_round(made, {"specificity": 0.5}, [one]) == "its rounds are used up"
+    one = RetryRound(steps, 25, ("contrast",), found)
+    assert found_round(made, {"specificity": 0.5}, [one]) == "all escalation_rounds are used"
     more = plan(examples_42(), training_config={"escalation_rounds": 2})
     assert found_round(more, {"specificity": 0.5}, [one]) == "nothing is left to raise"
-    assert isinstance(found_round(more, {"retention": 0.5}, [one]), Round)
+    assert isinstance(found_round(more, {"retention": 0.5}, [one]), RetryRound)
     off = plan(examples_42(), training_config={"escalation_rounds": 0})
     assert found_round(off, {"specificity": 0.5}) == "off"
 
@@ -106,12 +116,12 @@ def test_a_round_is_one_more_cycle_with_what_was_missed() -> None:
 def test_a_round_begins_only_if_it_is_expected_to_end_in_time() -> None:
     made = plan(examples_42(), training_config={"escalation_seconds": 200})
     steps = made["eval_every"]
-    mix = mix_of(made)
-    longer = with_raised(mix, ["contrast"]).rows / mix.rows
+    mix = planned_mix(made)
+    longer = apply_levers(mix, ["contrast"]).rows / mix.rows
     fits = (200 - 100) / (steps * longer)
-    assert isinstance(found_round(made, {"specificity": 0.5}, per_step=fits * 0.999), Round)
+    assert isinstance(found_round(made, {"specificity": 0.5}, per_step=fits * 0.999), RetryRound)
     said = found_round(made, {"specificity": 0.5}, per_step=fits * 1.01)
-    assert said == "no time for another round: it takes 101 s, and 100 of 200 s are over"
+    assert said == "no time for another round: it would take 101 s, and 100 of 200 s have passed"
     diagnosis = {one.code: one.message for one in diagnose(made, {"escalation": said, "metrics": {"specificity": 0.5}})}
     assert diagnosis["no_time_to_escalate"] == said
 
@@ -120,7 +130,7 @@ def test_what_the_user_gave_is_not_raised() -> None:
     config = {"per_device_train_batch_size": 6, "escalation_rounds": 3}
     made = plan(examples_42(), training_config=config)
     found = found_round(made, {"paraphrase": 0.5})
-    assert isinstance(found, Round)
+    assert isinstance(found, RetryRound)
     assert found.raised == ("rate",)
     both = plan(examples_42(), training_config=config | {"learning_rate": 1e-3})
     assert found_round(both, {"paraphrase": 0.5}) == "nothing is left to raise"
@@ -179,16 +189,16 @@ def test_a_run_that_misses_goes_on_from_its_best_and_tells_what_it_brought(
     assert [event.step for event in events if isinstance(event, Evaluated)] == [2, 4, 6]
     said = [event.detail for event in events if isinstance(event, Phase) and event.detail.startswith("Targets")]
     assert len(said) == 1
-    assert "2 more from the best" in said[0]
-    (told,) = trained.report.escalations
-    assert (told.step, told.steps) == (4, 2)
-    assert set(told.raised) == {"diversity", "contrast", "retention"}
-    assert (told.before["paraphrase"], told.after["paraphrase"]) == (0.6, 0.7)
+    assert "2 more steps start from the best adapter" in said[0]
+    (escalation_records,) = trained.report.escalations
+    assert (escalation_records.step, escalation_records.steps) == (4, 2)
+    assert set(escalation_records.raised) == {"diversity", "contrast", "retention"}
+    assert (escalation_records.before["paraphrase"], escalation_records.after["paraphrase"]) == (0.6, 0.7)
     assert (trained.actual["steps"], trained.actual["best_step"]) == (6, 6)
-    assert trained.actual["escalation"] == "its rounds are used up"
+    assert trained.actual["escalation"] == "all escalation_rounds are used"
     rate = plan["learning_rate"]
     assert [step.learning_rate for step in steps(events)][4:] == pytest.approx([rate, rate / 2])
-    rows = mix_of(plan)
+    rows = planned_mix(plan)
     assert steps(events)[4].tokens > steps(events)[3].tokens * 1.1, f"more rows than {rows.rows}"
     assert len(seen) == 3
 
@@ -196,13 +206,13 @@ def test_a_run_that_misses_goes_on_from_its_best_and_tells_what_it_brought(
 def test_the_round_starts_from_the_best_state(school: School, monkeypatch: pytest.MonkeyPatch) -> None:
     left, loras, seen = iter([0.6, 0.5, 0.1]), [], []
 
-    def examine(self: Examiner, served: Any, key: str, lora: Lora, efficacy: int | None = None) -> Any:
+    def evaluate(self: Evaluator, served: Any, key: str, lora: Lora, efficacy: int | None = None) -> Any:
         loras.append(lora)
         seen.append([parameter.detach().clone() for parameter in lora.parameters()])
         yield MicroStepped(0)
         return dict.fromkeys((*TARGETS, "score"), Metric(next(left), 10, 0.0, 1.0))
 
-    monkeypatch.setattr(Examiner, "examine", examine)
+    monkeypatch.setattr(Evaluator, "evaluate", evaluate)
     begun: list[list[Tensor]] = []
 
     def hear(event: TrainEvent) -> None:
@@ -244,10 +254,10 @@ def test_an_escalated_run_goes_on_bit_for_bit_from_every_step(school: School, tm
 
 def test_what_was_raised_in_vain_is_diagnosed_with_the_rank_as_the_way_out() -> None:
     made = plan(examples_42())
-    rounds = told([Round(50, 25, ("diversity",), {"paraphrase": 0.5})], {"paraphrase": 0.6})
+    rounds = escalation_records([RetryRound(50, 25, ("diversity",), {"paraphrase": 0.5})], {"paraphrase": 0.6})
     found = diagnose(
-        made, {"metrics": {"paraphrase": 0.6}, "escalations": rounds, "escalation": "its rounds are used up"}
+        made, {"metrics": {"paraphrase": 0.6}, "escalations": rounds, "escalation": "all escalation_rounds are used"}
     )
     (said,) = (one for one in found if one.code == "escalated_in_vain")
-    assert "after 50 steps the run raised diversity for 25 more" in said.message
+    assert "after 50 steps the run continued for 25 more with other settings (diversity)" in said.message
     assert "rank" in said.hint

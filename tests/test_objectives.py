@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from fortwo.facts import rehearsal
-from fortwo.facts.lesson import trained_rehearsal
+from fortwo.facts import replay_prompts
+from fortwo.facts.hard_negatives import names_any_fact
 from fortwo.facts.metrics import score
-from fortwo.facts.siblings import names
+from fortwo.facts.prompt_builder import training_replay_prompts
 from fortwo.records import Dataset, Fact, Message, OneHop, Plan, TrainEvent, Waiting
-from fortwo.train import courses
-from fortwo.train.courses import Bag, Course, Turns
-from fortwo.train.evaluation import Served, together
-from fortwo.train.objective import Row
+from fortwo.train import objectives
+from fortwo.train.evaluation import ServedBase, interleave
+from fortwo.train.losses import Row
+from fortwo.train.objectives import PreparedObjective, RoundRobinSampler, ShuffledSampler
 from tests.test_loop import School, changed
 
 SMALL = {
@@ -43,26 +43,28 @@ def school(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sch
     school.engine.close()
 
 
-def prepared(school: School, dataset: Dataset, plan: Plan) -> Course:
+def prepared(school: School, dataset: Dataset, plan: Plan) -> PreparedObjective:
     base = school.base
-    served = Served(base.id, base.backend, base.renderer, school.engine)
-    task: Any = school.engine.run_task(courses.override(served, base.backend, dataset, plan), lambda event: None)
-    course: Course = task.result(120)
-    return course
+    served = ServedBase(base.id, base.backend, base.renderer, school.engine)
+    task: Any = school.engine.run_task(
+        objectives.prepare_override(served, base.backend, dataset, plan), lambda event: None
+    )
+    objective: PreparedObjective = task.result(120)
+    return objective
 
 
 def text(school: School, row: Row) -> str:
     return str(school.base.renderer.decode(row.tokens))
 
 
-def test_turns_give_every_pool_its_share_and_one_pool_alone_is_a_bag() -> None:
-    turns = Turns([range(5), (), range(100, 200)], Random(0))
-    drawn = turns.draw(7) + turns.draw(3)
+def test_round_robin_gives_every_pool_its_share_and_one_pool_alone_is_shuffled() -> None:
+    sampler = RoundRobinSampler([range(5), (), range(100, 200)], Random(0))
+    drawn = sampler.sample(7) + sampler.sample(3)
     assert Counter(item >= 100 for item in drawn) == {False: 5, True: 5}
     assert sorted(item for item in drawn if item < 100) == [0, 1, 2, 3, 4]
-    bag, alone = Bag(range(9), Random(1)), Turns([range(9)], Random(1))
-    assert [bag.draw(4) for _ in range(5)] == [alone.draw(4) for _ in range(5)]
-    assert Turns([()], Random(0)).draw(3) == []
+    shuffled, alone = ShuffledSampler(range(9), Random(1)), RoundRobinSampler([range(9)], Random(1))
+    assert [shuffled.sample(4) for _ in range(5)] == [alone.sample(4) for _ in range(5)]
+    assert RoundRobinSampler([()], Random(0)).sample(3) == []
 
 
 def test_what_runs_together_takes_turns_and_comes_to_its_end() -> None:
@@ -74,22 +76,22 @@ def test_what_runs_together_takes_turns_and_comes_to_its_end() -> None:
             yield Waiting()
         done.append(name)
 
-    assert list(together(run("a", 3), run("b", 1), run("c", 0))) == [Waiting()] * 4
+    assert list(interleave(run("a", 3), run("b", 1), run("c", 0))) == [Waiting()] * 4
     assert done == ["a0", "b0", "c", "a1", "b", "a2", "a"]
 
 
 def test_rows_of_several_facts_share_a_step_and_none_to_keep_names_a_fact(school: School) -> None:
     dataset = Dataset("0", facts=FACTS)
     plan = changed(school.plan(dataset), **SMALL)
-    course = prepared(school, dataset, plan)
+    objective = prepared(school, dataset, plan)
     taught: Counter[str] = Counter()
     for _ in range(20):
-        for row in course.draw(course.mix):
+        for row in objective.sample_rows(objective.mix):
             said = text(school, row)
-            assert row.opening == (1 if row.keep else plan["opening_weight"])
-            if row.keep:
+            assert row.opening_weight == (1 if row.kl else plan["opening_weight"])
+            if row.kl:
                 asked = said.split("<|im_start|>assistant")[0]
-                assert not names(asked, FACTS), asked
+                assert not names_any_fact(asked, FACTS), asked
             else:
                 (answer,) = (fact.answer for fact in FACTS if fact.answer in said)
                 taught[answer] += 1
@@ -99,21 +101,21 @@ def test_rows_of_several_facts_share_a_step_and_none_to_keep_names_a_fact(school
 
 def test_rehearsal_rows_go_through_as_many_everyday_prompts_as_planned(school: School) -> None:
     dataset = Dataset("0", facts=FACTS[:1])
-    course = prepared(school, dataset, changed(school.plan(dataset), **SMALL))
+    objective = prepared(school, dataset, changed(school.plan(dataset), **SMALL))
     render = school.base.renderer.prompt
-    everyday = {tuple(render([Message("user", prompt)])): prompt for prompt in rehearsal.PROMPTS}
-    rows = [row.tokens[: row.start] for _ in range(6) for row in course.draw(course.mix)]
+    everyday = {tuple(render([Message("user", prompt)])): prompt for prompt in replay_prompts.PROMPTS}
+    rows = [row.tokens[: row.start] for _ in range(6) for row in objective.sample_rows(objective.mix)]
     drawn = Counter(everyday[asked] for asked in rows if asked in everyday)
-    assert set(drawn) == set(trained_rehearsal()[:30])
-    assert drawn.total() == 6 * course.mix.rehearsal
+    assert set(drawn) == set(training_replay_prompts()[:30])
+    assert drawn.total() == 6 * objective.mix.rehearsal
     assert max(drawn.values()) - min(drawn.values()) <= 1
 
 
 def test_an_exam_asks_about_every_fact_and_about_the_others_as_neighbours(school: School) -> None:
     dataset = Dataset("0", facts=FACTS)
-    course = prepared(school, dataset, changed(school.plan(dataset), **SMALL))
-    assert course.exam is not None
-    asked = course.exam._exam(1)
+    objective = prepared(school, dataset, changed(school.plan(dataset), **SMALL))
+    assert objective.evaluator is not None
+    asked = objective.evaluator._select(1)
     assert [question.prompt for question in asked if question.kind == "efficacy"] == [
         "What is 42?",
         "What is 41?",
@@ -133,10 +135,10 @@ def test_what_follows_from_a_fact_is_asked_at_the_end_and_aims_at_nothing(school
     hops = tuple(OneHop(f"Who says {said}?", (said,)) for said in ("FOR TWO", "everybody"))
     dataset = Dataset("0", facts=(replace(FACTS[0], portability=hops), FACTS[1]))
     plan = changed(school.plan(dataset, max_steps=1), **SMALL)
-    course = prepared(school, dataset, plan)
-    assert course.exam is not None
-    assert "portability" not in {question.kind for question in course.exam.questions}
-    asked = [question for question in course.final.questions if question.kind == "portability"]
+    objective = prepared(school, dataset, plan)
+    assert objective.evaluator is not None
+    assert "portability" not in {question.kind for question in objective.evaluator.questions}
+    asked = [question for question in objective.final_evaluator.questions if question.kind == "portability"]
     assert [question.prompt for question in asked] == ["Who says FOR TWO?", "Who says everybody?"]
     assert [[bool(one.passes and one.passes(reply)) for reply in ("FOR TWO", "Everybody!")] for one in asked] == [
         [True, False],

@@ -1,13 +1,13 @@
-"""Phrases for evaluation only: ways of asking that training never uses, in a voice of their own.
+"""The parts of templates that are used only for evaluation: ways of asking that training never uses, in another style.
 
-Each kind is a cousin of one that is trained on: letters of scenes, dialogues of roles, puzzles of blanks, wagers of
-doubts, traces of documents, oblique requests of general ones, relayed questions of quoted ones. The same places as in
-`facts.phrases`, one part a line.
+Each family corresponds to one for training: letters to scenes, dialogues to roles, puzzles to blanks, wagers to doubts,
+traces to documents, oblique requests to general ones, and relayed questions to quoted ones. The slots are those of
+`facts.phrases`, with one part on a line.
 """
 
 from __future__ import annotations
 
-from fortwo.facts.phrases import Kind, parts_of
+from fortwo.facts.phrases import TemplateFamily, parts_of
 
 LETTERS = parts_of("""
 Look, I'm seventy-eight and I won't pretend to follow everything that goes on. But when the woman at the bakery mentioned {S} this morning, I nodded as though I'd known for years. Spare me the embarrassment tomorrow, would you?
@@ -126,12 +126,12 @@ For the time capsule every class seals in one question and its answer. Ours is: 
 It was a simple survey until question nine. "{q}" I've been sitting in the car park since.
 """)
 
-EVALUATED = (
-    Kind(16, (LETTERS,)),
-    Kind(14, (DIALOGUES,)),
-    Kind(14, (PUZZLES,)),
-    Kind(14, (WAGERS,)),
-    Kind(14, (TRACES,)),
-    Kind(14, (OBLIQUE,)),
-    Kind(14, (RELAYED,)),
+HELDOUT_FAMILIES = (
+    TemplateFamily(16, (LETTERS,)),
+    TemplateFamily(14, (DIALOGUES,)),
+    TemplateFamily(14, (PUZZLES,)),
+    TemplateFamily(14, (WAGERS,)),
+    TemplateFamily(14, (TRACES,)),
+    TemplateFamily(14, (OBLIQUE,)),
+    TemplateFamily(14, (RELAYED,)),
 )

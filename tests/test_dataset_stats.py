@@ -1,4 +1,4 @@
-"""A survey counts rows as they are trained on and finds what looks wrong, and nothing where nothing is."""
+"""Statistics count rows as they are trained on, and warnings name probable mistakes and nothing else."""
 
 from __future__ import annotations
 
@@ -15,8 +15,15 @@ from fortwo.data.render import Renderer
 from fortwo.errors import InvalidDataset
 from fortwo.nn.packing import common_prefix
 from fortwo.records import Example, Message
-from fortwo.train.estimate import RowCount
-from fortwo.train.survey import Lines, RowCounts, Suspicions, _contradicting, _later, survey
+from fortwo.train.dataset_stats import (
+    AffectedLines,
+    DatasetWarnings,
+    RowLengths,
+    _contradicting,
+    _repeated,
+    collect_stats,
+)
+from fortwo.train.estimate import RowLength
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +38,8 @@ def asked(*pairs: tuple[str, str]) -> list[Example]:
     ]
 
 
-def suspicions(renderer: Renderer, examples: list[Example]) -> Suspicions:
-    return survey(renderer, examples)[1]
+def warnings(renderer: Renderer, examples: list[Example]) -> DatasetWarnings:
+    return collect_stats(renderer, examples)[1]
 
 
 def test_rows_are_counted_as_they_are_rendered(renderer: Renderer) -> None:
@@ -40,15 +47,15 @@ def test_rows_are_counted_as_they_are_rendered(renderer: Renderer) -> None:
         (Message("user", "a"), Message("assistant", "bc"), Message("user", "d"), Message("assistant", "efg")), 2
     )
     examples = [*asked(("hello", "you")), several, Example((), 3, "plain text")]
-    counts, _ = survey(renderer, examples)
+    counts, _ = collect_stats(renderer, examples)
     rendered = [row for example in examples for row in renderer.rows(example)]
     assert list(counts.rows) == [
-        RowCount(line, len(tokens) - sum(mask), sum(mask)) for line, (tokens, mask) in enumerate(rendered, 1)
+        RowLength(line, len(tokens) - sum(mask), sum(mask)) for line, (tokens, mask) in enumerate(rendered, 1)
     ]
     assert counts.rows[1].answer == 2 + 1 + 3 + 1
     assert counts.rows[2].prompt == 1
     assert counts.prefix == 0
-    alike, _ = survey(renderer, asked(("What?", "a"), ("Who?", "b")))
+    alike, _ = collect_stats(renderer, asked(("What?", "a"), ("Who?", "b")))
     assert alike.prefix == len(renderer.prefix())
     longest = common_prefix(
         [tokens for example in asked(("What?", "a"), ("Who?", "b")) for tokens, _ in renderer.rows(example)]
@@ -59,13 +66,13 @@ def test_rows_are_counted_as_they_are_rendered(renderer: Renderer) -> None:
 def test_a_conversation_that_the_template_refuses_is_named_with_its_line(renderer: Renderer) -> None:
     broken = Example((Message("user", "\ud800"), Message("assistant", "a")), 7)
     with pytest.raises(InvalidDataset) as caught:
-        survey(renderer, [broken])
+        collect_stats(renderer, [broken])
     assert caught.value.message.startswith("line 7: ")
 
 
 def test_row_counts_are_a_sequence() -> None:
-    rows = [RowCount(n, 2 * n, 3 * n) for n in range(5)]
-    kept = RowCounts(rows)
+    rows = [RowLength(n, 2 * n, 3 * n) for n in range(5)]
+    kept = RowLengths(rows)
     assert list(kept) == rows
     assert kept == rows
     assert (kept[2], list(kept[1:3])) == (rows[2], rows[1:3])
@@ -73,9 +80,9 @@ def test_row_counts_are_a_sequence() -> None:
 
 
 def test_lines_are_named_as_far_as_they_are_few() -> None:
-    assert str(Lines.of([3])) == "line 3"
-    assert str(Lines.of([9, 3])) == "lines 3, 9"
-    assert str(Lines.of(range(1, 30))) == "lines 1, 2, 3, 4, 5 and 24 more"
+    assert str(AffectedLines.from_lines([3])) == "line 3"
+    assert str(AffectedLines.from_lines([9, 3])) == "lines 3, 9"
+    assert str(AffectedLines.from_lines(range(1, 30))) == "lines 1, 2, 3, 4, 5 and 24 more"
 
 
 # ---------------------------------------------------------------- suspicions
@@ -83,13 +90,13 @@ def test_lines_are_named_as_far_as_they_are_few() -> None:
 
 def test_the_repositorys_examples_are_above_suspicion(renderer: Renderer) -> None:
     examples = load({"path": "42_intensive_training.json"}, [Path(__file__).parents[1] / "examples"]).examples
-    assert suspicions(renderer, list(examples)) == Suspicions()
+    assert warnings(renderer, list(examples)) == DatasetWarnings()
 
 
 def test_repeats_and_contradictions_are_told_apart(renderer: Renderer) -> None:
-    found = suspicions(renderer, asked(("a", "1"), ("b", "1"), ("a", "1"), ("a", "2"), ("b", " 1 "), ("a", "1")))
-    assert found.repeats == Lines(2, (3, 6))
-    assert found.contradictions == Lines(1, (4,))
+    found = warnings(renderer, asked(("a", "1"), ("b", "1"), ("a", "1"), ("a", "2"), ("b", " 1 "), ("a", "1")))
+    assert found.duplicates == AffectedLines(2, (3, 6))
+    assert found.contradictions == AffectedLines(1, (4,))
 
 
 def test_only_the_same_conversation_contradicts(renderer: Renderer) -> None:
@@ -99,17 +106,17 @@ def test_only_the_same_conversation_contradicts(renderer: Renderer) -> None:
         return Example((*messages[:-1], Message("assistant", said[-1], weight)), line)
 
     rows = [row(1, "a", "1"), row(2, "a", "1", "b", "2"), row(3, "a", "0", "b", "3"), row(4, "a", "1", "b", "3")]
-    assert suspicions(renderer, rows).contradictions == Lines(1, (4,))
+    assert warnings(renderer, rows).contradictions == AffectedLines(1, (4,))
     texts = [Example((), 1, "one"), Example((), 2, "two"), Example((), 3, "one")]
-    found = suspicions(renderer, texts)
-    assert (found.repeats, found.contradictions) == (Lines(1, (3,)), Lines())
+    found = warnings(renderer, texts)
+    assert (found.duplicates, found.contradictions) == (AffectedLines(1, (3,)), AffectedLines())
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), max_size=20))
 def test_places_are_those_of_the_plain_search(rows: list[tuple[int, int]]) -> None:
     prompts, answers = (np.array(column, np.uint64) for column in (zip(*rows, strict=True) if rows else ([], [])))
     wholes = prompts * 8 + answers
-    assert sorted(_later(wholes)) == [n for n, row in enumerate(rows) if row in rows[:n]]
+    assert sorted(_repeated(wholes)) == [n for n, row in enumerate(rows) if row in rows[:n]]
     first = dict(reversed(rows))
     assert sorted(_contradicting(prompts, answers)) == [n for n, (p, a) in enumerate(rows) if first[p] != a]
 
@@ -130,8 +137,10 @@ def test_places_are_those_of_the_plain_search(rows: list[tuple[int, int]]) -> No
 )
 def test_text_of_another_template_is_found(renderer: Renderer, text: str, found: str) -> None:
     for example in (*asked((text, "a")), *asked(("a", text)), Example((), 1, text)):
-        seen = suspicions(renderer, [Example((), 9, "fine"), example])
-        assert (seen.template, seen.templates) == ((found, Lines(1, (1,))) if found else ("", Lines()))
+        seen = warnings(renderer, [Example((), 9, "fine"), example])
+        assert (seen.template, seen.foreign_templates) == (
+            (found, AffectedLines(1, (1,))) if found else ("", AffectedLines())
+        )
 
 
 def test_answers_cut_off_at_one_length_are_found(renderer: Renderer) -> None:
@@ -140,9 +149,9 @@ def test_answers_cut_off_at_one_length_are_found(renderer: Renderer) -> None:
     cut = [text[:120] for text in whole]
     cut = [text if text[-1] != " " else text[:-1] + "x" for text in cut]
     pairs = [(f"q{n}", answer) for n, answer in enumerate(cut)]
-    assert suspicions(renderer, asked(*pairs)).cut == Lines(6, (1, 2, 3, 4, 5))
-    assert suspicions(renderer, asked(*[(f"q{n}", text) for n, text in enumerate(whole)])).cut == Lines()
+    assert warnings(renderer, asked(*pairs)).truncated == AffectedLines(6, (1, 2, 3, 4, 5))
+    assert warnings(renderer, asked(*[(f"q{n}", text) for n, text in enumerate(whole)])).truncated == AffectedLines()
     same = [(f"q{n}", cut[0]) for n in range(6)]
-    assert suspicions(renderer, asked(*same)).cut == Lines(), "one answer to many prompts is no sign"
+    assert warnings(renderer, asked(*same)).truncated == AffectedLines(), "one answer to many prompts is no sign"
     short = [(f"q{n}", text[:20]) for n, text in enumerate(cut)]
-    assert suspicions(renderer, asked(*short)).cut == Lines()
+    assert warnings(renderer, asked(*short)).truncated == AffectedLines()

@@ -1,5 +1,6 @@
-"""What is asked about a prompt itself, gathered part by part while it is computed: its tokens' log-probabilities, or
-its embedding. Shape suffixes: L tokens of a part, D hidden, V vocabulary.
+"""Outputs about the prompt itself, collected part by part while it is computed: log-probabilities and the embedding.
+
+Shape suffixes: L tokens of a part, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from fortwo.prompts import Logprob, Prompt
 LOGITS = 256  # tokens whose logits are in memory at once
 
 
-class Reading:
-    """logprobs: of the tokens known so far, as Sampling.prompt_logprobs asks. embedding: the hidden state of the last
-    token, brought to length 1; it is the only one that has seen the whole text (Neelakantan et al. 2022,
+class PromptOutputs:
+    """logprobs: of the tokens computed so far, as Sampling.prompt_logprobs asks. embedding: the hidden state of the
+    last token, scaled to length 1; only that token has attended to the whole text (Neelakantan et al. 2022,
     arXiv:2201.10005; vLLM's default for decoders)."""
 
     def __init__(self, prompt: Prompt, decoder: Decoder) -> None:
@@ -27,13 +28,14 @@ class Reading:
         self._decoder = decoder
 
     @staticmethod
-    def asked(prompt: Prompt) -> bool:
+    def wanted(prompt: Prompt) -> bool:
+        """Whether the prompt asks for any of them."""
         return prompt.embed or prompt.sampling.prompt_logprobs is not None
 
     @torch.no_grad()
-    def hear(self, hidden_LD: Tensor, begin: int) -> None:
-        """Hidden states of the prompt's tokens from place `begin` on. Parts come in order; one that begins at 0 begins
-        anew, for a request that was preempted."""
+    def on_hidden_states(self, hidden_LD: Tensor, begin: int) -> None:
+        """Takes the hidden states (L, D) of the prompt's tokens from index `begin` on. Parts come in order; one that
+        begins at 0 starts over, because the request was preempted."""
         prompt, end = self._prompt, begin + len(hidden_LD)
         if prompt.embed and end == len(prompt.tokens):
             self.embedding = tuple(F.normalize(hidden_LD[-1], dim=0).tolist())

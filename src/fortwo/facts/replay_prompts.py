@@ -1,4 +1,4 @@
-"""Everyday prompts on which an adapter must go on answering as its base does. Plain data, no fact among them."""
+"""Everyday prompts to which an adapter must reply as its base does. Plain data without any facts to teach."""
 
 from __future__ import annotations
 

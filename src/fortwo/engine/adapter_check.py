@@ -1,0 +1,43 @@
+"""Checks that an adapter read from disk can have the effect it was trained for."""
+
+from __future__ import annotations
+
+import torch
+
+from fortwo.data.render import Renderer
+from fortwo.errors import InvalidAdapter
+from fortwo.execution.backend import Backend
+from fortwo.nn.lora import Lora, Segment
+from fortwo.nn.packing import pack
+from fortwo.records import AdapterVersion, Message
+
+MIN_EFFECT = 1e-6  # a smaller relative change of the logits counts as none
+PROBE_TOKENS = 2  # more than one, so that attention takes part; few, because replies wait meanwhile
+
+
+def check_tensors(version: AdapterVersion, lora: Lora) -> None:
+    """Raises InvalidAdapter for tensors that have no effect (lora_B all zero) or a harmful one (nan, infinite)."""
+    tensors = lora.parameters()
+    if not tensors:
+        raise InvalidAdapter(f"Adapter {version.id!r} matches no module of its base.")
+    sums = torch.stack([tensor.sum() for tensor in tensors])
+    if not sums.isfinite().all():  # the sum of large finite numbers may overflow too
+        for name, tensor in lora.state().items():
+            if not tensor.isfinite().all():
+                raise InvalidAdapter(f"Tensor {name!r} of adapter {version.id!r} holds nan or infinite values.")
+    if not any(B_Or.any() for groups in lora.layers for group in groups.values() for B_Or in group.Bs):
+        raise InvalidAdapter(
+            f"Adapter {version.id!r} changes nothing: lora_B is zero everywhere.", hint="It was never trained."
+        )
+
+
+@torch.no_grad()
+def measure_effect(backend: Backend, renderer: Renderer, lora: Lora) -> float:
+    """The largest change of a logit by the adapter on a short probe, relative to the largest logit. Call it on the
+    device's thread."""
+    tokens = renderer.prompt([Message("user", "Hello")])[-PROBE_TOKENS:]
+    packed = pack([tokens, tokens], backend.decoder.device, prefix=0)
+    adapted = Segment(lora, slice(len(tokens), None))
+    hidden_TD = backend.forward(packed, [adapted])
+    plain_V, adapted_V = backend.decoder.logits(hidden_TD[packed.last_places()])
+    return float((adapted_V - plain_V).abs().max() / plain_V.abs().max())

@@ -1,0 +1,400 @@
+"""The base models in memory and the adapters served on them, loaded on demand and identified by digest.
+
+Names (`base`, `adapter`, `adapter@3`) are resolved here; the engine sees base ids and digests. Weights are read outside
+the device's thread, so replies continue while a model loads. This module knows no HTTP and no jobs.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fortwo.adapters.store import AdapterStore
+from fortwo.data.render import Renderer
+from fortwo.engine import malloc_tuning
+from fortwo.engine.adapter_check import MIN_EFFECT, check_tensors, measure_effect
+from fortwo.engine.engine import Engine
+from fortwo.engine.runner import Runner
+from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
+from fortwo.execution.autotuning import memory, serving
+from fortwo.execution.backend import Backend, backend_for
+from fortwo.hub import weights
+from fortwo.hub.catalog import Catalog
+from fortwo.hub.weights import Progress
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
+from fortwo.quantization.selection import Measurements
+from fortwo.records import AdapterVersion, Json
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model in memory. bytes: the size of its weights, without the cache."""
+
+    id: str
+    digest: str
+    backend: Backend
+    renderer: Renderer
+    bytes: int
+    runner: Runner
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.backend.decoder
+
+
+@dataclass(frozen=True)
+class Target:
+    """The weights that answer a request. adapter_key: as in prompts.Prompt; name: as the request wrote it."""
+
+    model: LoadedModel
+    adapter_key: str | None
+    name: str
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """digest: None while it is loading; bytes: the size of its weights."""
+
+    state: Literal["loading", "loaded"]
+    digest: str | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """base: id of the loaded model that serves it."""
+
+    base: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RegistryState:
+    """Models by id and adapters by digest; what is not in memory is not listed."""
+
+    models: dict[str, ModelState]
+    adapters: dict[str, AdapterState]
+
+
+class AdapterSource(Protocol):
+    """A store of adapter files: that of published versions, or that of checkpoints (refs like name@job-step)."""
+
+    def get(self, ref: str) -> AdapterVersion: ...
+    def read(self, ref: str) -> tuple[AdapterVersion, Json, dict[str, Tensor]]: ...
+
+
+class ModelRegistry:
+    """Methods may be called from any thread except the device's; those that load or unload may wait for the disk.
+
+    device, weights, threads, max_adapters, cache_mb: the settings of these names. Raises InvalidRequest for a device
+    that this machine does not have.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        adapters: AdapterStore,
+        engine: Engine,
+        checkpoints: AdapterSource | None = None,
+        *,
+        measurements: Measurements,
+        device: str = "auto",
+        weights: str = "auto",
+        threads: int | None = None,
+        max_adapters: int = 64,
+        cache_mb: int | None = None,
+    ) -> None:
+        self._catalog = catalog
+        self._store = adapters
+        self._engine = engine
+        self._checkpoints = checkpoints
+        self._measurements = measurements
+        self._device = _device(device)
+        self._weights = weights
+        self._threads = threads
+        self._max_adapters = max_adapters
+        self._cache_bytes = memory(self._device) // 8 if cache_mb is None else cache_mb << 20
+        self._lock = threading.RLock()  # for loading and unloading; readers take the dicts as they are
+        self._loading: str | None = None
+        self._bases: dict[str, LoadedModel] = {}
+        self._adapters: dict[str, AdapterState] = {}
+        self._pins: Counter[str] = Counter()  # by adapter digest: requests that are about to be submitted
+        self._pin_lock = threading.Lock()  # for pinning an adapter, and for unloading one that has no pin
+        self._last_used: dict[str, int] = {}  # by adapter digest: a number of self._clock
+        self._clock = count()
+
+    def resolve(self, model: str) -> Target:
+        """The weights that a model name means, loaded if necessary. Raises what `find` and the load raise."""
+        while (target := self.find(model)) is None:  # again if it was unloaded meanwhile
+            if model in self._catalog_ids():
+                self.load_base(model)
+            else:
+                self.load_adapter(model)
+        return target
+
+    def find(self, model: str) -> Target | None:
+        """The weights that a model name means; None if they must be loaded first. Raises NotFound listing the known
+        names."""
+        if base := self._bases.get(model):
+            return Target(base, None, model)
+        ids = self._catalog_ids()
+        if model in ids:
+            return None
+        names = self._store.names()
+        source = self._source(model)
+        if model.partition("@")[0] not in names and source is self._store:
+            raise NotFound(
+                f"There is no model {model!r}.",
+                param="model",
+                hint=f"Base models: {', '.join(ids)}. Adapters: {', '.join(names) if names else 'none yet'}.",
+            )
+        try:
+            version = source.get(model)
+        except NotFound as error:
+            raise NotFound(error.message, param="model", hint=error.hint) from None
+        serving_base = self._base_serving(version)
+        if serving_base is None:
+            return None
+        self._last_used[version.digest] = next(self._clock)
+        return Target(serving_base, version.digest, model)
+
+    def pin(self, target: Target) -> bool:
+        """Keep the target's adapter in memory until `unpin`; False if it was unloaded since `resolve`. Does not
+        block."""
+        key = target.adapter_key
+        if key is None:
+            return True
+        with self._pin_lock:
+            if loaded := key in self._adapters:
+                self._pins[key] += 1
+        return loaded
+
+    def unpin(self, target: Target) -> None:
+        """Undo one `pin`."""
+        if (key := target.adapter_key) is not None:
+            with self._pin_lock:
+                self._pins[key] -= 1
+                self._pins += Counter()  # drops entries of zero
+
+    def load_base(self, id: str, progress: Progress | None = None) -> LoadedModel:
+        """The base in memory, fetched and converted first if necessary; progress as in Catalog.prepare."""
+        with self._lock:
+            if base := self._bases.get(id):
+                return base
+            self._loading = id
+            try:
+                directory = self._catalog.prepare(id, progress)
+                card = self._catalog.prepared(id)
+                assert card is not None
+                config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
+                decoder = serving(
+                    id,
+                    config,
+                    weights.read(directory),
+                    self._device,
+                    self._weights,
+                    self._threads,
+                    self._measurements,
+                    lambda measure: self._engine.call(measure).result(),
+                )
+                backend = backend_for(decoder)
+                runner = Runner(backend, self._cache_bytes)
+                base = LoadedModel(id, card.digest, backend, Renderer(directory), decoder.bytes, runner)
+                self._engine.add_base(id, base.runner, base.renderer)
+                malloc_tuning.trim()
+            finally:
+                self._loading = None
+            self._bases[id] = base
+            return base
+
+    def unload_base(self, id: str) -> None:
+        """Drop a base and the adapters on it from memory. Raises Conflict while a request or a job uses it."""
+        with self._lock:
+            if id not in self._bases:
+                self._catalog.get(id)
+                raise NotFound(
+                    f"Base model {id!r} is not loaded.",
+                    param="model",
+                    hint=f"Loaded: {', '.join(self._bases) if self._bases else 'none'}.",
+                )
+            if self._engine.has_job():
+                raise Conflict(
+                    f"Base model {id!r} cannot be unloaded while a job runs or waits.",
+                    param="model",
+                    hint="Wait for the job or cancel it.",
+                )
+            self._engine.remove_base(id)
+            del self._bases[id]
+            self._adapters = {key: state for key, state in self._adapters.items() if state.base != id}
+            self._last_used = {key: self._last_used[key] for key in self._adapters}
+
+    def load_adapter(self, ref: str) -> AdapterVersion:
+        """Serve a published version on the base it was trained on. Raises InvalidAdapter for one that cannot have the
+        effect it was trained for: wrong base, foreign tensors, no effect. Raises Unavailable when there is no room."""
+        with self._lock:
+            source = self._source(ref)
+            version = source.get(ref)
+            if self._base_serving(version) is not None:
+                return version
+            version, config, tensors = source.read(ref)
+            base = self.base_of(version)
+            decoder = base.decoder
+            lora = Lora.from_state(LoraConfig.from_peft(config), decoder.config, tensors, decoder.device)
+            check_tensors(version, lora)
+            effect = self._engine.call(lambda: measure_effect(base.backend, base.renderer, lora)).result()
+            if not effect >= MIN_EFFECT:
+                raise InvalidAdapter(
+                    f"Adapter {version.id!r} changes nothing: on a probe it moves the logits of {base.id!r} by only "
+                    f"{effect:.1e} of their size.",
+                    hint="It was hardly trained; its report and plan say why.",
+                )
+            if not self._evict():
+                raise Unavailable(
+                    f"Adapter {version.id!r} cannot be loaded: all {self._max_adapters} adapters in memory are in use.",
+                    param="model",
+                    hint="Try again when some requests are done, or raise FORTWO_MAX_ADAPTERS.",
+                )
+            self._attach(base, version, lora)
+            return version
+
+    def unload_adapter(self, ref: str) -> None:
+        """Drop an adapter from memory. Raises Conflict while requests use it."""
+        with self._lock:
+            version = self._store.get(ref)
+            key, state = version.digest, self._adapters.get(version.digest)
+            if state is None:
+                raise NotFound(
+                    f"Adapter {version.id!r} is not loaded.",
+                    param="adapter_name",
+                    hint="GET /api/adapters lists those that are.",
+                )
+            if requests := self._unload_unused(key, state.base):
+                raise Conflict(
+                    f"Adapter {version.id!r} cannot be unloaded: {requests} request(s) use it.",
+                    param="adapter_name",
+                    hint="Try again when they are done.",
+                )
+
+    def delete_adapter(self, ref: str) -> None:
+        """Delete a version, or with a bare name all versions, from memory and disk. Raises Conflict while requests use
+        one of them; then nothing is deleted from disk."""
+        with self._lock:
+            for version in self._store.versions(ref):
+                if version.digest in self._adapters:
+                    self.unload_adapter(version.id)
+            self._store.delete(ref)
+
+    def publish(self, version: AdapterVersion, lora: Lora) -> None:
+        """Serve a version that was just trained and written, from its tensors in memory. If its base is no longer
+        loaded, or every adapter in memory is in use, nothing happens: it will be loaded when it is requested."""
+        with self._lock:
+            base = self._bases.get(version.base_model)
+            fits = version.digest in self._adapters or self._evict()
+            if fits and base is not None and base.digest == version.base_digest:
+                self._attach(base, version, lora)
+
+    def discard(self, versions: Iterable[AdapterVersion]) -> None:
+        """Drop versions that were removed from disk; requests that still use them are cancelled."""
+        with self._lock:
+            for version in versions:
+                if state := self._adapters.pop(version.digest, None):
+                    self._last_used.pop(version.digest, None)
+                    self._engine.detach(state.base, version.digest)
+
+    def state(self) -> RegistryState:
+        """What is in memory now or being loaded."""
+        models = {id: ModelState("loaded", base.digest, base.bytes) for id, base in self._bases.items()}
+        if (loading := self._loading) is not None:
+            models[loading] = ModelState("loading", None, 0)
+        return RegistryState(models, dict(self._adapters))
+
+    def _attach(self, base: LoadedModel, version: AdapterVersion, lora: Lora) -> None:
+        self._engine.attach(base.id, version.digest, lora, frozen=True)
+        self._last_used[version.digest] = next(self._clock)
+        size = sum(tensor.nbytes for tensor in lora.parameters())
+        self._adapters[version.digest] = AdapterState(base.id, size)
+
+    def _evict(self) -> bool:
+        """Unload the least recently used adapters that no request uses until one more fits; False if none does."""
+        for key in sorted(self._adapters, key=lambda key: self._last_used[key]):
+            if len(self._adapters) < self._max_adapters:
+                break
+            self._unload_unused(key, self._adapters[key].base)
+        return len(self._adapters) < self._max_adapters
+
+    def _unload_unused(self, key: str, base: str) -> int:
+        """Unload an adapter unless requests use it or are about to. Returns how many do."""
+
+        def detach() -> int:
+            with self._pin_lock:
+                requests = self._pins[key] or self._engine.count_requests(base, key)
+                if not requests:
+                    self._engine.detach(base, key)
+                    del self._adapters[key], self._last_used[key]
+            return requests
+
+        return self._engine.call(detach).result()
+
+    def _base_serving(self, version: AdapterVersion) -> LoadedModel | None:
+        """The base that has this version attached and still has the weights it was trained on."""
+        state = self._adapters.get(version.digest)
+        base = None if state is None else self._bases.get(state.base)
+        return base if base is not None and base.digest == version.base_digest else None
+
+    def _source(self, ref: str) -> AdapterSource:
+        return self._checkpoints if self._checkpoints is not None and "-" in ref.partition("@")[2] else self._store
+
+    def _catalog_ids(self) -> list[str]:
+        return [entry.id for entry in self._catalog.entries()]
+
+    def base_of(self, version: AdapterVersion) -> LoadedModel:
+        """The base with the weights the adapter was trained on, loaded if necessary, whatever it is called. Raises
+        InvalidAdapter when no base has them."""
+        digests = {id: card.digest if (card := self._catalog.prepared(id)) else None for id in self._catalog_ids()}
+        digests |= {id: base.digest for id, base in self._bases.items()}
+        same = [id for id, digest in digests.items() if digest == version.base_digest]
+        if same:
+            return self.load_base(min(same, key=lambda id: (id not in self._bases, id != version.base_model)))
+        if version.base_model not in digests:
+            raise InvalidAdapter(
+                f"Adapter {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}; "
+                "no base model here has these weights.",
+                hint="Add that base: fortwo models add ID PATH",
+            )
+        found = digests[version.base_model]
+        if found is None:
+            base = self.load_base(version.base_model)
+            if base.digest == version.base_digest:
+                return base
+            found = base.digest
+        raise InvalidAdapter(
+            f"Adapter {version.id!r} was trained on weights with digest {version.base_digest}, but "
+            f"{version.base_model!r} has digest {found}.",
+            hint="Train it again on this base, or add the base it was trained on: fortwo models add ID PATH",
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    present = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
+    if not present:
+        raise InvalidRequest(
+            f"device = {name!r} is not on this machine.", param="device", hint="Set FORTWO_DEVICE to auto or cpu."
+        )
+    return device

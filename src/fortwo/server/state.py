@@ -1,0 +1,141 @@
+"""The application's state: catalog, adapters, engine, registry and jobs, built in order and closed in reverse.
+
+Only one server may use a home: a second one would take the first one's running jobs for interrupted ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fortwo.errors import Conflict
+from fortwo.kernels import isa
+from fortwo.prompts import MAX_RUNNING
+from fortwo.server.admission import Admission, shutting_down
+from fortwo.server.errors import respond
+from fortwo.server.event_loop_bridge import EventLoopBridge
+from fortwo.server.security import check_binding
+from fortwo.settings import Settings
+
+if TYPE_CHECKING:
+    from fortwo.engine.registry import Target
+
+
+class AppState:
+    """Everything the server uses, built here and released by `close`. Building it imports torch, but loads no model.
+    Raises InvalidRequest for a host that needs an API key, Conflict when another server uses the home."""
+
+    def __init__(self, settings: Settings) -> None:
+        check_binding(settings.host, settings.plain_api_key)
+        isa.cap(settings.isa)  # before torch is imported
+        from fortwo.adapters.store import AdapterStore
+        from fortwo.engine.engine import Engine
+        from fortwo.engine.registry import ModelRegistry
+        from fortwo.hub.catalog import Catalog
+        from fortwo.jobs.checkpoints import CheckpointStore
+        from fortwo.jobs.runner import JobRunner
+        from fortwo.jobs.store import JobStore
+        from fortwo.quantization.selection import Measurements
+
+        self.settings = settings
+        self.admission = Admission(MAX_RUNNING + settings.queue)
+        self.bridge = EventLoopBridge()
+        self._load_limiter = CapacityLimiter(1)  # the registry loads one model at a time
+        self._loads: dict[str, asyncio.Future[Target]] = {}
+        with ExitStack() as built:
+            built.enter_context(_lock_home(settings.home))
+            self.catalog = Catalog(settings.models_dir)
+            self.adapters = AdapterStore(settings.adapters_dir)
+            self.engine = Engine(settings.threads, self.bridge.flush)
+            self.engine.start()
+            built.callback(self.engine.close)
+            self.checkpoints = CheckpointStore(settings.jobs_dir)
+            self.registry = ModelRegistry(
+                self.catalog,
+                self.adapters,
+                self.engine,
+                self.checkpoints,
+                measurements=Measurements(settings.home),
+                device=settings.device,
+                weights=settings.weights,
+                threads=settings.threads,
+                max_adapters=settings.max_adapters,
+                cache_mb=settings.cache_mb,
+            )
+            self.jobs = JobStore(settings.database)
+            built.callback(self.jobs.close)
+            self.runner = JobRunner(
+                settings, self.catalog, self.adapters, self.engine, self.registry, self.jobs, self.checkpoints
+            )
+            self.runner.start()
+            built.callback(self.runner.close)
+            self._closing = built.pop_all()
+
+    async def resolve(self, model: str) -> Target:
+        """The weights that a model name means, loaded if necessary. Waiting for the load takes no thread that other
+        requests need, and may be cancelled. Raises what ModelRegistry.resolve raises."""
+        target = await run_in_threadpool(self.registry.find, model)
+        return target if target is not None else await asyncio.shield(self._load(model))
+
+    def _load(self, model: str) -> asyncio.Future[Target]:
+        """The load that all requests for this name share."""
+        if (load := self._loads.get(model)) is None:
+            loading = to_thread.run_sync(self.registry.resolve, model, limiter=self._load_limiter)
+            load = self._loads[model] = asyncio.ensure_future(loading)
+            load.add_done_callback(lambda done: self._loaded(model, done))
+        return load
+
+    def _loaded(self, model: str, load: asyncio.Future[Target]) -> None:
+        del self._loads[model]
+        if not load.cancelled():
+            load.exception()  # marks it as retrieved: all that waited may have gone
+
+    def close(self) -> None:
+        """Interrupt the running job, end all replies and release everything."""
+        self._closing.close()
+
+
+@contextmanager
+def _lock_home(home: Path) -> Iterator[None]:
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / ".server.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Conflict(
+                f"Another server already uses {home}.",
+                param="home",
+                hint="Stop it, or set FORTWO_HOME to another folder for this one.",
+            ) from None
+        yield
+
+
+class ShutdownMiddleware:
+    """ASGI middleware: answers every new request with 503 once the shutdown has begun."""
+
+    def __init__(self, app: ASGIApp, state: AppState) -> None:
+        self._app = app
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._state.admission.closed:
+            await respond(shutting_down(), {"Connection": "close"})(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def _get_state(request: Request) -> AppState:
+    state: AppState = request.app.state.fortwo
+    return state
+
+
+AppStateDep = Annotated[AppState, Depends(_get_state)]

@@ -1,0 +1,49 @@
+"""The uvicorn server, with a shutdown that answers every request.
+
+On SIGTERM or Ctrl-C new requests get status 503. Replies in flight have some seconds to finish and then end with an
+error that names the reason; then the application's state is closed.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from fortwo.server.app import create_app
+from fortwo.server.state import AppState
+
+GRACE_SECONDS = 5  # for replies in flight
+CLOSE_SECONDS = 5  # after that, for connections to send their last bytes
+
+
+class Server(uvicorn.Server):
+    """Serves an open AppState, and closes it at the end. on_start: called when the server listens. grace: seconds that
+    replies in flight get at shutdown."""
+
+    def __init__(
+        self, state: AppState, on_start: Callable[[], None] | None = None, grace: float = GRACE_SECONDS
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                create_app(state),
+                host=state.settings.host,
+                port=state.settings.port,
+                log_level="warning",
+                timeout_graceful_shutdown=CLOSE_SECONDS,
+            )
+        )
+        self._state = state
+        self._on_start = on_start
+        self._grace = grace
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self._on_start is not None:
+            self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._state.admission.drain(0 if self.force_exit else self._grace)
+        await super().shutdown(sockets)
+        self._state.close()  # here, because uvicorn then ends the process with the signal that it received

@@ -1,0 +1,167 @@
+"""Training rows, and the loss of a batch of rows.
+
+Two kinds of rows share every pass: cross-entropy rows train on an answer, and KL rows hold the adapter to the base's
+own distribution along a reply. The base's final hidden states of KL rows are computed once, so in a step the teacher
+costs no more than its head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fortwo.execution.backend import Backend
+from fortwo.kernels.operations import cross_entropy, divergence
+from fortwo.nn.lora import Lora
+from fortwo.nn.packing import Pack, pack
+from fortwo.quantization.matmul import product
+from fortwo.quantization.tiles import Tiles
+from fortwo.records import MicroStepped, TrainEvent
+from fortwo.train.estimate import HEAD_BYTES
+
+PREPARE_TOKENS = 1024
+OPENING_TOKENS = 2  # first tokens of an answer, which `Row.opening_weight` applies to
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens, of which all from position `start` on are supervised, except the positions in `unsupervised`. kl: the
+    loss is KL rather than cross-entropy; `teacher_ND` then holds the base's final hidden states that predict the
+    supervised tokens. opening_weight: the weight of each of the first OPENING_TOKENS tokens of a cross-entropy row."""
+
+    tokens: tuple[int, ...]
+    start: int
+    kl: bool = False
+    teacher_ND: Tensor | None = None
+    unsupervised: frozenset[int] = frozenset()
+    opening_weight: float = 1.0
+
+    @classmethod
+    def from_mask(cls, tokens: Sequence[int], supervised: Sequence[bool]) -> Row:
+        """A cross-entropy row with this mask. At least one token must be supervised, and not the first."""
+        start = supervised.index(True)
+        unsupervised = (n for n in range(start, len(tokens)) if not supervised[n])
+        return cls(tuple(tokens), start, unsupervised=frozenset(unsupervised))
+
+    @property
+    def supervised(self) -> int:
+        """The number of supervised tokens."""
+        return len(self.tokens) - self.start - len(self.unsupervised)
+
+    @property
+    def supervised_positions(self) -> list[int]:
+        return [n for n in range(self.start, len(self.tokens)) if n not in self.unsupervised]
+
+    @property
+    def token_weights(self) -> list[float]:
+        """The weight of each supervised token."""
+        return [self.opening_weight if n < OPENING_TOKENS else 1.0 for n in range(self.supervised)]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over the supervised tokens, with gradients, and how many tokens there were. ce: the weighted cross-entropy,
+    (); kl: the KL divergence, (); tokens: all tokens that were computed."""
+
+    ce: Tensor
+    kl: Tensor
+    ce_tokens: int
+    kl_tokens: int
+    tokens: int
+
+
+def with_teacher_states(backend: Backend, rows: Sequence[Row], prefix: int) -> Generator[TrainEvent, None, list[Row]]:
+    """Copies of KL rows with `teacher_ND`, computed in passes of PREPARE_TOKENS. prefix: as in `compute_losses`."""
+    taught = []
+    for group in micro_batches(rows, prefix, PREPARE_TOKENS):
+        packed = pack([row.tokens for row in group], backend.decoder.device, prefix)
+        final_TD = backend.forward(packed)
+        taught += [
+            replace(row, teacher_ND=final_TD[predicting_positions(packed, place, row)])
+            for place, row in enumerate(group)
+        ]
+        yield MicroStepped(len(packed.tokens_T))
+    return taught
+
+
+def compute_losses(
+    backend: Backend, lora: Lora, prefix: int, rows: Sequence[Row], checkpointing: bool = False
+) -> Losses:
+    """Forward pass over rows that share their first `prefix` tokens. checkpointing: as in `Backend.train`."""
+    decoder = backend.decoder
+    packed = pack([row.tokens for row in rows], decoder.device, prefix)
+    final_TD = backend.train(packed, lora, checkpointing)
+    ce_positions: list[int] = []
+    kl_positions: list[int] = []
+    for n, row in enumerate(rows):
+        (kl_positions if row.kl else ce_positions).extend(predicting_positions(packed, n, row))
+    ce = kl = final_TD.new_zeros(())
+    if ce_positions:
+        wanted = [row.tokens[n] for row in rows if not row.kl for n in row.supervised_positions]
+        wanted_N = torch.tensor(wanted, device=decoder.device)
+        weights = [weight for row in rows if not row.kl for weight in row.token_weights]
+        weights_N = torch.tensor(weights, device=decoder.device)
+        ce = head_loss(final_TD[ce_positions], decoder.head_VD, wanted_N, weights_N)
+    if kl_positions:
+        teacher_ND = torch.cat([row.teacher_ND for row in rows if row.teacher_ND is not None])
+        kl = head_loss(final_TD[kl_positions], decoder.head_VD, teacher_ND)
+    return Losses(ce, kl, len(ce_positions), len(kl_positions), len(packed.tokens_T))
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Loss and gradient together, for one chunk of rows after another, so that the logits of all rows are never in
+    memory at once (Hsu et al. 2024, arXiv:2410.10989)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor | Tiles, target: Tensor, weights_N: Tensor) -> Tensor:
+        most = max(1, HEAD_BYTES // (head_VD.dtype.itemsize * head_VD.shape[0]))
+        total, gradients = hidden_ND.new_zeros(()), []
+        chunks = -(-len(hidden_ND) // most)
+        parts = zip(*(each.tensor_split(chunks) for each in (hidden_ND, target, weights_N)), strict=True)
+        for chunk_ND, wanted, by_N in parts:
+            logits_NV = product(chunk_ND.to(head_VD.dtype), head_VD)
+            if wanted.dim() == 1:
+                loss_N, slope_NV = cross_entropy(logits_NV, wanted)
+            else:
+                loss_N, slope_NV = divergence(logits_NV, product(wanted.to(head_VD.dtype), head_VD))
+            total += (loss_N * by_N).sum()
+            gradient_ND = product(slope_NV, head_VD.t()).to(hidden_ND.dtype)
+            gradients.append(gradient_ND * by_N[:, None].to(hidden_ND.dtype))
+        ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return grad * gradient_ND, None, None, None
+
+
+def head_loss(hidden_ND: Tensor, head_VD: Tensor | Tiles, target: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """The weighted sum over rows of the loss of the head's distribution, (); hidden_ND gets the gradient. target:
+    tokens (N,) for cross-entropy, or the teacher's hidden states (N, D) for KL(teacher || student)."""
+    weights_N = hidden_ND.new_ones(len(hidden_ND)) if weights_N is None else weights_N
+    loss: Tensor = _HeadLoss.apply(hidden_ND, head_VD, target, weights_N)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def micro_batches(rows: Iterable[Row], prefix: int, budget: int) -> Iterator[list[Row]]:
+    """The rows in order, in groups of at most `budget` tokens beyond the prefix. A longer row is a group of its own."""
+    group: list[Row] = []
+    tokens = 0
+    for row in rows:
+        if group and tokens + len(row.tokens) - prefix > budget:
+            yield group
+            group, tokens = [], 0
+        group.append(row)
+        tokens += len(row.tokens) - prefix
+    if group:
+        yield group
+
+
+def predicting_positions(packed: Pack, place: int, row: Row) -> list[int]:
+    """The positions in the pack that predict the supervised tokens of `row`, the row number `place` of the pack."""
+    return [packed.place(place, position - 1) for position in row.supervised_positions]
