@@ -16,6 +16,7 @@ from torch import Tensor
 from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
+from fortwo.execution.backend import backend_for
 from fortwo.facts.replay_prompts import PROMPTS
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
@@ -31,7 +32,7 @@ ROWS = (1, 8, 32)
 
 def replies(decoder: Decoder, prompts: list[list[int]]) -> list[Sequence]:
     """Each prompt with the greedy reply."""
-    runner, rows = Runner(decoder), [Sequence(list(prompt), None) for prompt in prompts]
+    runner, rows = Runner(backend_for(decoder)), [Sequence(list(prompt), None) for prompt in prompts]
     logits_BV = runner.prefill(rows)
     for _ in range(REPLY_TOKENS):
         for row, logits_V in zip(rows, logits_BV, strict=True):
@@ -44,7 +45,7 @@ def replies(decoder: Decoder, prompts: list[list[int]]) -> list[Sequence]:
 def distributions(decoder: Decoder, rows: list[Sequence]) -> Tensor:
     """Logarithms of the next-token probabilities (tokens, V) at every token of the replies, each read as it is served:
     prompts first, then step by step."""
-    runner, read = Runner(decoder), [Sequence(row.tokens[:-REPLY_TOKENS], None) for row in rows]
+    runner, read = Runner(backend_for(decoder)), [Sequence(row.tokens[:-REPLY_TOKENS], None) for row in rows]
     found = [runner.prefill(read)]
     for _ in range(REPLY_TOKENS - 1):
         for row, own in zip(rows, read, strict=True):
@@ -56,7 +57,7 @@ def distributions(decoder: Decoder, rows: list[Sequence]) -> Tensor:
 
 def step_seconds(decoder: Decoder, prompt: list[int], count: int) -> float:
     """One step of `count` rows, the median of several."""
-    runner, rows = Runner(decoder), [Sequence(list(prompt), None) for _ in range(count)]
+    runner, rows = Runner(backend_for(decoder)), [Sequence(list(prompt), None) for _ in range(count)]
     runner.prefill(rows)
     spent = []
     for _ in range(STEPS):

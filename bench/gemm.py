@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fortwo.engine import malloc_tuning
+from fortwo.execution.backend import backend_for
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.config import DecoderConfig
@@ -94,7 +95,7 @@ def main() -> None:
         rows, tokens, said = made(count), PREFIX + count * (LONGEST - PREFIX), count * REPLY
 
         def step(rows: list[Row] = rows, said: int = said) -> None:
-            (compute_losses(decoder, lora, PREFIX, rows).ce / said).backward()
+            (compute_losses(backend_for(decoder), lora, PREFIX, rows).ce / said).backward()
             optimizer.gradient_norm()
             optimizer.step(1e-4)
 

@@ -27,6 +27,7 @@ from fortwo.data import datasets
 from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
+from fortwo.execution.backend import backend_for
 from fortwo.facts.subject import contains_phrase
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
@@ -62,8 +63,9 @@ class RetentionJudge:
         engine = Engine()
         engine.start()
         renderer = ChatTemplateRenderer(directory)
-        engine.add_base("base", Runner(self._decoder), renderer)
-        self._served = ServedBase("base", self._decoder, renderer, engine)
+        backend = backend_for(self._decoder)
+        engine.add_base("base", Runner(backend), renderer)
+        self._served = ServedBase("base", backend, renderer, engine)
 
     def retention(self, store: AdapterStore, ref: str, prompts: tuple[str, ...]) -> float:
         """Share of the base's greedy reply tokens, over all prompts, that the adapter ranks first in their place."""

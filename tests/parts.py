@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fortwo.execution.cpu import CpuBackend
+from fortwo.execution.packed_fused import FusedPackedAttention
+from fortwo.execution.reference import ReferenceBackend
+from fortwo.kernels import operations
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora, Segment
@@ -64,3 +68,16 @@ def trainable(lora: Lora) -> Lora:
     for parameter in lora.parameters():
         parameter.requires_grad_(True)
     return lora
+
+
+class Unfused(ReferenceBackend):
+    """The decoder's forward by kernels for its operations and its attention, one after the other, over keys, values and
+    adapters as the CPU's backend holds them."""
+
+    operations = operations
+    packed_attention = FusedPackedAttention
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder)
+        fused = CpuBackend(decoder)
+        self.kv_dtype, self.adapters, self._mixes = fused.kv_dtype, fused.adapters, fused._mixes

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.execution.adapters_stacked import Bank, Banks, Stacked, batched_rows
+from fortwo.execution.adapters_stacked import Bank, Stacked, StackedAdapters, batched_rows
 from fortwo.nn.lora import Lora, Segment, lora_product
 from fortwo.nn.lora_config import GROUPS, LoraConfig
 from tests.parts import decoder, random_lora
@@ -28,15 +28,15 @@ SHAPES = (
 )
 
 
-def filled(count: int, shape: LoraConfig = SHAPES[0]) -> tuple[Banks, dict[str, Lora]]:
-    banks, loras = Banks(CONFIG, torch.device("cpu")), {}
+def filled(count: int, shape: LoraConfig = SHAPES[0]) -> tuple[StackedAdapters, dict[str, Lora]]:
+    banks, loras = StackedAdapters(CONFIG, torch.device("cpu")), {}
     for number in range(count):
         loras[f"a{number}"] = random_lora(decoder(), number, shape)
         banks.add(f"a{number}", loras[f"a{number}"])
     return banks, loras
 
 
-def check(banks: Banks, loras: dict[str, Lora], rows: dict[str, list[int]], total: int) -> None:
+def check(banks: StackedAdapters, loras: dict[str, Lora], rows: dict[str, list[int]], total: int) -> None:
     """Each fused product of the rows is that of each adapter alone, and of the plain weights for the rest."""
     generator = torch.Generator().manual_seed(0)
     updates = banks.updates(rows)
@@ -94,7 +94,7 @@ def test_the_tensors_are_copied() -> None:
 
 def test_comings_and_goings_leave_every_adapter_itself() -> None:
     dice = random.Random(0)
-    banks, loras = Banks(CONFIG, torch.device("cpu")), dict[str, Lora]()
+    banks, loras = StackedAdapters(CONFIG, torch.device("cpu")), dict[str, Lora]()
     for number in range(120):
         if loras and dice.random() < (0.3 if number < 60 else 0.7):
             key = dice.choice(list(loras))

@@ -22,6 +22,7 @@ from fortwo.engine.generation import Reply
 from fortwo.engine.prompt_outputs import PromptOutputs
 from fortwo.engine.runner import Runner
 from fortwo.engine.sampling import Sampler
+from fortwo.execution.backend import backend_for
 from fortwo.nn.lora import Lora, Segment
 from fortwo.nn.packing import PackedAttention, pack
 from fortwo.prompts import Prompt, Sampling
@@ -65,7 +66,7 @@ def read_alone(text: str, adapter: str | None) -> tuple[Tensor, Tensor]:
 
 def make_base(tokens: int | None = None) -> _Base:
     """A base with the adapters above, whose cache holds so many tokens."""
-    runner = Runner(DECODER, None if tokens is None else tokens * TOKEN_BYTES)
+    runner = Runner(backend_for(DECODER), None if tokens is None else tokens * TOKEN_BYTES)
     for key, lora in LORAS.items():
         if key is not None and lora is not None:
             runner.attach(key, lora, frozen=key != "live")
@@ -282,7 +283,7 @@ def test_the_bound_refuses_what_could_never_run_and_says_how_to_raise_it() -> No
     engine = Engine(threads=1)
     engine.start()
     try:
-        engine.add_base("tiny", Runner(DECODER, 100 * TOKEN_BYTES), Ascii())
+        engine.add_base("tiny", Runner(backend_for(DECODER), 100 * TOKEN_BYTES), Ascii())
         with pytest.raises(module.InvalidRequest, match="100") as refused:
             engine.submit(prompt("x" * 100))
         assert "FORTWO_CACHE_MB" in str(refused.value.hint)
@@ -297,7 +298,7 @@ def test_a_slot_left_taken_is_found_and_freed_when_nobody_runs(caplog: pytest.Lo
     engine = Engine(threads=1)
     engine.start()
     try:
-        runner = Runner(DECODER)
+        runner = Runner(backend_for(DECODER))
         engine.add_base("tiny", runner, Ascii())
         with caplog.at_level(logging.ERROR):
             engine.call(lambda: runner.cache.take(10)).result(5)

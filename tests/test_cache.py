@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fortwo.engine.cache import Cache, Slot
+from fortwo.engine.cache import Cache
 from fortwo.engine.prefixes import BLOCK, Prefixes
+from fortwo.execution.kv_cache import Slot, side_by_side
 from fortwo.prompts import MIN_ROW_TOKENS
 from tests.parts import decoder
 
@@ -23,14 +24,14 @@ def fill(cache: Cache, slot: Slot, length: int, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     slot.length = length
     written = []
-    for tensor in cache.pools[slot.capacity].kv.flatten(0, 1):
+    for tensor in slot.pool.kv.flatten(0, 1):
         tensor[slot.row, :, :length] = torch.randn(tensor.shape[1], length, tensor.shape[3], generator=generator)
         written.append(tensor[slot.row, :, :length].clone())
     return written
 
 
 def held(cache: Cache, slot: Slot) -> list[Tensor]:
-    pool = cache.pools[slot.capacity]
+    pool = slot.pool
     return [tensor[slot.row, :, : slot.length] for tensor in pool.kv.flatten(0, 1)]
 
 
@@ -72,7 +73,7 @@ def test_chosen_rows_come_together_and_keep_what_they_hold(chosen: list[int], go
     for place in gone:
         cache.give_back(slots[place])
     wanted = [slots[place] for place in chosen if place not in gone]
-    parts = cache.together(wanted)
+    parts = side_by_side(wanted)
     assert [slot.row for _, members in parts for slot in members] == list(range(len(wanted)))
     assert {id(slot) for _, members in parts for slot in members} == {id(slot) for slot in wanted}
     for place, slot in enumerate(slots):
@@ -83,7 +84,7 @@ def test_chosen_rows_come_together_and_keep_what_they_hold(chosen: list[int], go
 def test_rows_that_lie_together_are_not_moved() -> None:
     cache = Cache(CONFIG)
     slots = [take(cache, 1) for _ in range(4)]
-    cache.together(slots[:3])
+    side_by_side(slots[:3])
     assert [slot.row for slot in slots] == [0, 1, 2, 3]
 
 
@@ -253,7 +254,7 @@ def test_whatever_comes_and_goes_the_bound_and_the_contents_hold(seed: int, rows
             slot_or_none.root = 0
             running[number] = slot_or_none, fill(cache, slot_or_none, length, number)
         if running:
-            cache.together(dice.sample([slot for slot, _ in running.values()], dice.randint(1, len(running))))
+            side_by_side(dice.sample([slot for slot, _ in running.values()], dice.randint(1, len(running))))
         assert cache.tokens <= rows * 100
         assert cache.used == len(running)
     for slot, written in running.values():

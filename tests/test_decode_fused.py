@@ -13,12 +13,13 @@ from torch import Tensor
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence as Running
 from fortwo.execution.adapters_int8 import Laid, Rows
+from fortwo.execution.backend import Backend
+from fortwo.execution.cpu import CpuBackend
 from fortwo.execution.decode_fused import Step
 from fortwo.kernels import cpu
-from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora_config import GROUPS, LoraConfig
 from fortwo.quantization.selection import Choice
-from tests.parts import as_decoder, decoder, make_rows, random_lora
+from tests.parts import Unfused, as_decoder, decoder, make_rows, random_lora
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not cpu.usable(torch.empty(0)), reason="there is no C compiler")
@@ -29,11 +30,11 @@ SHAPES = {
 }
 
 
-def replies(home: Decoder, adapters: list[str | None], steps: int = 4) -> Tensor:
+def replies(backend: Backend, adapters: list[str | None], steps: int = 4) -> Tensor:
     """Logits (steps, rows, V) of sequences of different lengths, the same tokens whatever comes out."""
-    runner, found = Runner(home), []
+    runner, found = Runner(backend), []
     for seed, (key, shape) in enumerate(SHAPES.items()):
-        runner.attach(key, random_lora(home, seed, shape), frozen=True)
+        runner.attach(key, random_lora(backend.decoder, seed, shape), frozen=True)
     lengths = [3 + 7 * row % 30 + (120 if row == 1 else 0) for row in range(len(adapters))]  # one outgrows its pool
     rows = [Running(row, key) for row, key in zip(make_rows(lengths), adapters, strict=True)]
     runner.prefill(rows)
@@ -52,14 +53,10 @@ def replies(home: Decoder, adapters: list[str | None], steps: int = 4) -> Tensor
     [[None], ["all"], [None, "down", "some"], ["some", None, "all", "all", "down", "all", "some", "all", "all"]],
     ids=["plain", "one", "three", "nine"],
 )
-def test_one_kernel_is_the_decoder(
-    tiles: None, form: str, family: str, adapters: list[str | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_kernel_is_the_decoder(tiles: None, form: str, family: str, adapters: list[str | None]) -> None:
     home = as_decoder(tiny_model(family, hidden_size=64)).in_forms(Choice.fixed(form))
     assert Step(home).takes(len(adapters))
-    found = replies(home, adapters)
-    monkeypatch.setattr(Step, "takes", lambda step, rows: False)
-    wanted = replies(home, adapters)
+    found, wanted = replies(CpuBackend(home), adapters), replies(Unfused(home), adapters)
     torch.testing.assert_close(found, wanted, atol=0.03, rtol=0)
     assert (found - wanted).abs().mean() < 2e-3
     assert (found[0] - found[-1]).abs().max() > 0.1
@@ -68,7 +65,7 @@ def test_one_kernel_is_the_decoder(
 def test_rows_with_an_adapter_are_not_the_plain_ones() -> None:
     """Plain prompts are read in other company, and attend in bf16: their logits agree to 0.05."""
     home = decoder().in_forms(Choice.fixed("int4"))
-    plain, mixed = replies(home, [None, None, None]), replies(home, [None, "all", None])
+    plain, mixed = (replies(CpuBackend(home), [None, key, None]) for key in (None, "all"))
     torch.testing.assert_close(mixed[:, [0, 2]], plain[:, [0, 2]], atol=0.05, rtol=0)
     assert (mixed[:, 1] - plain[:, 1]).abs().max() > 0.1
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.engine.runner import Runner
 from fortwo.errors import UnsupportedModel
+from fortwo.execution.backend import backend_for
 from fortwo.hub import weights
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
@@ -92,7 +93,7 @@ def test_logits_are_transformers(family: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("family", "options"), CASES)
 def test_prefill_and_steps_are_transformers(family: str, options: dict[str, Any]) -> None:
     model = tiny_model(family, **options)
-    runner = Runner(make_decoder(model))
+    runner = Runner(backend_for(make_decoder(model)))
     rows = [Row(tokens) for tokens in make_rows([3, 40, 17])]
     got = [runner.prefill(rows)]
     for _ in range(12):
@@ -207,7 +208,7 @@ def reference(real_directory: Path) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def real_runner(reference: PreTrainedModel, real_directory: Path) -> Runner:
     config = DecoderConfig.from_hf(reference.config.to_dict())
-    return Runner(Decoder(config, weights.open_tensors(real_directory)))
+    return Runner(backend_for(Decoder(config, weights.open_tensors(real_directory))))
 
 
 PROMPTS = [
@@ -267,7 +268,7 @@ def test_real_replies_in_narrow_forms(real_runner: Runner, real_directory: Path,
     if form == "int4":
         assert all(torch.equal(one, other) for one, other in zip(exact.weights(), narrow.weights(), strict=True))
     row, tokens = Row(renderer.encode_prompt([Message("user", "What is the capital of France?")])), []
-    runner = Runner(narrow)
+    runner = Runner(backend_for(narrow))
     logits_BV = runner.prefill([row])
     while len(tokens) < 24 and (not tokens or tokens[-1] not in renderer.stop_ids):
         tokens.append(int(logits_BV[0].argmax()))

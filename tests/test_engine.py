@@ -17,6 +17,7 @@ from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from fortwo.execution.backend import backend_for
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
@@ -86,7 +87,7 @@ DECODER = make_decoder()
 def engine() -> Iterator[Engine]:
     engine = Engine(threads=1)
     engine.start()
-    engine.add_base("tiny", Runner(DECODER), Ascii())
+    engine.add_base("tiny", Runner(backend_for(DECODER)), Ascii())
     yield engine
     engine.close()
 
@@ -102,7 +103,7 @@ def long(**sampling: Any) -> Prompt:
 
 def alone(text: str, count: int, lora: Lora | None = None) -> str:
     """The greedy reply, each token from a forward over everything before it: no cache, no batch, no engine."""
-    runner = Runner(DECODER)
+    runner = Runner(backend_for(DECODER))
     if lora is not None:
         runner.attach("it", lora)
     tokens = list(text.encode())
@@ -173,9 +174,9 @@ def test_the_adapter_in_training_is_served_as_it_is_now(engine: Engine) -> None:
 
 
 def test_two_bases_answer_side_by_side(engine: Engine) -> None:
-    engine.add_base("other", Runner(make_decoder(1)), Ascii())
+    engine.add_base("other", Runner(backend_for(make_decoder(1))), Ascii())
     with pytest.raises(Conflict, match="other"):
-        engine.add_base("other", Runner(DECODER), Ascii())
+        engine.add_base("other", Runner(backend_for(DECODER)), Ascii())
     asked = prompt(max_tokens=30)
     replies = [engine.submit(Prompt(base, asked.tokens, None, asked.sampling)) for base in ("tiny", "other")]
     texts = [reply.wait(10) for reply in replies]
@@ -188,7 +189,7 @@ def test_two_bases_answer_side_by_side(engine: Engine) -> None:
 def test_a_stop_token_ends_the_reply_and_is_not_text(engine: Engine) -> None:
     text = alone("hello", 12)
     last = next(n for n in range(1, 12) if text[n] not in text[:n])
-    engine.add_base("stops", Runner(DECODER), Ascii(ord(text[last])))
+    engine.add_base("stops", Runner(backend_for(DECODER)), Ascii(ord(text[last])))
     reply = engine.submit(Prompt("stops", tuple(b"hello"), None, Sampling(max_tokens=12)))
     assert (reply.wait(10), reply.finish_reason) == (text[:last], "stop")
 
@@ -238,7 +239,7 @@ def test_a_cancelled_request_ends_and_the_others_go_on(engine: Engine) -> None:
 
 
 def test_a_failed_forward_ends_its_requests_with_the_error_and_no_others(engine: Engine) -> None:
-    engine.add_base("broken", Runner(make_decoder(1)), Ascii())
+    engine.add_base("broken", Runner(backend_for(make_decoder(1))), Ascii())
     foreign = engine.submit(Prompt("broken", (10**6,)))  # no such token
     healthy = engine.submit(prompt())
     until(lambda: foreign.done)
@@ -272,7 +273,7 @@ def test_all_that_a_step_says_is_told_before_it_is_sent_on() -> None:
     sent: list[int] = []  # how much was told each time
     engine = Engine(threads=1, flush=lambda: sent.append(len(told)))
     engine.start()
-    engine.add_base("tiny", Runner(DECODER), Ascii())
+    engine.add_base("tiny", Runner(backend_for(DECODER)), Ascii())
     engine.call(lambda: [engine.submit(prompt(), told.append) for _ in range(4)]).result()
     until(lambda: sent[-1] == 4 * 12)
     assert set(sent) == {4 * step for step in range(13)}
@@ -308,7 +309,7 @@ def test_a_base_that_answers_is_not_removed(engine: Engine) -> None:
 def test_closing_ends_everything_with_a_reason() -> None:
     engine = Engine(threads=1)
     engine.start()
-    engine.add_base("tiny", Runner(DECODER), Ascii())
+    engine.add_base("tiny", Runner(backend_for(DECODER)), Ascii())
     ends: list[FinishReason | None] = []
     replies = [engine.submit(long(), lambda delta: ends.append(delta.finish_reason)) for _ in range(MAX_RUNNING + 3)]
     task = engine.run_task(forever(threading.Event()), lambda event: None)

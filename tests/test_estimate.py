@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 
 from fortwo.execution import autotuning
+from fortwo.execution.backend import backend_for
+from fortwo.execution.calibration import Trial
 from fortwo.facts.prompt_builder import training_replay_prompts
-from fortwo.jobs.machine import ROWS, Trial, machine_of, reply_rate, try_out
+from fortwo.jobs.machine import ROWS, machine_of, reply_rate, try_out
 from fortwo.train.estimate import (
     HEAD_BYTES,
     MICRO_TOKENS,
@@ -137,9 +139,9 @@ def test_the_rate_of_replies_counts_their_prompts() -> None:
 
 def test_a_trial_measures_both_types_of_products_where_products_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     home = decoder()
-    assert set(try_out(home).micro_step) == {"fp32"}, "a small model stays in fp32"
+    assert set(try_out(backend_for(home)).micro_step) == {"fp32"}, "a small model stays in fp32"
     monkeypatch.setattr(autotuning, "SMALL", 0)
-    trial = try_out(home)
+    trial = try_out(backend_for(home))
     assert set(trial.micro_step) == {"fp32", "bf16"}
     assert min(*trial.micro_step.values(), trial.token) > 0
 

@@ -15,7 +15,8 @@ from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence as Running
 from fortwo.execution import cuda_graphs
 from fortwo.execution.adapters_cuda import OwnRows, TabledAdapters
-from fortwo.execution.cuda_graphs import Graphs
+from fortwo.execution.cuda import CudaBackend
+from fortwo.execution.reference import ReferenceBackend
 from fortwo.kernels import cuda
 from fortwo.kernels.operations import decode_attention
 from fortwo.nn.config import DecoderConfig
@@ -118,8 +119,8 @@ def test_attention_over_the_cache(dtype: torch.dtype, heads: int) -> None:
     told, wanted = [], []
     for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         assert slot is not None
-        told.append([9, position, *room.place(slot), 0])
-        pool = room.pools[slot.capacity]
+        told.append([9, position, *slot.place, 0])
+        pool = slot.pool
         k, v = pool.k[1].clone(), pool.v[1].clone()
         at = torch.tensor([slot.row], device=DEVICE), torch.tensor([position], device=DEVICE)
         wanted.append(decode_attention(qkv[row : row + 1].float(), k.float(), v.float(), *at))
@@ -127,7 +128,7 @@ def test_attention_over_the_cache(dtype: torch.dtype, heads: int) -> None:
     close(found, torch.cat(wanted))
     for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
         assert slot is not None
-        pool = room.pools[slot.capacity]
+        pool = slot.pool
         assert torch.equal(pool.k[1][slot.row, :, position], qkv[row, heads : heads + 3])
         assert torch.equal(pool.v[1][slot.row, :, position], qkv[row, heads + 3 :])
 
@@ -168,9 +169,9 @@ def test_recorded_forwards_are_the_decoder(
     lengths = [4, 14, 9]
     monkeypatch.setattr(cache, "MIN_ROW_TOKENS", 16)
 
-    def replies(device: torch.device) -> list[Tensor]:
+    def replies(kind: type[ReferenceBackend], device: torch.device) -> list[Tensor]:
         home = as_decoder(tiny_model(family, num_hidden_layers=2), device)
-        runner = Runner(home)
+        runner = Runner(kind(home))
         for seed, (key, shape) in enumerate(SHAPES.items()):
             runner.attach(key, random_lora(home, seed, shape), frozen=True)
         rows = [Running(row, key) for row, key in zip(make_rows(lengths), adapters, strict=True)]
@@ -186,19 +187,17 @@ def test_recorded_forwards_are_the_decoder(
         runner.cache.check_idle()
         return found
 
-    wanted = replies(torch.device("cpu"))
-    monkeypatch.setattr(Graphs, "fits", lambda *_: True)
-    for one, other in zip(replies(DEVICE), wanted, strict=True):
+    wanted = replies(ReferenceBackend, torch.device("cpu"))
+    for one, other in zip(replies(CudaBackend, DEVICE), wanted, strict=True):
         torch.testing.assert_close(one.cpu(), other, atol=1e-3, rtol=1e-3)
 
 
 def test_many_tokens_are_played_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "TOKENS", (2, 4, 8))
-    monkeypatch.setattr(Graphs, "fits", lambda *_: True)
     home = as_decoder(tiny_model("llama"), DEVICE)
     rows = make_rows([13, 3, 7])
-    alone = [Runner(home).prefill([Running(row, None)])[0] for row in rows]
-    together = Runner(home).prefill([Running(row, None) for row in rows])
+    alone = [Runner(CudaBackend(home)).prefill([Running(row, None)])[0] for row in rows]
+    together = Runner(CudaBackend(home)).prefill([Running(row, None) for row in rows])
     torch.testing.assert_close(together, torch.stack(alone), atol=1e-4, rtol=1e-4)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from fortwo.engine.engine import Engine
 from fortwo.engine.registry import LoadedModel, ModelRegistry
 from fortwo.engine.tasks import Task
 from fortwo.errors import NotFound, TrainingFailed
+from fortwo.execution.backend import backend_for
+from fortwo.execution.cpu import CpuBackend
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
@@ -135,39 +137,52 @@ def same(one: TrainingResult, two: TrainingResult) -> bool:
 # ---------------------------------------------------------------- the run
 
 
+class Keeping(CpuBackend):
+    """Notes whether training keeps memory for its next step."""
+
+    kept: ClassVar[bool] = False
+
+    def train(self, *told: Any, **more: Any) -> Tensor:
+        Keeping.kept = True
+        return super().train(*told, **more)
+
+    def release(self) -> None:
+        Keeping.kept = False
+
+
 class Watched:
     """The serving path; notes for each request to the adapter whether a step's memory is still held."""
 
     def __init__(self, engine: Engine) -> None:
         self.detach = engine.detach
         self._engine = engine
-        self.lora: Lora | None = None
         self.held: list[bool] = []
 
     def attach(self, base: str, key: str, lora: Lora) -> None:
-        self.lora = lora
         self._engine.attach(base, key, lora)
 
     def submit(self, prompt: Prompt) -> Any:
-        if prompt.adapter is not None and self.lora is not None:
-            self.held.append(self.lora.room is not None)
+        if prompt.adapter is not None:
+            self.held.append(Keeping.kept)
         return self._engine.submit(prompt)
 
 
 @pytest.mark.parametrize("dataset", [ROWS, FACT])
 def test_a_steps_memory_is_not_held_while_the_adapter_answers(school: School, dataset: Dataset) -> None:
     plan = school.plan(dataset)
-    serving = Watched(school.engine)
+    serving, kept = Watched(school.engine), list[bool]()
 
     def hear(event: TrainEvent) -> None:
-        if isinstance(event, Stepped) and serving.lora is not None:
-            serving.lora.room = torch.zeros(1)  # as a kernel of all layers leaves it
+        if isinstance(event, Stepped):
+            kept.append(Keeping.kept)
 
     if dataset is FACT:
         plan = changed(plan, **SMALL, eval_every=2)
-    events = train(school.base, school.base.renderer, dataset, plan, serving, "job")
+    base = replace(school.base, backend=Keeping(school.base.decoder))
+    events = train(base, base.renderer, dataset, plan, serving, "job")
     school.engine.run_task(events, hear).result(120)
     assert serving.held
+    assert all(kept)
     assert not any(serving.held)
 
 
@@ -249,7 +264,7 @@ def test_a_run_is_adamw_on_clipped_gradients_and_nothing_more(school: School) ->
         rows.append(Row(tuple(tokens), supervised.index(True)))
     for step in steps(events):
         optimizer.zero_grad()
-        found = compute_losses(decoder, lora, 0, rows)
+        found = compute_losses(backend_for(decoder), lora, 0, rows)
         loss = found.ce / found.ce_tokens
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, 0.5))
@@ -458,8 +473,8 @@ def test_an_override_is_prepared_examined_and_returns_its_best(school: School, m
 
 def test_an_adapters_own_words_are_drawn_once_they_are_not_the_bases(school: School) -> None:
     plan = changed(school.plan(FACT), **SMALL, contrast_rows=4, on_policy_share=0.5)
-    served = ServedBase("tiny", school.base.decoder, school.base.renderer, school.engine)
-    decoder = school.base.decoder.in_fp32()
+    served = ServedBase("tiny", school.base.backend, school.base.renderer, school.engine)
+    backend = school.base.backend.with_decoder(school.base.decoder.in_fp32())
 
     def drawn(events: Any) -> tuple[Any, list[Row]]:
         result = school.engine.run_task(events, lambda _: None).result(60)
@@ -471,7 +486,7 @@ def test_an_adapters_own_words_are_drawn_once_they_are_not_the_bases(school: Sch
         ]
 
     odd = (5, 6, 7)
-    objective = school.engine.run_task(objectives.prepare_override(served, decoder, FACT, plan), lambda _: None).result(
+    objective = school.engine.run_task(objectives.prepare_override(served, backend, FACT, plan), lambda _: None).result(
         60
     )
     assert objective.refresh_on_policy is not None

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fortwo.execution.backend import backend_for
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.records import MicroStepped
@@ -30,7 +31,7 @@ START = [5, 6, 7]
 
 
 def taught(rows: Sequence[Row], prefix: int) -> tuple[list[Row], list[MicroStepped]]:
-    events, preparing = [], with_teacher_states(decoder(), rows, prefix)
+    events, preparing = [], with_teacher_states(backend_for(decoder()), rows, prefix)
     while True:
         try:
             events.append(cast(MicroStepped, next(preparing)))
@@ -68,7 +69,7 @@ def test_the_loss_is_transformers_with_the_prompt_left_out() -> None:
     seen = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in tokens])
     with torch.no_grad():
         wanted = model(ids, attention_mask=seen, labels=labels).loss
-        found = compute_losses(home, Lora.init(LoraConfig(), home.config, 0), 3, rows)
+        found = compute_losses(backend_for(home), Lora.init(LoraConfig(), home.config, 0), 3, rows)
     assert (found.ce_tokens, found.kl_tokens) == (9 + 2 + 6 + 0, 0) == (sum(row.supervised for row in rows), 0)
     assert found.tokens == 3 + 9 + 4 + 15
     assert found.kl == 0
@@ -80,7 +81,7 @@ def test_the_prompt_itself_is_not_learned() -> None:
     home = decoder()
     lora = trainable(random_lora(home))
     row = make_rows([12], start=START)[0]
-    found = compute_losses(home, lora, 0, [Row(tuple(row), 10)])
+    found = compute_losses(backend_for(home), lora, 0, [Row(tuple(row), 10)])
     logits_NV = home.logits(packed_hidden(home, [row], lora)[0][9:-1])
     wanted = F.cross_entropy(logits_NV, torch.tensor(row[10:]), reduction="sum")
     torch.testing.assert_close(found.ce, wanted, **LOSS)
@@ -99,7 +100,7 @@ def test_the_first_tokens_of_an_answer_count_as_often_as_the_row_says() -> None:
         Row(tuple(tokens[2]), 8),
     ]
     assert [row.token_weights for row in rows] == [[4, 4, 1, 1, 1, 1], [2.5], [1, 1, 1, 1]]
-    found = compute_losses(home, lora, 3, rows)
+    found = compute_losses(backend_for(home), lora, 3, rows)
     wanted = torch.zeros(())
     for row in rows:
         logits_NV = home.logits(packed_hidden(home, [list(row.tokens)], lora)[0][row.start - 1 : -1])
@@ -115,12 +116,12 @@ def test_the_first_tokens_of_an_answer_count_as_often_as_the_row_says() -> None:
 def test_micro_batches_give_the_gradient_of_one_pass(budget: int, prefix: int) -> None:
     home, rows = decoder(), mixed()
     lora = trainable(random_lora(home))
-    whole = compute_losses(home, lora, 3, rows)
+    whole = compute_losses(backend_for(home), lora, 3, rows)
     batches = list(micro_batches(rows, prefix, budget))
     assert [row for batch in batches for row in batch] == rows
     assert len(batches) == {1: 6, 10_000: 1}.get(budget, len(batches))
     for batch in batches:
-        total(compute_losses(home, lora, prefix, batch)).backward()
+        total(compute_losses(backend_for(home), lora, prefix, batch)).backward()
     for parameter, wanted in zip(lora.parameters(), gradients(total(whole), lora), strict=True):
         assert parameter.grad is not None
         assert wanted.abs().max() > 0.01
@@ -200,12 +201,12 @@ def test_tokens_that_are_impossible_for_both_do_not_count() -> None:
 def test_an_adapter_that_changes_nothing_diverges_by_nothing() -> None:
     home = decoder()
     lora = trainable(Lora.init(LoraConfig(), home.config, 0))
-    found = compute_losses(home, lora, 3, mixed())
+    found = compute_losses(backend_for(home), lora, 3, mixed())
     assert found.ce > 1
     assert 0 <= found.kl + 1e-5 < 2e-5
     slopes = gradients(found.kl / found.kl_tokens, lora)
     assert max(float(slope.abs().max()) for slope in slopes) < 1e-5
-    changed = compute_losses(home, random_lora(home), 3, mixed())
+    changed = compute_losses(backend_for(home), random_lora(home), 3, mixed())
     assert changed.kl > 1
 
 
@@ -228,12 +229,12 @@ def test_keeping_pulls_towards_the_base() -> None:
     """A step against its gradient brings the adapter closer."""
     home, rows = decoder(), mixed()
     lora = trainable(random_lora(home))
-    before = compute_losses(home, lora, 3, rows).kl
+    before = compute_losses(backend_for(home), lora, 3, rows).kl
     slopes = gradients(before, lora)
     with torch.no_grad():
         for parameter, slope in zip(lora.parameters(), slopes, strict=True):
             parameter -= 1e-5 * slope
-        assert compute_losses(home, lora, 3, rows).kl < before.detach()
+        assert compute_losses(backend_for(home), lora, 3, rows).kl < before.detach()
 
 
 # ---------------------------------------------------------------- several answers in a row
@@ -264,7 +265,7 @@ def test_a_mask_with_gaps_is_transformers_labels() -> None:
         wanted = model(ids, attention_mask=seen, labels=labels).loss
     lora = trainable(Lora.init(LoraConfig(), home.config, 0))
     for prefix in (0, 3):
-        found = compute_losses(home, lora, prefix, rows)
+        found = compute_losses(backend_for(home), lora, prefix, rows)
         assert found.ce_tokens == 16
         torch.testing.assert_close(found.ce.detach() / 16, wanted, **LOSS)
 

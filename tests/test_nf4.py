@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fortwo.execution.backend import backend_for
 from fortwo.kernels import cpu
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder, forms_of
@@ -154,7 +155,7 @@ def trained(home: Decoder, checkpointing: bool = False) -> tuple[Tensor, list[Te
     """Loss and gradients, the same dropout drawn."""
     lora = trainable(random_lora(home, config=DROPPED))
     torch.manual_seed(5)
-    loss = compute_losses(home, lora, 3, ROWS, checkpointing).ce
+    loss = compute_losses(backend_for(home), lora, 3, ROWS, checkpointing).ce
     return loss.detach(), gradients(loss, lora)
 
 
@@ -200,7 +201,7 @@ def test_checkpointing_keeps_less() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            compute_losses(home, lora, 3, ROWS, checkpointing)
+            compute_losses(backend_for(home), lora, 3, ROWS, checkpointing)
         return sum(sizes)
 
     assert kept(True) < kept(False) / 5

@@ -45,9 +45,9 @@ def school(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sch
 
 def prepared(school: School, dataset: Dataset, plan: Plan) -> PreparedObjective:
     base = school.base
-    served = ServedBase(base.id, base.decoder, base.renderer, school.engine)
+    served = ServedBase(base.id, base.backend, base.renderer, school.engine)
     task: Any = school.engine.run_task(
-        objectives.prepare_override(served, base.decoder, dataset, plan), lambda event: None
+        objectives.prepare_override(served, base.backend, dataset, plan), lambda event: None
     )
     objective: PreparedObjective = task.result(120)
     return objective

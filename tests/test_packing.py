@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fortwo.execution.packed_fused import FusedPackedAttention
 from fortwo.kernels import cpu
 from fortwo.nn.packing import PackedAttention, common_prefix, pack
 from tests.parts import decoder, make_rows, packed_hidden
@@ -59,14 +60,15 @@ def test_a_pack_is_its_rows_alone_however_much_is_shared(rows: list[list[int]], 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_is_torchs_row_by_row(kv_heads: int, start: list[int], lengths: list[int], kernel: bool) -> None:
     packed = pack(make_rows(lengths, start=start), prefix=len(start))
-    attention = PackedAttention(packed, replace(decoder().config, heads=4, kv_heads=kv_heads))
+    kind = FusedPackedAttention if kernel else PackedAttention
+    attention = kind(packed, replace(decoder().config, heads=4, kv_heads=kv_heads))
     assert cpu.usable(torch.empty(0)), "the kernels cannot be compiled here"
     T, H, E, generator = len(packed.tokens_T), 4, 8, torch.Generator().manual_seed(0)
     shapes = ((T, H, E), (T, kv_heads, E), (T, kv_heads, E))
     parts = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
     upstream = torch.randn(T, H, E, generator=generator)
     qkv = torch.cat(parts, 1)
-    ours = attention(0, qkv) if kernel else attention.plain(qkv)
+    ours = attention(0, qkv)
     wanted = torch.zeros(T, H, E)
     for row, length in enumerate(packed.lengths):
         places = [packed.place(row, position) for position in range(packed.prefix + length)]
@@ -92,12 +94,13 @@ def test_attention_in_bf16_is_the_plain_formula(
     if way != "tiles":
         monkeypatch.setattr(cpu, "multiplies_tiles", lambda: False)
     packed = pack(make_rows(lengths, start=start), prefix=len(start))
-    attention = PackedAttention(packed, replace(decoder().config, heads=4, kv_heads=kv_heads))
+    config = replace(decoder().config, heads=4, kv_heads=kv_heads)
+    attention = (PackedAttention if way == "torch" else FusedPackedAttention)(packed, config)
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(len(packed.tokens_T), 4 + 2 * kv_heads, size, generator=generator).bfloat16()
     upstream = torch.randn(len(packed.tokens_T), 4, size, generator=generator).bfloat16()
     found, wanted = qkv.requires_grad_(), qkv.detach().float().requires_grad_()
-    ours, plain = attention.plain(found) if way == "torch" else attention(0, found), attention.plain(wanted)
+    ours, plain = attention(0, found), PackedAttention(packed, config)(0, wanted)
     (grad,) = torch.autograd.grad(ours, found, upstream)
     (exact,) = torch.autograd.grad(plain, wanted, upstream.float())
     rounding = 8e-3 if way == "torch" else 4e-3  # bf16 has 8 bits: 2e-3 is rounding the result alone
@@ -122,7 +125,8 @@ def test_a_token_reads_its_row_up_to_itself_and_nothing_else() -> None:
     home, rows = decoder(), make_rows([5, 7, 3], start=[5, 6, 7])
     packed = pack(rows)
     x_TD = home.embed(packed.tokens_T).requires_grad_()
-    hidden_TD = home.run(x_TD, packed.positions_T, PackedAttention(packed, home.config), [], range(home.config.layers))
+    angles, attention = home.angles(packed.positions_T), FusedPackedAttention(packed, home.config)
+    hidden_TD = home.through_layers(x_TD, angles, attention)
     for row, position in ((0, 5), (1, 3), (1, 9), (2, 0), (2, 5)):
         (grad_TD,) = torch.autograd.grad(hidden_TD[packed.place(row, position)].sum(), x_TD, retain_graph=True)
         read = grad_TD.abs().sum(1).nonzero().flatten().tolist()
@@ -135,9 +139,8 @@ def test_a_row_that_is_no_number_spoils_no_other() -> None:
     x_TD = home.embed(packed.tokens_T).clone()
     x_TD[packed.place(1, 3)] = torch.nan
     with torch.no_grad():
-        hidden_TD = home.run(
-            x_TD, packed.positions_T, PackedAttention(packed, home.config), [], range(home.config.layers)
-        )
+        angles, attention = home.angles(packed.positions_T), FusedPackedAttention(packed, home.config)
+        hidden_TD = home.through_layers(x_TD, angles, attention)
     spoilt = set(hidden_TD.isnan().any(1).nonzero().flatten().tolist())
     own = [packed.place(1, position) for position in range(len(rows[1]))]
     assert set(own[3:]) <= spoilt <= set(own[packed.prefix :])

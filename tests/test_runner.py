@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fortwo.engine.runner import Runner, prefill_groups
+from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence as Running
+from fortwo.execution.backend import backend_for
+from fortwo.execution.kv_cache import Pool, Slot
+from fortwo.execution.reference import Part, prefill_groups
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from tests.parts import decoder, make_rows, packed_hidden, random_lora
@@ -30,7 +33,7 @@ LORAS: dict[str, Lora] = {
 
 @pytest.fixture(params=[False, True], ids=["live", "frozen"])
 def runner(request: pytest.FixtureRequest) -> Runner:
-    runner = Runner(decoder())
+    runner = Runner(backend_for(decoder()))
     for key, lora in LORAS.items():
         runner.attach(key, lora, frozen=request.param)
     return runner
@@ -126,7 +129,7 @@ def test_steps_take_any_slots_in_any_order(runner: Runner) -> None:
 
 
 def test_a_sequence_that_outgrows_its_row_moves_to_a_larger_one() -> None:
-    runner = Runner(decoder())
+    runner = Runner(backend_for(decoder()))
     running = sequences([126, 127, 128, 5])
     runner.prefill(running)
     assert places(running) == [(128, 0), (128, 1), (256, 0), (128, 2)]
@@ -136,7 +139,7 @@ def test_a_sequence_that_outgrows_its_row_moves_to_a_larger_one() -> None:
 
 
 def test_a_row_runs_to_the_end_of_the_context() -> None:
-    runner, (row,) = Runner(decoder()), sequences([decoder().config.context - 3])
+    runner, (row,) = Runner(backend_for(decoder())), sequences([decoder().config.context - 3])
     check([row], runner.prefill([row]))
     for _ in range(3):
         step(runner, [row])
@@ -186,9 +189,9 @@ def test_live_tensors_are_served_and_a_detached_adapter_is_gone(runner: Runner) 
 
 def test_which_prompts_are_read_together() -> None:
     """Whole ones of one adapter always; where adapters can be mixed, all that are alone or begun."""
-    rows = sequences([3, 4, 5, 6, 7], adapters="aab c")
-    lengths = [3, 4, 5, 6, 2]
-    apart = prefill_groups(rows, lengths, mixed=False)
-    assert [places for places, _ in apart] == [[0, 1], [2], [3], [4]]
-    assert prefill_groups(rows, lengths, mixed=True) == [([0, 1], True), ([2, 3, 4], False)]
-    assert prefill_groups(rows[:2], lengths[:2], mixed=True) == [([0, 1], True)]
+    slot = Slot(Pool(decoder().config, 128, "cpu", torch.float32), 0)
+    told = ((3, "a", True), (4, "a", True), (5, "b", True), (6, None, True), (2, "c", False))
+    parts = [Part([0] * length, 0, slot, adapter, ends) for length, adapter, ends in told]
+    assert [numbers for numbers, _ in prefill_groups(parts, mixed=False)] == [[0, 1], [2], [3], [4]]
+    assert prefill_groups(parts, mixed=True) == [([0, 1], True), ([2, 3, 4], False)]
+    assert prefill_groups(parts[:2], mixed=True) == [([0, 1], True)]

@@ -1,9 +1,10 @@
 """Order of arrival, bounds, and the share of the device a job may take."""
 
+from types import SimpleNamespace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.engine.cache import Slot
 from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, split_budget
 
 
@@ -18,7 +19,7 @@ def waiting(*lengths: int, limit: int = 32) -> tuple[Scheduler[Sequence], list[S
 def turn(scheduler: Scheduler[Sequence], budget: int) -> dict[int, int]:
     """Admit and compute as the engine does; how many tokens of which request (by its number of tokens)."""
     while scheduler.waiting and scheduler.admits(scheduler.waiting[0].uncomputed, budget):
-        scheduler.waiting[0].slot = Slot(0, 0)
+        scheduler.waiting[0].slot = SimpleNamespace(length=0)
         scheduler.start()
     prefilling = scheduler.prefilling
     computed = {}

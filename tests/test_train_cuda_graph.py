@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from fortwo.execution import train_cuda_graph
-from fortwo.execution.train_cuda_graph import Recorded
+from fortwo.execution.backend import Backend
+from fortwo.execution.cuda import CudaBackend
+from fortwo.execution.packed_fused import seen
 from fortwo.kernels.operations import dropout, packed_attention
-from fortwo.nn.lora import Lora, Segment
+from fortwo.nn.decoder import Decoder
+from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
-from fortwo.nn.packing import PackedAttention, pack, seen
-from tests.parts import as_decoder, decoder, make_rows, random_lora
+from fortwo.nn.packing import PackedAttention, pack
+from tests.parts import Unfused, as_decoder, decoder, make_rows, random_lora
 from tests.tiny import tiny_model
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -34,12 +37,12 @@ def test_attention_over_packed_rows(
     dtype: torch.dtype, kv_heads: int, size: int, start: list[int], lengths: list[int]
 ) -> None:
     packed = pack(make_rows(lengths, start=start), DEVICE, prefix=len(start))
-    plain = PackedAttention(packed, replace(decoder().config, heads=2, kv_heads=kv_heads)).plain
+    plain = PackedAttention(packed, replace(decoder().config, heads=2, kv_heads=kv_heads))
     T = len(packed.tokens_T)
     qkv = torch.randn(T, 2 + 2 * kv_heads, size, device=DEVICE).to(dtype)
     upstream = torch.randn(T, 2, size, device=DEVICE).to(dtype)
     found, exact = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
-    ours, wanted = packed_attention(found, seen(packed), kv_heads), plain(exact)
+    ours, wanted = packed_attention(found, seen(packed), kv_heads), plain(0, exact)
     (grad,), (wanted_grad,) = (
         torch.autograd.grad(out, leaf, upstream.to(out.dtype)) for out, leaf in ((ours, found), (wanted, exact))
     )
@@ -61,39 +64,27 @@ def test_dropout_is_drawn_by_its_seed(dtype: torch.dtype) -> None:
         torch.testing.assert_close(y[y != 0], (x.float() / 0.75).to(dtype)[y != 0])
 
 
-def passes(
-    lora: Lora,
-    family: str,
-    lengths: list[list[int]],
-    monkeypatch: pytest.MonkeyPatch,
-    recorded_ones: bool,
-    seed: int = 0,
-) -> list[Tensor]:
+def passes(backend: Backend, lora: Lora, lengths: list[list[int]], seed: int = 0) -> list[Tensor]:
     """What comes out of each pass, the gradient of what went in, and at last those of the adapter."""
-    monkeypatch.setattr(Recorded, "fits", lambda *_: recorded_ones)
-    home = as_decoder(tiny_model(family, num_hidden_layers=2, head_dim=16), DEVICE)
-    layers, found = range(home.config.layers), []
-    assert lora.flat_N is not None
+    found = []
     torch.manual_seed(seed)
     for rows in lengths:
         packed = pack(make_rows(rows, start=[1, 2, 3]), DEVICE, prefix=3)
-        attention = PackedAttention(packed, home.config)
-        attention.packed = attention.packed._replace(seen_T3=seen(packed))
-        x = home.embed(packed.tokens_T).requires_grad_()
-        y = home.run(x, packed.positions_T, attention, [Segment(lora)], layers, dropout=True)
+        x = backend.decoder.embed(packed.tokens_T).requires_grad_()
+        y = backend.train(packed, lora, x_TD=x)
         y.square().mean().backward()
         assert x.grad is not None
         found += [y.detach().clone(), x.grad]
-    assert lora.flat_N.grad is not None
-    if not recorded_ones:  # without a kernel that adds to them where they are
-        lora.flat_N.grad = torch.cat([parameter.grad.flatten() for parameter in lora.parameters()])  # type: ignore[union-attr]
-    return [*found, lora.flat_N.grad]
+    return [*found, torch.cat([parameter.grad.flatten() for parameter in lora.parameters()])]  # type: ignore[union-attr]
+
+
+def network(family: str) -> Decoder:
+    return as_decoder(tiny_model(family, num_hidden_layers=2, head_dim=16), DEVICE)
 
 
 def flat(config: LoraConfig, family: str) -> Lora:
     home = as_decoder(tiny_model(family, num_hidden_layers=2, head_dim=16))
-    lora = random_lora(home, config=config)
-    lora = Lora.from_state(config, home.config, lora.state(), DEVICE)
+    lora = Lora.from_state(config, home.config, random_lora(home, config=config).state(), DEVICE)
     lora.flatten()
     return lora
 
@@ -106,20 +97,18 @@ def test_recorded_passes_are_the_decoder(family: str, config: LoraConfig, monkey
     """Padded, wholly filled, and shorter ones behind longer ones; gradients add up."""
     monkeypatch.setattr(train_cuda_graph, "TOKENS", (8, 16, 32))
     lengths = [[9, 12, 4], [4, 9], [3]]
-    lora = flat(config, family)
-    found = passes(lora, family, lengths, monkeypatch, True)
-    assert lora.recorded is not None
+    backend = CudaBackend(network(family))
+    found = passes(backend, flat(config, family), lengths)
+    assert backend._recorded is not None
     assert found[-1].abs().max() > 0
-    wanted = passes(flat(config, family), family, lengths, monkeypatch, False)
+    wanted = passes(Unfused(network(family)), flat(config, family), lengths)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
-    lora.freeze()
-    assert lora.recorded is None
 
 
 def test_recorded_passes_drop_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_cuda_graph, "TOKENS", (8,))
     config = LoraConfig(r=4, alpha=12, dropout=0.3)
-    found = [passes(flat(config, "llama"), "llama", [[2], [1]], monkeypatch, True, seed) for seed in (1, 1, 2)]
+    found = [passes(CudaBackend(network("llama")), flat(config, "llama"), [[2], [1]], seed) for seed in (1, 1, 2)]
     assert all(torch.equal(one, same) for one, same in zip(found[0], found[1], strict=True))
     assert not any(torch.equal(one, other) for one, other in zip(found[0], found[2], strict=True))

@@ -6,9 +6,9 @@ import torch
 
 from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.errors import InvalidAdapter
-from fortwo.nn.decoder import Decoder
+from fortwo.execution.backend import Backend
 from fortwo.nn.lora import Lora, Segment
-from fortwo.nn.packing import PackedAttention, pack
+from fortwo.nn.packing import pack
 from fortwo.records import AdapterVersion, Message
 
 MIN_EFFECT = 1e-6  # a smaller relative change of the logits counts as none
@@ -32,12 +32,12 @@ def check_tensors(version: AdapterVersion, lora: Lora) -> None:
 
 
 @torch.no_grad()
-def measure_effect(decoder: Decoder, renderer: ChatTemplateRenderer, lora: Lora) -> float:
+def measure_effect(backend: Backend, renderer: ChatTemplateRenderer, lora: Lora) -> float:
     """The largest change of a logit by the adapter on a short probe, relative to the largest logit. Call it on the
     device's thread."""
     tokens = renderer.encode_prompt([Message("user", "Hello")])[-PROBE_TOKENS:]
-    packed = pack([tokens, tokens], decoder.device, prefix=0)
+    packed = pack([tokens, tokens], backend.decoder.device, prefix=0)
     adapted = Segment(lora, slice(len(tokens), None))
-    hidden_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config), [adapted])
-    plain_V, adapted_V = decoder.logits(hidden_TD[packed.last_places()])
+    hidden_TD = backend.forward(packed, [adapted])
+    plain_V, adapted_V = backend.decoder.logits(hidden_TD[packed.last_places()])
     return float((adapted_V - plain_V).abs().max() / plain_V.abs().max())

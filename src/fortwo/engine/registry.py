@@ -25,6 +25,7 @@ from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
 from fortwo.execution.autotuning import memory, serving
+from fortwo.execution.backend import Backend, backend_for
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
 from fortwo.hub.weights import ProgressCallback
@@ -42,10 +43,14 @@ class LoadedModel:
 
     id: str
     digest: str
-    decoder: Decoder
+    backend: Backend
     renderer: ChatTemplateRenderer
     bytes: int
     runner: Runner
+
+    @property
+    def decoder(self) -> Decoder:
+        return self.backend.decoder
 
 
 @dataclass(frozen=True)
@@ -203,8 +208,9 @@ class ModelRegistry:
                     self._measurements,
                     lambda measure: self._engine.call(measure).result(),
                 )
-                runner = Runner(decoder, self._cache_bytes)
-                base = LoadedModel(id, info.digest, decoder, ChatTemplateRenderer(directory), decoder.bytes, runner)
+                backend = backend_for(decoder)
+                runner = Runner(backend, self._cache_bytes)
+                base = LoadedModel(id, info.digest, backend, ChatTemplateRenderer(directory), decoder.bytes, runner)
                 self._engine.add_base(id, base.runner, base.renderer)
                 malloc_tuning.trim()
             finally:
@@ -246,7 +252,7 @@ class ModelRegistry:
             decoder = base.decoder
             lora = Lora.from_state(LoraConfig.from_peft(config), decoder.config, tensors, decoder.device)
             check_tensors(version, lora)
-            effect = self._engine.call(lambda: measure_effect(decoder, base.renderer, lora)).result()
+            effect = self._engine.call(lambda: measure_effect(base.backend, base.renderer, lora)).result()
             if not effect >= MIN_EFFECT:
                 raise InvalidAdapter(
                     f"Adapter {version.id!r} changes nothing: on a probe it moves the logits of {base.id!r} by only "

@@ -9,18 +9,25 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-if TYPE_CHECKING:
-    from fortwo.engine.cache import Slot
-    from fortwo.engine.runner import Listener
+
+class Slot(Protocol):
+    """A place in the cache. length: tokens whose keys and values it holds."""
+
+    length: int
+
+
+class Listener(Protocol):
+    def on_hidden_states(self, hidden_LD: Any, begin: int, /) -> None:
+        """Hidden states (a tensor) after the final norm of the sequence's tokens from place `begin` on."""
 
 
 @dataclass(eq=False)
 class Sequence:
     """A request as the runner sees it. tokens: the prompt, then the generated ones; adapter: the key of the adapter,
     None for the plain base; slot: its memory in the cache while it runs, set by the runner; listener: receives the
-    hidden states of its tokens; background: as in prompts.Prompt."""
+    hidden states of its tokens, none of which is taken from kept prefixes then; background: as in prompts.Prompt."""
 
     tokens: list[int]
     adapter: str | None

@@ -68,7 +68,7 @@ class OwnRows:
 
 
 class TabledAdapters:
-    """All adapters that are served on a GPU, as `dtype`."""
+    """`adapters.AdapterPool` of adapters on a GPU, as `dtype`."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
@@ -95,11 +95,9 @@ class TabledAdapters:
         return 0 if key is None else self._held[key].table.data_ptr()
 
     def whole(self, key: str, rows: int) -> Update:
-        """The update of a forward all of whose rows are this adapter's."""
         del rows
         return Segment(self._held[key].lora)
 
     def updates(self, rows: Mapping[str, Sequence[int]]) -> list[Update]:
-        """Updates of the rows of each adapter."""
         placed = {key: torch.tensor(own, device=self._device) for key, own in rows.items()}
         return [Segment(self._held[key].lora, own) for key, own in placed.items()]

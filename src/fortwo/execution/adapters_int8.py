@@ -7,14 +7,14 @@ its own. Shape suffixes as in `decoder`, and N adapters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fortwo.kernels import cpu
-from fortwo.nn.lora import Lora
+from fortwo.nn.lora import Lora, Update
 from fortwo.nn.lora_config import GROUPS
 from fortwo.quantization.formats import Regions
 
@@ -96,3 +96,27 @@ class Rows:
         sizes = len(x_TI), x_TI.shape[1], y_TO.shape[1]
         told = len(self.adapters_N4), self.adapters_N4, self.members
         cpu.call("add_updates", None, *told, index, *sizes, x_TI.float().contiguous(), y_TO)
+
+
+class Int8Adapters:
+    """`adapters.AdapterPool` of adapters laid out for the kernel."""
+
+    def __init__(self) -> None:
+        self._laid: dict[str, Laid] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._laid
+
+    def add(self, key: str, lora: Lora) -> None:
+        self._laid[key] = Laid.of(lora)
+
+    copy = add
+
+    def remove(self, key: str) -> None:
+        self._laid.pop(key, None)
+
+    def whole(self, key: str, rows: int) -> Update:
+        return Rows([(self._laid[key], range(rows))])
+
+    def updates(self, rows: Mapping[str, Sequence[int]]) -> list[Update]:
+        return [Rows([(self._laid[key], own) for key, own in rows.items()])] if rows else []

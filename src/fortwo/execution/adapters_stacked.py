@@ -9,17 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fortwo.execution.adapters_int8 import Laid, Rows
+from fortwo.nn.config import DecoderConfig
 from fortwo.nn.lora import Lora, LoraGroup, Place, Segment, Update
 from fortwo.nn.lora_config import LoraConfig
-
-if TYPE_CHECKING:
-    from fortwo.nn.config import DecoderConfig
 
 ROOM = 4  # adapters for which room is made at once
 SPARE = 16  # adapters that have gone whose memory may stay
@@ -164,23 +160,19 @@ class Stacked:
             y_TO[:, place.columns].index_add_(0, self._rows, u_SO if self._places is None else u_SO[self._places])
 
 
-class Banks:
-    """All adapters that are served. laid: in 8 bits, for the kernel; else in fp32, a bank for each shape."""
+class StackedAdapters:
+    """`adapters.AdapterPool` of adapters in fp32, a bank for each shape."""
 
-    def __init__(self, decoder: DecoderConfig, device: torch.device, laid: bool = False) -> None:
+    def __init__(self, decoder: DecoderConfig, device: torch.device) -> None:
         self._decoder = decoder
         self._device = device
-        self._laid: dict[str, Laid] | None = {} if laid else None
         self._banks: dict[LoraConfig, Bank] = {}
         self._homes: dict[str, Bank] = {}
 
     def __contains__(self, key: str) -> bool:
-        return key in (self._homes if self._laid is None else self._laid)
+        return key in self._homes
 
     def add(self, key: str, lora: Lora) -> None:
-        if self._laid is not None:
-            self._laid[key] = Laid.of(lora)
-            return
         shape = replace(lora.config, dropout=0.0)
         if shape not in self._banks:
             self._banks[shape] = Bank(shape, self._decoder, self._device)
@@ -189,16 +181,9 @@ class Banks:
         self._homes[key] = bank
 
     def copy(self, key: str, lora: Lora) -> None:
-        """The adapter's tensors as they are now."""
-        if self._laid is None:
-            self._homes[key].copy(key, lora)
-        else:
-            self._laid[key] = Laid.of(lora)
+        self._homes[key].copy(key, lora)
 
     def remove(self, key: str) -> None:
-        if self._laid is not None:
-            self._laid.pop(key, None)
-            return
         bank = self._homes.pop(key, None)
         if bank is not None:
             bank.remove(key)
@@ -209,13 +194,11 @@ class Banks:
         return self._homes[key].lora(key)
 
     def whole(self, key: str, rows: int) -> Update:
-        """The update of a forward all of whose rows are this adapter's."""
-        return Segment(self.lora(key)) if self._laid is None else Rows([(self._laid[key], range(rows))])
+        del rows
+        return Segment(self.lora(key))
 
     def updates(self, rows: Mapping[str, Sequence[int]]) -> list[Update]:
-        """Updates of the rows of each adapter: in fp32 batched, but for adapters with many more rows than others."""
-        if self._laid is not None:
-            return [Rows([(self._laid[key], own) for key, own in rows.items()])] if rows else []
+        """Batched, but for adapters with many more rows than others."""
         found: list[Update] = []
         for bank in dict.fromkeys(self._homes[key] for key in rows):
             own = {key: rows[key] for key in rows if self._homes[key] is bank}

@@ -36,7 +36,7 @@ class Graphs:
     @staticmethod
     def fits(decoder: Decoder, kv: torch.dtype) -> bool:
         """Whether the decoder's forward can be recorded here."""
-        return decoder.device.type == "cuda" and cuda.present() and cuda.attends(decoder.config.head_size, kv)
+        return cuda.present() and cuda.attends(decoder.config.head_size, kv)
 
     def warm(self) -> None:
         """Compile all kernels, which takes seconds the first time on a machine, and record the shortest forwards."""

@@ -8,18 +8,15 @@ lies where the graphs read it. Shape suffixes as in `decoder`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fortwo.kernels import cuda
 from fortwo.kernels.operations import packed_attention
+from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora, Seeds, Segment
-
-if TYPE_CHECKING:
-    from fortwo.execution.train_fused import Packed
-    from fortwo.nn.decoder import Decoder
 
 TOKENS = (64, 128, 256, 512, 1024, 2048)  # of a graph: others are padded
 PARAMETERS = 2_000_000_000  # of the largest base that launches hold up
@@ -28,33 +25,27 @@ Play = Callable[[], None]
 
 
 class Recorded:
-    """Passes of one adapter in training through some layers. On the CPU, in tests, nothing is recorded."""
+    """Passes of one adapter in training through all layers. On the CPU, in tests, nothing is recorded."""
 
-    def __init__(self, decoder: Decoder, lora: Lora, layers: range) -> None:
-        self._of = decoder, lora, layers
+    def __init__(self, decoder: Decoder, lora: Lora) -> None:
+        self.lora = lora
+        self._decoder = decoder
         self._passes: dict[tuple[int, bool], _Pass] = {}
         self._pool = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
 
     @staticmethod
     def fits(decoder: Decoder, tokens: int) -> bool:
         """Whether a pass of so many tokens can be recorded, and is worth it."""
-        there = decoder.device.type == "cuda" and cuda.present()
-        fits = there and cuda.attends(decoder.config.head_size, decoder.dtype)
+        fits = cuda.present() and cuda.attends(decoder.config.head_size, decoder.dtype)
         return fits and tokens <= TOKENS[-1] and decoder.config.parameters <= PARAMETERS
 
-    @classmethod
-    def of(cls, decoder: Decoder, lora: Lora, layers: range) -> Recorded:
-        """The adapter's, from its first pass until it is frozen."""
-        if lora.recorded is None or lora.recorded._of != (decoder, lora, layers):
-            lora.recorded = cls(decoder, lora, layers)
-        return lora.recorded
-
-    def __call__(self, positions_T: Tensor, packed: Packed, seeds: Seeds) -> _Pass:
-        """The pass over these tokens; its forward and its backward come before the next call."""
+    def __call__(self, positions_T: Tensor, seen_T3: Tensor, seeds: Seeds) -> _Pass:
+        """The pass over these tokens; seen as in `cuda.attend_packed`. Its forward and its backward come
+        before the next call."""
         key = next(size for size in TOKENS if size >= len(positions_T)), bool(seeds)
         if key not in self._passes:
-            self._passes[key] = _Pass(*self._of, *key, self._pool, warm=bool(self._passes))
-        self._passes[key].tell(positions_T, packed, seeds)
+            self._passes[key] = _Pass(self._decoder, self.lora, *key, self._pool, warm=bool(self._passes))
+        self._passes[key].tell(positions_T, seen_T3, seeds)
         return self._passes[key]
 
 
@@ -66,15 +57,14 @@ class _Pass:
         self,
         decoder: Decoder,
         lora: Lora,
-        layers: range,
         T: int,
         dropout: bool,
         pool: Any,
         warm: bool,
     ) -> None:
         device, D = decoder.device, decoder.config.hidden
-        groups = [(layer, name, group) for layer in layers for name, group in lora.layers[layer].items()]
-        self._decoder, self._segments, self._layers = decoder, [Segment(lora)], layers
+        groups = [(layer, name, group) for layer, own in enumerate(lora.layers) for name, group in own.items()]
+        self._decoder, self._segments = decoder, [Segment(lora)]
         self._parameters = [tensor for *_, group in groups for tensor in group.tensors]
         self._slopes = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         self._positions_T = torch.zeros(T, dtype=torch.int64, device=device)
@@ -89,12 +79,11 @@ class _Pass:
         self._tokens = 0
         self._plays = (self._there, self._back) if pool is None else self._recorded(pool, warm)
 
-    def tell(self, positions_T: Tensor, packed: Packed, seeds: Seeds) -> None:
+    def tell(self, positions_T: Tensor, seen_T3: Tensor, seeds: Seeds) -> None:
         """What the next pass is about."""
-        assert packed.seen_T3 is not None
         self._tokens = len(positions_T)
         self._positions_T[: self._tokens] = positions_T
-        self._seen_T3[: self._tokens] = packed.seen_T3
+        self._seen_T3[: self._tokens] = seen_T3
         self._seen_T3[self._tokens :] = self._alone_T3[self._tokens :]
         self._seeds_N.copy_(torch.tensor(list(seeds.values()), dtype=torch.int64))
 
@@ -115,8 +104,7 @@ class _Pass:
 
         with torch.enable_grad():
             angles = self._decoder.angles(self._positions_T)
-            told = angles, attend, self._segments, self._layers, self._seeds
-            self._out_TD = self._decoder.one_by_one(self._x_TD, *told)
+            self._out_TD = self._decoder.through_layers(self._x_TD, angles, attend, self._segments, self._seeds)
 
     def _gradients(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self._out_TD, [self._x_TD, *self._parameters], self._grad_TD)

@@ -6,32 +6,29 @@ The same numbers to the bit as the decoder's own operations find, one after the 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fortwo.execution.packed_fused import Packed
 from fortwo.kernels import cpu
 from fortwo.kernels.operations import kept_of
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.decoder import Layer
 from fortwo.nn.lora import Lora, LoraGroup, Seeds
 from fortwo.nn.lora_config import GROUPS
-from fortwo.quantization.formats import Regions
+from fortwo.quantization.formats import Frozen, Regions
 from fortwo.quantization.tiles import PANEL, Tiles
 
-if TYPE_CHECKING:
-    from fortwo.nn.config import DecoderConfig
-    from fortwo.nn.decoder import Layer
-    from fortwo.quantization.formats import Frozen
 
+@dataclass
+class Scratch:
+    """Memory of a forward, kept for the next one."""
 
-class Packed(NamedTuple):
-    """Of an attention over packed rows: tokens of the prefix; starts and lengths of the rests; on a GPU, what
-    `gpu.attend_packed` is told."""
-
-    prefix: int
-    rows_2R: Tensor
-    seen_T3: Tensor | None
+    memory: Tensor | None = None
 
 
 class Trained(Protocol):
@@ -59,24 +56,25 @@ def trained_whole(config: DecoderConfig, layers: Sequence[Layer]) -> bool:
 
 
 class TrainedLayers:
-    """The layers in `layers`.
+    """A pass through the layers.
 
     seeds: of the adapter's dropout. angles: cos and sin (T, E). again: keep what each layer reads, and compute the
-    layer once more when its gradient is wanted (`Decoder.run`).
+    layer once more when its gradient is wanted. scratch: of the passes before this one.
     """
 
     def __init__(
         self,
         config: DecoderConfig,
-        layers: Mapping[int, Layer],
+        layers: Sequence[Layer],
         lora: Lora,
         seeds: Seeds,
         packed: Packed,
         angles: tuple[Tensor, Tensor],
         again: bool,
+        scratch: Scratch,
     ) -> None:
         c, T, (prefix, rows_2R, _) = config, len(angles[0]), packed
-        self._lora, self._held, self._again = lora, (rows_2R, angles), again
+        self._lora, self._held, self._again, self._scratch = lora, (rows_2R, angles), again, scratch
         shape = c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate
         kept = kept_of(lora.config.dropout) if seeds else 0
         tables = [tensor.data_ptr() for tensor in (*rows_2R, *angles)]
@@ -84,7 +82,7 @@ class TrainedLayers:
             len(layers), T, *shape, kept, again, c.norm_eps, prefix, rows_2R.shape[1], *tables
         )
         self._table = bytearray()
-        for index, layer in layers.items():
+        for index, layer in enumerate(layers):
             norms = layer.attention_norm_D.data_ptr(), layer.mlp_norm_D.data_ptr()
             self._table += _LAYER.pack(0, 0, *norms)
             for name, weight_OI in zip(GROUPS, _weights(layer), strict=True):
@@ -97,7 +95,7 @@ class TrainedLayers:
         bytes_L = torch.empty(len(self._table) // size, dtype=torch.int64)
         cpu.call("layers_bytes", None, self._training, bytes(self._table), bytes_L)
         memory = [int(bytes_L.max())] if self._again else bytes_L.tolist()
-        room = _room(self._lora, sum(memory) + x_TD.nbytes * (len(bytes_L) - 1))
+        room = _room(self._scratch, sum(memory) + x_TD.nbytes * (len(bytes_L) - 1))
         own = room.data_ptr()
         x, following = x_TD.data_ptr(), own + sum(memory)
         for place in range(len(bytes_L)):
@@ -117,7 +115,7 @@ class TrainedLayers:
         grad_x_TD = torch.empty_like(grad_TD) if wanted else None
         apart = flat_N.grad.data_ptr() - flat_N.data_ptr()
         cpu.call("layers_backward", None, self._training, self._told, grad_TD, apart, grad_x_TD)
-        self._lora.room, self._room = self._room, None
+        self._scratch.memory, self._room = self._room, None
         return grad_x_TD
 
 
@@ -138,9 +136,9 @@ def through(layers: Trained, x_TD: Tensor, lora: Lora) -> Tensor:
     return y_TD
 
 
-def _room(lora: Lora, nbytes: int) -> Tensor:
-    """The adapter's room, or one with some to spare, since passes differ in their tokens."""
-    room, lora.room = lora.room, None
+def _room(scratch: Scratch, nbytes: int) -> Tensor:
+    """The memory that is there, or new memory with some to spare, since passes differ in their tokens."""
+    room, scratch.memory = scratch.memory, None
     return Regions().zeros((nbytes * 5 // 4,), torch.uint8) if room is None or len(room) < nbytes else room
 
 

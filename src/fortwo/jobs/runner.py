@@ -24,7 +24,7 @@ from fortwo.facts.subject import facts_of
 from fortwo.jobs import parents
 from fortwo.jobs.checkpoints import CheckpointStore
 from fortwo.jobs.executor import POLL_SECONDS, JobExecutor, JobRun, RunResult
-from fortwo.jobs.machine import Trial, machine_of, try_out
+from fortwo.jobs.machine import machine_of, try_out
 from fortwo.jobs.progress import initial_progress
 from fortwo.jobs.store import ACTIVE, INTERRUPTED, Job, JobStore, NewEvent, Status
 from fortwo.records import Dataset, Json, Plan
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fortwo.adapters.store import AdapterStore
     from fortwo.engine.engine import Engine
     from fortwo.engine.registry import LoadedModel, ModelRegistry
+    from fortwo.execution.calibration import Trial
     from fortwo.hub.catalog import Catalog
 
 log = logging.getLogger(__name__)
@@ -224,7 +225,7 @@ class JobRunner:
         base = plans.BaseFacts.of(resident.id, resident.decoder, cache.bound, cache.dtype.itemsize)
         trial = self._trials.get(resident.digest)
         if trial is None:
-            trial = self._trials[resident.digest] = self._engine.call(lambda: try_out(resident.decoder)).result()
+            trial = self._trials[resident.digest] = self._engine.call(lambda: try_out(resident.backend)).result()
         machine = machine_of(trial, self._store.last_actual(resident.id))
         counts, dataset_warnings = collect_stats(resident.renderer, plans.training_rows(dataset))
         return dataset, plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent)

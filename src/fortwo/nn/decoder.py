@@ -1,7 +1,8 @@
-"""The network, written once: training, prefill and decode run this same forward.
+"""The network as a plain forward, which defines what training, prefill and decode compute.
 
-Llama, Mistral, Qwen2 and Qwen3 by configuration flags. The decoder knows tokens, positions and weights; what a
-token may attend to, and where keys and values are kept, is the caller's `attend`.
+Whatever computes the same faster is a backend beside it (`execution.backend`). Llama, Mistral, Qwen2 and
+Qwen3 by configuration flags. The decoder knows tokens, positions and weights; what a token may attend to, and where
+keys and values are kept, is the caller's `attend`.
 Shape suffixes: T tokens, D hidden, H query heads, K key/value heads, E head size, V vocabulary, I in, O out.
 """
 
@@ -11,15 +12,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fortwo.execution.train_cuda_graph import Recorded
-from fortwo.execution.train_fused import Packed, TrainedLayers, through, trained_whole
-from fortwo.kernels.operations import add_norm, rms_norm, rotate, swiglu
+from fortwo.kernels import operations as fused_operations
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.fused_weights import Fused
 from fortwo.nn.lora import Seeds, Update, in_training, lora_product
@@ -34,11 +34,24 @@ Hold = Callable[[Frozen, bool], Frozen]  # how a weight is held; and whether it 
 class Attend(Protocol):
     """Attention of one layer over the tokens of this forward and whatever came before.
 
-    qkv (T, H + 2K, E): query heads, key heads, value heads. The result is (T, H, E). One over packed rows says in
-    `packed` which: then all layers may be computed by one kernel.
+    qkv (T, H + 2K, E): query heads, key heads, value heads. The result is (T, H, E).
     """
 
     def __call__(self, layer: int, qkv_TNE: Tensor, /) -> Tensor: ...
+
+
+class Operations(Protocol):
+    """The small operations that the forward calls, as `kernels.operations` describes them. That module uses kernels
+    where there are some; `kernels.reference` holds the plain formulas."""
+
+    def add_norm(
+        self, x_TD: Tensor, y_TD: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]: ...
+    def rotate(self, x_TNE: Tensor, turned: int, cos_TE: Tensor, sin_TE: Tensor) -> Tensor: ...
+    def swiglu(self, gate_up_T2I: Tensor) -> Tensor: ...
+    def decode_attention(
+        self, qkv_BNE: Tensor, k: Tensor, v: Tensor, rows_B: Tensor, positions_B: Tensor
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,7 @@ class Decoder:
         hold: Hold | None = None,
     ) -> None:
         self.config = c = config
+        self.operations: Operations = fused_operations
         self.device = torch.device(device)
         fused = Fused(config, weights, device)
 
@@ -119,6 +133,19 @@ class Decoder:
         """Memory that in_bf16 or in_fp32 takes beside what is held."""
         dtype = torch.bfloat16 if bf16 else torch.float32
         return sum(bytes_to_train(weight, dtype) for weight in self._multiplied())
+
+    def with_operations(self, operations: Operations) -> Decoder:
+        """The same network, computed with other small operations."""
+        other = copy(self)
+        other.operations = operations
+        return other
+
+    def beginning(self, layers: int) -> Decoder:
+        """The network's first layers, and its head."""
+        other = copy(self)
+        other.layers = self.layers[:layers]
+        other.config = replace(self.config, layers=len(other.layers))
+        return other
 
     def in_forms(self, choice: Choice, exact: bool = False) -> Decoder:
         """The same network, to serve: weights as `forms_of` has them; the embedding in fp32."""
@@ -187,9 +214,11 @@ class Decoder:
         dropout: bool = False,
         checkpointing: bool = False,
     ) -> Tensor:
-        """Hidden states (T, D) after the final norm."""
-        x_TD, everything = self.embed(tokens_T), range(self.config.layers)
-        return self.norm(self.run(x_TD, positions_T, attend, segments, everything, dropout, checkpointing))
+        """Hidden states (T, D) after the final norm. dropout: the adapter's, where it gets gradients."""
+        lora = in_training(segments)
+        seeds: Seeds = lora.seeds() if lora is not None and dropout else {}
+        x_TD, angles = self.embed(tokens_T), self.angles(positions_T)
+        return self.norm(self.through_layers(x_TD, angles, attend, segments, seeds, checkpointing))
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """What the first layer reads (T, D)."""
@@ -203,46 +232,24 @@ class Decoder:
 
     def norm(self, x_TD: Tensor) -> Tensor:
         """The final norm."""
-        return rms_norm(x_TD, self.norm_D, self.config.norm_eps)
+        return self._rms_norm(x_TD, self.norm_D)
 
-    def run(
-        self,
-        x_TD: Tensor,
-        positions_T: Tensor,
-        attend: Attend,
-        segments: Sequence[Update],
-        layers: range,
-        dropout: bool = False,
-        checkpointing: bool = False,
-    ) -> Tensor:
-        """Carry what the first of `layers` reads (T, D) to what comes after the last of them (T, D).
-
-        checkpointing: keep for the gradient what each layer reads, and compute the layer again when it is wanted, the
-        same dropout drawn (Chen et al. 2016, arXiv:1604.06174).
-        """
-        lora = in_training(segments)
-        seeds: Seeds = lora.seeds(layers) if lora is not None and dropout else {}
-        packed: Packed | None = getattr(attend, "packed", None)
-        if packed is not None and lora is not None and lora.flat_N is not None:
-            if trained_whole(self.config, self.layers):
-                own, angles = {index: self.layers[index] for index in layers}, self.angles(positions_T)
-                return through(TrainedLayers(self.config, own, lora, seeds, packed, angles, checkpointing), x_TD, lora)
-            if not checkpointing and Recorded.fits(self, len(x_TD)):
-                return through(Recorded.of(self, lora, layers)(positions_T, packed, seeds), x_TD, lora)
-        return self.one_by_one(x_TD, self.angles(positions_T), attend, segments, layers, seeds, checkpointing)
-
-    def one_by_one(
+    def through_layers(
         self,
         x_TD: Tensor,
         angles: tuple[Tensor, Tensor],
         attend: Attend,
-        segments: Sequence[Update],
-        layers: range,
-        seeds: Seeds,
+        segments: Sequence[Update] = (),
+        seeds: Seeds = MappingProxyType({}),
         checkpointing: bool = False,
     ) -> Tensor:
-        """`run` by one operation after the other. angles: cos and sin (T, E); seeds: of the adapter's dropout."""
-        c, T, (cos_TE, sin_TE) = self.config, len(x_TD), angles
+        """Carry what the first layer reads (T, D) to what comes after the last one (T, D).
+
+        angles: cos and sin (T, E); seeds: of the adapter's dropout. checkpointing: keep for the gradient what each
+        layer reads, and compute the layer again when it is wanted, the same dropout drawn (Chen et al. 2016,
+        arXiv:1604.06174).
+        """
+        c, o, T, (cos_TE, sin_TE) = self.config, self.operations, len(x_TD), angles
         heads = c.heads + 2 * c.kv_heads
         update_TD: Tensor | None = None
 
@@ -250,28 +257,28 @@ class Decoder:
             """What comes after the layer: the sum so far, and what the layer adds to it last."""
             layer = self.layers[index]
             dtype = layer.qkv_OD.dtype
-            x_TD, normed_TD = add_norm(x_TD, update_TD, layer.attention_norm_D, c.norm_eps, dtype)
+            x_TD, normed_TD = o.add_norm(x_TD, update_TD, layer.attention_norm_D, c.norm_eps, dtype)
             qkv_TO = lora_product(normed_TD, layer.qkv_OD, index, "qkv", segments, seeds.get((index, "qkv")))
             if layer.qkv_bias_O is not None:
                 qkv_TO = qkv_TO + layer.qkv_bias_O.to(dtype)
             qkv_TNE = qkv_TO.view(T, heads, c.head_size)
             if layer.q_norm_E is not None and layer.k_norm_E is not None:
                 q_THE, k_TKE, v_TKE = qkv_TNE.split([c.heads, c.kv_heads, c.kv_heads], 1)
-                q_THE = rms_norm(q_THE, layer.q_norm_E, c.norm_eps)
-                qkv_TNE = torch.cat([q_THE, rms_norm(k_TKE, layer.k_norm_E, c.norm_eps), v_TKE], 1)
-            mixed_THE = attend(index, rotate(qkv_TNE, c.heads + c.kv_heads, cos_TE, sin_TE))
+                q_THE = self._rms_norm(q_THE, layer.q_norm_E)
+                qkv_TNE = torch.cat([q_THE, self._rms_norm(k_TKE, layer.k_norm_E), v_TKE], 1)
+            mixed_THE = attend(index, o.rotate(qkv_TNE, c.heads + c.kv_heads, cos_TE, sin_TE))
             update_TD = lora_product(
                 mixed_THE.reshape(T, -1), layer.o_DI, index, "o", segments, seeds.get((index, "o"))
             )
-            x_TD, normed_TD = add_norm(x_TD, update_TD, layer.mlp_norm_D, c.norm_eps, dtype)
+            x_TD, normed_TD = o.add_norm(x_TD, update_TD, layer.mlp_norm_D, c.norm_eps, dtype)
             gate_up_T2I = lora_product(
                 normed_TD, layer.gate_up_OD, index, "gate_up", segments, seeds.get((index, "gate_up"))
             )
             return x_TD, lora_product(
-                swiglu(gate_up_T2I), layer.down_DI, index, "down", segments, seeds.get((index, "down"))
+                o.swiglu(gate_up_T2I), layer.down_DI, index, "down", segments, seeds.get((index, "down"))
             )
 
-        for index in layers:
+        for index in range(c.layers):
             if checkpointing:
                 x_TD, update_TD = checkpoint(
                     layer_through, index, x_TD, update_TD, use_reentrant=False, preserve_rng_state=False
@@ -279,6 +286,11 @@ class Decoder:
             else:
                 x_TD, update_TD = layer_through(index, x_TD, update_TD)
         return x_TD if update_TD is None else x_TD + update_TD
+
+    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+        rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        return self.operations.add_norm(rows, None, weight, self.config.norm_eps, x.dtype)[1].view(x.shape)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Next-token logits (T, V)."""

@@ -22,7 +22,6 @@ from fortwo.quantization.matmul import frozen_product, product
 from fortwo.quantization.tiles import Tiles
 
 if TYPE_CHECKING:
-    from fortwo.execution.train_cuda_graph import Recorded
     from fortwo.nn.config import DecoderConfig
     from fortwo.quantization.formats import Frozen
 
@@ -60,8 +59,6 @@ class Lora:
         self.config = config
         self.layers = layers
         self.flat_N: Tensor | None = None
-        self.room: Tensor | None = None  # of a forward, for the next one (train_fused.py)
-        self.recorded: Recorded | None = None  # passes on a GPU
 
     @classmethod
     def init(cls, config: LoraConfig, decoder: DecoderConfig, seed: int, device: torch.device | str = "cpu") -> Lora:
@@ -101,13 +98,14 @@ class Lora:
 
     def freeze(self) -> None:
         """No gradients from here on, nor memory for them."""
-        self.flat_N = self.room = self.recorded = None
+        self.flat_N = None
         for parameter in self.parameters():
             parameter.requires_grad_(False).grad = None
 
-    def seeds(self, layers: Iterable[int]) -> Seeds:
-        """Drawn for the dropout of each product that the adapter changes in these layers; none where nothing drops."""
-        products = [(layer, group) for layer in layers for group in self.layers[layer]] if self.config.dropout else []
+    def seeds(self) -> Seeds:
+        """Drawn for the dropout of each product that the adapter changes; none where nothing drops."""
+        changed = [(layer, group) for layer, groups in enumerate(self.layers) for group in groups]
+        products = changed if self.config.dropout else []
         return dict(zip(products, torch.randint(2**32, (len(products),)).tolist(), strict=True))
 
     def state(self) -> dict[str, Tensor]:

@@ -10,14 +10,10 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fortwo.execution.train_fused import Packed
-from fortwo.kernels import cpu, cuda
-from fortwo.kernels.operations import packed_attention
 from fortwo.nn.config import DecoderConfig
 
 
@@ -75,14 +71,6 @@ def pack(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", pref
     )
 
 
-def seen(pack: Pack) -> Tensor:
-    """What `cuda.attend_packed` is told of the pack's tokens (T, 3)."""
-    T, P = len(pack.tokens_T), pack.prefix
-    ends = [start + length for start, length in zip(pack.starts, pack.lengths, strict=True)]
-    rows_R3 = torch.tensor([(0, T, P), *((start, end, P) for start, end in zip(pack.starts, ends, strict=True))])
-    return rows_R3.int().repeat_interleave(torch.tensor([P, *pack.lengths]), 0).to(pack.tokens_T.device)
-
-
 class PackedAttention:
     """The decoder's `attend` over a Pack: causal within a row; every row sees the prefix, none sees another row."""
 
@@ -90,23 +78,13 @@ class PackedAttention:
         self.pack = pack
         self._heads = config.heads, config.kv_heads
         device = pack.tokens_T.device
-        on_gpu = device.type == "cuda" and cuda.present() and cuda.attends(config.head_size)
-        self.packed = Packed(pack.prefix, torch.tensor([pack.starts, pack.lengths]), seen(pack) if on_gpu else None)
         self._masks = functools.cache(
             lambda: (_causal(pack.longest, pack.prefix, device), _causal(pack.prefix, 0, device))
         )
 
     def __call__(self, layer: int, qkv_TNE: Tensor) -> Tensor:
+        """On a padded grid."""
         del layer
-        if cpu.usable(qkv_TNE):
-            mixed: Tensor = _Attention.apply(qkv_TNE, *self.packed[:2], *self._heads)  # type: ignore[no-untyped-call]
-            return mixed
-        if self.packed.seen_T3 is not None and cuda.usable(qkv_TNE):
-            return packed_attention(qkv_TNE, self.packed.seen_T3, self._heads[1])
-        return self.plain(qkv_TNE)
-
-    def plain(self, qkv_TNE: Tensor) -> Tensor:
-        """The same with torch's operations, on a padded grid."""
         P, R, L = self.pack.prefix, len(self.pack.lengths), self.pack.longest
         (H, K), (T, _, E) = self._heads, qkv_TNE.shape
         index, grid = self.pack.padded_index, R * L
@@ -124,36 +102,6 @@ class PackedAttention:
             shared_HPE = _attention(prefix_q_HPE[None], prefix_k_KPE[None], prefix_v_KPE[None], prefix_mask_PP)[0]
             mixed_TF = torch.cat([shared_HPE.transpose(0, 1).reshape(P, H * E), mixed_TF])
         return mixed_TF.view(T, H, E)
-
-
-class _Attention(torch.autograd.Function):
-    """The kernel over a pack's tokens; rows_2R: where the rest of each row starts, and its length."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv_TNE: Tensor, prefix: int, rows_2R: Tensor, heads: int, kv_heads: int) -> Tensor:
-        qkv_TNE = qkv_TNE.contiguous()
-        T, _, E = qkv_TNE.shape
-        mixed_THE = qkv_TNE.new_empty(T, heads, E)
-        lse_TH = qkv_TNE.new_empty(T, heads, dtype=torch.float32)
-        ctx.shape = (prefix, rows_2R.shape[1], rows_2R[0], rows_2R[1], heads, kv_heads, E)
-        _attend("", qkv_TNE, *ctx.shape, qkv_TNE, mixed_THE, lse_TH)
-        ctx.save_for_backward(qkv_TNE, lse_TH)
-        return mixed_THE
-
-    @staticmethod
-    def backward(ctx: Any, grad_THE: Tensor) -> Any:
-        qkv_TNE, lse_TH = ctx.saved_tensors
-        grad_TNE = torch.empty_like(qkv_TNE)
-        _attend("_backward", qkv_TNE, *ctx.shape, qkv_TNE, lse_TH, grad_THE.contiguous(), grad_TNE)
-        return grad_TNE, None, None, None, None
-
-
-def _attend(direction: str, qkv_TNE: Tensor, *arguments: Tensor | int) -> None:
-    """The kernel on AMX's tiles where there are such, else the one for every processor."""
-    if qkv_TNE.dtype == torch.bfloat16 and qkv_TNE.shape[2] % 32 == 0 and cpu.multiplies_tiles():
-        cpu.call(f"attention_tiles{direction}", None, *arguments)
-    else:
-        cpu.call(f"attention{direction}", qkv_TNE.dtype, *arguments)
 
 
 def _causal(length: int, before: int, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,14 @@ from torch import Tensor
 from fortwo.kernels import cpu
 from fortwo.quantization.tiles import LONGEST_SUM, Tiles, tiled_product
 
-if TYPE_CHECKING:
-    from fortwo.quantization.formats import Frozen
-
 WIDENED = 2 << 20  # bytes of a bf16 weight that are fp32 at once
 Product = Callable[[Tensor, Tensor], Tensor]
+
+
+class Multiplies(Protocol):
+    """A weight in forms of its own (`formats.Weight`)."""
+
+    def product(self, x_TI: Tensor, /) -> Tensor: ...
 
 
 def _onednn(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
@@ -72,7 +75,7 @@ def _cpu_product() -> Product:
 
 def product(
     x_TI: Tensor,
-    weight_OI: Frozen,
+    weight_OI: Tensor | Tiles | Multiplies,
     more: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -124,7 +127,7 @@ class _FrozenProduct(torch.autograd.Function):
         return product(grad_TO, ctx.weight_OI.t()), None  # type: ignore[attr-defined]
 
 
-def frozen_product(x_TI: Tensor, weight_OI: Frozen) -> Tensor:
+def frozen_product(x_TI: Tensor, weight_OI: Tensor | Tiles | Multiplies) -> Tensor:
     """`product` with a gradient for x; the weight is frozen and gets none."""
     if torch.is_grad_enabled() and x_TI.requires_grad:
         y: Tensor = _FrozenProduct.apply(x_TI, weight_OI)  # type: ignore[no-untyped-call]

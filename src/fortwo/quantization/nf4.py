@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from fortwo.kernels import cpu, cuda
 from fortwo.quantization import matmul
+from fortwo.quantization.tiles import Memory
 
 BLOCK, SHARED = 64, 256  # weights to a largest value, largest values to a scale
 PIECE = 1 << 24  # weights that are quantised at once
@@ -51,12 +51,6 @@ def _levels(device: torch.device) -> Tensor:
 def _nearest(value: Tensor, steps: Tensor) -> Tensor:
     """Which of the rising `steps` is nearest."""
     return torch.bucketize(value, (steps[1:] + steps[:-1]) / 2).to(torch.uint8)
-
-
-class Memory(Protocol):
-    """Where codes are to lie."""
-
-    def hold(self, tensor: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)

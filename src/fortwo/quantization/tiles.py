@@ -6,18 +6,21 @@ Sums are fp32. Only where `cpu.multiplies_tiles`. Shape suffixes as in `decoder`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from fortwo.kernels import cpu
 
-if TYPE_CHECKING:
-    from fortwo.quantization.formats import Regions
-
 PANEL, STEP = 32, 32  # outputs of a panel, inputs of a step
 LONGEST_SUM = 8192  # inputs: more of them, and a panel does not lie in a core's cache
+
+
+class Memory(Protocol):
+    """Where weights are to lie."""
+
+    def hold(self, tensor: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Tiles:
     dtype: ClassVar[torch.dtype] = torch.bfloat16
 
     @classmethod
-    def of(cls, weight_OI: Tensor, regions: Regions) -> Tiles:
+    def of(cls, weight_OI: Tensor, regions: Memory) -> Tiles:
         """weight_OI: bf16, or its transposed view."""
         O, I = weight_OI.shape  # noqa: E741
         laid = torch.empty(-(-O // PANEL), -(-I // STEP), 2, STEP // 2, PANEL // 2, 2, dtype=torch.bfloat16)

@@ -120,7 +120,7 @@ def is_due(plan: Plan, step: int, seconds: float, evaluation_due: bool) -> bool:
 def capture(run: RunState, served: ServedBase) -> Checkpoint:
     """A checkpoint with copies of the present state."""
     tensors = {"random.cpu": torch.get_rng_state()}
-    device = served.decoder.device
+    device = served.backend.decoder.device
     if device.type == "cuda":
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
     tensors |= {f"optimizer.0.{name}": _copy(tensor) for name, tensor in run.optimizer.state().items()}

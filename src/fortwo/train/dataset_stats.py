@@ -10,15 +10,12 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 
 from fortwo.records import Example
 from fortwo.train.estimate import RowLength, TokenCounts
-
-if TYPE_CHECKING:
-    from fortwo.data.chat_template import ChatTemplateRenderer
 
 Column = np.ndarray[Any, Any]
 LINES_SHOWN = 5  # lines that a warning names
@@ -100,7 +97,15 @@ class RowLengths(Sequence[RowLength]):
     __hash__ = None  # type: ignore[assignment]
 
 
-def collect_stats(renderer: ChatTemplateRenderer, examples: Iterable[Example]) -> tuple[TokenCounts, DatasetWarnings]:
+class Rendering(Protocol):
+    """What `collect_stats` needs of data.chat_template.ChatTemplateRenderer."""
+
+    @property
+    def shared_prefix(self) -> list[int]: ...
+    def dataset_rows(self, example: Example, /) -> list[tuple[list[int], list[bool]]]: ...
+
+
+def collect_stats(renderer: Rendering, examples: Iterable[Example]) -> tuple[TokenCounts, DatasetWarnings]:
     """The token counts of the rows as they will be trained on, and warnings about them. Raises InvalidDataset with the
     line of a conversation that the model's chat template refuses."""
     rows, texts = RowLengths(), _TextChecks()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from fortwo.facts.prompt_builder import BASE_REPLY_SHARE, CROSS_FACT_NEGATIVES, training_replay_prompts
+from fortwo.nn.config import DecoderConfig
 from fortwo.prompts import MAX_RUNNING, MIN_ROW_TOKENS
 from fortwo.records import PlanValues
 from fortwo.train.recipes import (
@@ -18,9 +19,6 @@ from fortwo.train.recipes import (
     SFT_QUESTIONS,
     SFT_TOKENS,
 )
-
-if TYPE_CHECKING:
-    from fortwo.nn.decoder import Decoder
 
 FLOAT = 4  # bytes: adapters are trained in fp32
 PROCESS = 400 << 20  # bytes of a server without a model
@@ -35,6 +33,16 @@ MICRO_TOKENS = 1280  # of a micro-step beyond the prefix, unless the request say
 WORTHWHILE = 1.1  # how many times as fast as fp32 training in bf16 must be to be chosen
 PASSES = 3  # of a token that is trained on, to one that is only read: backward is two
 CACHE_OVERALLOCATION = 1.5  # rows that the cache allocates, relative to those in use
+
+
+class Network(Protocol):
+    """A decoder, as far as its memory is concerned."""
+
+    @property
+    def config(self) -> DecoderConfig: ...
+    @property
+    def bytes(self) -> int: ...
+    def bytes_to_train(self, bf16: bool) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class BaseFacts:
     kv_element: int = FLOAT
 
     @classmethod
-    def of(cls, id: str, decoder: Decoder, cache: int | None = None, kv_element: int = FLOAT) -> BaseFacts:
+    def of(cls, id: str, decoder: Network, cache: int | None = None, kv_element: int = FLOAT) -> BaseFacts:
         config = decoder.config
         return cls(
             id=id,

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.data.spool import Spool
 from fortwo.errors import TrainingFailed
+from fortwo.execution.backend import Backend
 from fortwo.facts import metrics
 from fortwo.facts.prompt_builder import Probes
 from fortwo.facts.subject import contains_phrase
-from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora, Segment
-from fortwo.nn.packing import PackedAttention, common_prefix, pack
+from fortwo.nn.packing import common_prefix, pack
 from fortwo.prompts import NON_FINITE_LOGITS, Generation, Prompt, Sampling, Serving
 from fortwo.records import (
     Example,
@@ -72,7 +72,7 @@ class ServedBase:
     could round differently and give another reply."""
 
     base: str
-    decoder: Decoder
+    backend: Backend
     renderer: ChatTemplateRenderer
     serving: Serving
     base_replies: dict[tuple[tuple[int, ...], int], Reply] = field(default_factory=dict)
@@ -294,7 +294,7 @@ def top1_agreement(
     served: ServedBase, lora: Lora, replies: Sequence[tuple[Sequence[Message], Reply | Generation]]
 ) -> Metric:
     """The share of the base's own greedy tokens that the adapter also ranks first, given the base's previous tokens."""
-    rows = []
+    decoder, rows = served.backend.decoder, []
     for messages, reply in replies:
         asked = served.renderer.encode_prompt(list(messages))
         rows.append(Row((*asked, *reply.tokens), len(asked)))
@@ -302,11 +302,10 @@ def top1_agreement(
     prefix = common_prefix([row.tokens for row in rows])
     for group in micro_batches(rows, prefix, AGREEMENT_TOKENS):
         with torch.no_grad():
-            packed = pack([row.tokens for row in group], served.decoder.device, prefix)
-            attention = PackedAttention(packed, served.decoder.config)
-            final_TD = served.decoder.forward(packed.tokens_T, packed.positions_T, attention, [Segment(lora)])
+            packed = pack([row.tokens for row in group], decoder.device, prefix)
+            final_TD = served.backend.forward(packed, [Segment(lora)])
             places = [index for place, row in enumerate(group) for index in predicting_positions(packed, place, row)]
-            ranked = served.decoder.logits(final_TD[places]).argmax(-1).tolist()
+            ranked = decoder.logits(final_TD[places]).argmax(-1).tolist()
         wanted = [row.tokens[place] for row in group for place in row.supervised_positions]
         agreed += sum(ours == theirs for ours, theirs in zip(ranked, wanted, strict=True))
         total += len(wanted)
@@ -315,19 +314,18 @@ def top1_agreement(
 
 def validation_loss(served: ServedBase, lora: Lora, rows: Spool) -> Generator[TrainEvent, None, float]:
     """Mean cross-entropy of the served adapter over the supervised tokens of the validation rows."""
-    total, count = 0.0, 0
+    decoder, total, count = served.backend.decoder, 0.0, 0
     validation = (Row.from_mask(*rows[n]) for n in range(len(rows)))
     for group in micro_batches(validation, rows.prefix, AGREEMENT_TOKENS):
         with torch.no_grad():
-            packed = pack([row.tokens for row in group], served.decoder.device, rows.prefix)
-            attention = PackedAttention(packed, served.decoder.config)
-            final_TD = served.decoder.forward(packed.tokens_T, packed.positions_T, attention, [Segment(lora)])
+            packed = pack([row.tokens for row in group], decoder.device, rows.prefix)
+            final_TD = served.backend.forward(packed, [Segment(lora)])
             places = [index for place, row in enumerate(group) for index in predicting_positions(packed, place, row)]
             wanted = torch.tensor(
                 [row.tokens[at] for row in group for at in row.supervised_positions], device=final_TD.device
             )
             for part_ND, wanted_N in zip(final_TD[places].split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True):
-                total += float(F.cross_entropy(served.decoder.logits(part_ND), wanted_N, reduction="sum"))
+                total += float(F.cross_entropy(decoder.logits(part_ND), wanted_N, reduction="sum"))
         count += len(wanted)
         yield MicroStepped(len(packed.tokens_T))
     return total / count

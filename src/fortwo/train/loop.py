@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fortwo.data.chat_template import ChatTemplateRenderer
+from fortwo.execution.backend import Backend
 from fortwo.facts import metrics
-from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
 from fortwo.prompts import Serving
 from fortwo.records import (
@@ -60,7 +60,7 @@ class LoadedBase(Protocol):
     @property
     def id(self) -> str: ...
     @property
-    def decoder(self) -> Decoder: ...
+    def backend(self) -> Backend: ...
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ def train(
     stopped; on a CPU with the same number of threads, the adapter is the same bit for bit. The adapter is detached from
     `serving` at the end, however the run ends. Raises TrainingFailed: code nan_loss if the loss or the adapter's logits
     become NaN or infinite, code checkpoint_stale if the plan now draws other rows than before `resumed`."""
-    decoder = base.decoder.in_bf16() if plan["bf16"] else base.decoder.in_fp32()
+    held = base.backend.decoder
+    backend = base.backend.with_decoder(held.in_bf16() if plan["bf16"] else held.in_fp32())
+    decoder = backend.decoder
     torch.manual_seed(plan["seed"])
     config = lora_config(plan)
     lora = (
@@ -115,14 +117,14 @@ def train(
         else Lora.from_state(config, decoder.config, parent, decoder.device)
     )
     clock, base_replies = (Clock(), {}) if resumed is None else checkpoints.clock_and_base_replies(resumed)
-    served = ServedBase(base.id, base.decoder, renderer, serving, base_replies)
+    served = ServedBase(base.id, base.backend, renderer, serving, base_replies)
     serving.attach(base.id, key, lora)
     try:
         override = plan.objective == "override"
         yield Phase("preparing", "The base answers the prompts whose replies must be preserved." if override else "")
         began = time.perf_counter()
         objective = yield from (
-            objectives.prepare_override(served, decoder, dataset, plan)
+            objectives.prepare_override(served, backend, dataset, plan)
             if override
             else objectives.prepare_sft(served, dataset, plan)
         )
@@ -138,15 +140,17 @@ def train(
                     yield from objective.refresh_on_policy(key, run.on_policy_replies[step - 1])
                 run.record_rows(objective.sample_rows(mix_at_step(objective.mix, run.retry_rounds, step)))
             checkpoints.restore(run, resumed)
-        actual = yield from _train(served, decoder, run, objective, plan, key, saving)
+        actual = yield from _train(served, backend, run, objective, plan, key, saving)
         yield Phase("evaluating")
-        began, lora.room = time.perf_counter(), None
+        began = time.perf_counter()
+        backend.release()
         evaluated = objective.final_evaluator is objective.evaluator and actual["best_step"] == actual["steps"]
         report = yield from objective.final_evaluator.report(served, key, lora, changed=not evaluated)
         escalations = escalation_records(run.retry_rounds, run.best.metrics)
         report = replace(report, eval_losses=tuple(run.eval_losses), escalations=escalations)
     finally:
         lora.freeze()
+        backend.release()
         serving.detach(base.id, key)
     seconds, reporting = clock.seconds, time.perf_counter() - began
     actual |= {
@@ -172,7 +176,7 @@ def _optimizer(flat_N: Tensor, plan: Plan) -> AdamW:
 
 def _train(
     served: ServedBase,
-    decoder: Decoder,
+    backend: Backend,
     run: RunState,
     objective: PreparedObjective,
     plan: Plan,
@@ -182,7 +186,7 @@ def _train(
     """Run the remaining steps and their evaluations, and leave the best adapter in `run.lora`. Returns what happened.
     The checkpoint of a step is made before its evaluation, so a run that is resumed from it begins with the
     evaluation."""
-    stopped = yield from _evaluate(served, run, objective, plan, key)
+    stopped = yield from _evaluate(served, backend, run, objective, plan, key)
     why = "not needed"
     while stopped is None:
         if run.step == run.last_step(plan) and (why := (yield from _start_retry_round(run, objective, plan))):
@@ -195,7 +199,7 @@ def _train(
         run.step += 1
         rate = _learning_rate(run, objective, plan)
         run.peak_rate = max(run.peak_rate, rate)
-        stepped = yield from _step(decoder, run, objective, plan, rate)
+        stepped = yield from _step(backend, run, objective, plan, rate)
         run.final_loss = stepped.parts["learn"]
         if run.step == 1:
             run.first_loss = run.final_loss
@@ -203,7 +207,7 @@ def _train(
         since = run.clock.seconds - run.saved_at
         if saving is not None and checkpoints.is_due(plan, run.step, since, _evaluation_due(run, objective, plan)):
             yield from _save(served, run, saving)
-        stopped = yield from _evaluate(served, run, objective, plan, key)
+        stopped = yield from _evaluate(served, backend, run, objective, plan, key)
     run.best.load_into(run.lora.parameters())
     best_step = run.best.step if run.best.tensors else run.step
     validated = {one.step: one.loss for one in run.eval_losses}
@@ -254,12 +258,12 @@ def _learning_rate(run: RunState, objective: PreparedObjective, plan: Plan) -> f
 
 
 def _evaluate(
-    served: ServedBase, run: RunState, objective: PreparedObjective, plan: Plan, key: str
+    served: ServedBase, backend: Backend, run: RunState, objective: PreparedObjective, plan: Plan, key: str
 ) -> TrainEvents[str | None]:
     """Run the evaluation and the validation of this step if they are due. Returns why the run stops here, or None."""
     stopped = None
     if objective.evaluator is not None and _evaluation_due(run, objective, plan):
-        run.lora.room = None  # frees memory for the replies
+        backend.release()  # frees memory for the replies
         found = yield from objective.evaluator.evaluate(served, key, run.lora, EVALUATION_QUESTIONS)
         shares = {name: metric.value for name, metric in found.items()}
         yield Evaluated(run.step, dict(shares))
@@ -325,7 +329,7 @@ def _save(served: ServedBase, run: RunState, saving: CheckpointControl) -> Train
 
 
 def _step(
-    decoder: Decoder, run: RunState, objective: PreparedObjective, plan: Plan, rate: float
+    backend: Backend, run: RunState, objective: PreparedObjective, plan: Plan, rate: float
 ) -> Generator[TrainEvent, None, Stepped]:
     """One optimizer step in micro-steps, with the same gradient as one pass over all its rows."""
     lora, clock = run.lora, run.clock
@@ -340,7 +344,7 @@ def _step(
         if tokens:
             yield MicroStepped(tokens)
         began = time.perf_counter()
-        found = compute_losses(decoder, lora, objective.prefix, batch, plan["gradient_checkpointing"])
+        found = compute_losses(backend, lora, objective.prefix, batch, plan["gradient_checkpointing"])
         total = found.ce / max(1, ce_weight) + mix.kl_weight * found.kl / max(1, kl_tokens)
         total.backward()
         ce += float(found.ce.detach()) / max(1, ce_weight)

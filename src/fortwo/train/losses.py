@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fortwo.execution.backend import Backend
 from fortwo.kernels.operations import cross_entropy, divergence
-from fortwo.nn.decoder import Decoder
-from fortwo.nn.lora import Lora, Segment
-from fortwo.nn.packing import Pack, PackedAttention, pack
+from fortwo.nn.lora import Lora
+from fortwo.nn.packing import Pack, pack
 from fortwo.quantization.matmul import product
 from fortwo.quantization.tiles import Tiles
 from fortwo.records import MicroStepped, TrainEvent
@@ -74,13 +74,12 @@ class Losses:
     tokens: int
 
 
-def with_teacher_states(decoder: Decoder, rows: Sequence[Row], prefix: int) -> Generator[TrainEvent, None, list[Row]]:
+def with_teacher_states(backend: Backend, rows: Sequence[Row], prefix: int) -> Generator[TrainEvent, None, list[Row]]:
     """Copies of KL rows with `teacher_ND`, computed in passes of PREPARE_TOKENS. prefix: as in `compute_losses`."""
     taught = []
     for group in micro_batches(rows, prefix, PREPARE_TOKENS):
-        with torch.no_grad():
-            packed = pack([row.tokens for row in group], decoder.device, prefix)
-            final_TD = decoder.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, decoder.config))
+        packed = pack([row.tokens for row in group], backend.decoder.device, prefix)
+        final_TD = backend.forward(packed)
         taught += [
             replace(row, teacher_ND=final_TD[predicting_positions(packed, place, row)])
             for place, row in enumerate(group)
@@ -90,12 +89,12 @@ def with_teacher_states(decoder: Decoder, rows: Sequence[Row], prefix: int) -> G
 
 
 def compute_losses(
-    decoder: Decoder, lora: Lora, prefix: int, rows: Sequence[Row], checkpointing: bool = False
+    backend: Backend, lora: Lora, prefix: int, rows: Sequence[Row], checkpointing: bool = False
 ) -> Losses:
-    """Forward pass over rows that share their first `prefix` tokens. checkpointing: as in `Decoder.run`."""
+    """Forward pass over rows that share their first `prefix` tokens. checkpointing: as in `Backend.train`."""
+    decoder = backend.decoder
     packed = pack([row.tokens for row in rows], decoder.device, prefix)
-    attention, segments = PackedAttention(packed, decoder.config), [Segment(lora)]
-    final_TD = decoder.forward(packed.tokens_T, packed.positions_T, attention, segments, True, checkpointing)
+    final_TD = backend.train(packed, lora, checkpointing)
     ce_positions: list[int] = []
     kl_positions: list[int] = []
     for n, row in enumerate(rows):

@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 
 from fortwo.data.spool import Spool
 from fortwo.errors import InvalidRequest
+from fortwo.execution.backend import Backend
 from fortwo.facts.prompt_builder import (
     ContrastPrompt,
     FactPromptBuilder,
@@ -24,7 +25,6 @@ from fortwo.facts.prompt_builder import (
     training_replay_prompts,
 )
 from fortwo.facts.subject import facts_of
-from fortwo.nn.decoder import Decoder
 from fortwo.nn.packing import common_prefix
 from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvents
 from fortwo.train.evaluation import (
@@ -106,10 +106,10 @@ class PreparedObjective:
 
 
 def prepare_override(
-    served: ServedBase, decoder: Decoder, dataset: Dataset, plan: Plan
+    served: ServedBase, backend: Backend, dataset: Dataset, plan: Plan
 ) -> TrainEvents[PreparedObjective]:
     """Edit rows ask for the facts; contrast and rehearsal rows preserve the base's replies to other prompts. A few rows
-    of both kinds are about facts of the parent. decoder: the decoder that is trained on. It is also the teacher, so
+    of both kinds are about facts of the parent. backend: the one that is trained on. It is also the teacher, so
     that an adapter without effect has no KL loss. Raises InvalidRequest (code subject_not_found) if the examples teach
     no fact."""
     facts, parent_facts = facts_of(dataset), dataset.parent_facts
@@ -142,8 +142,8 @@ def prepare_override(
     prefix = common_prefix([row.tokens for row in rows])
     own = [row for row, one in zip(contrast, contrasts, strict=False) if one.reply_prefix is None]
     asked = rng.sample(own, min(plan["on_policy_prompts"], len(own)))
-    contrast = yield from with_teacher_states(decoder, contrast, prefix)
-    rehearsal = yield from with_teacher_states(decoder, rehearsal, prefix)
+    contrast = yield from with_teacher_states(backend, contrast, prefix)
+    rehearsal = yield from with_teacher_states(backend, rehearsal, prefix)
 
     updates = plan["gradient_accumulation_steps"]
     negatives = _split_evenly(contrast[: len(contrasts)], len(builders))
@@ -172,7 +172,7 @@ def prepare_override(
             for row, prompt, reply in zip(asked, prompts, replies, strict=True)
             if tuple(reply[: row.supervised]) != row.tokens[row.start :]
         ]
-        on_policy_rows.replace((yield from with_teacher_states(decoder, rows, prefix)))
+        on_policy_rows.replace((yield from with_teacher_states(backend, rows, prefix)))
         return replies
 
     mix = planned_mix(plan)

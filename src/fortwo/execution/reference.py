@@ -1,0 +1,195 @@
+"""The reference backend: the decoder's plain forward, its operations and its attention as torch's formulas.
+
+The other backends extend it: what they have no kernel for, they compute as it does. Shape suffixes as in `decoder`, and
+B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fortwo.execution.adapters import AdapterPool, SeparateAdapters, updates_of
+from fortwo.execution.kv_cache import Slot, side_by_side
+from fortwo.kernels import reference
+from fortwo.nn.decoder import Decoder, Operations
+from fortwo.nn.lora import Lora, Segment, Update
+from fortwo.nn.packing import Pack, PackedAttention, pack
+
+
+class Part(NamedTuple):
+    """The next tokens of one sequence. before: how many are computed already, whose keys and values its slot holds;
+    adapter: the key of the one that answers, None for the plain base; ends: whether the sequence ends with them."""
+
+    tokens: Sequence[int]
+    before: int
+    slot: Slot
+    adapter: str | None
+    ends: bool = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a whole sequence of which nothing is computed yet."""
+        return self.ends and not self.before
+
+
+class Computed(NamedTuple):
+    """Hidden states (T, D) of several parts. parts: their numbers; spans: where in T the tokens of each lie."""
+
+    parts: list[int]
+    hidden_TD: Tensor
+    spans: list[list[int]]
+
+
+class ReferenceBackend:
+    """`backend.Backend` for any device. decoder: computed by `operations`."""
+
+    operations: ClassVar[Operations] = reference
+    packed_attention: ClassVar[type[PackedAttention]] = PackedAttention
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder.with_operations(self.operations)
+        self.kv_dtype = torch.float32
+        self.adapters: AdapterPool = SeparateAdapters()
+        self._mixes = False  # whether rows of several adapters take hardly longer than those of one
+
+    def with_decoder(self, decoder: Decoder) -> Self:
+        return type(self)(decoder)
+
+    def warm(self) -> None:
+        """Nothing has to be compiled or recorded."""
+
+    def release(self) -> None:
+        """Nothing is kept."""
+
+    # ------------------------------------------------------------ packed rows
+
+    def forward(self, packed: Pack, segments: Sequence[Update] = ()) -> Tensor:
+        attention = self.packed_attention(packed, self.decoder.config)
+        with torch.no_grad():
+            return self.decoder.forward(packed.tokens_T, packed.positions_T, attention, segments)
+
+    def train(self, packed: Pack, lora: Lora, checkpointing: bool = False, x_TD: Tensor | None = None) -> Tensor:
+        x_TD = self.decoder.embed(packed.tokens_T) if x_TD is None else x_TD
+        return self.decoder.norm(self._train_layers(x_TD, packed, lora, checkpointing))
+
+    def _train_layers(self, x_TD: Tensor, packed: Pack, lora: Lora, checkpointing: bool) -> Tensor:
+        attention, angles = self.packed_attention(packed, self.decoder.config), self.decoder.angles(packed.positions_T)
+        told = attention, [Segment(lora)], lora.seeds(), checkpointing
+        return self.decoder.through_layers(x_TD, angles, *told)
+
+    # ------------------------------------------------------------ the cache
+
+    @torch.no_grad()
+    def decode(self, parts: Sequence[Part]) -> Tensor:
+        device = self.decoder.device
+        numbers = {id(part.slot): number for number, part in enumerate(parts)}
+        pools = side_by_side(part.slot for part in parts)
+        order = [numbers[id(slot)] for _, slots in pools for slot in slots]
+        rows = [parts[number] for number in order]
+        tokens_B = torch.tensor([row.tokens[0] for row in rows], device=device)
+        positions_B = torch.tensor([row.before for row in rows], device=device)
+        own, first = [], 0
+        for pool, slots in pools:
+            last = first + len(slots)
+            own.append((pool, slice(first, last), torch.arange(len(slots), device=device)))
+            first = last
+
+        def attend(layer: int, qkv_BNE: Tensor) -> Tensor:
+            """A pool at a time."""
+            mixed = [
+                self.operations.decode_attention(
+                    qkv_BNE[members], pool.k[layer], pool.v[layer], rows_B, positions_B[members]
+                )
+                for pool, members, rows_B in own
+            ]
+            return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+        hidden_BD = self.decoder.forward(tokens_B, positions_B, attend, self._updates(rows))
+        if order != list(range(len(order))):
+            hidden_BD = hidden_BD[torch.tensor(order, device=device).argsort()]
+        return hidden_BD
+
+    @torch.no_grad()
+    def prefill(self, parts: Sequence[Part]) -> Iterator[Computed]:
+        for numbers, alike in prefill_groups(parts, self._mixes):
+            group = [parts[number] for number in numbers]
+            lengths = [len(part.tokens) for part in group]
+            even = len(lengths) * max(lengths) <= 2 * sum(lengths)  # the grid of a pack is as wide as its longest row
+            yield Computed(numbers, *(self._prefill_whole(group) if alike and even else self._prefill_parts(group)))
+
+    def _prefill_whole(self, parts: Sequence[Part]) -> tuple[Tensor, list[list[int]]]:
+        """Whole sequences of one adapter; what they begin with in common is computed once. Hidden states (T, D), and
+        where in T the tokens of each lie."""
+        c = self.decoder.config
+        packed = pack([part.tokens for part in parts], self.decoder.device)
+        P, attention = packed.prefix, self.packed_attention(packed, c)
+        rests = list(zip([part.slot for part in parts], packed.starts, packed.lengths, strict=True))
+
+        def attend(layer: int, qkv_TNE: Tensor) -> Tensor:
+            _, k_TKE, v_TKE = qkv_TNE.split([c.heads, c.kv_heads, c.kv_heads], 1)
+            for slot, start, length in rests:
+                for stored, new_TKE in ((slot.pool.k[layer], k_TKE), (slot.pool.v[layer], v_TKE)):
+                    new_KTE = new_TKE.transpose(0, 1)
+                    if P:
+                        stored[slot.row, :, :P] = new_KTE[:, :P]
+                    stored[slot.row, :, P : P + length] = new_KTE[:, start : start + length]
+            return attention(layer, qkv_TNE)
+
+        updates = updates_of(self.adapters, [parts[0].adapter] * len(packed.tokens_T))
+        hidden_TD = self.decoder.forward(packed.tokens_T, packed.positions_T, attend, updates)
+        return hidden_TD, [[*range(P), *range(start, start + length)] for _, start, length in rests]
+
+    def _prefill_parts(self, parts: Sequence[Part]) -> tuple[Tensor, list[list[int]]]:
+        """Parts of sequences, after what their slots hold. Hidden states (T, D), and where in T the tokens of each
+        lie."""
+        c, device = self.decoder.config, self.decoder.device
+        spans, masks, T = [], [], 0
+        for part in parts:
+            L, before = len(part.tokens), part.before
+            spans.append(range(T, T + L))
+            masks.append(torch.ones(L, before + L, dtype=torch.bool, device=device).tril(before))
+            T += L
+
+        def attend(layer: int, qkv_TNE: Tensor) -> Tensor:
+            q_THE, k_TKE, v_TKE = qkv_TNE.split([c.heads, c.kv_heads, c.kv_heads], 1)
+            mixed_THE = torch.empty_like(q_THE)
+            for part, span, mask_LS in zip(parts, spans, masks, strict=True):
+                pool, before, own = part.slot.pool, part.before, slice(span.start, span.stop)
+                k_KSE, v_KSE = (stored[layer][part.slot.row, :, : mask_LS.shape[1]] for stored in (pool.k, pool.v))
+                k_KSE[:, before:] = k_TKE[own].transpose(0, 1)
+                v_KSE[:, before:] = v_TKE[own].transpose(0, 1)
+                q_1HLE = q_THE[own].transpose(0, 1)[None]
+                seen = k_KSE[None].to(q_THE.dtype), v_KSE[None].to(q_THE.dtype)
+                mixed_1HLE = F.scaled_dot_product_attention(q_1HLE, *seen, attn_mask=mask_LS, enable_gqa=True)
+                mixed_THE[own] = mixed_1HLE[0].transpose(0, 1)
+            return mixed_THE
+
+        tokens_T = torch.tensor([token for part in parts for token in part.tokens], device=device)
+        positions = [part.before + place for part in parts for place in range(len(part.tokens))]
+        hidden_TD = self.decoder.forward(tokens_T, torch.tensor(positions, device=device), attend, self._updates(parts))
+        return hidden_TD, [list(span) for span in spans]
+
+    def _updates(self, parts: Sequence[Part]) -> list[Update]:
+        """What the adapters of the parts add to their tokens, one part behind the other."""
+        return updates_of(self.adapters, [part.adapter for part in parts for _ in part.tokens])
+
+
+def prefill_groups(parts: Sequence[Part], mixed: bool) -> list[tuple[list[int], bool]]:
+    """Numbers of parts to compute together, and whether they are alike: all whole, and of one adapter, so that what
+    they begin with is computed once. The others are grouped by adapter; where adapters can be `mixed`, all that are
+    alone or begun."""
+    groups: dict[tuple[str | None, bool], list[int]] = {}
+    for number, part in enumerate(parts):
+        groups.setdefault((part.adapter, part.whole), []).append(number)
+    if not mixed:
+        return [(numbers, whole) for (_, whole), numbers in groups.items()]
+    alike = [(numbers, True) for (_, whole), numbers in groups.items() if whole and len(numbers) > 1]
+    others = sorted(
+        number for (_, whole), numbers in groups.items() if not whole or len(numbers) == 1 for number in numbers
+    )
+    return [*alike, (others, False)] if others else alike
