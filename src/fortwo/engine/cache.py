@@ -64,7 +64,7 @@ class Pool:
         return slot
 
     def place(self, slot: Slot) -> list[int]:
-        """Where the slot's keys and values are: decode.h's `place`."""
+        """Where the slot's keys and values are: the kernels' cache_place."""
         kinds, layers, rows, heads = self.kv.stride()[:4]
         k = self.kv.data_ptr() + slot.row * rows * self.kv.itemsize
         return [k, k + kinds * self.kv.itemsize, layers, heads]
@@ -186,7 +186,7 @@ class Cache:
         pool.slots[slot.row] = None
 
     def place(self, slot: Slot) -> list[int]:
-        """Where the slot's keys and values are: decode.h's `place`."""
+        """Where the slot's keys and values are: the kernels' cache_place."""
         return self.pools[slot.capacity].place(slot)
 
     def together(self, slots: Iterable[Slot]) -> list[tuple[Pool, list[Slot]]]:

@@ -1,68 +1,10 @@
-/* Products of many rows in bf16, sums in fp32, by AMX's tiles; kernels.c includes this once. Processors without them do not get these functions.
+/* HEAD */
+#include "gemm_amx.h"
 
-   The right operand is laid out in panels of 32 outputs, a panel in steps of 32 inputs, a step in two tiles of 16 outputs; a tile holds 16 pairs of
-   inputs, of each the two numbers of all outputs side by side. As many panels as stay in a core's cache are laid at once, then the left operand passes
-   by, read in place. */
-
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
-#define AMX
-#include <immintrin.h>
-#include <sys/mman.h>
+#ifdef AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define PANEL 32               /* outputs of a panel, rows of a block */
-#define STEP 32                /* inputs of a step */
-#define TILE (16 * STEP)       /* numbers of a tile */
-#define SQUARE (PANEL * STEP)
-#define RUN 16                 /* steps of a panel whose sums are put away before the next: they stay in a core's first cache */
-#define AHEAD (8 * STEP)       /* numbers of a row that are fetched in advance */
-#define ROWS_AHEAD 16          /* rows that are, where a few numbers of each are read */
-#define RESIDENT (1100 * 1024) /* bytes of panels that stay in a core's cache while the left operand passes */
-
-/* a (M, K) with a_row numbers from row to row; b (N, K) with steps b_n and b_k, of which one is 1, or both 0 for panels that are laid already, or
-   both -1 for the panels of its transpose (K outputs, N inputs). nf4: b's numbers are codes (nf4.h), and there is no b; the other step is a multiple of
-   64. */
-typedef struct {
-    const bf16 *a, *b;
-    long a_row, b_n, b_k, K;
-    const normal_floats *nf4;
-} factor;
-
-static inline long steps(long K) { return (K + STEP - 1) / STEP; }
-
-static inline long filled(long K) { return steps(K) * STEP; }
-
-/* 16 outputs x 16 pairs, each pair 32 bits, from rows of pairs to columns of pairs. */
-static inline void transpose(__m512i *r) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-    }
-}
-
-static const uint16_t zip[2][32] = {
-    {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-    {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
 
 static inline __m512i nf4_values(const normal_floats *w, long at) { /* the 16 values of the block that number `at` is in */
     __m512 all = _mm512_mul_ps(_mm512_loadu_ps(w->levels), _mm512_set1_ps(nf4_largest(w, at / NF4_BLOCK)));
@@ -74,7 +16,7 @@ static inline __m512i nf4_step(const normal_floats *w, long at, __m512i values) 
 }
 
 /* `lay`, of codes. Sums are whole steps, outputs whole panels: K and N are multiples of 64. */
-static void lay_nf4(const factor *f, long first, long last, bf16 *to, long apart) {
+static void pack_nf4(const gemm_operand *f, long first, long last, bf16 *to, long apart) {
     const normal_floats *w = f->nf4;
     if (f->b_k == 1) {
         for (long n = first * PANEL; n < last * PANEL; n += 16)
@@ -95,7 +37,7 @@ static void lay_nf4(const factor *f, long first, long last, bf16 *to, long apart
             }
         return;
     }
-    __m512i low = _mm512_loadu_si512(zip[0]), high = _mm512_loadu_si512(zip[1]), even_values = low, odd_values = low;
+    __m512i low = _mm512_loadu_si512(interleave[0]), high = _mm512_loadu_si512(interleave[1]), even_values = low, odd_values = low;
     for (long k = 0; k < f->K; k += 2)
         for (long p = first; p < last; p++) {
             bf16 *row = to + (p - first) * apart + k / STEP * 2 * TILE + k % STEP / 2 * STEP;
@@ -108,14 +50,14 @@ static void lay_nf4(const factor *f, long first, long last, bf16 *to, long apart
 }
 
 /* `lay`, from the panels of the transpose: its inputs become outputs. */
-static void lay_turned(const factor *f, long N, long first, long last, bf16 *to, long apart) {
-    __m512i low = _mm512_loadu_si512(zip[0]), high = _mm512_loadu_si512(zip[1]), rows[16];
-    for (long k = 0; k < steps(f->K); k++)
+void pack_transposed(const gemm_operand *f, long N, long first, long last, bf16 *to, long apart) {
+    __m512i low = _mm512_loadu_si512(interleave[0]), high = _mm512_loadu_si512(interleave[1]), rows[16];
+    for (long k = 0; k < steps_of(f->K); k++)
         for (long p = first; p < last; p++) {
-            const bf16 *from = f->b + (k * steps(N) + p) * 2 * TILE;
+            const bf16 *from = f->b + (k * steps_of(N) + p) * 2 * TILE;
             bf16 *tile = to + (p - first) * apart + k * 2 * TILE;
             if (last - first == 1)
-                for (long i = 0; i < 2 * TILE; i += STEP) __builtin_prefetch(from + steps(N) * 4 * TILE + i);
+                for (long i = 0; i < 2 * TILE; i += STEP) __builtin_prefetch(from + steps_of(N) * 4 * TILE + i);
             for (int half = 0; half < 2; half++) {
                 for (long i = 0; i < 16; i++) rows[i] = _mm512_load_si512(from + half * TILE + i * STEP);
                 transpose(rows);
@@ -129,13 +71,13 @@ static void lay_turned(const factor *f, long N, long first, long last, bf16 *to,
 }
 
 /* Panels first..last-1 of a factor, `apart` numbers from one to the next; what lies beyond N or K is zero. */
-static void lay(const factor *f, long N, long first, long last, bf16 *to, long apart) {
+void pack(const gemm_operand *f, long N, long first, long last, bf16 *to, long apart) {
     if (f->nf4) {
-        lay_nf4(f, first, last, to, apart);
+        pack_nf4(f, first, last, to, apart);
         return;
     }
     if (f->b_k == -1) {
-        lay_turned(f, N, first, last, to, apart);
+        pack_transposed(f, N, first, last, to, apart);
         return;
     }
     if (f->b_k == 1) {
@@ -154,8 +96,8 @@ static void lay(const factor *f, long N, long first, long last, bf16 *to, long a
             }
         return;
     }
-    __m512i low = _mm512_loadu_si512(zip[0]), high = _mm512_loadu_si512(zip[1]);
-    for (long k = 0; k < filled(f->K); k += 2)
+    __m512i low = _mm512_loadu_si512(interleave[0]), high = _mm512_loadu_si512(interleave[1]);
+    for (long k = 0; k < padded_to_steps(f->K); k += 2)
         for (long p = first; p < last; p++) {
             bf16 *row = to + (p - first) * apart + k / STEP * 2 * TILE + k % STEP / 2 * STEP;
             long wide = N - p * PANEL;
@@ -171,68 +113,35 @@ static void lay(const factor *f, long N, long first, long last, bf16 *to, long a
 }
 
 /* Whether the system lets this process use tiles. */
-int tiles_allowed(void) {
+int amx_allowed(void) {
     static int allowed = -1;
     if (allowed < 0) allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
     return allowed;
 }
 
-/* gcc 12 sees neither that a tile is read from memory nor that all of its shape is, and may drop what is written there. */
-static inline void written_for_tiles(const void *at) { __asm__ volatile("" ::"r"(at) : "memory"); }
-
-static inline void load_shape(const void *shape) {
-    written_for_tiles(shape);
-    _tile_loadconfig(shape);
+/* 32 rows of `count` numbers (a multiple of 32), `row` from one to the next, as columns of 32. */
+void transpose_rows(const bf16 *rows, long row, long count, bf16 *to, long to_row) {
+    for (long s = 0; s < count; s += 32) {
+        __m512i even[16], odd[16];
+        for (long i = 0; i < 16; i++) even[i] = _mm512_loadu_si512(rows + 2 * i * row + s), odd[i] = _mm512_loadu_si512(rows + (2 * i + 1) * row + s);
+        transpose(even);
+        transpose(odd);
+        for (long i = 0; i < 16; i++) {
+            bf16 *at = to + (s + 2 * i) * to_row;
+            _mm512_storeu_si512(at, _mm512_mask_blend_epi16(0xaaaaaaaa, even[i], _mm512_slli_epi32(odd[i], 16)));
+            _mm512_storeu_si512(at + to_row, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(even[i], 16), odd[i]));
+        }
+    }
 }
 
-static void tiles_begin(void) {
-    struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape __attribute__((aligned(64))) = {.palette = 1};
-    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
-    load_shape(&shape);
-}
-
-static inline void tile_step(const bf16 *a, long a_row, const bf16 *b) {
-    _tile_loadd(6, b, 64);
-    _tile_loadd(4, a, 2 * a_row);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + TILE, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + 16 * a_row, 2 * a_row);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-}
-
-static inline void tiles_clear(void) {
-    written_for_tiles(0);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-
-static inline void tiles_loaded(const float *sums, long row) { /* (32, 32), with `row` numbers from row to row */
-    written_for_tiles(sums);
-    _tile_loadd(0, sums, 4 * row);
-    _tile_loadd(1, sums + 16, 4 * row);
-    _tile_loadd(2, sums + 16 * row, 4 * row);
-    _tile_loadd(3, sums + 16 * row + 16, 4 * row);
-}
-
-static inline void tiles_stored(float *sums, long row) {
-    _tile_stored(0, sums, 4 * row);
-    _tile_stored(1, sums + 16, 4 * row);
-    _tile_stored(2, sums + 16 * row, 4 * row);
-    _tile_stored(3, sums + 16 * row + 16, 4 * row);
-}
-
-static inline int is_laid(const factor *f) { return f->b_n == 0 && f->b_k == 0; }
+static inline int is_packed(const gemm_operand *f) { return f->b_n == 0 && f->b_k == 0; }
 
 /* All panels of b (N, K). */
-void lay_panels(long N, long K, const bf16 *b, long b_n, long b_k, bf16 *to) {
-    factor f = {0, b, 0, b_n, b_k, K};
-    long panels = (N + PANEL - 1) / PANEL, apart = steps(K) * 2 * TILE;
+void pack_panels(long N, long K, const bf16 *b, long b_n, long b_k, bf16 *to) {
+    gemm_operand f = {0, b, 0, b_n, b_k, K};
+    long panels = (N + PANEL - 1) / PANEL, apart = steps_of(K) * 2 * TILE;
 #pragma omp parallel for schedule(dynamic, 4)
-    for (long p = 0; p < panels; p++) lay(&f, N, p, p + 1, to + p * apart, apart);
+    for (long p = 0; p < panels; p++) pack(&f, N, p, p + 1, to + p * apart, apart);
 }
 
 /* 32 rows of a: their whole steps in place, and what does not fill 32 inputs, or 32 rows, copied to `edge`, with zeros around. */
@@ -241,8 +150,8 @@ typedef struct {
     long a_row, edge_row, whole, all;
 } strip;
 
-static strip strip_of(const factor *f, long M, long m, bf16 *edge) {
-    long tall = M - m < PANEL ? M - m : PANEL, all = steps(f->K), whole = tall < PANEL ? 0 : f->K / STEP, row = (all - whole) * STEP;
+static strip strip_of(const gemm_operand *f, long M, long m, bf16 *edge) {
+    long tall = M - m < PANEL ? M - m : PANEL, all = steps_of(f->K), whole = tall < PANEL ? 0 : f->K / STEP, row = (all - whole) * STEP;
     const bf16 *a = f->a + m * f->a_row;
     if (whole < all) {
         memset(edge, 0, PANEL * row * sizeof(bf16));
@@ -268,10 +177,10 @@ static void block(int count, const strip *s, const bf16 *const *panels, float *s
 }
 
 /* c (M, N) = the sum of a b' over two factors (K = 0: without the second); c is bf16, or fp32 where `wide`, with c_row numbers from row to row. */
-static void multiply_factors(long M, long N, const factor f[2], void *c, long c_row, long wide) {
+static void gemm_operands(long M, long N, const gemm_operand f[2], void *c, long c_row, long wide) {
     long K = f[0].K, K2 = f[1].K, count = 1 + (K2 > 0);
-    long apart[2] = {steps(K) * 2 * TILE, steps(K2) * 2 * TILE}, panels = (N + PANEL - 1) / PANEL, blocks = (M + PANEL - 1) / PANEL;
-    long fit = RESIDENT / ((apart[0] + apart[1]) * (long)sizeof(bf16)), wanted = 2 * omp_get_max_threads();
+    long apart[2] = {steps_of(K) * 2 * TILE, steps_of(K2) * 2 * TILE}, panels = (N + PANEL - 1) / PANEL, blocks = (M + PANEL - 1) / PANEL;
+    long fit = CACHE_BYTES / ((apart[0] + apart[1]) * (long)sizeof(bf16)), wanted = 2 * omp_get_max_threads();
     long across = fit < 1 ? panels : (panels + fit - 1) / fit;
     if (across < wanted) across = panels < wanted ? panels : wanted;
     long down = across < wanted ? (wanted + across - 1) / across : 1; /* few outputs: rows are shared out too */
@@ -279,8 +188,8 @@ static void multiply_factors(long M, long N, const factor f[2], void *c, long c_
 #pragma omp parallel if (M * N * (K + K2) > 1 << 20)
     {
         static _Thread_local struct { bf16 *at; long size; } room;
-        long most = (panels + across - 1) / across, size = 0, edges = (steps(K) + steps(K2)) * PANEL * STEP;
-        for (int i = 0; i < count; i++) size += is_laid(&f[i]) ? 0 : most * apart[i];
+        long most = (panels + across - 1) / across, size = 0, edges = (steps_of(K) + steps_of(K2)) * PANEL * STEP;
+        for (int i = 0; i < count; i++) size += is_packed(&f[i]) ? 0 : most * apart[i];
         if (size + edges > room.size) {
             free(room.at);
             room.size = size + edges;
@@ -288,23 +197,23 @@ static void multiply_factors(long M, long N, const factor f[2], void *c, long c_
         }
         bf16 *edge = room.at + size;
         float sums[PANEL * PANEL] __attribute__((aligned(64)));
-        tiles_begin();
+        amx_begin_bf16();
 #pragma omp for schedule(dynamic) nowait
         for (long task = 0; task < across * down; task++) {
             long group = task / down, part = task % down, first = group * panels / across, last = (group + 1) * panels / across;
-            const bf16 *laid[2];
+            const bf16 *packed[2];
             bf16 *to = room.at;
             for (int i = 0; i < count; i++)
-                if (is_laid(&f[i])) laid[i] = f[i].b + first * apart[i];
+                if (is_packed(&f[i])) packed[i] = f[i].b + first * apart[i];
                 else {
-                    lay(&f[i], N, first, last, to, apart[i]);
-                    laid[i] = to;
+                    pack(&f[i], N, first, last, to, apart[i]);
+                    packed[i] = to;
                     to += most * apart[i];
                 }
             for (long m = part * blocks / down * PANEL; m < M && m < (part + 1) * blocks / down * PANEL; m += PANEL) {
-                strip strips[2] = {strip_of(&f[0], M, m, edge), strip_of(&f[1], M, m, edge + steps(K) * PANEL * STEP)};
+                strip strips[2] = {strip_of(&f[0], M, m, edge), strip_of(&f[1], M, m, edge + steps_of(K) * PANEL * STEP)};
                 for (long p = first; p < last; p++) {
-                    const bf16 *here[2] = {laid[0] + (p - first) * apart[0], count > 1 ? laid[1] + (p - first) * apart[1] : 0};
+                    const bf16 *here[2] = {packed[0] + (p - first) * apart[0], count > 1 ? packed[1] + (p - first) * apart[1] : 0};
                     long n = p * PANEL, narrow = N - n < PANEL ? N - n : PANEL, tall = M - m < PANEL ? M - m : PANEL;
                     long size = wide ? 4 : 2;
                     block(count, strips, here, sums, (const char *)c + (m * c_row + n) * size, c_row * size, tall);
@@ -325,16 +234,16 @@ static void multiply_factors(long M, long N, const factor f[2], void *c, long c_
     }
 }
 
-void matrix_product(long M, long N, long K, const bf16 *a, long a_row, const bf16 *b, long b_n, long b_k, long K2, const bf16 *a2, long a2_row,
+void gemm_bf16(long M, long N, long K, const bf16 *a, long a_row, const bf16 *b, long b_n, long b_k, long K2, const bf16 *a2, long a2_row,
                     const bf16 *b2, long b2_n, long b2_k, void *c, long c_row, long wide) {
-    factor f[2] = {{a, b, a_row, b_n, b_k, K}, {a2, b2, a2_row, b2_n, b2_k, K2}};
-    multiply_factors(M, N, f, c, c_row, wide);
+    gemm_operand f[2] = {{a, b, a_row, b_n, b_k, K}, {a2, b2, a2_row, b2_n, b2_k, K2}};
+    gemm_operands(M, N, f, c, c_row, wide);
 }
 
 /* c (M, N) = a (M, K) times b, of which the panels of its transpose are laid (K outputs, N inputs), with K so long that no panel of b lies in a cache:
    RUN steps after the other, while all sums of a few panels are there together. */
-void long_product(long M, long N, long K, const bf16 *a, long a_row, const bf16 *laid, float *c) {
-    long strips = steps(M), panels = steps(N), fit = RESIDENT / 2 / (strips * SQUARE * (long)sizeof(float)), wanted = 2 * omp_get_max_threads();
+void gemm_bf16_long_sum(long M, long N, long K, const bf16 *a, long a_row, const bf16 *packed, float *c) {
+    long strips = steps_of(M), panels = steps_of(N), fit = CACHE_BYTES / 2 / (strips * SQUARE * (long)sizeof(float)), wanted = 2 * omp_get_max_threads();
     long groups = fit < 1 ? panels : (panels + fit - 1) / fit;
     if (groups < wanted) groups = panels < wanted ? panels : wanted;
     long most = (panels + groups - 1) / groups;
@@ -342,14 +251,14 @@ void long_product(long M, long N, long K, const bf16 *a, long a_row, const bf16 
     {
         bf16 *to = aligned_alloc(64, most * RUN * SQUARE * sizeof(bf16)), *edge = aligned_alloc(64, RUN * SQUARE * sizeof(bf16));
         float *all = aligned_alloc(64, strips * most * SQUARE * sizeof(float));
-        tiles_begin();
+        amx_begin_bf16();
 #pragma omp for schedule(dynamic) nowait
         for (long group = 0; group < groups; group++) {
             long first = group * panels / groups, last = (group + 1) * panels / groups, each = (PANEL + last - first - 1) / (last - first);
-            for (long k = 0; k < steps(K); k += RUN) {
-                long here = steps(K) - k < RUN ? steps(K) - k : RUN, whole = K - k * STEP < here * STEP ? K - k * STEP : here * STEP;
-                factor f = {0, laid + k * panels * SQUARE, 0, -1, -1, here * STEP, 0};
-                lay_turned(&f, N, first, last, to, RUN * SQUARE);
+            for (long k = 0; k < steps_of(K); k += RUN) {
+                long here = steps_of(K) - k < RUN ? steps_of(K) - k : RUN, whole = K - k * STEP < here * STEP ? K - k * STEP : here * STEP;
+                gemm_operand f = {0, packed + k * panels * SQUARE, 0, -1, -1, here * STEP, 0};
+                pack_transposed(&f, N, first, last, to, RUN * SQUARE);
                 for (long m = 0; m < strips; m++) {
                     long tall = M - m * PANEL < PANEL ? M - m * PANEL : PANEL, row = a_row, line = 0;
                     const bf16 *at = a + m * PANEL * a_row + k * STEP, *next = at + PANEL * a_row;
@@ -367,7 +276,7 @@ void long_product(long M, long N, long K, const bf16 *a, long a_row, const bf16 
                             tile_step(at + i * STEP, row, to + ((n - first) * RUN + i) * SQUARE);
                         }
                         tiles_stored(sums, PANEL);
-                        for (long r = 0; k + here == steps(K) && r < tall; r++)
+                        for (long r = 0; k + here == steps_of(K) && r < tall; r++)
                             memcpy(c + (m * PANEL + r) * N + n * PANEL, sums + r * PANEL, (N - n * PANEL < PANEL ? N - n * PANEL : PANEL) * sizeof(float));
                     }
                 }
@@ -381,10 +290,10 @@ void long_product(long M, long N, long K, const bf16 *a, long a_row, const bf16 
 }
 
 /* `matrix_product` of one factor with b (N, K) in NF4, its first number `from`, with steps b_n and b_k. */
-void nf4_product(long M, long N, long K, const bf16 *a, long a_row, const uint8_t *codes, const uint8_t *code, const float *map,
+void gemm_nf4(long M, long N, long K, const bf16 *a, long a_row, const uint8_t *codes, const uint8_t *code, const float *map,
                  const float *scale, const float *offset, const float *levels, long from, long b_n, long b_k, void *c, long c_row, long wide) {
     normal_floats w = {codes, code, map, scale, offset, levels, from};
-    factor f[2] = {{a, 0, a_row, b_n, b_k, K, &w}};
-    multiply_factors(M, N, f, c, c_row, wide);
+    gemm_operand f[2] = {{a, 0, a_row, b_n, b_k, K, &w}};
+    gemm_operands(M, N, f, c, c_row, wide);
 }
 #endif

@@ -1,133 +1,86 @@
-/* A frozen product with an adapter to train, there and back, in bf16 on AMX's tiles; kernels.c includes this once, behind attention.h.
-
-   The same numbers as kernels.h and matrix.h find, one operation after the other. Rows come in strips of 32. What goes into a product is made strip by
-   strip with its share in A; what a product finds goes on at once, block by block, to what comes behind it in a layer. */
+/* HEAD */
+#include "lora_amx.h"
+#include "elementwise.h"
 
 #ifdef AMX
 #define LOW 4 /* strips, of which all sums of a panel are there together */
 
-/* A target's B (outputs, rank), which answers for the columns from `column` on. */
-typedef struct {
-    float *B;
-    long column, outputs, rank;
-    double scale;
-} target;
-
-/* A frozen product y = x W' + drop(x) A' (scale B)' with W (O, I) as panels and the stacked A (R, I), the targets' ranks one after the other. */
-typedef struct {
-    const bf16 *laid;
-    float *A;
-    long O, I, R, seed;
-    target targets[3];
-} adapted;
-
-/* kept: of 2^32 numbers, by dropout; 0 where there is none. P, R, starts and lengths as `attention` has them; cos and sin (T, E). D, I and E are
-   multiples of 32. */
-typedef struct {
-    long L, T, D, H, K, E, I, kept, again;
-    double eps;
-    long P, R;
-    const long *starts, *lengths;
-    const float *cosine, *sine;
-} training;
-
-/* What backward needs of a product: what dropout kept; x A' as columns. */
-typedef struct {
-    uint32_t *mask;
-    bf16 *turned;
-} product_memory;
-
-typedef struct {
-    float *middle, *scale, *middle_scale, *lse;
-    bf16 *normed, *qkv, *mixed, *middle_normed, *gate_up, *gated;
-    product_memory of_qkv, of_o, of_gate_up, of_down;
-} layer_memory;
-
-/* A and B as panels, for one direction. */
-typedef struct { bf16 *A, *B; } sides;
-
-/* What the threads share for a layer: sides of its products; x A', or the gradient of it, by rows and by columns. */
-typedef struct {
-    sides qkv, o, gate_up, down;
-    bf16 *h, *turned;
-} workplace;
-
 /* scale times n numbers, as bf16. */
-static inline void narrow(long n, const float *from, float scale, bf16 *to) {
+static inline void scale_to_bf16(long n, const float *from, float scale, bf16 *to) {
     __m512 by = _mm512_set1_ps(scale);
     for (long i = 0; i < n; i += 16) {
-        __m512 all = _mm512_mul_ps(_mm512_maskz_loadu_ps(first(n - i), from + i), by);
-        _mm256_mask_storeu_epi16(to + i, first(n - i), (__m256i)_mm512_cvtneps_pbh(all));
+        __m512 all = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask16(n - i), from + i), by);
+        _mm256_mask_storeu_epi16(to + i, mask16(n - i), (__m256i)_mm512_cvtneps_pbh(all));
     }
 }
 
 /* There A as panels of ranks and B, scaled, as panels of outputs; back A as panels of inputs and B as panels of ranks. */
-static void lay_sides(const adapted *p, int back, sides to) {
-    long R = p->R, wide = steps(R) * 2 * TILE;
+void pack_lora(const lora_product *p, int back, packed_lora to) {
+    long R = p->R, wide = steps_of(R) * 2 * TILE;
     if (!R) return;
     bf16 part[PANEL * R];
 #pragma omp for schedule(static) nowait
     for (long i = 0; i < p->I; i += PANEL) {
         for (long r = 0; r < R; r++) {
             FETCH(p->A + r * p->I + i + PANEL, 0);
-            narrow(PANEL, p->A + r * p->I + i, 1, part + r * PANEL);
+            scale_to_bf16(PANEL, p->A + r * p->I + i, 1, part + r * PANEL);
         }
-        factor f = {0, part, 0, back ? 1 : PANEL, back ? PANEL : 1, back ? R : PANEL};
-        if (back) lay(&f, PANEL, 0, 1, to.A + i / PANEL * wide, 0);
-        else lay(&f, R, 0, steps(R), to.A + i * PANEL, p->I * PANEL);
+        gemm_operand f = {0, part, 0, back ? 1 : PANEL, back ? PANEL : 1, back ? R : PANEL};
+        if (back) pack(&f, PANEL, 0, 1, to.A + i / PANEL * wide, 0);
+        else pack(&f, R, 0, steps_of(R), to.A + i * PANEL, p->I * PANEL);
     }
 #pragma omp for schedule(static) nowait
     for (long o = 0; o < p->O; o += PANEL) {
         memset(part, 0, sizeof part);
         bf16 *at = part;
-        for (const target *t = p->targets; t < p->targets + 3; at += t->rank, t++)
+        for (const lora_target *t = p->targets; t < p->targets + 3; at += t->rank, t++)
             for (long c = 0; c < PANEL; c++)
-                if (o + c >= t->column && o + c < t->column + t->outputs) narrow(t->rank, t->B + (o + c - t->column) * t->rank, t->scale, at + c * R);
-        factor f = {0, part, 0, back ? 1 : R, back ? R : 1, back ? PANEL : R};
-        if (back) lay(&f, R, 0, steps(R), to.B + o * PANEL, p->O * PANEL);
-        else lay(&f, PANEL, 0, 1, to.B + o / PANEL * wide, 0);
+                if (o + c >= t->column && o + c < t->column + t->outputs) scale_to_bf16(t->rank, t->B + (o + c - t->column) * t->rank, t->scale, at + c * R);
+        gemm_operand f = {0, part, 0, back ? 1 : R, back ? R : 1, back ? PANEL : R};
+        if (back) pack(&f, R, 0, steps_of(R), to.B + o * PANEL, p->O * PANEL);
+        else pack(&f, PANEL, 0, 1, to.B + o / PANEL * wide, 0);
     }
 }
 
 /* Steps of y that 16 ranks from `rank` on answer for. */
-static void outputs_of(const adapted *p, long rank, long *first, long *last) {
+static void output_steps_of(const lora_product *p, long rank, long *first, long *last) {
     long from = 0;
     *first = p->O / STEP, *last = 0;
-    for (const target *t = p->targets; t < p->targets + 3; from += t->rank, t++)
+    for (const lora_target *t = p->targets; t < p->targets + 3; from += t->rank, t++)
         if (t->rank && from < rank + 16 && from + t->rank > rank) {
             if (t->column / STEP < *first) *first = t->column / STEP;
-            if (steps(t->column + t->outputs) > *last) *last = steps(t->column + t->outputs);
+            if (steps_of(t->column + t->outputs) > *last) *last = steps_of(t->column + t->outputs);
         }
 }
 
 /* h of a strip: a (32, K) times panels of ranks, in rows of whole steps; turned: the same as columns of Tp numbers, zero beyond `tall`. back: a is the
    gradient of y, and a rank looks at its own target's outputs alone. */
-static void strip_in(const adapted *p, int back, long tall, long K, const bf16 *a, const bf16 *panels, bf16 *h, bf16 *turned, long Tp) {
+void lora_shrink(const lora_product *p, int back, long tall, long K, const bf16 *a, const bf16 *panels, bf16 *h, bf16 *transposed, long Tp) {
     for (long rank = 0; rank < p->R; rank += PANEL, panels += K * PANEL) {
         float sums[SQUARE] __attribute__((aligned(64))) = {0};
         for (long half = 0; half < 2 && rank + half * 16 < p->R; half++) {
             long first = 0, last = K / STEP;
-            if (back) outputs_of(p, rank + half * 16, &first, &last);
-            narrow_patch(last - first, a + first * STEP, K, panels + first * SQUARE + half * TILE, sums + half * 16);
+            if (back) output_steps_of(p, rank + half * 16, &first, &last);
+            tile_gemm_32x16(last - first, a + first * STEP, K, panels + first * SQUARE + half * TILE, sums + half * 16);
         }
         memset(sums + tall * PANEL, 0, (PANEL - tall) * PANEL * sizeof(float));
-        for (long r = 0; r < PANEL; r++) store_bf16(h + r * filled(p->R) + rank, _mm512_load_ps(sums + r * PANEL), _mm512_load_ps(sums + r * PANEL + 16));
-        turn(h + rank, filled(p->R), PANEL, turned + rank * Tp, Tp);
+        for (long r = 0; r < PANEL; r++) store_bf16(h + r * padded_to_steps(p->R) + rank, _mm512_load_ps(sums + r * PANEL), _mm512_load_ps(sums + r * PANEL + 16));
+        transpose_rows(h + rank, padded_to_steps(p->R), PANEL, transposed + rank * Tp, Tp);
     }
 }
 
 /* The same of drop(x), rows m to m + tall - 1 of it. */
-static void dropped_in(const training *t, const adapted *p, long m, long tall, const bf16 *x, sides own, const workplace *w, const product_memory *to) {
-    static _Thread_local arena room;
+void lora_shrink_dropped(const training_pass *t, const lora_product *p, long m, long tall, const bf16 *x, packed_lora own, const workspace *w, const product_memory *to) {
+    static _Thread_local scratch_arena room;
     if (!p->R) return;
     const bf16 *seen = x + m * p->I;
     if (t->kept) {
-        make_room(&room, PANEL * p->I * 2);
+        reserve(&room, PANEL * p->I * 2);
         bf16 *kept = take(&room, PANEL * p->I * 2);
-        draw(m * p->I, (m + tall) * p->I, p->seed, t->kept, x, kept, to->mask);
+        draw_dropout(m * p->I, (m + tall) * p->I, p->seed, t->kept, x, kept, to->mask);
         seen = kept;
     }
-    strip_in(p, 0, tall, p->I, seen, own.A, w->h + m * filled(p->R), to->turned + m, filled(t->T));
+    lora_shrink(p, 0, tall, p->I, seen, own.A, w->h + m * padded_to_steps(p->R), to->transposed + m, padded_to_steps(t->T));
 }
 
 /* 32 lines of memory, `row` bytes from one to the next. */
@@ -161,27 +114,22 @@ static void multiply_spans(const span *s, float *sums, int add, int fetched, lin
     tiles_stored(sums, PANEL);
 }
 
-static inline long tall_of(long T, long s) { return T - s < PANEL ? T - s : PANEL; } /* rows from s on, of a strip */
-
 /* How many groups some units of work become, `bytes` of panels each, at least `wanted`. */
 static long groups_of(long units, long bytes, long wanted) {
-    long fit = RESIDENT / bytes, across = fit < 1 ? units : (units + fit - 1) / fit;
+    long fit = CACHE_BYTES / bytes, across = fit < 1 ? units : (units + fit - 1) / fit;
     return across >= wanted ? across : units < wanted ? units : wanted;
 }
 
-/* What becomes of a product: its heads are rotated; or it is added to `from`; or its left half gates its right half (SwiGLU). */
-typedef enum { TURNED, SUMMED, SWISHED } ending;
-
-static void product_end(ending what, const training *t, const layer_memory *m, long at, long n, long tall, const float *sums, const float *from, float *to) {
+static void apply_forward_epilogue(forward_epilogue what, const training_pass *t, const layer_memory *m, long at, long n, long tall, const float *sums, const float *from, float *to) {
     long E = t->E, N = t->H + 2 * t->K, D = t->D, I = t->I;
     for (long r = 0; r < tall; r++, sums += PANEL) {
-        if (what == SUMMED) {
+        if (what == ADD) {
             long here = (at + r) * D + n * PANEL;
             __m512 left, right;
             as_floats(as_bf16(_mm512_load_ps(sums), _mm512_load_ps(sums + 16)), &left, &right);
             _mm512_storeu_ps(to + here, _mm512_add_ps(_mm512_loadu_ps(from + here), left));
             _mm512_storeu_ps(to + here + 16, _mm512_add_ps(_mm512_loadu_ps(from + here + 16), right));
-        } else if (what == TURNED) {
+        } else if (what == ROTATE) {
             bf16 head[E];
             for (long e = 0; e < E; e += PANEL) store_bf16(head + e, _mm512_load_ps(sums + e * PANEL), _mm512_load_ps(sums + e * PANEL + 16));
             long number = n * PANEL / E;
@@ -195,37 +143,34 @@ static void product_end(ending what, const training *t, const layer_memory *m, l
 }
 
 /* The lines that `product_end` will read and write for panel n. */
-static int written(ending what, const training *t, const layer_memory *m, long at, long n, const float *from, const float *to, lines *l) {
-    long D = t->D, O = what == TURNED ? (t->H + 2 * t->K) * t->E : 2 * t->I;
-    if (what == SUMMED) {
+static int prefetch_lines(forward_epilogue what, const training_pass *t, const layer_memory *m, long at, long n, const float *from, const float *to, lines *l) {
+    long D = t->D, O = what == ROTATE ? (t->H + 2 * t->K) * t->E : 2 * t->I;
+    if (what == ADD) {
         for (int half = 0; half < 2; half++) {
             long here = at * D + n * PANEL + half * 16;
             l[2 * half] = (lines){(const char *)(from + here), D * 4}, l[2 * half + 1] = (lines){(const char *)(to + here), D * 4};
         }
         return 4;
     }
-    l[0] = (lines){(const char *)((what == TURNED ? m->qkv : m->gate_up) + at * O + n * PANEL), O * 2};
+    l[0] = (lines){(const char *)((what == ROTATE ? m->qkv : m->gate_up) + at * O + n * PANEL), O * 2};
     return 1;
 }
 
 /* Steps of h that panel n of the outputs looks at. */
-static void ranks_of(const adapted *p, long n, long *first, long *last) {
+static void rank_steps_of(const lora_product *p, long n, long *first, long *last) {
     long rank = 0;
     *first = *last = 0;
-    for (const target *t = p->targets; t < p->targets + 3; rank += t->rank, t++)
+    for (const lora_target *t = p->targets; t < p->targets + 3; rank += t->rank, t++)
         if (t->rank && n * PANEL < t->column + t->outputs && (n + 1) * PANEL > t->column) {
             if (*last == 0) *first = rank / STEP;
-            *last = steps(rank + t->rank);
+            *last = steps_of(rank + t->rank);
         }
 }
 
-/* Makes what goes into a product, from row s on a strip of it, with its share in A. */
-typedef void (*entry)(const training *t, const void *given, long s);
-
-static void product_forward(ending what, const training *t, const adapted *p, entry in, const void *given, const bf16 *x, sides own, const workplace *w,
+void product_forward(forward_epilogue what, const training_pass *t, const lora_product *p, entry in, const void *given, const bf16 *x, packed_lora own, const workspace *w,
                             const layer_memory *m, const float *from, float *to) {
-    long I = p->I, apart = I * PANEL, ranks = steps(p->R), strips = steps(t->T), panels = p->O / PANEL;
-    long count = what == TURNED ? t->E / PANEL : what == SWISHED ? 2 : 1, units = panels / count;
+    long I = p->I, apart = I * PANEL, ranks = steps_of(p->R), strips = steps_of(t->T), panels = p->O / PANEL;
+    long count = what == ROTATE ? t->E / PANEL : what == SWIGLU ? 2 : 1, units = panels / count;
     int low = strips <= LOW; /* then a task has all strips, else one, with as many panels as stay in a cache while strips pass */
     long threads = omp_get_num_threads(), wanted = low ? 8 * threads : (8 * threads + strips - 1) / strips, first, last;
     long across = groups_of(units, count * apart * sizeof(bf16), wanted), tasks = low ? across : across * strips;
@@ -245,18 +190,18 @@ static void product_forward(ending what, const training *t, const adapted *p, en
             if (at_once) in(t, given, s * PANEL);
             for (long unit = begin; unit < end; unit++) {
                 for (long i = 0; i < count; i++) {
-                    long n = what == SWISHED ? unit + i * units : unit * count + i;
+                    long n = what == SWIGLU ? unit + i * units : unit * count + i;
                     lines l[4];
-                    int fetched = written(what, t, m, s * PANEL, n, from, to, l);
-                    ranks_of(p, n, &first, &last);
-                    const bf16 *h = w->h + s * PANEL * filled(p->R) + first * STEP;
-                    span spans[2] = {{I / STEP, x + s * PANEL * I, I, p->laid + n * apart},
-                                     {last - first, h, filled(p->R), own.B + (n * ranks + first) * SQUARE}};
+                    int fetched = prefetch_lines(what, t, m, s * PANEL, n, from, to, l);
+                    rank_steps_of(p, n, &first, &last);
+                    const bf16 *h = w->h + s * PANEL * padded_to_steps(p->R) + first * STEP;
+                    span spans[2] = {{I / STEP, x + s * PANEL * I, I, p->packed + n * apart},
+                                     {last - first, h, padded_to_steps(p->R), own.B + (n * ranks + first) * SQUARE}};
                     multiply_spans(spans, sums + i * SQUARE, 0, fetched, l, more, &ahead);
                 }
-                product_end(what, t, m, s * PANEL, what == SWISHED ? unit : unit * count, tall, sums, from, to);
+                apply_forward_epilogue(what, t, m, s * PANEL, what == SWIGLU ? unit : unit * count, tall, sums, from, to);
             }
-            for (long r = s * PANEL; what == SWISHED && r < s * PANEL + tall; r++) {
+            for (long r = s * PANEL; what == SWIGLU && r < s * PANEL + tall; r++) {
                 const bf16 *gate = m->gate_up + r * 2 * t->I + begin * PANEL;
                 swiglu_line_bfloat16((end - begin) * PANEL, gate, gate + t->I, m->gated + r * t->I + begin * PANEL);
             }
@@ -265,19 +210,19 @@ static void product_forward(ending what, const training *t, const adapted *p, en
 }
 
 /* The gradient of a strip's x of panel n, to rows of `row` numbers: sums (32, 32), and where there is dropout, the adapter's share. */
-static void product_back_end(const training *t, const adapted *p, long s, long n, float *sums, sides own, const workplace *w, const product_memory *m,
+static void apply_backward_epilogue(const training_pass *t, const lora_product *p, long s, long n, float *sums, packed_lora own, const workspace *w, const product_memory *m,
                              bf16 *to, long row) {
-    long I = p->I, R = filled(p->R);
+    long I = p->I, R = padded_to_steps(p->R);
     float share[SQUARE] __attribute__((aligned(64)));
     int drops = R && t->kept;
     __m512 scale = _mm512_set1_ps(drops ? 4294967296.0f / t->kept : 1), left, right, more, again;
-    if (drops) patch(R / STEP, w->h + s * PANEL * R, R, own.A + n * R * PANEL, share, PANEL, 0);
+    if (drops) tile_gemm_32x32(R / STEP, w->h + s * PANEL * R, R, own.A + n * R * PANEL, share, PANEL, 0);
     for (long r = 0; r < tall_of(t->T, s * PANEL); r++) {
         __m512i found = as_bf16(_mm512_load_ps(sums + r * PANEL), _mm512_load_ps(sums + r * PANEL + 16));
         if (drops) {
             bf16 update[PANEL];
             store_bf16(update, _mm512_load_ps(share + r * PANEL), _mm512_load_ps(share + r * PANEL + 16));
-            as_floats(dropped(m->mask + (s * PANEL + r) * I / 32 + n, scale, update), &left, &right);
+            as_floats(apply_dropout(m->mask + (s * PANEL + r) * I / 32 + n, scale, update), &left, &right);
             as_floats(found, &more, &again);
             found = as_bf16(_mm512_add_ps(more, left), _mm512_add_ps(again, right));
         }
@@ -291,24 +236,24 @@ static void add_block(long tall, const float *sums, float *to, long row) {
 }
 
 /* To the gradient of A, 32 columns of it: the gradient of h as columns, times what was seen. */
-static void add_to_A(const training *t, const adapted *p, long n, const bf16 *x, const uint32_t *mask, const bf16 *turned, long shift, bf16 *panel) {
-    long T = t->T, I = p->I, Tp = filled(T), words = I / 32;
+static void add_to_A(const training_pass *t, const lora_product *p, long n, const bf16 *x, const uint32_t *mask, const bf16 *transposed, long shift, bf16 *panel) {
+    long T = t->T, I = p->I, Tp = padded_to_steps(T), words = I / 32;
     float sums[SQUARE] __attribute__((aligned(64))), *to = (float *)((char *)p->A + shift) + n * PANEL;
-    __m512i low = _mm512_loadu_si512(zip[0]), high = _mm512_loadu_si512(zip[1]), none = _mm512_setzero_si512();
+    __m512i low = _mm512_loadu_si512(interleave[0]), high = _mm512_loadu_si512(interleave[1]), none = _mm512_setzero_si512();
     __m512 scale = _mm512_set1_ps(mask ? 4294967296.0f / t->kept : 1);
     for (long s = 0; s < Tp; s += 2) {
         const uint32_t *at = mask ? mask + s * words + n : 0;
         __builtin_prefetch(x + (s + ROWS_AHEAD) * I + n * PANEL);
         __builtin_prefetch(x + (s + ROWS_AHEAD + 1) * I + n * PANEL);
-        __m512i even = s < T ? dropped(at, scale, x + s * I + n * PANEL) : none;
-        __m512i odd = s + 1 < T ? dropped(at ? at + words : 0, scale, x + (s + 1) * I + n * PANEL) : none;
+        __m512i even = s < T ? apply_dropout(at, scale, x + s * I + n * PANEL) : none;
+        __m512i odd = s + 1 < T ? apply_dropout(at ? at + words : 0, scale, x + (s + 1) * I + n * PANEL) : none;
         bf16 *row = panel + s / STEP * SQUARE + s % STEP / 2 * STEP;
         _mm512_store_si512(row, _mm512_permutex2var_epi16(even, low, odd));
         _mm512_store_si512(row + TILE, _mm512_permutex2var_epi16(even, high, odd));
     }
     for (long r = 0; r < p->R; r += PANEL) {
-        if (p->R - r > 16) patch(Tp / STEP, turned + r * Tp, Tp, panel, sums, PANEL, 0);
-        else flat_patch(Tp / STEP, turned + r * Tp, Tp, panel, sums);
+        if (p->R - r > 16) tile_gemm_32x32(Tp / STEP, transposed + r * Tp, Tp, panel, sums, PANEL, 0);
+        else tile_gemm_16x32(Tp / STEP, transposed + r * Tp, Tp, panel, sums);
         add_block(p->R - r < PANEL ? p->R - r : PANEL, sums, to + r * I, I);
     }
 }
@@ -324,39 +269,39 @@ static void add_turned(const float *sums, long from, long end, long ranks, long 
             for (long i = 0; i < 16; i++)
                 if (c + i >= from && c + i < end) {
                     float *at = to + (c + i) * row + r;
-                    __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(first(ranks - r), at), _mm512_mul_ps((__m512)block[i], by));
-                    _mm512_mask_storeu_ps(at, first(ranks - r), sum);
+                    __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask16(ranks - r), at), _mm512_mul_ps((__m512)block[i], by));
+                    _mm512_mask_storeu_ps(at, mask16(ranks - r), sum);
                 }
         }
 }
 
 /* To the gradients of the Bs, 32 outputs of them: h as columns, times the gradient of y. */
-static void add_to_B(const training *t, const adapted *p, long n, const bf16 *grad, const bf16 *turned, long shift, bf16 *panel) {
-    long Tp = filled(t->T), rank = 0, o = n * PANEL;
+static void add_to_B(const training_pass *t, const lora_product *p, long n, const bf16 *grad, const bf16 *transposed, long shift, bf16 *panel) {
+    long Tp = padded_to_steps(t->T), rank = 0, o = n * PANEL;
     float sums[SQUARE] __attribute__((aligned(64)));
-    factor f = {0, grad + o, 0, 1, p->O, t->T};
-    int laid = 0;
-    for (const target *one = p->targets; one < p->targets + 3; rank += one->rank, one++) {
+    gemm_operand f = {0, grad + o, 0, 1, p->O, t->T};
+    int packed = 0;
+    for (const lora_target *one = p->targets; one < p->targets + 3; rank += one->rank, one++) {
         long from = one->column > o ? one->column : o, end = one->column + one->outputs < o + PANEL ? one->column + one->outputs : o + PANEL;
         if (!one->rank || from >= end) continue;
-        if (!laid++) lay(&f, PANEL, 0, 1, panel, 0);
+        if (!packed++) pack(&f, PANEL, 0, 1, panel, 0);
         for (long r = 0; r < one->rank; r += PANEL) {
-            if (one->rank - r > 16) patch(Tp / STEP, turned + (rank + r) * Tp, Tp, panel, sums, PANEL, 0);
-            else flat_patch(Tp / STEP, turned + (rank + r) * Tp, Tp, panel, sums);
+            if (one->rank - r > 16) tile_gemm_32x32(Tp / STEP, transposed + (rank + r) * Tp, Tp, panel, sums, PANEL, 0);
+            else tile_gemm_16x32(Tp / STEP, transposed + (rank + r) * Tp, Tp, panel, sums);
             add_turned(sums, from - o, end - o, one->rank - r, one->rank, (float *)((char *)one->B + shift) + (o - one->column) * one->rank + r, one->scale);
         }
     }
 }
 
 /* grad (T, O) by way of W and A to grad_x, or through SwiGLU to grad_gate_up, or to neither, and to the gradients of A and the Bs, `shift` bytes behind these. */
-static void product_backward(const training *t, const adapted *p, const bf16 *grad, sides own, const workplace *w, const bf16 *x, const product_memory *m,
+void product_backward(const training_pass *t, const lora_product *p, const bf16 *grad, packed_lora own, const workspace *w, const bf16 *x, const product_memory *m,
                              long shift, bf16 *grad_x, const bf16 *gate_up, bf16 *grad_gate_up) {
-    static _Thread_local arena room;
-    long I = p->I, O = p->O, R = filled(p->R), strips = steps(t->T), panels = I / PANEL, low = strips <= LOW;
+    static _Thread_local scratch_arena room;
+    long I = p->I, O = p->O, R = padded_to_steps(p->R), strips = steps_of(t->T), panels = I / PANEL, low = strips <= LOW;
     long across = low ? panels : groups_of(panels, O * PANEL * sizeof(bf16), 2 * omp_get_num_threads());
     long part = low ? RUN : O / STEP, most = (panels + across - 1) / across;
-    make_room(&room, (most * (part + 1) * SQUARE + filled(t->T) * PANEL) * sizeof(bf16) + 256);
-    bf16 *to = take(&room, most * part * SQUARE * sizeof(bf16)), *panel = take(&room, filled(t->T) * PANEL * sizeof(bf16));
+    reserve(&room, (most * (part + 1) * SQUARE + padded_to_steps(t->T) * PANEL) * sizeof(bf16) + 256);
+    bf16 *to = take(&room, most * part * SQUARE * sizeof(bf16)), *panel = take(&room, padded_to_steps(t->T) * PANEL * sizeof(bf16));
     bf16 *gated = take(&room, most * SQUARE * sizeof(bf16));
     const uint32_t *mask = t->kept ? m->mask : 0;
 #pragma omp for schedule(dynamic) nowait
@@ -365,8 +310,8 @@ static void product_backward(const training *t, const adapted *p, const bf16 *gr
         long first = task * panels / across, last = (task + 1) * panels / across, more = low ? 0 : (PANEL + last - first - 1) / (last - first);
         for (long k = 0; (grad_x || gate_up) && k < O / STEP; k += part) {
             long here = O / STEP - k < part ? O / STEP - k : part;
-            factor f = {0, p->laid + k * panels * SQUARE, 0, -1, -1, here * STEP};
-            lay_turned(&f, I, first, last, to, part * SQUARE);
+            gemm_operand f = {0, p->packed + k * panels * SQUARE, 0, -1, -1, here * STEP};
+            pack_transposed(&f, I, first, last, to, part * SQUARE);
             for (long s = 0; s < strips; s++) {
                 int end = k + here == O / STEP;
                 const char *ahead = (const char *)(grad + (s + 1) * PANEL * O);
@@ -382,7 +327,7 @@ static void product_backward(const training *t, const adapted *p, const bf16 *gr
                                      {end && !mask ? R / STEP : 0, w->h + s * PANEL * R, R, own.A + n * R * PANEL}};
                     multiply_spans(spans, own_sums, k > 0, !end ? 0 : gate_up ? 4 : mask ? 2 : 1, l, more, &ahead);
                     bf16 *found = gate_up ? gated + (n - first) * PANEL : grad_x + at;
-                    if (end) product_back_end(t, p, s, n, own_sums, own, w, m, found, gate_up ? most * PANEL : I);
+                    if (end) apply_backward_epilogue(t, p, s, n, own_sums, own, w, m, found, gate_up ? most * PANEL : I);
                 }
                 for (long r = 0; gate_up && end && r < tall_of(t->T, s * PANEL); r++) {
                     long at = (s * PANEL + r) * 2 * I + first * PANEL;
@@ -394,7 +339,7 @@ static void product_backward(const training *t, const adapted *p, const bf16 *gr
     }
 #pragma omp for schedule(dynamic, 2)
     for (long n = 0; n < (p->R ? panels + O / PANEL : 0); n++)
-        if (n < panels) add_to_A(t, p, n, x, mask, w->turned, shift, panel);
-        else add_to_B(t, p, n - panels, grad, m->turned, shift, panel);
+        if (n < panels) add_to_A(t, p, n, x, mask, w->transposed, shift, panel);
+        else add_to_B(t, p, n - panels, grad, m->transposed, shift, panel);
 }
 #endif

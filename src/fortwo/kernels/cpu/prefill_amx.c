@@ -1,16 +1,10 @@
-/* Prompts, and steps of many rows, through all layers: the new tokens of some sequences, with the adapters of each, in bf16 on AMX's tiles, sums and what
-   is carried from layer to layer in fp32. kernels.c includes this once, behind step.h.
-
-   T tokens, R sequences, D hidden, H query heads, K key/value heads, E head size, I intermediate; D, H * E and I are multiples of 32. Rows come in
-   strips of 32. */
+/* HEAD */
+#include "attention_amx.h"
+#include "decode_step.h"
+#include "elementwise.h"
 
 #ifdef AMX
 #define QUERIES 64 /* tokens whose queries are one task of attention */
-
-typedef struct { /* tokens start to start + length - 1, after `before` that the cache holds: a part of one prompt, or what several begin with.
-                    Their keys and values go to `copies` places from `first` on; those of all before them are in each. */
-    long first, copies, before, start, length;
-} piece;
 
 #define FEW 8 /* rows of a strip; for no more of them an adapter is multiplied without tiles */
 
@@ -22,11 +16,11 @@ typedef struct {
     long *first, *of, *many, *rows, h_row;
     int16_t *h;
     float *scale;
-} answers;
+} strip_adapters;
 
-static answers answers_of(long T, long N, const adapter *adapters, const long *members, long indices) {
+static strip_adapters strip_adapters_of(long T, long N, const adapter *adapters, const long *members, long indices) {
     long strips = (T + PANEL - 1) / PANEL, most = T + 1, *own = malloc(T * sizeof(long));
-    answers all = {adapters, calloc(strips + 1, sizeof(long)), malloc(most * sizeof(long)), calloc(most, sizeof(long)), malloc(most * PANEL * sizeof(long))};
+    strip_adapters all = {adapters, calloc(strips + 1, sizeof(long)), malloc(most * sizeof(long)), calloc(most, sizeof(long)), malloc(most * PANEL * sizeof(long))};
     for (long t = 0; t < T; t++) own[t] = -1;
     for (long n = 0; n < N; n++)
         for (long m = adapters[n].first; m < adapters[n].last; m++) own[members[m]] = n;
@@ -44,7 +38,7 @@ static answers answers_of(long T, long N, const adapter *adapters, const long *m
     for (const adapter *one = adapters; one < adapters + N; one++)
         for (long index = 0; index < indices; index++) {
             long wide = 0;
-            for (long p = 0; p < one->updates[index].parts; p++) wide += filled(2 * one->updates[index].part[p].pairs);
+            for (long p = 0; p < one->products[index].parts; p++) wide += padded_to_steps(2 * one->products[index].part[p].pairs);
             all.h_row = wide > all.h_row ? wide : all.h_row;
         }
     all.h = aligned_alloc(64, all.first[strips] * PANEL * all.h_row * sizeof(int16_t) + 64);
@@ -52,7 +46,7 @@ static answers answers_of(long T, long N, const adapter *adapters, const long *m
     return all;
 }
 
-static void forget(answers *all) {
+static void free_strip_adapters(strip_adapters *all) {
     free(all->first);
     free(all->of);
     free(all->many);
@@ -62,54 +56,54 @@ static void forget(answers *all) {
 }
 
 /* Sixteen pairs of a slab, times what theirs are worth, in bf16. */
-static inline __attribute__((always_inline)) void slab_bf16(const int8_t *from, vector low, vector high, bf16 *to) {
+static inline __attribute__((always_inline)) void block_bf16(const int8_t *from, vector low, vector high, bf16 *to) {
     vector left = (vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
     vector right = (vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + WIDTH))));
     store_bf16(to, (__m512)(left * low), (__m512)(right * high));
 }
 
 /* h = A x of one strip and an adapter that has few of its rows. */
-static void go_in_few(const answers *all, long pair, long index, long K, const bf16 *a) {
+static void shrink_few(const strip_adapters *all, long pair, long index, long K, const bf16 *a) {
     const adapter *one = all->adapters + all->of[pair];
-    const update *own = one->updates + index;
+    const adapter_product *own = one->products + index;
     const long *rows = all->rows + pair * PANEL, many = all->many[pair];
-    static _Thread_local arena space;
-    make_room(&space, K * sizeof(float) + PANEL * K * sizeof(int16_t) + PANEL * own->ranks * sizeof(float) + 256);
+    static _Thread_local scratch_arena space;
+    reserve(&space, K * sizeof(float) + PANEL * K * sizeof(int16_t) + PANEL * own->ranks * sizeof(float) + 256);
     float scale[PANEL], *x = take(&space, K * sizeof(float)), *h = take(&space, PANEL * own->ranks * sizeof(float));
-    whole_rows given = {take(&space, PANEL * K * sizeof(int16_t)), scale};
-    whole_rows to = {all->h + pair * PANEL * all->h_row, all->scale + pair * PANEL};
+    int16_rows given = {take(&space, PANEL * K * sizeof(int16_t)), scale};
+    int16_rows to = {all->h + pair * PANEL * all->h_row, all->scale + pair * PANEL};
     for (long i = 0; i < many; i++) {
         for (long k = 0; k < K; k++) x[k] = from_bf16(a[rows[i] * K + k]);
-        round_pairs(&given, rows[i], K, K, x);
+        quantize_int16(&given, rows[i], K, K, x);
     }
     for (long tile = 0; tile * WIDTH < own->ranks; tile++) {
-        const int8_t *A = one->weights + own->A + tile * SLAB(K);
+        const int8_t *A = one->weights + own->A + tile * BLOCK_BYTES(K);
         long r = 0;
-        for (; r + 4 <= many; r += 4) in_rows(4, rows + r, K, A, &given, h + tile * WIDTH, own->ranks);
-        for (; r < many; r++) in_rows(1, rows + r, K, A, &given, h + tile * WIDTH, own->ranks);
+        for (; r + 4 <= many; r += 4) shrink_rows(4, rows + r, K, A, &given, h + tile * WIDTH, own->ranks);
+        for (; r < many; r++) shrink_rows(1, rows + r, K, A, &given, h + tile * WIDTH, own->ranks);
     }
-    for (long i = 0; i < many; i++) round_pairs(&to, rows[i], all->h_row, own->ranks, h + rows[i] * own->ranks);
+    for (long i = 0; i < many; i++) quantize_int16(&to, rows[i], all->h_row, own->ranks, h + rows[i] * own->ranks);
 }
 
 /* h = A x of one strip and adapter. a: the strip (32, K). */
-static void go_in_strip(const answers *all, long pair, long index, long K, const bf16 *a) {
+static void shrink_strip(const strip_adapters *all, long pair, long index, long K, const bf16 *a) {
     const adapter *one = all->adapters + all->of[pair];
-    const update *own = one->updates + index;
+    const adapter_product *own = one->products + index;
     const long *rows = all->rows + pair * PANEL, many = all->many[pair];
     if (!own->ranks) return;
     if (many <= FEW) {
-        go_in_few(all, pair, index, K, a);
+        shrink_few(all, pair, index, K, a);
         return;
     }
     bf16 *h = (bf16 *)all->h + pair * PANEL * all->h_row, tile[TILE] __attribute__((aligned(64)));
     float sums[PANEL * own->ranks] __attribute__((aligned(64)));
     vector once = (vector){0} + 1;
     for (long first = 0; first < own->ranks; first += WIDTH) {
-        const int8_t *A = one->weights + own->A + first / WIDTH * SLAB(K);
+        const int8_t *A = one->weights + own->A + first / WIDTH * BLOCK_BYTES(K);
         _tile_zero(0);
         _tile_zero(1);
         for (long k = 0; k < K / STEP; k++) {
-            for (long i = 0; i < 16; i++) slab_bf16(A + SCALES + (k * 16 + i) * 2 * WIDTH, once, once, tile + i * STEP);
+            for (long i = 0; i < 16; i++) block_bf16(A + SCALES + (k * 16 + i) * 2 * WIDTH, once, once, tile + i * STEP);
             written_for_tiles(tile);
             _tile_loadd(6, tile, 64);
             _tile_loadd(4, a + k * STEP, 2 * K);
@@ -127,18 +121,18 @@ static void go_in_strip(const answers *all, long pair, long index, long K, const
         for (long p = 0; p < own->parts; p++) {
             const float *from = sums + rows[i] * own->ranks + own->part[p].from;
             for (long rank = 0; rank < 2 * own->part[p].pairs; rank++) to[rank] = to_bf16(from[rank]);
-            to += filled(2 * own->part[p].pairs);
+            to += padded_to_steps(2 * own->part[p].pairs);
         }
     }
 }
 
 /* A group of a tile of a weight in 4 or 8 bits as matrix.h's tile. */
-static inline __attribute__((always_inline)) void widen_tile(int bits, const uint8_t *q, vector d, vector m, bf16 *tile) {
+static inline __attribute__((always_inline)) void dequantize_tile(int bits, const uint8_t *q, vector d, vector m, bf16 *tile) {
     __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
 #pragma GCC unroll 8
     for (int i = 0; i < QUADS; i++) {
         const uint8_t *from = q + (bits == 8 ? i : i / 2) * 4 * WIDTH;
-        if (bits == 8 || i % 2 == 0) __builtin_prefetch(from + AHEAD_OF_PRODUCT);
+        if (bits == 8 || i % 2 == 0) __builtin_prefetch(from + PREFETCH_BYTES);
         words found = *(const words *)from;
         __m512 four[4];
 #pragma GCC unroll 4
@@ -155,7 +149,7 @@ static inline __attribute__((always_inline)) void widen_tile(int bits, const uin
 }
 
 /* Panel p of such a weight. */
-static void widen_panel(const held *w, long p, bf16 *to) {
+static void dequantize_panel(const quantized_weight *w, long p, bf16 *to) {
     long G = w->I / GROUP, bytes = GROUP * WIDTH * w->bits / 8;
     for (long o = p * PANEL; o < (p + 1) * PANEL; o += WIDTH)
         for (long g = 0; g < G; g++) {
@@ -163,37 +157,37 @@ static void widen_panel(const held *w, long p, bf16 *to) {
             if (o >= w->O) memset(tile, 0, TILE * sizeof(bf16)); /* half a panel is all there is */
             else {
                 long at = o / WIDTH * G + g;
-                vector d = halves(w->scale + at * WIDTH);
-                if (w->bits == 8) widen_tile(8, w->q + at * bytes, d, d * -128.0f, tile);
-                else widen_tile(4, w->q + at * bytes, d, halves(w->minimum + at * WIDTH), tile);
+                vector d = load_fp16(w->scale + at * WIDTH);
+                if (w->bits == 8) dequantize_tile(8, w->q + at * bytes, d, d * -128.0f, tile);
+                else dequantize_tile(4, w->q + at * bytes, d, load_fp16(w->minimum + at * WIDTH), tile);
             }
         }
 }
 
 /* What a pair of few rows adds to outputs o to o + 31. */
-static void add_few(const answers *all, long pair, long index, long o, float *sums) {
+static void expand_few(const strip_adapters *all, long pair, long index, long o, float *sums) {
     const adapter *one = all->adapters + all->of[pair];
-    const update *own = one->updates + index;
+    const adapter_product *own = one->products + index;
     const int16_t *h = all->h + pair * PANEL * all->h_row;
     for (long p = 0; p < own->parts; p++) {
         long first = own->part[p].first, pairs = own->part[p].pairs;
         if (o < first || o >= first + own->part[p].width) continue;
-        const int8_t *B = one->weights + own->part[p].B + (o - first) / WIDTH * SLAB(2 * pairs);
-        for (long half = 0; half < PANEL; half += WIDTH, B += SLAB(2 * pairs))
-            add_all_rows(0, all->many[pair], all->rows + pair * PANEL, pairs, B, h + own->part[p].from, all->h_row, all->scale + pair * PANEL, sums + half,
+        const int8_t *B = one->weights + own->part[p].B + (o - first) / WIDTH * BLOCK_BYTES(2 * pairs);
+        for (long half = 0; half < PANEL; half += WIDTH, B += BLOCK_BYTES(2 * pairs))
+            expand_all_rows(0, all->many[pair], all->rows + pair * PANEL, pairs, B, h + own->part[p].from, all->h_row, all->scale + pair * PANEL, sums + half,
                          PANEL);
     }
 }
 
 /* Sixteen outputs of a part's B, from rank pair `from` on, as a tile. */
-static void lay_outputs(const int8_t *B, long from, bf16 *tile) {
+static void pack_outputs(const int8_t *B, long from, bf16 *tile) {
     __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0), scale = _mm512_loadu_si512(B);
     vector low = (vector)_mm512_permutexvar_epi32(twice, scale), high = (vector)_mm512_permutexvar_epi32(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale);
-    for (long i = 0; i < 16; i++) slab_bf16(B + SCALES + (from + i) * 2 * WIDTH, low, high, tile + i * STEP);
+    for (long i = 0; i < 16; i++) block_bf16(B + SCALES + (from + i) * 2 * WIDTH, low, high, tile + i * STEP);
 }
 
 /* A strip of x times a panel of outputs o to o + 31, and what adapters add, into sums (32, 32). ahead: whether the panels that follow are fetched. */
-static void paneled_block(const answers *all, long m, long index, long o, long K, const bf16 *a, const bf16 *panel, int ahead, float *sums) {
+static void panel_gemm_block(const strip_adapters *all, long m, long index, long o, long K, const bf16 *a, const bf16 *panel, int ahead, float *sums) {
     tiles_clear();
     for (long k = 0; k < K / STEP; k++, panel += 2 * TILE) {
         if (ahead)
@@ -203,17 +197,17 @@ static void paneled_block(const answers *all, long m, long index, long o, long K
     for (long pair = all->first[m]; pair < all->first[m + 1]; pair++) {
         if (all->many[pair] <= FEW) continue;
         const adapter *one = all->adapters + all->of[pair];
-        const update *own = one->updates + index;
+        const adapter_product *own = one->products + index;
         const bf16 *h = (const bf16 *)all->h + pair * PANEL * all->h_row;
         for (long p = 0; p < own->parts; p++) {
             long first = own->part[p].first, ranks = 2 * own->part[p].pairs;
-            const int8_t *B = one->weights + own->part[p].B + (o - first) / WIDTH * SLAB(ranks);
+            const int8_t *B = one->weights + own->part[p].B + (o - first) / WIDTH * BLOCK_BYTES(ranks);
             if (o >= first && o < first + own->part[p].width)
-                for (long k = 0; k < steps(ranks); k++) {
+                for (long k = 0; k < steps_of(ranks); k++) {
                     /* a tile of fewer than 32 ranks goes on into what follows, which the zeros of h undo */
                     bf16 tiles[2][TILE] __attribute__((aligned(64)));
-                    lay_outputs(B, k * 16, tiles[0]);
-                    lay_outputs(B + SLAB(ranks), k * 16, tiles[1]);
+                    pack_outputs(B, k * 16, tiles[0]);
+                    pack_outputs(B + BLOCK_BYTES(ranks), k * 16, tiles[1]);
                     written_for_tiles(tiles[0]);
                     _tile_loadd(6, tiles[0], 64);
                     _tile_loadd(7, tiles[1], 64);
@@ -224,32 +218,32 @@ static void paneled_block(const answers *all, long m, long index, long o, long K
                     _tile_dpbf16ps(2, 5, 6);
                     _tile_dpbf16ps(3, 5, 7);
                 }
-            h += filled(ranks);
+            h += padded_to_steps(ranks);
         }
     }
     tiles_stored(sums, PANEL);
     for (long pair = all->first[m]; pair < all->first[m + 1]; pair++)
-        if (all->many[pair] <= FEW) add_few(all, pair, index, o, sums);
+        if (all->many[pair] <= FEW) expand_few(all, pair, index, o, sums);
 }
 
 /* What becomes of x W' (T, N): it is stored in bf16; or added to `sum`; or is `sum`; or its left half gates its right half (SwiGLU), stored in bf16. */
-typedef enum { STORED, ADDED, KEPT, GATED } fate;
+typedef enum { STORE_BF16, ADD_TO_SUM, STORE_FP32, APPLY_SWIGLU } gemm_epilogue;
 
-static void finish_block(fate what, long tall, long wide, const float *sums, const float *up, bf16 *c, float *sum, long row) {
+static void apply_epilogue(gemm_epilogue what, long tall, long wide, const float *sums, const float *up, bf16 *c, float *sum, long row) {
     for (long r = 0; r < tall; r++) {
         __m512 left = _mm512_load_ps(sums + r * PANEL), right = _mm512_load_ps(sums + r * PANEL + 16);
-        if (what == ADDED) {
+        if (what == ADD_TO_SUM) {
             float *to = sum + r * row;
             _mm512_storeu_ps(to, _mm512_add_ps(left, _mm512_loadu_ps(to)));
             _mm512_storeu_ps(to + 16, _mm512_add_ps(right, _mm512_loadu_ps(to + 16)));
             continue;
         }
-        if (what == KEPT) {
-            _mm512_mask_storeu_ps(sum + r * row, first(wide), left);
-            _mm512_mask_storeu_ps(sum + r * row + 16, first(wide - 16), right);
+        if (what == STORE_FP32) {
+            _mm512_mask_storeu_ps(sum + r * row, mask16(wide), left);
+            _mm512_mask_storeu_ps(sum + r * row + 16, mask16(wide - 16), right);
             continue;
         }
-        if (what == GATED) {
+        if (what == APPLY_SWIGLU) {
             __m512 one = _mm512_set1_ps(1), none = _mm512_setzero_ps();
             __m512 l = _mm512_add_ps(one, exponentials(_mm512_sub_ps(none, left))), h = _mm512_add_ps(one, exponentials(_mm512_sub_ps(none, right)));
             left = _mm512_mul_ps(_mm512_div_ps(left, l), _mm512_load_ps(up + r * PANEL));
@@ -261,22 +255,22 @@ static void finish_block(fate what, long tall, long wide, const float *sums, con
 
 /* One fused product of all rows; shared among the threads that come here. a: rows of w's inputs, whole strips of them; row: numbers of a row of c, or
    of sum. Weights that are not laid out are, a few panels at a time, which stay in a core's cache while the strips pass. */
-static void paneled_product(fate what, const answers *all, long index, long T, const held *w, const bf16 *a, bf16 *c, float *sum, long row) {
-    static _Thread_local arena room;
-    long K = w->I, strips = (T + PANEL - 1) / PANEL, apart = K * PANEL, panels = (w->O + PANEL - 1) / PANEL, twice = what == GATED;
+static void panel_gemm(gemm_epilogue what, const strip_adapters *all, long index, long T, const quantized_weight *w, const bf16 *a, bf16 *c, float *sum, long row) {
+    static _Thread_local scratch_arena room;
+    long K = w->I, strips = (T + PANEL - 1) / PANEL, apart = K * PANEL, panels = (w->O + PANEL - 1) / PANEL, twice = what == APPLY_SWIGLU;
     if (all->first[strips]) {
 #pragma omp for schedule(dynamic)
         for (long pair = 0; pair < all->first[strips]; pair++) {
             long m = 0;
             while (all->first[m + 1] <= pair) m++;
-            go_in_strip(all, pair, index, K, a + m * PANEL * K);
+            shrink_strip(all, pair, index, K, a + m * PANEL * K);
         }
     }
     if (twice) panels /= 2;
-    long fit = RESIDENT / (apart * (1 + twice) * (long)sizeof(bf16)), wanted = 8 * omp_get_num_threads();
+    long fit = CACHE_BYTES / (apart * (1 + twice) * (long)sizeof(bf16)), wanted = 8 * omp_get_num_threads();
     long across = fit < 1 ? panels : (panels + fit - 1) / fit;
     if (across < wanted) across = panels < wanted ? panels : wanted;
-    make_room(&room, w->bits == 16 ? 0 : (panels / across + 1) * (1 + twice) * apart * sizeof(bf16));
+    reserve(&room, w->bits == 16 ? 0 : (panels / across + 1) * (1 + twice) * apart * sizeof(bf16));
     bf16 *made = (bf16 *)room.at;
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < across; task++) {
@@ -288,95 +282,95 @@ static void paneled_product(fate what, const answers *all, long index, long T, c
                 for (long half = 0; half <= twice; half++) {
                     long own = half * panels + p, ahead = m == 0 && w->bits == 16;
                     bf16 *panel = w->bits == 16 ? (bf16 *)w->q + own * apart : made + (strips > 1 ? (p - first) * (1 + twice) + half : 0) * apart;
-                    if (m == 0 && w->bits != 16) widen_panel(w, own, panel);
-                    paneled_block(all, m, index, own * PANEL, K, a + m * PANEL * K, panel, ahead, sums + half * PANEL * PANEL);
+                    if (m == 0 && w->bits != 16) dequantize_panel(w, own, panel);
+                    panel_gemm_block(all, m, index, own * PANEL, K, a + m * PANEL * K, panel, ahead, sums + half * PANEL * PANEL);
                 }
-                finish_block(what, tall, w->O - p * PANEL, sums, sums + PANEL * PANEL, c + at, sum + at, row);
+                apply_epilogue(what, tall, w->O - p * PANEL, sums, sums + PANEL * PANEL, c + at, sum + at, row);
             }
     }
 }
 
 /* A token's heads: bias, norms, rotation; keys and values go to the cache, to `copies` places as number `number` of their tokens. */
-static void into_cache(long l, const shape *s, const layer *own, const float *cosine, const float *sine, const place *places, long copies,
+static void write_to_cache(long l, const decoder_shape *s, const decoder_layer *own, const float *cosine, const float *sine, const cache_place *places, long copies,
                        long number, bf16 *heads) {
     long H = s->H, K = s->K, E = s->E;
     for (long n = 0; n < H + 2 * K; n++) {
         float x[E];
         for (long e = 0; e < E; e++) x[e] = from_bf16(heads[n * E + e]) + (own->bias ? own->bias[n * E + e] : 0);
-        if (n < H + K) rotate_head(E, n < H ? own->q_norm : own->k_norm, s->eps, cosine, sine, x);
+        if (n < H + K) norm_and_rotate_head(E, n < H ? own->q_norm : own->k_norm, s->eps, cosine, sine, x);
         if (n < H)
             for (long e = 0; e < E; e++) heads[n * E + e] = to_bf16(x[e]);
         else
-            for (const place *one = places; one < places + copies; one++) {
+            for (const cache_place *one = places; one < places + copies; one++) {
                 uint16_t *to = n < H + K ? one->k : one->v;
                 to += l * one->layer_step + (n - H) % K * one->head_step + number * E;
-                for (long e = 0; e < E; e += WIDTH) store_halves(to + e, *(vector *)(x + e));
+                for (long e = 0; e < E; e += WIDTH) store_fp16(to + e, *(vector *)(x + e));
             }
     }
 }
 
-typedef struct { const piece *own; long head, from, to; } queries;
+typedef struct { const prompt_piece *own; long head, from, to; } query_range;
 
 /* The tasks of attention: some queries of a piece and head. Returns how many. */
-static long tasks_of(long R, const piece *pieces, long K, queries *to) {
+static long attention_tasks_of(long R, const prompt_piece *pieces, long K, query_range *to) {
     long count = 0;
-    for (const piece *one = pieces; one < pieces + R; one++)
+    for (const prompt_piece *one = pieces; one < pieces + R; one++)
         for (long from = 0; from < one->length; from += QUERIES)
             for (long head = 0; head < K; head++, count++)
-                if (to) to[count] = (queries){one, head, from, from + QUERIES < one->length ? from + QUERIES : one->length};
+                if (to) to[count] = (query_range){one, head, from, from + QUERIES < one->length ? from + QUERIES : one->length};
     return count;
 }
 
-static void lay_halves(long count, long E, const uint16_t *from, const bf16 **rows, bf16 *room) {
+static void load_fp16_rows(long count, long E, const uint16_t *from, const bf16 **rows, bf16 *room) {
     for (long s = 0; s < count; s++) {
         rows[s] = room + s * E;
-        for (long e = 0; e < E; e += 32) store_bf16(room + s * E + e, (__m512)halves(from + s * E + e), (__m512)halves(from + s * E + e + 16));
+        for (long e = 0; e < E; e += 32) store_bf16(room + s * E + e, (__m512)load_fp16(from + s * E + e), (__m512)load_fp16(from + s * E + e + 16));
     }
 }
 
 /* The queries of one token, as a decode step has them: too few for tiles. */
-static void attend_alone(long l, long G, long E, const place *at, long head, long seen, const bf16 *q, bf16 *out) {
-    static _Thread_local arena room;
-    make_room(&room, (2 * G * E + G * PAD(seen)) * sizeof(float) + 256);
+static void attend_one_query(long l, long G, long E, const cache_place *at, long head, long seen, const bf16 *q, bf16 *out) {
+    static _Thread_local scratch_arena room;
+    reserve(&room, (2 * G * E + G * PAD(seen)) * sizeof(float) + 256);
     float *own = take(&room, G * E * sizeof(float)), *mixed = take(&room, G * E * sizeof(float)), *scores = take(&room, G * PAD(seen) * sizeof(float));
     for (long i = 0; i < G * E; i++) own[i] = from_bf16(q[i]);
-    look(1, G, E, at, l * at->layer_step + head * at->head_step, seen, own, mixed, scores);
+    attend_cached(1, G, E, at, l * at->layer_step + head * at->head_step, seen, own, mixed, scores);
     for (long i = 0; i < G * E; i++) out[i] = to_bf16(mixed[i]);
 }
 
-static void attend_task(long l, const shape *s, const place *places, const queries *task, const bf16 *qkv, bf16 *out) {
-    static _Thread_local arena room;
+static void attend_task(long l, const decoder_shape *s, const cache_place *places, const query_range *task, const bf16 *qkv, bf16 *out) {
+    static _Thread_local scratch_arena room;
     long H = s->H, K = s->K, E = s->E, N = H + 2 * K, G = H / K, L = task->to - task->from;
     long before = task->own->before + task->from, start = task->own->start + task->from, S = before + L;
-    const place *held = places + task->own->first;
+    const cache_place *held = places + task->own->first;
     if (L == 1) {
-        attend_alone(l, G, E, held, task->head, S, qkv + (start * N + task->head * G) * E, out + (start * H + task->head * G) * E);
+        attend_one_query(l, G, E, held, task->head, S, qkv + (start * N + task->head * G) * E, out + (start * H + task->head * G) * E);
         return;
     }
-    packed_task t = {0, task->head, before, start, L, S, filled(S), L * G, filled(L * G)};
-    make_room(&room, t.Sp * (8 + 6 * E + 32 * 6) + 32 * E * 4 + t.Mp * E * 2 + 1024);
+    packed_task t = {0, task->head, before, start, L, S, padded_to_steps(S), L * G, padded_to_steps(L * G)};
+    reserve(&room, t.Sp * (8 + 6 * E + 32 * 6) + 32 * E * 4 + t.Mp * E * 2 + 1024);
     const bf16 **rows = take(&room, S * sizeof(bf16 *));
     bf16 *plain = take(&room, S * E * 2), *keys = take(&room, t.Sp * E * 2), *values = take(&room, t.Sp * E * 2), *q = take(&room, t.Mp * E * 2);
     float *scores = take(&room, 32 * t.Sp * 4), *mixed = take(&room, 32 * E * 4);
     bf16 *mass = take(&room, 32 * t.Sp * 2);
     long at = l * held->layer_step + task->head * held->head_step;
-    lay_halves(S, E, (const uint16_t *)held->k + at, rows, plain);
-    lay_rows(S, E, rows, 0, keys);
-    lay_halves(S, E, (const uint16_t *)held->v + at, rows, plain);
-    lay_columns(S, E, rows, 0, values);
-    attend_tiles(&t, H, G, N, E, qkv, keys, values, q, scores, mass, mixed, out, 0);
+    load_fp16_rows(S, E, (const uint16_t *)held->k + at, rows, plain);
+    pack_rows(S, E, rows, 0, keys);
+    load_fp16_rows(S, E, (const uint16_t *)held->v + at, rows, plain);
+    pack_columns(S, E, rows, 0, values);
+    attend_with_tiles(&t, H, G, N, E, qkv, keys, values, q, scores, mass, mixed, out, 0);
 }
 
 /* out (T, D): hidden states of the tokens after the final norm. Every token is in one of R pieces. */
-void prefill_layers(long T, long R, const shape *s, const layer *layers, const long *tokens, const piece *pieces, const place *places, long N,
+void prefill(long T, long R, const decoder_shape *s, const decoder_layer *layers, const long *tokens, const prompt_piece *pieces, const cache_place *places, long N,
                     const adapter *adapters, const long *members, float *out) {
     long D = s->D, H = s->H, K = s->K, E = s->E, I = s->I, L = s->layers, heads = H + 2 * K, strips = (T + PANEL - 1) / PANEL;
-    answers all = answers_of(T, N, adapters, members, L * GROUPS);
-    long count = tasks_of(R, pieces, K, 0), widest = D > H * E ? D : H * E;
-    queries *tasks = malloc(count * sizeof(queries));
-    tasks_of(R, pieces, K, tasks);
-    const piece **piece_of = malloc(T * sizeof(piece *));
-    for (const piece *one = pieces; one < pieces + R; one++)
+    strip_adapters all = strip_adapters_of(T, N, adapters, members, L * PRODUCTS);
+    long count = attention_tasks_of(R, pieces, K, 0), widest = D > H * E ? D : H * E;
+    query_range *tasks = malloc(count * sizeof(query_range));
+    attention_tasks_of(R, pieces, K, tasks);
+    const prompt_piece **piece_of = malloc(T * sizeof(prompt_piece *));
+    for (const prompt_piece *one = pieces; one < pieces + R; one++)
         for (long i = 0; i < one->length; i++) piece_of[one->start + i] = one;
     bf16 *memory = aligned_alloc(64, strips * PANEL * (heads * E + widest + I) * sizeof(bf16));
     bf16 *qkv = memory, *in = qkv + strips * PANEL * heads * E, *gated = in + strips * PANEL * widest;
@@ -384,29 +378,29 @@ void prefill_layers(long T, long R, const shape *s, const layer *layers, const l
     float *x = aligned_alloc(64, (T * (D + 2 * E) * sizeof(float) + 63) / 64 * 64), *cosine = x + T * D, *sine = cosine + T * E;
 #pragma omp parallel
     {
-        tiles_begin();
+        amx_begin_bf16();
 #pragma omp for schedule(static)
         for (long t = 0; t < T; t++) {
             memcpy(x + t * D, s->embedding + tokens[t] * D, D * sizeof(float));
-            angles(s, piece_of[t]->before + t - piece_of[t]->start, cosine + t * E, sine + t * E);
+            rotary_angles(s, piece_of[t]->before + t - piece_of[t]->start, cosine + t * E, sine + t * E);
         }
         for (long l = 0; l < L; l++) {
-            const layer *own = layers + l;
+            const decoder_layer *own = layers + l;
 #pragma omp for schedule(static)
             for (long t = 0; t < T; t++) add_norm_row_bfloat16(D, x + t * D, 0, own->attention_norm, s->eps, 0, in + t * D);
-            paneled_product(STORED, &all, l * GROUPS + QKV, T, own->w + QKV, in, qkv, 0, heads * E);
+            panel_gemm(STORE_BF16, &all, l * PRODUCTS + QKV_PROJ, T, own->w + QKV_PROJ, in, qkv, 0, heads * E);
 #pragma omp for schedule(static)
             for (long t = 0; t < T; t++) {
-                const piece *its = piece_of[t];
-                into_cache(l, s, own, cosine + t * E, sine + t * E, places + its->first, its->copies, its->before + t - its->start, qkv + t * heads * E);
+                const prompt_piece *its = piece_of[t];
+                write_to_cache(l, s, own, cosine + t * E, sine + t * E, places + its->first, its->copies, its->before + t - its->start, qkv + t * heads * E);
             }
 #pragma omp for schedule(dynamic)
             for (long task = count - 1; task >= 0; task--) attend_task(l, s, places, tasks + task, qkv, in);
-            paneled_product(ADDED, &all, l * GROUPS + O, T, own->w + O, in, 0, x, D);
+            panel_gemm(ADD_TO_SUM, &all, l * PRODUCTS + O_PROJ, T, own->w + O_PROJ, in, 0, x, D);
 #pragma omp for schedule(static)
             for (long t = 0; t < T; t++) add_norm_row_bfloat16(D, x + t * D, 0, own->mlp_norm, s->eps, 0, in + t * D);
-            paneled_product(GATED, &all, l * GROUPS + GATE_UP, T, own->w + GATE_UP, in, gated, 0, I);
-            paneled_product(ADDED, &all, l * GROUPS + DOWN, T, own->w + DOWN, gated, 0, x, D);
+            panel_gemm(APPLY_SWIGLU, &all, l * PRODUCTS + GATE_UP_PROJ, T, own->w + GATE_UP_PROJ, in, gated, 0, I);
+            panel_gemm(ADD_TO_SUM, &all, l * PRODUCTS + DOWN_PROJ, T, own->w + DOWN_PROJ, gated, 0, x, D);
         }
 #pragma omp for schedule(static)
         for (long t = 0; t < T; t++) add_norm_row_float32(D, x + t * D, 0, s->norm, s->eps, 0, out + t * D);
@@ -416,25 +410,25 @@ void prefill_layers(long T, long R, const shape *s, const layer *layers, const l
     free(x);
     free(piece_of);
     free(tasks);
-    forget(&all);
+    free_strip_adapters(&all);
 }
 
 /* y (T, O) = x (T, I) W', in bf16, sums in fp32; W in 4 or 8 bits, in whole tiles of 16 outputs, I a multiple of 32. */
-void wide_product(long bits, long T, long I, long O, const float *x, const uint8_t *q, const uint16_t *scale, const uint16_t *minimum, float *y) {
-    held w = {bits, O, I, q, scale, minimum};
+void quantized_gemm_amx(long bits, long T, long I, long O, const float *x, const uint8_t *q, const uint16_t *scale, const uint16_t *minimum, float *y) {
+    quantized_weight w = {bits, O, I, q, scale, minimum};
     long strips = (T + PANEL - 1) / PANEL;
-    answers none = answers_of(T, 0, 0, 0, 0);
+    strip_adapters none = strip_adapters_of(T, 0, 0, 0, 0);
     bf16 *a = aligned_alloc(64, strips * PANEL * I * sizeof(bf16));
     memset(a + T * I, 0, (strips * PANEL - T) * I * sizeof(bf16));
 #pragma omp parallel
     {
-        tiles_begin();
+        amx_begin_bf16();
 #pragma omp for schedule(static)
         for (long i = 0; i < T * I; i += 32) store_bf16(a + i, _mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + 16));
-        paneled_product(KEPT, &none, 0, T, &w, a, 0, y, O);
+        panel_gemm(STORE_FP32, &none, 0, T, &w, a, 0, y, O);
         _tile_release();
     }
     free(a);
-    forget(&none);
+    free_strip_adapters(&none);
 }
 #endif

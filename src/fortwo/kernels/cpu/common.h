@@ -1,0 +1,92 @@
+/* HEAD */
+#pragma once
+#include "fortwo_kernels.h"
+#include <math.h>
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define AVX512_BF16
+#endif
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
+#define AMX
+#endif
+
+#define SERIAL 16384 /* elements below which one thread is faster than two */
+#define LINE 64      /* numbers of a row that are worked on while those of the next row are fetched */
+#define WIDTH 16
+#define PAD(n) (((n) + WIDTH - 1) / WIDTH * WIDTH)
+
+typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef int32_t integers __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(4 * WIDTH), aligned(4)));
+
+static inline float from_bf16(bf16 x) {
+    union { uint32_t bits; float value; } all = {(uint32_t)x << 16};
+    return all.value;
+}
+
+static inline bf16 to_bf16(float x) { /* to the nearest, ties to even */
+    union { float value; uint32_t bits; } all = {x};
+    return (all.bits + 0x7fff + (all.bits >> 16 & 1)) >> 16;
+}
+
+/* e^x to 2 units in the last place, without a branch, so that loops over it become vectors. */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1;
+    union { int32_t bits; float value; } power = {((int32_t)n + 127) << 23};
+    return p * power.value;
+}
+
+/* 32 bits without a pattern for each place (the finaliser of MurmurHash3, twice), for one or for sixteen. */
+#define HASH(number)                                                  \
+    static inline number hash_##number(number place, uint32_t seed) { \
+        number h = place * 0x9e3779b9u + seed;                        \
+        for (int round = 0; round < 2; round++) {                     \
+            h = (h ^ h >> 16) * 0x85ebca6bu;                          \
+            h = (h ^ h >> 13) * 0xc2b2ae35u;                          \
+            h = (h ^ h >> 16) + seed;                                 \
+        }                                                             \
+        return h;                                                     \
+    }
+HASH(uint32_t)
+HASH(words)
+
+/* Of n > 0 numbers, lane by lane: a loop that is a vector. */
+static inline float largest(const float *x, long n) {
+    float tops[WIDTH], top = x[0];
+    long i = 0;
+    for (long lane = 0; lane < WIDTH; lane++) tops[lane] = top;
+    for (; i + WIDTH <= n; i += WIDTH)
+        for (long lane = 0; lane < WIDTH; lane++) tops[lane] = x[i + lane] > tops[lane] ? x[i + lane] : tops[lane];
+    for (long lane = 0; i < n; i++, lane++) tops[lane] = x[i] > tops[lane] ? x[i] : tops[lane];
+    for (long lane = 0; lane < WIDTH; lane++) top = tops[lane] > top ? tops[lane] : top;
+    return top;
+}
+
+/* The first n of `seen` scores become their softmax, the rest zero. Returns the logarithm of the sum. */
+static inline float softmax(float *scores, long n, long seen) {
+    float top = largest(scores, n), sum = 0;
+    for (long s = 0; s < n; s++) {
+        scores[s] = exponential(scores[s] - top);
+        sum += scores[s];
+    }
+    for (long s = 0; s < n; s++) scores[s] *= 1 / sum;
+    for (long s = n; s < seen; s++) scores[s] = 0;
+    return logf(sum) + top;
+}
+
+/* LINE elements come into the cache, to be read or written soon: waiting for them took a fourth of what only passes over memory. */
+#define FETCH(at, write)                                                                                                  \
+    for (unsigned long b = 0; b < LINE * sizeof(*(at)); b += 64) __builtin_prefetch((const char *)(at) + b, write)
