@@ -15,10 +15,10 @@ from fortwo.nn.lora import Lora, Segment, in_training
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.nn.packing import PackedAttention, pack
 from fortwo.train.objective import Row, losses
-from tests.parts import as_decoder, make_rows, random_lora
+from tests.parts import WITHOUT_AMX, as_decoder, make_rows, random_lora
 from tests.tiny import tiny_model
 
-tiled = pytest.mark.skipif(not cpu.multiplies_tiles(), reason="the processor has no tiles")
+tiled = pytest.mark.skipif(not cpu.multiplies_tiles(), reason=WITHOUT_AMX)
 CONFIGS = [
     LoraConfig(r=16, alpha=32),
     LoraConfig(r=16, alpha=32, dropout=0.15),

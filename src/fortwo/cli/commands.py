@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +52,8 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="5001")] = None,
 ) -> None:
     """Run the server until it is stopped."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fortwo").setLevel(logging.INFO)
     from fortwo.server.house import House
     from fortwo.settings import load
 

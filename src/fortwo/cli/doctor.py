@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
 
@@ -11,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from fortwo.cli import views
-from fortwo.kernels.isa import flags, processor
+from fortwo.kernels import build, isa
 from fortwo.quantization.selection import ROWS, Choice, Measured, Measurements
 from fortwo.settings import Settings
 
@@ -30,11 +29,18 @@ def report(settings: Settings) -> Group:
 
 def _facts(settings: Settings) -> Iterator[tuple[str, str]]:
     yield "fortwo", f"{version('fortwo')}, torch {version('torch')}"
-    yield "processor", f"{processor()}, {os.cpu_count()} cores"
-    known = [name for name in INSTRUCTIONS if name in flags()]
+    yield "processor", f"{isa.processor()}, {os.cpu_count()} cores"
+    known = [name for name in INSTRUCTIONS if name in isa.flags()]
     yield "instructions", ", ".join(known) if known else "none that the kernels ask for"
     yield "memory", views.size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    yield "C compiler", shutil.which("cc") or "none: torch's own operations are used, int8 and int4 cannot be"
+    yield "C compiler", build.compiler() or "none: torch's own operations are used, int8 and int4 cannot be"
+    isa.cap(settings.isa)
+    if (level := isa.level()) == "none":
+        yield "kernels", "none, as FORTWO_ISA says: torch's own operations are used, int8 and int4 cannot be"
+    else:
+        library = build.path(level)
+        there = "compiled" if library.exists() else "compiled when a server starts"
+        yield "kernels", f"{level or 'this processor'}: {library}, {there}"
     yield "home", str(settings.home)
     yield (
         "weights",

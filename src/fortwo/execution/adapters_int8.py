@@ -25,8 +25,8 @@ OVER = 512  # bytes behind the last: a tile reads on where a rank does not fill 
 
 @dataclass(frozen=True)
 class Laid:
-    """One adapter. flat: for each layer and fused product A, then each B, in the kernel's blocks, with zeros where a rank is
-    odd or ranks are no whole sixteens; A's scales hold the adapter's.
+    """One adapter. flat: for each layer and fused product A, then each B, in the kernel's blocks, with zeros where a
+    rank is odd or ranks are no whole sixteens; A's scales hold the adapter's.
 
     table: the adapter_product of each layer and fused product.
     """

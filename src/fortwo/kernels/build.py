@@ -47,7 +47,7 @@ def library(level: str | None) -> Path:
     began, command = time.perf_counter(), (*_COMPILE, *isa.compiler_flags(level))
     found.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=found.parent) as beside, ThreadPoolExecutor(os.cpu_count()) as pool:
-        units = [(source, ()) for source in sorted(SOURCES.glob("*.c"))]
+        units: list[tuple[Path, tuple[str, ...]]] = [(source, ()) for source in sorted(SOURCES.glob("*.c"))]
         units += [(SOURCES / name, ("-DELEMENT_BFLOAT16",)) for name in _FOR_EACH_TYPE]
         objects = [Path(beside) / f"{number}.o" for number in range(len(units))]
 

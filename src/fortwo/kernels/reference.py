@@ -69,9 +69,7 @@ def _wide(logits_NV: Tensor) -> Tensor:
     return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
 
 
-def nf4_dense(
-    codes: Tensor, largest_B: Tensor, scale_B: Tensor, map: Tensor, offset: Tensor, levels: Tensor
-) -> Tensor:
+def nf4_dense(codes: Tensor, largest_B: Tensor, scale_B: Tensor, map: Tensor, offset: Tensor, levels: Tensor) -> Tensor:
     """Blocks (B, 64) as fp32, of codes (B, 32), two a byte, the first in the high half."""
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)  # both levels of a byte
     return pairs[codes.int()].view(len(codes), -1) * (map[largest_B.int()] * scale_B + offset)[:, None]

@@ -64,7 +64,9 @@ class House:
         from fortwo.jobs.checkpoints import CheckpointStore
         from fortwo.jobs.runner import JobRunner
         from fortwo.jobs.store import JobStore
+        from fortwo.kernels import cpu
 
+        cpu.prepare()
         with ExitStack() as built:
             built.enter_context(_only_one(self.settings))
             self.catalog = Catalog(self.settings)

@@ -26,8 +26,13 @@ ffi = FFI()
 ffi.cdef(re.sub(r"^#.*$", "", build.HEADER.read_text(), flags=re.MULTILINE))
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # elements of kernels that exist for several types
 _C_TYPES = {
-    **{torch.float32: "float", torch.float64: "double", torch.int64: "long", torch.bfloat16: "bf16"},
-    **{torch.float16: "fp16", torch.uint8: "uint8_t", torch.int8: "int8_t"},
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.int64: "long",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "uint8_t",
+    torch.int8: "int8_t",
 }
 # Adding to a null pointer of the type takes a quarter of the time of a cast. By type, with the shift from bytes to it.
 _BASES = {t: (ffi.cast(f"{name} *", 0), t.itemsize.bit_length() - 1) for t, name in _C_TYPES.items()}
@@ -126,7 +131,9 @@ def lib() -> Kernels | None:
 def library(level: str | None) -> Kernels | None:
     """The kernels for a level that the processor has; None, with a warning, where they cannot be had."""
     try:
-        return Kernels(ffi.dlopen(str(build.library(level))))  # OpenMP is torch's: it is loaded already, under the same name
+        return Kernels(
+            ffi.dlopen(str(build.library(level)))
+        )  # OpenMP is torch's: it is loaded already, under the same name
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         log.warning("no C kernels, torch's own operations take their place: %s", said)

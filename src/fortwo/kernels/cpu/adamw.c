@@ -1,10 +1,9 @@
-/* HEAD */
+/* The optimizer's step, and the norm of its gradient. */
 #include "common.h"
 
 #define PART 16384 /* numbers that are summed in fp32 */
 #define STATES 256 /* numbers in 8 bits that share a unit */
 
-/* The sum of squares, the same with any number of threads. */
 void sum_of_squares(long N, const float *x, double *sum) {
     long parts = (N + PART - 1) / PART;
     double *sums = malloc(parts * sizeof(double) + 1);
@@ -20,8 +19,6 @@ void sum_of_squares(long N, const float *x, double *sum) {
     free(sums);
 }
 
-/* A step of AdamW in one pass; the gradient is scaled before it counts, and zero behind. rate: over the first moment's bias; by: of the root of the
-   second moment, for its bias; shrink: what decay leaves of x. */
 void adamw(long N, long step, float *x, float *grad, float *first, float *second, float scale, float beta1, float beta2, float rate, float by,
            float eps, float shrink) {
     (void)step;
@@ -49,7 +46,6 @@ static inline float of_bits(int32_t bits) {
 
 static inline int32_t within(int32_t code, int32_t most) { return code < 0 ? 0 : code > most ? most : code; }
 
-/* Likewise with moments of 8 bits, in units of their block's largest (train/adamw.py). */
 void adamw_8bit(long N, long step, float *x, float *grad, uint8_t *first, float *first_unit, uint8_t *root, float *root_unit, float scale,
                 float beta1, float beta2, float rate, float by, float eps, float shrink) {
     const int32_t first_lowest = (127 << 3) - 127, root_lowest = (127 << 4) - 255;

@@ -1,7 +1,7 @@
-/* HEAD */
+/* Adapters in 8 bits: their layout, and the products that add what several adapters change in their rows. The names follow Punica's kernels: shrink
+   computes h = A x, expand adds B h. */
 #include "adapters_int8.h"
 
-/* Each of the matrices times its scale into `to`, which is zero. */
 void pack_adapter(long count, const adapter_matrix *matrices, int8_t *to) {
 #pragma omp parallel for schedule(dynamic, 8)
     for (long i = 0; i < count; i++) {
@@ -19,7 +19,8 @@ void pack_adapter(long count, const adapter_matrix *matrices, int8_t *to) {
     }
 }
 
-/* Row t of x, `count` numbers, a multiple of 16; so small that the sum of their products with 8 bits is a whole number of 32. */
+/* Rounds row t of x, `count` numbers (a multiple of 16), to 16 bits, with a scale so small that the sum of their products with 8-bit numbers fits
+   into 32 bits. */
 void quantize_int16(const int16_rows *to, long t, long row, long count, const float *x) {
     float tops[WIDTH] = {0}, sums[WIDTH] = {0}, sum = 0;
     for (long i = 0; i < count; i += WIDTH)
@@ -35,7 +36,7 @@ void quantize_int16(const int16_rows *to, long t, long row, long count, const fl
     to->scale[t] = by > 0 ? 1 / by : 0;
 }
 
-/* h (rows, ranks) = A x for the rows of each adapter; shared among the threads that come here. */
+/* h (rows, ranks) = A x for the rows of each adapter. The calling threads share the work. */
 void shrink(long N, const adapter *adapters, const long *members, long index, long I, const int16_rows *x, float *h, long h_row) {
     long blocks = 0, tiles = h_row / WIDTH;
     for (long n = 0; n < N; n++) blocks = adapters[n].last - adapters[n].first > blocks ? adapters[n].last - adapters[n].first : blocks;
@@ -48,19 +49,18 @@ void shrink(long N, const adapter *adapters, const long *members, long index, lo
         if (tile * WIDTH >= own->ranks) continue;
         const int8_t *A = one->weights + own->A + tile * BLOCK_BYTES(I);
         if (one->last - m >= 4) shrink_rows(4, members + m, I, A, x, h + tile * WIDTH, h_row);
-        else
-            for (; m < one->last; m++) shrink_rows(1, members + m, I, A, x, h + tile * WIDTH, h_row);
+        else for (; m < one->last; m++) shrink_rows(1, members + m, I, A, x, h + tile * WIDTH, h_row);
     }
 }
 
-/* h as whole numbers, by each thread for itself: they are few. */
+/* Rounds h to 16 bits. Each thread does this for itself, because the numbers are few. */
 void quantize_ranks(long N, const adapter *adapters, const long *members, long index, const float *h, long h_row, const int16_rows *to) {
     for (const adapter *one = adapters; one < adapters + N; one++)
         for (long m = one->first; one->products[index].ranks && m < one->last; m++)
             quantize_int16(to, members[m], h_row, one->products[index].ranks, h + members[m] * h_row);
 }
 
-/* What the adapters add to outputs o to o + 15 of their rows of y. */
+/* Adds what the adapters change in outputs o to o + 15 of their rows of y. */
 void expand(long N, const adapter *adapters, const long *members, long index, long o, const int16_rows *h, long h_row, float *y, long y_row) {
     for (const adapter *one = adapters; one < adapters + N; one++) {
         const adapter_product *own = one->products + index;
@@ -68,7 +68,7 @@ void expand(long N, const adapter *adapters, const long *members, long index, lo
             long first = own->part[p].first, pairs = own->part[p].pairs;
             if (o < first || o >= first + own->part[p].width) continue;
             const int8_t *B = one->weights + own->part[p].B + (o - first) / WIDTH * BLOCK_BYTES(2 * pairs);
-            expand_all_rows(one->first, one->last, members, pairs, B, h->x + own->part[p].from, h_row, h->scale, y + o, y_row);
+            expand_all_rows(one->first, one->last, members, pairs, B, h->x + own->part[p].rank, h_row, h->scale, y + o, y_row);
         }
     }
 }
@@ -80,20 +80,19 @@ long most_ranks(long N, const adapter *adapters, long from, long to) {
     return ranks;
 }
 
-/* Memory for whole numbers of rows. */
-int16_rows int16_rows_at(char **room, long rows, long row) {
-    int16_rows all = {(int16_t *)(*room + rows * sizeof(float)), (float *)*room};
-    *room += BYTES_OF_ROWS(rows, row);
+/* Takes memory for rounded rows. */
+int16_rows int16_rows_at(char **scratch, long rows, long row) {
+    int16_rows all = {(int16_t *)(*scratch + rows * sizeof(float)), (float *)*scratch};
+    *scratch += BYTES_OF_ROWS(rows, row);
     return all;
 }
 
-/* y (rows, O) += what the adapters add to one fused product of x (rows, I); index: layer * GROUPS + product. */
 void add_adapters(long N, const adapter *adapters, const long *members, long index, long rows, long I, long O, const float *x, float *y) {
     long ranks = most_ranks(N, adapters, index, index + 1), threads = omp_get_max_threads();
-    char *memory = aligned_alloc(64, BYTES_OF_ROWS(rows, I) + threads * BYTES_OF_ROWS(rows, ranks) + PAD(rows * ranks) * sizeof(float)), *room = memory;
-    int16_rows given = int16_rows_at(&room, rows, I), own[threads];
-    for (long i = 0; i < threads; i++) own[i] = int16_rows_at(&room, rows, ranks);
-    float *h = (float *)room;
+    char *memory = aligned_alloc(64, BYTES_OF_ROWS(rows, I) + threads * BYTES_OF_ROWS(rows, ranks) + PAD(rows * ranks) * sizeof(float)), *scratch = memory;
+    int16_rows given = int16_rows_at(&scratch, rows, I), own[threads];
+    for (long i = 0; i < threads; i++) own[i] = int16_rows_at(&scratch, rows, ranks);
+    float *h = (float *)scratch;
 #pragma omp parallel
     {
         const int16_rows *mine = own + omp_get_thread_num();

@@ -1,20 +1,21 @@
-/* HEAD */
+/* The layout of adapters in 8 bits, and products with them. A block holds sixteen rows of a matrix: the scale of each row in fp32, then pairs of
+   numbers in 8 bits, (row / 2, 16, 2). The number of rows and their length are made even by zeros. */
 #pragma once
 #include "quantized_gemm.h"
 
-#define SHARE(outputs) ((outputs) / WIDTH / 8 + 1) /* sixteens that a thread takes at once: neighbours, so that what is fetched in advance is its own */
-#define MOST_SUMMED 16e6f /* sizes of numbers, whose products with 127 have a sum below 2^31, what rounding adds included */
+#define SHARE(outputs) ((outputs) / WIDTH / 8 + 1) /* groups of sixteen outputs that a thread takes at once; they are neighbours, so that it prefetches its own */
+#define MOST_SUMMED 16e6f /* the largest sum of magnitudes whose products with 127 stay below 2^31, rounding included */
 #define BYTES_OF_ROWS(rows, row) (((rows) * (sizeof(float) + (row) * sizeof(int16_t)) + 63) / 64 * 64)
 #define SCALES (WIDTH * (long)sizeof(float))
-#define BLOCK_BYTES(row) (SCALES + (row) * WIDTH) /* bytes; row: numbers of a row */
+#define BLOCK_BYTES(row) (SCALES + (row) * WIDTH) /* bytes of a block of rows of `row` numbers */
 
-/* Rows in whole numbers of 16 bits, and what one of each row's is worth. */
+/* Rows in 16 bits, and the scale of each. */
 typedef struct {
     int16_t *x;
     float *scale;
 } int16_rows;
 
-/* Sixteen pairs of a slab in 16 bits. */
+/* Sixteen pairs of a block, widened to 16 bits. */
 static inline __attribute__((always_inline)) words block_pairs(const int8_t *from) {
 #ifdef __AVX512BW__
     return (words)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from));
@@ -25,7 +26,7 @@ static inline __attribute__((always_inline)) words block_pairs(const int8_t *fro
 #endif
 }
 
-/* sums + the products of sixteen pairs with the pair at h. */
+/* Returns sums + the products of sixteen pairs with the pair at h. */
 static inline __attribute__((always_inline)) integers add_pairs(integers sums, words pairs, const int16_t *h) {
 #ifdef __AVX512VNNI__
     int32_t two;
@@ -37,10 +38,10 @@ static inline __attribute__((always_inline)) integers add_pairs(integers sums, w
 #endif
 }
 
-/* Sixteen ranks of h = A x, for four rows or one; A: their slab. */
+/* Computes sixteen ranks of h = A x for four rows or for one. A is the block of these ranks. */
 static inline __attribute__((always_inline)) void shrink_rows(int rows, const long *members, long I, const int8_t *A, const int16_rows *x, float *h,
                                                           long h_row) {
-    integers sums[4] = {{0}}; /* of each row, or of every fourth pair of one row */
+    integers sums[4] = {{0}}; /* one for each row, or for every fourth pair of a single row */
     int ways = 4 / rows;
     const int8_t *pairs = A + SCALES;
     for (long i = 0; i < I; i += 2 * ways) {
@@ -55,7 +56,7 @@ static inline __attribute__((always_inline)) void shrink_rows(int rows, const lo
         *(vector *)(h + members[k] * h_row) = __builtin_convertvector(sums[k], vector) * (*(const vector *)A * x->scale[members[k]]);
 }
 
-/* Sixteen outputs of B h are added to y; B: their slab, h: the part's first rank. */
+/* Adds sixteen outputs of B h to y. B is the block of these outputs, h begins at the part's first rank. */
 static inline __attribute__((always_inline)) void expand_rows(int rows, const long *members, long pairs, const int8_t *B, const int16_t *h, long h_row,
                                                            const float *h_scale, float *y, long y_row) {
     integers sums[4] = {{0}};
@@ -67,7 +68,7 @@ static inline __attribute__((always_inline)) void expand_rows(int rows, const lo
         *(vector *)(y + members[k] * y_row) += __builtin_convertvector(sums[k], vector) * (*(const vector *)B * h_scale[members[k]]);
 }
 
-/* The same for some rows, with what follows fetched. */
+/* Does the same for any number of rows, and prefetches the next block. */
 static inline void expand_all_rows(long first, long last, const long *members, long pairs, const int8_t *B, const int16_t *h, long h_row,
                                 const float *h_scale, float *y, long y_row) {
     for (long b = 0; b < BLOCK_BYTES(2 * pairs); b += 64) __builtin_prefetch(B + BLOCK_BYTES(2 * pairs) + b);
@@ -80,4 +81,4 @@ void shrink(long N, const adapter *adapters, const long *members, long index, lo
 void quantize_ranks(long N, const adapter *adapters, const long *members, long index, const float *h, long h_row, const int16_rows *to);
 void expand(long N, const adapter *adapters, const long *members, long index, long o, const int16_rows *h, long h_row, float *y, long y_row);
 long most_ranks(long N, const adapter *adapters, long from, long to);
-int16_rows int16_rows_at(char **room, long rows, long row);
+int16_rows int16_rows_at(char **scratch, long rows, long row);

@@ -1,11 +1,11 @@
-/* HEAD */
+/* Attention over packed rows, forward and backward, for every level. It is compiled for fp32 and for bf16; scores and sums are fp32. */
 #include "element.h"
 
 #define BLOCK 16 /* queries of one head whose scores are computed together */
 
 static inline float *allocate(long floats) { return calloc(floats, sizeof(float)); }
 
-/* c[m][n] (+)= sum over k of a[m * a_row + k * a_column] * b[k * b_row + n], for `rows` x `vectors` of the result at once. */
+/* c[m][n] (+)= sum over k of a[m * a_row + k * a_column] * b[k * b_row + n], for `rows` x `vectors` results that stay in registers. */
 static inline __attribute__((always_inline)) void small_gemm_tile(int rows, int vectors, long K, const float *a, long a_row, long a_column,
                                                        const float *b, long b_row, float *c, long c_row, int add) {
     vector sums[4][4];
@@ -20,9 +20,8 @@ static inline __attribute__((always_inline)) void small_gemm_tile(int rows, int 
         for (int n = 0; n < vectors; n++) *(vector *)(c + m * c_row + n * WIDTH) = sums[m][n];
 }
 
-/* A small product; N is a multiple of WIDTH. */
-static void small_gemm(long M, long N, long K, const float *a, long a_row, long a_column, const float *b, long b_row, float *c,
-                     long c_row, int add) {
+/* A small product in fp32. N is a multiple of WIDTH. */
+static void small_gemm(long M, long N, long K, const float *a, long a_row, long a_column, const float *b, long b_row, float *c, long c_row, int add) {
     for (long n = 0; n < N;) {
         int wide = N - n >= 4 * WIDTH;
         for (long m = 0; m < M;) {
@@ -45,18 +44,15 @@ static void small_gemm(long M, long N, long K, const float *a, long a_row, long 
     }
 }
 
-/* Attention over rows laid end to end behind a shared prefix of P tokens: [P | rest of row 0 | rest of row 1 | ...]; a token looks at the prefix and
-   at its own row up to itself. qkv is (T, H + 2K, E). lse (T, H) is the logarithm of each softmax's sum, for backward. */
-void NAME(attention)(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const element *qkv,
-                     element *out, float *lse) {
+void NAME(attention)(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const element *qkv, element *out, float *lse) {
     long N = H + 2 * K, G = H / K, tasks = (R + (P > 0)) * K, Ep = PAD(E);
     float scaling = 1 / sqrtf((float)E);
 #pragma omp parallel for schedule(dynamic)
     for (long task = 0; task < tasks; task++) {
         long r = task / K, k = task % K, before = r < R ? P : 0, start = r < R ? starts[r] : 0, L = r < R ? lengths[r] : P;
         long S = before + L, Sp = PAD(S), M = BLOCK * G;
-        float *room = allocate(2 * Ep * Sp + 2 * M * Ep + M * Sp);
-        float *kT = room, *v = kT + Ep * Sp, *q = v + Sp * Ep, *mixed = q + M * Ep, *scores = mixed + M * Ep;
+        float *scratch = allocate(2 * Ep * Sp + 2 * M * Ep + M * Sp);
+        float *kT = scratch, *v = kT + Ep * Sp, *q = v + Sp * Ep, *mixed = q + M * Ep, *scores = mixed + M * Ep;
         for (long s = 0; s < S; s++) {
             const element *at = qkv + (s < before ? s : start + s - before) * N * E;
             for (long e = 0; e < E; e++) kT[e * Sp + s] = LOAD(at[(H + k) * E + e]);
@@ -79,11 +75,11 @@ void NAME(attention)(long P, long R, const long *starts, const long *lengths, lo
                 for (long e = 0; e < E; e++) to[e] = STORE(mixed[row * Ep + e]);
             }
         }
-        free(room);
+        free(scratch);
     }
 }
 
-/* grad_qkv (T, H + 2K, E) of attention. Each row's share in the prefix's keys and values is kept apart and added in a fixed order. */
+/* Each row's share of the gradient of the prefix's keys and values is kept apart, and the shares are added in a fixed order. */
 void NAME(attention_backward)(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const element *qkv,
                               const float *lse, const element *grad, element *grad_qkv) {
     long N = H + 2 * K, G = H / K, tasks = (R + (P > 0)) * K, Ep = PAD(E);
@@ -92,8 +88,8 @@ void NAME(attention_backward)(long P, long R, const long *starts, const long *le
     for (long task = 0; task < tasks; task++) {
         long r = task / K, k = task % K, before = r < R ? P : 0, start = r < R ? starts[r] : 0, L = r < R ? lengths[r] : P;
         long S = before + L, Sp = PAD(S), M = BLOCK * G;
-        float *room = allocate(5 * Ep * Sp + 3 * M * Ep + 2 * M * Sp);
-        float *k_ = room, *kT = k_ + Sp * Ep, *vT = kT + Ep * Sp, *grad_k = vT + Ep * Sp, *grad_v = grad_k + Sp * Ep;
+        float *scratch = allocate(5 * Ep * Sp + 3 * M * Ep + 2 * M * Sp);
+        float *k_ = scratch, *kT = k_ + Sp * Ep, *vT = kT + Ep * Sp, *grad_k = vT + Ep * Sp, *grad_v = grad_k + Sp * Ep;
         float *q = grad_v + Sp * Ep, *g = q + M * Ep, *grad_q = g + M * Ep, *scores = grad_q + M * Ep, *slopes = scores + M * Sp;
         for (long s = 0; s < S; s++) {
             const element *at = qkv + (s < before ? s : start + s - before) * N * E;
@@ -138,7 +134,7 @@ void NAME(attention_backward)(long P, long R, const long *starts, const long *le
                 for (long e = 0; e < E; e++) to[K * E + e] = STORE(grad_v[s * Ep + e]);
             }
         }
-        free(room);
+        free(scratch);
     }
 #pragma omp parallel for schedule(static)
     for (long s = 0; s < P * K; s++) {

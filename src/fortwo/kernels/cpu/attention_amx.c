@@ -1,10 +1,11 @@
-/* HEAD */
+/* Attention over packed rows as in attention.c, in bf16 on AMX's tiles. A task is one key/value head of one row: its queries, of all heads that share
+   it, form one matrix. Scores, sums and gradients are fp32; probabilities and their gradients are rounded to bf16 for the products. */
 #include "attention_amx.h"
 
 #ifdef AMX
-#define CHUNK 256 /* queries whose probabilities are there together, backward */
+#define CHUNK 256 /* queries whose probabilities are kept together in backward */
 
-/* Panels of rows (count, E) whose products are summed over E: outputs are rows, zero beyond `count`. */
+/* Packs rows (count, E) for products that are summed over E. The outputs are the rows; those beyond `count` are zero. */
 void pack_rows(long count, long E, const bf16 **rows, long head, bf16 *to) {
     for (long s = 0; s < steps_of(count) * STEP; s += 16)
         for (long e = 0; e < E; e += STEP) {
@@ -16,7 +17,7 @@ void pack_rows(long count, long E, const bf16 **rows, long head, bf16 *to) {
         }
 }
 
-/* The same for sums over rows: outputs are E. */
+/* Packs the same rows for products that are summed over the rows. The outputs are E. */
 void pack_columns(long count, long E, const bf16 **rows, long head, bf16 *to) {
     __m512i low = _mm512_loadu_si512(interleave[0]), high = _mm512_loadu_si512(interleave[1]), none = _mm512_setzero_si512();
     long all = steps_of(count);
@@ -30,8 +31,8 @@ void pack_columns(long count, long E, const bf16 **rows, long head, bf16 *to) {
         }
 }
 
-/* e^(scaling (score - highest)) of the first n scores as bf16, zero up to `seen` (a multiple of 32). Returns their sum; lse: the logarithm of the
-   softmax's. */
+/* Writes e^(scaling (score - highest)) of the first n scores as bf16, and zeros up to `seen` (a multiple of 32). Returns their sum; lse becomes the
+   logarithm of the softmax's sum. */
 static float unscaled_softmax(const float *scores, long n, long seen, float scaling, bf16 *out, float *lse) {
     __m512 highest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps(), by = _mm512_set1_ps(scaling);
     for (long s = 0; s < n; s += 16) highest = _mm512_mask_max_ps(highest, mask16(n - s), highest, _mm512_loadu_ps(scores + s));
@@ -49,7 +50,8 @@ static float unscaled_softmax(const float *scores, long n, long seen, float scal
     return all;
 }
 
-/* Of the first n scores of a query the probabilities, and of their slopes those before the softmax, as bf16, zero up to `seen`. */
+/* From a query's first n scores and the gradients of its probabilities: the probabilities, and the gradients of the scores, as bf16, with zeros up to
+   `seen`. */
 static void softmax_backward(float *scores, const float *slopes, long n, long seen, float scaling, float lse, bf16 *p, bf16 *slope) {
     __m512 delta = _mm512_setzero_ps(), by = _mm512_set1_ps(scaling), sum = _mm512_set1_ps(lse);
     for (long s = 0; s < seen; s += 16) {
@@ -68,7 +70,7 @@ static void softmax_backward(float *scores, const float *slopes, long n, long se
     }
 }
 
-/* Some queries, from number `from` of a task on: query g of token i. */
+/* Loops over queries of a task, beginning with number `from`: query g of token i. */
 #define EACH_QUERY(row, from, count) \
     for (long row = 0, i = (from) / G, g = (from) % G; row < (count); row++, i += ++g == G, g = g < G ? g : 0)
 
@@ -86,7 +88,7 @@ static inline long keys_seen(const packed_task *t, long m, long G) { /* by the q
     return steps_of(t->before + last / G + 1) * STEP;
 }
 
-/* A task's queries over its keys and values, which are laid. Room: q (Mp, E), scores and mass (32, Sp), mixed (32, E). lse may be absent. */
+/* A task's queries attend to its packed keys and values. Scratch: q (Mp, E), scores and mass (32, Sp), mixed (32, E). lse may be null. */
 void attend_with_tiles(const packed_task *t, long H, long G, long N, long E, const bf16 *qkv, const bf16 *keys, const bf16 *values, bf16 *q,
                          float *scores, bf16 *mass, float *mixed, bf16 *out, float *lse) {
     float scaling = 1 / sqrtf((float)E), sums[32], unused;
@@ -111,18 +113,18 @@ void attend_with_tiles(const packed_task *t, long H, long G, long N, long E, con
     }
 }
 
-/* `attention`, shared among the threads that come here with tiles; they do not wait for each other at its end. */
+/* Attention whose work the calling threads share; their tiles are configured, and they do not wait for each other at its end. */
 void attention_shared(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, bf16 *out, float *lse) {
-    static _Thread_local scratch_arena room;
+    static _Thread_local scratch_arena scratch;
     long N = H + 2 * K, G = H / K, tasks = (R + (P > 0)) * K;
 #pragma omp for schedule(dynamic) nowait
     for (long task = 0; task < tasks; task++) {
         packed_task t = packed_task_of(task, P, R, starts, lengths, H, K);
-        reserve(&room, t.Sp * (8 + 4 * E + 32 * 6) + 32 * E * 4 + t.Mp * E * 2 + 1024);
-        const bf16 **rows = take(&room, t.S * sizeof(bf16 *));
-        bf16 *keys = take(&room, t.Sp * E * 2), *values = take(&room, t.Sp * E * 2), *q = take(&room, t.Mp * E * 2);
-        float *scores = take(&room, 32 * t.Sp * 4), *mixed = take(&room, 32 * E * 4);
-        bf16 *mass = take(&room, 32 * t.Sp * 2);
+        reserve(&scratch, t.Sp * (8 + 4 * E + 32 * 6) + 32 * E * 4 + t.Mp * E * 2 + 1024);
+        const bf16 **rows = take(&scratch, t.S * sizeof(bf16 *));
+        bf16 *keys = take(&scratch, t.Sp * E * 2), *values = take(&scratch, t.Sp * E * 2), *q = take(&scratch, t.Mp * E * 2);
+        float *scores = take(&scratch, 32 * t.Sp * 4), *mixed = take(&scratch, 32 * E * 4);
+        bf16 *mass = take(&scratch, 32 * t.Sp * 2);
         for (long s = 0; s < t.S; s++) rows[s] = qkv + (s < t.before ? s : t.start + s - t.before) * N * E;
         pack_rows(t.S, E, rows, (H + t.k) * E, keys);
         pack_columns(t.S, E, rows, (H + K + t.k) * E, values);
@@ -139,23 +141,23 @@ void attention_amx(long P, long R, const long *starts, const long *lengths, long
     }
 }
 
-/* `attention_backward`, shared likewise. between: of keys and values of the prefix, attention_between of them. */
+/* The backward pass, shared in the same way. between: scratch of attention_between numbers, for the prefix's keys and values. */
 void attention_backward_shared(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv,
                                       const float *lse, const bf16 *grad, float *between, bf16 *grad_qkv) {
-    static _Thread_local scratch_arena room;
+    static _Thread_local scratch_arena scratch;
     long N = H + 2 * K, G = H / K, tasks = (R + (P > 0)) * K;
     float scaling = 1 / sqrtf((float)E);
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < tasks; task++) {
         packed_task t = packed_task_of(task, P, R, starts, lengths, H, K);
-        reserve(&room, t.Sp * (8 + 14 * E + 32 * 12 + CHUNK * 4) + 8 * CHUNK * E + 32 * E * 4 + 2048);
-        const bf16 **rows = take(&room, t.S * sizeof(bf16 *)), *q_rows[CHUNK], *g_rows[CHUNK];
-        bf16 *keys = take(&room, t.Sp * E * 2), *values = take(&room, t.Sp * E * 2), *key_columns = take(&room, t.Sp * E * 2);
-        float *grad_k = take(&room, t.Sp * E * 4), *grad_v = take(&room, t.Sp * E * 4), *grad_q = take(&room, 32 * E * 4);
-        float *scores = take(&room, 32 * t.Sp * 4), *slopes = take(&room, 32 * t.Sp * 4);
-        bf16 *q = take(&room, CHUNK * E * 2), *of_out = take(&room, CHUNK * E * 2), *q_columns = take(&room, CHUNK * E * 2);
-        bf16 *g_columns = take(&room, CHUNK * E * 2), *slope = take(&room, 32 * t.Sp * 2), *mass = take(&room, 32 * t.Sp * 2);
-        bf16 *turned_p = take(&room, t.Sp * CHUNK * 2), *turned_slopes = take(&room, t.Sp * CHUNK * 2);
+        reserve(&scratch, t.Sp * (8 + 14 * E + 32 * 12 + CHUNK * 4) + 8 * CHUNK * E + 32 * E * 4 + 2048);
+        const bf16 **rows = take(&scratch, t.S * sizeof(bf16 *)), *q_rows[CHUNK], *g_rows[CHUNK];
+        bf16 *keys = take(&scratch, t.Sp * E * 2), *values = take(&scratch, t.Sp * E * 2), *key_columns = take(&scratch, t.Sp * E * 2);
+        float *grad_k = take(&scratch, t.Sp * E * 4), *grad_v = take(&scratch, t.Sp * E * 4), *grad_q = take(&scratch, 32 * E * 4);
+        float *scores = take(&scratch, 32 * t.Sp * 4), *slopes = take(&scratch, 32 * t.Sp * 4);
+        bf16 *q = take(&scratch, CHUNK * E * 2), *of_out = take(&scratch, CHUNK * E * 2), *q_columns = take(&scratch, CHUNK * E * 2);
+        bf16 *g_columns = take(&scratch, CHUNK * E * 2), *slope = take(&scratch, 32 * t.Sp * 2), *mass = take(&scratch, 32 * t.Sp * 2);
+        bf16 *turned_p = take(&scratch, t.Sp * CHUNK * 2), *turned_slopes = take(&scratch, t.Sp * CHUNK * 2);
         for (long s = 0; s < t.S; s++) rows[s] = qkv + (s < t.before ? s : t.start + s - t.before) * N * E;
         pack_rows(t.S, E, rows, (H + t.k) * E, keys);
         pack_rows(t.S, E, rows, (H + K + t.k) * E, values);
@@ -196,7 +198,7 @@ void attention_backward_shared(long P, long R, const long *starts, const long *l
                 }
             }
             for (long s = 0, b = 0; s < seen[blocks - 1]; s += 32) {
-                while (seen[b] <= s) b++; /* queries before this block see none of these keys */
+                while (seen[b] <= s) b++; /* queries before this block attend to none of these keys */
                 for (long e = 0; e < E; e += PANEL) {
                     long at = e * blocks * STEP + b * SQUARE;
                     tile_gemm_32x32(blocks - b, turned_slopes + s * CHUNK + 32 * b, CHUNK, q_columns + at, grad_k + s * E + e, E, 1);

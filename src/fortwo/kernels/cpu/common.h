@@ -1,4 +1,4 @@
-/* HEAD */
+/* Types, constants and small inline functions that all kernels use. */
 #pragma once
 #include "fortwo_kernels.h"
 #include <math.h>
@@ -13,8 +13,8 @@
 #define AMX
 #endif
 
-#define SERIAL 16384 /* elements below which one thread is faster than two */
-#define LINE 64      /* numbers of a row that are worked on while those of the next row are fetched */
+#define SERIAL 16384 /* elements below which one thread is faster than several */
+#define LINE 64      /* elements of a row that are computed while those of the next row are prefetched */
 #define WIDTH 16
 #define PAD(n) (((n) + WIDTH - 1) / WIDTH * WIDTH)
 
@@ -27,12 +27,12 @@ static inline float from_bf16(bf16 x) {
     return all.value;
 }
 
-static inline bf16 to_bf16(float x) { /* to the nearest, ties to even */
+static inline bf16 to_bf16(float x) { /* rounds to the nearest, ties to even */
     union { float value; uint32_t bits; } all = {x};
     return (all.bits + 0x7fff + (all.bits >> 16 & 1)) >> 16;
 }
 
-/* e^x to 2 units in the last place, without a branch, so that loops over it become vectors. */
+/* e^x to 2 units in the last place, without a branch, so that the compiler makes vectors of loops over it. */
 static inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
@@ -49,7 +49,7 @@ static inline float exponential(float x) {
     return p * power.value;
 }
 
-/* 32 bits without a pattern for each place (the finaliser of MurmurHash3, twice), for one or for sixteen. */
+/* A hash of an index, for one or for sixteen: the finaliser of MurmurHash3, applied twice. */
 #define HASH(number)                                                  \
     static inline number hash_##number(number place, uint32_t seed) { \
         number h = place * 0x9e3779b9u + seed;                        \
@@ -63,7 +63,7 @@ static inline float exponential(float x) {
 HASH(uint32_t)
 HASH(words)
 
-/* Of n > 0 numbers, lane by lane: a loop that is a vector. */
+/* The largest of n > 0 numbers, lane by lane, so that the compiler makes a vector of the loop. */
 static inline float largest(const float *x, long n) {
     float tops[WIDTH], top = x[0];
     long i = 0;
@@ -75,7 +75,7 @@ static inline float largest(const float *x, long n) {
     return top;
 }
 
-/* The first n of `seen` scores become their softmax, the rest zero. Returns the logarithm of the sum. */
+/* The first n of `seen` scores become their softmax, the others zero. Returns the logarithm of the sum. */
 static inline float softmax(float *scores, long n, long seen) {
     float top = largest(scores, n), sum = 0;
     for (long s = 0; s < n; s++) {
@@ -87,6 +87,6 @@ static inline float softmax(float *scores, long n, long seen) {
     return logf(sum) + top;
 }
 
-/* LINE elements come into the cache, to be read or written soon: waiting for them took a fourth of what only passes over memory. */
+/* Prefetches LINE elements that are soon read or written. Waiting for memory took a fourth of the time of kernels that only pass over it. */
 #define FETCH(at, write)                                                                                                  \
     for (unsigned long b = 0; b < LINE * sizeof(*(at)); b += 64) __builtin_prefetch((const char *)(at) + b, write)

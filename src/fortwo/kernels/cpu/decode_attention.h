@@ -1,4 +1,4 @@
-/* HEAD */
+/* Attention of a single token over cached keys and values, inlined into decode_attention, decode_step and prefill. */
 #pragma once
 #include "quantized_gemm.h"
 
@@ -17,9 +17,9 @@ static inline vector sums_of(const vector *v) {
 #undef FOLD
 }
 
-#define TOGETHER 4 /* queries that read a key, or a value, together */
+#define TOGETHER 4 /* queries that read a key or a value together */
 
-/* Sixteen numbers, in fp16 or fp32. */
+/* Sixteen numbers in fp16 or fp32. */
 static inline __attribute__((always_inline)) vector load_vector(int half, const void *from, long at) {
     return half ? load_fp16((const uint16_t *)from + at) : *(const vector *)((const float *)from + at);
 }
@@ -29,7 +29,7 @@ static inline void store_vector(int half, void *to, long at, const float *from) 
     else *(vector *)((float *)to + at) = *(const vector *)from;
 }
 
-/* Scores of `count` queries at q with the sixteen keys from s on, the last key where there are fewer. */
+/* The scores of `count` queries at q with sixteen keys from number s on; the last key is repeated where there are fewer. */
 static inline __attribute__((always_inline)) void score_sixteen(int half, int count, long E, long s, long seen, const float *q, const void *keys,
                                                                 long first, float scaling, float *scores, long row) {
     vector sums[TOGETHER][WIDTH];
@@ -45,7 +45,7 @@ static inline __attribute__((always_inline)) void score_sixteen(int half, int co
     for (int g = 0; g < count; g++) *(vector *)(scores + g * row + s) = sums_of(sums[g]) * scaling;
 }
 
-/* out (count, E), `wide` vectors of it from e on: the sum of values, each times its probability. */
+/* `wide` vectors of out (count, E) from e on: the sum of the values, each multiplied by its probability. */
 static inline __attribute__((always_inline)) void mix_values(int half, int count, int wide, long E, long e, long seen, const float *p, long row,
                                                              const void *values, long first, float *out) {
     vector sums[TOGETHER][4] = {{{0}}};
@@ -71,8 +71,8 @@ static inline __attribute__((always_inline)) void attend_together(int half, int 
     for (; e < E; e += WIDTH) mix_values(half, count, 1, E, e, seen, scores, row, values, first, out);
 }
 
-/* One token's queries of one key/value head, G of them at q; the head's keys and values begin `first` numbers in, and there are `seen`. out (G, E).
-   Scores: G * PAD(seen). half: keys and values are in fp16, else in fp32. */
+/* G queries at q, of one token and one key/value head, attend to `seen` keys and values, which begin at number `first`. out (G, E); scores has room
+   for G * PAD(seen). half: keys and values are fp16, else fp32. */
 static inline __attribute__((always_inline)) void attend_cached(int half, long G, long E, const cache_place *at, long first, long seen, const float *q, float *out,
                                                        float *scores) {
     long row = PAD(seen);
@@ -88,7 +88,7 @@ static inline __attribute__((always_inline)) void attend_cached(int half, long G
     }
 }
 
-/* The same with a key and a value that come last of those seen. */
+/* Does the same after it has appended the last key and value. */
 static inline __attribute__((always_inline)) void append_and_attend(int half, long G, long E, const cache_place *at, long layer, long head, long seen, const float *q,
                                                          const float *key, const float *value, float *out, float *scores) {
     long first = layer * at->layer_step + head * at->head_step;
@@ -98,3 +98,6 @@ static inline __attribute__((always_inline)) void append_and_attend(int half, lo
     }
     attend_cached(half, G, E, at, first, seen, q, out, scores);
 }
+
+void rotary_angles(const decoder_shape *s, long position, float *cosine, float *sine);
+void norm_and_rotate_head(long E, const float *norm, float eps, const float *cosine, const float *sine, float *x); /* both in decode_step.c */

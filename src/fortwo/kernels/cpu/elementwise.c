@@ -1,4 +1,4 @@
-/* HEAD */
+/* The small operations between the products, each in one pass over memory. It is compiled for fp32 and for bf16. */
 #include "element.h"
 #include "elementwise.h"
 
@@ -6,7 +6,6 @@
 #define OWN_ROWS /* elementwise_avx512.c has them */
 #endif
 
-/* sum = x + y (y may be absent: then sum is x and not written); out = sum * scale * weight with scale = 1 / sqrt(mean(sum^2) + eps). */
 #ifndef OWN_ROWS
 __attribute__((noinline)) float NAME(add_norm_row)(long D, const float *x, const element *y, const float *weight, float eps, float *sum, element *out) {
     if (y) {
@@ -21,14 +20,12 @@ __attribute__((noinline)) float NAME(add_norm_row)(long D, const float *x, const
 }
 #endif
 
-void NAME(add_norm)(long T, long D, const float *x, const element *y, const float *weight, float eps, float *sum, element *out,
-                    float *scale) {
+void NAME(add_norm)(long T, long D, const float *x, const element *y, const float *weight, float eps, float *sum, element *out, float *scale) {
 #pragma omp parallel for schedule(static) if (T * D > SERIAL)
     for (long t = 0; t < T; t++)
         scale[t] = NAME(add_norm_row)(D, x + t * D, y ? y + t * D : 0, weight, eps, sum + t * D, out + t * D);
 }
 
-/* grad_x of add_norm; along is what reaches sum by other ways (may be absent). grad_y is the same as an element (may be absent). */
 #ifndef OWN_ROWS
 __attribute__((noinline)) void NAME(add_norm_backward_row)(long D, const float *sum, float by, const float *weight, const element *grad, const float *along,
                                         float *grad_x, element *grad_y) {
@@ -69,7 +66,6 @@ __attribute__((noinline)) void NAME(swiglu_backward_line)(long n, const element 
 }
 #endif
 
-/* out = silu(gate) * up; gate and up lie side by side in a row of 2 I. */
 void NAME(swiglu)(long T, long I, const element *gate_up, element *out) {
 #pragma omp parallel for schedule(static) if (T * I > SERIAL)
     for (long t = 0; t < T; t++) {
@@ -102,7 +98,6 @@ void NAME(swiglu_backward)(long T, long I, const element *gate_up, const element
     }
 }
 
-/* Each element is kept, divided by the share that is kept, where a hash of the seed and its place falls below `kept` (of 2^32); else zero. */
 void NAME(dropout)(long size, long seed, long kept, const element *x, element *out) {
     float scale = 4294967296.0f / kept;
 #pragma omp parallel for simd schedule(static) if (parallel : size > SERIAL)
@@ -110,8 +105,8 @@ void NAME(dropout)(long size, long seed, long kept, const element *x, element *o
 }
 
 #ifndef OWN_ROWS
-__attribute__((noinline)) void NAME(rotate_row)(long N, long transposed, long E, const element *x, const float *cosine, const float *sine, float sign, element *out) {
-    for (long n = 0; n < transposed; n++) {
+__attribute__((noinline)) void NAME(rotate_row)(long N, long rotated, long E, const element *x, const float *cosine, const float *sine, float sign, element *out) {
+    for (long n = 0; n < rotated; n++) {
         const element *from = x + n * E;
         element *to = out + n * E;
         for (long e = 0; e < E / 2; e++) {
@@ -120,14 +115,12 @@ __attribute__((noinline)) void NAME(rotate_row)(long N, long transposed, long E,
             to[E / 2 + e] = STORE(second * cosine[e] + sign * first * sine[e]);
         }
     }
-    memcpy(out + transposed * E, x + transposed * E, (N - transposed) * E * sizeof(element));
+    memcpy(out + rotated * E, x + rotated * E, (N - rotated) * E * sizeof(element));
 }
 #endif
 
-/* The first `turned` of N heads are rotated by cos and sin (T, E), each angle in both halves; the others are copied. sign -1 turns back. */
-void NAME(rotate)(long T, long N, long transposed, long E, const element *x, const float *cosine, const float *sine, float sign,
-                  element *out) {
+void NAME(rotate)(long T, long N, long rotated, long E, const element *x, const float *cosine, const float *sine, float sign, element *out) {
 #pragma omp parallel for schedule(static) if (T * N * E > SERIAL)
     for (long t = 0; t < T; t++)
-        NAME(rotate_row)(N, transposed, E, x + t * N * E, cosine + t * E, sine + t * E, sign, out + t * N * E);
+        NAME(rotate_row)(N, rotated, E, x + t * N * E, cosine + t * E, sine + t * E, sign, out + t * N * E);
 }

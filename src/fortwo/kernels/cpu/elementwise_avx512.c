@@ -1,4 +1,4 @@
-/* HEAD */
+/* The row functions of elementwise.c for bf16, by vectors of 32, for processors that round to bf16. The formulas are the same. */
 #include "vectors.h"
 #include "elementwise.h"
 
@@ -84,8 +84,8 @@ void swiglu_backward_line_bfloat16(long n, const bf16 *gate, const bf16 *up, con
     }
 }
 
-void rotate_row_bfloat16(long N, long transposed, long E, const bf16 *x, const float *cosine, const float *sine, float sign, bf16 *out) {
-    for (long n = 0; n < transposed; n++)
+void rotate_row_bfloat16(long N, long rotated, long E, const bf16 *x, const float *cosine, const float *sine, float sign, bf16 *out) {
+    for (long n = 0; n < rotated; n++)
         for (long e = 0; e < E / 2; e += 16) {
             const bf16 *from = x + n * E + e;
             bf16 *to = out + n * E + e;
@@ -96,7 +96,7 @@ void rotate_row_bfloat16(long N, long transposed, long E, const bf16 *x, const f
             _mm256_mask_storeu_epi16(to, own, (__m256i)_mm512_cvtneps_pbh(turned_left));
             _mm256_mask_storeu_epi16(to + E / 2, own, (__m256i)_mm512_cvtneps_pbh(turned_right));
         }
-    memcpy(out + transposed * E, x + transposed * E, (N - transposed) * E * sizeof(bf16));
+    memcpy(out + rotated * E, x + rotated * E, (N - rotated) * E * sizeof(bf16));
 }
 
 #endif

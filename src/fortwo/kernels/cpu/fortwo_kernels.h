@@ -144,7 +144,7 @@ typedef struct { /* x (N, M), which goes to the blocks at byte `at`, from their 
 
 typedef struct { /* one fused product's update: where in the adapter A lies, in blocks of sixteen ranks, and each part's B, in blocks of sixteen outputs */
     long ranks, A, parts;
-    struct { long first, width, from, pairs, B; } part[3];
+    struct { long first, width, rank, pairs, B; } part[3];
 } adapter_product;
 
 typedef struct { /* applies to rows members[first] to members[last - 1]; products: (layers, PRODUCTS) */

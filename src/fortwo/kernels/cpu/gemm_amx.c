@@ -1,12 +1,12 @@
-/* HEAD */
+/* Products in bf16 with sums in fp32, on AMX's tiles: packing, and the drivers. As many panels as fit into a core's cache are packed at once, then
+   the rows of the left operand are multiplied by them, read in place. */
 #include "gemm_amx.h"
 
 #ifdef AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 
-
-static inline __m512i nf4_values(const normal_floats *w, long at) { /* the 16 values of the block that number `at` is in */
+static inline __m512i nf4_values(const normal_floats *w, long at) { /* the 16 values of the block that contains number `at` */
     __m512 all = _mm512_mul_ps(_mm512_loadu_ps(w->levels), _mm512_set1_ps(nf4_largest(w, at / NF4_BLOCK)));
     return _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(all));
 }
@@ -15,7 +15,7 @@ static inline __m512i nf4_step(const normal_floats *w, long at, __m512i values) 
     return nf4_look_up(_mm_loadu_si128((const __m128i *)(w->codes + at / 2)), values);
 }
 
-/* `lay`, of codes. Sums are whole steps, outputs whole panels: K and N are multiples of 64. */
+/* `pack` for NF4. K and N are multiples of 64. */
 static void pack_nf4(const gemm_operand *f, long first, long last, bf16 *to, long apart) {
     const normal_floats *w = f->nf4;
     if (f->b_k == 1) {
@@ -49,7 +49,7 @@ static void pack_nf4(const gemm_operand *f, long first, long last, bf16 *to, lon
         }
 }
 
-/* `lay`, from the panels of the transpose: its inputs become outputs. */
+/* `pack` from the panels of the transpose, whose inputs become outputs. */
 void pack_transposed(const gemm_operand *f, long N, long first, long last, bf16 *to, long apart) {
     __m512i low = _mm512_loadu_si512(interleave[0]), high = _mm512_loadu_si512(interleave[1]), rows[16];
     for (long k = 0; k < steps_of(f->K); k++)
@@ -70,7 +70,7 @@ void pack_transposed(const gemm_operand *f, long N, long first, long last, bf16 
         }
 }
 
-/* Panels first..last-1 of a factor, `apart` numbers from one to the next; what lies beyond N or K is zero. */
+/* Packs panels first to last - 1 of an operand, `apart` numbers from one to the next. What is beyond N or K becomes zero. */
 void pack(const gemm_operand *f, long N, long first, long last, bf16 *to, long apart) {
     if (f->nf4) {
         pack_nf4(f, first, last, to, apart);
@@ -112,14 +112,13 @@ void pack(const gemm_operand *f, long N, long first, long last, bf16 *to, long a
         }
 }
 
-/* Whether the system lets this process use tiles. */
 int amx_allowed(void) {
     static int allowed = -1;
     if (allowed < 0) allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
     return allowed;
 }
 
-/* 32 rows of `count` numbers (a multiple of 32), `row` from one to the next, as columns of 32. */
+/* Writes 32 rows of `count` numbers (a multiple of 32), `row` numbers apart, as columns of 32. */
 void transpose_rows(const bf16 *rows, long row, long count, bf16 *to, long to_row) {
     for (long s = 0; s < count; s += 32) {
         __m512i even[16], odd[16];
@@ -136,7 +135,6 @@ void transpose_rows(const bf16 *rows, long row, long count, bf16 *to, long to_ro
 
 static inline int is_packed(const gemm_operand *f) { return f->b_n == 0 && f->b_k == 0; }
 
-/* All panels of b (N, K). */
 void pack_panels(long N, long K, const bf16 *b, long b_n, long b_k, bf16 *to) {
     gemm_operand f = {0, b, 0, b_n, b_k, K};
     long panels = (N + PANEL - 1) / PANEL, apart = steps_of(K) * 2 * TILE;
@@ -144,7 +142,7 @@ void pack_panels(long N, long K, const bf16 *b, long b_n, long b_k, bf16 *to) {
     for (long p = 0; p < panels; p++) pack(&f, N, p, p + 1, to + p * apart, apart);
 }
 
-/* 32 rows of a: their whole steps in place, and what does not fill 32 inputs, or 32 rows, copied to `edge`, with zeros around. */
+/* 32 rows of a. Whole steps are read in place; what does not fill 32 inputs, or 32 rows, is copied to `edge` and filled up with zeros. */
 typedef struct {
     const bf16 *a, *edge;
     long a_row, edge_row, whole, all;
@@ -160,8 +158,8 @@ static strip strip_of(const gemm_operand *f, long M, long m, bf16 *edge) {
     return (strip){a, edge, f->a_row, row, whole, all};
 }
 
-/* A strip times one panel, of each factor, as fp32 into sums (32, 32). The `tall` lines of memory, c_row bytes from one to the next, that will be
-   written then are fetched meanwhile: waiting for them took a fourth of a product. */
+/* Multiplies a strip of each operand by one panel, with fp32 sums (32, 32). Meanwhile it prefetches the `tall` lines of memory, c_row bytes apart,
+   that are written next: waiting for them took a fourth of a product. */
 static void block(int count, const strip *s, const bf16 *const *panels, float *sums, const char *c, long c_row, long tall) {
     long each = (PANEL + s->all - 1) / s->all, line = 0;
     tiles_clear();
@@ -176,33 +174,33 @@ static void block(int count, const strip *s, const bf16 *const *panels, float *s
     tiles_stored(sums, PANEL);
 }
 
-/* c (M, N) = the sum of a b' over two factors (K = 0: without the second); c is bf16, or fp32 where `wide`, with c_row numbers from row to row. */
+/* c (M, N) = the sum of a b' over two operands (K = 0: without the second). */
 static void gemm_operands(long M, long N, const gemm_operand f[2], void *c, long c_row, long wide) {
     long K = f[0].K, K2 = f[1].K, count = 1 + (K2 > 0);
     long apart[2] = {steps_of(K) * 2 * TILE, steps_of(K2) * 2 * TILE}, panels = (N + PANEL - 1) / PANEL, blocks = (M + PANEL - 1) / PANEL;
     long fit = CACHE_BYTES / ((apart[0] + apart[1]) * (long)sizeof(bf16)), wanted = 2 * omp_get_max_threads();
     long across = fit < 1 ? panels : (panels + fit - 1) / fit;
     if (across < wanted) across = panels < wanted ? panels : wanted;
-    long down = across < wanted ? (wanted + across - 1) / across : 1; /* few outputs: rows are shared out too */
+    long down = across < wanted ? (wanted + across - 1) / across : 1; /* with few outputs the rows are shared out too */
     down = down < blocks ? down : blocks;
 #pragma omp parallel if (M * N * (K + K2) > 1 << 20)
     {
-        static _Thread_local struct { bf16 *at; long size; } room;
+        static _Thread_local struct { bf16 *at; long size; } scratch;
         long most = (panels + across - 1) / across, size = 0, edges = (steps_of(K) + steps_of(K2)) * PANEL * STEP;
         for (int i = 0; i < count; i++) size += is_packed(&f[i]) ? 0 : most * apart[i];
-        if (size + edges > room.size) {
-            free(room.at);
-            room.size = size + edges;
-            room.at = aligned_alloc(64, room.size * sizeof(bf16));
+        if (size + edges > scratch.size) {
+            free(scratch.at);
+            scratch.size = size + edges;
+            scratch.at = aligned_alloc(64, scratch.size * sizeof(bf16));
         }
-        bf16 *edge = room.at + size;
+        bf16 *edge = scratch.at + size;
         float sums[PANEL * PANEL] __attribute__((aligned(64)));
         amx_begin_bf16();
 #pragma omp for schedule(dynamic) nowait
         for (long task = 0; task < across * down; task++) {
             long group = task / down, part = task % down, first = group * panels / across, last = (group + 1) * panels / across;
             const bf16 *packed[2];
-            bf16 *to = room.at;
+            bf16 *to = scratch.at;
             for (int i = 0; i < count; i++)
                 if (is_packed(&f[i])) packed[i] = f[i].b + first * apart[i];
                 else {
@@ -224,8 +222,7 @@ static void gemm_operands(long M, long N, const gemm_operand f[2], void *c, long
                         if (wide) {
                             _mm512_mask_storeu_ps((float *)c + at, (__mmask16)mask, left);
                             _mm512_mask_storeu_ps((float *)c + at + 16, mask >> 16, right);
-                        } else
-                            _mm512_mask_storeu_epi16((bf16 *)c + at, mask, (__m512i)_mm512_cvtne2ps_pbh(right, left));
+                        } else _mm512_mask_storeu_epi16((bf16 *)c + at, mask, (__m512i)_mm512_cvtne2ps_pbh(right, left));
                     }
                 }
             }
@@ -240,8 +237,7 @@ void gemm_bf16(long M, long N, long K, const bf16 *a, long a_row, const bf16 *b,
     gemm_operands(M, N, f, c, c_row, wide);
 }
 
-/* c (M, N) = a (M, K) times b, of which the panels of its transpose are laid (K outputs, N inputs), with K so long that no panel of b lies in a cache:
-   RUN steps after the other, while all sums of a few panels are there together. */
+/* RUN steps are multiplied after one another, while all sums of a few panels are kept. */
 void gemm_bf16_long_sum(long M, long N, long K, const bf16 *a, long a_row, const bf16 *packed, float *c) {
     long strips = steps_of(M), panels = steps_of(N), fit = CACHE_BYTES / 2 / (strips * SQUARE * (long)sizeof(float)), wanted = 2 * omp_get_max_threads();
     long groups = fit < 1 ? panels : (panels + fit - 1) / fit;
@@ -289,7 +285,6 @@ void gemm_bf16_long_sum(long M, long N, long K, const bf16 *a, long a_row, const
     }
 }
 
-/* `matrix_product` of one factor with b (N, K) in NF4, its first number `from`, with steps b_n and b_k. */
 void gemm_nf4(long M, long N, long K, const bf16 *a, long a_row, const uint8_t *codes, const uint8_t *code, const float *map,
                  const float *scale, const float *offset, const float *levels, long from, long b_n, long b_k, void *c, long c_row, long wide) {
     normal_floats w = {codes, code, map, scale, offset, levels, from};

@@ -1,4 +1,5 @@
-/* HEAD */
+/* The micro-kernel of products in bf16 on AMX's tiles, and the layout that it reads. The right operand is packed in panels of 32 outputs, a panel in
+   steps of 32 inputs, a step in two tiles of 16 outputs; a tile holds 16 pairs of inputs, each with the two numbers of all outputs side by side. */
 #pragma once
 #include "vectors.h"
 #include "nf4.h"
@@ -8,14 +9,13 @@
 #define STEP 32                /* inputs of a step */
 #define TILE (16 * STEP)       /* numbers of a tile */
 #define SQUARE (PANEL * STEP)
-#define RUN 16                 /* steps of a panel whose sums are put away before the next: they stay in a core's first cache */
-#define AHEAD (8 * STEP)       /* numbers of a row that are fetched in advance */
-#define ROWS_AHEAD 16          /* rows that are, where a few numbers of each are read */
-#define CACHE_BYTES (1100 * 1024) /* bytes of panels that stay in a core's cache while the left operand passes */
+#define RUN 16                 /* steps of a panel that are multiplied before their sums are stored; they fit into the first cache */
+#define AHEAD (8 * STEP)       /* numbers of a row that are prefetched */
+#define ROWS_AHEAD 16          /* rows that are prefetched where a few numbers of each are read */
+#define CACHE_BYTES (1100 * 1024) /* bytes of panels that stay in a core's cache while the left operand is read */
 
-/* a (M, K) with a_row numbers from row to row; b (N, K) with steps b_n and b_k, of which one is 1, or both 0 for panels that are laid already, or
-   both -1 for the panels of its transpose (K outputs, N inputs). nf4: b's numbers are codes (nf4.h), and there is no b; the other step is a multiple of
-   64. */
+/* a (M, K) with a_row numbers from row to row, and b (N, K) with steps b_n and b_k. One of these is 1; both are 0 for packed panels, and -1 for the
+   packed panels of the transpose (K outputs, N inputs). nf4: b consists of codes (nf4.h) instead, and the step that is not 1 is a multiple of 64. */
 typedef struct {
     const bf16 *a, *b;
     long a_row, b_n, b_k, K;
@@ -23,10 +23,9 @@ typedef struct {
 } gemm_operand;
 
 static inline long steps_of(long K) { return (K + STEP - 1) / STEP; }
-
 static inline long padded_to_steps(long K) { return steps_of(K) * STEP; }
 
-/* 16 outputs x 16 pairs, each pair 32 bits, from rows of pairs to columns of pairs. */
+/* Transposes 16 outputs x 16 pairs of 32 bits: rows of pairs become columns of pairs. */
 static inline void transpose(__m512i *r) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -57,7 +56,7 @@ static const uint16_t interleave[2][32] = {
     {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
     {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
 
-/* gcc 12 sees neither that a tile is read from memory nor that all of its shape is, and may drop what is written there. */
+/* gcc 12 does not see that a tile, or its configuration, is read from memory, and may drop what was written there. */
 static inline void written_for_tiles(const void *at) { __asm__ volatile("" ::"r"(at) : "memory"); }
 
 static inline void load_shape(const void *shape) {
@@ -105,7 +104,7 @@ static inline void tiles_stored(float *sums, long row) {
     _tile_stored(3, sums + 16 * row + 16, 4 * row);
 }
 
-/* c (32, 32) (+)= a times a panel of `count` steps. */
+/* c (32, 32) (+)= a times `count` steps of a panel. */
 static inline void tile_gemm_32x32(long count, const bf16 *a, long a_row, const bf16 *panel, float *c, long c_row, int add) {
     if (add) tiles_loaded(c, c_row);
     else tiles_clear();

@@ -1,11 +1,13 @@
-/* HEAD */
+/* A frozen product with its LoRA matrices, forward and backward, in bf16 on AMX's tiles. The numbers are those of elementwise.c and gemm_amx.c, one
+   operation after the other. Rows are taken in strips of 32: the input of a product is made strip by strip together with its share in A, and each block
+   of results goes on at once to the operation that follows. */
 #include "lora_amx.h"
 #include "elementwise.h"
 
 #ifdef AMX
-#define LOW 4 /* strips, of which all sums of a panel are there together */
+#define LOW 4 /* strips up to which all sums of a panel are kept together */
 
-/* scale times n numbers, as bf16. */
+/* Writes n numbers, multiplied by scale, as bf16. */
 static inline void scale_to_bf16(long n, const float *from, float scale, bf16 *to) {
     __m512 by = _mm512_set1_ps(scale);
     for (long i = 0; i < n; i += 16) {
@@ -14,7 +16,7 @@ static inline void scale_to_bf16(long n, const float *from, float scale, bf16 *t
     }
 }
 
-/* There A as panels of ranks and B, scaled, as panels of outputs; back A as panels of inputs and B as panels of ranks. */
+/* Forward packs A as panels of ranks, and B, scaled, as panels of outputs; backward packs A as panels of inputs, and B as panels of ranks. */
 void pack_lora(const lora_product *p, int back, packed_lora to) {
     long R = p->R, wide = steps_of(R) * 2 * TILE;
     if (!R) return;
@@ -42,7 +44,7 @@ void pack_lora(const lora_product *p, int back, packed_lora to) {
     }
 }
 
-/* Steps of y that 16 ranks from `rank` on answer for. */
+/* The steps of y that depend on 16 ranks from `rank` on. */
 static void output_steps_of(const lora_product *p, long rank, long *first, long *last) {
     long from = 0;
     *first = p->O / STEP, *last = 0;
@@ -53,8 +55,8 @@ static void output_steps_of(const lora_product *p, long rank, long *first, long 
         }
 }
 
-/* h of a strip: a (32, K) times panels of ranks, in rows of whole steps; turned: the same as columns of Tp numbers, zero beyond `tall`. back: a is the
-   gradient of y, and a rank looks at its own target's outputs alone. */
+/* h of a strip: a (32, K) times panels of ranks, in rows of whole steps; transposed: the same as columns of Tp numbers, zero beyond `tall`. back: a
+   is the gradient of y, and a rank reads its own target's outputs alone. */
 void lora_shrink(const lora_product *p, int back, long tall, long K, const bf16 *a, const bf16 *panels, bf16 *h, bf16 *transposed, long Tp) {
     for (long rank = 0; rank < p->R; rank += PANEL, panels += K * PANEL) {
         float sums[SQUARE] __attribute__((aligned(64))) = {0};
@@ -69,27 +71,27 @@ void lora_shrink(const lora_product *p, int back, long tall, long K, const bf16 
     }
 }
 
-/* The same of drop(x), rows m to m + tall - 1 of it. */
+/* Does the same for drop(x), rows m to m + tall - 1. */
 void lora_shrink_dropped(const training_pass *t, const lora_product *p, long m, long tall, const bf16 *x, packed_lora own, const workspace *w, const product_memory *to) {
-    static _Thread_local scratch_arena room;
+    static _Thread_local scratch_arena scratch;
     if (!p->R) return;
     const bf16 *seen = x + m * p->I;
     if (t->kept) {
-        reserve(&room, PANEL * p->I * 2);
-        bf16 *kept = take(&room, PANEL * p->I * 2);
+        reserve(&scratch, PANEL * p->I * 2);
+        bf16 *kept = take(&scratch, PANEL * p->I * 2);
         draw_dropout(m * p->I, (m + tall) * p->I, p->seed, t->kept, x, kept, to->mask);
         seen = kept;
     }
     lora_shrink(p, 0, tall, p->I, seen, own.A, w->h + m * padded_to_steps(p->R), to->transposed + m, padded_to_steps(t->T));
 }
 
-/* 32 lines of memory, `row` bytes from one to the next. */
+/* 32 lines of memory, `row` bytes apart. */
 typedef struct {
     const char *at;
     long row;
 } lines;
 
-/* Rows a (32, 32 count) and a panel of as many steps. */
+/* Rows a (32, 32 count) and a panel of `count` steps. */
 typedef struct {
     long count;
     const bf16 *a;
@@ -97,8 +99,8 @@ typedef struct {
     const bf16 *panel;
 } span;
 
-/* Two spans multiplied into sums (32, 32). Meanwhile some lines are fetched that will be read or written then, and at each step `more` of what lies at
-   `ahead`, the next strip: waiting for them took a third of a product. */
+/* Multiplies two spans, with sums (32, 32). Meanwhile it prefetches lines that are read or written next, and at each step `more` lines of the next
+   strip at `ahead`: waiting for them took a third of a product. */
 static void multiply_spans(const span *s, float *sums, int add, int fetched, lines *l, long more, const char **ahead) {
     long each = (PANEL + s->count - 1) / s->count, line = 0;
     if (add) tiles_loaded(sums, PANEL);
@@ -114,7 +116,7 @@ static void multiply_spans(const span *s, float *sums, int add, int fetched, lin
     tiles_stored(sums, PANEL);
 }
 
-/* How many groups some units of work become, `bytes` of panels each, at least `wanted`. */
+/* The number of groups for some units of work, of `bytes` of panels each; at least `wanted`. */
 static long groups_of(long units, long bytes, long wanted) {
     long fit = CACHE_BYTES / bytes, across = fit < 1 ? units : (units + fit - 1) / fit;
     return across >= wanted ? across : units < wanted ? units : wanted;
@@ -142,7 +144,7 @@ static void apply_forward_epilogue(forward_epilogue what, const training_pass *t
     }
 }
 
-/* The lines that `product_end` will read and write for panel n. */
+/* The lines that apply_forward_epilogue reads and writes for panel n. */
 static int prefetch_lines(forward_epilogue what, const training_pass *t, const layer_memory *m, long at, long n, const float *from, const float *to, lines *l) {
     long D = t->D, O = what == ROTATE ? (t->H + 2 * t->K) * t->E : 2 * t->I;
     if (what == ADD) {
@@ -156,7 +158,7 @@ static int prefetch_lines(forward_epilogue what, const training_pass *t, const l
     return 1;
 }
 
-/* Steps of h that panel n of the outputs looks at. */
+/* The steps of h that panel n of the outputs depends on. */
 static void rank_steps_of(const lora_product *p, long n, long *first, long *last) {
     long rank = 0;
     *first = *last = 0;
@@ -171,10 +173,10 @@ void product_forward(forward_epilogue what, const training_pass *t, const lora_p
                             const layer_memory *m, const float *from, float *to) {
     long I = p->I, apart = I * PANEL, ranks = steps_of(p->R), strips = steps_of(t->T), panels = p->O / PANEL;
     long count = what == ROTATE ? t->E / PANEL : what == SWIGLU ? 2 : 1, units = panels / count;
-    int low = strips <= LOW; /* then a task has all strips, else one, with as many panels as stay in a cache while strips pass */
+    int low = strips <= LOW; /* then a task has all strips; else it has one, and as many panels as stay in a cache while the strips are read */
     long threads = omp_get_num_threads(), wanted = low ? 8 * threads : (8 * threads + strips - 1) / strips, first, last;
     long across = groups_of(units, count * apart * sizeof(bf16), wanted), tasks = low ? across : across * strips;
-    int at_once = !low && across == 1; /* a strip goes in and on while it is in the cache */
+    int at_once = !low && across == 1; /* a strip's input is made and used while it is in the cache */
     if (!at_once) {
 #pragma omp for schedule(dynamic)
         for (long s = 0; s < t->T; s += PANEL) in(t, given, s);
@@ -209,7 +211,7 @@ void product_forward(forward_epilogue what, const training_pass *t, const lora_p
     }
 }
 
-/* The gradient of a strip's x of panel n, to rows of `row` numbers: sums (32, 32), and where there is dropout, the adapter's share. */
+/* Writes the gradient of x, panel n of a strip, from sums (32, 32) and, with dropout, the share of the adapter; `row` numbers from row to row. */
 static void apply_backward_epilogue(const training_pass *t, const lora_product *p, long s, long n, float *sums, packed_lora own, const workspace *w, const product_memory *m,
                              bf16 *to, long row) {
     long I = p->I, R = padded_to_steps(p->R);
@@ -235,7 +237,7 @@ static void add_block(long tall, const float *sums, float *to, long row) {
         for (long i = 0; i < PANEL; i++) to[r * row + i] += sums[r * PANEL + i];
 }
 
-/* To the gradient of A, 32 columns of it: the gradient of h as columns, times what was seen. */
+/* Adds to 32 columns of the gradient of A: the columns of the gradient of h times drop(x). */
 static void add_to_A(const training_pass *t, const lora_product *p, long n, const bf16 *x, const uint32_t *mask, const bf16 *transposed, long shift, bf16 *panel) {
     long T = t->T, I = p->I, Tp = padded_to_steps(T), words = I / 32;
     float sums[SQUARE] __attribute__((aligned(64))), *to = (float *)((char *)p->A + shift) + n * PANEL;
@@ -258,7 +260,7 @@ static void add_to_A(const training_pass *t, const lora_product *p, long n, cons
     }
 }
 
-/* to (columns, row) += scale times the transpose of sums (32, 32), columns `from` to end - 1 of its first `ranks` rows. */
+/* to (columns, row) += scale times the transpose of sums (32, 32), for columns `from` to end - 1 and the first `ranks` rows. */
 static void add_turned(const float *sums, long from, long end, long ranks, long row, float *to, float scale) {
     __m512 by = _mm512_set1_ps(scale);
     for (long c = 0; c < PANEL; c += 16)
@@ -275,7 +277,7 @@ static void add_turned(const float *sums, long from, long end, long ranks, long 
         }
 }
 
-/* To the gradients of the Bs, 32 outputs of them: h as columns, times the gradient of y. */
+/* Adds to 32 outputs of the gradients of the Bs: the columns of h times the gradient of y. */
 static void add_to_B(const training_pass *t, const lora_product *p, long n, const bf16 *grad, const bf16 *transposed, long shift, bf16 *panel) {
     long Tp = padded_to_steps(t->T), rank = 0, o = n * PANEL;
     float sums[SQUARE] __attribute__((aligned(64)));
@@ -293,16 +295,17 @@ static void add_to_B(const training_pass *t, const lora_product *p, long n, cons
     }
 }
 
-/* grad (T, O) by way of W and A to grad_x, or through SwiGLU to grad_gate_up, or to neither, and to the gradients of A and the Bs, `shift` bytes behind these. */
+/* From grad (T, O) through W and A to grad_x, or through SwiGLU to grad_gate_up, or to neither; and to the gradients of A and of the Bs, `shift`
+   bytes behind these. */
 void product_backward(const training_pass *t, const lora_product *p, const bf16 *grad, packed_lora own, const workspace *w, const bf16 *x, const product_memory *m,
                              long shift, bf16 *grad_x, const bf16 *gate_up, bf16 *grad_gate_up) {
-    static _Thread_local scratch_arena room;
+    static _Thread_local scratch_arena scratch;
     long I = p->I, O = p->O, R = padded_to_steps(p->R), strips = steps_of(t->T), panels = I / PANEL, low = strips <= LOW;
     long across = low ? panels : groups_of(panels, O * PANEL * sizeof(bf16), 2 * omp_get_num_threads());
     long part = low ? RUN : O / STEP, most = (panels + across - 1) / across;
-    reserve(&room, (most * (part + 1) * SQUARE + padded_to_steps(t->T) * PANEL) * sizeof(bf16) + 256);
-    bf16 *to = take(&room, most * part * SQUARE * sizeof(bf16)), *panel = take(&room, padded_to_steps(t->T) * PANEL * sizeof(bf16));
-    bf16 *gated = take(&room, most * SQUARE * sizeof(bf16));
+    reserve(&scratch, (most * (part + 1) * SQUARE + padded_to_steps(t->T) * PANEL) * sizeof(bf16) + 256);
+    bf16 *to = take(&scratch, most * part * SQUARE * sizeof(bf16)), *panel = take(&scratch, padded_to_steps(t->T) * PANEL * sizeof(bf16));
+    bf16 *gated = take(&scratch, most * SQUARE * sizeof(bf16));
     const uint32_t *mask = t->kept ? m->mask : 0;
 #pragma omp for schedule(dynamic) nowait
     for (long task = 0; task < across; task++) {

@@ -1,9 +1,9 @@
-/* HEAD */
+/* What the product with LoRA shares with the layers. */
 #pragma once
 #include "attention_amx.h"
 
 #ifdef AMX
-/* What backward needs of a product: what dropout kept; x A' as columns. */
+/* What backward needs of a product: the mask of dropout, and x A' as columns. */
 typedef struct {
     uint32_t *mask;
     bf16 *transposed;
@@ -18,18 +18,18 @@ typedef struct {
 /* A and B as panels, for one direction. */
 typedef struct { bf16 *A, *B; } packed_lora;
 
-/* What the threads share for a layer: sides of its products; x A', or the gradient of it, by rows and by columns. */
+/* What the threads share for a layer: the packed A and B of its products, and x A', or its gradient, by rows and by columns. */
 typedef struct {
     packed_lora qkv, o, gate_up, down;
     bf16 *h, *transposed;
 } workspace;
 
-static inline long tall_of(long T, long s) { return T - s < PANEL ? T - s : PANEL; } /* rows from s on, of a strip */
+static inline long tall_of(long T, long s) { return T - s < PANEL ? T - s : PANEL; } /* rows of the strip that begins at s */
 
-/* What becomes of a product: its heads are rotated; or it is added to `from`; or its left half gates its right half (SwiGLU). */
+/* What follows a product: its heads are rotated; or it is added to `from`; or its left half gates its right half. */
 typedef enum { ROTATE, ADD, SWIGLU } forward_epilogue;
 
-/* Makes what goes into a product, from row s on a strip of it, with its share in A. */
+/* Makes the input of a product, the strip from row s on, together with its share in A. */
 typedef void (*entry)(const training_pass *t, const void *given, long s);
 
 void pack_lora(const lora_product *p, int back, packed_lora to);

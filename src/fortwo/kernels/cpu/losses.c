@@ -1,7 +1,7 @@
-/* HEAD */
+/* The losses of the head. They are compiled for fp32 and for bf16. */
 #include "element.h"
 
-static inline float NAME(highest)(const element *row, long V) { /* of WIDTH places each: a loop that is a vector */
+static inline float NAME(highest)(const element *row, long V) { /* lane by lane, so that the compiler makes a vector of the loop */
     float tops[WIDTH], top = LOAD(row[0]);
     for (long i = 0; i < WIDTH; i++) tops[i] = top;
     long v = 0;
@@ -18,7 +18,6 @@ static inline float NAME(mass)(const element *row, long V, float top) {
     return sum;
 }
 
-/* Cross-entropy of each row of logits (N, V) against a token; the logits become the gradient of its sum. */
 void NAME(cross_entropy)(long N, long V, element *logits, const long *tokens, float *loss) {
 #pragma omp parallel for schedule(static)
     for (long n = 0; n < N; n++) {
@@ -30,7 +29,6 @@ void NAME(cross_entropy)(long N, long V, element *logits, const long *tokens, fl
     }
 }
 
-/* KL(p || q) of the softmaxes of each row of wanted (p) and logits (q), both (N, V); the logits become the gradient of its sum. */
 void NAME(kl_divergence)(long N, long V, element *logits, const element *wanted, float *loss) {
 #pragma omp parallel for schedule(static)
     for (long n = 0; n < N; n++) {

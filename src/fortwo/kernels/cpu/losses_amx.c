@@ -1,8 +1,9 @@
-/* HEAD */
+/* The losses of losses.c for bf16, by vectors; each exponential is computed once. They are used at the level amx alone, so that other levels keep
+   their bits. */
 #include "gemm_amx.h"
 
 #ifdef AMX
-/* e^(x - highest) of a row, and their sum. */
+/* Writes e^(x - highest) of a row, and returns the sum. */
 static float exponentials_of_row(const bf16 *row, long V, float *highest, float *mass) {
     __m512 left, right, top = _mm512_set1_ps(-INFINITY), sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (long v = 0; v < V; v += 32) {

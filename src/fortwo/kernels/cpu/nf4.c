@@ -1,7 +1,6 @@
-/* HEAD */
+/* Quantization to NF4 and back, part by part. */
 #include "nf4.h"
 
-/* Codes of `blocks` blocks; between (15) are the middles of neighbouring levels, largest (blocks) is written too. */
 void nf4_quantize(long blocks, const float *weight, const float *between, uint8_t *codes, float *largest) {
 #pragma omp parallel for schedule(static)
     for (long b = 0; b < blocks; b++) {
@@ -18,7 +17,7 @@ void nf4_quantize(long blocks, const float *weight, const float *between, uint8_
     }
 }
 
-/* One block: each code becomes its value. */
+/* Decodes one block. */
 static inline void nf4_float32(const uint8_t *codes, const float *value, float *to) {
 #ifdef __AVX512BW__
     __m512 table = _mm512_loadu_ps(value);
@@ -42,7 +41,7 @@ static inline void nf4_bfloat16(const uint8_t *codes, const bf16 *value, bf16 *t
 #endif
 }
 
-/* Blocks first .. first + blocks - 1 as numbers of a type. */
+/* Decodes blocks `first` to first + blocks - 1 to one type of element. */
 #define NF4_DENSE(name, type, from_float)                                                                                        \
     void nf4_dense_##name(long first, long blocks, const uint8_t *codes, const uint8_t *largest, const float *map,               \
                           const float *scale, const float *offset, const float *levels, type *out) {                             \

@@ -1,16 +1,18 @@
-/* HEAD */
+/* Prompts, and steps of many rows, through all layers, with the adapters of each, in bf16 on AMX's tiles. Sums, and what goes from layer to layer,
+   are fp32. Rows are taken in strips of 32. */
 #include "attention_amx.h"
-#include "decode_step.h"
+#include "adapters_int8.h"
+#include "decode_attention.h"
 #include "elementwise.h"
 
 #ifdef AMX
-#define QUERIES 64 /* tokens whose queries are one task of attention */
+#define QUERIES 64 /* tokens whose queries form one task of attention */
 
-#define FEW 8 /* rows of a strip; for no more of them an adapter is multiplied without tiles */
+#define FEW 8 /* rows of a strip up to which an adapter is multiplied without tiles */
 
-/* Which adapters answer for rows of strip m: those at of[first[m]] to of[first[m + 1] - 1]; of such a pair, rows (32) are the strip's that are its own,
-   `many` how many. h (pairs, 32, h_row): what goes in, in whole numbers, scale (pairs, 32) of each; where tiles multiply, in bf16, each part's ranks
-   filled up to 32 with zeros, and rows of others zero. */
+/* The adapters of strip m are of[first[m]] to of[first[m + 1] - 1]. Each such pair of strip and adapter has `many` rows (32) of the strip. h (pairs,
+   32, h_row) is A x: with few rows in 16 bits with scale (pairs, 32); else in bf16, with the ranks of each part filled up to 32 by zeros, and zero for
+   the rows of others. */
 typedef struct {
     const adapter *adapters;
     long *first, *of, *many, *rows, h_row;
@@ -55,14 +57,14 @@ static void free_strip_adapters(strip_adapters *all) {
     free(all->scale);
 }
 
-/* Sixteen pairs of a slab, times what theirs are worth, in bf16. */
+/* Sixteen pairs of a block, multiplied by their scales, as bf16. */
 static inline __attribute__((always_inline)) void block_bf16(const int8_t *from, vector low, vector high, bf16 *to) {
     vector left = (vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
     vector right = (vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + WIDTH))));
     store_bf16(to, (__m512)(left * low), (__m512)(right * high));
 }
 
-/* h = A x of one strip and an adapter that has few of its rows. */
+/* h = A x of one strip for an adapter that has few of its rows. */
 static void shrink_few(const strip_adapters *all, long pair, long index, long K, const bf16 *a) {
     const adapter *one = all->adapters + all->of[pair];
     const adapter_product *own = one->products + index;
@@ -85,7 +87,7 @@ static void shrink_few(const strip_adapters *all, long pair, long index, long K,
     for (long i = 0; i < many; i++) quantize_int16(&to, rows[i], all->h_row, own->ranks, h + rows[i] * own->ranks);
 }
 
-/* h = A x of one strip and adapter. a: the strip (32, K). */
+/* h = A x of one strip (32, K) and one adapter. */
 static void shrink_strip(const strip_adapters *all, long pair, long index, long K, const bf16 *a) {
     const adapter *one = all->adapters + all->of[pair];
     const adapter_product *own = one->products + index;
@@ -119,14 +121,14 @@ static void shrink_strip(const strip_adapters *all, long pair, long index, long 
     for (long i = 0; i < many; i++) {
         bf16 *to = h + rows[i] * all->h_row;
         for (long p = 0; p < own->parts; p++) {
-            const float *from = sums + rows[i] * own->ranks + own->part[p].from;
+            const float *from = sums + rows[i] * own->ranks + own->part[p].rank;
             for (long rank = 0; rank < 2 * own->part[p].pairs; rank++) to[rank] = to_bf16(from[rank]);
             to += padded_to_steps(2 * own->part[p].pairs);
         }
     }
 }
 
-/* A group of a tile of a weight in 4 or 8 bits as matrix.h's tile. */
+/* Decodes a group of sixteen outputs of a weight in 4 or 8 bits to a tile of a panel. */
 static inline __attribute__((always_inline)) void dequantize_tile(int bits, const uint8_t *q, vector d, vector m, bf16 *tile) {
     __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
 #pragma GCC unroll 8
@@ -148,13 +150,13 @@ static inline __attribute__((always_inline)) void dequantize_tile(int bits, cons
     }
 }
 
-/* Panel p of such a weight. */
+/* Decodes panel p of such a weight. */
 static void dequantize_panel(const quantized_weight *w, long p, bf16 *to) {
     long G = w->I / GROUP, bytes = GROUP * WIDTH * w->bits / 8;
     for (long o = p * PANEL; o < (p + 1) * PANEL; o += WIDTH)
         for (long g = 0; g < G; g++) {
             bf16 *tile = to + g * 2 * TILE + o % PANEL / WIDTH * TILE;
-            if (o >= w->O) memset(tile, 0, TILE * sizeof(bf16)); /* half a panel is all there is */
+            if (o >= w->O) memset(tile, 0, TILE * sizeof(bf16)); /* O may end in the middle of a panel */
             else {
                 long at = o / WIDTH * G + g;
                 vector d = load_fp16(w->scale + at * WIDTH);
@@ -164,7 +166,7 @@ static void dequantize_panel(const quantized_weight *w, long p, bf16 *to) {
         }
 }
 
-/* What a pair of few rows adds to outputs o to o + 31. */
+/* Adds what a pair of few rows changes in outputs o to o + 31. */
 static void expand_few(const strip_adapters *all, long pair, long index, long o, float *sums) {
     const adapter *one = all->adapters + all->of[pair];
     const adapter_product *own = one->products + index;
@@ -174,19 +176,20 @@ static void expand_few(const strip_adapters *all, long pair, long index, long o,
         if (o < first || o >= first + own->part[p].width) continue;
         const int8_t *B = one->weights + own->part[p].B + (o - first) / WIDTH * BLOCK_BYTES(2 * pairs);
         for (long half = 0; half < PANEL; half += WIDTH, B += BLOCK_BYTES(2 * pairs))
-            expand_all_rows(0, all->many[pair], all->rows + pair * PANEL, pairs, B, h + own->part[p].from, all->h_row, all->scale + pair * PANEL, sums + half,
+            expand_all_rows(0, all->many[pair], all->rows + pair * PANEL, pairs, B, h + own->part[p].rank, all->h_row, all->scale + pair * PANEL, sums + half,
                          PANEL);
     }
 }
 
-/* Sixteen outputs of a part's B, from rank pair `from` on, as a tile. */
+/* Packs sixteen outputs of a part's B, from rank pair `from` on, as a tile. */
 static void pack_outputs(const int8_t *B, long from, bf16 *tile) {
     __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0), scale = _mm512_loadu_si512(B);
     vector low = (vector)_mm512_permutexvar_epi32(twice, scale), high = (vector)_mm512_permutexvar_epi32(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale);
     for (long i = 0; i < 16; i++) block_bf16(B + SCALES + (from + i) * 2 * WIDTH, low, high, tile + i * STEP);
 }
 
-/* A strip of x times a panel of outputs o to o + 31, and what adapters add, into sums (32, 32). ahead: whether the panels that follow are fetched. */
+/* Multiplies a strip of x by a panel of outputs o to o + 31, and adds what adapters change, with sums (32, 32). ahead: prefetch the panels that
+   follow. */
 static void panel_gemm_block(const strip_adapters *all, long m, long index, long o, long K, const bf16 *a, const bf16 *panel, int ahead, float *sums) {
     tiles_clear();
     for (long k = 0; k < K / STEP; k++, panel += 2 * TILE) {
@@ -204,7 +207,7 @@ static void panel_gemm_block(const strip_adapters *all, long m, long index, long
             const int8_t *B = one->weights + own->part[p].B + (o - first) / WIDTH * BLOCK_BYTES(ranks);
             if (o >= first && o < first + own->part[p].width)
                 for (long k = 0; k < steps_of(ranks); k++) {
-                    /* a tile of fewer than 32 ranks goes on into what follows, which the zeros of h undo */
+                    /* a tile of fewer than 32 ranks reads beyond them, where h is zero */
                     bf16 tiles[2][TILE] __attribute__((aligned(64)));
                     pack_outputs(B, k * 16, tiles[0]);
                     pack_outputs(B + BLOCK_BYTES(ranks), k * 16, tiles[1]);
@@ -226,7 +229,7 @@ static void panel_gemm_block(const strip_adapters *all, long m, long index, long
         if (all->many[pair] <= FEW) expand_few(all, pair, index, o, sums);
 }
 
-/* What becomes of x W' (T, N): it is stored in bf16; or added to `sum`; or is `sum`; or its left half gates its right half (SwiGLU), stored in bf16. */
+/* What follows x W' (T, N): it is stored in bf16; or added to `sum`; or stored in `sum`; or its left half gates its right half, stored in bf16. */
 typedef enum { STORE_BF16, ADD_TO_SUM, STORE_FP32, APPLY_SWIGLU } gemm_epilogue;
 
 static void apply_epilogue(gemm_epilogue what, long tall, long wide, const float *sums, const float *up, bf16 *c, float *sum, long row) {
@@ -253,10 +256,10 @@ static void apply_epilogue(gemm_epilogue what, long tall, long wide, const float
     }
 }
 
-/* One fused product of all rows; shared among the threads that come here. a: rows of w's inputs, whole strips of them; row: numbers of a row of c, or
-   of sum. Weights that are not laid out are, a few panels at a time, which stay in a core's cache while the strips pass. */
+/* One fused product of all rows; the calling threads share the work. a has whole strips; row: numbers of a row of c or of sum. Weights in 4 or 8 bits
+   are decoded a few panels at a time, which stay in a core's cache while the strips are read. */
 static void panel_gemm(gemm_epilogue what, const strip_adapters *all, long index, long T, const quantized_weight *w, const bf16 *a, bf16 *c, float *sum, long row) {
-    static _Thread_local scratch_arena room;
+    static _Thread_local scratch_arena scratch;
     long K = w->I, strips = (T + PANEL - 1) / PANEL, apart = K * PANEL, panels = (w->O + PANEL - 1) / PANEL, twice = what == APPLY_SWIGLU;
     if (all->first[strips]) {
 #pragma omp for schedule(dynamic)
@@ -270,8 +273,8 @@ static void panel_gemm(gemm_epilogue what, const strip_adapters *all, long index
     long fit = CACHE_BYTES / (apart * (1 + twice) * (long)sizeof(bf16)), wanted = 8 * omp_get_num_threads();
     long across = fit < 1 ? panels : (panels + fit - 1) / fit;
     if (across < wanted) across = panels < wanted ? panels : wanted;
-    reserve(&room, w->bits == 16 ? 0 : (panels / across + 1) * (1 + twice) * apart * sizeof(bf16));
-    bf16 *made = (bf16 *)room.at;
+    reserve(&scratch, w->bits == 16 ? 0 : (panels / across + 1) * (1 + twice) * apart * sizeof(bf16));
+    bf16 *made = (bf16 *)scratch.at;
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < across; task++) {
         float sums[2 * PANEL * PANEL] __attribute__((aligned(64)));
@@ -290,7 +293,7 @@ static void panel_gemm(gemm_epilogue what, const strip_adapters *all, long index
     }
 }
 
-/* A token's heads: bias, norms, rotation; keys and values go to the cache, to `copies` places as number `number` of their tokens. */
+/* Finishes a token's heads (bias, norms, rotation) and writes keys and values to `copies` places of the cache, at index `number`. */
 static void write_to_cache(long l, const decoder_shape *s, const decoder_layer *own, const float *cosine, const float *sine, const cache_place *places, long copies,
                        long number, bf16 *heads) {
     long H = s->H, K = s->K, E = s->E;
@@ -300,8 +303,7 @@ static void write_to_cache(long l, const decoder_shape *s, const decoder_layer *
         if (n < H + K) norm_and_rotate_head(E, n < H ? own->q_norm : own->k_norm, s->eps, cosine, sine, x);
         if (n < H)
             for (long e = 0; e < E; e++) heads[n * E + e] = to_bf16(x[e]);
-        else
-            for (const cache_place *one = places; one < places + copies; one++) {
+        else for (const cache_place *one = places; one < places + copies; one++) {
                 uint16_t *to = n < H + K ? one->k : one->v;
                 to += l * one->layer_step + (n - H) % K * one->head_step + number * E;
                 for (long e = 0; e < E; e += WIDTH) store_fp16(to + e, *(vector *)(x + e));
@@ -311,7 +313,7 @@ static void write_to_cache(long l, const decoder_shape *s, const decoder_layer *
 
 typedef struct { const prompt_piece *own; long head, from, to; } query_range;
 
-/* The tasks of attention: some queries of a piece and head. Returns how many. */
+/* Lists the tasks of attention: some queries of a piece and of a head. Returns how many there are. */
 static long attention_tasks_of(long R, const prompt_piece *pieces, long K, query_range *to) {
     long count = 0;
     for (const prompt_piece *one = pieces; one < pieces + R; one++)
@@ -321,25 +323,25 @@ static long attention_tasks_of(long R, const prompt_piece *pieces, long K, query
     return count;
 }
 
-static void load_fp16_rows(long count, long E, const uint16_t *from, const bf16 **rows, bf16 *room) {
+static void load_fp16_rows(long count, long E, const uint16_t *from, const bf16 **rows, bf16 *scratch) {
     for (long s = 0; s < count; s++) {
-        rows[s] = room + s * E;
-        for (long e = 0; e < E; e += 32) store_bf16(room + s * E + e, (__m512)load_fp16(from + s * E + e), (__m512)load_fp16(from + s * E + e + 16));
+        rows[s] = scratch + s * E;
+        for (long e = 0; e < E; e += 32) store_bf16(scratch + s * E + e, (__m512)load_fp16(from + s * E + e), (__m512)load_fp16(from + s * E + e + 16));
     }
 }
 
-/* The queries of one token, as a decode step has them: too few for tiles. */
+/* The queries of one token, as in a decode step, which are too few for tiles. */
 static void attend_one_query(long l, long G, long E, const cache_place *at, long head, long seen, const bf16 *q, bf16 *out) {
-    static _Thread_local scratch_arena room;
-    reserve(&room, (2 * G * E + G * PAD(seen)) * sizeof(float) + 256);
-    float *own = take(&room, G * E * sizeof(float)), *mixed = take(&room, G * E * sizeof(float)), *scores = take(&room, G * PAD(seen) * sizeof(float));
+    static _Thread_local scratch_arena scratch;
+    reserve(&scratch, (2 * G * E + G * PAD(seen)) * sizeof(float) + 256);
+    float *own = take(&scratch, G * E * sizeof(float)), *mixed = take(&scratch, G * E * sizeof(float)), *scores = take(&scratch, G * PAD(seen) * sizeof(float));
     for (long i = 0; i < G * E; i++) own[i] = from_bf16(q[i]);
     attend_cached(1, G, E, at, l * at->layer_step + head * at->head_step, seen, own, mixed, scores);
     for (long i = 0; i < G * E; i++) out[i] = to_bf16(mixed[i]);
 }
 
 static void attend_task(long l, const decoder_shape *s, const cache_place *places, const query_range *task, const bf16 *qkv, bf16 *out) {
-    static _Thread_local scratch_arena room;
+    static _Thread_local scratch_arena scratch;
     long H = s->H, K = s->K, E = s->E, N = H + 2 * K, G = H / K, L = task->to - task->from;
     long before = task->own->before + task->from, start = task->own->start + task->from, S = before + L;
     const cache_place *held = places + task->own->first;
@@ -348,11 +350,11 @@ static void attend_task(long l, const decoder_shape *s, const cache_place *place
         return;
     }
     packed_task t = {0, task->head, before, start, L, S, padded_to_steps(S), L * G, padded_to_steps(L * G)};
-    reserve(&room, t.Sp * (8 + 6 * E + 32 * 6) + 32 * E * 4 + t.Mp * E * 2 + 1024);
-    const bf16 **rows = take(&room, S * sizeof(bf16 *));
-    bf16 *plain = take(&room, S * E * 2), *keys = take(&room, t.Sp * E * 2), *values = take(&room, t.Sp * E * 2), *q = take(&room, t.Mp * E * 2);
-    float *scores = take(&room, 32 * t.Sp * 4), *mixed = take(&room, 32 * E * 4);
-    bf16 *mass = take(&room, 32 * t.Sp * 2);
+    reserve(&scratch, t.Sp * (8 + 6 * E + 32 * 6) + 32 * E * 4 + t.Mp * E * 2 + 1024);
+    const bf16 **rows = take(&scratch, S * sizeof(bf16 *));
+    bf16 *plain = take(&scratch, S * E * 2), *keys = take(&scratch, t.Sp * E * 2), *values = take(&scratch, t.Sp * E * 2), *q = take(&scratch, t.Mp * E * 2);
+    float *scores = take(&scratch, 32 * t.Sp * 4), *mixed = take(&scratch, 32 * E * 4);
+    bf16 *mass = take(&scratch, 32 * t.Sp * 2);
     long at = l * held->layer_step + task->head * held->head_step;
     load_fp16_rows(S, E, (const uint16_t *)held->k + at, rows, plain);
     pack_rows(S, E, rows, 0, keys);
@@ -361,7 +363,6 @@ static void attend_task(long l, const decoder_shape *s, const cache_place *place
     attend_with_tiles(&t, H, G, N, E, qkv, keys, values, q, scores, mass, mixed, out, 0);
 }
 
-/* out (T, D): hidden states of the tokens after the final norm. Every token is in one of R pieces. */
 void prefill(long T, long R, const decoder_shape *s, const decoder_layer *layers, const long *tokens, const prompt_piece *pieces, const cache_place *places, long N,
                     const adapter *adapters, const long *members, float *out) {
     long D = s->D, H = s->H, K = s->K, E = s->E, I = s->I, L = s->layers, heads = H + 2 * K, strips = (T + PANEL - 1) / PANEL;
@@ -374,7 +375,7 @@ void prefill(long T, long R, const decoder_shape *s, const decoder_layer *layers
         for (long i = 0; i < one->length; i++) piece_of[one->start + i] = one;
     bf16 *memory = aligned_alloc(64, strips * PANEL * (heads * E + widest + I) * sizeof(bf16));
     bf16 *qkv = memory, *in = qkv + strips * PANEL * heads * E, *gated = in + strips * PANEL * widest;
-    memset(memory, 0, strips * PANEL * (heads * E + widest + I) * sizeof(bf16)); /* rows beyond T are numbers, too */
+    memset(memory, 0, strips * PANEL * (heads * E + widest + I) * sizeof(bf16)); /* rows beyond T are read too */
     float *x = aligned_alloc(64, (T * (D + 2 * E) * sizeof(float) + 63) / 64 * 64), *cosine = x + T * D, *sine = cosine + T * E;
 #pragma omp parallel
     {
@@ -413,7 +414,6 @@ void prefill(long T, long R, const decoder_shape *s, const decoder_layer *layers
     free_strip_adapters(&all);
 }
 
-/* y (T, O) = x (T, I) W', in bf16, sums in fp32; W in 4 or 8 bits, in whole tiles of 16 outputs, I a multiple of 32. */
 void quantized_gemm_amx(long bits, long T, long I, long O, const float *x, const uint8_t *q, const uint16_t *scale, const uint16_t *minimum, float *y) {
     quantized_weight w = {bits, O, I, q, scale, minimum};
     long strips = (T + PANEL - 1) / PANEL;

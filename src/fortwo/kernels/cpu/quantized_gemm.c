@@ -1,8 +1,12 @@
-/* HEAD */
+/* Products of a few rows with weights in 4 or 8 bits. A weight (O, I) lies in tiles of 16 outputs, a tile in groups of 32 inputs: w = scale * q +
+   minimum, with a scale and a minimum in fp16 for each output of a group, as in GGUF's Q4_1. With 8 bits the minimum is -128 scales and is not stored
+   (GGUF's Q8_0). Four inputs of sixteen outputs are 64 bytes of q; with 4 bits the low halves of 64 bytes are inputs 4i to 4i + 3, the high halves the
+   four that follow. The rows of x are rounded to 16 bits in the same groups, as two bytes that are multiplied one after the other, so the dot products
+   of a group are exact whole numbers. One byte, as llama.cpp uses, is faster from 8 rows on, but changes what the model says. */
 #include "quantized_gemm.h"
 #include "quantized_gemm_amx.h"
 
-/* sums[n] += the dot product of the four unsigned bytes of w[n] with the four signed bytes at a. */
+/* Returns sums + the dot products of the four unsigned bytes of each w[n] with the four signed bytes at a. */
 static inline __attribute__((always_inline)) integers dot4(integers sums, words w, const int8_t *a) {
 #ifdef __AVX512VNNI__
     int32_t four;
@@ -14,14 +18,14 @@ static inline __attribute__((always_inline)) integers dot4(integers sums, words 
 #endif
 }
 
-quantized_rows quantized_rows_of(long T, long I) { /* to be given back by free(x.a) */
+quantized_rows quantized_rows_of(long T, long I) { /* the caller frees x.a */
     long rows = T >= 8 ? 8 : T >= 4 ? 4 : T >= 2 ? 2 : 1, blocks = (T + rows - 1) / rows, all = blocks * rows;
     int8_t *a = aligned_alloc(64, (all * (2 * I + I / GROUP * 2 * sizeof(float)) + 63) / 64 * 64);
     float *scale = (float *)(a + 2 * all * I);
     return (quantized_rows){T, I, rows, blocks, a, scale, scale + all * (I / GROUP)};
 }
 
-/* Row t, into every block that it is in. */
+/* Rounds row t, into every block that contains it. */
 void quantize_row(const quantized_rows *x, long t, const float *row) {
     long G = x->I / GROUP;
     for (long g = 0; g < G; g++) {
@@ -44,7 +48,8 @@ void quantize_row(const quantized_rows *x, long t, const float *row) {
     }
 }
 
-/* One block times one tile. a, scales and offsets are the block's, q, scale and minimum the tile's. */
+/* The micro-kernel for every level: one block of rows times one tile. a and its scales and offsets are the block's; q, scale and minimum are the
+   tile's. */
 static inline __attribute__((always_inline)) void block_by_dots(int bits, int rows, long G, const uint8_t *q, const uint16_t *scale,
                                                              const uint16_t *minimum, const int8_t *a, const float *x_scale,
                                                              const float *x_offset, float *y, long y_row, long wide) {
@@ -63,7 +68,7 @@ static inline __attribute__((always_inline)) void block_by_dots(int bits, int ro
         }
 #pragma GCC unroll 16
         for (int r = 0; r < 2 * rows; r++) {
-            integers other = {0}; /* two sums, neither of which waits for the other */
+            integers other = {0}; /* two independent sums */
             whole[r] = (integers){0};
 #pragma GCC unroll 4
             for (int i = 0; i < QUADS; i += 2) {
@@ -77,29 +82,29 @@ static inline __attribute__((always_inline)) void block_by_dots(int bits, int ro
     store_sums(rows, sums, y, y_row, wide);
 }
 
-/* What a thread needs for the products of rounded rows, between two of these. Returns memory for one tile of any of these widths. */
+/* Prepares a thread for products with rounded rows, until quantized_gemm_end. Returns scratch for one tile of a weight with up to `widest` inputs. */
 uint8_t *quantized_gemm_begin(const quantized_rows *x, long widest) {
-    static _Thread_local struct { uint8_t *at; long size; } room;
-    if (WIDTH * widest > room.size) {
-        free(room.at);
-        room.size = WIDTH * widest;
-        room.at = aligned_alloc(64, room.size);
+    static _Thread_local struct { uint8_t *at; long size; } scratch;
+    if (WIDTH * widest > scratch.size) {
+        free(scratch.at);
+        scratch.size = WIDTH * widest;
+        scratch.at = aligned_alloc(64, scratch.size);
     }
     if (uses_tiles(x->rows)) tiles_begin(x->rows);
-    return room.at;
+    return scratch.at;
 }
 
 void quantized_gemm_end(const quantized_rows *x) {
     if (uses_tiles(x->rows)) tiles_end();
 }
 
-/* Outputs o to o + 15 of all rows; y is row 0, output 0. */
-void quantized_gemm_tile(const quantized_weight *w, const quantized_rows *x, long o, float *y, long y_row, uint8_t *room) {
+/* Computes outputs o to o + 15 of all rows. y points to row 0, output 0. */
+void quantized_gemm_tile(const quantized_weight *w, const quantized_rows *x, long o, float *y, long y_row, uint8_t *scratch) {
     long G = w->I / GROUP, wide = w->O - o < WIDTH ? w->O - o : WIDTH;
     const uint8_t *q = w->q + o * w->I * w->bits / 8;
     const uint16_t *d = w->scale + o * G, *m = w->bits == 8 ? d : w->minimum + o * G;
     int tiles = uses_tiles(x->rows);
-    if (tiles) q = tiles_unpacked(w->bits, G, q, room);
+    if (tiles) q = tiles_unpacked(w->bits, G, q, scratch);
     for (long b = 0; b < x->blocks; b++) {
         const int8_t *a = x->a + b * 2 * x->rows * x->I;
         const float *x_scale = x->scale + b * x->rows * G, *x_offset = x->offset + b * x->rows * G;
@@ -122,23 +127,21 @@ void quantized_gemm_tile(const quantized_weight *w, const quantized_rows *x, lon
     }
 }
 
-/* y (T, O) = x (T, I) W', W in 4 or 8 bits. */
 void quantized_gemm(long bits, long T, long I, long O, const float *x, const uint8_t *q, const uint16_t *scale, const uint16_t *minimum, float *y) {
     quantized_weight w = {bits, O, I, q, scale, minimum};
     quantized_rows a = quantized_rows_of(T, I);
 #pragma omp parallel
     {
-        uint8_t *room = quantized_gemm_begin(&a, I);
+        uint8_t *scratch = quantized_gemm_begin(&a, I);
 #pragma omp for schedule(static)
         for (long t = 0; t < T; t++) quantize_row(&a, t, x + t * I);
 #pragma omp for schedule(static)
-        for (long o = 0; o < O; o += WIDTH) quantized_gemm_tile(&w, &a, o, y, O, room);
+        for (long o = 0; o < O; o += WIDTH) quantized_gemm_tile(&w, &a, o, y, O, scratch);
         quantized_gemm_end(&a);
     }
     free(a.a);
 }
 
-/* Lay out a weight (O, I) whose scales and minima (O, G), in floats, are given; q is zero where O is no multiple of 16. */
 void quantize(long bits, long O, long I, const float *weight, const float *scale, const float *minimum, uint8_t *q) {
     long G = I / GROUP, bytes = WIDTH * GROUP * bits / 8;
     for (long o = 0; o < O; o++)

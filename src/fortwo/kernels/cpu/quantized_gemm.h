@@ -1,4 +1,4 @@
-/* HEAD */
+/* Rounded rows, and the products of them with tiles of a weight. */
 #pragma once
 #include "common.h"
 #ifdef __AVX512F__
@@ -8,7 +8,7 @@
 #define GROUP 32
 #define QUADS (GROUP / 4)
 #define LARGEST 32639 /* 127 * 256 + 127 */
-#define PREFETCH_BYTES 4096 /* bytes of the weight that are fetched in advance */
+#define PREFETCH_BYTES 4096 /* bytes of the weight that are prefetched */
 
 /* Sixteen fp16 numbers. */
 static inline vector load_fp16(const uint16_t *from) {
@@ -34,8 +34,8 @@ static inline void store_fp16(uint16_t *to, vector from) {
         union { float value; uint32_t bits; } x = {from[n]}, small;
         uint32_t sign = x.bits >> 16 & 0x8000, size = x.bits & 0x7fffffff, half;
         x.bits = size;
-        if (size >= 0x47800000) half = size > 0x7f800000 ? 0x7e00 : 0x7c00; /* no number, or too large for one */
-        else if (size < 0x38800000) { /* the last place of 1/2 is that of the smallest halves */
+        if (size >= 0x47800000) half = size > 0x7f800000 ? 0x7e00 : 0x7c00; /* not a number, or too large for fp16 */
+        else if (size < 0x38800000) { /* the last place of 1/2 is that of the smallest fp16 numbers */
             small.value = x.value + 0.5f;
             half = small.bits - 0x3f000000;
         } else half = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
@@ -44,8 +44,8 @@ static inline void store_fp16(uint16_t *to, vector from) {
 #endif
 }
 
-/* T rows of I inputs in whole numbers of 16 bits: x = scale * (256 * high + low) in each group; offset is the sum of x as rounded. They lie in blocks
-   of `rows` rows, the last of which begins early enough to be whole: in a block, for each group, the high bytes of its rows, then the low ones. */
+/* T rows of I inputs in 16 bits: x = scale * (256 * high + low) in each group; offset is the sum of the rounded x. They lie in blocks of `rows` rows,
+   and the last block begins early enough to be whole. For each group a block has the high bytes of its rows, then the low bytes. */
 typedef struct {
     long T, I, rows, blocks;
     int8_t *a;
@@ -54,7 +54,7 @@ typedef struct {
 
 static inline long block_start(const quantized_rows *x, long b) { return b * x->rows < x->T - x->rows ? b * x->rows : x->T - x->rows; }
 
-/* Sixteen outputs of a group for `rows` rows: what their whole numbers add to the sums. */
+/* Adds one group's whole numbers, of sixteen outputs and `rows` rows, to the sums. */
 static inline __attribute__((always_inline)) void add_group(int bits, int rows, const integers *whole, const uint16_t *scale,
                                                             const uint16_t *minimum, const float *x_scale, const float *x_offset, vector *sums) {
     vector d = load_fp16(scale), m = bits == 8 ? d * -128.0f : load_fp16(minimum);
@@ -76,5 +76,5 @@ static inline __attribute__((always_inline)) void store_sums(int rows, const vec
 quantized_rows quantized_rows_of(long T, long I);
 uint8_t *quantized_gemm_begin(const quantized_rows *x, long widest);
 void quantized_gemm_end(const quantized_rows *x);
-void quantized_gemm_tile(const quantized_weight *w, const quantized_rows *x, long o, float *y, long y_row, uint8_t *room);
+void quantized_gemm_tile(const quantized_weight *w, const quantized_rows *x, long o, float *y, long y_row, uint8_t *scratch);
 void quantize_row(const quantized_rows *x, long t, const float *row);

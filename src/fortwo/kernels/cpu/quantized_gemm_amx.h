@@ -1,4 +1,4 @@
-/* HEAD */
+/* The micro-kernel of quantized_gemm.c on AMX's tiles for 8-bit numbers. */
 #pragma once
 #include "gemm_amx.h"
 #include "quantized_gemm.h"
@@ -6,7 +6,7 @@
 #ifdef AMX
 #define FILLED 8 /* rows of a block from which on a tile is faster than sixteen sums */
 
-#define RING 4 /* whole numbers of as many groups are on their way at once: what a tile stores can be read only a while later */
+#define RING 4 /* groups that are computed ahead: what a tile stores can only be read a while later */
 #define LAG 2
 
 static inline int uses_tiles(long rows) { return rows >= FILLED && amx_allowed(); }
@@ -21,7 +21,7 @@ static inline void tiles_begin(long rows) {
 
 static inline void tiles_end(void) { _tile_release(); }
 
-/* A tile's numbers in bytes: q itself with 8 bits, else unpacked to `to`. */
+/* The numbers of a tile as bytes: q itself with 8 bits, else unpacked to `to`. */
 static inline const uint8_t *tiles_unpacked(long bits, long G, const uint8_t *q, uint8_t *to) {
     __m512i low = _mm512_set1_epi8(15);
     for (long i = 0; bits == 8 && i < G * GROUP * WIDTH; i += 64) __builtin_prefetch(q + i + PREFETCH_BYTES);
@@ -35,7 +35,7 @@ static inline const uint8_t *tiles_unpacked(long bits, long G, const uint8_t *q,
     return to;
 }
 
-/* The same as block_dots; q in bytes. */
+/* Computes what block_by_dots does, from bytes. */
 static inline __attribute__((always_inline)) void block_by_tiles(int bits, int rows, long G, const uint8_t *q, const uint16_t *scale,
                                                               const uint16_t *minimum, const int8_t *a, const float *x_scale,
                                                               const float *x_offset, float *y, long y_row, long wide) {

@@ -1,44 +1,44 @@
-/* HEAD */
+/* The decoder's layers for training an adapter, forward and backward. All threads go through the layers together and wait for each other at the end
+   of each phase. */
 #include "lora_amx.h"
 #include "elementwise.h"
 
 #ifdef AMX
-static product_memory product_memory_of(scratch_arena *room, const training_pass *t, const lora_product *p) {
-    product_memory m = {take(room, t->kept && p->R ? t->T * p->I / 8 : 0), 0};
-    m.transposed = take(room, padded_to_steps(t->T) * (padded_to_steps(p->R) + PANEL) * 2);
+static product_memory product_memory_of(scratch_arena *scratch, const training_pass *t, const lora_product *p) {
+    product_memory m = {take(scratch, t->kept && p->R ? t->T * p->I / 8 : 0), 0};
+    m.transposed = take(scratch, padded_to_steps(t->T) * (padded_to_steps(p->R) + PANEL) * 2);
     return m;
 }
 
 static layer_memory layer_memory_of(char *memory, const training_pass *t, const train_layer *l, long *bytes) {
-    scratch_arena room = {memory, 0, 0};
+    scratch_arena scratch = {memory, 0, 0};
     layer_memory m;
     long T = t->T, rows = padded_to_steps(T) * 2; /* left operands have whole strips */
-    m.middle = take(&room, T * t->D * 4), m.scale = take(&room, T * 4), m.middle_scale = take(&room, T * 4), m.lse = take(&room, T * t->H * 4);
-    m.normed = take(&room, rows * t->D), m.qkv = take(&room, rows * l->qkv.O), m.mixed = take(&room, rows * l->o.I);
-    m.middle_normed = take(&room, rows * t->D), m.gate_up = take(&room, rows * 2 * t->I), m.gated = take(&room, rows * t->I);
-    m.of_qkv = product_memory_of(&room, t, &l->qkv), m.of_o = product_memory_of(&room, t, &l->o);
-    m.of_gate_up = product_memory_of(&room, t, &l->gate_up), m.of_down = product_memory_of(&room, t, &l->down);
-    if (bytes) *bytes = room.taken;
+    m.middle = take(&scratch, T * t->D * 4), m.scale = take(&scratch, T * 4), m.middle_scale = take(&scratch, T * 4), m.lse = take(&scratch, T * t->H * 4);
+    m.normed = take(&scratch, rows * t->D), m.qkv = take(&scratch, rows * l->qkv.O), m.mixed = take(&scratch, rows * l->o.I);
+    m.middle_normed = take(&scratch, rows * t->D), m.gate_up = take(&scratch, rows * 2 * t->I), m.gated = take(&scratch, rows * t->I);
+    m.of_qkv = product_memory_of(&scratch, t, &l->qkv), m.of_o = product_memory_of(&scratch, t, &l->o);
+    m.of_gate_up = product_memory_of(&scratch, t, &l->gate_up), m.of_down = product_memory_of(&scratch, t, &l->down);
+    if (bytes) *bytes = scratch.taken;
     return m;
 }
 
-/* Bytes of each layer's memory. */
 void train_layers_bytes(const training_pass *t, const train_layer *layers, long *bytes) {
     for (long l = 0; l < t->L; l++) layer_memory_of(0, t, layers + l, bytes + l);
 }
 
-static packed_lora packed_lora_of(scratch_arena *room, const lora_product *p) {
-    packed_lora s = {take(room, padded_to_steps(p->R) * p->I * 2), 0};
-    s.B = take(room, padded_to_steps(p->R) * p->O * 2);
+static packed_lora packed_lora_of(scratch_arena *scratch, const lora_product *p) {
+    packed_lora s = {take(scratch, padded_to_steps(p->R) * p->I * 2), 0};
+    s.B = take(scratch, padded_to_steps(p->R) * p->O * 2);
     return s;
 }
 
-static workspace workspace_of(scratch_arena *room, const training_pass *t, const train_layer *l) {
-    workspace w = {packed_lora_of(room, &l->qkv), packed_lora_of(room, &l->o), packed_lora_of(room, &l->gate_up), packed_lora_of(room, &l->down), 0, 0};
+static workspace workspace_of(scratch_arena *scratch, const training_pass *t, const train_layer *l) {
+    workspace w = {packed_lora_of(scratch, &l->qkv), packed_lora_of(scratch, &l->o), packed_lora_of(scratch, &l->gate_up), packed_lora_of(scratch, &l->down), 0, 0};
     long most = l->qkv.R;
     for (const lora_product *p = &l->o; p <= &l->down; p++) most = p->R > most ? p->R : most;
-    w.h = take(room, padded_to_steps(t->T) * padded_to_steps(most) * 2);
-    w.transposed = take(room, padded_to_steps(t->T) * padded_to_steps(most) * 2);
+    w.h = take(scratch, padded_to_steps(t->T) * padded_to_steps(most) * 2);
+    w.transposed = take(scratch, padded_to_steps(t->T) * padded_to_steps(most) * 2);
     return w;
 }
 
@@ -82,7 +82,7 @@ static void down_in(const training_pass *t, const void *given, long s) {
     lora_shrink_dropped(t, &at->own->down, s, tall_of(t->T, s), at->m->gated, at->w->down, at->w, &at->m->of_down);
 }
 
-/* A layer, by all threads: from its x to `out`, which is the x of the next one, whose sides are laid meanwhile (both may be absent). */
+/* One layer, by all threads: from its x to `out`, the x of the next layer, whose A and B are packed meanwhile (both may be null). */
 static void layer_forward(const training_pass *t, const train_layer *l, const layer_memory *m, const workspace *w, float *out, const train_layer *next,
                         const workspace *next_w) {
     layer_pass at = {l, m, w};
@@ -95,16 +95,16 @@ static void layer_forward(const training_pass *t, const train_layer *l, const la
     product_forward(ADD, t, &l->down, down_in, &at, m->gated, w->down, w, m, m->middle, out);
 }
 
-/* Workplaces, large enough for each layer, and what else a pass needs: bytes. */
-static char *reserve_workspaces(scratch_arena *room, const training_pass *t, const train_layer *layers, int count, long bytes, long *apart) {
+/* Reserves `count` workspaces that are large enough for every layer, and `bytes` beside them. */
+static char *reserve_workspaces(scratch_arena *scratch, const training_pass *t, const train_layer *layers, int count, long bytes, long *apart) {
     *apart = 0;
     for (long l = 0; l < t->L; l++) {
         scratch_arena one = {0};
         workspace_of(&one, t, layers + l);
         *apart = one.taken > *apart ? one.taken : *apart;
     }
-    reserve(room, count * *apart + bytes);
-    return take(room, count * *apart);
+    reserve(scratch, count * *apart + bytes);
+    return take(scratch, count * *apart);
 }
 
 static workspace workspace_at(const training_pass *t, const train_layer *l, char *at) {
@@ -112,11 +112,10 @@ static workspace workspace_at(const training_pass *t, const train_layer *l, char
     return workspace_of(&one, t, l);
 }
 
-/* x of the first layer through all of them to out (T, D). */
 void train_layers_forward(const training_pass *t, const train_layer *layers, float *out) {
-    static _Thread_local scratch_arena room;
+    static _Thread_local scratch_arena scratch;
     long apart;
-    char *places = reserve_workspaces(&room, t, layers, 2, 0, &apart);
+    char *places = reserve_workspaces(&scratch, t, layers, 2, 0, &apart);
 #pragma omp parallel
     {
         amx_begin_bf16();
@@ -134,27 +133,28 @@ void train_layers_forward(const training_pass *t, const train_layer *layers, flo
     }
 }
 
-/* The gradients of what lies between products. along: of what comes after the layer, then of what goes into it; sum: the same in bf16. */
+/* The gradients of what is between products. along: of the layer's output, then of its input; sum: the same in bf16. */
 typedef struct {
     float *along, *middle, *between;
     bf16 *sum, *gate_up, *normed, *o, *mixed, *rotated, *qkv;
 } gradients;
 
-static gradients gradients_of(scratch_arena *room, const training_pass *t, const train_layer *l) {
+static gradients gradients_of(scratch_arena *scratch, const training_pass *t, const train_layer *l) {
     gradients g;
     long T = t->T, D = t->D, rows = padded_to_steps(T) * 2;
-    g.along = take(room, T * D * 4), g.middle = take(room, T * D * 4), g.between = take(room, attention_between(t->P, t->R, t->K, t->E) * 4);
-    g.sum = take(room, rows * D), g.gate_up = take(room, rows * 2 * t->I), g.normed = take(room, rows * D), g.o = take(room, rows * D);
-    g.mixed = take(room, rows * l->o.I), g.rotated = take(room, rows * l->qkv.O), g.qkv = take(room, rows * l->qkv.O);
+    g.along = take(scratch, T * D * 4), g.middle = take(scratch, T * D * 4), g.between = take(scratch, attention_between(t->P, t->R, t->K, t->E) * 4);
+    g.sum = take(scratch, rows * D), g.gate_up = take(scratch, rows * 2 * t->I), g.normed = take(scratch, rows * D), g.o = take(scratch, rows * D);
+    g.mixed = take(scratch, rows * l->o.I), g.rotated = take(scratch, rows * l->qkv.O), g.qkv = take(scratch, rows * l->qkv.O);
     return g;
 }
 
-/* The gradient of h of a strip, of that of y. */
+/* The gradient of h of a strip, from that of y. */
 static void lora_shrink_gradient(const training_pass *t, const lora_product *p, long s, const bf16 *grad, packed_lora own, const workspace *w) {
     if (p->R) lora_shrink(p, 1, tall_of(t->T, s), p->O, grad + s * p->O, own.B, w->h + s * padded_to_steps(p->R), w->transposed + s, padded_to_steps(t->T));
 }
 
-/* A layer's gradients, by all threads, from that of h of its last product to that of x, and of h of the last product of the layer below it. */
+/* The gradients of a layer, by all threads: from that of h of its last product to that of x, and to that of h of the last product of the layer below.
+   */
 static void layer_backward(const training_pass *t, const train_layer *l, const layer_memory *m, const workspace *w, const gradients *g, long shift, float *grad_x,
                        const train_layer *below, const workspace *below_w) {
     long T = t->T, D = t->D, E = t->E, N = t->H + 2 * t->K;
@@ -189,14 +189,13 @@ static void layer_backward(const training_pass *t, const train_layer *l, const l
     }
 }
 
-/* From the gradient of out to that of x, which may be absent; those of A and the Bs are added `shift` bytes behind these. */
 void train_layers_backward(const training_pass *t, const train_layer *layers, const float *grad, long shift, float *grad_x) {
-    static _Thread_local scratch_arena room;
+    static _Thread_local scratch_arena scratch;
     scratch_arena rest = {0};
     gradients_of(&rest, t, layers);
     long apart, T = t->T, D = t->D, L = t->L;
-    char *places = reserve_workspaces(&room, t, layers, 3, rest.taken, &apart);
-    gradients g = gradients_of(&room, t, layers);
+    char *places = reserve_workspaces(&scratch, t, layers, 3, rest.taken, &apart);
+    gradients g = gradients_of(&scratch, t, layers);
 #pragma omp parallel
     {
         amx_begin_bf16();

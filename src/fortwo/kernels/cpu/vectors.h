@@ -1,13 +1,13 @@
-/* HEAD */
+/* Rows of bf16 by vectors of 32, for processors that round to bf16. */
 #pragma once
 #include "common.h"
 
 #ifdef AVX512_BF16
 #include <immintrin.h>
 
-/* `exponential` of 16. */
+/* `exponential` of sixteen numbers. */
 static inline __m512 exponentials(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x); /* what is no number stays none */
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x); /* not-a-number stays not-a-number */
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x), p = _mm512_set1_ps(1.9875691500e-4f);
     r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
@@ -21,9 +21,7 @@ static inline __m512 exponentials(__m512 x) {
 }
 
 static inline __mmask16 mask16(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1; }
-
 static inline __m512i as_bf16(__m512 left, __m512 right) { return (__m512i)_mm512_cvtne2ps_pbh(right, left); } /* 32 numbers as bf16 */
-
 static inline __m512 widened(__m256i all) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(all), 16)); }
 
 static inline void as_floats(__m512i all, __m512 *left, __m512 *right) {
@@ -32,12 +30,10 @@ static inline void as_floats(__m512i all, __m512 *left, __m512 *right) {
 }
 
 static inline void load_bf16(const bf16 *from, __m512 *left, __m512 *right) { as_floats(_mm512_loadu_si512(from), left, right); }
-
 static inline void store_bf16(bf16 *to, __m512 left, __m512 right) { _mm512_storeu_si512(to, as_bf16(left, right)); }
+static inline __mmask32 mask32(long n) { return n >= 32 ? ~0u : (1u << n) - 1; } /* the first n > 0 of 32 numbers */
 
-static inline __mmask32 mask32(long n) { return n >= 32 ? ~0u : (1u << n) - 1; } /* of 32 numbers, the first n > 0 */
-
-/* 32 numbers of a row of which n are left. */
+/* Loads and stores 32 numbers of a row of which n are left. */
 static inline void load_some(long n, const float *from, __m512 *left, __m512 *right) {
     *left = _mm512_maskz_loadu_ps(mask16(n), from);
     *right = _mm512_maskz_loadu_ps(mask16(n - 16), from + 16);
@@ -54,7 +50,7 @@ static inline void load_some_bf16(long n, const bf16 *from, __m512 *left, __m512
 
 static inline void store_some_bf16(long n, bf16 *to, __m512 left, __m512 right) { _mm512_mask_storeu_epi16(to, mask32(n), as_bf16(left, right)); }
 
-/* drop(x) of numbers first to last - 1, and which of them it keeps; as kernels.h has it. */
+/* drop(x) of numbers first to last - 1, with the same hash as `dropout`, and the mask of those that are kept. */
 static inline void draw_dropout(long first, long last, long seed, long kept, const bf16 *x, bf16 *out, uint32_t *mask) {
     words sixteen = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     __m512i most = _mm512_set1_epi32((int)(kept - 1));
@@ -71,7 +67,7 @@ static inline void draw_dropout(long first, long last, long seed, long kept, con
     }
 }
 
-/* drop(x) of 32 numbers, by what was drawn; there may have been no dropout. */
+/* drop(x) of 32 numbers by their mask; without dropout mask is null. */
 static inline __m512i apply_dropout(const uint32_t *mask, __m512 scale, const bf16 *x) {
     __m512 left, right;
     if (!mask) return _mm512_loadu_si512(x);
