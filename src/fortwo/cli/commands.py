@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,6 +53,9 @@ def serve(
 ) -> None:
     """Run the server until it is stopped."""
     from fortwo.server.state import AppState
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fortwo").setLevel(logging.INFO)
     from fortwo.settings import load
 
     state = AppState(load(host=host, port=port))
@@ -195,4 +199,4 @@ def doctor() -> None:
     from fortwo.settings import load
 
     settings = load()
-    screen.print(machine_report(settings.home, settings.weights))
+    screen.print(machine_report(settings.home, settings.weights, settings.isa))

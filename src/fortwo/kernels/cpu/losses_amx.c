@@ -1,9 +1,10 @@
-/* The head's losses, as in kernels.h, over rows of bf16 by vectors, each exponential taken once; kernels.c includes this once, behind attention.h.
-   V is a multiple of 32. */
+/* The losses of losses.c for bf16, by vectors; each exponential is computed once. They are used at the level amx alone, so that other levels keep
+   their bits. */
+#include "gemm_amx.h"
 
-#if defined(__AMX_BF16__) && defined(__linux__)
-/* e^(x - highest) of a row, and their sum. */
-static float masses(const bf16 *row, long V, float *highest, float *mass) {
+#ifdef AMX
+/* Writes e^(x - highest) of a row, and returns the sum. */
+static float exponentials_of_row(const bf16 *row, long V, float *highest, float *mass) {
     __m512 left, right, top = _mm512_set1_ps(-INFINITY), sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (long v = 0; v < V; v += 32) {
         load_bf16(row + v, &left, &right);
@@ -23,14 +24,14 @@ static float masses(const bf16 *row, long V, float *highest, float *mass) {
     return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
 }
 
-void cross_entropy_vectors(long N, long V, bf16 *logits, const long *tokens, float *loss) {
+void cross_entropy_amx(long N, long V, bf16 *logits, const long *tokens, float *loss) {
 #pragma omp parallel
     {
         float *mass = aligned_alloc(64, V * sizeof(float));
 #pragma omp for schedule(static)
         for (long n = 0; n < N; n++) {
             bf16 *row = logits + n * V;
-            float top, sum = masses(row, V, &top, mass), chosen = from_bf16(row[tokens[n]]);
+            float top, sum = exponentials_of_row(row, V, &top, mass), chosen = from_bf16(row[tokens[n]]);
             loss[n] = logf(sum) + top - chosen;
             __m512 by = _mm512_set1_ps(1 / sum);
             for (long v = 0; v < V; v += 32)
@@ -41,7 +42,7 @@ void cross_entropy_vectors(long N, long V, bf16 *logits, const long *tokens, flo
     }
 }
 
-void divergence_vectors(long N, long V, bf16 *logits, const bf16 *wanted, float *loss) {
+void kl_divergence_amx(long N, long V, bf16 *logits, const bf16 *wanted, float *loss) {
 #pragma omp parallel
     {
         float *mass = aligned_alloc(64, 2 * V * sizeof(float)), *other_mass = mass + V;
@@ -49,7 +50,7 @@ void divergence_vectors(long N, long V, bf16 *logits, const bf16 *wanted, float 
         for (long n = 0; n < N; n++) {
             bf16 *row = logits + n * V;
             const bf16 *other = wanted + n * V;
-            float top, other_top, sum = masses(row, V, &top, mass), other_sum = masses(other, V, &other_top, other_mass);
+            float top, other_top, sum = exponentials_of_row(row, V, &top, mass), other_sum = exponentials_of_row(other, V, &other_top, other_mass);
             __m512 shift = _mm512_set1_ps(logf(sum) + top - logf(other_sum) - other_top), total = _mm512_setzero_ps();
             __m512 by = _mm512_set1_ps(1 / sum), other_by = _mm512_set1_ps(1 / other_sum);
             for (long v = 0; v < V; v += 32) {

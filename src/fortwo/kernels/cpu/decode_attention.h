@@ -1,4 +1,6 @@
-/* Attention of one new token a row over what is cached; kernels.c includes this once. */
+/* Attention of a single token over cached keys and values, inlined into decode_attention, decode_step and prefill. */
+#pragma once
+#include "quantized_gemm.h"
 
 /* The sums of sixteen vectors, in their order. */
 static inline vector sums_of(const vector *v) {
@@ -15,25 +17,19 @@ static inline vector sums_of(const vector *v) {
 #undef FOLD
 }
 
-/* Where a row's keys and values are: (length, E) for each layer and head, a layer and a head so many numbers after the one before. */
-typedef struct {
-    void *k, *v;
-    long layer_step, head_step;
-} place;
+#define TOGETHER 4 /* queries that read a key or a value together */
 
-#define TOGETHER 4 /* queries that read a key, or a value, together */
-
-/* Sixteen numbers, in fp16 or fp32. */
-static inline __attribute__((always_inline)) vector sixteen(int half, const void *from, long at) {
-    return half ? halves((const uint16_t *)from + at) : *(const vector *)((const float *)from + at);
+/* Sixteen numbers in fp16 or fp32. */
+static inline __attribute__((always_inline)) vector load_vector(int half, const void *from, long at) {
+    return half ? load_fp16((const uint16_t *)from + at) : *(const vector *)((const float *)from + at);
 }
 
-static inline void store_sixteen(int half, void *to, long at, const float *from) {
-    if (half) store_halves((uint16_t *)to + at, *(const vector *)from);
+static inline void store_vector(int half, void *to, long at, const float *from) {
+    if (half) store_fp16((uint16_t *)to + at, *(const vector *)from);
     else *(vector *)((float *)to + at) = *(const vector *)from;
 }
 
-/* Scores of `count` queries at q with the sixteen keys from s on, the last key where there are fewer. */
+/* The scores of `count` queries at q with sixteen keys from number s on; the last key is repeated where there are fewer. */
 static inline __attribute__((always_inline)) void score_sixteen(int half, int count, long E, long s, long seen, const float *q, const void *keys,
                                                                 long first, float scaling, float *scores, long row) {
     vector sums[TOGETHER][WIDTH];
@@ -41,7 +37,7 @@ static inline __attribute__((always_inline)) void score_sixteen(int half, int co
         long k = first + (s + n < seen ? s + n : seen - 1) * E;
         vector own[TOGETHER] = {{0}};
         for (long e = 0; e < E; e += WIDTH) {
-            vector key = sixteen(half, keys, k + e);
+            vector key = load_vector(half, keys, k + e);
             for (int g = 0; g < count; g++) own[g] += *(const vector *)(q + g * E + e) * key;
         }
         for (int g = 0; g < count; g++) sums[g][n] = own[g];
@@ -49,13 +45,13 @@ static inline __attribute__((always_inline)) void score_sixteen(int half, int co
     for (int g = 0; g < count; g++) *(vector *)(scores + g * row + s) = sums_of(sums[g]) * scaling;
 }
 
-/* out (count, E), `wide` vectors of it from e on: the sum of values, each times its probability. */
+/* `wide` vectors of out (count, E) from e on: the sum of the values, each multiplied by its probability. */
 static inline __attribute__((always_inline)) void mix_values(int half, int count, int wide, long E, long e, long seen, const float *p, long row,
                                                              const void *values, long first, float *out) {
     vector sums[TOGETHER][4] = {{{0}}};
     for (long s = 0; s < seen; s++)
         for (int n = 0; n < wide; n++) {
-            vector value = sixteen(half, values, first + s * E + e + n * WIDTH);
+            vector value = load_vector(half, values, first + s * E + e + n * WIDTH);
             for (int g = 0; g < count; g++) sums[g][n] += p[g * row + s] * value;
         }
     for (int g = 0; g < count; g++)
@@ -75,9 +71,9 @@ static inline __attribute__((always_inline)) void attend_together(int half, int 
     for (; e < E; e += WIDTH) mix_values(half, count, 1, E, e, seen, scores, row, values, first, out);
 }
 
-/* One token's queries of one key/value head, G of them at q; the head's keys and values begin `first` numbers in, and there are `seen`. out (G, E).
-   Scores: G * PAD(seen). half: keys and values are in fp16, else in fp32. */
-static inline __attribute__((always_inline)) void look(int half, long G, long E, const place *at, long first, long seen, const float *q, float *out,
+/* G queries at q, of one token and one key/value head, attend to `seen` keys and values, which begin at number `first`. out (G, E); scores has room
+   for G * PAD(seen). half: keys and values are fp16, else fp32. */
+static inline __attribute__((always_inline)) void attend_cached(int half, long G, long E, const cache_place *at, long first, long seen, const float *q, float *out,
                                                        float *scores) {
     long row = PAD(seen);
     for (long g = 0; g < G; g += TOGETHER) {
@@ -92,36 +88,16 @@ static inline __attribute__((always_inline)) void look(int half, long G, long E,
     }
 }
 
-/* The same with a key and a value that come last of those seen. */
-static inline __attribute__((always_inline)) void attend(int half, long G, long E, const place *at, long layer, long head, long seen, const float *q,
+/* Does the same after it has appended the last key and value. */
+static inline __attribute__((always_inline)) void append_and_attend(int half, long G, long E, const cache_place *at, long layer, long head, long seen, const float *q,
                                                          const float *key, const float *value, float *out, float *scores) {
     long first = layer * at->layer_step + head * at->head_step;
     for (long e = 0; e < E; e += WIDTH) {
-        store_sixteen(half, at->k, first + (seen - 1) * E + e, key + e);
-        store_sixteen(half, at->v, first + (seen - 1) * E + e, value + e);
+        store_vector(half, at->k, first + (seen - 1) * E + e, key + e);
+        store_vector(half, at->v, first + (seen - 1) * E + e, value + e);
     }
-    look(half, G, E, at, first, seen, q, out, scores);
+    attend_cached(half, G, E, at, first, seen, q, out, scores);
 }
 
-/* Row b brings qkv (H + 2K, E) and stands at positions[b] of row rows[b] of the cache, in fp16 or fp32. Its keys and values are written there, then its
-   queries attend to everything up to there. E is a multiple of 16. */
-void decode_attention(long B, long H, long K, long E, long row_step, long head_step, const long *rows, const long *positions, const float *qkv,
-                      void *k, void *v, float *out, long half) {
-    long G = H / K, work = 0, longest = 0, size = half ? sizeof(uint16_t) : sizeof(float);
-    for (long b = 0; b < B; b++) {
-        work += (positions[b] + 1) * H * E;
-        longest = positions[b] + 1 > longest ? positions[b] + 1 : longest;
-    }
-    longest = PAD(longest);
-    float *room = malloc(B * K * G * longest * sizeof(float));
-#pragma omp parallel for schedule(dynamic) if (work > SERIAL)
-    for (long task = 0; task < B * K; task++) {
-        long b = task / K, head = task % K, row = rows[b] * row_step * size;
-        place at = {(char *)k + row, (char *)v + row, 0, head_step};
-        const float *own = qkv + b * (H + 2 * K) * E, *q = own + head * G * E, *key = own + (H + head) * E, *value = key + K * E;
-        float *to = out + (b * H + head * G) * E, *scores = room + task * G * longest;
-        if (half) attend(1, G, E, &at, 0, head, positions[b] + 1, q, key, value, to, scores);
-        else attend(0, G, E, &at, 0, head, positions[b] + 1, q, key, value, to, scores);
-    }
-    free(room);
-}
+void rotary_angles(const decoder_shape *s, long position, float *cosine, float *sine);
+void norm_and_rotate_head(long E, const float *norm, float eps, const float *cosine, const float *sine, float *x); /* both in decode_step.c */
