@@ -100,8 +100,8 @@ def _token_seconds(backend: Backend, rows: int, length: int) -> float:
 
 
 def _fastest(run: Callable[[], float]) -> float:
-    """Seconds; what disturbs only adds. The first one warms up. `run` gives a number, so it has to wait for the
-    device."""
+    """Seconds of the fastest of a few runs, since other load can only make one slower. The first run warms up. `run`
+    returns a number, so it has to wait for the device."""
     seconds = []
     for _ in range(1 + REPEATS):
         began = time.perf_counter()
