@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from fortwo.records import Json
-from fortwo.server import docs, errors, native, openai, vllm
+from fortwo.server import docs, errors, native, openai, page, vllm
 from fortwo.server.house import Door, House
 from fortwo.server.security import Guard
 
@@ -30,4 +30,5 @@ def create_app(house: House) -> FastAPI:
         return {"status": "ok"}
 
     docs.install(app)
+    page.install(app)
     return app

@@ -14,13 +14,13 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fortwo.errors import FortwoError, InvalidRequest, Unauthorized
-from fortwo.server import docs
+from fortwo.server import docs, page
 from fortwo.server.errors import respond
 from fortwo.settings import Settings
 
 # The same on every server, saying nothing of this one: so a browser can open the page that asks for the key.
-OPEN_PATHS = ("/healthz", docs.PAGE, docs.DOCUMENT)
-OPEN_FOLDER = f"{docs.FILES}/"
+OPEN_PATHS = ("/healthz", docs.PAGE, docs.DOCUMENT, page.PAGE)
+OPEN_FOLDERS = (f"{docs.FILES}/", f"{page.FILES}/")
 
 
 class ForeignSite(FortwoError):
@@ -72,7 +72,7 @@ class Guard:
 
     def _with_key(self, headers: Headers, path: str) -> FortwoError | None:
         assert self._key is not None
-        if path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
+        if path in OPEN_PATHS or path.startswith(OPEN_FOLDERS):
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._key):
