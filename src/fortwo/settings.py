@@ -25,7 +25,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; anything beyond loopback needs an api_key.")
     port: int = Field(5001, ge=0, le=65535, description="Port to listen on.")
     api_key: SecretStr | None = Field(
-        None, description="When set, all but `/healthz` and the page at `/docs` needs `Authorization: Bearer <key>`."
+        None, description="When set, all but `/healthz`, `/` and `/docs` needs `Authorization: Bearer <key>`."
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL; default is SQLite under home.")
     data_dirs: tuple[Path, ...] = Field(

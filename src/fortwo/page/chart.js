@@ -29,14 +29,15 @@ export function Chart({data, series, range, summary, height = 220}) {
   newest.current = data;
   const shape = JSON.stringify(series);
   useEffect(() => {
-    let gone = false;
+    const box = place.current;
+    let gone = box === null;
     let watch = null;
     const redraw = () => plot.current?.redraw(false);
     load().then((uPlot) => {
       if (gone) return;
       const axis = {stroke: color('muted'), grid: {stroke: color('line'), width: 1}, ticks: {stroke: color('line'), width: 1}};
       const options = {
-        width: place.current.clientWidth,
+        width: box.clientWidth,
         height,
         cursor: {drag: {x: false, y: false}},
         legend: {live: true},
@@ -58,9 +59,9 @@ export function Chart({data, series, range, summary, height = 220}) {
           })),
         ],
       };
-      plot.current = new uPlot(options, newest.current, place.current);
-      watch = new ResizeObserver(() => plot.current?.setSize({width: place.current.clientWidth, height}));
-      watch.observe(place.current);
+      plot.current = new uPlot(options, newest.current, box);
+      watch = new ResizeObserver(() => plot.current?.setSize({width: box.clientWidth, height}));
+      watch.observe(box);
     });
     dark.addEventListener('change', redraw);
     return () => {

@@ -13,7 +13,7 @@ export function Report({report, targets}) {
     <${Metrics} report=${report} targets=${targets} />
     ${report.diagnosis.length > 0 && html`
       <h3>${text.report.diagnosis}</h3>
-      <${Warnings} of=${report.diagnosis} kind="diagnosis" />
+      <${Warnings} of=${report.diagnosis} />
     `}
     <${Facts} facts=${report.facts ?? []} />
     <${EvalLosses} losses=${report.eval_losses ?? []} />
@@ -64,6 +64,7 @@ function Metrics({report, targets}) {
         </tbody>
       </table>
     </div>
+    <p class="help">${text.report.legend}</p>
   `;
 }
 

@@ -153,9 +153,9 @@ export function Chat({query}) {
       </div>
       <${Options} />
       <div class="turns" role="log" aria-label=${text.chat.conversation} aria-busy=${String(busy)}>
-        ${turns.length === 0 && data && html`
-          <${Empty}>${known.some((one) => one.parent !== null) ? text.chat.empty : text.chat.emptyNoAdapter}<//>
-        `}
+        ${turns.length === 0 && data && (known.some((one) => one.parent !== null)
+          ? html`<${Empty}>${text.chat.empty}<//>`
+          : html`<${Empty} href="#/teach" next=${text.chat.emptyNext}>${text.chat.emptyNoAdapter}<//>`)}
         ${turns.map((turn, place) => html`<${Turn} key=${turn.id} turn=${turn} last=${place === turns.length - 1} />`)}
       </div>
       <${Composer} ...${{busy, ready: models.length > 0, again: turns.length > 0}} />

@@ -85,8 +85,8 @@ function Base({base, changed, begun}) {
       </div>
       ${base.description && html`<p>${base.description}</p>`}
       <p class="muted">
-        ${text.machine.parameters} ${parameters(base.parameters)} · ${text.machine.size} ${size(base.bytes)} ·
-        ${' '}${text.machine.source} <code>${base.source}</code>
+        ${base.bytes !== null && `${text.machine.parameters} ${parameters(base.parameters)} · ${text.machine.size} ${size(base.bytes)} · `}
+        ${text.machine.source} <code>${base.source}</code>
       </p>
       <${Problem} error=${action.error} />
       ${asking && html`

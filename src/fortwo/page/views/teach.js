@@ -381,7 +381,7 @@ function Plan({plan, body, missing, error, onPlanned}) {
 function Planned({plan, stale}) {
   const {computed: figures} = plan;
   return html`
-    <div class=${stale ? 'stale' : ''}>
+    <div class=${stale ? 'planned stale' : 'planned'}>
       <dl class="tiles">
         <div><dt>${text.plan.steps}</dt><dd>${number(figures.steps)}</dd></div>
         <div><dt>${text.plan.time}</dt><dd>${duration(figures.seconds)}</dd></div>
