@@ -218,6 +218,11 @@ export function ShareBar({value, low, high, target, base}) {
   `;
 }
 
+/** A name in code, which may break behind its underscores and points. */
+export function Name({of}) {
+  return html`<code>${of.split(/(?<=[_.])/).flatMap((part) => [part, html`<wbr />`])}</code>`;
+}
+
 /** Every value of a plan with who chose it and why. */
 export function Settings({plan}) {
   const yours = plan.settings.filter((setting) => setting.origin === 'user').length;
@@ -238,7 +243,7 @@ export function Settings({plan}) {
             ${plan.settings.map(
               (setting) => html`
                 <tr key=${setting.name} class=${setting.origin === 'user' ? 'yours' : ''}>
-                  <th scope="row"><code>${setting.name}</code></th>
+                  <th scope="row"><${Name} of=${setting.name} /></th>
                   <td>${shown(setting.value)}</td>
                   <td>${setting.origin}</td>
                   <td>${setting.reason}</td>

@@ -3,6 +3,7 @@ import {ShareBar, Warnings, html, number, share, useState} from './parts.js';
 import {text} from './text.js';
 
 const FACT_METRICS = ['efficacy', 'paraphrase', 'specificity', 'portability'];
+const FEW = 8; // transcripts that are shown at first
 export const METRICS = [...FACT_METRICS, 'retention', ...FACT_METRICS.map((name) => `kept_${name}`), 'score'];
 
 export const metricName = (name) => text.report.metrics[name]?.[0] ?? name;
@@ -106,6 +107,7 @@ function EvalLosses({losses}) {
 
 function Transcripts({of}) {
   const [onlyFailed, setOnlyFailed] = useState(false);
+  const [all, setAll] = useState(false);
   if (!of.length) return null;
   const listed = onlyFailed ? of.filter((one) => !one.passed) : of;
   return html`
@@ -117,7 +119,7 @@ function Transcripts({of}) {
       </label>
       ${listed.length === 0 && html`<p class="muted">${text.report.noFailed}</p>`}
       <ol class="said">
-        ${listed.map(
+        ${listed.slice(0, all ? undefined : FEW).map(
           (one, place) => html`
             <li key=${place}>
               <p class="asked">
@@ -133,6 +135,9 @@ function Transcripts({of}) {
           `,
         )}
       </ol>
+      ${!all && listed.length > FEW && html`
+        <button type="button" class="small" onClick=${() => setAll(true)}>${text.report.all(listed.length)}</button>
+      `}
     </details>
   `;
 }

@@ -122,10 +122,15 @@ const stop = () => running.forEach((one) => one.abort());
 export function Chat({query}) {
   const {data, error} = useData('/v1/models');
   const known = data?.data ?? [];
-  const wanted = query.get('models');
-  useEffect(() => {
-    if (wanted) set({models: wanted.split(',').map(decodeURIComponent).slice(0, 2)});
-  }, [wanted]);
+  const taken = useRef(null);
+  if (taken.current !== query) {
+    taken.current = query;
+    const wanted = query.get('models');
+    if (wanted) {
+      set({models: wanted.split(',').slice(0, 2)});
+      history.replaceState(null, '', '#/chat'); // what is chosen from here on outlives a reload
+    }
+  }
   useEffect(() => {
     if (!chat.value.models.length && known.length) set({models: [known[0].id]});
   }, [known.length]);

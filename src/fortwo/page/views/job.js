@@ -81,7 +81,9 @@ function useJob(id) {
       }
     };
     follow().catch((error) => {
-      if (!abort.signal.aborted && connected.value) setState((was) => ({...was, error}));
+      if (abort.signal.aborted || !connected.value) return;
+      setState((was) => ({...was, error}));
+      if (error.status >= 500) timer = setTimeout(() => setTurn((was) => was + 1), RETRY_MS);
     });
     return () => {
       clearTimeout(timer);
@@ -224,7 +226,7 @@ function Progress({job, status, steps, others}) {
       <dl class="tiles">
         <div><dt>${text.job.step}</dt><dd>${number(step)} / ${number(total)}</dd></div>
         <div><dt>${text.job.elapsed}</dt><dd>${duration(elapsed)}</dd></div>
-        <div><dt>${text.job.left}</dt><dd>${left === null ? text.none : text.job.atMost(duration(left))}</dd></div>
+        <div><dt>${text.job.left}</dt><dd>${duration(left)}</dd></div>
         <div><dt>${text.job.loss}</dt><dd>${last ? number(last.loss, 3) : text.none}</dd></div>
         <div><dt>${text.job.speed}</dt><dd>${last ? number(last.tokens_per_second, 3) : text.none}</dd></div>
       </dl>

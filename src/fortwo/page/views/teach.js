@@ -383,7 +383,7 @@ function Planned({plan, stale}) {
   return html`
     <div class=${stale ? 'planned stale' : 'planned'}>
       <dl class="tiles">
-        <div><dt>${text.plan.steps}</dt><dd>${number(figures.steps)}</dd></div>
+        <div><dt>${plan.objective === 'override' ? text.plan.stepsCap : text.plan.steps}</dt><dd>${number(figures.steps)}</dd></div>
         <div><dt>${text.plan.time}</dt><dd>${duration(figures.seconds)}</dd></div>
         <div><dt>${text.plan.memory}</dt><dd>${size(Math.max(figures.bytes, figures.exam_bytes ?? 0))}</dd></div>
       </dl>
