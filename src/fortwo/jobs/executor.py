@@ -128,7 +128,7 @@ class JobExecutor:
         for version in reversed(self._checkpoints.of_job(job.id)):
             try:
                 if version.base_digest != resident.digest:
-                    raise InvalidAdapter(f"{version.id} was trained on weights that {resident.id} does not have now")
+                    raise InvalidAdapter(f"{version.id} was trained on other weights than those of {resident.id}")
                 checkpoint = self._checkpoints.restore(version)
             except InvalidAdapter as error:
                 message = f"A checkpoint is unusable: {error.message}."
