@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from fortwo.server.house import House
 from rich.console import Console
 
 from fortwo.cli import doctor
 from fortwo.kernels import build, cpu, isa
+from fortwo.server.state import AppState
 from fortwo.settings import Settings
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C compiler")
@@ -97,13 +97,13 @@ def test_a_server_compiles_before_it_serves(home: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(cpu, "prepare", lambda: order.append("kernels"))
     monkeypatch.setattr("fortwo.engine.engine.Engine.start", lambda _: order.append("engine") or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        House(Settings(home=home)).open()
+        AppState(Settings(home=home))
     assert order == ["kernels", "engine"]
 
 
 def test_doctor_names_level_library_and_compiler(home: Path) -> None:
     console = Console(width=300)
     with console.capture() as said:
-        console.print(doctor.report(Settings(home=home, isa=str(isa.level()))))
+        console.print(doctor.report(home, "auto", str(isa.level())))
     for wanted in (str(isa.level()), build.compiler() or "none", build.path(isa.level()).name):
         assert isa.level() == "none" or wanted in said.get()
