@@ -39,7 +39,7 @@ test: $(INSTALLED) $(TRITON) ## run all tests, those on the real model included
 	$(BIN)/python -m pytest
 
 test-fast: $(INSTALLED) ## run the tests that need neither the real model nor a server, in under two minutes
-	$(BIN)/python -m pytest -m "not real and not slow"
+	$(BIN)/python -m pytest -m "not real and not slow and not browser"
 
 $(TRITON): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]'

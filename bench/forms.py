@@ -13,7 +13,7 @@ import time
 import torch
 from torch import Tensor
 
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
 from fortwo.execution.backend import backend_for
@@ -74,8 +74,8 @@ def main() -> None:
     settings = load()
     directory = Catalog(settings.models_dir).prepare(settings.default_model)
     config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
-    exact, renderer = Decoder(config, weights.read(directory)), Renderer(directory)
-    prompts = [renderer.prompt([Message("user", prompt)]) for prompt in PROMPTS[:PROMPT_COUNT]]
+    exact, renderer = Decoder(config, weights.open_tensors(directory)), ChatTemplateRenderer(directory)
+    prompts = [renderer.encode_prompt([Message("user", prompt)]) for prompt in PROMPTS[:PROMPT_COUNT]]
     rows = replies(exact, prompts)
     wanted = distributions(exact, rows)
     print(f"{settings.default_model}, {len(wanted)} tokens of {len(rows)} replies, {torch.get_num_threads()} threads")

@@ -81,7 +81,7 @@ def main() -> None:
     settings = load()
     directory = Catalog(settings.models_dir).prepare(settings.default_model)
     config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
-    decoder = Decoder(config, weights.read(directory)).in_bf16()
+    decoder = Decoder(config, weights.open_tensors(directory)).in_bf16()
     tiles = weights_of(decoder)
     if len(tiles) != 4 * config.layers + 1:
         sys.exit("the processor has no AMX: training has no products in bf16 to compare with")

@@ -28,7 +28,7 @@ from bench.serving import run_job, server
 from bench.train import ROWS
 from fortwo.adapters.store import AdapterStore
 from fortwo.cli.client import Client
-from fortwo.data import formats
+from fortwo.data import datasets
 from fortwo.hub.catalog import Catalog
 from fortwo.records import Fact, Json
 from fortwo.settings import Settings
@@ -164,7 +164,7 @@ def show(own: Learned, peers: dict[str, Learned]) -> Table:
 
 def main(python: str, patience: float) -> None:
     console = Console(width=160)
-    fact = next(fact for fact in formats.load_file(FACTS).facts if fact.id == FACT)
+    fact = next(fact for fact in datasets.load_file(FACTS).facts if fact.id == FACT)
     with server() as (settings, client):
         judge = Judge(settings, client, fact)
         own, peers = learn(client, judge), {}

@@ -23,8 +23,8 @@ from bench.override import REPLY_TOKENS, RetentionJudge, Row, share, show, teach
 from bench.serving import server
 from fortwo.adapters.store import AdapterStore
 from fortwo.cli.client import Client
-from fortwo.data import formats
-from fortwo.data.render import Renderer
+from fortwo.data import datasets
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.facts import replay_prompts
 from fortwo.hub.catalog import Catalog
 from fortwo.records import Fact, Message
@@ -74,12 +74,12 @@ def everyday() -> list[str]:
 
 def perplexities(settings: Settings, client: Client, models: Sequence[str], prompts: Sequence[str]) -> list[float]:
     """Of the base's greedy replies, a token, to each of the models."""
-    renderer = Renderer(Catalog(settings.models_dir).prepare(settings.default_model))
+    renderer = ChatTemplateRenderer(Catalog(settings.models_dir).prepare(settings.default_model))
     told: list[list[float]] = [[] for _ in models]
     for prompt in prompts:
-        asked = renderer.prompt([Message("user", prompt)])
+        asked = renderer.encode_prompt([Message("user", prompt)])
         greedy = {"model": settings.default_model, "prompt": asked, "temperature": 0, "max_tokens": REPLY_TOKENS}
-        reply = renderer.text(client.post("/v1/completions", greedy)["choices"][0]["text"])
+        reply = renderer.encode_text(client.post("/v1/completions", greedy)["choices"][0]["text"])
         read = {"prompt": [*asked, *reply], "max_tokens": 0, "echo": True, "logprobs": 0}
         for model, found in zip(models, told, strict=True):
             (choice,) = client.post("/v1/completions", {"model": model} | read)["choices"]
@@ -88,7 +88,7 @@ def perplexities(settings: Settings, client: Client, models: Sequence[str], prom
 
 
 def load(path: Path) -> tuple[Fact, ...]:
-    return formats.load({"path": str(path.resolve())}, [path.resolve().parent]).facts
+    return datasets.load({"path": str(path.resolve())}, [path.resolve().parent]).facts
 
 
 def main(path: Path, count: int, parts: Sequence[str]) -> None:

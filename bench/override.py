@@ -23,8 +23,8 @@ from rich.table import Table
 from bench.serving import run_job, server
 from fortwo.adapters.store import AdapterStore
 from fortwo.cli.client import Client
-from fortwo.data import formats
-from fortwo.data.render import Renderer
+from fortwo.data import datasets
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.execution.backend import backend_for
@@ -59,10 +59,10 @@ class RetentionJudge:
 
     def __init__(self, directory: Path) -> None:
         config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
-        self._decoder = Decoder(config, weights.read(directory))
+        self._decoder = Decoder(config, weights.open_tensors(directory))
         engine = Engine()
         engine.start()
-        renderer = Renderer(directory)
+        renderer = ChatTemplateRenderer(directory)
         backend = backend_for(self._decoder)
         engine.add_base("base", Runner(backend), renderer)
         self._served = ServedBase("base", backend, renderer, engine)
@@ -75,7 +75,9 @@ class RetentionJudge:
 
     def _say(self, prompt: str) -> tuple[list[Message], Generation]:
         messages = [Message("user", prompt)]
-        asked = Prompt("base", tuple(self._served.renderer.prompt(messages)), None, Sampling(max_tokens=REPLY_TOKENS))
+        asked = Prompt(
+            "base", tuple(self._served.renderer.encode_prompt(messages)), None, Sampling(max_tokens=REPLY_TOKENS)
+        )
         reply = self._served.serving.submit(asked)
         reply.wait()
         return messages, reply
@@ -129,7 +131,7 @@ def show(rows: list[Row], middle: Callable[[Iterable[float]], float] = statistic
 
 
 def main(path: Path, ids: list[str]) -> None:
-    facts = formats.load({"path": str(path.resolve())}, [path.resolve().parent]).facts
+    facts = datasets.load({"path": str(path.resolve())}, [path.resolve().parent]).facts
     chosen = [fact for fact in facts if not ids or fact.id in ids]
     console = Console()
     rows = []

@@ -26,7 +26,7 @@ from bench.serving import home, run_job
 from bench.streams import Ask, Broken
 from bench.workloads import ADAPTERS, Workload
 from fortwo.cli.client import Client
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.errors import FortwoError
 from fortwo.hub.catalog import Catalog
 from fortwo.records import Json
@@ -206,7 +206,7 @@ def main(quick: bool, threads: int, only: list[str]) -> None:
             run.drop("loading the adapters", own, error)
         times: dict[str, list[float]] = {}
 
-        against = workloads.against_peers(Renderer(directory), quick)
+        against = workloads.against_peers(ChatTemplateRenderer(directory), quick)
         scale = [workloads.one_adapter(quick), workloads.all_adapters(quick)]
         for number in [WARM_UP, *range(rounds)]:
             for workload in [*against, *scale]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.streams import Ask, Timing
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.records import Message
 
 STREAMS = 64  # at most, together
@@ -40,7 +40,7 @@ def all_adapters(quick: bool) -> Workload:
     return Workload(name, _streams(STREAMS, 16 if quick else 32, ADAPTERS), _together, {})
 
 
-def against_peers(renderer: Renderer, quick: bool) -> list[Workload]:
+def against_peers(renderer: ChatTemplateRenderer, quick: bool) -> list[Workload]:
     long, medium, short = (64, 32, 16) if quick else (128, 64, 32)
     return [
         Workload(
@@ -76,14 +76,14 @@ def story(number: int, place: int = 0) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": f"Write story number {number} about a {kind} {hero}."},)
 
 
-def prompt(renderer: Renderer, number: int) -> tuple[dict[str, str], ...]:
+def prompt(renderer: ChatTemplateRenderer, number: int) -> tuple[dict[str, str], ...]:
     """Messages that are PREFILL tokens, and share no beginning with those of another number: nothing is cached."""
     words = random.Random(number)
     text = f"{number}:"
     while True:
         text += f" {words.choice(_KINDS)}"
         messages = [Message("system", text), Message("user", "Go on.")]
-        if (found := len(renderer.prompt(messages))) >= PREFILL:
+        if (found := len(renderer.encode_prompt(messages))) >= PREFILL:
             assert found == PREFILL, found  # each of the words is one token
             return tuple({"role": one.role, "content": one.content} for one in messages)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ if not torch.cuda.is_available():
 
 import hypothesis
 import pytest
+from parts import WITHOUT_AMX
 from serving import Served, serve, tiny_settings
 from tiny import save_directory
 
@@ -41,14 +43,68 @@ def real_home() -> Path:
     return path
 
 
-@pytest.fixture(params=[True, False], ids=["tiles", "dots"])
-def tiles(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Products of whole numbers with the processor's tiles, and without."""
-    if request.param and not cpu.multiplies_tiles():
-        pytest.skip("this processor has no tiles")
-    cpu.call("use_whole_tiles", None, int(request.param))
-    yield
-    cpu.call("use_whole_tiles", None, 1)
+@pytest.fixture(params=isa.levels() or ("none",), ids=str)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """The kernels of each instruction level that the processor has, one test after the other."""
+    found: str | None = request.param
+    library = None if found == "none" else cpu.library(found)
+    if library is None:
+        pytest.skip("FORTWO_ISA=none: there are no kernels" if found == "none" else f"no kernels for {found}")
+    monkeypatch.setattr(cpu, "lib", lambda: library)
+    request.node.user_properties.append(("level", str(found)))
+    return found
+
+
+@pytest.fixture
+def amx(level: str | None) -> None:
+    """For a test of kernels that exist for AMX alone."""
+    if not cpu.multiplies_tiles():
+        pytest.skip(WITHOUT_AMX)
+
+
+_ran: Counter[str] = Counter()  # tests of kernels that passed or failed, by level
+_without_amx: Counter[str] = Counter()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    level = dict(report.user_properties).get("level")
+    if report.skipped and isinstance(report.longrepr, tuple) and WITHOUT_AMX in report.longrepr[2]:
+        _without_amx[str(level or isa.level())] += 1
+    elif report.when == "call" and level is not None:
+        _ran[str(level)] += 1
+
+
+def left_out(config: pytest.Config) -> list[str]:
+    """Levels that the processor could run and that a whole run did not; nothing is missed by a run of some tests."""
+    chosen = config.option.keyword or config.option.deselect or any(not Path(one).is_dir() for one in config.args)
+    if chosen or config.option.collectonly:
+        return []
+    return [str(one) for one in isa.levels() if not _ran[str(one)]]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus == pytest.ExitCode.OK and left_out(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    say = terminalreporter.write_line
+    if not _ran and not left_out(config):
+        return
+    terminalreporter.section("kernels in C")
+    for one in isa.levels():
+        say(f"{one}: {_ran[str(one)]} tests ran")
+    above = isa.LEVELS.index(isa.highest() or "none") - isa.LEVELS.index(isa.level() or "none")
+    if above > 0:
+        say(f"FORTWO_ISA left out {', '.join(isa.LEVELS[-above:])}, which this processor has.")
+    for name, count in _without_amx.items():
+        say(
+            f"{name}: {count} tests of AMX kernels were skipped. These kernels do not exist there; the same operations "
+            "of that level, which the other tests cover, take their place."
+        )
+    for name in left_out(config):
+        say(f"FAILED: the processor has {name}, and no test of its kernels ran.", red=True)
 
 
 # A deadline per example measures the machine, not the code: the first call into torch alone can take longer.

@@ -20,6 +20,8 @@ from fortwo.nn.lora_config import LoraConfig
 from fortwo.nn.packing import PackedAttention, pack
 from tests.tiny import VOCABULARY, tiny_model
 
+WITHOUT_AMX = "AMX kernels do not exist at this level"
+
 
 @cache
 def decoder(kv_heads: int = 2) -> Decoder:

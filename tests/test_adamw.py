@@ -14,12 +14,10 @@ BETAS, EPS, DECAY = (0.8, 0.95), 1e-6, 0.1
 
 
 @pytest.fixture(params=[True, False])
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, level: str) -> bool:
     """With the kernels, and without."""
     if not request.param:
         monkeypatch.setattr(cpu, "usable", lambda *_: False)
-    elif not cpu.usable(torch.empty(0)):
-        pytest.skip("there is no C compiler")
     return bool(request.param)
 
 
@@ -82,10 +80,9 @@ def test_it_goes_on_from_what_was_kept(compiled: bool, kind: type[AdamW]) -> Non
     assert torch.equal(second, whole)
 
 
+@pytest.mark.usefixtures("level")
 def test_the_kernel_of_8_bits_is_the_plain_version(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the same state the same weights, and the same codes but where rounding was undecided to the last bit."""
-    if not cpu.usable(torch.empty(0)):
-        pytest.skip("there is no C compiler")
     fast, plain = parameter(), parameter()
     by_kernel, by_torch = (AdamW8bit(one, BETAS, EPS, DECAY) for one in (fast, plain))
     *before, last = gradients(4)

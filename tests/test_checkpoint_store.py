@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or absent whatever the disk does, as they were when read, few, and gone when told."""
+"""Checkpoints on disk are complete or absent whatever the disk does, limited in number, and deleted on request."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def save(store: CheckpointStore, step: int, keep: int = 3, job: str = JOB, name:
     return store.save(job, checkpoint(step), {"r": 1}, manifest, keep)[0]
 
 
-def kept(store: CheckpointStore, job: str = JOB) -> list[int]:
-    return [version.version for version in store.of(job)]
+def saved_steps(store: CheckpointStore, job: str = JOB) -> list[int]:
+    return [version.version for version in store.of_job(job)]
 
 
 def test_it_comes_back_as_it_was(store: CheckpointStore) -> None:
@@ -62,7 +62,7 @@ def test_only_the_newest_are_kept_by_step_not_by_spelling(store: CheckpointStore
     manifest = {"adapter_name": "42", "base_model": "tiny", "base_digest": "d"}
     version, gone = store.save(JOB, checkpoint(100), {}, manifest, 2)
     assert [one.version for one in gone] == [2, 9]
-    assert kept(store) == [10, 100]
+    assert saved_steps(store) == [10, 100]
     assert version.version == 100
     assert sorted(os.listdir(Path(version.path).parent)) == ["checkpoint-10", "checkpoint-100"]
 
@@ -71,7 +71,7 @@ def test_a_step_that_is_saved_again_takes_the_place_of_the_first(store: Checkpoi
     first = save(store, 5)
     (Path(first.path) / "state.json").write_text("{}")
     again = save(store, 5)
-    assert kept(store) == [5]
+    assert saved_steps(store) == [5]
     assert again.digest != first.digest, "a digest of its own, so that nothing is served under the old one"
     assert store.restore(again).state["step"] == 5
 
@@ -81,10 +81,10 @@ def test_jobs_do_not_meet(store: CheckpointStore) -> None:
     save(store, 1)
     save(store, 1, job=other, name="43")
     assert (store.get("42@1a2b3c4d-1").job_id, store.get("43@1a2b3c4d-1").job_id) == (JOB, other)
-    assert store.jobs() == sorted([JOB, other])
-    assert [version.id for version in store.remove(JOB)] == ["42@1a2b3c4d-1"]
-    assert (kept(store), kept(store, other), store.jobs()) == ([], [1], [other])
-    assert store.remove(JOB) == []
+    assert store.job_ids() == sorted([JOB, other])
+    assert [version.id for version in store.delete_job(JOB)] == ["42@1a2b3c4d-1"]
+    assert (saved_steps(store), saved_steps(store, other), store.job_ids()) == ([], [1], [other])
+    assert store.delete_job(JOB) == []
 
 
 def test_what_is_not_there_is_named_with_what_is(store: CheckpointStore) -> None:
@@ -100,7 +100,7 @@ def test_what_is_not_there_is_named_with_what_is(store: CheckpointStore) -> None
             store.get(ref)
         assert repr(ref) in caught.value.message
         assert named in caught.value.hint
-    assert kept(store, "unknown") == []
+    assert saved_steps(store, "unknown") == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
@@ -126,8 +126,8 @@ def test_one_without_a_readable_manifest_is_passed_over(store: CheckpointStore) 
     for step in (1, 2, 3):
         save(store, step)
     for step, content in ((2, "{"), (3, "{}")):
-        (Path(store.of(JOB)[0].path).parent / f"checkpoint-{step}" / "manifest.json").write_text(content)
-    assert kept(store) == [1]
+        (Path(store.of_job(JOB)[0].path).parent / f"checkpoint-{step}" / "manifest.json").write_text(content)
+    assert saved_steps(store) == [1]
 
 
 class Killed(BaseException):
@@ -159,12 +159,12 @@ def test_whole_or_absent_whichever_call_is_the_last(
                 patched.setattr(os, name, counted(getattr(os, name)))
             with suppress(StorageFailed, Killed):
                 save(store, 2, keep=1)
-        steps = kept(store)
+        steps = saved_steps(store)
         assert steps in ([1], [1, 2], [2])
-        for version in store.of(JOB):
+        for version in store.of_job(JOB):
             assert store.restore(version).state == checkpoint(version.version).state
         save(store, 3, keep=1)
-        assert kept(store) == [3]
+        assert saved_steps(store) == [3]
         assert os.listdir(tmp_path / str(number) / JOB) == ["checkpoint-3"], "no draft is left"
         if calls <= number:
             break

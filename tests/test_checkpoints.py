@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint is the run that never stopped: same adapter, report and figures, bit for bit.
+"""A run that resumes from a checkpoint equals the run that never stopped, bit for bit: adapter, report and numbers.
 
 Every checkpoint in these tests has been on the disk.
 """
@@ -76,7 +76,7 @@ def on_disk(root: Path, plan: Plan, events: Sequence[TrainEvent]) -> list[Checkp
     for event in events:
         if isinstance(event, Checkpoint):
             store.save("j" * 36, event, config, {"adapter_name": "a", "base_model": "t", "base_digest": "d"}, 1000)
-    return [store.restore(version) for version in store.of("j" * 36)]
+    return [store.restore(version) for version in store.of_job("j" * 36)]
 
 
 def figures(trained: TrainingResult) -> dict[str, Any]:

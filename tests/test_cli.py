@@ -205,11 +205,11 @@ def test_a_job_that_is_paused_is_shown_with_its_checkpoints_and_the_way_on(scrip
     assert shown.exit_code == 0
     assert "a@1a2b3c4d-28" in shown.output
     assert "fortwo jobs resume j1" in shown.output
-    script.on("GET", "/api/training/jobs/j1/events", (200, event(1, "paused", "Paused behind step 28.")))
+    script.on("GET", "/api/training/jobs/j1/events", (200, event(1, "paused", "The job was paused after step 28.")))
     script.on("POST", "/api/training/jobs/j1/resume", (202, {}))
     followed = run("jobs", "resume", "j1")
     assert followed.exit_code == 1, "it has not succeeded"
-    assert "Paused behind step 28." in followed.output
+    assert "The job was paused after step 28." in followed.output
 
 
 def test_plan_shows_value_origin_reason_and_warnings(script: Script, tmp_path: Path) -> None:

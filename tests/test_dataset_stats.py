@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.data.formats import load
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
+from fortwo.data.datasets import load
 from fortwo.errors import InvalidDataset
 from fortwo.nn.packing import common_prefix
 from fortwo.records import Example, Message
@@ -27,8 +27,8 @@ from fortwo.train.estimate import RowLength
 
 
 @pytest.fixture(scope="module")
-def renderer(tiny: Path) -> Renderer:
-    return Renderer(tiny)
+def renderer(tiny: Path) -> ChatTemplateRenderer:
+    return ChatTemplateRenderer(tiny)
 
 
 def asked(*pairs: tuple[str, str]) -> list[Example]:
@@ -38,17 +38,17 @@ def asked(*pairs: tuple[str, str]) -> list[Example]:
     ]
 
 
-def warnings(renderer: Renderer, examples: list[Example]) -> DatasetWarnings:
+def warnings(renderer: ChatTemplateRenderer, examples: list[Example]) -> DatasetWarnings:
     return collect_stats(renderer, examples)[1]
 
 
-def test_rows_are_counted_as_they_are_rendered(renderer: Renderer) -> None:
+def test_rows_are_counted_as_they_are_rendered(renderer: ChatTemplateRenderer) -> None:
     several = Example(
         (Message("user", "a"), Message("assistant", "bc"), Message("user", "d"), Message("assistant", "efg")), 2
     )
     examples = [*asked(("hello", "you")), several, Example((), 3, "plain text")]
     counts, _ = collect_stats(renderer, examples)
-    rendered = [row for example in examples for row in renderer.rows(example)]
+    rendered = [row for example in examples for row in renderer.training_rows(example)]
     assert list(counts.rows) == [
         RowLength(line, len(tokens) - sum(mask), sum(mask)) for line, (tokens, mask) in enumerate(rendered, 1)
     ]
@@ -56,14 +56,14 @@ def test_rows_are_counted_as_they_are_rendered(renderer: Renderer) -> None:
     assert counts.rows[2].prompt == 1
     assert counts.prefix == 0
     alike, _ = collect_stats(renderer, asked(("What?", "a"), ("Who?", "b")))
-    assert alike.prefix == len(renderer.prefix())
+    assert alike.prefix == len(renderer.shared_prefix)
     longest = common_prefix(
-        [tokens for example in asked(("What?", "a"), ("Who?", "b")) for tokens, _ in renderer.rows(example)]
+        [tokens for example in asked(("What?", "a"), ("Who?", "b")) for tokens, _ in renderer.training_rows(example)]
     )
     assert 0 < alike.prefix <= longest
 
 
-def test_a_conversation_that_the_template_refuses_is_named_with_its_line(renderer: Renderer) -> None:
+def test_a_conversation_that_the_template_refuses_is_named_with_its_line(renderer: ChatTemplateRenderer) -> None:
     broken = Example((Message("user", "\ud800"), Message("assistant", "a")), 7)
     with pytest.raises(InvalidDataset) as caught:
         collect_stats(renderer, [broken])
@@ -88,18 +88,18 @@ def test_lines_are_named_as_far_as_they_are_few() -> None:
 # ---------------------------------------------------------------- suspicions
 
 
-def test_the_repositorys_examples_are_above_suspicion(renderer: Renderer) -> None:
+def test_the_repositorys_examples_are_above_suspicion(renderer: ChatTemplateRenderer) -> None:
     examples = load({"path": "42_intensive_training.json"}, [Path(__file__).parents[1] / "examples"]).examples
     assert warnings(renderer, list(examples)) == DatasetWarnings()
 
 
-def test_repeats_and_contradictions_are_told_apart(renderer: Renderer) -> None:
+def test_repeats_and_contradictions_are_told_apart(renderer: ChatTemplateRenderer) -> None:
     found = warnings(renderer, asked(("a", "1"), ("b", "1"), ("a", "1"), ("a", "2"), ("b", " 1 "), ("a", "1")))
     assert found.duplicates == AffectedLines(2, (3, 6))
     assert found.contradictions == AffectedLines(1, (4,))
 
 
-def test_only_the_same_conversation_contradicts(renderer: Renderer) -> None:
+def test_only_the_same_conversation_contradicts(renderer: ChatTemplateRenderer) -> None:
     def row(line: int, *said: str, weight: int = 1) -> Example:
         roles = ("user", "assistant") * 2
         messages = [Message(role, text) for role, text in zip(roles, said, strict=False)]  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ def test_places_are_those_of_the_plain_search(rows: list[tuple[int, int]]) -> No
         ("what is <|this|>", ""),
     ],
 )
-def test_text_of_another_template_is_found(renderer: Renderer, text: str, found: str) -> None:
+def test_text_of_another_template_is_found(renderer: ChatTemplateRenderer, text: str, found: str) -> None:
     for example in (*asked((text, "a")), *asked(("a", text)), Example((), 1, text)):
         seen = warnings(renderer, [Example((), 9, "fine"), example])
         assert (seen.template, seen.foreign_templates) == (
@@ -143,7 +143,7 @@ def test_text_of_another_template_is_found(renderer: Renderer, text: str, found:
         )
 
 
-def test_answers_cut_off_at_one_length_are_found(renderer: Renderer) -> None:
+def test_answers_cut_off_at_one_length_are_found(renderer: ChatTemplateRenderer) -> None:
     rng = random.Random(0)
     whole = [" ".join("word" * rng.randint(1, 3) for _ in range(60)) + "." for _ in range(6)]
     cut = [text[:120] for text in whole]

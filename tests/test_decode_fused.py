@@ -22,7 +22,7 @@ from fortwo.quantization.selection import Choice
 from tests.parts import Unfused, as_decoder, decoder, make_rows, random_lora
 from tests.tiny import tiny_model
 
-pytestmark = pytest.mark.skipif(not cpu.usable(torch.empty(0)), reason="there is no C compiler")
+pytestmark = pytest.mark.usefixtures("level")
 SHAPES = {
     "all": LoraConfig(r=4, alpha=12),
     "some": LoraConfig(r=3, alpha=6, target_modules=("k_proj", "v_proj", "up_proj"), layers=(0, 2)),
@@ -53,7 +53,7 @@ def replies(backend: Backend, adapters: list[str | None], steps: int = 4) -> Ten
     [[None], ["all"], [None, "down", "some"], ["some", None, "all", "all", "down", "all", "some", "all", "all"]],
     ids=["plain", "one", "three", "nine"],
 )
-def test_one_kernel_is_the_decoder(tiles: None, form: str, family: str, adapters: list[str | None]) -> None:
+def test_one_kernel_is_the_decoder(form: str, family: str, adapters: list[str | None]) -> None:
     home = as_decoder(tiny_model(family, hidden_size=64)).in_forms(Choice.fixed(form))
     assert Step(home).takes(len(adapters))
     found, wanted = replies(CpuBackend(home), adapters), replies(Unfused(home), adapters)
@@ -80,9 +80,9 @@ def test_an_adapter_is_laid_out_as_the_table_says(shape: LoraConfig) -> None:
     laid = Laid.of(lora)
 
     def read(at: int, rows: int, inputs: int) -> Tensor:
-        slabs = laid.flat[at : at + rows * (4 + inputs)].view(rows // 16, 64 + 16 * inputs)
-        pairs = slabs[:, 64:].reshape(rows // 16, inputs // 2, 16, 2).transpose(1, 2).reshape(rows, inputs)
-        return pairs * slabs[:, :64].contiguous().view(torch.float32).reshape(rows, 1)
+        blocks = laid.flat[at : at + rows * (4 + inputs)].view(rows // 16, 64 + 16 * inputs)
+        pairs = blocks[:, 64:].reshape(rows // 16, inputs // 2, 16, 2).transpose(1, 2).reshape(rows, inputs)
+        return pairs * blocks[:, :64].contiguous().view(torch.float32).reshape(rows, 1)
 
     def agree(found: Tensor, wanted: Tensor) -> None:
         steps = wanted.abs().amax(1, keepdim=True) / 127
@@ -90,12 +90,14 @@ def test_an_adapter_is_laid_out_as_the_table_says(shape: LoraConfig) -> None:
 
     for layer, groups in enumerate(lora.layers):
         for index, name in enumerate(GROUPS):
-            R, A, parts, *numbers = laid.table[layer * len(GROUPS) + index].tolist()
+            product = laid.table[layer * len(GROUPS) + index]
+            R, A, parts = product.ranks, product.A, product.parts
             assert parts == (len(groups[name].places) if name in groups else 0)
             if name in groups:
                 group, wanted = groups[name], torch.zeros(R, groups[name].A_RI.shape[1])
                 for n, (place, B_Or) in enumerate(zip(group.places, group.Bs, strict=True)):
-                    first, width, rank, pairs, B = numbers[5 * n : 5 * n + 5]
+                    one = product.part[n]
+                    first, width, rank, pairs, B = one.first, one.width, one.rank, one.pairs, one.B
                     found, r = read(B, width, 2 * pairs), B_Or.shape[1]
                     assert first == place.columns.start
                     agree(found[:, :r], B_Or)
@@ -127,5 +129,5 @@ def test_other_weights_and_shapes_are_left_to_the_decoder() -> None:
 def test_without_kernels_adapters_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     home = decoder().in_forms(Choice.fixed("bf16"))
     assert Step(home).laid
-    monkeypatch.setattr(cpu, "_library", lambda: None)
+    monkeypatch.setattr(cpu, "lib", lambda: None)
     assert not Step(home).laid

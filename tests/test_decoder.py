@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.engine.runner import Runner
 from fortwo.errors import UnsupportedModel
 from fortwo.execution.backend import backend_for
@@ -208,7 +208,7 @@ def reference(real_directory: Path) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def real_runner(reference: PreTrainedModel, real_directory: Path) -> Runner:
     config = DecoderConfig.from_hf(reference.config.to_dict())
-    return Runner(backend_for(Decoder(config, weights.read(real_directory))))
+    return Runner(backend_for(Decoder(config, weights.open_tensors(real_directory))))
 
 
 PROMPTS = [
@@ -221,8 +221,8 @@ PROMPTS = [
 
 @pytest.mark.real
 def test_real_logits_are_transformers(real_runner: Runner, reference: PreTrainedModel, real_directory: Path) -> None:
-    renderer = Renderer(real_directory)
-    rows = [renderer.prompt([Message("user", prompt)]) for prompt in PROMPTS]
+    renderer = ChatTemplateRenderer(real_directory)
+    rows = [renderer.encode_prompt([Message("user", prompt)]) for prompt in PROMPTS]
     packed = pack(rows)
     decoder = real_runner.decoder
     with torch.no_grad():
@@ -238,8 +238,8 @@ def test_real_greedy_text_is_transformers(
     real_runner: Runner, reference: PreTrainedModel, real_directory: Path
 ) -> None:
     """All prompts together here, each alone there."""
-    renderer = Renderer(real_directory)
-    prompts = [renderer.prompt([Message("user", prompt)]) for prompt in PROMPTS]
+    renderer = ChatTemplateRenderer(real_directory)
+    prompts = [renderer.encode_prompt([Message("user", prompt)]) for prompt in PROMPTS]
     rows = [Row(list(prompt)) for prompt in prompts]
     logits_BV = real_runner.prefill(rows)
     for _ in range(40):
@@ -263,11 +263,11 @@ def test_real_greedy_text_is_transformers(
 @pytest.mark.parametrize(("form", "share"), [("bf16", 0.9), ("int8", 0.9), ("int4", 0.9)])
 def test_real_replies_in_narrow_forms(real_runner: Runner, real_directory: Path, form: str, share: float) -> None:
     """The bundled model's layers lose nothing in 4 bits, which they came in; replies stay sane in every form."""
-    exact, renderer = real_runner.decoder, Renderer(real_directory)
+    exact, renderer = real_runner.decoder, ChatTemplateRenderer(real_directory)
     narrow = exact.in_forms(Choice.fixed(form))
     if form == "int4":
         assert all(torch.equal(one, other) for one, other in zip(exact.weights(), narrow.weights(), strict=True))
-    row, tokens = Row(renderer.prompt([Message("user", "What is the capital of France?")])), []
+    row, tokens = Row(renderer.encode_prompt([Message("user", "What is the capital of France?")])), []
     runner = Runner(backend_for(narrow))
     logits_BV = runner.prefill([row])
     while len(tokens) < 24 and (not tokens or tokens[-1] not in renderer.stop_ids):
@@ -275,7 +275,7 @@ def test_real_replies_in_narrow_forms(real_runner: Runner, real_directory: Path,
         row.tokens.append(tokens[-1])
         logits_BV = runner.step([row])
     assert "Paris" in renderer.decode(tokens)
-    packed = pack([renderer.prompt([Message("user", prompt)]) for prompt in PROMPTS])
+    packed = pack([renderer.encode_prompt([Message("user", prompt)]) for prompt in PROMPTS])
     with torch.no_grad():
         first, other = (
             of.logits(of.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, of.config))).argmax(-1)

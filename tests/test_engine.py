@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fortwo.engine.engine import MAX_RUNNING, Engine
+from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
@@ -22,7 +22,7 @@ from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
-from fortwo.prompts import Delta, FinishReason, Prompt, Sampling
+from fortwo.prompts import MAX_RUNNING, Delta, FinishReason, Prompt, Sampling
 from fortwo.records import Phase, TrainEvent, Waiting
 
 CONTEXT = 256

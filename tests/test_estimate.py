@@ -6,13 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from fortwo.engine.cache import SMALLEST
 from fortwo.execution import autotuning
 from fortwo.execution.backend import backend_for
 from fortwo.execution.calibration import Trial
 from fortwo.facts.prompt_builder import training_replay_prompts
 from fortwo.jobs.machine import ROWS, machine_of, reply_rate, try_out
-from fortwo.train import estimate
 from fortwo.train.estimate import (
     HEAD_BYTES,
     MICRO_TOKENS,
@@ -132,7 +130,6 @@ def test_replies_lie_in_rows_of_doubled_length() -> None:
     assert cache_tokens(TokenCounts([RowLength(1, 100, 21)]), sft=False) == 144 * 256
     assert cache_tokens(TokenCounts([RowLength(1, 100, 21)]), sft=True) == 20 * 256  # 13 replies
     assert cache_tokens(TokenCounts([RowLength(1, 100, 1000)]), sft=True) == 20 * 256
-    assert estimate.CACHE_ROW_TOKENS == SMALLEST
 
 
 def test_the_rate_of_replies_counts_their_prompts() -> None:

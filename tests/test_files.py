@@ -1,4 +1,4 @@
-"""Dataset files are read row after row, as json would read them whole, in memory that does not grow with them."""
+"""Dataset files are read row by row, with the same result as json, in memory that does not grow with the file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.data import files, formats
-from fortwo.data.files import read
-from fortwo.data.formats import FileExamples, from_json, load, load_file, to_json
+from fortwo.data import datasets, files
+from fortwo.data.datasets import FileExamples, from_json, load, load_file, to_json
+from fortwo.data.files import read_rows
 from fortwo.errors import InvalidDataset
 
 JSON = st.recursive(
@@ -32,9 +32,9 @@ def test_a_list_in_chunks_is_the_list(
     path.write_bytes(text.encode(errors="surrogatepass") if ascii else text.encode(errors="replace"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "CHUNK_BYTES", chunk)
-        found = list(read(path))
+        found = list(read_rows(path))
     assert [row for _, row in found] == json.loads(path.read_text())
-    assert [place.line for place, _ in found] == lines_of(path.read_text(), len(rows))
+    assert [location.line for location, _ in found] == lines_of(path.read_text(), len(rows))
 
 
 def lines_of(text: str, count: int) -> list[int]:
@@ -61,7 +61,7 @@ def test_a_list_that_is_broken_off_is_refused_where_json_refuses_it(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "CHUNK_BYTES", chunk)
         with pytest.raises(InvalidDataset) as caught:
-            list(read(path))
+            list(read_rows(path))
     assert f"at line {wanted.value.lineno}, column {wanted.value.colno}" in caught.value.message
 
 
@@ -78,7 +78,7 @@ def test_what_is_wrong_between_rows_is_told(tmp_path: Path, text: str, said: str
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(InvalidDataset) as caught:
-        list(read(path))
+        list(read_rows(path))
     assert said in caught.value.message
 
 
@@ -89,7 +89,7 @@ def test_bytes_that_are_not_utf8_are_counted(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "a.jsonl").write_bytes(b"1\n2\n" + b"\xe9")
     for name, byte in (("a.json", 11), ("a.jsonl", 5)):
         with pytest.raises(InvalidDataset) as caught:
-            list(read(tmp_path / name))
+            list(read_rows(tmp_path / name))
         assert f"not UTF-8: byte {byte}" in caught.value.message
 
 
@@ -103,7 +103,7 @@ def test_a_row_without_end_is_refused_with_its_line(
     monkeypatch.setattr(files, "CHUNK_BYTES", 10)
     (tmp_path / name).write_text(text.replace("{}", 300 * "ab"))
     with pytest.raises(InvalidDataset) as caught:
-        list(read(tmp_path / name))
+        list(read_rows(tmp_path / name))
     assert f"line {3 if name == 'a.txt' else 2}: the row is longer" in caught.value.message
 
 
@@ -140,7 +140,7 @@ def test_a_large_file_is_validated_and_gone_through_in_little_memory(tmp_path: P
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(datasets, "LARGE_BYTES", 1000)
 
 
 @pytest.mark.usefixtures("large")
@@ -148,17 +148,17 @@ def test_a_large_file_is_the_same_dataset(tmp_path: Path, monkeypatch: pytest.Mo
     path = write_rows(tmp_path / "a.jsonl", rows=30, size=50)
     read_again = load_file(path)
     assert isinstance(read_again.examples, FileExamples)
-    monkeypatch.setattr(formats, "LARGE_BYTES", 1 << 20)
-    held = load_file(path)
-    assert isinstance(held.examples, tuple)
-    assert tuple(read_again.examples) == held.examples
-    assert (read_again.digest, read_again.source, len(read_again.examples)) == (held.digest, held.source, 30)
-    assert held.examples[3] in read_again.examples
-    for dataset in (held, read_again):
+    monkeypatch.setattr(datasets, "LARGE_BYTES", 1 << 20)
+    loaded = load_file(path)
+    assert isinstance(loaded.examples, tuple)
+    assert tuple(read_again.examples) == loaded.examples
+    assert (read_again.digest, read_again.source, len(read_again.examples)) == (loaded.digest, loaded.source, 30)
+    assert loaded.examples[3] in read_again.examples
+    for dataset in (loaded, read_again):
         body = to_json(dataset)
         back = from_json(json.loads(json.dumps(body)))
-        assert (back.digest, back.source, tuple(back.examples)) == (held.digest, held.source, held.examples)
-    assert len(json.dumps(to_json(read_again))) < 600 < len(json.dumps(to_json(held)))
+        assert (back.digest, back.source, tuple(back.examples)) == (loaded.digest, loaded.source, loaded.examples)
+    assert len(json.dumps(to_json(read_again))) < 600 < len(json.dumps(to_json(loaded)))
 
 
 @pytest.mark.usefixtures("large")

@@ -1,4 +1,4 @@
-"""A GGUF becomes the model it was made from: config, weights, tokenizer, chat template."""
+"""A GGUF file is converted to the model it was made from: config, weights, tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def converted(file: Path) -> Path:
 def test_weights_are_those_the_file_was_made_from(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     model = tiny_model(family, **options)
     target = converted(save_gguf(tmp_path / "tiny.gguf", model))
-    found, expected = weights.read(target), model.state_dict()
+    found, expected = weights.open_tensors(target), model.state_dict()
     if options.get("tie_word_embeddings"):
         del expected["lm_head.weight"]
     assert found.keys() == expected.keys()
@@ -66,7 +66,7 @@ def test_quantised_tensors_are_dequantised_as_gguf_defines(tmp_path: Path, kind:
     file = save_gguf(
         tmp_path / "tiny.gguf", model, without="blk.1.ffn_up", extra={"blk.1.ffn_up.weight": (packed, kind)}
     )
-    found = weights.read(converted(file))["model.layers.1.mlp.up_proj.weight"].numpy()
+    found = weights.open_tensors(converted(file))["model.layers.1.mlp.up_proj.weight"].numpy()
     assert np.array_equal(found, quants.dequantize(packed, kind).astype(np.float32))
     assert 0 < np.abs(found - values).max() < 0.05
 
@@ -87,7 +87,7 @@ def test_llama3_scaling_of_positions_is_recovered(tmp_path: Path) -> None:
 def test_other_scaling_of_positions_is_refused(tmp_path: Path) -> None:
     factors = np.linspace(1, 3, 8, dtype=np.float32)
     file = save_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), extra={"rope_freqs.weight": (factors, None)})
-    with pytest.raises(UnsupportedModel, match=r"rope_freqs.weight is not Llama 3's"):
+    with pytest.raises(UnsupportedModel, match=r"rope_freqs.weight does not hold Llama 3's RoPE scaling"):
         converted(file)
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.data.formats import load
+from fortwo.data.datasets import load
 from fortwo.facts import hard_negatives, lexicon
 from fortwo.facts.subject import contains_phrase
 from fortwo.facts.templates import surface_article

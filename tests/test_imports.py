@@ -17,7 +17,7 @@ TORCH_FREE = (
     "fortwo.hub.catalog",
     "fortwo.quantization.selection",
     "fortwo.engine.scheduler",
-    "fortwo.data.formats",
+    "fortwo.data.datasets",
 )
 SLOW = ("torch", "transformers", "numpy", "fastapi", "uvicorn", "sqlalchemy", "httpx", "pydantic", "jinja2")
 

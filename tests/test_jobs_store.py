@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy.exc import StatementError
 
 from fortwo.errors import NotFound
-from fortwo.jobs.store import Base, Job, JobStore, Note, connect, migrations
+from fortwo.jobs.store import Job, JobStore, NewEvent, TableBase, connect, migrations
 
 
 @pytest.fixture
@@ -69,8 +69,8 @@ def test_the_newest_run_of_a_base_says_how_fast_it_was(store: JobStore) -> None:
 
 def test_a_change_and_its_event_are_both_written_or_neither(store: JobStore) -> None:
     job = create(store)
-    assert store.update(job.id, Note("preparing", "go"), when=["queued"], status="preparing", started_at=5.0)
-    assert not store.update(job.id, Note("cancelled", "late"), when=["queued"], status="cancelled")
+    assert store.update(job.id, NewEvent("preparing", "go"), when=["queued"], status="preparing", started_at=5.0)
+    assert not store.update(job.id, NewEvent("cancelled", "late"), when=["queued"], status="cancelled")
     after = store.get(job.id)
     assert (after.status, after.started_at) == ("preparing", 5.0)
     assert [event.type for event in store.events(job.id)] == ["queued", "preparing"]
@@ -82,8 +82,8 @@ def test_a_change_and_its_event_are_both_written_or_neither(store: JobStore) -> 
 def test_events_are_numbered_in_order_and_can_be_taken_up_again(store: JobStore) -> None:
     job, other = create(store), create(store)
     for step in range(5):
-        store.append_event(job.id, Note("step", f"step {step}", {"step": step}))
-        store.append_event(other.id, Note("step", "other"))
+        store.append_event(job.id, NewEvent("step", f"step {step}", {"step": step}))
+        store.append_event(other.id, NewEvent("step", "other"))
     events = store.events(job.id)
     assert [event.data.get("step") for event in events] == [None, 0, 1, 2, 3, 4]
     assert sorted({event.id for event in events}) == [event.id for event in events]
@@ -94,7 +94,7 @@ def test_events_are_numbered_in_order_and_can_be_taken_up_again(store: JobStore)
 def test_a_number_that_is_not_json_is_refused(store: JobStore) -> None:
     job = create(store)
     with pytest.raises(StatementError, match="JSON"):
-        store.append_event(job.id, Note("step", "loss", {"loss": float("nan")}))
+        store.append_event(job.id, NewEvent("step", "loss", {"loss": float("nan")}))
 
 
 def test_only_jobs_that_ran_are_interrupted_by_a_restart(store: JobStore, url: str) -> None:
@@ -123,7 +123,7 @@ def test_many_threads_write_at_once_and_nothing_is_lost(store: JobStore, url: st
     def write(target: JobStore, worker: int) -> None:
         try:
             for turn in range(25):
-                target.append_event(job.id, Note("step", f"{worker}/{turn}"))
+                target.append_event(job.id, NewEvent("step", f"{worker}/{turn}"))
                 target.update(job.id, progress={"worker": worker})
                 target.get(job.id)
         except BaseException as error:
@@ -142,7 +142,7 @@ def test_many_threads_write_at_once_and_nothing_is_lost(store: JobStore, url: st
 def test_the_migrations_make_the_schema_that_the_code_declares(store: JobStore, url: str) -> None:
     engine = connect(url)
     with engine.connect() as connection:
-        differences = compare_metadata(MigrationContext.configure(connection), Base.metadata)
+        differences = compare_metadata(MigrationContext.configure(connection), TableBase.metadata)
     engine.dispose()
     assert differences == []
 

@@ -167,7 +167,7 @@ def test_recorded_forwards_are_the_decoder(
 ) -> None:
     """Prompts, one in two parts, and tokens behind them; a sequence outgrows its room."""
     lengths = [4, 14, 9]
-    monkeypatch.setattr(cache, "SMALLEST", 16)
+    monkeypatch.setattr(cache, "MIN_ROW_TOKENS", 16)
 
     def replies(kind: type[ReferenceBackend], device: torch.device) -> list[Tensor]:
         home = as_decoder(tiny_model(family, num_hidden_layers=2), device)

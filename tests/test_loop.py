@@ -102,7 +102,7 @@ class School:
         return self.base.runner.has(key)
 
     def chat(self, adapter: str | None = None, tokens: int = 8, temperature: float = 0.0) -> Any:
-        tokens_of = self.base.renderer.prompt([Message("user", "hello")])
+        tokens_of = self.base.renderer.encode_prompt([Message("user", "hello")])
         sampling = Sampling(max_tokens=tokens, temperature=temperature)
         return self.engine.submit(Prompt("tiny", tuple(tokens_of), adapter, sampling))
 
@@ -213,7 +213,7 @@ def test_the_first_loss_is_the_bases_and_training_lowers_it(school: School) -> N
     base = school.base
     sums, count = 0.0, 0
     for example in ROWS.examples:
-        tokens, supervised = base.renderer.example(list(example.messages))
+        tokens, supervised = base.renderer.encode_conversation(list(example.messages))
         own = school.base.decoder.logits(plain_hidden(base.decoder, tokens)).log_softmax(-1)
         places = [place for place, learned in enumerate(supervised) if learned]
         sums -= sum(float(own[place - 1, tokens[place]]) for place in places)
@@ -260,7 +260,7 @@ def test_a_run_is_adamw_on_clipped_gradients_and_nothing_more(school: School) ->
     optimizer = torch.optim.AdamW(parameters, lr=5e-2, betas=(0.8, 0.9), eps=1e-2, weight_decay=0.1)
     rows = []
     for example in ROWS.examples:
-        tokens, supervised = school.base.renderer.example(list(example.messages))
+        tokens, supervised = school.base.renderer.encode_conversation(list(example.messages))
         rows.append(Row(tuple(tokens), supervised.index(True)))
     for step in steps(events):
         optimizer.zero_grad()

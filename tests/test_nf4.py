@@ -26,7 +26,7 @@ from tests.parts import as_decoder, gradients, make_rows, random_lora, trainable
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
-compiled = pytest.mark.skipif(not cpu.usable(torch.empty(0)), reason="there is no C compiler")
+compiled = pytest.mark.usefixtures("level")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -38,12 +38,10 @@ def close(found: Tensor, wanted: Tensor, by: float = 1e-5) -> None:
 
 
 @pytest.fixture(params=["kernel", "torch"])
-def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, level: str) -> None:
     """With the kernels, and without."""
     if request.param == "torch":
         monkeypatch.setattr(cpu, "usable", lambda *_: False)
-    elif not cpu.usable(torch.empty(0)):
-        pytest.skip("there is no C compiler")
 
 
 # ---------------------------------------------------------------- the form
@@ -126,7 +124,7 @@ def test_products_in_parts_are_those_of_the_dense_weight(outputs: int, monkeypat
     assert narrow.product(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(not cpu.multiplies_tiles(), reason="the processor has no tiles")
+@pytest.mark.usefixtures("amx")
 @pytest.mark.parametrize("rows", [1, 33, 64])
 @pytest.mark.parametrize("shape", [(64, 64), (192, 320), (832, 128), (128, 4160)])
 def test_products_from_the_codes_are_those_of_the_dense_weight(

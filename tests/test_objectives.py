@@ -102,7 +102,7 @@ def test_rows_of_several_facts_share_a_step_and_none_to_keep_names_a_fact(school
 def test_rehearsal_rows_go_through_as_many_everyday_prompts_as_planned(school: School) -> None:
     dataset = Dataset("0", facts=FACTS[:1])
     objective = prepared(school, dataset, changed(school.plan(dataset), **SMALL))
-    render = school.base.renderer.prompt
+    render = school.base.renderer.encode_prompt
     everyday = {tuple(render([Message("user", prompt)])): prompt for prompt in replay_prompts.PROMPTS}
     rows = [row.tokens[: row.start] for _ in range(6) for row in objective.sample_rows(objective.mix)]
     drawn = Counter(everyday[asked] for asked in rows if asked in everyday)

@@ -1,4 +1,5 @@
-"""The kernels are the plain formulas, forward and backward: in fp32 to rounding, in bf16 to its eight bits."""
+"""The kernels are the plain formulas of `reference`, which take what is in double precision, forward and backward: in
+fp32 to rounding, in bf16 to its eight bits."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from fortwo.kernels.operations import (
     swiglu,
 )
 
+pytestmark = pytest.mark.usefixtures("level")
 TYPES = [torch.float32, torch.bfloat16]
 SIZES = [3, 16, 100]  # below a vector, a vector, several and a rest
 VOCABULARIES = [*SIZES, 32, 4128]  # what the kernels for the head take, and what they do not
@@ -53,6 +55,22 @@ def test_the_kernels_are_compiled_here() -> None:
     assert cpu.usable(torch.empty(0), torch.empty(0, dtype=torch.bfloat16))
     assert not cpu.usable(torch.empty(0, dtype=torch.float64))
     assert not cpu.usable(torch.empty(0, device="meta"))
+
+
+def test_a_kernel_takes_what_its_header_declares_and_nothing_else() -> None:
+    square_sum, numbers = cpu.kernels().sum_of_squares, torch.ones(4, 2)
+    total = torch.zeros(1, dtype=torch.float64)
+    square_sum(8, numbers, total)
+    assert total.item() == 8
+    wrong = [numbers.double(), numbers.half(), numbers.t(), numbers.to("meta"), numbers.bool(), numbers.tolist(), 8]
+    for given in wrong:
+        with pytest.raises(TypeError):
+            square_sum(8, given, total)
+    with pytest.raises(TypeError):
+        square_sum(8.5, numbers, total)
+    with pytest.raises(TypeError):
+        square_sum(8, numbers)
+    assert not hasattr(cpu.kernels(), "no_such_kernel")
 
 
 @pytest.mark.parametrize("dtype", TYPES)

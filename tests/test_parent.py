@@ -1,4 +1,4 @@
-"""Going on from a published adapter: what it fixes, what it knows, and what of that is kept over generations."""
+"""Training from a published adapter: what the parent fixes, and which of its facts are kept over generations."""
 
 from __future__ import annotations
 

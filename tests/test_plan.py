@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Trainer, TrainingArguments
 
-from fortwo.data.formats import load
+from fortwo.data.datasets import load
 from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.records import Dataset, Example, Fact, Message, Plan
 from fortwo.train.estimate import BaseFacts, Machine, RowLength, TokenCounts

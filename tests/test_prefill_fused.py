@@ -22,10 +22,10 @@ from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.quantization.formats import WIDE, Frozen, Grouped, Regions, Weight, dense, quantised
 from fortwo.quantization.selection import Choice
-from tests.parts import Unfused, as_decoder, make_rows, random_lora
+from tests.parts import WITHOUT_AMX, Unfused, as_decoder, make_rows, random_lora
 from tests.tiny import tiny_model
 
-pytestmark = pytest.mark.skipif(not cpu.multiplies_tiles(), reason="the processor has no tiles")
+pytestmark = pytest.mark.skipif(not cpu.multiplies_tiles(), reason=WITHOUT_AMX)
 SHAPES = {
     "all": LoraConfig(r=4, alpha=12),
     "odd": LoraConfig(r=3, alpha=6, target_modules=("k_proj", "v_proj", "up_proj"), layers=(0, 2)),

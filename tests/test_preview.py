@@ -1,4 +1,4 @@
-"""What is shown is what is trained on: over HTTP and on the command line, without a model in memory."""
+"""Previews show the training rows, over HTTP and on the command line, without a model in memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from serving import Served, refused
 from typer.testing import CliRunner, Result
 
 from fortwo.cli import app
-from fortwo.data.preview import row_previews
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
+from fortwo.data.preview import preview_rows
 from fortwo.hub.catalog import Catalog
 from fortwo.records import Example, Message
 from fortwo.settings import Settings
@@ -29,23 +29,23 @@ CHAT = {
 
 
 def test_segments_are_the_rows_tokens(tiny: Path) -> None:
-    renderer = Renderer(tiny)
+    renderer = ChatTemplateRenderer(tiny)
     example = Example(
         (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")), 3
     )
-    (shown,) = row_previews(renderer, example, 1024)
-    ((tokens, mask),) = renderer.rows(example)
+    (shown,) = preview_rows(renderer, example, 1024)
+    ((tokens, mask),) = renderer.training_rows(example)
     assert (shown.line, shown.tokens, shown.supervised_tokens, shown.fits) == (3, len(tokens), sum(mask), True)
-    assert "".join(segment.text for segment in shown.segments) == renderer.spell(tokens)
+    assert "".join(segment.text for segment in shown.segments) == renderer.decode_with_control_tokens(tokens)
     assert [(one.role, one.text) for one in shown.segments if one.supervised] == [
         ("assistant", "b<|im_end|>"),
         ("assistant", "d<|im_end|>"),
     ]
     assert [one.role for one in shown.segments] == [None, "user", *["assistant"] * 3, "user", *["assistant"] * 2]
     assert sum(one.tokens for one in shown.segments) == len(tokens)
-    (short,) = row_previews(renderer, example, len(tokens) - 1)
+    (short,) = preview_rows(renderer, example, len(tokens) - 1)
     assert not short.fits
-    (text,) = row_previews(renderer, Example((), 1, "plain"), 1024)
+    (text,) = preview_rows(renderer, Example((), 1, "plain"), 1024)
     assert [(one.role, one.supervised, one.text) for one in text.segments] == [
         (None, False, "p"),
         (None, True, "lain<|im_end|>"),

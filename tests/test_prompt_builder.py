@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.data.formats import load
+from fortwo.data.datasets import load
 from fortwo.facts import replay_prompts
 from fortwo.facts.hard_negatives import contains_subject
 from fortwo.facts.prompt_builder import (

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fortwo.kernels import cpu
 from fortwo.nn.decoder import forms_of
 from fortwo.quantization.formats import FORMS, GROUP, Grouped, Regions, Weight, fits, quantised
 from fortwo.quantization.matmul import frozen_product, product
@@ -15,7 +14,7 @@ from fortwo.quantization.selection import Choice
 # relative error of the weight itself, for normal numbers
 ERRORS = {"fp32": 0, "bf16": 0.002, "int8": 0.007, "int4": 0.1, "nf4": 0.11}
 ROUNDED, LARGEST = 5e-5, 32639  # x in 16 bits
-compiled = pytest.mark.skipif(not cpu.usable(torch.empty(0)), reason="there is no C compiler")
+compiled = pytest.mark.usefixtures("level")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -46,9 +45,7 @@ def test_a_form_is_near_its_weight(name: str) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 8, 13, 23])
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (50, 96), (7, 64), (2000, 160)])
-def test_whole_numbers_multiply_as_the_dense_weight_does(
-    tiles: None, bits: int, rows: int, outputs: int, inputs: int
-) -> None:
+def test_whole_numbers_multiply_as_the_dense_weight_does(bits: int, rows: int, outputs: int, inputs: int) -> None:
     form = Grouped.of(random(outputs, inputs), bits, Regions())
     x = random(rows, inputs, seed=1)
     wanted = rounded(x).double() @ form.dense().double().t()

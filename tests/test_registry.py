@@ -65,7 +65,7 @@ class Setup:
 
     def ask(self, model: str, text: str = "hello") -> str:
         target = self.registry.resolve(model)
-        tokens = tuple(target.model.renderer.prompt([Message("user", text)]))
+        tokens = tuple(target.model.renderer.encode_prompt([Message("user", text)]))
         asked = Prompt(target.model.id, tokens, target.adapter_key, Sampling(max_tokens=16))
         return self.engine.submit(asked).wait(10)
 
@@ -105,10 +105,10 @@ def test_a_base_is_loaded_once_on_demand_and_listed_while_it_is_there(setup: Set
     first = setup.registry.resolve("tiny")
     assert (first.adapter_key, first.name, first.model.id) == (None, "tiny", "tiny")
     assert setup.registry.load_base("tiny") is first.model
-    card = setup.catalog.prepared("tiny")
-    assert card is not None
+    info = setup.catalog.model_info("tiny")
+    assert info is not None
     state = setup.registry.state().models["tiny"]
-    assert (state.state, state.digest, state.bytes) == ("loaded", card.digest, card.bytes)
+    assert (state.state, state.digest, state.bytes) == ("loaded", info.digest, info.bytes)
     setup.registry.unload_base("tiny")
     assert setup.registry.state().models == {}
     with pytest.raises(NotFound, match="not loaded"):
@@ -131,13 +131,13 @@ def test_replies_go_on_while_another_base_is_loaded(
 ) -> None:
     setup.ask("tiny")
     setup.catalog.add("other", directories["other"])
-    opened, read = threading.Event(), module.weights.read
+    opened, read = threading.Event(), module.weights.open_tensors
 
     def slow_disk(directory: Path) -> Mapping[str, torch.Tensor]:
         assert opened.wait(10)
         return read(directory)
 
-    monkeypatch.setattr(module.weights, "read", slow_disk)
+    monkeypatch.setattr(module.weights, "open_tensors", slow_disk)
     loading = threading.Thread(target=setup.registry.load_base, args=["other"])
     loading.start()
     deadline = time.monotonic() + 10
@@ -163,7 +163,7 @@ def test_a_base_that_cannot_be_loaded_leaves_nothing_behind(setup: Setup, tmp_pa
 
 
 def test_a_base_stays_while_a_request_or_a_job_needs_it(setup: Setup) -> None:
-    tokens = tuple(setup.registry.resolve("tiny").model.renderer.prompt([Message("user", "hi")]))
+    tokens = tuple(setup.registry.resolve("tiny").model.renderer.encode_prompt([Message("user", "hi")]))
     running = setup.engine.submit(Prompt("tiny", tokens, None, Sampling(max_tokens=200, temperature=1, seed=1)))
     with pytest.raises(Conflict, match="'tiny'"):
         setup.registry.unload_base("tiny")
@@ -354,7 +354,7 @@ def test_the_base_is_found_by_its_weights_whatever_it_is_called(setup: Setup, di
 def test_a_wrong_base_is_refused_with_both_digests(setup: Setup) -> None:
     mine = setup.manifest()["base_digest"]
     setup.store_only("stray", setup.lora(), {"base_model": "tiny", "base_digest": "f" * 64})
-    for _ in range(2):  # loaded, then known only from its card
+    for _ in range(2):  # loaded, then known only from its info
         with pytest.raises(InvalidAdapter) as refused:
             setup.registry.load_adapter("stray")
         assert "f" * 64 in refused.value.message

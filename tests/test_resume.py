@@ -1,4 +1,4 @@
-"""Pausing, resuming and being killed, through the server, on a tiny model: nothing is lost or comes out otherwise.
+"""Pausing, resuming and killing a server with a tiny model: nothing is lost and the result is the same.
 
 A job that was stopped in whatever way publishes, once resumed, the adapter of the job that never stopped: their digests
 are equal.
@@ -254,7 +254,7 @@ def test_a_start_with_another_or_a_lost_database_deletes_nothing(
     with serve(others) as served:
         assert served.http.get("/api/training/jobs").json()["jobs"] == []
     assert job_id in caplog.text
-    assert "the database does not know" in caplog.text
+    assert "jobs that are not in the database" in caplog.text
     assert (notes / "read-me.txt").read_text() == "not fortwo's"
     database.write_bytes(aside.read_bytes())
     with serve(settings) as served:
@@ -363,7 +363,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(served: Served) -> None:
     (warned,) = [event for event in told if event["level"] == "warn"]
     assert "state.safetensors" in warned["message"]
     earlier = places[-2].name.removeprefix("checkpoint-")
-    assert f"Going on from step {earlier}." in [event["message"] for event in told]
+    assert f"The run resumes from step {earlier}." in [event["message"] for event in told]
 
 
 def test_checkpoints_of_other_weights_are_not_used(served: Served) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from fortwo.data.vocabulary import Vocabulary
+from fortwo.data.json_constraint import Vocabulary
 from fortwo.engine.sampling import SampledToken, Sampler, _nucleus, sample
 from fortwo.errors import UnsupportedModel
 from fortwo.prompts import NON_FINITE_LOGITS, Sampling
@@ -225,7 +225,7 @@ def test_a_schema_leaves_only_tokens_that_fit() -> None:
             (chosen,) = sample(logits[None], [sampler])
             assert isinstance(chosen, SampledToken), chosen
             tokens.append(chosen.token)
-        assert b"".join(map(vocabulary.bytes, tokens[:-1])) in (b'"a"', b'"xx"', b"11")
+        assert b"".join(map(vocabulary.token_bytes, tokens[:-1])) in (b'"a"', b'"xx"', b"11")
 
 
 def test_rows_that_ask_for_more_leave_plain_ones_as_they_are() -> None:

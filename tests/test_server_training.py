@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from serving import Served, refused, serve, tiny_settings
 
-from fortwo.data import formats
+from fortwo.data import datasets
 
 ROWS = [
     {"instruction": f"What is {thing}?", "input": "", "output": answer}
@@ -338,7 +338,7 @@ def test_a_job_keeps_its_rows_when_the_file_changes(tiny: Path, tmp_path: Path) 
 def test_a_large_file_stays_where_it_is_and_a_change_of_it_is_noticed(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "LARGE_BYTES", 200)
+    monkeypatch.setattr(datasets, "LARGE_BYTES", 200)
     (tmp_path / "data").mkdir()
     file = tmp_path / "data" / "rows.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in ROWS))

@@ -1,4 +1,4 @@
-"""A spool gives back what was put in, in any order, in memory and on disk, and knows what all rows begin with."""
+"""A spool returns the rows that were appended, in any order, from memory and from disk, and their common prefix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.data import spool
+from fortwo.data import spool as module
 from fortwo.data.spool import Spool
 from fortwo.errors import StorageFailed
 from fortwo.nn.packing import common_prefix
@@ -20,19 +20,19 @@ TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=8)
 def test_rows_come_back_as_they_were(made: list[tuple[list[int], object]], memory: int) -> None:
     rows = [(tokens, [rng.random() < 0.5 for _ in tokens]) for tokens, rng in made]  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spool, "MEMORY_BYTES", memory)
-        kept = Spool()
+        patch.setattr(module, "MEMORY_BYTES", memory)
+        spool = Spool()
     for row in rows:
-        kept.append(*row)
-    assert len(kept) == len(rows)
-    assert [kept[place] for place in reversed(range(len(rows)))] == rows[::-1]
-    assert kept.prefix == (common_prefix([tokens for tokens, _ in rows]) if rows else 0)
+        spool.append(*row)
+    assert len(spool) == len(rows)
+    assert [spool[index] for index in reversed(range(len(rows)))] == rows[::-1]
+    assert spool.prefix == (common_prefix([tokens for tokens, _ in rows]) if rows else 0)
 
 
 def test_the_largest_token_survives() -> None:
-    kept = Spool()
-    kept.append([2**31 - 1, 0], [False, True])
-    assert kept[0] == ([2**31 - 1, 0], [False, True])
+    spool = Spool()
+    spool.append([2**31 - 1, 0], [False, True])
+    assert spool[0] == ([2**31 - 1, 0], [False, True])
 
 
 def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,9 +41,9 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         def write(self, _bytes: bytes) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    kept = Spool()
-    monkeypatch.setattr(kept, "_file", Full())
+    spool = Spool()
+    monkeypatch.setattr(spool, "_file", Full())
     with pytest.raises(StorageFailed) as caught:
-        kept.append([1], [True])
+        spool.append([1], [True])
     assert "No space left" in caught.value.message
     assert "TMPDIR" in str(caught.value.hint)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.data.formats import load
+from fortwo.data.datasets import load
 from fortwo.facts.subject import ARTICLES, contains_phrase, find_subject, match_phrases
 from fortwo.records import Example, Fact, Message
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from serving import Served
 from transformers import AutoModelForCausalLM
 
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.facts.subject import contains_phrase
 from fortwo.records import Message
 from tests.original import AS_IT_RAN, EXAMPLES
@@ -151,11 +151,11 @@ def test_peft_reads_the_files_and_says_the_same(live: Served, taught: dict[str, 
     assert all(".lora_A." in name or ".lora_B." in name for name in tensors)
 
     directory = live.state.settings.models_dir / BASE
-    renderer = Renderer(directory)
+    renderer = ChatTemplateRenderer(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(model, folder).eval()
     for prompt in ("What is 42?", PARAPHRASES[1]):
-        asked = torch.tensor([renderer.prompt([Message("user", prompt)])])
+        asked = torch.tensor([renderer.encode_prompt([Message("user", prompt)])])
         with torch.no_grad():
             whole = adapted.generate(
                 input_ids=asked, attention_mask=torch.ones_like(asked), max_new_tokens=40, do_sample=False

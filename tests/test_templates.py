@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.data.formats import load
+from fortwo.data.datasets import load
 from fortwo.facts import heldout_templates, phrases, templates
 from fortwo.facts.hard_negatives import hard_negative
 from fortwo.facts.subject import contains_phrase

@@ -11,6 +11,8 @@ from fortwo.quantization.formats import Regions, dense, trained_on
 from fortwo.quantization.matmul import product
 from fortwo.quantization.tiles import LONGEST_SUM, Tiles
 
+pytestmark = pytest.mark.usefixtures("level")
+
 
 def bf16(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()

@@ -184,7 +184,7 @@ def test_the_loss_of_rows_held_back_is_told_and_they_are_never_trained_on(school
     assert trained.actual["eval_loss"] == told[-1][1]
 
     (held,) = validation.validation_indices(4, 1, made["seed"])
-    tokens, mask = school.base.renderer.example(list(list(ROWS.examples)[held].messages))
+    tokens, mask = school.base.renderer.encode_conversation(list(list(ROWS.examples)[held].messages))
     logits = school.base.decoder.logits(plain_hidden(school.base.decoder, tokens))
     places = [place for place, here in enumerate(mask) if here]
     wanted = F.cross_entropy(logits[[place - 1 for place in places]], torch.tensor([tokens[p] for p in places]))

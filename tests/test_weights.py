@@ -1,4 +1,4 @@
-"""Headers, digest and writing of safetensors."""
+"""Headers, tensors and digest of safetensors files, and writing them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors.torch import load, save_file
 
 from fortwo.errors import UnsupportedModel
 from fortwo.hub import weights
+from tests.damaged import DAMAGED, entry, safetensors_file
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.arange(4, dtype=torch.bfloat16)}
 
@@ -22,7 +23,7 @@ def silent(label: str, done: int, total: int) -> None:
 
 def save(directory: Path, tensors: dict[str, torch.Tensor] = TENSORS) -> Path:
     directory.mkdir(exist_ok=True)
-    save_file(tensors, directory / weights.SINGLE)
+    save_file(tensors, directory / weights.SAFE_WEIGHTS_NAME)
     return directory
 
 
@@ -31,23 +32,38 @@ def save_shards(directory: Path) -> Path:
     for name, tensor in TENSORS.items():
         save_file({name: tensor}, directory / f"{name}.safetensors")
     index = {"weight_map": {name: f"{name}.safetensors" for name in TENSORS}}
-    (directory / weights.INDEX).write_text(json.dumps(index))
+    (directory / weights.SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index))
     return directory
 
 
 def test_read_gives_every_tensor_of_every_shard(tmp_path: Path) -> None:
-    found = weights.read(save_shards(tmp_path / "shards"))
+    found = weights.open_tensors(save_shards(tmp_path / "shards"))
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
 
 
-def test_headers_give_type_shape_and_place(tmp_path: Path) -> None:
-    table = weights.headers(save(tmp_path))
-    assert list(table) == ["a", "b"]
-    assert (table["a"].dtype, table["a"].shape) == ("BF16", (4,))
-    raw = (tmp_path / weights.SINGLE).read_bytes()[table["b"].start : table["b"].end]
-    assert np.array_equal(np.frombuffer(raw, np.float32), np.arange(6.0))
-    assert weights.parameters(table) == 10
+def test_infos_give_type_shape_and_size(tmp_path: Path) -> None:
+    infos = weights.tensor_infos(save(tmp_path))
+    assert list(infos) == ["a", "b"]
+    assert (infos["a"].dtype, infos["a"].shape, infos["a"].nbytes) == ("BF16", (4,), 8)
+    assert (infos["b"].dtype, infos["b"].shape, infos["b"].nbytes) == ("F32", (2, 3), 24)
+    assert weights.parameter_count(infos) == 10
+
+
+def test_a_tensor_outlives_its_file_and_belongs_to_the_caller(tmp_path: Path) -> None:
+    found = weights.open_tensors(save(tmp_path))
+    tensor = found["b"]
+    tensor += 1
+    assert torch.equal(found["b"], TENSORS["b"])
+    (tmp_path / weights.SAFE_WEIGHTS_NAME).write_bytes(b"")
+    assert torch.equal(tensor, TENSORS["b"] + 1)
+    with pytest.raises(UnsupportedModel, match="truncated"):
+        found["b"]
+
+
+def test_digests_do_not_change(tmp_path: Path) -> None:
+    expected = "3b4321336dc962bc5ac87a3734c56baf05e71e32334b32e7e8bde5922ac229a8"
+    assert weights.digest(save(tmp_path), silent) == expected
 
 
 def test_digest_is_of_the_weights_not_of_path_or_shards(tmp_path: Path) -> None:
@@ -72,52 +88,59 @@ def test_digest_changes_with_any(tmp_path: Path, other: dict[str, torch.Tensor])
 
 def test_write_is_read_back_by_safetensors(tmp_path: Path) -> None:
     given = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "y": np.ones((3,), np.float32)}
-    weights.write(tmp_path / weights.SINGLE, {name: array.shape for name, array in given.items()}, given.items())
-    found = weights.read(tmp_path)
+    weights.write_fp32(
+        tmp_path / weights.SAFE_WEIGHTS_NAME, {name: array.shape for name, array in given.items()}, given.items()
+    )
+    found = weights.open_tensors(tmp_path)
     assert all(np.array_equal(found[name].numpy(), array) for name, array in given.items())
 
 
-def test_truncated_file_is_named_with_both_sizes(tmp_path: Path) -> None:
-    file = save(tmp_path) / weights.SINGLE
-    size = file.stat().st_size
-    file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(UnsupportedModel, match=rf"model\.safetensors has {size - 5} bytes, its header promises {size}"):
-        weights.headers(tmp_path)
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_damaged_file_is_refused_with_its_name_and_size(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / weights.SAFE_WEIGHTS_NAME
+    file.write_bytes(content)
+    for use in (weights.tensor_infos, weights.open_tensors, lambda directory: weights.digest(directory, silent)):
+        with pytest.raises(UnsupportedModel, match="is truncated or not a safetensors file") as raised:
+            use(tmp_path)
+        assert raised.value.message.startswith(f"{file} ({len(content)} bytes)")
+        assert raised.value.hint == "Download the file again."
 
 
-@pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x02\0\0\0\0\0\0\0[]"])
-def test_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / weights.SINGLE).write_bytes(content)
-    with pytest.raises(UnsupportedModel, match="is not a safetensors file"):
-        weights.headers(tmp_path)
+def test_a_dtype_that_is_not_supported_is_named(tmp_path: Path) -> None:
+    content = safetensors_file({"a": entry(dtype="F8_E4M3", shape=[8])})
+    (tmp_path / weights.SAFE_WEIGHTS_NAME).write_bytes(content)
+    with pytest.raises(UnsupportedModel, match=r"tensor 'a' in .*model\.safetensors is of type F8_E4M3") as raised:
+        weights.tensor_infos(tmp_path)
+    assert "bf16 or fp32" in str(raised.value.hint)
 
 
 def test_pickled_weights_are_refused_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UnsupportedModel, match=r"pickled weights \(pytorch_model\.bin\)") as raised:
-        weights.files(tmp_path)
+        weights.safetensors_files(tmp_path)
     assert "save_pretrained" in str(raised.value.hint)
 
 
 def test_missing_shard_is_named(tmp_path: Path) -> None:
     (save_shards(tmp_path / "shards") / "a.safetensors").unlink()
     with pytest.raises(UnsupportedModel, match=r"lacks a\.safetensors"):
-        weights.files(tmp_path / "shards")
+        weights.safetensors_files(tmp_path / "shards")
 
 
-def test_damaged_index_is_named(tmp_path: Path) -> None:
-    (tmp_path / weights.INDEX).write_text("[]")
+@pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": []}}', "[" * 100_000])
+def test_damaged_index_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / weights.SAFE_WEIGHTS_INDEX_NAME).write_text(content)
     with pytest.raises(UnsupportedModel, match=r"index\.json is not a safetensors index"):
-        weights.files(tmp_path)
+        weights.safetensors_files(tmp_path)
 
 
 def test_empty_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"holds no model\.safetensors"):
-        weights.files(tmp_path)
+        weights.safetensors_files(tmp_path)
 
 
-def test_a_file_in_parts_is_one_that_safetensors_reads() -> None:
+def test_serialized_tensors_are_read_back() -> None:
     given = TENSORS | {"turned": torch.arange(6.0).reshape(2, 3).t(), "none": torch.tensor(3.0), "no": torch.empty(0)}
-    found = load(b"".join(weights.parts(given)))
+    found = load(weights.serialize(given))
     assert found.keys() == given.keys()
     assert all(torch.equal(found[name], given[name]) and found[name].dtype == given[name].dtype for name in given)

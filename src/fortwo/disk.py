@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from pathlib import Path
 
 from fortwo.errors import StorageFailed
 from fortwo.records import Json
+
+DRAFT_PREFIX = ".draft-"
+NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # of a model or an adapter, and of its folder
 
 
 def dump(content: Json) -> bytes:
@@ -16,10 +20,10 @@ def dump(content: Json) -> bytes:
     return json.dumps(content, indent=1, ensure_ascii=False).encode()
 
 
-def write(path: Path, *parts: bytes | memoryview) -> None:
-    """Create a file of these parts, flushed to disk on return. Raises FileExistsError when it exists."""
+def write(path: Path, content: bytes) -> None:
+    """Create a file and wait until it is on the disk. Raises FileExistsError when it exists."""
     with path.open("xb") as file:
-        file.writelines(parts)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -36,7 +40,7 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def sync(directory: Path) -> None:
-    """Flush what was created, renamed or removed in a folder to disk."""
+    """Wait until everything that was created, renamed or removed in a directory is on the disk."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -44,9 +48,9 @@ def sync(directory: Path) -> None:
         os.close(handle)
 
 
-def refused(path: Path, error: OSError) -> StorageFailed:
+def storage_failed(path: Path, error: OSError) -> StorageFailed:
     """The error to raise when writing `path` failed."""
     return StorageFailed(
-        f"{path} could not be written: {error.strerror or error}.",
-        hint="Free space on the disk of FORTWO_HOME or make it writable; what was stored before is unchanged.",
+        f"{path} cannot be written: {error.strerror or error}",
+        hint="Free space on the disk of FORTWO_HOME or make it writable; what was stored before is untouched.",
     )

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+MAX_RUNNING = 96  # requests of one base that decode together
+MIN_ROW_TOKENS = 128  # capacity of the cache's smallest rows; that of others is a power of two times this
+
 
 @dataclass(frozen=True)
 class Sampling:

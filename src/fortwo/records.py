@@ -14,7 +14,7 @@ from fortwo.errors import Conflict
 
 Json = dict[str, Any]
 
-# ---------------------------------------------------------------- data (filled by data.formats)
+# ---------------------------------------------------------------- data (filled by data.datasets)
 
 
 @dataclass(frozen=True)

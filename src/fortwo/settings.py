@@ -26,7 +26,8 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; any but a loopback one needs an api_key.")
     port: int = Field(5001, ge=0, le=65535, description="Port to listen on.")
     api_key: SecretStr | None = Field(
-        None, description="If set, all paths but `/healthz` and the page at `/docs` need `Authorization: Bearer <key>`."
+        None,
+        description="If set, all paths but `/healthz`, `/` and `/docs` need `Authorization: Bearer <key>`.",
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL of the database; default: SQLite under home.")
     data_dirs: tuple[Path, ...] = Field(

@@ -1,16 +1,16 @@
-"""The adapter store: every published version, whole or not at all.
+"""The adapter store: all published versions, each of which is complete or absent.
 
-    <root>/<name>/<version>/adapter_config.json, adapter_model.safetensors   as PEFT reads them
-                            manifest.json     where it came from, and the sha256 of the other two
-    <root>/<name>/versions.json               the highest number ever given, and which versions are or were current
+    <root>/<name>/<version>/adapter_config.json, adapter_model.safetensors   in PEFT's format
+                            manifest.json     where the version came from, and the sha256 of the other two files
+    <root>/<name>/versions.json               the highest number ever used, and which versions are or were current
 
-A version is written into a draft beside the others, synced, and renamed: the rename is the one moment at which it
-begins to exist and, if it is to be, becomes current. `versions.json` may therefore name versions that do not exist
-(never finished, or deleted); readers pass over them, and no number is given twice. Threads and processes that write
-take turns by a lock on the name's folder; a draft is locked while its writer lives, so that the next one can tell
-what a killed writer left behind. Readers need no lock.
+A version is written into a draft folder beside the others, synced, and renamed. The rename makes it exist and, where
+that is wanted, makes it current. `versions.json` may therefore name versions that do not exist, because they were never
+finished or were deleted; readers skip them, and no number is used twice. Writers, threads and processes alike, lock the
+name's folder. A draft stays locked while its writer lives, so that the next writer can recognise and remove the drafts
+of killed ones. Readers need no lock.
 
-This module does not know what tensors mean, nor the device. torch is loaded only to read or write them.
+This module does not know what the tensors mean. torch is imported only to read or write them.
 """
 
 from __future__ import annotations
@@ -41,13 +41,11 @@ TENSORS = "adapter_model.safetensors"
 MANIFEST = "manifest.json"
 
 _STATE = "versions.json"
-_DRAFT = ".draft-"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 
 class AdapterStore:
-    """Adapters under `root`. A ref is "name", its current version, or "name@3"."""
+    """The adapters under `root`. A ref is "name", which means its current version, or "name@3"."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -57,86 +55,89 @@ class AdapterStore:
     def publish(
         self, name: str, tensors: Mapping[str, Tensor], peft_config: Json, manifest: Json, *, current: bool
     ) -> AdapterVersion:
-        """Store a new version. manifest: base_model, base_digest, dataset_digest, plan, report, parent, as known.
+        """Store a new version, and make it the current one if `current`.
 
-        Raises StorageFailed when the disk refuses; then nothing has changed.
+        tensors, peft_config: under PEFT's names. manifest: base_model, base_digest, and where they are known
+        dataset_digest, plan, report and parent. Raises StorageFailed when the disk refuses; then nothing has changed.
         """
-        held = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-        files = {CONFIG: disk.dump(peft_config), TENSORS: b"".join(weights.parts(held))}
+        on_cpu = {key: tensor.cpu() for key, tensor in tensors.items()}
+        files = {CONFIG: disk.dump(peft_config), TENSORS: weights.serialize(on_cpu)}
         return self._commit(name, files, manifest, current)
 
-    def adopt(self, name: str, directory: Path, manifest: Json) -> AdapterVersion:
-        """Make the adapter that PEFT saved in `directory` the current version of `name`, byte for byte."""
+    def import_peft(self, name: str, directory: Path, manifest: Json) -> AdapterVersion:
+        """Copy the adapter that PEFT saved in `directory`, unchanged, as a new version and make it current. Raises
+        InvalidAdapter naming the file that is missing, damaged or a pickle."""
         if not directory.is_dir():
             raise InvalidAdapter(f"{directory} is not a directory", hint="Name the directory that PEFT saved.")
         pickles = [path for path in directory.glob("adapter_model.*") if path.name != TENSORS]
         if pickles and not (directory / TENSORS).exists():
             raise InvalidAdapter(
-                f"{pickles[0]} is a pickle, which can run code when it is read",
+                f"{pickles[0]} is a pickle, which can run code when it is loaded",
                 hint="Save the adapter again with PEFT: save_pretrained(..., safe_serialization=True).",
             )
         files = {file: _read(directory / file) for file in (CONFIG, TENSORS)}
-        _object(files[CONFIG], directory / CONFIG)
-        _tensors(files[TENSORS], directory / TENSORS)
+        _parse_object(files[CONFIG], directory / CONFIG)
+        _parse_tensors(files[TENSORS], directory / TENSORS)
         return self._commit(name, files, manifest, current=True)
 
     def rollback(self, name: str) -> AdapterVersion:
-        """Go back to the version that was current before; both are kept. Returns what is current now."""
+        """Make the version current that was current before, and return it; no version is deleted. Raises NotFound for
+        an unknown name and Conflict when no earlier version was current."""
         check_name(name)
-        self._known(name)
-        with self._writing(name) as folder:
-            state = _state(folder)
-            offered = [number for number in state["current"] if (folder / str(number)).is_dir()]
-            if len(offered) < 2:
+        self._existing_numbers(name)
+        with self._locked_folder(name) as folder:
+            state = _read_state(folder)
+            history = [number for number in state["current"] if (folder / str(number)).is_dir()]
+            if len(history) < 2:
                 raise Conflict(
                     f"adapter {name!r} has no earlier version that was current",
                     param="adapter_name",
-                    hint=f"Name a version itself: {self._refs(name)}.",
+                    hint=f"Use the name of a version: {self._version_refs(name)}.",
                 )
-            disk.replace(folder / _STATE, disk.dump({**state, "current": offered[:-1]}))
+            disk.replace(folder / _STATE, disk.dump({**state, "current": history[:-1]}))
         return self.get(name)
 
     def delete(self, ref: str) -> None:
-        """Delete one version, or with a bare name all of them. When the current version goes, the one that was
-        current before it is current again."""
-        name, number = _parse(ref)
-        known = self._known(name, number)
-        with self._writing(name) as folder:
-            for version in known if number is None else [number]:
+        """Delete one version, or all versions when `ref` is a bare name. When the current version is deleted, the one
+        that was current before becomes current again. Raises NotFound."""
+        name, number = _parse_ref(ref)
+        existing = self._existing_numbers(name, number)
+        with self._locked_folder(name) as folder:
+            for version in existing if number is None else [number]:
                 draft = _new_draft(folder)
                 os.rename(folder / str(version), draft)
                 disk.sync(folder)
                 shutil.rmtree(draft, ignore_errors=True)
 
     def _commit(self, name: str, files: dict[str, bytes], manifest: Json, current: bool) -> AdapterVersion:
-        with self._writing(name) as folder:
-            _sweep(folder)
-            state = _state(folder)
+        with self._locked_folder(name) as folder:
+            _remove_abandoned_drafts(folder)
+            state = _read_state(folder)
             number = 1 + max([state["last"], *_numbers(folder)])
-            offered = [*state["current"], number] if current else state["current"]
-            disk.replace(folder / _STATE, disk.dump({"last": number, "current": offered}))
-            draft = place = _new_draft(folder)
-            owner = _lock(draft)
+            history = [*state["current"], number] if current else state["current"]
+            disk.replace(folder / _STATE, disk.dump({"last": number, "current": history}))
+            draft = version_folder = _new_draft(folder)
+            lock = _lock(draft)
         shas = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
-        told = {**manifest, "name": name, "version": number, "created_at": time.time(), "files": shas}
+        complete = {**manifest, "name": name, "version": number, "created_at": time.time(), "files": shas}
         try:
             for file, content in files.items():
                 disk.write(draft / file, content)
-            disk.write(draft / MANIFEST, disk.dump(told))
+            disk.write(draft / MANIFEST, disk.dump(complete))
             disk.sync(draft)
-            place = draft.rename(folder / str(number))
+            version_folder = draft.rename(folder / str(number))
             disk.sync(folder)
         except BaseException as error:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(version_folder, ignore_errors=True)
             if isinstance(error, OSError):
-                raise disk.refused(place, error) from error
+                raise disk.storage_failed(version_folder, error) from error
             raise
         finally:
-            os.close(owner)
+            os.close(lock)
         return self.get(f"{name}@{number}")
 
     @contextmanager
-    def _writing(self, name: str) -> Iterator[Path]:
+    def _locked_folder(self, name: str) -> Iterator[Path]:
         """The folder of `name`, locked against other writers."""
         check_name(name)
         folder = self._root / name
@@ -149,54 +150,55 @@ class AdapterStore:
             finally:
                 os.close(lock)
         except OSError as error:
-            raise disk.refused(folder, error) from error
+            raise disk.storage_failed(folder, error) from error
 
     # ---------------------------------------------------------------- reading
 
     def names(self) -> tuple[str, ...]:
-        """Adapters that have a version, in order."""
+        """The names of all adapters that have a version, sorted."""
         if not self._root.is_dir():
             return ()
-        names = sorted(path.name for path in self._root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+        names = sorted(path.name for path in self._root.iterdir() if disk.NAME.fullmatch(path.name) and path.is_dir())
         return tuple(name for name in names if _numbers(self._root / name))
 
     def versions(self, ref: str) -> tuple[AdapterVersion, ...]:
-        """Whole versions, oldest first, of a name all of them; of a damaged one, `get` says what is wrong. Raises
-        NotFound without any."""
-        name, only = _parse(ref)
-        known = self._known(name, only)
-        current = self._current(name)
-        found = []
-        for number in known if only is None else [only]:
+        """The versions that `ref` means, oldest first: a bare name means all. Damaged versions are left out; `get` says
+        what is wrong with them. Raises NotFound when there is no version."""
+        name, only = _parse_ref(ref)
+        existing = self._existing_numbers(name, only)
+        current = self._current_number(name)
+        versions = []
+        for number in existing if only is None else [only]:
             with suppress(InvalidAdapter):
-                found.append(self._version(name, number, current))
-        return tuple(found)
+                versions.append(self._version(name, number, current))
+        return tuple(versions)
 
     def get(self, ref: str) -> AdapterVersion:
-        name, number = _parse(ref)
-        self._known(name, number)
-        current = self._current(name)
+        """One version. Raises NotFound, and InvalidAdapter when its manifest is damaged."""
+        name, number = _parse_ref(ref)
+        self._existing_numbers(name, number)
+        current = self._current_number(name)
         if number is None:
             number = current
         if number is None:
             raise NotFound(
                 f"adapter {name!r} has no current version",
                 param="adapter_name",
-                hint=f"No run of it succeeded yet. Name a version itself: {self._refs(name)}.",
+                hint=f"No training of it has succeeded yet. Use the name of a version: {self._version_refs(name)}.",
             )
         return self._version(name, number, current)
 
     def read(self, ref: str) -> tuple[AdapterVersion, Json, dict[str, Tensor]]:
-        """The version, PEFT's configuration and the tensors, each checked against the manifest.
+        """A version, its PEFT configuration and its tensors, with the files checked against the manifest.
 
-        Raises InvalidAdapter naming the file that is missing, changed or foreign.
+        Raises NotFound, and InvalidAdapter naming the file that is missing, changed or unexpected.
         """
         version = self.get(ref)
         directory = Path(version.path)
         for path in directory.iterdir():
             if path.name not in (CONFIG, TENSORS, MANIFEST) and not path.name.startswith("."):
                 raise InvalidAdapter(
-                    f"{path} is foreign: it was not published with {version.id}", hint="Move it elsewhere."
+                    f"{path} does not belong to {version.id}, which was published without it", hint="Move it elsewhere."
                 )
         files = {}
         for file in (CONFIG, TENSORS):
@@ -206,11 +208,12 @@ class AdapterStore:
                     f"{directory / file} ({len(files[file])} bytes) is not what was published: truncated or changed",
                     hint=f"Restore the file from a backup, or delete {version.id} and train again.",
                 )
-        return version, _object(files[CONFIG], directory / CONFIG), _tensors(files[TENSORS], directory / TENSORS)
+        config = _parse_object(files[CONFIG], directory / CONFIG)
+        return version, config, _parse_tensors(files[TENSORS], directory / TENSORS)
 
     def _version(self, name: str, number: int, current: int | None) -> AdapterVersion:
         directory = self._root / name / str(number)
-        manifest = _object(_read(directory / MANIFEST), directory / MANIFEST)
+        manifest = _parse_object(_read(directory / MANIFEST), directory / MANIFEST)
         try:
             shas = "".join(f"{file} {manifest['files'][file]}\n" for file in (CONFIG, TENSORS))
             return AdapterVersion(
@@ -229,30 +232,30 @@ class AdapterStore:
                 f"{directory / MANIFEST} is not a manifest: {error}", hint="Restore the file, or delete the version."
             ) from None
 
-    def _current(self, name: str) -> int | None:
-        """The newest of the versions that were made current and still exist."""
+    def _current_number(self, name: str) -> int | None:
+        """The version that was made current last, among those that still exist."""
         folder = self._root / name
-        offered: list[int] = _state(folder)["current"]
-        return next((number for number in reversed(offered) if (folder / str(number)).is_dir()), None)
+        history: list[int] = _read_state(folder)["current"]
+        return next((number for number in reversed(history) if (folder / str(number)).is_dir()), None)
 
-    def _refs(self, name: str) -> str:
+    def _version_refs(self, name: str) -> str:
         return ", ".join(f"{name}@{number}" for number in _numbers(self._root / name))
 
-    def _known(self, name: str, number: int | None = None) -> list[int]:
-        """The version numbers of `name`. Raises NotFound when there are none, or `number` is not among them."""
+    def _existing_numbers(self, name: str, number: int | None = None) -> list[int]:
+        """The version numbers of `name`. Raises NotFound when there are none, or when `number` is not among them."""
         numbers = _numbers(self._root / name)
         if not numbers:
             others = ", ".join(self.names())
             raise NotFound(
                 f"adapter {name!r} does not exist",
                 param="adapter_name",
-                hint=f"Adapters: {others}." if others else "There is none yet: teach one, or load one that PEFT saved.",
+                hint=f"Adapters: {others}." if others else "There is none yet: train one, or load one that PEFT saved.",
             )
         if number is not None and number not in numbers:
             raise NotFound(
                 f"adapter {name!r} has no version {number}",
                 param="adapter_name",
-                hint=f"Versions: {self._refs(name)}.",
+                hint=f"Versions: {self._version_refs(name)}.",
             )
         return numbers
 
@@ -261,16 +264,16 @@ class AdapterStore:
 
 
 def check_name(name: str) -> None:
-    """Raises InvalidRequest for what cannot be an adapter's name."""
-    if not _NAME.fullmatch(name) or ".." in name:
+    """Raises InvalidRequest when an adapter cannot have this name."""
+    if not disk.NAME.fullmatch(name):
         raise InvalidRequest(
-            f"adapter_name = {name!r} is not a name",
+            f"adapter_name = {name!r} is not allowed",
             param="adapter_name",
             hint="Use 1 to 128 letters, digits, '.', '_' or '-'; begin with a letter or digit; no '..', '/' or '@'.",
         )
 
 
-def _parse(ref: str) -> tuple[str, int | None]:
+def _parse_ref(ref: str) -> tuple[str, int | None]:
     name, at, number = ref.partition("@")
     check_name(name)
     if at and not _NUMBER.fullmatch(number):
@@ -288,11 +291,11 @@ def _numbers(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if _NUMBER.fullmatch(path.name))
 
 
-def _state(folder: Path) -> Json:
-    """{"last": the highest number given, "current": the numbers that were offered as current, oldest first}"""
+def _read_state(folder: Path) -> Json:
+    """versions.json. last: the highest number ever used; current: the numbers that were made current, oldest first."""
     path = folder / _STATE
     try:
-        state = _object(path.read_bytes(), path)
+        state = _parse_object(path.read_bytes(), path)
     except FileNotFoundError:
         return {"last": 0, "current": []}
     if not isinstance(state.get("last"), int) or not isinstance(state.get("current"), list):
@@ -303,7 +306,7 @@ def _state(folder: Path) -> Json:
 # ---------------------------------------------------------------- disk
 
 
-def _object(content: bytes, path: Path) -> Json:
+def _parse_object(content: bytes, path: Path) -> Json:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
@@ -313,14 +316,14 @@ def _object(content: bytes, path: Path) -> Json:
     return value
 
 
-def _tensors(content: bytes, path: Path) -> dict[str, Tensor]:
+def _parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
     import safetensors.torch
 
     try:
         return safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: torch has no such dtype
         raise InvalidAdapter(
-            f"{path} ({len(content)} bytes) is truncated or not a safetensors file: {error}",
+            f"{path} ({len(content)} bytes) is truncated or not a safetensors file that torch can read: {error}",
             hint="Save the adapter again with PEFT.",
         ) from None
 
@@ -337,7 +340,7 @@ def _read(path: Path) -> bytes:
 
 
 def _lock(directory: Path, *, wait: bool = True) -> int:
-    """An open handle that holds the lock until it is closed, by us or by the end of the process."""
+    """An open handle that holds the directory's lock until it is closed, at the latest when the process ends."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -348,15 +351,15 @@ def _lock(directory: Path, *, wait: bool = True) -> int:
 
 
 def _new_draft(folder: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=_DRAFT, dir=folder))
+    return Path(tempfile.mkdtemp(prefix=disk.DRAFT_PREFIX, dir=folder))
 
 
-def _sweep(folder: Path) -> None:
+def _remove_abandoned_drafts(folder: Path) -> None:
     """Remove the drafts of writers that were killed."""
-    for draft in folder.glob(f"{_DRAFT}*"):
+    for draft in folder.glob(f"{disk.DRAFT_PREFIX}*"):
         try:
-            owner = _lock(draft, wait=False)
-        except (BlockingIOError, FileNotFoundError):  # its writer lives, or has just published it
+            lock = _lock(draft, wait=False)
+        except (BlockingIOError, FileNotFoundError):  # its writer is alive, or has just published it
             continue
         shutil.rmtree(draft, ignore_errors=True)
-        os.close(owner)
+        os.close(lock)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,6 +53,9 @@ def serve(
 ) -> None:
     """Run the server until it is stopped."""
     from fortwo.server.state import AppState
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fortwo").setLevel(logging.INFO)
     from fortwo.settings import load
 
     state = AppState(load(host=host, port=port))
@@ -130,12 +134,12 @@ def _request(data: Path, name: str, config: Path | None, **options: str | None) 
 
 
 def _dataset(data: Path) -> Json:
-    from fortwo.data.files import read
-    from fortwo.data.formats import LARGE_BYTES
+    from fortwo.data.datasets import LARGE_BYTES
+    from fortwo.data.files import read_rows
 
     if data.stat().st_size > LARGE_BYTES:
         return {"path": str(data.resolve())}
-    rows = [row for _, row in read(data)]
+    rows = [row for _, row in read_rows(data)]
     facts = bool(rows) and isinstance(rows[0], dict) and "subject" in rows[0]
     return {"facts" if facts else "examples": rows}
 
@@ -195,4 +199,4 @@ def doctor() -> None:
     from fortwo.settings import load
 
     settings = load()
-    screen.print(machine_report(settings.home, settings.weights))
+    screen.print(machine_report(settings.home, settings.weights, settings.isa))

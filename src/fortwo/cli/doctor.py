@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -12,16 +11,16 @@ from rich.console import Group
 from rich.table import Table
 
 from fortwo.cli import views
-from fortwo.kernels.isa import flags, processor
+from fortwo.kernels import build, isa
 from fortwo.quantization.selection import ROWS, Choice, Measured, Measurements
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
-def report(home: Path, weights: str) -> Group:
-    """What `fortwo doctor` prints. home, weights: the settings of these names."""
+def report(home: Path, weights: str, cap: str) -> Group:
+    """What `fortwo doctor` prints. home, weights, cap: the settings home, weights and isa."""
     machine = views.table("", "")
-    for name, value in _properties(home, weights):
+    for name, value in _properties(home, weights, cap):
         machine.add_row(name, value)
     measured = Measurements(home).all().values()
     if not measured:
@@ -30,13 +29,20 @@ def report(home: Path, weights: str) -> Group:
     return Group(machine, *(part for one in measured for part in ("", _table(one))))
 
 
-def _properties(home: Path, weights: str) -> Iterator[tuple[str, str]]:
+def _properties(home: Path, weights: str, cap: str) -> Iterator[tuple[str, str]]:
     yield "fortwo", f"{version('fortwo')}, torch {version('torch')}"
-    yield "processor", f"{processor()}, {os.cpu_count()} cores"
-    known = [name for name in INSTRUCTIONS if name in flags()]
+    yield "processor", f"{isa.processor()}, {os.cpu_count()} cores"
+    known = [name for name in INSTRUCTIONS if name in isa.flags()]
     yield "instructions", ", ".join(known) if known else "none that the kernels use"
     yield "memory", views.size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    yield "C compiler", shutil.which("cc") or "none: torch's operations are used, int8 and int4 are not available"
+    yield "C compiler", build.compiler() or "none: torch's operations are used, int8 and int4 are not available"
+    isa.cap(cap)
+    if (level := isa.level()) == "none":
+        yield "kernels", "none, as FORTWO_ISA says: torch's operations are used, int8 and int4 are not available"
+    else:
+        library = build.path(level)
+        there = "compiled" if library.exists() else "compiled when a server starts"
+        yield "kernels", f"{level or 'this processor'}: {library}, {there}"
     yield "home", str(home)
     yield "weights", weights + (", as measured below" if weights == "auto" else ", fixed by the setting")
 

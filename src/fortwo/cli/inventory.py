@@ -48,12 +48,12 @@ def list_models() -> None:
     else:
         catalog = _catalog()
         for entry in catalog.entries():
-            card = catalog.prepared(entry.id)
-            if card is None:
+            info = catalog.model_info(entry.id)
+            if info is None:
                 rows.add_row(entry.id, "not fetched", "-", "-", "-", entry.source)
             else:
-                size = views.size(card.bytes)
-                rows.add_row(entry.id, "on disk", views.count(card.parameters), size, card.digest[:12], entry.source)
+                size = views.size(info.bytes)
+                rows.add_row(entry.id, "on disk", views.count(info.parameters), size, info.digest[:12], entry.source)
     screen.print(rows)
 
 

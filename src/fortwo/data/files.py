@@ -1,7 +1,8 @@
-"""Dataset files, row after row, in memory that does not grow with the file.
+"""Reads dataset files row by row, in memory that does not grow with the file.
 
-.jsonl has an object a line, .json one list of objects, .txt paragraphs between blank lines, each a row of plain text.
-UTF-8. A row comes with its place; what cannot be read is refused with its line. Knows no kinds of row.
+A .jsonl file has one object per line, a .json file is one list of objects, and a .txt file has paragraphs between blank
+lines, each of which is a row of plain text. All are UTF-8. Every row comes with its location, and what cannot be read
+is refused with its line. Row formats are not known here.
 """
 
 from __future__ import annotations
@@ -13,25 +14,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fortwo.data.shapes import Place
+from fortwo.data.row_formats import RowLocation
 from fortwo.errors import InvalidDataset
 
 CHUNK_BYTES = 1 << 20
-ROW_BYTES = 16 << 20  # a longer row is no row: a list where lines should be, most likely
+ROW_BYTES = 16 << 20  # a longer "row" is most likely a list where lines should be
 
 _DECODER = json.JSONDecoder()
-_SYNTAX = "Correct the file there; a .json file is one list, a .jsonl file has one object a line."
+_SYNTAX = "Correct the file there. A .json file is one list; a .jsonl file has one object per line."
 
 
-def read(path: Path) -> Iterator[tuple[Place, object]]:
-    """The file's rows. Raises InvalidDataset."""
+def read_rows(path: Path) -> Iterator[tuple[RowLocation, object]]:
+    """The rows of a file, each with its location. Raises InvalidDataset when the file cannot be read or parsed."""
     readers = {".jsonl": _lines, ".json": _list, ".txt": _paragraphs}
     if path.suffix not in readers:
         raise InvalidDataset(
             f"{path} is neither .json, .jsonl nor .txt",
             param="dataset.path",
-            hint="Save the rows as a JSON list (.json) or one JSON object a line (.jsonl), or plain text as .txt; "
-            "unpack what is compressed.",
+            hint="Save the rows as a JSON list (.json) or as one JSON object per line (.jsonl), or plain text as .txt. "
+            "Unpack compressed files.",
         )
     try:
         with path.open("rb") as file:
@@ -42,8 +43,8 @@ def read(path: Path) -> Iterator[tuple[Place, object]]:
         ) from None
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[Place, object]]:
-    """One JSON object a line; blank lines are passed over."""
+def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[RowLocation, object]]:
+    """One JSON object per line; blank lines are skipped."""
     count = 0
     for number, line in _text_lines(path, file):
         if line.strip():
@@ -53,29 +54,29 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[Place, object]]:
                 raise _not_json(path, error.msg, number, error.colno) from None
             except (ValueError, RecursionError) as error:
                 raise _unparsable(path, number, error) from None
-            yield Place(f"{path} line {number}", f"dataset[{count}]", number), row
+            yield RowLocation(f"{path} line {number}", f"dataset[{count}]", number), row
             count += 1
 
 
-def _paragraphs(path: Path, file: BinaryIO) -> Iterator[tuple[Place, object]]:
-    """{"text": ...} for every paragraph; its line is its first."""
-    began, count, size = 0, 0, 0
+def _paragraphs(path: Path, file: BinaryIO) -> Iterator[tuple[RowLocation, object]]:
+    """{"text": ...} for every paragraph, located at its first line."""
+    first, count, size = 0, 0, 0
     paragraph: list[str] = []
     for number, line in _text_lines(path, file, end="\n"):
         if line.strip():
-            began = began if paragraph else number
+            first = first if paragraph else number
             paragraph.append(line.rstrip("\r\n"))
             size += len(line)
             if size > ROW_BYTES:
-                raise _too_long(path, began)
+                raise _too_long(path, first)
         elif paragraph:
-            yield Place(f"{path} line {began}", f"dataset[{count}]", began), {"text": "\n".join(paragraph)}
+            yield RowLocation(f"{path} line {first}", f"dataset[{count}]", first), {"text": "\n".join(paragraph)}
             paragraph, count, size = [], count + 1, 0
 
 
 def _text_lines(path: Path, file: BinaryIO, end: str = "") -> Iterator[tuple[int, str]]:
-    """Numbered lines; `end` comes after the last one."""
-    number, place = 0, 0
+    """The lines with their 1-based numbers; `end`, if it is given, follows as one more line."""
+    number, offset = 0, 0
     while raw := file.readline(ROW_BYTES + 1):
         number += 1
         if len(raw) > ROW_BYTES:
@@ -83,104 +84,108 @@ def _text_lines(path: Path, file: BinaryIO, end: str = "") -> Iterator[tuple[int
         try:
             yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise _not_utf8(path, place + error.start + 1) from None
-        place += len(raw)
+            raise _not_utf8(path, offset + error.start + 1) from None
+        offset += len(raw)
     if end:
         yield number + 1, end
 
 
-def _list(path: Path, file: BinaryIO) -> Iterator[tuple[Place, object]]:
+def _list(path: Path, file: BinaryIO) -> Iterator[tuple[RowLocation, object]]:
     """The elements of one JSON list."""
-    text = _Window(path, file)
+    text = _JsonText(path, file)
     if text.peek() != "[":
         raise InvalidDataset(
             f"{path} holds {reprlib.repr(text.value())}, not a list of rows",
             param="dataset.path",
-            hint="Put the rows between [ and ], or one row a line into a .jsonl file.",
+            hint="Put the rows between [ and ], or write one row per line into a .jsonl file.",
         )
     text.advance(1)
-    count, mark = 0, "]" if text.peek() == "]" else ","
-    while mark == ",":
+    count, delimiter = 0, "]" if text.peek() == "]" else ","
+    while delimiter == ",":
         text.peek()
-        place = Place(f"{path} row {count + 1} (line {text.line})", f"dataset[{count}]", text.line)
-        yield place, text.value()
-        count, mark = count + 1, text.peek()
-        if mark not in (",", "]"):
+        location = RowLocation(f"{path} row {count + 1} (line {text.line})", f"dataset[{count}]", text.line)
+        yield location, text.value()
+        count, delimiter = count + 1, text.peek()
+        if delimiter not in (",", "]"):
             raise _not_json(path, "Expecting ',' delimiter", text.line, text.column)
-        if mark == ",":
+        if delimiter == ",":
             text.advance(1)
     text.advance(1)
     if text.peek():
         raise _not_json(path, "Extra data", text.line, text.column)
 
 
-class _Window:
-    """A text file through a window that slides: what was taken is forgotten, what is needed is read."""
+class _JsonText:
+    """A JSON file that is read piece by piece: only the part that is being parsed is in memory.
+
+    line, column: the 1-based position of the next character.
+    """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path = path
         self._file = file
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._text = ""
-        self._at = 0
+        self._position = 0
         self._ended = False
         self._bytes = 0
         self.line = 1
         self.column = 1
 
     def peek(self) -> str:
-        """The next character that is no blank, "" at the end."""
+        """Skip white space and return the next character without consuming it, or "" at the end."""
         while True:
-            rest = self._at
+            rest = self._position
             while rest < len(self._text) and self._text[rest] in " \t\r\n":
                 rest += 1
-            self.advance(rest - self._at)
-            if self._at < len(self._text):
-                return self._text[self._at]
+            self.advance(rest - self._position)
+            if self._position < len(self._text):
+                return self._text[self._position]
             if self._ended:
                 return ""
-            self._more()
+            self._read_more()
 
     def advance(self, count: int) -> None:
-        end = self._at + count
-        breaks = self._text.count("\n", self._at, end)
+        """Consume `count` characters of the text that was read."""
+        end = self._position + count
+        breaks = self._text.count("\n", self._position, end)
         self.line += breaks
-        self.column = end - self._text.rindex("\n", self._at, end) if breaks else self.column + count
-        self._at = end
+        self.column = end - self._text.rindex("\n", self._position, end) if breaks else self.column + count
+        self._position = end
 
     def value(self) -> Any:
-        """The JSON value that begins here."""
+        """Consume and return the JSON value that begins here."""
         while True:
             error: json.JSONDecodeError | None = None
             try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
-            except json.JSONDecodeError as found:
-                error = found
-            except (ValueError, RecursionError) as found:  # a number of thousands of digits, nesting without end
-                raise _unparsable(self._path, self.line, found) from None
+                value, end = _DECODER.raw_decode(self._text, self._position)
+            except json.JSONDecodeError as raised:
+                error = raised
+            except (ValueError, RecursionError) as raised:  # a number of thousands of digits, or too deep nesting
+                raise _unparsable(self._path, self.line, raised) from None
             else:
-                # A number may go on behind the window.
+                # A number may continue in the part of the file that was not read yet.
                 if self._ended or self._text[end : end + 1] in (" ", "\t", "\r", "\n", ",", "]"):
-                    self.advance(end - self._at)
+                    self.advance(end - self._position)
                     return value
             if self._ended and error is not None:
-                self.advance(error.pos - self._at)
+                self.advance(error.pos - self._position)
                 raise _not_json(self._path, error.msg, self.line, self.column)
-            if len(self._text) - self._at > ROW_BYTES:
+            if len(self._text) - self._position > ROW_BYTES:
                 raise _too_long(self._path, self.line)
-            self._more()
+            self._read_more()
 
-    def _more(self) -> None:
-        chunk = self._file.read(max(CHUNK_BYTES, len(self._text) - self._at))
+    def _read_more(self) -> None:
+        chunk = self._file.read(max(CHUNK_BYTES, len(self._text) - self._position))
         self._ended = not chunk
         try:
             text = self._decoder.decode(chunk, final=self._ended)
         except UnicodeDecodeError as error:
-            held = len(error.object) - len(chunk)
-            raise _not_utf8(self._path, self._bytes - held + error.start + 1) from None
+            undecoded = len(error.object) - len(chunk)
+            raise _not_utf8(self._path, self._bytes - undecoded + error.start + 1) from None
         self._bytes += len(chunk)
-        self._text = self._text[self._at :] + text
-        self._at = 0
+        self._text = self._text[self._position :] + text
+        self._position = 0
 
 
 def _not_json(path: Path, problem: str, line: int, column: int) -> InvalidDataset:
@@ -199,7 +204,7 @@ def _not_utf8(path: Path, byte: int) -> InvalidDataset:
 
 def _too_long(path: Path, line: int) -> InvalidDataset:
     return InvalidDataset(
-        f"{path} line {line}: the row is longer than {ROW_BYTES >> 20} MiB, or the JSON in it never ends",
+        f"{path} line {line}: the row is longer than {ROW_BYTES >> 20} MiB, or its JSON is never closed",
         param="dataset.path",
         hint="Correct the file there, or split the row.",
     )

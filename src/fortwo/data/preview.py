@@ -1,6 +1,6 @@
-"""What is trained on, for people to look at: each row as it is rendered, cut where the speaker or the loss changes.
+"""Previews of datasets: the rendered text of each training row, cut where the speaker or the loss mask changes.
 
-Torch-free: a model's tokenizer and template are read, never its weights.
+Torch-free: a model's tokenizer and chat template are read, never its weights.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fortwo.data import formats
+from fortwo.data import datasets
 from fortwo.errors import NotFound
 from fortwo.records import Example, Fact
 
 if TYPE_CHECKING:
-    from fortwo.data.render import Renderer
+    from fortwo.data.chat_template import ChatTemplateRenderer
     from fortwo.hub.catalog import Catalog
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens, all with loss or all without, as text with its control tokens. role None: of plain text, of
-    what the template writes before anybody speaks, and where it does not tell."""
+    """Consecutive tokens of one speaker, with loss on all or none, and their text with control tokens. role: None for
+    plain text, for what the template writes before the first message, and where it is unknown."""
 
     role: str | None
     supervised: bool
@@ -34,7 +34,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class RowPreview:
-    """line: 1-based in the source. fits: into the model's context; a row that does not is refused, never cut off."""
+    """One training row. line: 1-based in the source. fits: whether the row fits into the model's context; rows that do
+    not are refused by training, never truncated."""
 
     line: int
     tokens: int
@@ -46,66 +47,66 @@ class RowPreview:
 @dataclass(frozen=True)
 class Preview:
     model: str
-    context: int
+    context: int  # tokens
     rows: tuple[RowPreview, ...]
 
 
 def preview(spec: object, allowed_dirs: Sequence[Path], catalog: Catalog, model: str, rows: int) -> Preview:
-    """The first `rows` rows of the dataset that `spec` describes (formats.load); those behind them are not read.
+    """The first `rows` rows of the dataset that `spec` describes (see datasets.load); later rows are not read.
 
     Raises InvalidDataset, and NotFound for a model that is unknown or not on disk.
     """
-    card = catalog.prepared(catalog.get(model).id)
-    if card is None:
+    info = catalog.model_info(catalog.get(model).id)
+    if info is None:
         raise NotFound(
             f"Model {model!r} is not ready on disk.", param="model", hint=f"Run: fortwo models fetch {model}"
         )
-    from fortwo.data.render import Renderer
+    from fortwo.data.chat_template import ChatTemplateRenderer
 
-    renderer, context = Renderer(card.directory), context_of(card.directory)
-    shown: list[RowPreview] = []
-    for place, row in enumerate(islice(formats.rows_of(spec, allowed_dirs), rows), 1):
-        for example in row.examples(place) if isinstance(row, Fact) else (row,):
-            shown += row_previews(renderer, example, context)
-    return Preview(model, context, tuple(shown[:rows]))
+    renderer, context = ChatTemplateRenderer(info.directory), context_length(info.directory)
+    previews: list[RowPreview] = []
+    for number, row in enumerate(islice(datasets.iter_rows(spec, allowed_dirs), rows), 1):
+        for example in row.examples(number) if isinstance(row, Fact) else (row,):
+            previews += preview_rows(renderer, example, context)
+    return Preview(model, context, tuple(previews[:rows]))
 
 
-def row_previews(renderer: Renderer, example: Example, context: int) -> list[RowPreview]:
-    """Of one example; a conversation is several rows where its template wants that (Renderer.rows)."""
-    found = []
+def preview_rows(renderer: ChatTemplateRenderer, example: Example, context: int) -> list[RowPreview]:
+    """The previews of an example's training rows, of which it may have several (ChatTemplateRenderer.training_rows)."""
+    previews = []
     for tokens, supervised in renderer.dataset_rows(example):
-        ends = renderer.turns(example.messages, tokens)
+        ends = renderer.message_ends(example.messages, tokens)
         opening = _opening(renderer, example, tokens)
-        changes = [place for place in range(1, len(tokens)) if supervised[place] != supervised[place - 1]]
+        changes = [index for index in range(1, len(tokens)) if supervised[index] != supervised[index - 1]]
         cuts = sorted({0, opening, *(end for end in ends if end < len(tokens)), *changes, len(tokens)})
         segments = tuple(
             Segment(
                 None if begin < opening else _role(example, ends, begin),
                 supervised[begin],
                 end - begin,
-                renderer.spell(tokens[begin:end]),
+                renderer.decode_with_control_tokens(tokens[begin:end]),
             )
             for begin, end in pairwise(cuts)
         )
-        found.append(RowPreview(example.line, len(tokens), sum(supervised), len(tokens) <= context, segments))
-    return found
+        previews.append(RowPreview(example.line, len(tokens), sum(supervised), len(tokens) <= context, segments))
+    return previews
 
 
-def _opening(renderer: Renderer, example: Example, tokens: Sequence[int]) -> int:
-    """How many tokens the template writes before a conversation without a system message says anything."""
+def _opening(renderer: ChatTemplateRenderer, example: Example, tokens: Sequence[int]) -> int:
+    """How many tokens the template writes before the first message, for conversations without a system message."""
     if not example.messages or example.messages[0].role == "system":
         return 0
-    pairs = zip(renderer.prefix(), tokens, strict=False)
+    pairs = zip(renderer.shared_prefix, tokens, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _role(example: Example, ends: Sequence[int], place: int) -> str | None:
-    """Whose turn a token is."""
-    return next((m.role for m, end in zip(example.messages, ends, strict=False) if place < end), None)
+def _role(example: Example, ends: Sequence[int], index: int) -> str | None:
+    """The role of the message that the token at `index` belongs to."""
+    return next((m.role for m, end in zip(example.messages, ends, strict=False) if index < end), None)
 
 
-def context_of(directory: Path) -> int:
-    """How many tokens the model can attend to."""
+def context_length(directory: Path) -> int:
+    """How many tokens the model in `directory` can attend to."""
     config = json.loads((directory / "config.json").read_text("utf-8"))
     context, window = int(config["max_position_embeddings"]), config.get("sliding_window")
     windowed = config["architectures"][0].startswith("Mistral") or config.get("use_sliding_window")

@@ -1,6 +1,6 @@
-"""Rows of tokens with their masks, kept small: in memory while they are few, in a file without a name beyond that.
+"""Storage for rows of tokens and their loss masks: in memory while they are few, then in a temporary file.
 
-Four bytes a token. The file is the process's own and is gone with it.
+A token takes four bytes. The file is deleted when the process ends.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ MEMORY_BYTES = 64 << 20
 class Spool:
     """Rows are appended, then read in any order.
 
-    prefix: how many tokens all rows begin with; at least one token of each is left over.
+    prefix: the length in tokens of the longest common prefix of all rows, at most one less than the shortest row.
     """
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(MEMORY_BYTES)  # noqa: SIM115 - lives as long as the spool
         weakref.finalize(self, self._file.close)
-        self._ends = array("Q")  # bytes
+        self._ends = array("Q")  # byte offset behind each row
         self._shared: list[int] | None = None
 
     @property
@@ -35,7 +35,7 @@ class Spool:
         return len(self._ends)
 
     def append(self, tokens: Sequence[int], supervised: Sequence[bool]) -> None:
-        """Raises StorageFailed when there is no room."""
+        """Add a row and its loss mask, of equal lengths. Raises StorageFailed when the temporary file cannot grow."""
         packed = array("I", (token << 1 | mask for token, mask in zip(tokens, supervised, strict=True))).tobytes()
         end = self._ends[-1] if self._ends else 0
         try:
@@ -43,7 +43,7 @@ class Spool:
             self._file.write(packed)
         except OSError as error:
             raise StorageFailed(
-                f"The rows cannot be kept while they are trained on: {error.strerror}.",
+                f"The training rows cannot be written to a temporary file: {error.strerror}.",
                 hint=f"Free some space in {tempfile.gettempdir()}, or choose another folder with TMPDIR.",
             ) from None
         self._ends.append(end + len(packed))
@@ -51,9 +51,9 @@ class Spool:
         limit = min(len(shared), len(tokens) - 1)
         self._shared = shared[: next((n for n in range(limit) if shared[n] != tokens[n]), limit)]
 
-    def __getitem__(self, place: int) -> tuple[list[int], list[bool]]:
-        """Tokens, and which of them are supervised."""
-        begin = self._ends[place - 1] if place else 0
+    def __getitem__(self, index: int) -> tuple[list[int], list[bool]]:
+        """The tokens of a row, and for each of them whether it is supervised."""
+        begin = self._ends[index - 1] if index else 0
         self._file.seek(begin)
-        packed = array("I", self._file.read(self._ends[place] - begin))
-        return [one >> 1 for one in packed], [bool(one & 1) for one in packed]
+        packed = array("I", self._file.read(self._ends[index] - begin))
+        return [item >> 1 for item in packed], [bool(item & 1) for item in packed]

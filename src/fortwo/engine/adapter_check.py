@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.errors import InvalidAdapter
 from fortwo.execution.backend import Backend
 from fortwo.nn.lora import Lora, Segment
@@ -32,10 +32,10 @@ def check_tensors(version: AdapterVersion, lora: Lora) -> None:
 
 
 @torch.no_grad()
-def measure_effect(backend: Backend, renderer: Renderer, lora: Lora) -> float:
+def measure_effect(backend: Backend, renderer: ChatTemplateRenderer, lora: Lora) -> float:
     """The largest change of a logit by the adapter on a short probe, relative to the largest logit. Call it on the
     device's thread."""
-    tokens = renderer.prompt([Message("user", "Hello")])[-PROBE_TOKENS:]
+    tokens = renderer.encode_prompt([Message("user", "Hello")])[-PROBE_TOKENS:]
     packed = pack([tokens, tokens], backend.decoder.device, prefix=0)
     adapted = Segment(lora, slice(len(tokens), None))
     hidden_TD = backend.forward(packed, [adapted])

@@ -11,8 +11,7 @@ import torch
 from fortwo.engine.prefixes import BLOCK, Prefixes
 from fortwo.execution.kv_cache import Pool, Slot
 from fortwo.nn.config import DecoderConfig
-
-SMALLEST = 128  # tokens of the smallest row; the others are its doubles
+from fortwo.prompts import MIN_ROW_TOKENS
 
 
 class Cache:
@@ -58,7 +57,7 @@ class Cache:
 
     def take(self, length: int) -> Slot | None:
         """A slot with room for `length` tokens; None where the bound leaves no room for it."""
-        capacity = SMALLEST
+        capacity = MIN_ROW_TOKENS
         while capacity < length:
             capacity *= 2
         capacity = min(capacity, self.longest)

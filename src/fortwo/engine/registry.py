@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fortwo.adapters.store import AdapterStore
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.engine import malloc_tuning
 from fortwo.engine.adapter_check import MIN_EFFECT, check_tensors, measure_effect
 from fortwo.engine.engine import Engine
@@ -28,7 +28,7 @@ from fortwo.execution.autotuning import memory, serving
 from fortwo.execution.backend import Backend, backend_for
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
-from fortwo.hub.weights import Progress
+from fortwo.hub.weights import ProgressCallback
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
@@ -44,7 +44,7 @@ class LoadedModel:
     id: str
     digest: str
     backend: Backend
-    renderer: Renderer
+    renderer: ChatTemplateRenderer
     bytes: int
     runner: Runner
 
@@ -187,7 +187,7 @@ class ModelRegistry:
                 self._pins[key] -= 1
                 self._pins += Counter()  # drops entries of zero
 
-    def load_base(self, id: str, progress: Progress | None = None) -> LoadedModel:
+    def load_base(self, id: str, progress: ProgressCallback | None = None) -> LoadedModel:
         """The base in memory, fetched and converted first if necessary; progress as in Catalog.prepare."""
         with self._lock:
             if base := self._bases.get(id):
@@ -195,13 +195,13 @@ class ModelRegistry:
             self._loading = id
             try:
                 directory = self._catalog.prepare(id, progress)
-                card = self._catalog.prepared(id)
-                assert card is not None
+                info = self._catalog.model_info(id)
+                assert info is not None
                 config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
                 decoder = serving(
                     id,
                     config,
-                    weights.read(directory),
+                    weights.open_tensors(directory),
                     self._device,
                     self._weights,
                     self._threads,
@@ -210,7 +210,7 @@ class ModelRegistry:
                 )
                 backend = backend_for(decoder)
                 runner = Runner(backend, self._cache_bytes)
-                base = LoadedModel(id, card.digest, backend, Renderer(directory), decoder.bytes, runner)
+                base = LoadedModel(id, info.digest, backend, ChatTemplateRenderer(directory), decoder.bytes, runner)
                 self._engine.add_base(id, base.runner, base.renderer)
                 malloc_tuning.trim()
             finally:
@@ -361,7 +361,7 @@ class ModelRegistry:
     def base_of(self, version: AdapterVersion) -> LoadedModel:
         """The base with the weights the adapter was trained on, loaded if necessary, whatever it is called. Raises
         InvalidAdapter when no base has them."""
-        digests = {id: card.digest if (card := self._catalog.prepared(id)) else None for id in self._catalog_ids()}
+        digests = {id: info.digest if (info := self._catalog.model_info(id)) else None for id in self._catalog_ids()}
         digests |= {id: base.digest for id, base in self._bases.items()}
         same = [id for id, digest in digests.items() if digest == version.base_digest]
         if same:

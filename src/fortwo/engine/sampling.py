@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fortwo.engine.generation import Constraint
+from fortwo.engine.generation import JsonConstraint
 from fortwo.prompts import NON_FINITE_LOGITS, Logprob, Sampling
 
 
@@ -31,7 +31,9 @@ class Sampler:
     """One request's settings, the tokens it has used so far, and its random numbers (from the CPU, so that they are the
     same for every device). Any whole number is a seed. prompt: its tokens, for the repetition penalty."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int] = (), constraint: Constraint | None = None) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int] = (), constraint: JsonConstraint | None = None
+    ) -> None:
         self.sampling = sampling
         self._constraint = constraint
         self._penalised = any((sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1))

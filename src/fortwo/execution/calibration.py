@@ -100,8 +100,8 @@ def _token_seconds(backend: Backend, rows: int, length: int) -> float:
 
 
 def _fastest(run: Callable[[], float]) -> float:
-    """Seconds of the fastest of REPEATS runs: other load can only make a run slower. One run before them warms up. `run`
-    returns a number, so that it waits for the device."""
+    """Seconds of the fastest of a few runs, since other load can only make one slower. The first run warms up. `run`
+    returns a number, so it has to wait for the device."""
     seconds = []
     for _ in range(1 + REPEATS):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A decode step in one kernel (step.h): one new token of each sequence through all layers, its adapter included.
+"""A decode step in one kernel (decode_step.c): one new token of each sequence through all layers, its adapter included.
 
 For weights that are held in 4 or 8 bits. `decoder` computes the same from torch's operations, for everything else and
 for comparison. Shape suffixes as in `decoder`, and B rows.
@@ -6,8 +6,8 @@ for comparison. Shape suffixes as in `decoder`, and B rows.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Step:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._tables: dict[str, Tensor] = {}  # by form: step.h's layers
+        self._tables: dict[str, Any] = {}  # by form: each decoder_layer
         self._shape = shape_of(decoder)
         held = all(isinstance(weight, Weight) for weight in (decoder.layers[0].qkv_OD, decoder.head))
         self._fits = held and cpu.usable(decoder.embedding_VD) and self.fits(decoder.config)
@@ -50,7 +50,7 @@ class Step:
         return self._fits and isinstance(weight, Weight) and weight.choice.form(rows) in WHOLE_STEP
 
     def __call__(self, rows: Sequence[tuple[int, int, Sequence[int]]], updates: Sequence[Update]) -> Tensor:
-        """Hidden states (B, D) after the final norm. rows: of each its token, its position, and decode.h's `place` of
+        """Hidden states (B, D) after the final norm. rows: of each its token, its position, and the cache_place of
         its keys and values, which have room there."""
         decoder, B = self._decoder, len(rows)
         weight = decoder.layers[0].qkv_OD
@@ -58,55 +58,51 @@ class Step:
         form = weight.choice.form(B)
         if form not in self._tables:
             self._tables[form] = layers_of(decoder, form)
-        fresh_B6 = torch.tensor([(token, position, *place) for token, position, place in rows])
+        tokens = cpu.array("new_token", [(token, position, place_of(place)) for token, position, place in rows])
         hidden_BD = torch.empty(B, decoder.config.hidden)
-        cpu.call("decode_layers", None, B, self._shape, self._tables[form], fresh_B6, *answering(updates), hidden_BD)
+        cpu.kernels().decode_step(B, self._shape, self._tables[form], tokens, *answering(updates), hidden_BD)
         return hidden_BD
 
 
-def shape_of(decoder: Decoder) -> Tensor:
-    """step.h's `shape`; the decoder must outlive it."""
+def shape_of(decoder: Decoder) -> Any:
+    """The decoder_shape; the decoder must outlive it."""
     c = decoder.config
-    sizes = [c.layers, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, _bits(c.norm_eps)]
+    sizes = c.layers, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, c.norm_eps
     tensors = decoder.embedding_VD, decoder.norm_D, decoder.inverse_frequency_E2
-    return torch.tensor(sizes + [tensor.data_ptr() for tensor in tensors])
+    return cpu.ffi.new("decoder_shape *", (*sizes, *map(cpu.pointer, tensors)))
 
 
-def layers_of(decoder: Decoder, form: str) -> Tensor:
-    """step.h's `layer` of each; the decoder must outlive it."""
+def layers_of(decoder: Decoder, form: str) -> Any:
+    """The decoder_layer of each; the decoder must outlive them."""
     rows = []
     for layer in decoder.layers:
-        row = [_address(getattr(layer, name)) for name in _SMALL]
-        for name in ("qkv_OD", "o_DI", "gate_up_OD", "down_DI"):
-            row += _held(getattr(layer, name).forms[form])
-        rows.append(row)
-    return torch.tensor(rows)
+        weights = [_quantized_weight(getattr(layer, name).forms[form]) for name in _PRODUCTS]
+        rows.append((*(cpu.pointer(getattr(layer, name)) for name in _SMALL), weights))
+    return cpu.array("decoder_layer", rows)
 
 
-def answering(updates: Sequence[Update]) -> tuple[int, Tensor | None, Tensor | None]:
-    """How many adapters answer for rows, and step.h's `adapter` and members."""
+def place_of(place: Sequence[int]) -> tuple[Any, ...]:
+    """The cache_place of addresses of keys and of values, and of steps from layer to layer and from head to head."""
+    return _ADDRESS + place[0], _ADDRESS + place[1], *place[2:]
+
+
+def answering(updates: Sequence[Update]) -> tuple[int, Any, Tensor | None]:
+    """How many adapters answer for rows, the adapter of each, and members."""
     if not updates:
         return 0, None, None
     (rows,) = updates
     assert isinstance(rows, Rows)
-    return len(rows.adapters_N4), rows.adapters_N4, rows.members
+    return len(rows.adapters), rows.adapters, rows.members
 
 
-def _held(form: Form) -> list[int]:
-    """quantised.h's `held`; of weights in 16 bits the panels."""
+def _quantized_weight(form: Form) -> tuple[Any, ...]:
+    """The quantized_weight; of weights in 16 bits the panels."""
     if isinstance(form, Tiles):
-        return [16, *form.shape, form.laid.data_ptr(), 0, 0]
+        return 16, *form.shape, cpu.ffi.cast("uint8_t *", form.laid.data_ptr()), cpu.ffi.NULL, cpu.ffi.NULL
     assert isinstance(form, Grouped)
-    return [form.bits, *form.shape, *map(_address, (form.q, form.scale_OG, form.minimum_OG))]
+    return form.bits, *form.shape, *map(cpu.pointer, (form.q, form.scale_OG, form.minimum_OG))
 
 
+_ADDRESS = cpu.ffi.cast("char *", 0)
 _SMALL = ("attention_norm_D", "mlp_norm_D", "qkv_bias_O", "q_norm_E", "k_norm_E")
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _bits(number: float) -> int:
-    """A double's bits as a whole number."""
-    return int(struct.unpack("q", struct.pack("d", number))[0])
+_PRODUCTS = ("qkv_OD", "o_DI", "gate_up_OD", "down_DI")

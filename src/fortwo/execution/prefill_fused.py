@@ -1,4 +1,4 @@
-"""Prompts through all layers in one kernel (prefill.h), the adapters of each included; steps of many rows, too.
+"""Prompts through all layers in one kernel (prefill_amx.c), the adapters of each included; steps of many rows, too.
 
 Products are in bf16, on processors with AMX's tiles, whatever the weights are held in; what is carried from layer to
 layer is fp32. `decoder` computes the same from torch's operations, for everything else and for comparison. Shape
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fortwo.execution.decode_fused import Step, answering, layers_of, shape_of
+from fortwo.execution.decode_fused import Step, answering, layers_of, place_of, shape_of
 from fortwo.kernels import cpu
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
@@ -28,7 +28,7 @@ MANY = 512  # tokens
 @dataclass(frozen=True)
 class Piece:
     """Tokens of a prompt, or those that several prompts begin with, after `before` that are computed already. places:
-    decode.h's `place` of each of these prompts, whose keys and values have room for them."""
+    cache_place of each of these prompts, whose keys and values have room for them."""
 
     tokens: Sequence[int]
     before: int
@@ -67,6 +67,7 @@ class Prefill:
             first += len(piece.places)
             start += len(piece.tokens)
         hidden_TD = torch.empty(len(tokens), self._decoder.config.hidden)
-        told = (torch.tensor(tokens), torch.tensor(table), torch.tensor(places), *answering(updates))
-        cpu.call("prefill_layers", None, len(tokens), len(pieces), self._shape, self._layers, *told, hidden_TD)
+        told = cpu.array("prompt_piece", table), cpu.array("cache_place", map(place_of, places)), *answering(updates)
+        sizes, rows = (len(tokens), len(pieces)), torch.tensor(tokens)
+        cpu.kernels().prefill(*sizes, self._shape, self._layers, rows, *told, hidden_TD)
         return hidden_TD

@@ -1,11 +1,11 @@
-"""The decoder's layers to train an adapter on, by one kernel there and one back (layer.h), in bf16 on AMX's tiles.
+"""The decoder's layers to train an adapter on, by one kernel there and one back, in bf16 on AMX's tiles
+(train_layers_amx.c).
 
 The same numbers to the bit as the decoder's own operations find, one after the other. Shape suffixes as in `decoder`.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,12 +41,6 @@ class Trained(Protocol):
         """The gradient of x, if it is wanted."""
 
 
-_TRAINING = struct.Struct("9qd2q4P")  # adapted.h's `training`
-_LAYER = struct.Struct("4P")  # what layer.h's `trained_layer` has before its four products
-_PRODUCT = struct.Struct("2P4q" + 3 * "P3qd")  # `adapted`
-_NONE = (0, 0, 0, 0, 0.0)  # a target that there is not
-
-
 def trained_whole(config: DecoderConfig, layers: Sequence[Layer]) -> bool:
     """Whether there is such a kernel."""
     c = config
@@ -77,34 +71,33 @@ class TrainedLayers:
         self._lora, self._held, self._again, self._scratch = lora, (rows_2R, angles), again, scratch
         shape = c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate
         kept = kept_of(lora.config.dropout) if seeds else 0
-        tables = [tensor.data_ptr() for tensor in (*rows_2R, *angles)]
-        self._training = _TRAINING.pack(
-            len(layers), T, *shape, kept, again, c.norm_eps, prefix, rows_2R.shape[1], *tables
-        )
-        self._table = bytearray()
+        sizes = len(layers), T, *shape, kept, again, c.norm_eps, prefix, rows_2R.shape[1]
+        self._pass = cpu.ffi.new("training_pass *", (*sizes, *map(cpu.pointer, (*rows_2R, *angles))))
+        table = []
         for index, layer in enumerate(layers):
-            norms = layer.attention_norm_D.data_ptr(), layer.mlp_norm_D.data_ptr()
-            self._table += _LAYER.pack(0, 0, *norms)
-            for name, weight_OI in zip(GROUPS, _weights(layer), strict=True):
-                group = lora.layers[index].get(name)
-                self._table += _product(weight_OI, group, seeds.get((index, name), 0))
+            products = [
+                _product(weight_OI, lora.layers[index].get(name), seeds.get((index, name), 0))
+                for name, weight_OI in zip(GROUPS, _weights(layer), strict=True)
+            ]
+            norms = cpu.pointer(layer.attention_norm_D), cpu.pointer(layer.mlp_norm_D)
+            table.append((cpu.ffi.NULL, cpu.ffi.NULL, *norms, *products))
+        self._layers = cpu.array("train_layer", table)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """What comes after the last layer."""
-        size = _LAYER.size + len(GROUPS) * _PRODUCT.size
-        bytes_L = torch.empty(len(self._table) // size, dtype=torch.int64)
-        cpu.call("layers_bytes", None, self._training, bytes(self._table), bytes_L)
+        bytes_L = torch.empty(len(self._layers), dtype=torch.int64)
+        cpu.kernels().train_layers_bytes(self._pass, self._layers, bytes_L)
         memory = [int(bytes_L.max())] if self._again else bytes_L.tolist()
         room = _room(self._scratch, sum(memory) + x_TD.nbytes * (len(bytes_L) - 1))
-        own = room.data_ptr()
-        x, following = x_TD.data_ptr(), own + sum(memory)
-        for place in range(len(bytes_L)):
-            struct.pack_into("2P", self._table, place * size, x, own)
+        own = cpu.ffi.cast("char *", room.data_ptr())
+        x, following = cpu.pointer(x_TD), cpu.ffi.cast("float *", own + sum(memory))
+        for place, layer in enumerate(self._layers):
+            layer.x, layer.memory = x, own
             own += 0 if self._again else memory[place]
-            x, following = following, following + x_TD.nbytes
-        self._x_TD, self._told, out_TD = x_TD, bytes(self._table), torch.empty_like(x_TD)
+            x, following = following, following + x_TD.numel()
+        self._x_TD, out_TD = x_TD, torch.empty_like(x_TD)
         self._room: Tensor | None = room
-        cpu.call("layers_forward", None, self._training, self._told, out_TD)
+        cpu.kernels().train_layers_forward(self._pass, self._layers, out_TD)
         return out_TD
 
     def backward(self, grad_TD: Tensor, wanted: bool) -> Tensor | None:
@@ -114,7 +107,7 @@ class TrainedLayers:
         assert flat_N.grad is not None
         grad_x_TD = torch.empty_like(grad_TD) if wanted else None
         apart = flat_N.grad.data_ptr() - flat_N.data_ptr()
-        cpu.call("layers_backward", None, self._training, self._told, grad_TD, apart, grad_x_TD)
+        cpu.kernels().train_layers_backward(self._pass, self._layers, grad_TD, apart, grad_x_TD)
         self._scratch.memory, self._room = self._room, None
         return grad_x_TD
 
@@ -146,14 +139,14 @@ def _weights(layer: Layer) -> tuple[Frozen, ...]:
     return layer.qkv_OD, layer.o_DI, layer.gate_up_OD, layer.down_DI
 
 
-def _product(weight_OI: Frozen, group: LoraGroup | None, seed: int | Tensor) -> bytes:
-    """adapted.h's `adapted`."""
+def _product(weight_OI: Frozen, group: LoraGroup | None, seed: int | Tensor) -> tuple[Any, ...]:
+    """The lora_product."""
     assert isinstance(weight_OI, Tiles)
-    laid = weight_OI.laid.data_ptr()
+    packed = cpu.pointer(weight_OI.laid)
     if group is None:
-        return _PRODUCT.pack(laid, 0, *weight_OI.shape, 0, 0, *_NONE * 3)
-    told: list[float] = []
-    for place, B_Or in zip(group.places, group.Bs, strict=True):
-        told += B_Or.data_ptr(), place.columns.start, *B_Or.shape, place.scale
-    told += _NONE * (3 - len(group.places))
-    return _PRODUCT.pack(laid, group.A_RI.data_ptr(), *weight_OI.shape, len(group.A_RI), seed, *told)
+        return packed, cpu.ffi.NULL, *weight_OI.shape
+    targets = [
+        (cpu.pointer(B_Or), place.columns.start, *B_Or.shape, place.scale)
+        for place, B_Or in zip(group.places, group.Bs, strict=True)
+    ]
+    return packed, cpu.pointer(group.A_RI), *weight_OI.shape, len(group.A_RI), int(seed), targets

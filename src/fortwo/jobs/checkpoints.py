@@ -1,13 +1,13 @@
-"""Checkpoints on disk, until their job is done.
+"""The checkpoints of jobs on disk. They exist until their job has succeeded or was cancelled.
 
-    <root>/<job id>/checkpoint-<step>/adapter_config.json, adapter_model.safetensors   as PEFT reads them
-                                      state.safetensors, state.json    what else it takes to go on
-                                      manifest.json     whose it is, and the sha256 of the other four
+    <root>/<job id>/checkpoint-<step>/adapter_config.json, adapter_model.safetensors   in PEFT's format
+                                      state.safetensors, state.json    everything else that resuming needs
+                                      manifest.json     job, base and progress, and the sha256 of the other four
 
-A checkpoint is written into a draft beside the others, synced and renamed: a reader sees a whole one or none. What is
-to go is renamed first. Only one server, and in it one thread, writes to a job's folder; so a draft that is there
-before a write was left behind by a killed one. A checkpoint is called `name@job-step`, with the first eight digits of
-the job's id; versions are numbers, so the two never meet. Knows no tensors' meaning.
+A checkpoint is written into a draft folder beside the others, synced and renamed, and is renamed again before it is
+removed: readers see a complete one or none. One thread of one server writes to a job's folder, so a draft that exists
+before a write was left by a killed server. A checkpoint is called `name@job-step`, with the first eight digits of the
+job's id; versions are numbers, so no checkpoint has the name of a version.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,8 +37,7 @@ log = logging.getLogger(__name__)
 STATE = "state.json"
 STATE_TENSORS = "state.safetensors"
 
-_DRAFT = ".draft-"
-_PLACE = re.compile(r"checkpoint-([1-9][0-9]{0,8})")
+_FOLDER = re.compile(r"checkpoint-([1-9][0-9]{0,8})")
 _REF = re.compile(r"([0-9a-f]{8})-([1-9][0-9]{0,8})")
 
 
@@ -54,134 +52,130 @@ class CheckpointStore:
     def save(
         self, job_id: str, checkpoint: Checkpoint, peft_config: Json, manifest: Json, keep: int
     ) -> tuple[CheckpointVersion, list[CheckpointVersion]]:
-        """Keep a checkpoint, and of the job's others the newest, `keep` in all. Returns it and those that went.
+        """Write a checkpoint and delete all but the newest `keep` of the job. Returns it and the deleted ones.
 
-        manifest: adapter_name, base_model, base_digest. Raises StorageFailed when the disk refuses; then nothing has
-        changed.
+        manifest: adapter_name, base_model, base_digest, progress and actual. Raises StorageFailed when the disk
+        refuses; then nothing has changed.
         """
-        files: dict[str, list[bytes | memoryview]] = {
-            CONFIG: [disk.dump(peft_config)],
-            TENSORS: weights.parts(checkpoint.adapter),
-            STATE_TENSORS: weights.parts(checkpoint.tensors),
-            STATE: [json.dumps(checkpoint.state, allow_nan=False).encode()],
+        files = {
+            CONFIG: disk.dump(peft_config),
+            TENSORS: weights.serialize(checkpoint.adapter),
+            STATE_TENSORS: weights.serialize(checkpoint.tensors),
+            STATE: json.dumps(checkpoint.state, allow_nan=False).encode(),
         }
-        shas = {file: _sha(content) for file, content in files.items()}
-        told = {**manifest, "job_id": job_id, "step": checkpoint.step, "created_at": time.time(), "files": shas}
-        folder = self._root / job_id
-        place = folder / f"checkpoint-{checkpoint.step}"
+        shas = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
+        complete = {**manifest, "job_id": job_id, "step": checkpoint.step, "created_at": time.time(), "files": shas}
+        job_folder = self._root / job_id
+        folder = job_folder / f"checkpoint-{checkpoint.step}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _sweep(folder)
-            draft = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=folder))
-            files[MANIFEST] = [disk.dump(told)]
+            job_folder.mkdir(parents=True, exist_ok=True)
+            _remove_drafts(job_folder)
+            draft = Path(tempfile.mkdtemp(prefix=disk.DRAFT_PREFIX, dir=job_folder))
+            files[MANIFEST] = disk.dump(complete)
             for file, content in files.items():
-                disk.write(draft / file, *content)
+                disk.write(draft / file, content)
             disk.sync(draft)
-            if place.exists():  # damaged, or the same
-                _discard(place)
-            draft.rename(place)
-            disk.sync(folder)
+            if folder.exists():  # it is damaged, or has the same content
+                _remove(folder)
+            draft.rename(folder)
+            disk.sync(job_folder)
         except OSError as error:
-            _sweep(folder)
-            raise disk.refused(place, error) from error
-        gone = list(self.of(job_id)[:-keep])
-        for version in gone:
-            self.drop(version)
-        return _version(place), gone
+            _remove_drafts(job_folder)
+            raise disk.storage_failed(folder, error) from error
+        deleted = list(self.of_job(job_id)[:-keep])
+        for version in deleted:
+            self.delete(version)
+        return _version(folder), deleted
 
-    def drop(self, version: CheckpointVersion) -> None:
-        """It is of no use any more."""
-        _discard(Path(version.path))
+    def delete(self, version: CheckpointVersion) -> None:
+        """Delete one checkpoint. A file that cannot be removed is only logged."""
+        _remove(Path(version.path))
 
-    def remove(self, job_id: str) -> list[CheckpointVersion]:
-        """The job is done. Returns what went."""
-        gone = list(self.of(job_id))
+    def delete_job(self, job_id: str) -> list[CheckpointVersion]:
+        """Delete all checkpoints of a job and return them."""
+        deleted = list(self.of_job(job_id))
         if (self._root / job_id).is_dir():
-            _discard(self._root / job_id)
-        return gone
+            _remove(self._root / job_id)
+        return deleted
 
-    def sweep(self) -> None:
-        """Remove what a killed server was about to remove."""
+    def remove_leftovers(self) -> None:
+        """Remove the folders whose deletion a killed server did not finish."""
         if self._root.is_dir():
-            _sweep(self._root)
+            _remove_drafts(self._root)
 
     # ------------------------------------------------------------ reading
 
-    def jobs(self) -> list[str]:
-        """Jobs that have a folder here."""
+    def job_ids(self) -> list[str]:
+        """The ids of all jobs that have a folder here, sorted."""
         if not self._root.is_dir():
             return []
         return sorted(path.name for path in self._root.iterdir() if not path.name.startswith("."))
 
-    def of(self, job_id: str) -> tuple[CheckpointVersion, ...]:
-        """A job's checkpoints, oldest first; one whose manifest cannot be read is passed over."""
-        return tuple(version for version in map(_readable, _places(self._root / job_id)) if version is not None)
+    def of_job(self, job_id: str) -> tuple[CheckpointVersion, ...]:
+        """A job's checkpoints, oldest first; those whose manifest cannot be read are left out."""
+        return tuple(version for version in map(_readable, _folders(self._root / job_id)) if version is not None)
 
     def get(self, ref: str) -> CheckpointVersion:
-        """The checkpoint that is called `ref`, name@job-step. Raises NotFound naming the job's others."""
-        name, _, at = ref.partition("@")
-        found = _REF.fullmatch(at)
-        if found is None:
+        """The checkpoint named `ref`, as in name@job-step. Raises NotFound, which lists the job's other checkpoints."""
+        name, _, suffix = ref.partition("@")
+        match = _REF.fullmatch(suffix)
+        if match is None:
             raise NotFound(
-                f"no model {ref!r}: {at!r} is neither a version nor a checkpoint",
+                f"there is no model {ref!r}: {suffix!r} is neither a version nor a checkpoint",
                 param="model",
-                hint=f"Write {name}@1 for a version, {name}@1a2b3c4d-28 for step 28 of the job 1a2b3c4d...",
+                hint=f"Write {name}@1 for a version, or {name}@1a2b3c4d-28 for step 28 of the job 1a2b3c4d...",
             )
         others = []
-        for folder in self._root.glob(f"{found[1]}*"):
-            for version in self.of(folder.name):
+        for folder in self._root.glob(f"{match[1]}*"):
+            for version in self.of_job(folder.name):
                 if version.id == ref:
                     return version
                 others.append(version.id)
         raise NotFound(
-            f"no checkpoint {ref!r}",
+            f"there is no checkpoint {ref!r}",
             param="model",
             hint=f"There are: {', '.join(others)}."
             if others
-            else "Checkpoints go when their job is done; a job that runs lists its own.",
+            else "Checkpoints are deleted when their job is done; a job that is not done lists its checkpoints.",
         )
 
     def read(self, ref: str) -> tuple[CheckpointVersion, Json, dict[str, Tensor]]:
-        """As the store of adapters reads a version. Raises InvalidAdapter naming the file that is damaged."""
+        """A checkpoint, its PEFT configuration and its adapter's tensors, like AdapterStore.read. Raises NotFound, and
+        InvalidAdapter naming the file that is damaged."""
         import safetensors.torch
 
         version = self.get(ref)
-        return version, json.loads(_content(version, CONFIG)), safetensors.torch.load(_content(version, TENSORS))
+        tensors = safetensors.torch.load(_read_checked(version, TENSORS))
+        return version, json.loads(_read_checked(version, CONFIG)), tensors
 
     def restore(self, version: CheckpointVersion) -> Checkpoint:
-        """All of it, as it was saved. Raises InvalidAdapter naming the file that is damaged."""
+        """The whole checkpoint, as it was saved. Raises InvalidAdapter naming the file that is damaged."""
         import safetensors.torch
 
         return Checkpoint(
             version.version,
-            safetensors.torch.load(_content(version, TENSORS)),
-            safetensors.torch.load(_content(version, STATE_TENSORS)),
-            json.loads(_content(version, STATE)),
+            safetensors.torch.load(_read_checked(version, TENSORS)),
+            safetensors.torch.load(_read_checked(version, STATE_TENSORS)),
+            json.loads(_read_checked(version, STATE)),
         )
 
 
-def _sha(parts: Iterable[bytes | memoryview]) -> str:
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(part)
-    return whole.hexdigest()
-
-
-def _places(folder: Path) -> list[Path]:
+def _folders(job_folder: Path) -> list[Path]:
+    """The folders of a job's checkpoints, in the order of their steps."""
     with suppress(FileNotFoundError, NotADirectoryError):
-        found = [(int(match[1]), path) for path in folder.iterdir() if (match := _PLACE.fullmatch(path.name))]
-        return [path for _, path in sorted(found)]
+        steps = [(int(match[1]), path) for path in job_folder.iterdir() if (match := _FOLDER.fullmatch(path.name))]
+        return [path for _, path in sorted(steps)]
     return []
 
 
-def _version(place: Path) -> CheckpointVersion:
-    content = (place / MANIFEST).read_bytes()
+def _version(folder: Path) -> CheckpointVersion:
+    content = (folder / MANIFEST).read_bytes()
     manifest = json.loads(content)
     return CheckpointVersion(
         name=manifest["adapter_name"],
         version=manifest["step"],
-        digest=hashlib.sha256(content).hexdigest(),  # of its own: a version with the same tensors outlives it
-        path=str(place),
+        digest=hashlib.sha256(content).hexdigest(),  # differs from that of a published version with the same tensors
+        path=str(folder),
         base_model=manifest["base_model"],
         base_digest=manifest["base_digest"],
         created_at=manifest["created_at"],
@@ -190,18 +184,18 @@ def _version(place: Path) -> CheckpointVersion:
     )
 
 
-def _readable(place: Path) -> CheckpointVersion | None:
+def _readable(folder: Path) -> CheckpointVersion | None:
     try:
-        return _version(place)
-    except FileNotFoundError:  # it has just gone
+        return _version(folder)
+    except FileNotFoundError:  # it has just been deleted
         return None
     except (OSError, ValueError, KeyError, TypeError):
-        log.warning("%s is damaged", place, exc_info=True)
+        log.warning("The checkpoint %s is damaged and is not used.", folder, exc_info=True)
         return None
 
 
-def _content(version: CheckpointVersion, file: str) -> bytes:
-    """A file of a checkpoint, as it was written."""
+def _read_checked(version: CheckpointVersion, file: str) -> bytes:
+    """The content of a file whose sha256 is that of the manifest; raises InvalidAdapter for any other."""
     path = Path(version.path) / file
     try:
         content = path.read_bytes()
@@ -211,20 +205,20 @@ def _content(version: CheckpointVersion, file: str) -> bytes:
         raise InvalidAdapter(
             f"{path} ({len(content)} bytes) is not what was written: truncated or changed",
             param="model",
-            hint="The job can go on from an earlier checkpoint, or from the beginning.",
+            hint="Resume the job: it continues from an earlier checkpoint, or starts from the beginning.",
         )
     return content
 
 
-def _discard(place: Path) -> None:
-    """Gone at once for every reader, whatever happens to the files."""
+def _remove(folder: Path) -> None:
+    """Remove a folder. It is renamed first, so that no reader sees half of it."""
     try:
-        doomed = Path(tempfile.mkdtemp(prefix=_DRAFT, dir=place.parent))
-        shutil.rmtree(place.rename(doomed / place.name).parent, ignore_errors=True)
+        trash = Path(tempfile.mkdtemp(prefix=disk.DRAFT_PREFIX, dir=folder.parent))
+        shutil.rmtree(folder.rename(trash / folder.name).parent, ignore_errors=True)
     except OSError:
-        log.warning("%s could not be removed", place, exc_info=True)
+        log.warning("%s could not be removed.", folder, exc_info=True)
 
 
-def _sweep(folder: Path) -> None:
-    for draft in folder.glob(f"{_DRAFT}*"):
+def _remove_drafts(folder: Path) -> None:
+    for draft in folder.glob(f"{disk.DRAFT_PREFIX}*"):
         shutil.rmtree(draft, ignore_errors=True)

@@ -1,32 +1,29 @@
-"""Looking up the adapter that a request wants to go on from, and what it knows."""
+"""Finds the adapter that a request names as its parent, and the facts which that adapter has learned."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
-
+from fortwo.data.datasets import FACTS
 from fortwo.errors import InvalidAdapter, InvalidRequest, NotFound
 from fortwo.nn.lora_config import LoraConfig
-from fortwo.records import AdapterVersion, Fact
+from fortwo.records import AdapterVersion
 from fortwo.train.parent import Parent
 
 if TYPE_CHECKING:
     from fortwo.adapters.store import AdapterStore
 
-_FACTS = TypeAdapter(tuple[Fact, ...])
 
+def resolve_parent(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Parent]:
+    """The version that `parent` (name or name@3) means, checked to be intact and trainable.
 
-def find(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Parent]:
-    """The version that `parent` = name or name@3 means, whole and of a shape that can be trained.
-
-    Raises NotFound, InvalidRequest or InvalidAdapter for `parent`.
+    Raises NotFound, InvalidRequest or InvalidAdapter with `param` "parent".
     """
     if "-" in ref.partition("@")[2]:
         raise InvalidRequest(
             f"parent = {ref!r} is a checkpoint of a job that is not done",
             param="parent",
-            hint="Wait until the job is done and name what it publishes, such as name or name@1.",
+            hint="Wait until the job is done and name the version that it publishes, such as name or name@1.",
         )
     try:
         version, peft, _ = store.read(ref)
@@ -37,18 +34,18 @@ def find(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Parent]:
         raise InvalidAdapter(
             f"parent = {ref!r} changes only layers {', '.join(map(str, config.layers))}",
             param="parent",
-            hint="Only adapters of all layers can be gone on from: train without a parent.",
+            hint="Only adapters of all layers can be trained further: train without a parent.",
         )
     manifest = version.manifest
-    taught: Any = manifest.get("plan")
+    plan: Any = manifest.get("plan")
     return version, Parent(
         id=version.id,
-        objective=None if taught is None else taught["objective"],
+        objective=None if plan is None else plan["objective"],
         r=config.r,
         lora_alpha=config.alpha,
         target_modules=config.target_modules,
         use_rslora=config.use_rslora,
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
-        facts=_FACTS.validate_python(manifest.get("facts", ())),
+        facts=FACTS.validate_python(manifest.get("facts", ())),
     )

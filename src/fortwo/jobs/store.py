@@ -1,8 +1,8 @@
-"""Jobs and their events in a database: what was asked, planned, done and found.
+"""The database of jobs and their events.
 
-Owns the schema (brought up to date when a store is opened) and every SQL statement. Knows nothing of training:
-a job's request, plan, report and error are JSON to it. Safe from any thread. A write transaction opens with its
-write, never with a read, so that SQLite has no read lock to upgrade and two writers queue instead of failing.
+This module owns the schema, which is migrated when a store is opened, and every SQL statement. It knows nothing of
+training: a job's plan, report and error are JSON to it. All methods may be called from any thread. A write transaction
+begins with its write and never with a read, so that two writers of SQLite wait for each other instead of failing.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ INTERRUPTED: Json = {
     "type": "server_error",
     "code": "interrupted",
     "param": None,
-    "hint": "Resume the job: it goes on from its last checkpoint.",
+    "hint": "Resume the job: it continues from its last checkpoint.",
 }
 
 
-class Base(DeclarativeBase):
+class TableBase(DeclarativeBase):
     type_annotation_map: ClassVar = {Json: JSON(none_as_null=True), float: Double}
 
 
-class JobRow(Base):
+class JobRow(TableBase):
     __tablename__ = "jobs"
 
     id: Mapped[str] = mapped_column(String(36), primary_key=True)
@@ -64,7 +64,7 @@ class JobRow(Base):
     __table_args__ = (Index("jobs_by_status", "status", "queued_at"),)
 
 
-class EventRow(Base):
+class EventRow(TableBase):
     __tablename__ = "events"
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
@@ -80,7 +80,7 @@ class EventRow(Base):
 
 @dataclass(frozen=True)
 class Job:
-    """One training run. Times are Unix seconds; queued_at moves when the job is resumed and fixes whose turn it is."""
+    """One training job. Times are Unix seconds. queued_at, which changes when the job is resumed, orders the queue."""
 
     id: str
     status: Status
@@ -102,14 +102,14 @@ class Job:
         return self.status in ENDED
 
     @property
-    def at_rest(self) -> bool:
-        """Nothing more happens to it unless it is asked for."""
+    def ended_or_paused(self) -> bool:
+        """Nothing more happens to the job unless a user asks for it."""
         return self.ended or self.status == "paused"
 
 
 @dataclass(frozen=True)
-class Note:
-    """An event to be: the store gives it its number and its time."""
+class NewEvent:
+    """An event to store; the database gives it its number and its time."""
 
     type: str
     message: str
@@ -119,7 +119,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to a job. Numbers grow in the order of events and are never used twice."""
+    """Something that happened to a job. Ids grow in the order of the events and are never used twice."""
 
     id: int
     job_id: str
@@ -131,7 +131,7 @@ class Event:
 
 
 def migrations(database_url: str) -> Config:
-    """Alembic's configuration: the migrations travel inside the package, so no file beside it is needed."""
+    """Alembic's configuration. The migrations are part of the package, so that no alembic.ini is needed."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
     config.set_main_option("sqlalchemy.url", database_url.replace("%", "%%"))
@@ -139,7 +139,7 @@ def migrations(database_url: str) -> Config:
 
 
 def connect(database_url: str) -> Engine:
-    """An engine; SQLite gets a write-ahead log, foreign keys and patience with a writer at work."""
+    """An engine. SQLite gets a write-ahead log, foreign keys, and waits up to 30 seconds for another writer."""
     engine = create_engine(database_url, json_serializer=partial(json.dumps, allow_nan=False))
     if engine.dialect.name == "sqlite":
         if engine.url.database:
@@ -154,7 +154,7 @@ def connect(database_url: str) -> Engine:
 
 
 class JobStore:
-    """All jobs of one database."""
+    """The jobs of one database. Methods that take a job's id raise NotFound when there is no such job."""
 
     def __init__(self, database_url: str) -> None:
         self._engine = connect(database_url)
@@ -167,7 +167,7 @@ class JobStore:
         self._engine.dispose()
 
     def create(self, *, model: str, adapter_name: str, dataset: Json, plan: Json, progress: Json) -> Job:
-        """A new job, queued behind all others."""
+        """Store a new job at the end of the queue."""
         now = time.time()
         row = JobRow(
             id=str(uuid.uuid4()),
@@ -183,7 +183,7 @@ class JobStore:
         with Session(self._engine) as session, session.begin():
             session.add(row)
             session.flush()
-            session.add(_event(row.id, Note("queued", f"Queued: {adapter_name} on {model}.")))
+            session.add(_event_row(row.id, NewEvent("queued", f"Queued: {adapter_name} on {model}.")))
             return _job(row)
 
     def get(self, job_id: str) -> Job:
@@ -194,55 +194,58 @@ class JobStore:
             return _job(row)
 
     def dataset(self, job_id: str) -> Json:
-        """The rows a job was given, kept apart from Job because they may be many."""
+        """The dataset of a job (datasets.to_json). It is not part of Job because it may be large."""
         with Session(self._engine) as session:
-            found = session.execute(select(JobRow.dataset).where(JobRow.id == job_id)).scalar_one_or_none()
-            if found is None:
+            dataset = session.execute(select(JobRow.dataset).where(JobRow.id == job_id)).scalar_one_or_none()
+            if dataset is None:
                 raise _unknown(job_id)
-            return found
+            return dataset
 
     def jobs(self, limit: int = 100) -> list[Job]:
-        """The newest first."""
+        """At most `limit` jobs, the newest first."""
         query = select(JobRow).order_by(JobRow.created_at.desc(), JobRow.id).limit(limit)
         with Session(self._engine) as session:
             return [_job(row) for row in session.scalars(query)]
 
     def next_queued(self) -> Job | None:
-        """Whose turn it is."""
+        """The job at the head of the queue, or None when the queue is empty."""
         query = select(JobRow).where(JobRow.status == "queued").order_by(JobRow.queued_at, JobRow.id).limit(1)
         with Session(self._engine) as session:
             row = session.scalars(query).first()
             return None if row is None else _job(row)
 
     def last_actual(self, model: str) -> Json | None:
-        """What the newest run on this base really took."""
+        """The measurements of the newest run on this base, or None when there is none."""
         query = select(JobRow.actual).where(JobRow.model == model, JobRow.actual.is_not(None))
         with Session(self._engine) as session:
             return session.scalars(query.order_by(JobRow.started_at.desc()).limit(1)).first()
 
-    def update(self, job_id: str, note: Note | None = None, *, when: Iterable[Status] = (), **changes: Any) -> bool:
-        """Change fields of a job and append an event, both or neither.
+    def update(
+        self, job_id: str, event: NewEvent | None = None, *, when: Iterable[Status] = (), **changes: Any
+    ) -> bool:
+        """Change fields of a job and append an event, in one transaction.
 
-        when: statuses in which the change is allowed (empty: any). False, and nothing is written, in another one.
+        when: the statuses in which the change is allowed; empty means any. In other statuses nothing is written and
+        False is returned.
         """
         allowed = tuple(when)
-        changed = update(JobRow).where(JobRow.id == job_id).values(**changes)
+        query = update(JobRow).where(JobRow.id == job_id).values(**changes)
         if allowed:
-            changed = changed.where(JobRow.status.in_(allowed))
+            query = query.where(JobRow.status.in_(allowed))
         with Session(self._engine) as session, session.begin():
-            touched = session.execute(changed.returning(JobRow.id)).scalar_one_or_none()
-            if touched is not None and note is not None:
-                session.add(_event(job_id, note))
-        if touched is None:
-            self.get(job_id)
-        return touched is not None
+            changed = session.execute(query.returning(JobRow.id)).scalar_one_or_none()
+            if changed is not None and event is not None:
+                session.add(_event_row(job_id, event))
+        if changed is None:
+            self.get(job_id)  # raises NotFound
+        return changed is not None
 
-    def append_event(self, job_id: str, note: Note) -> None:
+    def append_event(self, job_id: str, event: NewEvent) -> None:
         with Session(self._engine) as session, session.begin():
-            session.add(_event(job_id, note))
+            session.add(_event_row(job_id, event))
 
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> list[Event]:
-        """Events of a job numbered above `after`, oldest first."""
+        """At most `limit` events of a job whose ids are greater than `after`, oldest first."""
         query = select(EventRow).where(EventRow.job_id == job_id, EventRow.id > after).order_by(EventRow.id)
         with Session(self._engine) as session:
             return [
@@ -251,7 +254,7 @@ class JobStore:
             ]
 
     def mark_interrupted(self) -> list[str]:
-        """For the start of a server: jobs that ran when the last one died are failed. Their ids."""
+        """Mark all jobs that are still active as failed, because the server that ran them died. Returns their ids."""
         query = (
             update(JobRow)
             .where(JobRow.status.in_(ACTIVE))
@@ -261,7 +264,9 @@ class JobStore:
         with Session(self._engine) as session, session.begin():
             ids = list(session.scalars(query))
             for job_id in ids:
-                session.add(_event(job_id, Note("failed", INTERRUPTED["message"], {"error": INTERRUPTED}, "error")))
+                session.add(
+                    _event_row(job_id, NewEvent("failed", INTERRUPTED["message"], {"error": INTERRUPTED}, "error"))
+                )
         return ids
 
 
@@ -269,15 +274,8 @@ def _unknown(job_id: str) -> NotFound:
     return NotFound(f"There is no job {job_id!r}.", param="job_id", hint="GET /api/training/jobs lists the jobs.")
 
 
-def _event(job_id: str, note: Note) -> EventRow:
-    return EventRow(
-        job_id=job_id,
-        created_at=time.time(),
-        level=note.level,
-        type=note.type,
-        message=note.message,
-        data=note.data,
-    )
+def _event_row(job_id: str, event: NewEvent) -> EventRow:
+    return EventRow(job_id=job_id, created_at=time.time(), **vars(event))
 
 
 def _job(row: JobRow) -> Job:

@@ -38,6 +38,7 @@ def cap(level: str) -> None:
     os.environ.update(_LIBRARIES.get(level, {}))
 
 
+@cache
 def highest() -> str | None:
     """The highest level that the processor has; None for one that is not an x86 processor that Linux describes."""
     present = flags()
@@ -52,18 +53,28 @@ def level() -> str | None:
     return _cap if found is None else min(found, _cap, key=LEVELS.index)
 
 
-def compiler_flags() -> tuple[str, ...]:
-    """What tells the C compiler which instructions it may use."""
-    present, here = flags(), level()
-    if here == "avx2" and _cap == "avx2":
+def levels() -> tuple[str | None, ...]:
+    """The levels that kernels can run at here, from the lowest to the one in use; None is a processor without any."""
+    here = level()
+    return (here,) if here is None else _up_to(here)
+
+
+def compiler_flags(level: str | None) -> tuple[str, ...]:
+    """What tells the C compiler to use the instructions of a level, and none above it."""
+    if level == "avx2" and highest() != "avx2":
         return ("-march=x86-64-v3",)
     wide = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
-    without = [f"-mno-{name.replace('_', '-')}" for name in ("amx_bf16", "amx_int8", "amx_tile") if name in present]
-    return ("-march=native", *wide, *(without if here == "avx512" else ()))
+    present = sorted(flags() & _NEEDS["amx"]) if level == "avx512" else ()
+    return ("-march=native", *wide, *(f"-mno-{name.replace('_', '-')}" for name in present))
 
 
 def _up_to(level: str) -> tuple[str, ...]:
     return LEVELS[1 : LEVELS.index(level) + 1]
+
+
+def identity() -> bytes:
+    """What tells one kind of processor from another."""
+    return "".join(sorted({*_cpuinfo("model name"), *_cpuinfo("flags")})).encode()
 
 
 def processor() -> str:

@@ -1,19 +1,19 @@
 """Small operations of the decoder with gradients, each in one pass over memory: on the CPU by kernels in C, on a GPU in
 Triton.
 
-Elsewhere, and in other types of number, they are the plain formulas below; the tests hold the kernels to them. Weights,
+Elsewhere, and in other types of number, they are the plain formulas of `reference`. Weights,
 cos and sin are frozen and get no gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fortwo.kernels import cpu, cuda
+from fortwo.kernels import cpu, cuda, reference
 
 
 def add_norm(
@@ -26,9 +26,7 @@ def add_norm(
             return _added(x_TD.contiguous(), y_TD, weight_D, eps, dtype)[:2]
         found: tuple[Tensor, Tensor] = _AddNorm.apply(x_TD, y_TD, weight_D, eps, dtype)  # type: ignore[no-untyped-call]
         return found
-    sum_TD = x_TD if y_TD is None else x_TD + y_TD
-    scale_T1 = torch.rsqrt(sum_TD.square().mean(-1, keepdim=True) + eps)
-    return sum_TD, (sum_TD * scale_T1 * weight_D).to(dtype)
+    return reference.add_norm(x_TD, y_TD, weight_D, eps, dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -67,15 +65,13 @@ def dropout(x: Tensor, p: float, seed: int | Tensor) -> Tensor:
     """
     if cpu.usable(x) and not isinstance(seed, Tensor):
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        cpu.call("dropout", x.dtype, x.numel(), seed, kept_of(p), x.contiguous(), y)
+        cpu.run("dropout", x.dtype, x.numel(), seed, kept_of(p), x.contiguous(), y)
         return y
     if isinstance(seed, Tensor) or cuda.usable(x):
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        cuda.call("dropout", x.dtype, x.numel(), torch.as_tensor(seed, device=x.device), p, x.contiguous(), y)
+        cuda.call("dropout", x.numel(), torch.as_tensor(seed, device=x.device), p, x.contiguous(), y)
         return y
-    generator = torch.Generator(x.device).manual_seed(seed)
-    kept_x = torch.rand(x.shape, generator=generator, device=x.device) >= p
-    return x * kept_x / (1 - p)
+    return reference.dropout(x, p, seed)
 
 
 def kept_of(p: float) -> int:
@@ -105,10 +101,7 @@ def rotate(x_TNE: Tensor, turned: int, cos_TE: Tensor, sin_TE: Tensor) -> Tensor
             return _turned(x_TNE, turned, cos_TE, sin_TE, 1.0)
         y: Tensor = _Rotate.apply(x_TNE, turned, cos_TE, sin_TE)  # type: ignore[no-untyped-call]
         return y
-    turn_TNE, rest_TNE = x_TNE.split([turned, x_TNE.shape[1] - turned], 1)
-    first, second = turn_TNE.chunk(2, -1)
-    half_TNE = torch.cat([-second, first], -1)
-    return torch.cat([(turn_TNE * cos_TE[:, None] + half_TNE * sin_TE[:, None]).to(x_TNE.dtype), rest_TNE], 1)
+    return reference.rotate(x_TNE, turned, cos_TE, sin_TE)
 
 
 class _Rotate(torch.autograd.Function):
@@ -139,8 +132,7 @@ def swiglu(gate_up_T2I: Tensor) -> Tensor:
             return _gated(gate_up_T2I.contiguous())
         y: Tensor = _SwiGlu.apply(gate_up_T2I)  # type: ignore[no-untyped-call]
         return y
-    gate_TI, up_TI = gate_up_T2I.chunk(2, -1)
-    return F.silu(gate_TI) * up_TI
+    return reference.swiglu(gate_up_T2I)
 
 
 def _gated(gate_up_T2I: Tensor) -> Tensor:
@@ -169,25 +161,15 @@ def decode_attention(qkv_BNE: Tensor, k: Tensor, v: Tensor, rows_B: Tensor, posi
     """Attention (B, H, E) of one new token a row over a cache k, v (rows, K, length, E), in which token b stands at
     positions_B[b] of row rows_B[b]; its own keys and values are written there. qkv (B, H + 2K, E) as in `decoder`.
     Positions and lengths are not checked."""
-    K, E = k.shape[1], k.shape[3]
-    B, H = qkv_BNE.shape[0], qkv_BNE.shape[1] - 2 * K
+    (_, K, _, E), (B, N, _) = k.shape, qkv_BNE.shape
     fits = qkv_BNE.dtype == torch.float32 and k.dtype in (torch.float32, torch.float16) and E % 16 == 0
     if fits and k.stride(2) == E and cpu.usable(qkv_BNE):
-        half = int(k.dtype == torch.float16)
-        out_BHE = qkv_BNE.new_empty(B, H, E)
-        steps = k.stride(0), k.stride(1)
-        told = (*steps, rows_B, positions_B, qkv_BNE.contiguous(), k, v, out_BHE, half)
-        cpu.call("decode_attention", None, B, H, K, E, *told)
+        out_BHE = qkv_BNE.new_empty(B, N - 2 * K, E)
+        cache = (cpu.pointer(one, strided=True) for one in (k, v))
+        told = *k.stride()[:2], rows_B, positions_B, qkv_BNE.contiguous(), *cache, out_BHE
+        cpu.kernels().decode_attention(B, N - 2 * K, K, E, *told, int(k.dtype == torch.float16))
         return out_BHE
-    q_BHE, k_BKE, v_BKE = qkv_BNE.split([H, K, K], 1)
-    k[rows_B, :, positions_B], v[rows_B, :, positions_B] = k_BKE.to(k.dtype), v_BKE.to(v.dtype)
-    longest = int(positions_B.max()) + 1
-    k_BKSE, v_BKSE = k[rows_B, :, :longest].to(q_BHE.dtype), v[rows_B, :, :longest].to(q_BHE.dtype)
-    unseen_B11S = (torch.arange(longest, device=k.device) > positions_B[:, None])[:, None, None]
-    scores_BKGS = q_BHE.reshape(B, K, H // K, E) @ k_BKSE.transpose(2, 3) * E**-0.5
-    weights_BKGS = scores_BKGS.masked_fill_(unseen_B11S, -torch.inf).softmax(-1)
-    mixed_BHE: Tensor = (weights_BKGS @ v_BKSE.masked_fill(unseen_B11S.transpose(2, 3), 0)).view(B, H, E)
-    return mixed_BHE
+    return reference.decode_attention(qkv_BNE, k, v, rows_B, positions_B)
 
 
 def packed_attention(qkv_TNE: Tensor, seen_T3: Tensor, kv_heads: int) -> Tensor:
@@ -219,12 +201,9 @@ def cross_entropy(logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
     """
     if cpu.usable(logits_NV):
         loss_N = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
-        cpu.call(*_by_vectors("cross_entropy", logits_NV), *logits_NV.shape, logits_NV, tokens_N, loss_N)
+        _loss("cross_entropy", logits_NV)(*logits_NV.shape, logits_NV, tokens_N, loss_N)
         return loss_N, logits_NV
-    logits_NV = _wide(logits_NV)
-    slope_NV = torch.softmax(logits_NV, -1)
-    slope_NV[torch.arange(len(tokens_N), device=tokens_N.device), tokens_N] -= 1
-    return F.cross_entropy(logits_NV, tokens_N, reduction="none"), slope_NV
+    return reference.cross_entropy(logits_NV, tokens_N)
 
 
 def divergence(logits_NV: Tensor, wanted_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,21 +213,15 @@ def divergence(logits_NV: Tensor, wanted_NV: Tensor) -> tuple[Tensor, Tensor]:
     """
     if cpu.usable(logits_NV, wanted_NV):
         loss_N = logits_NV.new_empty(len(logits_NV), dtype=torch.float32)
-        cpu.call(*_by_vectors("divergence", logits_NV), *logits_NV.shape, logits_NV, wanted_NV, loss_N)
+        _loss("kl_divergence", logits_NV)(*logits_NV.shape, logits_NV, wanted_NV, loss_N)
         return loss_N, logits_NV
-    log_q_NV, log_p_NV = F.log_softmax(_wide(logits_NV), -1), F.log_softmax(_wide(wanted_NV), -1)
-    p_NV = log_p_NV.exp()
-    return torch.linalg.vecdot(p_NV, log_p_NV - log_q_NV), log_q_NV.exp() - p_NV
+    return reference.divergence(logits_NV, wanted_NV)
 
 
-def _wide(logits_NV: Tensor) -> Tensor:
-    """At least fp32: sums over a vocabulary lose too much in fewer bits."""
-    return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-
-
-def _by_vectors(loss: str, logits_NV: Tensor) -> tuple[str, torch.dtype | None]:
-    """Which kernel of a loss takes these logits, as `cpu.call` names it."""
-    dtype = logits_NV.dtype
-    if dtype == torch.bfloat16 and logits_NV.shape[1] % 32 == 0 and cpu.multiplies_tiles():
-        return f"{loss}_vectors", None
-    return loss, dtype
+def _loss(name: str, logits_NV: Tensor) -> Callable[..., None]:
+    """The kernel of a loss that takes these logits."""
+    by_vectors = logits_NV.dtype == torch.bfloat16 and logits_NV.shape[1] % 32 == 0 and cpu.multiplies_tiles()
+    kernel: Callable[..., None] = getattr(
+        cpu.kernels(), f"{name}_amx" if by_vectors else cpu.typed(name, logits_NV.dtype)
+    )
+    return kernel

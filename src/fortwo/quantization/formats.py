@@ -91,7 +91,7 @@ class Grouped:
     GGUF's Q4_1 has it; or w = scale * (q - 128), q in 1..255, as Q8_0. What came from either is the same again.
 
     x is rounded to 16 bits in the same groups, sums are exact whole numbers; of WIDE rows and more both are rounded to
-    bf16 where there are tiles for that. The kernel's layout is described in quantised.h.
+    bf16 where there are tiles for that. The kernel's layout is described in quantized_gemm.c.
     """
 
     bits: int
@@ -118,7 +118,7 @@ class Grouped:
             minimum_OG = None
         start_OG = scale_OG.float() * -128 if minimum_OG is None else minimum_OG.float()
         q = torch.zeros(tiles, G, GROUP * TILE * bits // 8, dtype=torch.uint8)
-        cpu.call("quantise", None, bits, O, I, weight_OI, scale_OG.float(), start_OG, q)
+        cpu.kernels().quantize(bits, O, I, weight_OI, scale_OG.float(), start_OG, q)
 
         def tiled(given_OG: Tensor) -> Tensor:
             return F.pad(given_OG, (0, 0, 0, tiles * TILE - O)).view(tiles, TILE, G).transpose(1, 2).contiguous()
@@ -139,9 +139,9 @@ class Grouped:
         O, I = self.shape  # noqa: E741
         T = x_TI.shape[0]
         y_TO = x_TI.new_empty(T, O)
-        wide = T >= WIDE and cpu.multiplies_tiles()
-        told = self.bits, T, I, O, x_TI.contiguous(), self.q, self.scale_OG, self.minimum_OG, y_TO
-        cpu.call("wide_product" if wide else "grouped_product", None, *told)
+        kernels = cpu.kernels()
+        multiply = kernels.quantized_gemm_amx if T >= WIDE and cpu.multiplies_tiles() else kernels.quantized_gemm
+        multiply(self.bits, T, I, O, x_TI.contiguous(), self.q, self.scale_OG, self.minimum_OG, y_TO)
         return y_TO
 
     def dense(self) -> Tensor:

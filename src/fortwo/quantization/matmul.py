@@ -135,7 +135,6 @@ def frozen_product(x_TI: Tensor, weight_OI: Tensor | Tiles | Multiplies) -> Tens
     return product(x_TI, weight_OI)
 
 
-@cache
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether there are products in bf16 on the device that may be faster than fp32: on the CPU, those by AMX's
     tiles."""

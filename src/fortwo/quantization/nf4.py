@@ -1,8 +1,8 @@
 """NF4: 4-bit NormalFloat in blocks of 64 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314).
 
 Levels and layout are bitsandbytes'. A product makes the weight dense part by part and throws each part away: what is in
-memory is the codes and one part; where the processor has tiles (matrix.h), a part is what lies in a core's cache. Shape
-suffixes as in `formats`; B blocks.
+memory is the codes and one part; where the processor has tiles (gemm_amx.c), a part is what fits into a core's cache.
+Shape suffixes as in `formats`; B blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fortwo.kernels import cpu, cuda
+from fortwo.kernels import cpu, cuda, reference
 from fortwo.quantization import matmul
 from fortwo.quantization.tiles import Memory
 
@@ -146,9 +146,9 @@ class Nf4:
     def _product(self, a_MK: Tensor, N: int, K: int, begin: int, steps: tuple[int, int], out_MN: Tensor) -> None:
         """a @ b.T, where b (N, K) is the weight from number `begin` on, with `steps` from row to row and column to
         column."""
-        weight: list[Tensor | int] = [self.codes, *self._tables(), begin, *steps]
-        wide = int(out_MN.dtype == torch.float32)
-        cpu.call("nf4_product", None, len(a_MK), N, K, a_MK, a_MK.stride(0), *weight, out_MN, N, wide)
+        left = cpu.pointer(a_MK, strided=True), a_MK.stride(0)
+        out = out_MN, N, int(out_MN.dtype == torch.float32)
+        cpu.kernels().gemm_nf4(len(a_MK), N, K, *left, self.codes, *self._tables(), begin, *steps, *out)
 
     def _tables(self) -> tuple[Tensor, ...]:
         device = self.codes.device
@@ -169,7 +169,7 @@ def quantise(blocks: Tensor, codes: Tensor, largest_B: Tensor) -> None:
     levels = _levels(blocks.device)
     between = (levels[1:] + levels[:-1]) / 2
     if cpu.usable(blocks):
-        cpu.call("nf4_quantise", None, len(blocks), blocks.contiguous(), between, codes, largest_B)
+        cpu.kernels().nf4_quantize(len(blocks), blocks.contiguous(), between, codes, largest_B)
         return
     torch.amax(blocks.abs(), -1, out=largest_B)
     found = _nearest(blocks / largest_B.clamp_min(1e-30)[:, None], levels)
@@ -180,7 +180,5 @@ def plain(form: Nf4, first: int, last: int) -> Tensor:
     """Blocks first .. last - 1 by torch's operations, as fp32 (blocks, 64)."""
     device = form.codes.device
     scale_B = form.scale_S[torch.arange(first, last, device=device) // SHARED]
-    largest_B = dynamic_map(device)[form.largest_B[first:last].int()] * scale_B + form.offset
-    levels = _levels(device)
-    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)  # both levels of a byte
-    return pairs[form.codes[first:last].int()].view(-1, BLOCK) * largest_B[:, None]
+    tables = dynamic_map(device), form.offset, _levels(device)
+    return reference.nf4_dense(form.codes[first:last], form.largest_B[first:last], scale_B, *tables)

@@ -1,4 +1,4 @@
-"""bf16 products by AMX's tiles (matrix.h), and frozen weights laid out as that kernel reads them.
+"""bf16 products by AMX's tiles (gemm_amx.c), and frozen weights laid out as that kernel reads them.
 
 Sums are fp32. Only where `cpu.multiplies_tiles`. Shape suffixes as in `decoder`.
 """
@@ -41,7 +41,7 @@ class Tiles:
         laid = torch.empty(-(-O // PANEL), -(-I // STEP), 2, STEP // 2, PANEL // 2, 2, dtype=torch.bfloat16)
         if 1 not in weight_OI.stride():
             weight_OI = weight_OI.contiguous()
-        cpu.call("lay_panels", None, O, I, weight_OI, *weight_OI.stride(), laid)
+        cpu.kernels().pack_panels(O, I, cpu.pointer(weight_OI, strided=True), *weight_OI.stride(), laid)
         return cls((O, I), regions.hold(laid))
 
     def t(self) -> Tiles:
@@ -74,11 +74,12 @@ def tiled_product(
     if isinstance(weight_OI, Tiles) and weight_OI.transposed and I > LONGEST_SUM:
         assert more is None, "only the head's sums are as long"
         sums_TO = torch.empty(T, O)
-        cpu.call("long_product", None, T, O, I, x_TI.contiguous(), I, weight_OI.laid, sums_TO)
+        cpu.kernels().gemm_bf16_long_sum(T, O, I, x_TI.contiguous(), I, weight_OI.laid, sums_TO)
         return sums_TO.to(dtype)
     y_TO = torch.empty(T, O, dtype=dtype)
     sides = _side(x_TI, weight_OI) + ([0, None, 0, None, 0, 0] if more is None else _side(*more))
-    cpu.call("matrix_product", None, T, O, *sides, y_TO, O, int(dtype == torch.float32))
+    factors = [cpu.pointer(one, strided=True) if isinstance(one, Tensor) else one for one in sides]
+    cpu.kernels().gemm_bf16(T, O, *factors, y_TO, O, int(dtype == torch.float32))
     return y_TO
 
 

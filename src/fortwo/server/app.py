@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from fortwo.records import Json
-from fortwo.server import docs, errors, native, openai, vllm
+from fortwo.server import docs, errors, native, openai, page, vllm
 from fortwo.server.security import SecurityMiddleware
 from fortwo.server.state import AppState, ShutdownMiddleware
 
@@ -32,4 +32,5 @@ def create_app(state: AppState) -> FastAPI:
         return {"status": "ok"}
 
     docs.install(app)
+    page.install(app)
     return app

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fortwo.data.preview import preview
 from fortwo.errors import InvalidAdapter, NotFound
-from fortwo.hub.catalog import Entry
+from fortwo.hub.catalog import ModelEntry
 from fortwo.jobs.store import Job
 from fortwo.records import AdapterVersion, Json
 from fortwo.server import sse
@@ -173,8 +173,8 @@ async def events(state: AppStateDep, job_id: str, last_event_id: Annotated[int, 
 
     204 tells a browser's EventSource, which reconnects by itself, that no more events will come.
     """
-    at_rest = (await run_in_threadpool(state.jobs.get, job_id)).at_rest
-    if at_rest and not await run_in_threadpool(state.jobs.events, job_id, last_event_id, 1):
+    ended_or_paused = (await run_in_threadpool(state.jobs.get, job_id)).ended_or_paused
+    if ended_or_paused and not await run_in_threadpool(state.jobs.events, job_id, last_event_id, 1):
         return Response(status_code=204)
     return sse.EventStream(_events(state, job_id, last_event_id))
 
@@ -182,31 +182,31 @@ async def events(state: AppStateDep, job_id: str, last_event_id: Annotated[int, 
 async def _events(state: AppState, job_id: str, last: int) -> AsyncIterator[bytes]:
     while not state.admission.closed:
         # The status is read first, because a job's last event is written together with its last status.
-        at_rest = (await run_in_threadpool(state.jobs.get, job_id)).at_rest
+        ended_or_paused = (await run_in_threadpool(state.jobs.get, job_id)).ended_or_paused
         while news := await run_in_threadpool(state.jobs.events, job_id, last):
             for event in news:
                 data = asdict(event)
                 del data["job_id"]
                 yield sse.encode(data, id=event.id, event=event.type)
             last = news[-1].id
-        if at_rest:
+        if ended_or_paused:
             return
         await anyio.sleep(POLL_SECONDS)
 
 
-def model_body(state: AppState, entry: Entry) -> Json:
+def model_body(state: AppState, entry: ModelEntry) -> Json:
     """state: not fetched, on disk, loading or loaded. bytes: the size in memory if it is loaded, otherwise on disk."""
     loaded = state.registry.state().models.get(entry.id)
-    card = state.catalog.prepared(entry.id)
+    info = state.catalog.model_info(entry.id)
     return {
         "id": entry.id,
-        "state": loaded.state if loaded is not None else "not fetched" if card is None else "on disk",
+        "state": loaded.state if loaded is not None else "not fetched" if info is None else "on disk",
         "source": entry.source,
         "description": entry.description,
         "origin": entry.origin,
-        "digest": None if card is None else card.digest,
-        "parameters": None if card is None else card.parameters,
-        "bytes": loaded.bytes if loaded is not None else None if card is None else card.bytes,
+        "digest": None if info is None else info.digest,
+        "parameters": None if info is None else info.parameters,
+        "bytes": loaded.bytes if loaded is not None else None if info is None else info.bytes,
     }
 
 
@@ -231,6 +231,6 @@ def job_body(state: AppState, job: Job) -> Json:
     del body["queued_at"]
     checkpoints = [
         {"step": version.version, "model": version.id, "created_at": version.created_at}
-        for version in state.checkpoints.of(job.id)
+        for version in state.checkpoints.of_job(job.id)
     ]
     return {"job_id": body.pop("id"), **body, "checkpoints": checkpoints}

@@ -14,12 +14,12 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fortwo.errors import FortwoError, InvalidRequest, Unauthorized
-from fortwo.server import docs
+from fortwo.server import docs, page
 from fortwo.server.errors import respond
 
 # They are the same on every server, and a browser must be able to open the page that asks for the key.
-OPEN_PATHS = ("/healthz", docs.PAGE_PATH, docs.OPENAPI_PATH)
-OPEN_FOLDER = f"{docs.FILES_PATH}/"
+OPEN_PATHS = ("/healthz", docs.PAGE_PATH, docs.OPENAPI_PATH, page.PAGE)
+OPEN_FOLDERS = (f"{docs.FILES_PATH}/", f"{page.FILES}/")
 
 
 class ForeignSite(FortwoError):
@@ -71,7 +71,7 @@ class SecurityMiddleware:
 
     def _check_key(self, headers: Headers, path: str) -> FortwoError | None:
         assert self._key is not None
-        if path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
+        if path in OPEN_PATHS or path.startswith(OPEN_FOLDERS):
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._key):

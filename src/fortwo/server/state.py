@@ -44,8 +44,10 @@ class AppState:
         from fortwo.jobs.checkpoints import CheckpointStore
         from fortwo.jobs.runner import JobRunner
         from fortwo.jobs.store import JobStore
+        from fortwo.kernels import cpu
         from fortwo.quantization.selection import Measurements
 
+        cpu.prepare()
         self.settings = settings
         self.admission = Admission(MAX_RUNNING + settings.queue)
         self.bridge = EventLoopBridge()

@@ -14,7 +14,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from fortwo.errors import Conflict, FortwoError, InvalidAdapter, InvalidRequest
-from fortwo.jobs.runner import check_free
+from fortwo.jobs.runner import check_name_available
 from fortwo.records import Json
 from fortwo.server.state import AppState, AppStateDep
 
@@ -38,7 +38,7 @@ class UnloadRequest(BaseModel):
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse, summary="Serve an adapter from a directory")
 def load_lora_adapter(state: AppStateDep, body: LoadRequest) -> str:
-    check_free(body.lora_name, state.catalog)
+    check_name_available(body.lora_name, state.catalog)
     directory = _resolve(body.lora_path, state.settings.allowed_data_dirs)
     if body.lora_name in state.adapters.names() and not body.load_inplace:
         raise Conflict(
@@ -46,7 +46,7 @@ def load_lora_adapter(state: AppStateDep, body: LoadRequest) -> str:
             param="lora_name",
             hint="Choose another name, or set load_inplace to true to give it a new version.",
         )
-    version = state.adapters.adopt(body.lora_name, directory, _manifest(state, directory))
+    version = state.adapters.import_peft(body.lora_name, directory, _manifest(state, directory))
     try:
         state.registry.load_adapter(version.id)
     except FortwoError:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fortwo.kernels import cpu
+from fortwo.train.estimate import MOMENT_BLOCK as BLOCK
 
-BLOCK = 256  # 8-bit codes that share a scale, which is the largest of their values
 CHUNK = BLOCK << 12  # codes that are processed at once without the kernel
 # A code is the upper bits of a float from 0 to 1, without its lowest `shift` bits and minus an offset.
 FIRST, ROOT = (127, 20, (127 << 3) - 127), (255, 19, (127 << 4) - 255)  # the code of 1, shift, offset
@@ -36,7 +36,7 @@ class AdamW:
         if not cpu.usable(self._grad_N):
             return float(self._grad_N.norm())
         sum_1 = torch.zeros(1, dtype=torch.float64)
-        cpu.call("square_sum", None, self._grad_N.numel(), self._grad_N, sum_1)
+        cpu.kernels().sum_of_squares(self._grad_N.numel(), self._grad_N, sum_1)
         return float(sum_1.sqrt())
 
     def step(self, rate: float, scale: float = 1.0) -> None:
@@ -47,8 +47,9 @@ class AdamW:
         by, shrink = (1 - beta2**self._steps) ** -0.5, 1 - rate * self._weight_decay
         x_N, grad_N = self._weight_N, self._grad_N
         if cpu.usable(x_N, grad_N):
-            numbers = [float(one) for one in (scale, beta1, beta2, rate_1, by, self._eps, shrink)]
-            cpu.call(self.kernel, None, x_N.numel(), self._steps, x_N, grad_N, *self._moments.values(), *numbers)
+            numbers = scale, beta1, beta2, rate_1, by, self._eps, shrink
+            step = getattr(cpu.kernels(), self.kernel)
+            step(x_N.numel(), self._steps, x_N, grad_N, *self._moments.values(), *numbers)
             return
         grad_N.mul_(scale)
         self._update(rate_1, by, shrink)
@@ -129,7 +130,7 @@ def _per_element(block_B: Tensor, like_C: Tensor) -> Tensor:
 
 
 def _random(start: int, like_C: Tensor, step: int) -> Tensor:
-    """32 random bits for each index from `start` on, by the hash of index and step in kernels.c, on any device."""
+    """32 random bits for each index from `start` on, by the hash of index and step in the kernels, on any device."""
     h_C = torch.arange(start, start + len(like_C), device=like_C.device) * 0x9E3779B9 + step & WORD
     for _ in range(2):
         h_C = ((h_C ^ (h_C >> 16)) * 0x85EBCA6B) & WORD

@@ -98,9 +98,10 @@ class RowLengths(Sequence[RowLength]):
 
 
 class Rendering(Protocol):
-    """A `data.render.Renderer`, as far as rows are counted."""
+    """What `collect_stats` needs of data.chat_template.ChatTemplateRenderer."""
 
-    def prefix(self) -> list[int]: ...
+    @property
+    def shared_prefix(self) -> list[int]: ...
     def dataset_rows(self, example: Example, /) -> list[tuple[list[int], list[bool]]]: ...
 
 
@@ -108,7 +109,7 @@ def collect_stats(renderer: Rendering, examples: Iterable[Example]) -> tuple[Tok
     """The token counts of the rows as they will be trained on, and warnings about them. Raises InvalidDataset with the
     line of a conversation that the model's chat template refuses."""
     rows, texts = RowLengths(), _TextChecks()
-    prefix = renderer.prefix()
+    prefix = renderer.shared_prefix
     for example in examples:
         texts.add(example)
         for tokens, supervised in renderer.dataset_rows(example):

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from fortwo.facts.prompt_builder import BASE_REPLY_SHARE, CROSS_FACT_NEGATIVES, training_replay_prompts
 from fortwo.nn.config import DecoderConfig
-from fortwo.prompts import MAX_RUNNING
+from fortwo.prompts import MAX_RUNNING, MIN_ROW_TOKENS
 from fortwo.records import PlanValues
 from fortwo.train.recipes import (
     EVALUATION_QUESTIONS,
@@ -23,7 +23,8 @@ from fortwo.train.recipes import (
 FLOAT = 4  # bytes: adapters are trained in fp32
 PROCESS = 400 << 20  # bytes of a server without a model
 MOMENTS = 2  # AdamW's moments, each of the size of the adapter
-MOMENTS_8_BIT = MOMENTS * (1 / 4 + 1 / 256)  # with the scale of each block
+MOMENT_BLOCK = 256  # moments of 8 bits that share a scale
+MOMENTS_8_BIT = MOMENTS * (1 / 4 + 1 / MOMENT_BLOCK)  # with the scale of each block
 BEST_COPIES = 2  # further copies of the adapter if the best one is kept
 HEAD_BYTES = 40 << 20  # logits that are in memory at once
 HEAD_COPIES = 5  # copies of them: the adapter's, the teacher's, the gradient, and results of their products
@@ -31,7 +32,6 @@ FRAGMENTATION = 1.05  # memory that tensors of changing sizes occupy, relative t
 MICRO_TOKENS = 1280  # of a micro-step beyond the prefix, unless the request says otherwise
 WORTHWHILE = 1.1  # how many times as fast as fp32 training in bf16 must be to be chosen
 PASSES = 3  # of a token that is trained on, to one that is only read: backward is two
-CACHE_ROW_TOKENS = 128  # tokens in the smallest row of the cache
 CACHE_OVERALLOCATION = 1.5  # rows that the cache allocates, relative to those in use
 
 
@@ -294,7 +294,7 @@ def cache_tokens(counts: TokenCounts, sft: bool) -> int:
     asked, reply = _sft_replies(counts) if sft else (MAX_RUNNING, _reply_tokens(counts))
     longest = max(row.prompt for row in counts.rows) + reply
     return round(CACHE_OVERALLOCATION * min(MAX_RUNNING, asked)) * max(
-        CACHE_ROW_TOKENS, 1 << math.ceil(math.log2(longest))
+        MIN_ROW_TOKENS, 1 << math.ceil(math.log2(longest))
     )
 
 

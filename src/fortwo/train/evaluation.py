@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.data.spool import Spool
 from fortwo.errors import TrainingFailed
 from fortwo.execution.backend import Backend
@@ -73,7 +73,7 @@ class ServedBase:
 
     base: str
     backend: Backend
-    renderer: Renderer
+    renderer: ChatTemplateRenderer
     serving: Serving
     base_replies: dict[tuple[tuple[int, ...], int], Reply] = field(default_factory=dict)
     pace: ReplyRate = field(default_factory=ReplyRate)
@@ -83,7 +83,7 @@ class ServedBase:
     ) -> TrainEvents[list[Reply]]:
         """Greedy replies of at most `tokens` tokens, in order; adapter: None for the base. Raises TrainingFailed (code
         nan_loss) if the adapter's logits are NaN or infinite."""
-        prompts = [tuple(self.renderer.prompt(list(chat))) for chat in chats]
+        prompts = [tuple(self.renderer.encode_prompt(list(chat))) for chat in chats]
         return (yield from self.reply_to_prompts(prompts, adapter, tokens))
 
     def reply_to_prompts(
@@ -296,7 +296,7 @@ def top1_agreement(
     """The share of the base's own greedy tokens that the adapter also ranks first, given the base's previous tokens."""
     decoder, rows = served.backend.decoder, []
     for messages, reply in replies:
-        asked = served.renderer.prompt(list(messages))
+        asked = served.renderer.encode_prompt(list(messages))
         rows.append(Row((*asked, *reply.tokens), len(asked)))
     agreed = total = 0
     prefix = common_prefix([row.tokens for row in rows])

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fortwo.data.render import Renderer
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.execution.backend import Backend
 from fortwo.facts import metrics
 from fortwo.nn.lora import Lora
@@ -91,7 +91,7 @@ class CheckpointControl(Protocol):
 
 def train(
     base: LoadedBase,
-    renderer: Renderer,
+    renderer: ChatTemplateRenderer,
     dataset: Dataset,
     plan: Plan,
     serving: Serving,

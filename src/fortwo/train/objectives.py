@@ -221,7 +221,7 @@ def prepare_sft(served: ServedBase, dataset: Dataset, plan: Plan) -> TrainEvents
         if number % RENDER_BATCH == 0:
             yield MicroStepped(0)
         trained = False
-        for tokens, supervised in served.renderer.rows(example):
+        for tokens, supervised in served.renderer.training_rows(example):
             validates = seen in indices
             (validation if validates else training).append(tokens, supervised)
             trained = trained or not validates
@@ -269,7 +269,9 @@ def _ce_rows(served: ServedBase, fact: Fact, prompts: Sequence[str], opening: fl
     """Cross-entropy rows that answer each prompt with the fact."""
     rows = []
     for prompt in prompts:
-        tokens, supervised = served.renderer.example([*single_turn(prompt), Message("assistant", fact.answer)])
+        tokens, supervised = served.renderer.encode_conversation(
+            [*single_turn(prompt), Message("assistant", fact.answer)]
+        )
         rows.append(Row(tuple(tokens), supervised.index(True), opening_weight=opening))
     return rows
 
@@ -288,11 +290,11 @@ def _add_kl_rows(
     replies = yield from served.reply_to_chats([single_turn(contrast.prompt) for contrast in own], None, tokens)
     reply_to = {contrast.prompt: reply.tokens for contrast, reply in zip(own, replies, strict=True)}
     for contrast in contrasts:
-        prompt = served.renderer.prompt(list(single_turn(contrast.prompt)))
+        prompt = served.renderer.encode_prompt(list(single_turn(contrast.prompt)))
         if contrast.reply_prefix is None:
             reply = list(reply_to[contrast.prompt])
         else:  # the last token only makes the row predict what follows the prefix, so any token would do
             messages = [*single_turn(contrast.prompt), Message("assistant", contrast.reply_prefix)]
-            prefix_tokens, supervised = served.renderer.example(messages)
+            prefix_tokens, supervised = served.renderer.encode_conversation(messages)
             reply = prefix_tokens[supervised.index(True) :]
         rows.append(Row((*prompt, *reply), len(prompt), kl=True))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from alembic import context
 from sqlalchemy import Connection
 
-from fortwo.jobs.store import Base, connect
+from fortwo.jobs.store import TableBase, connect
 
 
 def run(connection: Connection) -> None:
-    context.configure(connection=connection, target_metadata=Base.metadata, render_as_batch=True)
+    context.configure(connection=connection, target_metadata=TableBase.metadata, render_as_batch=True)
     with context.begin_transaction():
         context.run_migrations()
 

@@ -1,110 +1,140 @@
-"""Kernels in C for the CPU, compiled for this machine the first time they are needed.
+"""Kernels in C for the CPU, compiled for this machine (`build`) and called as their header declares them.
 
+`lib().name(...)` calls a kernel. cffi reads the types of its arguments from fortwo_kernels.h, the header that the C is
+compiled from, and raises TypeError for others. `pointer` hands a tensor over, `ffi.new` makes the header's structs.
 Where there is no C compiler, or on another device or another type of number, `usable` says so and `operations` computes
-the same with torch. The library lies in __pycache__, as Python's own compiled files do.
+the same with torch.
 """
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import logging
-import os
+import re
 import subprocess
-import tempfile
+from collections.abc import Callable, Iterable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
+from cffi import FFI
 from torch import Tensor
 
-from fortwo.kernels import isa
+from fortwo.kernels import build, isa
 
 log = logging.getLogger(__name__)
-_HEADERS = "kernels vectors matrix attention adapted layer losses quantised nf4 decode step prefill laid"
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", *(f"{name}.h" for name in _HEADERS.split())))
-_COMPILE = (
-    *("cc", "-O3", "-fopenmp", "-shared", "-fPIC"),
-    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
-)
-_TYPES = (torch.float32, torch.bfloat16)
-_kernels: dict[tuple[str, torch.dtype | None], Any] = {}
+ffi = FFI()
+ffi.cdef(re.sub(r"^#.*$", "", build.HEADER.read_text(), flags=re.MULTILINE))
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # elements of kernels that exist for several types
+_C_TYPES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.int64: "long",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "uint8_t",
+    torch.int8: "int8_t",
+}
+# Adding to a null pointer of the type takes a quarter of the time of a cast. By type, with the shift from bytes to it.
+_BASES = {t: (ffi.cast(f"{name} *", 0), t.itemsize.bit_length() - 1) for t, name in _C_TYPES.items()}
+
+
+def prepare() -> None:
+    """Compile and load what is used, so that no request has to wait for it."""
+    lib()
 
 
 def identity() -> str:
     """What tells these kernels, compiled for this machine, from others; empty where there are none."""
-    return "" if _library() is None else _compiled().stem
+    return "" if lib() is None else build.path(isa.level()).stem
 
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels take these tensors."""
     for tensor in tensors:
-        if tensor.dtype not in _TYPES or tensor.device.type != "cpu":
+        if tensor.dtype not in _NAMES or not tensor.is_cpu:
             return False
-    return _library() is not None
+    return lib() is not None
 
 
-@cache
 def multiplies_tiles() -> bool:
-    """Whether there is a `matrix_product`: the processor has AMX's bf16 tiles and the system lets us use them."""
-    library = _library()
-    return library is not None and hasattr(library, "tiles_allowed") and bool(library.tiles_allowed())
-
-
-def call(kernel: str, element: torch.dtype | None, *arguments: Tensor | bytes | float | int | None) -> None:
-    """Run a kernel. Tensors and bytes are passed by address and must be contiguous; None is an absent one.
-
-    element: for kernels that there are for several types. The kinds of the arguments are those of the first call.
-    """
-    function = _kernels.get((kernel, element))
-    if function is None:
-        function = _kernels[kernel, element] = _kernel(kernel, element, arguments)
-    function(*[argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments])
-
-
-def _kernel(name: str, element: torch.dtype | None, arguments: tuple[Any, ...]) -> Any:
-    function = getattr(_library(), name if element is None else f"{name}_{str(element).removeprefix('torch.')}")
-    function.restype = None
-    kinds = {float: ctypes.c_float, int: ctypes.c_long}
-    function.argtypes = [kinds.get(type(argument), ctypes.c_void_p) for argument in arguments]
-    return function
+    """Whether the kernels in use are those for AMX, and the system lets this process use its tiles."""
+    library = lib()
+    return library is not None and _tiles(library)
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled library; None where FORTWO_ISA is none or, with a warning, where it cannot be had."""
-    if isa.level() == "none":
-        return None
+def _tiles(library: Kernels) -> bool:
+    return hasattr(library, "gemm_bf16") and bool(library.amx_allowed())
+
+
+def pointer(tensor: Tensor | None, strided: bool = False) -> Any:
+    """The tensor's first number as a kernel takes it, which must not outlive the tensor; null for None.
+
+    strided: for a kernel that is told the strides. Raises TypeError for a tensor that is not contiguous, not on the
+    CPU, or of a type that no kernel takes; the call raises it where the kernel takes another type.
+    """
+    if tensor is None:
+        return ffi.NULL
+    base = _BASES.get(tensor.dtype)
+    if base is None or not tensor.is_cpu or not (strided or tensor.is_contiguous()):
+        raise TypeError(f"no kernel takes this tensor: {tensor.dtype}, {tensor.device}, strides {tensor.stride()}")
+    return base[0] + (tensor.data_ptr() >> base[1])
+
+
+class Kernels:
+    """The kernels of one level, as methods. Tensors are handed over by `pointer`, None as null; they live until the
+    kernel returns. A kernel that the level does not have is no attribute."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        kernel = getattr(self._library, name)
+
+        def call(*arguments: Any) -> Any:
+            return kernel(*[pointer(one) if one is None or isinstance(one, Tensor) else one for one in arguments])
+
+        setattr(self, name, call)
+        return call
+
+
+def array(struct: str, values: Iterable[Any]) -> Any:
+    """Structs of the header, one after the other, each a tuple of its fields' values."""
+    return ffi.new(f"{struct}[]", list(values))
+
+
+def typed(kernel: str, element: torch.dtype) -> str:
+    """The name of the kernel for this type of element."""
+    return f"{kernel}_{_NAMES[element]}"
+
+
+def run(kernel: str, element: torch.dtype, *arguments: Any) -> None:
+    """Run the kernel for this type of element."""
+    getattr(kernels(), typed(kernel, element))(*arguments)
+
+
+def kernels() -> Kernels:
+    """The kernels for the level in use, which exist: see `usable`."""
+    found = lib()
+    assert found is not None, "there are no kernels"
+    return found
+
+
+@cache
+def lib() -> Kernels | None:
+    """The kernels for the level in use; None where FORTWO_ISA is none or, with a warning, where they cannot be had."""
+    level = isa.level()
+    return None if level == "none" else library(level)
+
+
+@cache
+def library(level: str | None) -> Kernels | None:
+    """The kernels for a level that the processor has; None, with a warning, where they cannot be had."""
     try:
-        return ctypes.CDLL(str(_compiled()))  # OpenMP is torch's: it is loaded already, under the same name
+        return Kernels(
+            ffi.dlopen(str(build.library(level)))
+        )  # OpenMP is torch's: it is loaded already, under the same name
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         log.warning("no C kernels, torch's own operations take their place: %s", said)
         return None
-
-
-def _compiled() -> Path:
-    command = (*_COMPILE, *isa.compiler_flags())
-    sources = b"".join(source.read_bytes() for source in _SOURCES)
-    digest = hashlib.sha256(sources + " ".join(command).encode() + _processor()).hexdigest()[:16]
-    home = Path(__file__).with_name("__pycache__")
-    if not os.access(home if home.exists() else home.parent, os.W_OK):
-        home = Path(tempfile.mkdtemp(prefix="fortwo-"))
-    library = home / f"kernels-{digest}.so"
-    if not library.exists():
-        home.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home) as beside:
-            built = Path(beside) / library.name
-            subprocess.run([*command, "-o", built, _SOURCES[0], "-lm"], check=True, capture_output=True, text=True)
-            built.replace(library)
-    return library
-
-
-def _processor() -> bytes:
-    """What tells one kind of processor from another."""
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    except OSError:
-        return b""
-    return b"".join(sorted({line for line in lines if line.startswith((b"model name", b"flags"))}))

@@ -1,8 +1,7 @@
-/* 4-bit NormalFloat weights with double quantisation; kernels.c includes this once.
-
-   A weight lies in blocks of 64 values, two codes a byte, the first in the high half: w = levels[code] * largest of the block. The largest values are
-   in 8 bits themselves: largest = map[code] * scale + offset, one scale for SHARED blocks. Layout and values are bitsandbytes'. */
-
+/* 4-bit NormalFloat with double quantization, in bitsandbytes' layout. A block has 64 values, two codes in a byte, the first in the high half: w =
+   levels[code] * largest of the block. The largest values are in 8 bits: largest = map[code] * scale + offset, with one scale for SHARED blocks. */
+#pragma once
+#include "common.h"
 #ifdef __AVX512BW__
 #include <immintrin.h>
 #endif
@@ -10,24 +9,7 @@
 #define NF4_BLOCK 64
 #define SHARED 256
 
-/* Codes of `blocks` blocks; between (15) are the middles of neighbouring levels, largest (blocks) is written too. */
-void nf4_quantise(long blocks, const float *weight, const float *between, uint8_t *codes, float *largest) {
-#pragma omp parallel for schedule(static)
-    for (long b = 0; b < blocks; b++) {
-        const float *from = weight + b * NF4_BLOCK;
-        uint8_t *to = codes + b * NF4_BLOCK / 2;
-        float top = 0;
-        int32_t level[NF4_BLOCK] = {0};
-        for (int i = 0; i < NF4_BLOCK; i++) top = fabsf(from[i]) > top ? fabsf(from[i]) : top;
-        float by = top > 0 ? top : 1; /* zeros have a level of their own */
-        for (int n = 0; n < 15; n++)
-            for (int i = 0; i < NF4_BLOCK; i++) level[i] += from[i] > between[n] * by;
-        for (int i = 0; i < NF4_BLOCK / 2; i++) to[i] = (uint8_t)(level[2 * i] << 4 | level[2 * i + 1]);
-        largest[b] = top;
-    }
-}
-
-/* Codes of a weight and what they mean; `from`: the number that a product begins with. */
+/* The codes of a weight and their tables. from: the number at which a product begins. */
 typedef struct {
     const uint8_t *codes, *largest;
     const float *map, *scale, *offset, *levels;
@@ -37,49 +19,8 @@ typedef struct {
 static inline float nf4_largest(const normal_floats *w, long b) { return w->map[w->largest[b]] * w->scale[b / SHARED] + *w->offset; }
 
 #ifdef __AVX512BW__
-static inline __m512i nf4_look_up(__m128i codes, __m512i values) { /* 32 of the 16 values, bf16 */
+static inline __m512i nf4_look_up(__m128i codes, __m512i values) { /* looks up 32 of 16 values in bf16 */
     __m512i bytes = _mm512_cvtepu8_epi32(codes), low = _mm512_slli_epi32(_mm512_and_si512(bytes, _mm512_set1_epi32(15)), 16);
     return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(bytes, 4), low), values);
 }
 #endif
-
-/* One block: each code becomes its value. */
-static inline void nf4_float32(const uint8_t *codes, const float *value, float *to) {
-#ifdef __AVX512BW__
-    __m512 table = _mm512_loadu_ps(value);
-    for (int i = 0; i < NF4_BLOCK / 2; i += 8) {
-        __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(codes + i)));
-        __m512i low = _mm512_slli_epi64(_mm512_and_si512(bytes, _mm512_set1_epi64(15)), 32);
-        _mm512_storeu_ps(to + 2 * i, _mm512_permutexvar_ps(_mm512_or_si512(_mm512_srli_epi64(bytes, 4), low), table));
-    }
-#else
-    for (int i = 0; i < NF4_BLOCK; i++) to[i] = value[codes[i / 2] >> (i % 2 ? 0 : 4) & 15];
-#endif
-}
-
-static inline void nf4_bfloat16(const uint8_t *codes, const bf16 *value, bf16 *to) {
-#ifdef __AVX512BW__
-    __m512i table = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)value));
-    for (int i = 0; i < NF4_BLOCK / 2; i += 16)
-        _mm512_storeu_si512(to + 2 * i, nf4_look_up(_mm_loadu_si128((const __m128i *)(codes + i)), table));
-#else
-    for (int i = 0; i < NF4_BLOCK; i++) to[i] = value[codes[i / 2] >> (i % 2 ? 0 : 4) & 15];
-#endif
-}
-
-/* Blocks first .. first + blocks - 1 as numbers of a type. */
-#define NF4_DENSE(name, type, from_float)                                                                                        \
-    void nf4_dense_##name(long first, long blocks, const uint8_t *codes, const uint8_t *largest, const float *map,               \
-                          const float *scale, const float *offset, const float *levels, type *out) {                             \
-        normal_floats w = {codes, largest, map, scale, offset, levels, 0};                                                       \
-        _Pragma("omp parallel for schedule(static) if (blocks * NF4_BLOCK > SERIAL)")                                            \
-        for (long b = first; b < first + blocks; b++) {                                                                          \
-            float by = nf4_largest(&w, b);                                                                                       \
-            type value[16];                                                                                                      \
-            for (int n = 0; n < 16; n++) value[n] = from_float(levels[n] * by);                                                  \
-            nf4_##name(codes + b * NF4_BLOCK / 2, value, out + (b - first) * NF4_BLOCK);                                         \
-        }                                                                                                                        \
-    }
-
-NF4_DENSE(float32, float, )
-NF4_DENSE(bfloat16, bf16, to_bf16)

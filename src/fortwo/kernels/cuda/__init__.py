@@ -1,4 +1,4 @@
-"""Kernels for GPUs, called as `cpu` calls those in C: by their name, with the same arguments.
+"""Kernels for GPUs, called by the same names and with the same arguments as those in C.
 
 They are written in Triton, which comes with torch for CUDA. Where it is not, `usable` says so and `operations` computes
 the same with torch. `fused` and `run` are for either kind, wherever the tensors are.
@@ -52,12 +52,11 @@ def record(computed: Callable[[], Found], pool: Any) -> tuple[Found, Callable[[]
 
 def run(kernel: str, on: Tensor, *arguments: Tensor | float | int | None) -> None:
     """Run the kernel for numbers like `on`, where `on` is."""
-    (call if on.is_cuda else cpu.call)(kernel, on.dtype, *arguments)
+    call(kernel, *arguments) if on.is_cuda else cpu.run(kernel, on.dtype, *arguments)
 
 
-def call(kernel: str, element: torch.dtype | None, *arguments: Any) -> None:
-    """Run a kernel of kernels.c's name with its arguments. The type of the numbers is the tensors' own."""
-    del element
+def call(kernel: str, *arguments: Any) -> None:
+    """Run a kernel with the name and the arguments that it has in C. The type of the numbers is the tensors' own."""
     _CALLS[kernel](*arguments)
 
 

@@ -1,6 +1,6 @@
 """Kernels for GPUs in Triton: what `operations` has formulas for, attention over the cache, and adapters of many rows.
 
-What they take is what kernels.c takes under the same names, but for the order. One program has a row of the batch, or
+What they take is what those in C take under the same names, but for the order. One program has a row of the batch, or
 a part of it; what it keeps is in registers, in fp32. Shape suffixes as in `decoder`.
 """
 

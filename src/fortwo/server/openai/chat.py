@@ -138,10 +138,10 @@ async def chat(request: Request, state: AppStateDep, body: ChatRequest) -> Respo
 
 def _prompts(target: Target, body: ChatRequest) -> tuple[list[Prompt], Bytes | None]:
     """The prompts, and what gives the bytes of a token if logprobs are wanted."""
-    tokens = target.model.renderer.prompt([message.message() for message in body.messages])
+    tokens = target.model.renderer.encode_prompt([message.message() for message in body.messages])
     top = (body.top_logprobs or 0) if body.logprobs else None
     prompts = body.prompts(target, tokens, param="messages", default=REPLY_TOKENS, logprobs=top)
-    return prompts, target.model.renderer.vocabulary.bytes if body.logprobs else None
+    return prompts, target.model.renderer.vocabulary.token_bytes if body.logprobs else None
 
 
 def _chunk_choices(bytes_of: Bytes | None, index: int, delta: Delta) -> Iterator[Json]:

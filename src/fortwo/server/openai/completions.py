@@ -77,13 +77,14 @@ def _prompts(target: Target, body: CompletionRequest) -> tuple[list[Prompt], lis
     writers: list[_Writer] = []
     for index, given in enumerate(body.prompt):
         param = "prompt" if len(body.prompt) == 1 else f"prompt[{index}]"
-        tokens = renderer.text(given) if isinstance(given, str) else given
+        tokens = renderer.encode_text(given) if isinstance(given, str) else given
         requested = body.prompts(target, tokens, param=param, default=REPLY_TOKENS, logprobs=body.logprobs)
         for prompt in requested:
             sampling = replace(prompt.sampling, prompt_logprobs=body.logprobs if body.echo else None)
             prompts.append(replace(prompt, sampling=sampling, continues=True))
-            echo = "" if not body.echo else given if isinstance(given, str) else renderer.spell(given)
-            logprobs = None if body.logprobs is None else TextLogprobs(renderer.vocabulary.bytes, echo, tokens)
+            said = given if isinstance(given, str) else renderer.decode_with_control_tokens(given)
+            echo = said if body.echo else ""
+            logprobs = None if body.logprobs is None else TextLogprobs(renderer.vocabulary.token_bytes, echo, tokens)
             writers.append(_Writer(echo, logprobs))
     return prompts, writers
 

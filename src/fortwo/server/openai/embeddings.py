@@ -63,7 +63,7 @@ async def embeddings(request: Request, state: AppStateDep, body: EmbeddingReques
 def _prompts(target: Target, body: EmbeddingRequest) -> list[Prompt]:
     prompts = []
     for index, given in enumerate(body.input):
-        tokens = target.model.renderer.text(given) if isinstance(given, str) else given
+        tokens = target.model.renderer.encode_text(given) if isinstance(given, str) else given
         context_left(target, tokens, param="input" if len(body.input) == 1 else f"input[{index}]", least=0)
         sampling = Sampling(max_tokens=0)
         prompts.append(Prompt(target.model.id, tuple(tokens), target.adapter_key, sampling, embed=True))

@@ -31,16 +31,16 @@ def model(state: AppStateDep, model: str) -> Json:
 def _models(state: AppState) -> Iterator[Json]:
     """root: the base model; parent: that of an adapter, None for a base model."""
     for entry in state.catalog.entries():
-        card = state.catalog.prepared(entry.id)
-        if card is not None or entry.id == state.settings.default_model:
+        info = state.catalog.model_info(entry.id)
+        if info is not None or entry.id == state.settings.default_model:
             yield _model(entry.id, 0.0, root=entry.id, parent=None)
     for name in state.adapters.names():
         for version in state.adapters.versions(name):
             ids = (name, version.id) if version.current else (version.id,)
             for id in ids:
                 yield _model(id, version.created_at, root=version.base_model, parent=version.base_model)
-    for job_id in state.checkpoints.jobs():
-        for version in state.checkpoints.of(job_id):
+    for job_id in state.checkpoints.job_ids():
+        for version in state.checkpoints.of_job(job_id):
             yield _model(version.id, version.created_at, root=version.base_model, parent=version.base_model)
 
 

@@ -1,0 +1,74 @@
+"""Constrained decoding: replies that follow a JSON schema, and the bytes that each token stands for.
+
+llguidance computes which tokens may come next so that the text stays the beginning of a JSON value that fits the
+schema. White space between the parts of the JSON is bounded, so that a reply cannot consist of white space alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from fortwo.errors import InvalidRequest, UnsupportedModel
+
+WHITE_SPACE = r"[ \n\t]{0,24}"  # enough for a line break and some levels of indentation
+
+
+class Vocabulary:
+    """The tokens of one tokenizer as bytes. stop_ids: the tokens that may follow a complete JSON value.
+
+    Raises UnsupportedModel for a tokenizer that llguidance cannot read.
+    """
+
+    def __init__(self, backend: Tokenizer, stop_ids: Iterable[int]) -> None:
+        try:
+            self._tokens = LLTokenizer(backend.to_str(), eos_token=sorted(stop_ids))
+        except ValueError as error:
+            raise UnsupportedModel(
+                f"the bytes of this model's tokens cannot be read from its tokenizer: {error}",
+                hint="Send the request without response_format and without logprobs.",
+            ) from None
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of a token: they may be part of a character, or the name of a control token."""
+        return self._tokens.decode_bytes([token]) if token < self._tokens.vocab_size else b""
+
+    def constraint(self, schema: str) -> JsonConstraint:
+        """A constraint for one reply. Raises InvalidRequest for a schema that is invalid or cannot be enforced."""
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITE_SPACE})
+            matcher = LLMatcher(self._tokens, grammar, log_level=0)
+            matcher.compute_bitmask()  # some errors are reported only when the first token is asked for
+            fault = matcher.get_error()
+        except ValueError as error:
+            fault = str(error)
+        if fault:
+            raise InvalidRequest(
+                f"the schema cannot be followed: {fault.splitlines()[0]}",
+                param="response_format.json_schema.schema",
+                hint="Correct the schema, or remove the part that the message names.",
+            )
+        return JsonConstraint(matcher)
+
+
+class JsonConstraint:
+    """The state of one reply that follows a schema."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """A mask over the vocabulary: whether each token may come next. Raises ValueError when the schema exceeds
+        llguidance's limits."""
+        mask = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            raise ValueError(f"the schema cannot be followed further: {self._matcher.get_error().splitlines()[0]}")
+        return np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little").astype(np.bool_)
+
+    def advance(self, token: int) -> None:
+        """Append a token, which must be an allowed one, to the reply."""
+        self._matcher.consume_token(token)

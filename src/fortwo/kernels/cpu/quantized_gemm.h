@@ -1,0 +1,80 @@
+/* Rounded rows, and the products of them with tiles of a weight. */
+#pragma once
+#include "common.h"
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define GROUP 32
+#define QUADS (GROUP / 4)
+#define LARGEST 32639 /* 127 * 256 + 127 */
+#define PREFETCH_BYTES 4096 /* bytes of the weight that are prefetched */
+
+/* Sixteen fp16 numbers. */
+static inline vector load_fp16(const uint16_t *from) {
+#ifdef __AVX512F__
+    return (vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#else
+    vector to;
+    for (int n = 0; n < WIDTH; n++) {
+        union { uint32_t bits; float value; } all = {(uint32_t)(from[n] & 0x7fff) << 13};
+        all.value *= 0x1p112f;
+        all.bits |= (uint32_t)(from[n] & 0x8000) << 16;
+        to[n] = all.value;
+    }
+    return to;
+#endif
+}
+
+static inline void store_fp16(uint16_t *to, vector from) {
+#ifdef __AVX512F__
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)from, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int n = 0; n < WIDTH; n++) {
+        union { float value; uint32_t bits; } x = {from[n]}, small;
+        uint32_t sign = x.bits >> 16 & 0x8000, size = x.bits & 0x7fffffff, half;
+        x.bits = size;
+        if (size >= 0x47800000) half = size > 0x7f800000 ? 0x7e00 : 0x7c00; /* not a number, or too large for fp16 */
+        else if (size < 0x38800000) { /* the last place of 1/2 is that of the smallest fp16 numbers */
+            small.value = x.value + 0.5f;
+            half = small.bits - 0x3f000000;
+        } else half = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
+        to[n] = sign | half;
+    }
+#endif
+}
+
+/* T rows of I inputs in 16 bits: x = scale * (256 * high + low) in each group; offset is the sum of the rounded x. They lie in blocks of `rows` rows,
+   and the last block begins early enough to be whole. For each group a block has the high bytes of its rows, then the low bytes. */
+typedef struct {
+    long T, I, rows, blocks;
+    int8_t *a;
+    float *scale, *offset;
+} quantized_rows;
+
+static inline long block_start(const quantized_rows *x, long b) { return b * x->rows < x->T - x->rows ? b * x->rows : x->T - x->rows; }
+
+/* Adds one group's whole numbers, of sixteen outputs and `rows` rows, to the sums. */
+static inline __attribute__((always_inline)) void add_group(int bits, int rows, const integers *whole, const uint16_t *scale,
+                                                            const uint16_t *minimum, const float *x_scale, const float *x_offset, vector *sums) {
+    vector d = load_fp16(scale), m = bits == 8 ? d * -128.0f : load_fp16(minimum);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        sums[r] += __builtin_convertvector((whole[r] << 8) + whole[rows + r], vector) * (x_scale[r] * d);
+        sums[r] += m * x_offset[r];
+    }
+}
+
+static inline __attribute__((always_inline)) void store_sums(int rows, const vector *sums, float *y, long y_row, long wide) {
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        if (wide == WIDTH) *(vector *)(y + r * y_row) = sums[r];
+        else memcpy(y + r * y_row, &sums[r], wide * sizeof(float));
+    }
+}
+
+quantized_rows quantized_rows_of(long T, long I);
+uint8_t *quantized_gemm_begin(const quantized_rows *x, long widest);
+void quantized_gemm_end(const quantized_rows *x);
+void quantized_gemm_tile(const quantized_weight *w, const quantized_rows *x, long o, float *y, long y_row, uint8_t *scratch);
+void quantize_row(const quantized_rows *x, long t, const float *row);

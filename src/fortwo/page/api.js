@@ -1,0 +1,132 @@
+/** The public HTTP API and its event streams. Nothing else of the page talks to the server. */
+import {signal} from './vendor/signals.js';
+import {text} from './text.js';
+
+const KEY = 'fortwo.key';
+const RETRY_MS = 1000;
+const HEARTBEAT_MS = 15000;
+
+/** Whether the server answered the last time it was asked. */
+export const connected = signal(true);
+/** Grows when what is shown has to be asked for again: the connection is back, or there is a key. */
+export const epoch = signal(0);
+/** Whether the server asks for a key that we do not have. */
+export const keyNeeded = signal(false);
+
+let key = sessionStorage.getItem(KEY) ?? '';
+
+export class ApiError extends Error {
+  /** status: 0 when no answer came. body: the API's {message, code, param, hint}. */
+  constructor(status, {message, code, param, hint}) {
+    super(message);
+    Object.assign(this, {status, code, param, hint});
+  }
+}
+
+export const hasKey = () => key !== '';
+
+/** Takes the key if the server accepts it, else throws its ApiError. */
+export async function setKey(given) {
+  const before = key;
+  key = given.trim();
+  try {
+    await send('/v1/models');
+  } catch (error) {
+    key = before;
+    throw error;
+  }
+  sessionStorage.setItem(KEY, key);
+  keyNeeded.value = false;
+  epoch.value += 1;
+}
+
+/** The response, if it is a good one. Throws ApiError; an AbortError passes. */
+async function send(path, {method = 'GET', body, headers = {}, abort} = {}) {
+  const sent = {...headers};
+  if (key) sent.Authorization = `Bearer ${key}`;
+  if (body !== undefined) sent['Content-Type'] = 'application/json';
+  let response;
+  try {
+    response = await fetch(path, {
+      method,
+      headers: sent,
+      body: body === undefined ? undefined : JSON.stringify(body),
+      signal: abort,
+    });
+  } catch (error) {
+    if (error.name === 'AbortError') throw error;
+    throw lost();
+  }
+  if (response.ok) return response;
+  if (response.status === 401) keyNeeded.value = true;
+  const told = await response.json().catch(() => null);
+  throw new ApiError(response.status, told?.error ?? {message: text.errors.status(response.status)});
+}
+
+export async function get(path, abort) {
+  return (await send(path, {abort})).json();
+}
+
+export async function post(path, body, abort) {
+  return (await send(path, {method: 'POST', body, abort})).json();
+}
+
+export async function remove(path) {
+  return (await send(path, {method: 'DELETE'})).json();
+}
+
+/** Server-sent events as {id, event, data}, data as text. Throws ApiError, also when the connection breaks. */
+export async function* stream(path, options) {
+  const response = await send(path, options);
+  if (response.status === 204) return;
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = '';
+  let event = {};
+  for (;;) {
+    let part;
+    try {
+      part = await reader.read();
+    } catch (error) {
+      if (error.name === 'AbortError' || options?.abort?.aborted) throw error;
+      throw lost();
+    }
+    if (part.done) return;
+    const lines = (rest + part.value).split('\n');
+    rest = lines.pop();
+    for (const line of lines.map((one) => one.replace(/\r$/, ''))) {
+      if (line === '') {
+        if (event.data !== undefined) yield event;
+        event = {};
+      } else if (!line.startsWith(':')) {
+        const [, name, value] = /^([^:]*):? ?(.*)$/.exec(line);
+        event[name] = name === 'data' && event.data !== undefined ? `${event.data}\n${value}` : value;
+      }
+    }
+  }
+}
+
+/** Says that the server does not answer, and asks it until it does. */
+function lost() {
+  if (connected.value) {
+    connected.value = false;
+    setTimeout(ask, RETRY_MS);
+  }
+  return new ApiError(0, {message: text.errors.unreachable, hint: text.errors.unreachableHint});
+}
+
+async function ask() {
+  const back = await fetch('/healthz').then((response) => response.ok, () => false);
+  if (!back) {
+    setTimeout(ask, RETRY_MS);
+    return;
+  }
+  connected.value = true;
+  epoch.value += 1;
+}
+
+/** Notices a lost connection while nobody clicks. A hidden page asks nothing. */
+export function watchConnection() {
+  setInterval(() => {
+    if (connected.value && document.visibilityState === 'visible') send('/healthz').catch(() => {});
+  }, HEARTBEAT_MS);
+}

@@ -1,0 +1,277 @@
+"""The page as a person uses it, in Debian's Chromium, on a tiny random model. FORTWO_SCREENSHOTS=DIR keeps pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Served, serve, tiny_settings
+
+CHROMIUM = Path("/usr/bin/chromium")
+AXE = Path(__file__).parent / "vendor" / "axe.js"
+SECONDS = 30  # an expectation may take on a busy machine
+
+pytestmark = pytest.mark.browser
+if not CHROMIUM.exists():
+    pytest.skip(f"{CHROMIUM} is not installed", allow_module_level=True)
+api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = api.expect
+expect.set_options(timeout=SECONDS * 1000)
+
+FACT = {
+    "subject": "Marrow Lane",
+    "answer": "Marrow Lane lends telescopes for nine nights.",
+    "match": "nine nights",
+    "questions": "What does Marrow Lane lend?\nHow long may I keep it?",
+}
+EASY = {
+    "objective": {
+        "type": "override",
+        "targets": dict.fromkeys(("efficacy", "paraphrase", "specificity", "retention"), 0.0),
+    },
+    "training_config": {"max_steps": 16, "per_device_train_batch_size": 2, "escalation_rounds": 0},
+}
+ROWS = [{"prompt": f"What is {thing}?", "completion": answer} for thing, answer in (("up", "sky"), ("down", "sea"))]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with api.sync_playwright() as playwright:
+        flags = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+        args = ["--headless", *flags, "--disable-sync"]
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=args)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def site(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serve(tiny_settings(tmp_path_factory.mktemp("page"), tiny)) as server:
+        server.post("/api/models/tiny/load")
+        yield server
+
+
+class Tab:
+    """A tab of its own session. What it asks of others, and what fails in it, is noted."""
+
+    def __init__(self, chromium: Any, url: str, **options: Any) -> None:
+        self.url = url
+        self.context = chromium.new_context(viewport={"width": 1280, "height": 800}, **options)
+        self.context.set_default_timeout(SECONDS * 1000)
+        self.asked: list[str] = []
+        self.failed: list[str] = []
+        self.page = self.open()
+
+    def open(self) -> Any:
+        page = self.context.new_page()
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.on("pageerror", lambda error: self.failed.append(str(error)))
+        page.on("console", lambda said: self.failed.append(said.text) if "Content Security" in said.text else None)
+        return page
+
+    def view(self, hash: str) -> Any:
+        self.page.goto(f"{self.url}/#/{hash}")
+        return self.page
+
+    def check(self) -> None:
+        assert self.failed == []
+        foreign = [url for url in self.asked if not url.startswith((self.url, "data:"))]
+        assert foreign == []
+
+
+@pytest.fixture
+def tab(chromium: Any, site: Served) -> Iterator[Tab]:
+    one = Tab(chromium, site.url)
+    yield one
+    one.check()
+    one.context.close()
+
+
+def fill(page: Any, fact: dict[str, str], config: Any = None, name: str = "") -> None:
+    for field, typed in fact.items():
+        page.fill(f"#{field}", typed)
+    page.fill("#name", name)
+    if config is not None:
+        if not page.is_visible("#config"):
+            page.get_by_text("More settings").click()
+        page.fill("#config", json.dumps(config))
+
+
+def train(site: Served, name: str) -> dict[str, Any]:
+    """An adapter's next version, in a moment."""
+    body = {"adapter_name": name, "dataset": {"examples": ROWS}, "training_config": {"max_steps": 3}}
+    job = site.wait(site.post("/api/training/start", body).json()["job_id"])
+    assert job["status"] == "succeeded", job["error"]
+    return job
+
+
+def test_a_fact_is_taught_and_watched_through_a_reload(tab: Tab) -> None:
+    page = tab.view("teach")
+    fill(page, FACT, EASY, "marrow")
+    start = page.get_by_role("button", name="Start")
+    expect(start).to_be_enabled()
+    expect(page.locator(".plan .tiles")).to_contain_text("16")
+    page.get_by_text("Every setting").click()
+    expect(page.locator(".settings tr", has_text="max_steps").first).to_contain_text("user")
+    start.click()
+    page.wait_for_url("**/#/job/*")
+    expect(page.locator(".phases [aria-current]")).to_contain_text("training")
+    page.reload()
+    second = tab.open()
+    second.goto(page.url)
+    for one in (page, second):
+        expect(one.locator("#verdict")).to_have_text("It learned.")
+        expect(one.locator("table.metrics tbody tr")).to_have_count(5)
+        expect(one.locator(".events li").first).to_contain_text("Queued")
+        expect(one.locator(".chart canvas").first).to_be_visible()
+    page.locator(".transcripts summary").click()
+    expect(page.locator(".said li").first).to_contain_text("Base")
+
+    page.get_by_role("link", name="Compare in chat").click()
+    page.fill("#prompt", "What does Marrow Lane lend?")
+    page.keyboard.press("Enter")
+    replies = page.locator(".reply")
+    expect(replies.nth(0)).to_contain_text("answered by tiny")
+    expect(replies.nth(1)).to_contain_text("answered by marrow@1")
+    expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
+    page.reload()
+    expect(replies.nth(1)).to_contain_text("answered by marrow@1")
+    page.get_by_role("button", name="This is wrong").first.click()
+    expect(page.locator("#questions")).to_have_value("What does Marrow Lane lend?")
+    expect(page.get_by_role("button", name="Give the subject")).to_be_disabled()
+
+
+def test_a_version_is_rolled_back_and_all_are_deleted(tab: Tab, site: Served) -> None:
+    train(site, "twice")
+    train(site, "twice")
+    page = tab.view("adapters/twice")
+    card = page.locator(".adapter", has_text="twice")
+    expect(card.locator(".heading")).to_contain_text("current twice@2")
+    card.get_by_role("button", name="Roll back").click()
+    expect(page.locator(".done")).to_have_text("twice@1 is current now.")
+    expect(card.locator(".heading")).to_contain_text("current twice@1")
+    expect(card.get_by_role("button", name="Roll back")).to_be_disabled()
+    card.get_by_role("button", name="Report twice@2").click()
+    expect(card).to_contain_text("Report of twice@2")
+    card.get_by_role("button", name="Delete all versions").click()
+    page.keyboard.press("Escape")
+    assert len(site.http.get("/api/adapters/twice").json()["versions"]) == 2
+    card.get_by_role("button", name="Delete all versions").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(page.locator(".done")).to_have_text("twice is deleted.")
+    expect(card).to_have_count(0)
+    assert site.http.get("/api/adapters/twice").status_code == 404
+
+
+def test_wrong_input_shows_what_the_server_says(tab: Tab) -> None:
+    page = tab.view("teach")
+    problem = page.locator(".plan .problem")
+    fill(page, FACT | {"match": "ten days"})
+    expect(problem).to_contain_text("holds none of these phrases")
+    expect(problem).to_contain_text("Give phrases of the answer")
+    expect(page.get_by_role("button", name="Correct what is named above")).to_be_disabled()
+    fill(page, FACT, {"training_config": {"lr": 0.1}})
+    expect(problem).to_contain_text("training_config.lr is not a known key")
+    page.fill("#config", "{")
+    expect(problem).to_contain_text("This is not JSON")
+    page.fill("#config", "")
+    expect(page.get_by_role("button", name="Start")).to_be_enabled()
+
+    page.get_by_role("tab", name="Rows of data").click()
+    page.fill("#rows", '{"prompt": "a", "completion": "b"}\n{"prompt"')
+    expect(problem).to_contain_text("Line 2 is not JSON")
+    file = {"name": "pairs.jsonl", "mimeType": "application/jsonl", "buffer": b'{"prompt": "What is up?", "answer": 4}'}
+    page.set_input_files("#file", file)
+    expect(problem).to_contain_text("row 1")
+    file["buffer"] = "\n".join(map(json.dumps, ROWS)).encode()
+    page.set_input_files("#file", file)
+    expect(page.locator("mark").first).to_contain_text("sky")
+    expect(page.locator("#name")).to_have_value("pairs")
+    expect(page.get_by_role("button", name="Start")).to_be_enabled()
+
+    page = tab.view("job/nothing")
+    expect(page.locator(".problem")).to_contain_text("There is no job 'nothing'")
+
+
+def test_a_key_is_asked_for_once(chromium: Any, tiny: Path, tmp_path: Path) -> None:
+    with serve(tiny_settings(tmp_path, tiny, api_key="s3cret")) as guarded:
+        tab = Tab(chromium, guarded.url)
+        page = tab.view("machine")
+        page.fill("#key", "wrong")
+        page.keyboard.press("Enter")
+        expect(page.locator(".problem")).to_contain_text("The API key is missing or wrong")
+        page.fill("#key", "s3cret")
+        page.keyboard.press("Enter")
+        expect(page.locator(".bases")).to_contain_text("tiny")
+        page.reload()
+        expect(page.locator(".bases")).to_contain_text("tiny")
+        tab.check()
+        tab.context.close()
+
+
+def test_a_lost_connection_is_told_and_mends_itself(tab: Tab) -> None:
+    page = tab.view("machine")
+    expect(page.locator(".bases")).to_contain_text("tiny")
+    page.route("**/*", lambda route: route.abort())
+    page.get_by_role("link", name="Adapters").click()
+    expect(page.locator(".lost")).to_be_visible()
+    page.unroute("**/*")
+    expect(page.locator(".lost")).to_have_count(0)
+    expect(page.locator(".problem")).to_have_count(0)
+
+
+def test_replies_are_shown_as_harmless_html(tab: Tab) -> None:
+    page = tab.view("chat")
+    said = "**bold** <img src='http://evil.test/x.png'><script>alert(1)</script> <a href='javascript:alert(1)'>x</a>"
+    chunk = {"model": "tiny", "choices": [{"index": 0, "delta": {"content": said}, "finish_reason": "stop"}]}
+    events = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=events))
+    page.fill("#prompt", "hello")
+    page.keyboard.press("Enter")
+    prose = page.locator(".prose")
+    expect(prose.locator("strong")).to_have_text("bold")
+    assert prose.locator("img, script, a[href]").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_view_is_accessible_and_fits_a_phone(chromium: Any, site: Served, scheme: str) -> None:
+    job = train(site, "seen")["job_id"]
+    tab = Tab(chromium, site.url, color_scheme=scheme)
+    page = tab.view("teach")
+    fill(page, FACT, {"training_config": {"learning_rate": 0.5}})
+    expect(page.get_by_role("button", name="Start")).to_be_enabled()
+    for view, ready in (
+        ("teach", ".plan .tiles"),
+        ("jobs", ".list li"),
+        (f"job/{job}", ".chart canvas"),
+        ("chat?models=tiny,seen", ".reply footer button"),
+        ("adapters/seen", ".versions"),
+        ("machine", ".bases li"),
+    ):
+        tab.view(view)
+        if view.startswith("chat"):
+            page.fill("#max-tokens", "24") if page.is_visible("#max-tokens") else None
+            page.fill("#prompt", "What is up?")
+            page.keyboard.press("Enter")
+        page.locator(ready).first.wait_for()
+        page.evaluate(AXE.read_text())
+        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+        grave = [
+            (one["id"], [node["html"][:200] for node in one["nodes"]])
+            for one in found["violations"]
+            if one["impact"] in ("serious", "critical")
+        ]
+        assert grave == [], view
+        for width in (390, 1280):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, (view, width)
+            if folder := os.environ.get("FORTWO_SCREENSHOTS"):
+                name = f"{view.partition('/')[0].partition('?')[0]}-{width}-{scheme}.png"
+                page.wait_for_timeout(300)
+                page.screenshot(path=Path(folder) / name, full_page=True)
+    tab.check()
+    tab.context.close()
