@@ -86,31 +86,17 @@ def _warps(size: int) -> int:
 
 
 def _add_norm(
-    T: int,
-    D: int,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    total: Tensor,
-    normed: Tensor,
+    T: int, D: int, x: Tensor, y: Tensor | None, weight: Tensor, eps: float, total: Tensor, normed: Tensor,
     scale: Tensor,
-) -> None:
+) -> None:  # fmt: skip
     wide = _power(D)
     _kernels().add_norm[T,](x, y, weight, total, normed, scale, D, eps, y is not None, wide, num_warps=_warps(wide))
 
 
 def _add_norm_backward(
-    T: int,
-    D: int,
-    total: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    grad: Tensor,
-    along: Tensor,
-    x: Tensor,
+    T: int, D: int, total: Tensor, scale: Tensor, weight: Tensor, grad: Tensor, along: Tensor, x: Tensor,
     y: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     wide = _power(D)
     told = total, scale, weight, grad, along, x, y, D, y is not None, wide
     _kernels().add_norm_backward[T,](*told, num_warps=_warps(wide))
