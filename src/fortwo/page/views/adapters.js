@@ -143,7 +143,7 @@ function Versions({versions, busy, turn, ask}) {
               <tr key=${id}>
                 <th scope="row">${ref} ${one.current && html`<span class="chip succeeded">${text.adapters.current}</span>`}</th>
                 <td>${moment(one.created_at)}</td>
-                ${SHOWN.map((name) => html`<td class="figure" key=${name}>${share(body?.report.metrics[name]?.value)}</td>`)}
+                ${SHOWN.map((name) => html`<td class="figure" key=${name} data-label=${metricName(name)}>${share(body?.report.metrics[name]?.value)}</td>`)}
                 <td>${text.adapters.states[one.state] ?? one.state}${one.bytes ? `, ${size(one.bytes)}` : ''}</td>
                 <td>
                   <div class="row tight end">
