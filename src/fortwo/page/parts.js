@@ -113,8 +113,11 @@ export function duration(seconds) {
   const whole = Math.max(0, Math.round(seconds));
   if (whole < 10 && seconds > 0) return `${number(Math.max(seconds, 0.1), 2)} ${second}`;
   if (whole < 60) return `${whole} ${second}`;
-  if (whole < 3600) return `${Math.floor(whole / 60)} ${minute} ${whole % 60} ${second}`;
-  return `${Math.floor(whole / 3600)} ${hour} ${Math.floor((whole % 3600) / 60)} ${minute}`;
+  const [large, small, ...units] =
+    whole < 3600
+      ? [Math.floor(whole / 60), whole % 60, minute, second]
+      : [Math.floor(whole / 3600), Math.floor((whole % 3600) / 60), hour, minute];
+  return small ? `${large} ${units[0]} ${small} ${units[1]}` : `${large} ${units[0]}`;
 }
 
 export function moment(seconds) {

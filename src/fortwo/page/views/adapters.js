@@ -91,19 +91,22 @@ function Adapter({name, versions, open, changed}) {
   `;
 }
 
-/** The report of each version, null where there is none: {digest: body}. A digest's report never changes. */
+/** The report of each version by its identity, null where there is none. A version's report never changes. */
 const reports = new Map();
+
+/** Two versions may have one digest: the same request gives the same adapter. */
+const identity = (one) => `${one.name}@${one.version} ${one.created_at}`;
 
 function useReports(versions) {
   const [, setCount] = useState(0);
-  const wanted = versions.map((one) => one.digest).join();
+  const wanted = versions.map(identity).join();
   useEffect(() => {
     let gone = false;
-    for (const one of versions.filter((version) => !reports.has(version.digest))) {
+    for (const one of versions.filter((version) => !reports.has(identity(version)))) {
       get(`/api/adapters/${one.name}/report?version=${one.version}`)
         .catch((error) => (error.status === 404 ? null : undefined))
         .then((body) => {
-          if (body !== undefined) reports.set(one.digest, body);
+          if (body !== undefined) reports.set(identity(one), body);
           if (!gone) setCount((was) => was + 1);
         });
     }
@@ -117,8 +120,8 @@ function useReports(versions) {
 function Versions({versions, busy, turn, ask}) {
   const found = useReports(versions);
   const [open, setOpen] = useState(null);
-  const shown = versions.find((one) => one.digest === open);
-  const report = shown && found.get(shown.digest);
+  const shown = versions.find((one) => identity(one) === open);
+  const report = shown && found.get(identity(shown));
   return html`
     <div class="scroll" tabindex="0" role="region" aria-label=${text.adapters.versions(versions.length)}>
       <table class="versions">
@@ -133,18 +136,19 @@ function Versions({versions, busy, turn, ask}) {
         </thead>
         <tbody>
           ${versions.map((one) => {
-            const body = found.get(one.digest);
+            const id = identity(one);
+            const body = found.get(id);
             const ref = `${one.name}@${one.version}`;
             return html`
-              <tr key=${one.digest}>
+              <tr key=${id}>
                 <th scope="row">${ref} ${one.current && html`<span class="chip succeeded">${text.adapters.current}</span>`}</th>
                 <td>${moment(one.created_at)}</td>
-                ${SHOWN.map((name) => html`<td class="figure" key=${name}>${share(body?.report.metrics[name]?.value)}</td>`)}
+                ${SHOWN.map((name) => html`<td class="figure" key=${name} data-label=${metricName(name)}>${share(body?.report.metrics[name]?.value)}</td>`)}
                 <td>${text.adapters.states[one.state] ?? one.state}${one.bytes ? `, ${size(one.bytes)}` : ''}</td>
                 <td>
                   <div class="row tight end">
-                    <button type="button" class="small" disabled=${!body} aria-expanded=${String(open === one.digest)}
-                      onClick=${() => setOpen(open === one.digest ? null : one.digest)}>
+                    <button type="button" class="small" disabled=${!body} aria-expanded=${String(open === id)}
+                      onClick=${() => setOpen(open === id ? null : id)}>
                       ${body === null ? text.adapters.noReport : text.adapters.report}
                       <span class="hidden"> ${ref}</span>
                     </button>

@@ -47,14 +47,14 @@ function setReply(turnId, column, changes) {
   });
 }
 
-/** What the column has said and heard before a turn. */
-function history(column, before) {
+/** What the column was asked and said before a turn. */
+function messagesBefore(turn, column) {
   const {system, turns} = chat.value;
   const messages = system.trim() ? [{role: 'system', content: system}] : [];
-  for (const turn of turns) {
-    if (turn.id === before) break;
-    const reply = turn.replies[column];
-    if (reply?.text) messages.push({role: 'user', content: turn.prompt}, {role: 'assistant', content: reply.text});
+  for (const one of turns) {
+    if (one.id === turn.id) break;
+    const reply = one.replies[column];
+    if (reply?.text) messages.push({role: 'user', content: one.prompt}, {role: 'assistant', content: reply.text});
   }
   return messages;
 }
@@ -71,7 +71,7 @@ async function answer(turn, column) {
   const {models, temperature, maxTokens} = chat.value;
   const abort = new AbortController();
   running.push(abort);
-  const messages = [...history(column, turn.id), {role: 'user', content: turn.prompt}];
+  const messages = [...messagesBefore(turn, column), {role: 'user', content: turn.prompt}];
   let said = '';
   let shownAt = 0;
   try {

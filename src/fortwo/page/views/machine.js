@@ -44,7 +44,7 @@ export function Machine() {
         : html`<dl class="lines">
             ${inMemory.map(
               (one) => html`
-                <div key=${one.digest}>
+                <div key=${`${one.name}@${one.version}`}>
                   <dt><a href=${`#/adapters/${one.name}`}>${one.name}@${one.version}</a></dt><dd>${size(one.bytes)}</dd>
                 </div>
               `,
