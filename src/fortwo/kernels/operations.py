@@ -29,12 +29,6 @@ def add_norm(
     return reference.add_norm(x_TD, y_TD, weight_D, eps, dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
-    _, normed = add_norm(x.reshape(-1, x.shape[-1]).to(weight.dtype), None, weight, eps, x.dtype)
-    return normed.view(x.shape)
-
-
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
