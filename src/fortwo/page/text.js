@@ -246,6 +246,7 @@ export const text = {
     empty: 'Ask something. With two columns, both models answer the same prompt side by side.',
     emptyNoAdapter: 'There is no adapter yet. Chat with the base, or teach the model something first.',
     emptyNext: 'Teach the model something',
+    notFetched: (base) => `${base} is not on disk yet. The first message fetches it, which uses the network.`,
     left: 'Model',
     right: 'Second model',
     addColumn: 'Compare with a second model',

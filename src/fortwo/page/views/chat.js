@@ -121,6 +121,7 @@ const stop = () => running.forEach((one) => one.abort());
 
 export function Chat({query}) {
   const {data, error} = useData('/v1/models');
+  const {data: bases} = useData('/api/models');
   const known = data?.data ?? [];
   const taken = useRef(null);
   if (taken.current !== query) {
@@ -136,6 +137,7 @@ export function Chat({query}) {
   }, [known.length]);
   const {models, turns} = chat.value;
   const busy = isBusy();
+  const away = bases?.models.find((one) => models.includes(one.id) && one.state === 'not fetched');
   return html`
     <div class="heading">
       <h1 class="grow">${text.chat.title}</h1>
@@ -156,6 +158,7 @@ export function Chat({query}) {
           </button>
         `}
       </div>
+      ${away && turns.length === 0 && html`<p class="problem warning">${text.chat.notFetched(away.id)}</p>`}
       <${Options} />
       <div class="turns" role="log" aria-label=${text.chat.conversation} aria-busy=${String(busy)}>
         ${turns.length === 0 && data && (known.some((one) => one.parent !== null)
