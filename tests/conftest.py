@@ -62,11 +62,14 @@ def amx(level: str | None) -> None:
         pytest.skip(WITHOUT_AMX)
 
 
-SLOW_FILES = ("test_resume", "test_server_", "test_checkpoints", "test_retry_policy", "test_parent", "test_backends")
+SLOW_FILES = (
+    *("test_resume", "test_server_", "test_checkpoints", "test_retry_policy", "test_parent", "test_backends"),
+    *("test_catalog", "test_batching", "test_loop", "test_objectives", "test_engine", "test_nf4"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make test-fast` leaves out: tests of the real model, slow ones, and kernels below the highest level."""
+    """Mark what `make test-fast` leaves out: the real model, slow tests, and kernels below the highest level."""
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if fixtures & {"real_home", "live"}:
