@@ -158,7 +158,9 @@ def test_a_version_is_rolled_back_and_all_are_deleted(tab: Tab, site: Served) ->
     card.get_by_role("button", name="Report twice@2").click()
     expect(card).to_contain_text("Report of twice@2")
     card.get_by_role("button", name="Delete all versions").click()
+    expect(page.get_by_role("dialog")).to_be_visible()
     page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
     assert len(site.http.get("/api/adapters/twice").json()["versions"]) == 2
     card.get_by_role("button", name="Delete all versions").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
