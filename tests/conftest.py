@@ -74,9 +74,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         fixtures = set(getattr(item, "fixturenames", ()))
         if fixtures & {"real_home", "live"}:
             item.add_marker("real")
-        level = item.callspec.params.get("level") if hasattr(item, "callspec") else None
-        lower = level not in (None, isa.level())
-        if lower or "served" in fixtures or item.path.stem.startswith(SLOW_FILES):
+        at_level = item.callspec.params.get("level", isa.level()) if hasattr(item, "callspec") else isa.level()
+        if at_level != isa.level() or "served" in fixtures or item.path.stem.startswith(SLOW_FILES):
             item.add_marker("slow")
 
 

@@ -80,11 +80,10 @@ def serving(
     threads = threads or os.cpu_count() or 1
     about = f"{processor()} {cpu.identity()} {threads} {shape} {APART}"
     key = hashlib.sha256(about.encode()).hexdigest()[:16]
-    bound = SHARE * memory(device)
-    found = measurements.all().get(key)
-    if found is None:
-        seconds, share = run(lambda: measure(fused, names))
-        choice = choose(seconds, _bytes(config, names), bound, keep="fp32")
+    known = measurements.all().get(key)
+    seconds, share = (known.seconds, None) if known is not None else run(lambda: measure(fused, names))
+    choice = choose(seconds, _bytes(config, names), SHARE * memory(device), keep="fp32")
+    if share is not None:
         if share >= UNDISTURBED * threads:
             plain = {name: dict(by_rows) for name, by_rows in seconds.items()}
             measurements.put(key, Measured(id, processor(), threads, plain, choice.table))
@@ -94,8 +93,6 @@ def serving(
                 "had %.1f of %d threads. The result is used now and not remembered; the next load measures again.",
                 *(id, share, threads),
             )
-    else:
-        choice = choose(found.seconds, _bytes(config, names), bound, keep="fp32")
     return Decoder(config, weights, device, forms_of(choice, exact=True))
 
 

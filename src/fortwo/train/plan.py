@@ -246,10 +246,11 @@ def _choose_bf16(builder: PlanBuilder, machine: Machine, least: Callable[[bool],
     bf16, available = machine.faster_in_bf16, machine.memory
     rates = " and ".join(f"{rate:.0f} tokens/s in {name}" for name, rate in machine.trained.items())
     reason = f"{REASONS['bf16']}: {rates}."
-    if available is not None and least(bf16).training > available >= least(not bf16).training:
+    needed = least(bf16).training
+    if available is not None and needed > available >= least(not bf16).training:
         fast, fits = ("bf16", "fp32") if bf16 else ("fp32", "bf16")
-        needed = format_size(least(bf16).training)
-        reason += f" {fast} needs about {needed} and {format_size(available)} is available, so {fits} is chosen."
+        there = format_size(available)
+        reason += f" {fast} needs about {format_size(needed)} and {there} is available, so {fits} is chosen."
         bf16 = not bf16
     return replace(machine, bf16=builder.choose("bf16", bf16, reason, "auto"))
 

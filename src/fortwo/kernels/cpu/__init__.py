@@ -131,9 +131,8 @@ def lib() -> Kernels | None:
 def library(level: str | None) -> Kernels | None:
     """The kernels for a level that the processor has; None, with a warning, where they cannot be had."""
     try:
-        return Kernels(
-            ffi.dlopen(str(build.library(level)))
-        )  # OpenMP is torch's: it is loaded already, under the same name
+        # OpenMP is torch's: it is loaded already, under the same name.
+        return Kernels(ffi.dlopen(str(build.library(level))))
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         log.warning("no C kernels, torch's own operations take their place: %s", said)
