@@ -50,7 +50,7 @@ def test_add_norm(dtype: torch.dtype, added: bool) -> None:
     n = (s * torch.rsqrt(s.square().mean(-1, keepdim=True) + 1e-5) * weight).to(dtype)
     total, normed, scale = torch.empty_like(x), torch.full_like(n, torch.nan), x.new_empty(5)
     given = x.detach(), None if y is None else y.detach()
-    cuda.call("add_norm", dtype, 5, 72, *given, weight, 1e-5, total, normed, scale)
+    cuda.call("add_norm", 5, 72, *given, weight, 1e-5, total, normed, scale)
     close(normed, n)
     if added:
         close(total, s)
@@ -58,7 +58,7 @@ def test_add_norm(dtype: torch.dtype, added: bool) -> None:
     torch.autograd.backward([n, s * 1], [grad, along])
     grad_x = torch.full_like(x, torch.nan)
     grad_y = None if y is None else torch.full_like(y, torch.nan)
-    cuda.call("add_norm_backward", dtype, 5, 72, s.detach(), scale, weight, grad, along, grad_x, grad_y)
+    cuda.call("add_norm_backward", 5, 72, s.detach(), scale, weight, grad, along, grad_x, grad_y)
     assert x.grad is not None
     close(grad_x, x.grad)
     if y is not None:
@@ -73,7 +73,7 @@ def test_rotate(dtype: torch.dtype, sign: float) -> None:
     x, angle = torch.randn(3, 7, 32, device=DEVICE, dtype=dtype), torch.rand(3, 1, 16, device=DEVICE)
     cos, sin = (torch.cat([one, one], -1)[:, 0].contiguous() for one in (angle.cos(), angle.sin()))
     y = torch.full_like(x, torch.nan)
-    cuda.call("rotate", dtype, 3, 7, 5, 32, x, cos, sin, sign, y)
+    cuda.call("rotate", 3, 7, 5, 32, x, cos, sin, sign, y)
     first, second = x[:, :5].float().chunk(2, -1)
     turned = torch.cat([first * angle.cos() - sign * second * angle.sin(),
                         second * angle.cos() + sign * first * angle.sin()], -1)  # fmt: skip
@@ -86,12 +86,12 @@ def test_swiglu(dtype: torch.dtype) -> None:
     gate, up = gate_up.float().chunk(2, -1)
     wanted = F.silu(gate) * up
     y = torch.full_like(wanted, torch.nan, dtype=dtype)
-    cuda.call("swiglu", dtype, 3, 1100, gate_up.detach(), y)
+    cuda.call("swiglu", 3, 1100, gate_up.detach(), y)
     close(y, wanted)
     grad = torch.randn_like(y)
     wanted.backward(grad.float())
     found = torch.full_like(gate_up, torch.nan)
-    cuda.call("swiglu_backward", dtype, 3, 1100, gate_up.detach(), grad, found)
+    cuda.call("swiglu_backward", 3, 1100, gate_up.detach(), grad, found)
     assert gate_up.grad is not None
     close(found, gate_up.grad)
 
@@ -100,7 +100,7 @@ def test_swiglu(dtype: torch.dtype) -> None:
 def test_nf4_is_made_dense(dtype: torch.dtype) -> None:
     form = Nf4.of(torch.randn(24, 128, device=DEVICE), Regions())
     out = torch.full((32 * 64,), torch.nan, dtype=dtype, device=DEVICE)
-    cuda.call("nf4_dense", dtype, 12, 32, form.codes, *form._tables(), out)
+    cuda.call("nf4_dense", 12, 32, form.codes, *form._tables(), out)
     close(out.view(-1, 64), plain(form, 12, 44).to(dtype))
 
 
