@@ -64,6 +64,16 @@ def test_a_weight_to_train_on_multiplies_there_and_back(rows: int, inner: int, o
     assert off(product(grad, held.t()), grad.float() @ weight.float()) < 6e-3
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_long_sum_takes_an_adapter_too(rows: int) -> None:
+    """The gradient of a wide MLP's input sums over more outputs than a panel holds, and over an adapter's."""
+    weight, grad = bf16(LONGEST_SUM + 96, 64), bf16(rows, LONGEST_SUM + 96, seed=1)
+    held, more = trained_on(weight.float(), Regions()), (bf16(rows, 4, seed=2), bf16(64, 4, seed=3))
+    wanted = grad.float() @ weight.float() + more[0].float() @ more[1].float().t()
+    assert off(product(grad, held.t(), more, torch.float32), wanted) < 1e-5
+    assert off(product(grad, held.t(), more), wanted) < 6e-3
+
+
 def test_rows_do_not_depend_on_their_company() -> None:
     held, x = trained_on(bf16(96, 64).float(), Regions()), bf16(70, 64, seed=1)
     together = product(x, held)

@@ -72,9 +72,11 @@ def tiled_product(
     """x @ weight.T, and for `more` = (h, B) + h @ B.T, in one sum. Everything is bf16; the result fp32 or bf16."""
     T, (O, I) = len(x_TI), weight_OI.shape  # noqa: E741
     if isinstance(weight_OI, Tiles) and weight_OI.transposed and I > LONGEST_SUM:
-        assert more is None, "only the head's sums are as long"
         sums_TO = torch.empty(T, O)
         cpu.kernels().gemm_bf16_long_sum(T, O, I, x_TI.contiguous(), I, weight_OI.laid, sums_TO)
+        if more is not None:
+            h_Tr, B_Or = more
+            sums_TO.addmm_(h_Tr.float(), B_Or.float().t())
         return sums_TO.to(dtype)
     y_TO = torch.empty(T, O, dtype=dtype)
     sides = _side(x_TI, weight_OI) + ([0, None, 0, None, 0, 0] if more is None else _side(*more))
