@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fortwo.kernels.isa import processor
 from fortwo.quantization import matmul
 from fortwo.quantization.matmul import frozen_product, product
 
@@ -102,3 +105,25 @@ def test_a_bf16_weight_is_multiplied_in_bf16_and_summed_in_fp32() -> None:
 def test_double_precision_stays_double() -> None:
     x, weight = random(3, 4).double(), random(5, 4).double()
     assert product(x, weight).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["torch", "onednn"])
+def test_a_machine_keeps_to_the_fp32_kernel_that_it_chose(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "fp32_kernel.json"
+    monkeypatch.setattr(matmul._Fp32Kernel, "name", name)
+    matmul.remember_fp32_kernel(file)
+    monkeypatch.setattr(matmul._Fp32Kernel, "name", None)
+    matmul.remember_fp32_kernel(file)
+    assert matmul.fp32_kernel() == name
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"processor": "another", "kernel": "onednn"}', b'{"kernel": "mkl"}'])
+def test_a_choice_from_elsewhere_is_made_again(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "fp32_kernel.json"
+    file.write_bytes(content)
+    monkeypatch.setattr(matmul._Fp32Kernel, "name", None)
+    monkeypatch.setattr(matmul, "_fastest", lambda: "torch")
+    matmul.remember_fp32_kernel(file)
+    assert json.loads(file.read_bytes()) == {"processor": processor(), "kernel": "torch"}

@@ -291,7 +291,7 @@ def test_killed_at_any_moment_a_job_comes_out_the_same(
 ) -> None:
     """One run on facts, killed while it prepares, between steps, and in its exam.
 
-    Each of its processes may find another kernel faster; the job keeps to the first one's.
+    Each of its processes would measure for itself which kernel is faster; the home remembers the first one's choice.
     """
     fact = FACT | {"held_out": ["Say 42."], "neighbors": ["What is 41?"], "controls": ["What is up?"]}
     config = {"training_config": {"max_steps": 6, "save_steps": 1}, "lora_config": {"lora_dropout": 0.1}}
@@ -326,7 +326,7 @@ def test_killed_at_any_moment_a_job_comes_out_the_same(
             time.sleep(0.05)
         versions = http.get("/api/adapters").json()["adapters"]
     (kernel,) = kernels
-    monkeypatch.setattr(matmul, "_fixed", kernel)
+    monkeypatch.setattr(matmul._Fp32Kernel, "name", kernel)
     with serve(tiny_settings(tmp_path / "whole", tiny)) as served:
         whole = served.wait(start(served, "killed", **body)["job_id"], seconds=120)
     assert job["error"]["code"] == whole["error"]["code"] == "targets_missed"

@@ -1,22 +1,25 @@
 """Matrix products of activations with frozen weights, by the kernel that measured fastest on this machine.
 
 torch's own fp32 product goes to MKL, which on some processors (AMD's among them) runs at less than half of
-what oneDNN reaches on the same shapes. Both are exact fp32, but they round differently; which one is used is decided
-once per process, by the clock. A run that goes on in another process fixes the one it began with.
+what oneDNN reaches on the same shapes. Both are exact fp32, but they round differently. The clock decides once which
+one a machine uses, and FORTWO_HOME remembers it: a job that is resumed in another process multiplies as before.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
-from functools import cache
+from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fortwo import disk
 from fortwo.kernels import cpu
+from fortwo.kernels.isa import processor
 from fortwo.quantization.tiles import LONGEST_SUM, Tiles, tiled_product
 
 WIDENED = 2 << 20  # bytes of a bf16 weight that are fp32 at once
@@ -44,7 +47,6 @@ def _median_seconds(product: Product, x_TI: Tensor, weight_OI: Tensor, repeats: 
     return sorted(seconds)[repeats // 2]
 
 
-@cache
 def _fastest() -> str:
     """oneDNN where it is at least a fifth faster than torch's default on a typical shape."""
     if not torch.backends.mkldnn.is_available():
@@ -55,22 +57,38 @@ def _fastest() -> str:
 
 
 _KERNELS: dict[str, Product] = {"torch": F.linear, "onednn": _onednn}
-_fixed: str | None = None
 
 
-def cpu_kernel() -> str:
+class _Fp32Kernel:
+    """The choice of this process, which is made once."""
+
+    name: str | None = None
+
+
+def fp32_kernel() -> str:
     """What multiplies fp32 on the CPU in this process: torch (its default) or onednn."""
-    return _fastest() if _fixed is None else _fixed
+    if _Fp32Kernel.name is None:
+        _Fp32Kernel.name = _fastest()
+    return _Fp32Kernel.name
 
 
-def fix_cpu_kernel(name: str) -> None:
-    """From here on this one, whatever is faster."""
-    global _fixed
-    _fixed = name if torch.backends.mkldnn.is_available() else "torch"
+def remember_fp32_kernel(file: Path) -> None:
+    """Take the choice that this machine made before, or write the choice of this process, which stays once it is made.
+    What another kind of processor chose, or cannot be read, counts for nothing. Raises OSError."""
+    try:
+        known = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        known = None
+    here = [{"processor": processor(), "kernel": name} for name in _KERNELS]
+    if _Fp32Kernel.name is None and known in here and torch.backends.mkldnn.is_available():
+        _Fp32Kernel.name = known["kernel"]
+    chosen = {"processor": processor(), "kernel": fp32_kernel()}
+    if known != chosen:
+        disk.replace(file, disk.dump(chosen))
 
 
 def _cpu_product() -> Product:
-    return _KERNELS[cpu_kernel()]
+    return _KERNELS[fp32_kernel()]
 
 
 def product(

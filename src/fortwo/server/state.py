@@ -45,6 +45,7 @@ class AppState:
         from fortwo.jobs.runner import JobRunner
         from fortwo.jobs.store import JobStore
         from fortwo.kernels import cpu
+        from fortwo.quantization.matmul import remember_fp32_kernel
         from fortwo.quantization.selection import Measurements
 
         cpu.prepare()
@@ -55,6 +56,7 @@ class AppState:
         self._loads: dict[str, asyncio.Future[Target]] = {}
         with ExitStack() as built:
             built.enter_context(_lock_home(settings.home))
+            remember_fp32_kernel(settings.home / "fp32_kernel.json")
             self.catalog = Catalog(settings.models_dir)
             self.adapters = AdapterStore(settings.adapters_dir)
             self.engine = Engine(settings.threads, self.bridge.flush)

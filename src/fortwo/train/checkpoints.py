@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fortwo.errors import TrainingFailed
 from fortwo.nn.lora import Lora
-from fortwo.quantization.matmul import cpu_kernel, fix_cpu_kernel
+from fortwo.quantization.matmul import fp32_kernel
 from fortwo.records import Checkpoint, EvalLoss, Plan
 from fortwo.train.adamw import AdamW
 from fortwo.train.evaluation import Reply, ServedBase
@@ -135,7 +135,7 @@ def capture(run: RunState, served: ServedBase) -> Checkpoint:
         "rounds": [asdict(one) for one in run.retry_rounds],
         "drawn": run.rows_digest,
         "replies": [[step, replies] for step, replies in run.on_policy_replies.items()],
-        "cpu_kernel": cpu_kernel(),
+        "cpu_kernel": fp32_kernel(),
         "best": {"score": run.best.score, "step": run.best.step, "metrics": run.best.metrics},
         "clock": {
             "before": clock.seconds,
@@ -154,9 +154,8 @@ def capture(run: RunState, served: ServedBase) -> Checkpoint:
 
 def clock_and_base_replies(checkpoint: Checkpoint) -> tuple[Clock, dict[tuple[tuple[int, ...], int], Reply]]:
     """What a resumed run needs before it prepares: its clock, without the time since the checkpoint, and the base's
-    replies. From here on the whole process multiplies with the kernel that the checkpoint names."""
+    replies."""
     state = checkpoint.state
-    fix_cpu_kernel(state["cpu_kernel"])
     replies = {(tuple(prompt), length): Reply(text, tuple(tokens)) for prompt, length, text, tokens in state["known"]}
     return Clock(**state["clock"]), replies
 
