@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal, Protocol
@@ -39,10 +39,12 @@ from fortwo.records import AdapterVersion, Json
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model in memory. bytes: the size of its weights, without the cache."""
+    """A base model in memory. digest, weights_digest: as in ModelInfo; bytes: the size of its weights, without the
+    cache."""
 
     id: str
     digest: str
+    weights_digest: str
     backend: Backend
     renderer: ChatTemplateRenderer
     bytes: int
@@ -51,6 +53,10 @@ class LoadedModel:
     @property
     def decoder(self) -> Decoder:
         return self.backend.decoder
+
+    def taught(self, version: AdapterVersion) -> bool:
+        """Whether the adapter was trained on this base. Adapters of earlier versions name the weights alone."""
+        return version.base_digest in (self.digest, self.weights_digest)
 
 
 @dataclass(frozen=True)
@@ -210,7 +216,15 @@ class ModelRegistry:
                 )
                 backend = backend_for(decoder)
                 runner = Runner(backend, self._cache_bytes)
-                base = LoadedModel(id, info.digest, backend, ChatTemplateRenderer(directory), decoder.bytes, runner)
+                base = LoadedModel(
+                    id,
+                    info.digest,
+                    info.weights_digest,
+                    backend,
+                    ChatTemplateRenderer(directory),
+                    decoder.bytes,
+                    runner,
+                )
                 self._engine.add_base(id, base.runner, base.renderer)
                 malloc_tuning.trim()
             finally:
@@ -301,7 +315,7 @@ class ModelRegistry:
         with self._lock:
             base = self._bases.get(version.base_model)
             fits = version.digest in self._adapters or self._evict()
-            if fits and base is not None and base.digest == version.base_digest:
+            if fits and base is not None and base.taught(version):
                 self._attach(base, version, lora)
 
     def discard(self, versions: Iterable[AdapterVersion]) -> None:
@@ -347,10 +361,10 @@ class ModelRegistry:
         return self._engine.call(detach).result()
 
     def _base_serving(self, version: AdapterVersion) -> LoadedModel | None:
-        """The base that has this version attached and still has the weights it was trained on."""
+        """The base that has this version attached and is still the one it was trained on."""
         state = self._adapters.get(version.digest)
         base = None if state is None else self._bases.get(state.base)
-        return base if base is not None and base.digest == version.base_digest else None
+        return base if base is not None and base.taught(version) else None
 
     def _source(self, ref: str) -> AdapterSource:
         return self._checkpoints if self._checkpoints is not None and "-" in ref.partition("@")[2] else self._store
@@ -359,30 +373,61 @@ class ModelRegistry:
         return [entry.id for entry in self._catalog.entries()]
 
     def base_of(self, version: AdapterVersion) -> LoadedModel:
-        """The base with the weights the adapter was trained on, loaded if necessary, whatever it is called. Raises
-        InvalidAdapter when no base has them."""
-        digests = {id: info.digest if (info := self._catalog.model_info(id)) else None for id in self._catalog_ids()}
-        digests |= {id: base.digest for id, base in self._bases.items()}
-        same = [id for id, digest in digests.items() if digest == version.base_digest]
-        if same:
-            return self.load_base(min(same, key=lambda id: (id not in self._bases, id != version.base_model)))
-        if version.base_model not in digests:
-            raise InvalidAdapter(
-                f"Adapter {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}; "
-                "no base model here has these weights.",
-                hint="Add that base: fortwo models add ID PATH",
-            )
-        found = digests[version.base_model]
-        if found is None:
-            base = self.load_base(version.base_model)
-            if base.digest == version.base_digest:
+        """The base that the adapter was trained on, loaded if necessary, whatever it is called. Raises InvalidAdapter
+        when there is none."""
+        infos = {id: self._catalog.model_info(id) for id in self._catalog_ids()}
+        known = {id: (info.digest, info.weights_digest) for id, info in infos.items() if info is not None}
+        known |= {id: (base.digest, base.weights_digest) for id, base in self._bases.items()}
+        id = choose_base(version, known, loaded=self._bases, unprepared=infos.keys() - known.keys())
+        if id is not None:
+            base = self.load_base(id)
+            if base.taught(version):
                 return base
-            found = base.digest
-        raise InvalidAdapter(
-            f"Adapter {version.id!r} was trained on weights with digest {version.base_digest}, but "
-            f"{version.base_model!r} has digest {found}.",
-            hint="Train it again on this base, or add the base it was trained on: fortwo models add ID PATH",
+            known[id] = (base.digest, base.weights_digest)
+        waiting = sorted(infos.keys() - known.keys())
+        raise _no_base(version, known, [one for one in waiting if self._catalog.get(one).origin == "user"])
+
+
+def choose_base(
+    version: AdapterVersion,
+    known: Mapping[str, tuple[str, str]],
+    *,
+    loaded: Container[str],
+    unprepared: Container[str],
+) -> str | None:
+    """The id of the base to serve an adapter on: the one that its manifest names if the digest agrees, else one with
+    the same digest, else the one it names if that must be prepared first to know its digest, else one with the same
+    weights, for adapters whose manifest has the digest of the weights alone.
+
+    known: digest and weights_digest by id. Of equal bases one that is loaded is preferred.
+    """
+    digest, named = version.base_digest, version.base_model
+    if named in known and digest in known[named]:
+        return named
+    order = sorted(known, key=lambda id: (id not in loaded, id))
+    for id in order:
+        if known[id][0] == digest:
+            return id
+    if named in unprepared:
+        return named
+    return next((id for id in order if known[id][1] == digest), None)
+
+
+def _no_base(version: AdapterVersion, known: Mapping[str, tuple[str, str]], waiting: list[str]) -> InvalidAdapter:
+    """waiting: bases that the user added and that are not prepared."""
+    what = f"Adapter {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}"
+    if version.base_model in known:
+        return InvalidAdapter(
+            f"{what}, but {version.base_model!r} now has digest {known[version.base_model][0]}: its weights, "
+            "positions, tokenizer or chat template are other ones.",
+            hint="Restore the base's files, or train the adapter again. A base under another path is added with: "
+            "fortwo models add ID PATH",
         )
+    prepare = f", or prepare the one it needs if it is among: {', '.join(waiting)} (fortwo models fetch ID)"
+    return InvalidAdapter(
+        f"{what}; no base model here has this digest.",
+        hint=f"Add that base: fortwo models add ID PATH{prepare if waiting else ''}",
+    )
 
 
 def _device(name: str) -> torch.device:

@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Protocol
 
 from fortwo.errors import SourceUnreachable, UnsupportedModel
-from fortwo.hub import gguf, weights
+from fortwo.hub import gguf, template_files, weights
 from fortwo.hub.weights import ProgressCallback
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CACHE_HINT = f"Nothing was stored. Empty pip's cache ({sys.executable} -m pip cache purge) and try again."
-_CONFIG_FILES = ("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", *_TOKENIZER)
+_CONFIG_FILES = (
+    *("config.json", "generation_config.json", template_files.JINJA, template_files.PROCESSOR),
+    *_TOKENIZER,
+)
 
 
 class Source(Protocol):
@@ -162,9 +165,12 @@ class DirectorySource:
                 )
         tensors = weights.safetensors_files(self.path)
         index = [self.path / weights.SAFE_WEIGHTS_INDEX_NAME] if tensors[0].name != weights.SAFE_WEIGHTS_NAME else []
-        for file in [*tensors, *index, *(self.path / name for name in _CONFIG_FILES)]:
+        templates = sorted((self.path / template_files.FOLDER).glob("*.jinja"))
+        for file in [*tensors, *index, *templates, *(self.path / name for name in _CONFIG_FILES)]:
             if file.is_file():
-                (target / file.name).symlink_to(file)
+                link = target / file.relative_to(self.path)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file)
 
 
 @dataclass(frozen=True)

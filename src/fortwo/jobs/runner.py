@@ -239,7 +239,7 @@ class JobRunner:
         if request.model is None:
             return parent, self._registry.base_of(version)
         resident = self._registry.load_base(model)
-        if resident.digest != version.base_digest:
+        if not resident.taught(version):
             raise InvalidRequest(
                 f"parent = {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}; "
                 f"model = {model!r} has digest {resident.digest}",
