@@ -17,8 +17,9 @@ from tiny import save_directory, tiny_model
 
 from fortwo.adapters.store import AdapterStore
 from fortwo.engine import registry as module
+from fortwo.engine.base_choice import choose_base
 from fortwo.engine.engine import Engine
-from fortwo.engine.registry import ModelRegistry, RegistryState, choose_base
+from fortwo.engine.registry import ModelRegistry, RegistryState
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
 from fortwo.execution import autotuning as forms
 from fortwo.hub.catalog import Catalog
@@ -365,6 +366,30 @@ def test_a_wrong_base_is_refused_with_both_digests(setup: Setup) -> None:
     setup.store_only("lost", setup.lora(), {"base_model": "gone", "base_digest": "e" * 64})
     with pytest.raises(InvalidAdapter, match="'gone'.*" + "e" * 64):
         setup.registry.load_adapter("lost")
+
+
+def test_a_template_that_renders_slowly_delays_no_other_base(
+    setup: Setup, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup.catalog.add("slow", directories["other"])
+    began, go_on = threading.Event(), threading.Event()
+
+    class Slow(module.ChatTemplateRenderer):
+        def __init__(self, directory: Path) -> None:
+            if directory.name == "slow":
+                began.set()
+                assert go_on.wait(60)
+            super().__init__(directory)
+
+    monkeypatch.setattr(module, "ChatTemplateRenderer", Slow)
+    loading = threading.Thread(target=setup.registry.load_base, args=("slow",))
+    loading.start()
+    assert began.wait(60)
+    assert setup.registry.load_base("tiny").id == "tiny"
+    assert setup.registry.state().models["slow"].state == "loading"
+    go_on.set()
+    loading.join()
+    assert setup.registry.state().models["slow"].state == "loaded"
 
 
 def stretched(directory: Path, target: Path) -> Path:

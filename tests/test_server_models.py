@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,43 @@ def test_a_damaged_base_is_shown_and_breaks_no_list(tiny: Path, tmp_path: Path) 
         assert "base.json is damaged" in run(served, "models", "list")
         assert "second is ready" in run(served, "models", "fetch", "second")
         assert served.http.get("/api/models/second").json()["state"] == "on disk"
+
+
+UNENDED = (
+    "{% for m in messages %}{{ '### ' + m.role + '\n' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
+)
+
+
+def test_what_is_odd_about_a_template_is_said_by_the_model_and_by_the_plan(tiny: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "unended"
+    shutil.copytree(tiny, directory)
+    (directory / "chat_template.jinja").write_text(UNENDED)
+    with serve(tiny_settings(tmp_path / "home", directory)) as served:
+        rows = [{"prompt": "a", "completion": "b"}] * 4
+        body = {"adapter_name": "x", "dataset": {"examples": rows}, "objective": "sft"}
+        plan = served.post("/api/training/plan", body).json()
+        said = served.http.get("/api/models/tiny").json()["warnings"]
+        assert [one["code"] for one in said] == ["chat_template"]
+        assert "'### user'" in said[0]["message"]
+        assert said[0] in plan["warnings"]
+        assert served.chat().is_success
+
+
+def test_a_base_with_a_broken_template_is_refused_by_every_path(tiny: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "broken"
+    shutil.copytree(tiny, directory)
+    (directory / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    with serve(tiny_settings(tmp_path / "home", directory)) as served:
+        served.state.catalog.prepare("tiny")
+        dataset = {"examples": [{"prompt": "a", "completion": "b"}] * 4}
+        for path, body in (
+            ("/api/models/tiny/load", None),
+            ("/api/data/preview", {"dataset": dataset}),
+            ("/api/training/plan", {"adapter_name": "x", "dataset": dataset, "objective": "sft"}),
+        ):
+            assert "ZeroDivisionError" in refused(served.post(path, body), 400, "unsupported_model", "model")
+        assert "ZeroDivisionError" in refused(served.chat(), 400, "unsupported_model", "model")
 
 
 def test_an_id_that_an_adapter_has_is_not_free(served: Served, tiny: Path) -> None:

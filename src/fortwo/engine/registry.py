@@ -7,9 +7,10 @@ the device's thread, so replies continue while a model loads. This module knows 
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal, Protocol
@@ -21,6 +22,7 @@ from fortwo.adapters.store import AdapterStore
 from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.engine import malloc_tuning
 from fortwo.engine.adapter_check import MIN_EFFECT, check_tensors, measure_effect
+from fortwo.engine.base_choice import choose_base, no_base
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
@@ -28,13 +30,16 @@ from fortwo.execution.autotuning import memory, serving
 from fortwo.execution.backend import Backend, backend_for
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
+from fortwo.hub.prepared import ModelInfo
 from fortwo.hub.weights import ProgressCallback
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.quantization.selection import Measurements
-from fortwo.records import AdapterVersion, Json
+from fortwo.records import AdapterVersion, Json, PlanWarning
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ class ModelRegistry:
         self._max_adapters = max_adapters
         self._cache_bytes = memory(self._device) // 8 if cache_mb is None else cache_mb << 20
         self._lock = threading.RLock()  # for loading and unloading; readers take the dicts as they are
-        self._loading: str | None = None
+        self._loading: Counter[str] = Counter()  # by id: threads that load it
         self._bases: dict[str, LoadedModel] = {}
         self._adapters: dict[str, AdapterState] = {}
         self._pins: Counter[str] = Counter()  # by adapter digest: requests that are about to be submitted
@@ -194,43 +199,53 @@ class ModelRegistry:
                 self._pins += Counter()  # drops entries of zero
 
     def load_base(self, id: str, progress: ProgressCallback | None = None) -> LoadedModel:
-        """The base in memory, fetched and converted first if necessary; progress as in Catalog.prepare."""
-        with self._lock:
-            if base := self._bases.get(id):
-                return base
-            self._loading = id
-            try:
-                directory = self._catalog.prepare(id, progress)
-                info = self._catalog.model_info(id)
-                assert info is not None
-                config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
-                decoder = serving(
-                    id,
-                    config,
-                    weights.open_tensors(directory),
-                    self._device,
-                    self._weights,
-                    self._threads,
-                    self._measurements,
-                    lambda measure: self._engine.call(measure).result(),
-                )
-                backend = backend_for(decoder)
-                runner = Runner(backend, self._cache_bytes)
-                base = LoadedModel(
-                    id,
-                    info.digest,
-                    info.weights_digest,
-                    backend,
-                    ChatTemplateRenderer(directory),
-                    decoder.bytes,
-                    runner,
-                )
-                self._engine.add_base(id, base.runner, base.renderer)
-                malloc_tuning.trim()
-            finally:
-                self._loading = None
-            self._bases[id] = base
+        """The base in memory, fetched and converted first if necessary; progress as in Catalog.prepare.
+
+        The tokenizer and the chat template are read, and tried, before the lock is taken: they come with the base, and
+        a slow template delays nobody else.
+        """
+        if base := self._bases.get(id):
             return base
+        self._count_loading(id, 1)
+        try:
+            directory = self._catalog.prepare(id, progress)
+            info = self._catalog.model_info(id)
+            if info is None:
+                raise Conflict(
+                    f"Base model {id!r} was changed while it was loaded.", param="model", hint="Load it again."
+                )
+            renderer = ChatTemplateRenderer(directory)
+            with self._lock:
+                return self._bases.get(id) or self._load(info, renderer)
+        finally:
+            self._count_loading(id, -1)
+
+    def _count_loading(self, id: str, change: int) -> None:
+        with self._pin_lock:
+            self._loading[id] += change
+
+    def _load(self, info: ModelInfo, renderer: ChatTemplateRenderer) -> LoadedModel:
+        id = info.id
+        config = DecoderConfig.from_hf(json.loads((info.directory / "config.json").read_text()))
+        decoder = serving(
+            id,
+            config,
+            weights.open_tensors(info.directory),
+            self._device,
+            self._weights,
+            self._threads,
+            self._measurements,
+            lambda measure: self._engine.call(measure).result(),
+        )
+        backend = backend_for(decoder)
+        runner = Runner(backend, self._cache_bytes)
+        base = LoadedModel(id, info.digest, info.weights_digest, backend, renderer, decoder.bytes, runner)
+        self._engine.add_base(id, base.runner, base.renderer)
+        malloc_tuning.trim()
+        for warning in renderer.warnings:
+            log.warning("%s: %s %s", id, warning.message, warning.hint)
+        self._bases[id] = base
+        return base
 
     def unload_base(self, id: str) -> None:
         """Drop a base and the adapters on it from memory. Raises Conflict while a request or a job uses it."""
@@ -338,9 +353,14 @@ class ModelRegistry:
     def state(self) -> RegistryState:
         """What is in memory now or being loaded."""
         models = {id: ModelState("loaded", base.digest, base.bytes) for id, base in self._bases.items()}
-        if (loading := self._loading) is not None:
-            models[loading] = ModelState("loading", None, 0)
+        loading = [id for id, threads in self._loading.copy().items() if threads and id not in models]
+        models |= {id: ModelState("loading", None, 0) for id in loading}
         return RegistryState(models, dict(self._adapters))
+
+    def warnings(self, id: str) -> tuple[PlanWarning, ...]:
+        """What people should know about the tokenizer and the chat template of a base; empty until it is loaded."""
+        base = self._bases.get(id)
+        return () if base is None else base.renderer.warnings
 
     def _attach(self, base: LoadedModel, version: AdapterVersion, lora: Lora) -> None:
         self._engine.attach(base.id, version.digest, lora, frozen=True)
@@ -394,49 +414,7 @@ class ModelRegistry:
                 return base
             known[id] = (base.digest, base.weights_digest)
         waiting = sorted(infos.keys() - known.keys())
-        raise _no_base(version, known, [one for one in waiting if self._catalog.get(one).origin == "user"])
-
-
-def choose_base(
-    version: AdapterVersion,
-    known: Mapping[str, tuple[str, str]],
-    *,
-    loaded: Container[str],
-    unprepared: Container[str],
-) -> str | None:
-    """The id of the base to serve an adapter on: the one that its manifest names if the digest agrees, else one with
-    the same digest, else the one it names if that must be prepared first to know its digest, else one with the same
-    weights, for adapters whose manifest has the digest of the weights alone.
-
-    known: digest and weights_digest by id. Of equal bases one that is loaded is preferred.
-    """
-    digest, named = version.base_digest, version.base_model
-    if named in known and digest in known[named]:
-        return named
-    order = sorted(known, key=lambda id: (id not in loaded, id))
-    for id in order:
-        if known[id][0] == digest:
-            return id
-    if named in unprepared:
-        return named
-    return next((id for id in order if known[id][1] == digest), None)
-
-
-def _no_base(version: AdapterVersion, known: Mapping[str, tuple[str, str]], waiting: list[str]) -> InvalidAdapter:
-    """waiting: bases that the user added and that are not prepared."""
-    what = f"Adapter {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}"
-    if version.base_model in known:
-        return InvalidAdapter(
-            f"{what}, but {version.base_model!r} now has digest {known[version.base_model][0]}: its weights, "
-            "positions, tokenizer or chat template are other ones.",
-            hint="Restore the base's files, or train the adapter again. A base under another path is added with: "
-            "fortwo models add ID PATH",
-        )
-    prepare = f", or prepare the one it needs if it is among: {', '.join(waiting)} (fortwo models fetch ID)"
-    return InvalidAdapter(
-        f"{what}; no base model here has this digest.",
-        hint=f"Add that base: fortwo models add ID PATH{prepare if waiting else ''}",
-    )
+        raise no_base(version, known, [one for one in waiting if self._catalog.get(one).origin == "user"])
 
 
 def _device(name: str) -> torch.device:

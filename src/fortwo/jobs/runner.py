@@ -228,7 +228,8 @@ class JobRunner:
             trial = self._trials[resident.digest] = self._engine.call(lambda: try_out(resident.backend)).result()
         machine = machine_of(trial, self._store.last_actual(resident.id))
         counts, dataset_warnings = collect_stats(resident.renderer, plans.training_rows(dataset))
-        return dataset, plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent)
+        plan = plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent)
+        return dataset, replace(plan, warnings=(*resident.renderer.warnings, *plan.warnings))
 
     def _parent_and_base(self, request: TrainingRequest) -> tuple[Parent | None, LoadedModel]:
         """The parent that the request names, if any, and the base, which must be the parent's own."""

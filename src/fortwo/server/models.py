@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from fastapi import APIRouter
 
 from fortwo.errors import Conflict
@@ -19,7 +21,8 @@ def models(state: AppStateDep) -> Json:
 
 @router.get("/models/{id}", summary="One base model, and the adapters that were trained on it")
 def model(state: AppStateDep, id: str) -> Json:
-    """directory, architecture, weights_digest and revision are null until the model is on disk."""
+    """directory, architecture, weights_digest and revision are null until the model is on disk. warnings: about its
+    tokenizer and chat template, once it is loaded."""
     entry = state.catalog.get(id)
     info = state.catalog.model_info(id)
     return {
@@ -29,6 +32,7 @@ def model(state: AppStateDep, id: str) -> Json:
         "weights_digest": None if info is None else info.weights_digest,
         "revision": None if info is None else info.revision,
         "adapters": adapters_on(state, id),
+        "warnings": [asdict(one) for one in state.registry.warnings(id)],
     }
 
 
