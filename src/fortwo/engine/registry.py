@@ -226,7 +226,7 @@ class ModelRegistry:
 
     def _load(self, info: ModelInfo, renderer: ChatTemplateRenderer) -> LoadedModel:
         id = info.id
-        config = DecoderConfig.from_hf(json.loads((info.directory / "config.json").read_text()))
+        config = DecoderConfig.from_hf(json.loads((info.directory / "config.json").read_text("utf-8-sig")))
         decoder = serving(
             id,
             config,

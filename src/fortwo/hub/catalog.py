@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from fortwo import disk
 from fortwo.errors import Conflict, FortwoError, InvalidRequest, NotFound, StorageFailed
 from fortwo.hub import prepared
+from fortwo.hub.gguf_files import is_gguf
 from fortwo.hub.prepared import ModelInfo
 from fortwo.hub.sources import HubSource, Source, WheelSource, local_source
 from fortwo.hub.weights import ProgressCallback
@@ -82,7 +83,7 @@ class Catalog:
                 hint="Use up to 128 letters, digits, '.', '_' and '-', a letter or digit first, no '..'.",
             )
         path = path.expanduser().absolute()
-        if not (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
+        if not (path.is_dir() or (path.is_file() and is_gguf(path))):
             raise InvalidRequest(
                 f"{path} is neither a directory nor a .gguf file" if path.exists() else f"{path} does not exist",
                 param="path",
