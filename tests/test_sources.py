@@ -33,7 +33,7 @@ QUANTISED: dict[str, tuple[Any, str]] = {
     "gptq": ({"quant_method": "gptq", "bits": 8}, "quant_method gptq, 8 bits"),
     "4 bits": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method bitsandbytes, 4 bits"),
     "8 bits": ({"load_in_8bit": True, "load_in_4bit": False}, "quant_method bitsandbytes, 8 bits"),
-    "compressed-tensors": ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "compressed-tensors"),
+    "compressed-tensors": ({"quant_method": "compressed-tensors"}, "quant_method compressed-tensors"),
     "mxfp4": ({"quant_method": "mxfp4"}, "quant_method mxfp4"),
     "no object": ("int8", "int8"),
     "no method": ({"group_size": 32}, "an unknown method"),

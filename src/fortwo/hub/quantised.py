@@ -8,7 +8,7 @@ from typing import Any
 from fortwo.errors import UnsupportedModel
 from fortwo.records import Json
 
-HINT = "Add the model that is not quantised, in bf16 or fp32. fortwo quantises it itself: FORTWO_WEIGHTS=nf4, int4 or int8."
+HINT = "Add the model that is not quantised. fortwo quantises it itself, as FORTWO_WEIGHTS says."
 _TENSORS = (".qweight", ".SCB", ".absmax", ".quant_map", ".weight_scale", ".weight_scale_inv", ".weight_packed")
 
 
