@@ -5,6 +5,7 @@ The catalog of models and datasets can be read without a server; everything else
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,6 +71,26 @@ def list_models() -> None:
                 size = views.size(info.bytes)
                 rows.add_row(entry.id, "on disk", views.count(info.parameters), size, info.digest[:12], entry.source)
     screen.print(rows, *(views.error(one["message"], one["hint"]) for one in damaged), sep="\n")
+
+
+@models.command("catalog")
+def show_catalog() -> None:
+    """List the bases that can be fetched by name: licence, size, and whether this machine's memory is enough."""
+    from fortwo.hub.bundled import BUNDLED
+    from fortwo.settings import load
+    from fortwo.train.fit import fit
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rows = views.table("model", "parameters", "on disk", "to serve", "to teach", "licence", wrapped=("licence",))
+    for id, base in BUNDLED.items():
+        found = fit(base.config, load().weights, memory)
+        assert found is not None
+        serve = f"{views.size(found.serve)}, {found.serving}"
+        teach = f"{views.size(found.teach)}, {found.teaching}"
+        disk = views.size(found.parameters * base.bytes_per_parameter)
+        rows.add_row(id, views.count(found.parameters), disk, serve, teach, base.licence)
+    screen.print(rows)
+    screen.print(f"This machine has {views.size(memory)} of memory. To download one: fortwo models fetch ID")
 
 
 @models.command("show")

