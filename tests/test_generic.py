@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -78,8 +79,6 @@ def config_for(home: GenericDecoder, r: int = 4, dropout: float = 0.0) -> LoraCo
 
 def peft_model(family: str, lora: Lora, directory: Path) -> Any:
     """PEFT's model with the adapter's tensors, read from the files that fortwo writes."""
-    from safetensors.torch import save_file
-
     directory.mkdir()
     save_file(
         {name: tensor.contiguous() for name, tensor in lora.state().items()}, directory / "adapter_model.safetensors"
@@ -197,6 +196,34 @@ def test_no_code_of_a_directory_runs(tmp_path: Path) -> None:
     )
     (tmp_path / "own.py").write_text("raise SystemExit('this code ran')")
     with pytest.raises(UnsupportedModel, match="cannot load"):
+        load(tmp_path, "cpu", None, torch.float32)
+
+
+def saved(directory: Path, family: str = "gpt_neox") -> Path:
+    fresh(family).save_pretrained(directory)
+    return directory
+
+
+def test_a_foreign_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    file = saved(tmp_path) / "model.safetensors"
+    save_file({**load_file(file), "gpt_neox.layers.0.attention.gate": torch.ones(3)}, file, {"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"foreign tensor .*attention\.gate"):
+        load(tmp_path, "cpu", None, torch.float32)
+
+
+def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    file = saved(tmp_path) / "model.safetensors"
+    left = {name: tensor for name, tensor in load_file(file).items() if "layers.1.mlp.dense_h_to_4h.weight" not in name}
+    save_file(left, file, {"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"lacks tensor .*layers\.1\.mlp\.dense_h_to_4h\.weight"):
+        load(tmp_path, "cpu", None, torch.float32)
+
+
+def test_weights_that_are_quantised_elsewhere_are_refused_by_method(tmp_path: Path) -> None:
+    file = saved(tmp_path) / "config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    file.write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match="gptq"):
         load(tmp_path, "cpu", None, torch.float32)
 
 

@@ -380,13 +380,16 @@ def load(directory: Path, device: torch.device | str, hold: Hold | None, dtype: 
         towers = [name for name in ("vision_config", "audio_config") if getattr(config, name, None) is not None]
         if towers:
             raise _unsupported(type(config).__name__, f"it has a tower that is not for text ({', '.join(towers)})")
-        model = AutoModelForCausalLM.from_pretrained(
+        if (quantised := getattr(config, "quantization_config", None)) is not None:
+            raise _unsupported(type(config).__name__, f"its weights are quantised ({quantised.get('quant_method')})")
+        model, found = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
             dtype=dtype,
             attn_implementation="eager",
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except UnsupportedModel:
         raise
@@ -397,6 +400,16 @@ def load(directory: Path, device: torch.device | str, hold: Hold | None, dtype: 
             param="architectures",
             hint="fortwo serves causal language models that transformers itself knows; it never runs a model's code.",
         ) from None
+    architecture, named = type(model).__name__, config.architectures or ["?"]
+    if architecture not in named:
+        raise _unsupported(named[0], f"its model_type {config.model_type!r} means {architecture}")
+    for what, names in (
+        ("lacks", "missing_keys"),
+        ("has a foreign", "unexpected_keys"),
+        ("misshapes", "mismatched_keys"),
+    ):
+        if wrong := sorted(map(str, found[names])):
+            raise _unsupported(architecture, f"the file {what} tensor {wrong[0]}, and {len(wrong) - 1} more like it")
     return GenericDecoder(model, device, hold)
 
 
