@@ -340,7 +340,9 @@ def test_the_body_must_be_json(served: Served) -> None:
 
     assert "character" in refused(post(b'{"model": "tiny",'), 400, "invalid_json")
     refused(post(b"\xff\xfe"), 400, "invalid_json")
-    assert "Content-Type: application/json" in refused(post(b'{"model": "tiny"}', "text/plain"), 400, "invalid_request")
+    assert "Content-Type: application/json" in refused(
+        post(b'{"model": "tiny"}', "text/plain"), 415, "unsupported_media_type"
+    )
     refused(post(b"[]"), 400, "invalid_request")
     refused(post(b""), 400, "invalid_request")
     refused(served.post("/v1/chat/completions", {"messages": [USER]}), 400, "missing_parameter", "model")

@@ -55,6 +55,12 @@ class Settings(BaseSettings):
     request_timeout: float = Field(
         600.0, gt=0, description="Seconds that a reply may take, including its wait; then it ends with an error."
     )
+    max_body_mb: int = Field(16, ge=1, description="MiB that the body of a request may have; beyond it: status 413.")
+    max_upload_mb: int = Field(1024, ge=1, description="The same for a request that uploads a file.")
+    max_connections: int = Field(
+        1000, ge=1, description="Connections at the same time; beyond it a new one is answered with status 503."
+    )
+    max_streams: int = Field(256, ge=1, description="Event streams of jobs at the same time; beyond it: status 429.")
     threads: int | None = Field(None, ge=1, description="CPU threads that compute; default: all cores.")
     resume: bool = Field(
         False,

@@ -28,11 +28,10 @@ class MethodNotAllowed(InvalidRequest):
 
 
 def install(app: FastAPI) -> None:
-    """Add the exception handlers and UnexpectedErrorMiddleware."""
+    """Add the exception handlers."""
     app.add_exception_handler(FortwoError, lambda _request, error: respond(error))
     app.add_exception_handler(RequestValidationError, lambda _request, error: respond(invalid(error.errors())))
     app.add_exception_handler(HTTPException, _no_route)  # type: ignore[arg-type]
-    app.add_middleware(UnexpectedErrorMiddleware)
 
 
 class UnexpectedErrorMiddleware:
@@ -134,7 +133,7 @@ def _path(loc: Sequence[str | int]) -> str | None:
     """("body", "messages", 0, "role") becomes messages[0].role; the body itself is None."""
     path = ""
     for part in loc[1:]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+        path += f"[{part}]" if isinstance(part, int) else f".{part[:MAX_VALUE]}"
     return path.removeprefix(".") or None
 
 

@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from fortwo.errors import Conflict, FortwoError, InvalidAdapter, InvalidRequest
 from fortwo.jobs.runner import check_name_available
 from fortwo.records import Json
+from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppState, AppStateDep
 
-router = APIRouter(prefix="/v1", tags=["vLLM"])
+router = APIRouter(prefix="/v1", tags=["vLLM"], route_class=JsonRoute)
 
 
 class LoadRequest(BaseModel):
