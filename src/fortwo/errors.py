@@ -35,7 +35,7 @@ class FortwoError(Exception):
             self.code = code
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The HTTP body: {"error": {message, type, code, param, hint}}. Lone surrogates in it are escaped. Texts are cut
+        """The HTTP body: {"error": {message, type, code, param, hint}}. Lone surrogates are escaped. Texts are cut
         off after LONGEST characters, because they may repeat what a client sent."""
         fields = ("message", "type", "code", "param", "hint")
         return {"error": {name: _encodable(getattr(self, name)) for name in fields}}

@@ -13,12 +13,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fortwo.adapters.store import check_name
 from fortwo.data import datasets
+from fortwo.data.preview import check_row_length
 from fortwo.errors import Conflict, FortwoError, InvalidRequest, NotFound, TrainingFailed, Unavailable
 from fortwo.facts.subject import facts_of
 from fortwo.jobs import parents
@@ -27,7 +29,7 @@ from fortwo.jobs.executor import POLL_SECONDS, JobExecutor, JobRun, RunResult
 from fortwo.jobs.machine import machine_of, try_out
 from fortwo.jobs.progress import initial_progress
 from fortwo.jobs.store import ACTIVE, INTERRUPTED, Job, JobStore, NewEvent, Status
-from fortwo.records import Dataset, Json, Plan
+from fortwo.records import Dataset, Example, Json, Plan
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
 from fortwo.train.dataset_stats import collect_stats
@@ -99,13 +101,15 @@ class JobRunner:
                     run.task.cancel()
         self._thread.join()
 
-    def plan(self, request: TrainingRequest) -> Plan:
-        """The plan for a request; nothing is stored. Raises InvalidRequest naming field, value and remedy."""
-        return self._resolve(request)[1]
+    def plan(self, request: TrainingRequest, check: Callable[[], None] = lambda: None) -> Plan:
+        """The plan for a request; nothing is stored. Raises InvalidRequest naming field, value and remedy. check:
+        called between rows; it may raise to end the planning."""
+        return self._resolve(request, check)[1]
 
-    def submit(self, request: TrainingRequest) -> Job:
+    def submit(self, request: TrainingRequest, check: Callable[[], None] = lambda: None) -> Job:
         """Plan the request and queue it as a job. Raises as `plan` does, and Unavailable during shutdown."""
-        dataset, plan = self._resolve(request)
+        dataset, plan = self._resolve(request, check)
+        check()
         if self._closing:
             raise Unavailable("The server is shutting down.", hint="Try again when it is back.")
         job = self._store.create(
@@ -215,9 +219,9 @@ class JobRunner:
                 ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else ""),
             )
 
-    def _resolve(self, request: TrainingRequest) -> tuple[Dataset, Plan]:
+    def _resolve(self, request: TrainingRequest, check: Callable[[], None]) -> tuple[Dataset, Plan]:
         check_name_available(request.adapter_name, self._catalog)
-        dataset = datasets.load(request.dataset, self._settings.allowed_data_dirs)
+        dataset = datasets.load(request.dataset, self._settings.allowed_data_dirs, check)
         parent, resident = self._parent_and_base(request)
         if parent is not None:
             dataset = replace(dataset, parent_facts=parent.facts_to_keep(facts_of(dataset)))
@@ -227,7 +231,13 @@ class JobRunner:
         if trial is None:
             trial = self._trials[resident.digest] = self._engine.call(lambda: try_out(resident.backend)).result()
         machine = machine_of(trial, self._store.last_actual(resident.id))
-        counts, dataset_warnings = collect_stats(resident.renderer, plans.training_rows(dataset))
+
+        def rows() -> Iterator[Example]:
+            for example in datasets.checked(plans.training_rows(dataset), check):
+                check_row_length(example, resident.renderer, base.context)
+                yield example
+
+        counts, dataset_warnings = collect_stats(resident.renderer, rows())
         return dataset, plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent)
 
     def _parent_and_base(self, request: TrainingRequest) -> tuple[Parent | None, LoadedModel]:

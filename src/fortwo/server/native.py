@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import anyio
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -33,9 +33,9 @@ def models(state: AppStateDep) -> Json:
 
 
 @router.post("/models/{id}/load", tags=["models"], summary="Load a base model, fetching it first if necessary")
-def load_model(state: AppStateDep, id: str) -> Json:
-    state.registry.load_base(id)
-    return model_body(state, state.catalog.get(id))
+async def load_model(request: Request, state: AppStateDep, id: str) -> Json:
+    await state.control.run(request, lambda _: state.registry.load_base(id))
+    return await run_in_threadpool(lambda: model_body(state, state.catalog.get(id)))
 
 
 @router.post("/models/{id}/unload", tags=["models"], summary="Unload a base model and the adapters on it")
@@ -73,8 +73,8 @@ def delete_adapter(state: AppStateDep, name: str) -> Json:
 
 
 @router.post("/adapters/{name}/load", tags=["adapters"], summary="Load an adapter, and its base if necessary")
-def load_adapter(state: AppStateDep, name: str) -> Json:
-    return version_body(state, state.registry.load_adapter(name))
+async def load_adapter(request: Request, state: AppStateDep, name: str) -> Json:
+    return await state.control.run(request, lambda _: version_body(state, state.registry.load_adapter(name)))
 
 
 @router.post("/adapters/{name}/unload", tags=["adapters"], summary="Unload an adapter; it stays on disk")
@@ -112,13 +112,13 @@ def report(state: AppStateDep, name: str, version: Annotated[int | None, Query(g
 
 
 @router.post("/training/plan", tags=["training"], summary="The plan for a training request, without starting it")
-def plan(state: AppStateDep, body: TrainingRequest) -> Json:
-    return to_json(state.runner.plan(body))
+async def plan(request: Request, state: AppStateDep, body: TrainingRequest) -> Json:
+    return await state.planning.run(request, lambda check: to_json(state.runner.plan(body, check)))
 
 
 @router.post("/training/start", tags=["training"], status_code=202, summary="Plan and queue a training job")
-def start(state: AppStateDep, body: TrainingRequest) -> Json:
-    job = state.runner.submit(body)
+async def start(request: Request, state: AppStateDep, body: TrainingRequest) -> Json:
+    job = await state.planning.run(request, lambda check: state.runner.submit(body, check))
     return {"job_id": job.id, "status": job.status, "plan": job.plan}
 
 
@@ -133,10 +133,11 @@ class PreviewRequest(BaseModel):
 
 
 @router.post("/data/preview", tags=["training"], summary="The first rows of a dataset as they are trained on")
-def preview_data(state: AppStateDep, body: PreviewRequest) -> Json:
+async def preview_data(request: Request, state: AppStateDep, body: PreviewRequest) -> Json:
     """Rows as segments with role, supervised, tokens and text. No model is loaded."""
     model = state.settings.default_model if body.model is None else body.model
-    return asdict(preview(body.dataset, state.settings.allowed_data_dirs, state.catalog, model, body.rows))
+    arguments = (body.dataset, state.settings.allowed_data_dirs, state.catalog, model, body.rows)
+    return await state.planning.run(request, lambda check: asdict(preview(*arguments, check)))
 
 
 @router.get("/training/jobs", tags=["training"], summary="Jobs, newest first")
@@ -150,20 +151,20 @@ def job(state: AppStateDep, job_id: str) -> Json:
 
 
 @router.post("/training/jobs/{job_id}/cancel", tags=["training"], summary="Cancel a job and delete its checkpoints")
-def cancel(state: AppStateDep, job_id: str) -> Json:
-    return job_body(state, state.runner.cancel(job_id))
+async def cancel(request: Request, state: AppStateDep, job_id: str) -> Json:
+    return await state.control.run(request, lambda _: job_body(state, state.runner.cancel(job_id)))
 
 
 @router.post("/training/jobs/{job_id}/pause", tags=["training"], summary="Pause a job with a checkpoint")
-def pause(state: AppStateDep, job_id: str) -> Json:
+async def pause(request: Request, state: AppStateDep, job_id: str) -> Json:
     """The job stops after its current step, and the next job in the queue begins. A queued job leaves the queue."""
-    return job_body(state, state.runner.pause(job_id))
+    return await state.control.run(request, lambda _: job_body(state, state.runner.pause(job_id)))
 
 
 @router.post("/training/jobs/{job_id}/resume", tags=["training"], summary="Queue a job again, from its last checkpoint")
-def resume(state: AppStateDep, job_id: str) -> Json:
+async def resume(request: Request, state: AppStateDep, job_id: str) -> Json:
     """For a paused, failed or cancelled job; without a checkpoint it starts from the beginning."""
-    return job_body(state, state.runner.resume(job_id))
+    return await state.control.run(request, lambda _: job_body(state, state.runner.resume(job_id)))
 
 
 @router.get(

@@ -24,10 +24,14 @@ from fortwo.server.admission import Admission, shutting_down
 from fortwo.server.errors import respond
 from fortwo.server.event_loop_bridge import EventLoopBridge
 from fortwo.server.security import check_binding
+from fortwo.server.workers import WorkerPool
 from fortwo.settings import Settings
 
 if TYPE_CHECKING:
     from fortwo.engine.registry import Target
+
+PLANNING_THREADS, PLANNING_WAITING = 2, 8  # requests that read whole datasets
+CONTROL_THREADS, CONTROL_WAITING = 8, 64  # requests that wait for the device or for a job's step
 
 
 class AppState:
@@ -55,6 +59,10 @@ class AppState:
         self._load_limiter = CapacityLimiter(1)  # the registry loads one model at a time
         self._loads: dict[str, asyncio.Future[Target]] = {}
         with ExitStack() as built:
+            self.planning = WorkerPool("planning", PLANNING_THREADS, PLANNING_WAITING)
+            built.callback(self.planning.close)
+            self.control = WorkerPool("control", CONTROL_THREADS, CONTROL_WAITING)
+            built.callback(self.control.close)
             built.enter_context(_lock_home(settings.home))
             remember_fp32_kernel(settings.home / "fp32_kernel.json")
             self.catalog = Catalog(settings.models_dir)
@@ -102,6 +110,11 @@ class AppState:
         del self._loads[model]
         if not load.cancelled():
             load.exception()  # marks it as retrieved: all that waited may have gone
+
+    def end_calls(self) -> None:
+        """Tell long calls to stop, because the server is shutting down."""
+        self.planning.stop()
+        self.control.stop()
 
     def close(self) -> None:
         """Interrupt the running job, end all replies and release everything."""

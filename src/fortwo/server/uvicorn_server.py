@@ -45,5 +45,6 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._state.admission.drain(0 if self.force_exit else self._grace)
+        self._state.end_calls()
         await super().shutdown(sockets)
         self._state.close()  # here, because uvicorn then ends the process with the signal that it received

@@ -9,7 +9,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -38,7 +38,11 @@ class UnloadRequest(BaseModel):
 
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse, summary="Serve an adapter from a directory")
-def load_lora_adapter(state: AppStateDep, body: LoadRequest) -> str:
+async def load_lora_adapter(request: Request, state: AppStateDep, body: LoadRequest) -> str:
+    return await state.control.run(request, lambda _: _load(state, body))
+
+
+def _load(state: AppState, body: LoadRequest) -> str:
     check_name_available(body.lora_name, state.catalog)
     directory = _resolve(body.lora_path, state.settings.allowed_data_dirs)
     if body.lora_name in state.adapters.names() and not body.load_inplace:
