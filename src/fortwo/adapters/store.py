@@ -58,11 +58,22 @@ class AdapterStore:
         """Store a new version, and make it the current one if `current`.
 
         tensors, peft_config: under PEFT's names. manifest: base_model, base_digest, and where they are known
-        dataset_digest, plan, report and parent. Raises StorageFailed when the disk refuses; then nothing has changed.
+        job_id, dataset_digest, plan, report and parent. A job that publishes the same files again gets the version that
+        it already has. Raises StorageFailed when the disk refuses; then nothing has changed.
         """
         on_cpu = {key: tensor.cpu() for key, tensor in tensors.items()}
         files = {CONFIG: disk.dump(peft_config), TENSORS: weights.serialize(on_cpu)}
+        job_id = manifest.get("job_id")
+        earlier = None if job_id is None else self.published_by(name, job_id)
+        if earlier is not None and earlier.manifest["files"] == _shas(files):
+            return self._make_current(earlier) if current and not earlier.current else earlier
         return self._commit(name, files, manifest, current)
+
+    def _make_current(self, version: AdapterVersion) -> AdapterVersion:
+        with self._locked_folder(version.name) as folder:
+            state = _read_state(folder)
+            disk.replace(folder / _STATE, disk.dump({**state, "current": [*state["current"], version.version]}))
+        return self.get(version.id)
 
     def import_peft(self, name: str, directory: Path, manifest: Json) -> AdapterVersion:
         """Copy the adapter that PEFT saved in `directory`, unchanged, as a new version and make it current. Raises
@@ -118,8 +129,8 @@ class AdapterStore:
             disk.replace(folder / _STATE, disk.dump({"last": number, "current": history}))
             draft = version_folder = _new_draft(folder)
             lock = _lock(draft)
-        shas = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
-        complete = {**manifest, "name": name, "version": number, "created_at": time.time(), "files": shas}
+        identity = {"name": name, "version": number, "created_at": time.time(), "made_current": current}
+        complete = {**manifest, **identity, "files": _shas(files)}
         try:
             for file, content in files.items():
                 disk.write(draft / file, content)
@@ -187,6 +198,16 @@ class AdapterStore:
                 hint=f"No training of it has succeeded yet. Use the name of a version: {self._version_refs(name)}.",
             )
         return self._version(name, number, current)
+
+    def published_by(self, name: str, job_id: str) -> AdapterVersion | None:
+        """The newest version of `name` that this job published; None if there is none."""
+        numbers = _numbers(self._root / name) if disk.NAME.fullmatch(name) else []
+        for number in reversed(numbers):
+            with suppress(InvalidAdapter, NotFound):
+                version = self.get(f"{name}@{number}")
+                if version.manifest.get("job_id") == job_id:
+                    return version
+        return None
 
     def read(self, ref: str) -> tuple[AdapterVersion, Json, dict[str, Tensor]]:
         """A version, its PEFT configuration and its tensors, with the files checked against the manifest.
@@ -304,6 +325,10 @@ def _read_state(folder: Path) -> Json:
 
 
 # ---------------------------------------------------------------- disk
+
+
+def _shas(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
 
 
 def _parse_object(content: bytes, path: Path) -> Json:

@@ -25,10 +25,11 @@ from fortwo.errors import Conflict, FortwoError, InvalidRequest, NotFound, Train
 from fortwo.facts.subject import facts_of
 from fortwo.jobs import parents
 from fortwo.jobs.checkpoints import CheckpointStore
-from fortwo.jobs.executor import POLL_SECONDS, JobExecutor, JobRun, RunResult
+from fortwo.jobs.database import DATABASE_ERRORS
+from fortwo.jobs.executor import POLL_SECONDS, JobExecutor, JobRun, RunResult, published_result
 from fortwo.jobs.machine import machine_of, try_out
 from fortwo.jobs.progress import initial_progress
-from fortwo.jobs.store import ACTIVE, INTERRUPTED, Job, JobStore, NewEvent, Status
+from fortwo.jobs.store import ACTIVE, INTERRUPTED, LEASE_SECONDS, Job, JobStore, NewEvent, Status
 from fortwo.records import Dataset, Example, Json, Plan
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
@@ -75,22 +76,26 @@ class JobRunner:
         self._wake = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._process_queue, name="fortwo-jobs", daemon=True)
+        self._closed = threading.Event()
+        self._leases = threading.Thread(target=self._renew_leases, name="fortwo-leases", daemon=True)
 
     # ------------------------------------------------------------ for any thread
 
     def start(self) -> None:
-        """Start the queue. Jobs that ran when the last server died fail, or are queued again with FORTWO_RESUME."""
-        for job_id in self._store.mark_interrupted():
-            if self._settings.resume:
-                self._requeue(job_id, ("failed",))
+        """Start the queue. Jobs that ran when the last server died fail, or are queued again with FORTWO_RESUME. One
+        that had already published its version ends as that version says."""
+        for job in self._store.abandoned():
+            self._conclude_abandoned(job)
         self._checkpoints.remove_leftovers()
         self._remove_checkpoints_of_ended_jobs()
         self._thread.start()
+        self._leases.start()
 
     def close(self) -> None:
         """Interrupt the running job, after its step if that ends within CLOSE_SECONDS. Queued jobs stay queued."""
         with self._lock:
             self._closing = True
+            self._closed.set()
             run = self._active
             if run is not None and run.stop is None:
                 run.stop = "interrupted"
@@ -154,8 +159,11 @@ class JobRunner:
 
     def resume(self, job_id: str) -> Job:
         """Queue a paused, failed or cancelled job again with its plan. It resumes from its last checkpoint, or starts
-        from the beginning when it has none. Raises NotFound, and Conflict for a job with another status."""
+        from the beginning when it has none. One that was interrupted after it had published its version has nothing
+        left to do: it ends as that version says. Raises NotFound, and Conflict for a job with another status."""
         old = self._store.get(job_id)
+        if old.status == "failed" and self._conclude_published(old):
+            return self._store.get(job_id)
         if not self._requeue(job_id, ("paused", "failed", "cancelled"), queued_at=time.time()):
             raise Conflict(
                 f"The status of job {job_id} is {old.status}.",
@@ -182,8 +190,29 @@ class JobRunner:
             report=None,
             adapter=None,
             error=None,
+            owner=self._store.owner,
             **changes,
         )
+
+    def _conclude_abandoned(self, job: Job, error: Json = INTERRUPTED) -> None:
+        """Give an active job that nobody runs its end, or its place in the queue."""
+        if self._conclude_published(job):
+            return
+        if self._settings.resume and job.owner == self._store.owner:
+            self._requeue(job.id, ACTIVE)
+        else:
+            self._fail(job, error)
+
+    def _conclude_published(self, job: Job) -> bool:
+        """Whether an interrupted job had published its version; then it ends as that version says."""
+        if job.status == "failed" and (job.error or {}).get("code") != INTERRUPTED["code"]:
+            return False
+        version = self._adapters.published_by(job.adapter_name, job.id)
+        if version is None:
+            return False
+        self._finish(job, published_result(version))
+        self._delete_checkpoints(job.id)
+        return True
 
     def _active_run(self, job_id: str) -> JobRun | None:
         return self._active if self._active is not None and self._active.job.id == job_id else None
@@ -197,6 +226,12 @@ class JobRunner:
         job = self._store.get(job_id)
         if run is None and job.ended_or_paused:
             raise Conflict(f"The status of job {job_id} is {job.status}.", param="job_id", hint=hint)
+        if run is None and job.owner != self._store.owner:
+            raise Conflict(
+                f"Job {job_id} runs on another server, which uses the same database with its own home.",
+                param="job_id",
+                hint="Send the request to that server.",
+            )
         return job
 
     def _remove_checkpoints_of_ended_jobs(self) -> None:
@@ -264,15 +299,27 @@ class JobRunner:
         while not self._closing:
             self._wake.clear()
             try:
-                self._store.mark_interrupted()
-                job = self._store.next_queued()
-                if job is not None:
-                    self._run_job(job)
+                for job in self._store.abandoned():
+                    self._conclude_abandoned(job)
+                following = self._store.next_queued()
+                if following is not None:
+                    self._run_job(following)
                     continue
                 self._wake.wait()
-            except Exception:  # the queue must survive; mark_interrupted repairs the job once the database works again
-                log.exception("The database cannot be used; it is tried again in %g seconds.", RETRY_SECONDS)
-                self._wake.wait(RETRY_SECONDS)
+            except DATABASE_ERRORS as error:
+                log.warning("The queue waits for the database: %s", error.message)
+                self._closed.wait(RETRY_SECONDS)
+            except Exception:  # the queue must survive
+                log.exception("The queue failed; it is tried again in %g seconds.", RETRY_SECONDS)
+                self._closed.wait(RETRY_SECONDS)
+
+    def _renew_leases(self) -> None:
+        while not self._closed.wait(LEASE_SECONDS / 4):
+            if self._active is not None:
+                try:
+                    self._store.renew()
+                except DATABASE_ERRORS as error:
+                    log.warning("The lease of the running job was not renewed: %s", error.message)
 
     def _run_job(self, job: Job) -> None:
         """Run one queued job and store its final status."""
@@ -303,14 +350,36 @@ class JobRunner:
                 self._active = None
             run.ended.set()
 
+    def _until_stored(self, job: Job, store: Callable[[], bool]) -> None:
+        """Call `store` until it returns True, also while the database refuses: the end of a run must not be lost. Once
+        the server closes, the next one decides by the job's manifest or its checkpoints. For a job that does not run,
+        the error is raised."""
+        refused = False
+        while True:
+            try:
+                if store():
+                    return
+                reason = "its records are not stored yet"
+            except DATABASE_ERRORS as error:
+                if self._active is None:
+                    raise
+                reason = error.message
+            if not refused:
+                log.warning("The end of job %s waits for the database: %s", job.id, reason)
+                refused = True
+            if self._closed.wait(RETRY_SECONDS):
+                log.warning("The end of job %s could not be stored.", job.id)
+                return
+
     def _finish(self, job: Job, result: RunResult) -> None:
         version = result.version
         adapter = {"name": version.name, "version": version.version, "digest": version.digest}
+        more = {"adapter": adapter, "report": version.manifest["report"], "actual": version.manifest["actual"]}
         if result.failure is None:
             event = NewEvent("succeeded", f"{version.id} is published and current.", {"adapter": adapter})
-            self._end(job, "succeeded", event, adapter=adapter)
+            self._end(job, "succeeded", event, error=None, **more)
         else:
-            self._fail(job, result.failure.body()["error"], adapter=adapter)
+            self._fail(job, result.failure.body()["error"], **more)
 
     def _finish_stopped(self, run: JobRun) -> None:
         """Store the status of a job whose run ended early, as `run.stop` says."""
@@ -320,7 +389,7 @@ class JobRunner:
             self._delete_checkpoints(job.id)
         elif run.stop == "paused":
             event = NewEvent("paused", f"The job was paused after step {run.saved_step}.")
-            self._store.update(job.id, event, status="paused")
+            self._until_stored(job, lambda: self._store.update(job.id, event, status="paused"))
         elif run.stop == "interrupted" and self._settings.resume:
             self._requeue(job.id, ACTIVE)
         else:
@@ -335,7 +404,13 @@ class JobRunner:
         )
 
     def _end(self, job: Job, status: Status, event: NewEvent, **changes: Any) -> None:
-        self._store.update(job.id, event, status=status, finished_at=time.time(), **changes)
+        recorder = None if self._active is None else self._active.recorder
+        ended = {"status": status, "finished_at": time.time(), **changes}
+
+        def store() -> bool:
+            return (recorder is None or recorder.flush()) and self._store.update(job.id, event, **ended)
+
+        self._until_stored(job, store)
 
 
 def check_name_available(name: str, catalog: Catalog) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
-import anyio
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,7 +21,7 @@ from fortwo.server.state import AppState, AppStateDep
 from fortwo.train.plan import to_json
 from fortwo.train.request import TrainingRequest
 
-POLL_SECONDS = 0.2  # the longest delay of an event
+LARGEST_ID = 2**63 - 1  # that a database can hold
 
 router = APIRouter(prefix="/api", route_class=JsonRoute)
 
@@ -170,30 +169,24 @@ async def resume(request: Request, state: AppStateDep, job_id: str) -> Json:
 @router.get(
     "/training/jobs/{job_id}/events", tags=["training"], response_model=None, summary="Events as they happen (SSE)"
 )
-async def events(state: AppStateDep, job_id: str, last_event_id: Annotated[int, Header(ge=0)] = 0) -> Response:
+async def events(
+    state: AppStateDep, job_id: str, last_event_id: Annotated[int, Header(ge=0, le=LARGEST_ID)] = 0
+) -> Response:
     """Every event after Last-Event-ID, then those to come. The stream ends when the job has ended or is paused.
 
     204 tells a browser's EventSource, which reconnects by itself, that no more events will come.
     """
-    ended_or_paused = (await run_in_threadpool(state.jobs.get, job_id)).ended_or_paused
-    if ended_or_paused and not await run_in_threadpool(state.jobs.events, job_id, last_event_id, 1):
+    feeds = state.job_events
+    feeds.open(job_id)
+    try:
+        over = (await feeds.read(job_id, last_event_id)).over
+    except BaseException:
+        feeds.release(job_id)
+        raise
+    if over:
+        feeds.release(job_id)
         return Response(status_code=204)
-    return sse.EventStream(_events(state, job_id, last_event_id))
-
-
-async def _events(state: AppState, job_id: str, last: int) -> AsyncIterator[bytes]:
-    while not state.admission.closed:
-        # The status is read first, because a job's last event is written together with its last status.
-        ended_or_paused = (await run_in_threadpool(state.jobs.get, job_id)).ended_or_paused
-        while news := await run_in_threadpool(state.jobs.events, job_id, last):
-            for event in news:
-                data = asdict(event)
-                del data["job_id"]
-                yield sse.encode(data, id=event.id, event=event.type)
-            last = news[-1].id
-        if ended_or_paused:
-            return
-        await anyio.sleep(POLL_SECONDS)
+    return sse.EventStream(feeds.stream(job_id, last_event_id), on_close=partial(feeds.release, job_id))
 
 
 def model_body(state: AppState, entry: ModelEntry) -> Json:
@@ -230,7 +223,7 @@ def version_body(state: AppState, version: AdapterVersion) -> Json:
 def job_body(state: AppState, job: Job) -> Json:
     """checkpoints: oldest first, each with its name as `model` of a chat request; none once the job is done."""
     body = asdict(job)
-    del body["queued_at"]
+    del body["queued_at"], body["owner"]
     checkpoints = [
         {"step": version.version, "model": version.id, "created_at": version.created_at}
         for version in state.checkpoints.of_job(job.id)

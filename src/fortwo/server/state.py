@@ -46,11 +46,13 @@ class AppState:
         from fortwo.engine.registry import ModelRegistry
         from fortwo.hub.catalog import Catalog
         from fortwo.jobs.checkpoints import CheckpointStore
+        from fortwo.jobs.instance import instance_id
         from fortwo.jobs.runner import JobRunner
         from fortwo.jobs.store import JobStore
         from fortwo.kernels import cpu
         from fortwo.quantization.matmul import remember_fp32_kernel
         from fortwo.quantization.selection import Measurements
+        from fortwo.server.job_events import JobEvents
 
         cpu.prepare()
         self.settings = settings
@@ -83,8 +85,9 @@ class AppState:
                 max_adapters=settings.max_adapters,
                 cache_mb=settings.cache_mb,
             )
-            self.jobs = JobStore(settings.database)
+            self.jobs = JobStore(settings.database, instance_id(settings.home))
             built.callback(self.jobs.close)
+            self.job_events = JobEvents(self.jobs, settings.max_streams)
             self.runner = JobRunner(
                 settings, self.catalog, self.adapters, self.engine, self.registry, self.jobs, self.checkpoints
             )

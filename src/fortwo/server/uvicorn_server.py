@@ -44,6 +44,7 @@ class Server(uvicorn.Server):
             self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._state.job_events.close()
         await self._state.admission.drain(0 if self.force_exit else self._grace)
         self._state.end_calls()
         await super().shutdown(sockets)
