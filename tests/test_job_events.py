@@ -68,13 +68,13 @@ def test_idle_streams_ask_nothing_and_all_hear_what_happens(quiet: Served, monke
     monkeypatch.setattr(store, "news", lambda job_id, after: (asked.append(after), news(job_id, after))[1])
     readers = [Reader(quiet.url, job_id) for _ in range(STREAMS)]
     _wait(lambda: all(len(reader.events) == 1 for reader in readers))
-    _wait(lambda: len(asked) and not asked.append(-1) and time.sleep(0.5) is None and asked[-1] == -1)
+    time.sleep(0.5)  # in which the last of them looks once more and finds nothing
     before = len(asked)
     time.sleep(1)  # long enough for five looks of each stream, if they looked
     assert len(asked) == before
     for step in range(3):
         store.append_event(job_id, NewEvent("step", f"step {step}"))
-        _wait(lambda: all(len(reader.events) == step + 2 for reader in readers))
+        _wait(lambda heard=step + 2: all(len(reader.events) == heard for reader in readers))
     assert len(asked) - before < STREAMS  # they share what they read
     store.update(job_id, NewEvent("succeeded", "done"), status="succeeded")
     for reader in readers:

@@ -7,9 +7,10 @@ in a moment (503); one that is full, read-only or damaged needs somebody (507).
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sqlalchemy import URL, Engine, create_engine, event, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, ProgrammingError
 
 from fortwo.errors import InvalidRequest, StorageFailed, Unavailable
+from fortwo.home import PRIVATE
 
 LOCK_SECONDS = 10  # how long a statement waits for another writer of SQLite
 RETRY_SECONDS = 5
@@ -53,7 +55,7 @@ def migrations(database_url: str) -> Config:
 
 def connect(database_url: str) -> Engine:
     """An engine. SQLite gets a write-ahead log, foreign keys, and waits for another writer. Raises InvalidRequest for
-    what is not a URL of a database, and DatabaseFailed when the folder of the file cannot be made."""
+    what is not a URL of a database."""
     try:
         engine = create_engine(database_url, json_serializer=partial(json.dumps, allow_nan=False))
     except (ArgumentError, NoSuchModuleError, ImportError, ValueError) as error:
@@ -63,14 +65,6 @@ def connect(database_url: str) -> Engine:
             hint="Write it like sqlite:////folder/fortwo.db, or install the driver that it names.",
         ) from None
     if engine.dialect.name == "sqlite":
-        if engine.url.database:
-            try:
-                Path(engine.url.database).parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise DatabaseFailed(
-                    f"The folder of the database {engine.url.database} cannot be made: {error.strerror}.",
-                    hint="Make it writable, or set FORTWO_HOME or FORTWO_DATABASE_URL.",
-                ) from None
 
         @event.listens_for(engine, "connect")
         def _prepare(connection: Any, _record: Any) -> None:
@@ -81,16 +75,39 @@ def connect(database_url: str) -> Engine:
     return engine
 
 
+def _make_private(engine: Engine) -> None:
+    """Create the file of SQLite for this user alone, because it has the rows of every job. One that exists stays as it
+    is. Raises DatabaseFailed."""
+    file = engine.url.database if engine.dialect.name == "sqlite" else None
+    if not file or file.startswith((":memory:", "file:")):
+        return
+    try:
+        Path(file).parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except OSError as error:
+        raise DatabaseFailed(
+            f"The database {file} cannot be created: {error.strerror}.",
+            hint="Make its folder writable, or set FORTWO_HOME or FORTWO_DATABASE_URL.",
+        ) from None
+
+
+def check(engine: Engine) -> None:
+    """Raises DatabaseFailed when the file of SQLite is damaged, and DatabaseLocked."""
+    if engine.dialect.name == "sqlite":
+        with errors_of(engine), engine.connect() as connection:
+            found = connection.execute(text("PRAGMA quick_check(1)")).scalar()
+        if found != "ok":
+            raise DatabaseFailed(f"The database {_named(engine.url)} is damaged: {found}.", hint=RESTORE)
+
+
 def upgrade(engine: Engine, database_url: str) -> None:
-    """Check a database and migrate it to the newest schema. Raises DatabaseFailed for one that is damaged or that a
-    newer fortwo wrote, and DatabaseLocked."""
+    """Check a database, creating it if necessary, and migrate it to the newest schema. Raises DatabaseFailed for one
+    that cannot be created, is damaged, or was written by a newer fortwo, and DatabaseLocked."""
+    _make_private(engine)
+    check(engine)
     config = migrations(database_url)
     with errors_of(engine):
-        if engine.dialect.name == "sqlite":
-            with engine.connect() as connection:
-                found = connection.execute(text("PRAGMA quick_check(1)")).scalar()
-            if found != "ok":
-                raise DatabaseFailed(f"The database {_named(engine.url)} is damaged: {found}.", hint=RESTORE)
         try:
             with engine.begin() as connection:
                 config.attributes["connection"] = connection

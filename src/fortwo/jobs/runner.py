@@ -256,6 +256,7 @@ class JobRunner:
 
     def _resolve(self, request: TrainingRequest, check: Callable[[], None]) -> tuple[Dataset, Plan]:
         check_name_available(request.adapter_name, self._catalog)
+        self._adapters.check_publishable(request.adapter_name)
         dataset = datasets.load(request.dataset, self._settings.allowed_data_dirs, check)
         parent, resident = self._parent_and_base(request)
         if parent is not None:

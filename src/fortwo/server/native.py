@@ -45,8 +45,12 @@ def unload_model(state: AppStateDep, id: str) -> Json:
 
 @router.get("/adapters", tags=["adapters"], summary="All versions of all adapters")
 def adapters(state: AppStateDep) -> Json:
+    """`damaged` lists files of adapters that cannot be read, each with a remedy."""
     names = state.adapters.names()
-    return {"adapters": [version_body(state, version) for name in names for version in state.adapters.versions(name)]}
+    return {
+        "adapters": [version_body(state, version) for name in names for version in state.adapters.versions(name)],
+        "damaged": [damage for name in names for damage in _damage(state, name)],
+    }
 
 
 @router.get("/adapters/{name}", tags=["adapters"], summary="An adapter and its versions, or one as name@version")
@@ -62,7 +66,16 @@ def adapter(state: AppStateDep, name: str) -> Json:
         "current": None if current is None else current.version,
         "manifest": None if shown is None else shown.manifest,
         "versions": [version_body(state, version) for version in versions],
+        "damaged": _damage(state, bare),
     }
+
+
+def _damage(state: AppState, name: str) -> list[Json]:
+    """version: None for the file that says which version is current."""
+    return [
+        {"name": name, "version": version, "message": error.message, "hint": error.hint}
+        for version, error in state.adapters.damage(name)
+    ]
 
 
 @router.delete("/adapters/{name}", tags=["adapters"], summary="Delete an adapter, or one version as name@version")

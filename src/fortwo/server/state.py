@@ -1,15 +1,9 @@
-"""The application's state: catalog, adapters, engine, registry and jobs, built in order and closed in reverse.
-
-Only one server may use a home: a second one would take the first one's running jobs for interrupted ones.
-"""
+"""The application's state: catalog, adapters, engine, registry and jobs, built in order and closed in reverse."""
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
 from anyio import CapacityLimiter, to_thread
@@ -17,7 +11,7 @@ from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fortwo.errors import Conflict
+from fortwo.home import home_id, lock_home
 from fortwo.kernels import isa
 from fortwo.prompts import MAX_RUNNING
 from fortwo.server.admission import Admission, shutting_down
@@ -46,7 +40,6 @@ class AppState:
         from fortwo.engine.registry import ModelRegistry
         from fortwo.hub.catalog import Catalog
         from fortwo.jobs.checkpoints import CheckpointStore
-        from fortwo.jobs.instance import instance_id
         from fortwo.jobs.runner import JobRunner
         from fortwo.jobs.store import JobStore
         from fortwo.kernels import cpu
@@ -65,7 +58,7 @@ class AppState:
             built.callback(self.planning.close)
             self.control = WorkerPool("control", CONTROL_THREADS, CONTROL_WAITING)
             built.callback(self.control.close)
-            built.enter_context(_lock_home(settings.home))
+            built.enter_context(lock_home(settings.home))
             remember_fp32_kernel(settings.home / "fp32_kernel.json")
             self.catalog = Catalog(settings.models_dir)
             self.adapters = AdapterStore(settings.adapters_dir)
@@ -85,7 +78,7 @@ class AppState:
                 max_adapters=settings.max_adapters,
                 cache_mb=settings.cache_mb,
             )
-            self.jobs = JobStore(settings.database, instance_id(settings.home))
+            self.jobs = JobStore(settings.database, home_id(settings.home))
             built.callback(self.jobs.close)
             self.job_events = JobEvents(self.jobs, settings.max_streams)
             self.runner = JobRunner(
@@ -122,21 +115,6 @@ class AppState:
     def close(self) -> None:
         """Interrupt the running job, end all replies and release everything."""
         self._closing.close()
-
-
-@contextmanager
-def _lock_home(home: Path) -> Iterator[None]:
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / ".server.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Conflict(
-                f"Another server already uses {home}.",
-                param="home",
-                hint="Stop it, or set FORTWO_HOME to another folder for this one.",
-            ) from None
-        yield
 
 
 class ShutdownMiddleware:
