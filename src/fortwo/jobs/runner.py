@@ -106,6 +106,11 @@ class JobRunner:
                     run.task.cancel()
         self._thread.join()
 
+    def check_alive(self) -> None:
+        """Raises Unavailable when the queue's thread has ended."""
+        if not self._thread.is_alive():
+            raise Unavailable("The queue of jobs has ended.", hint="Restart the server.")
+
     def plan(self, request: TrainingRequest, check: Callable[[], None] = lambda: None) -> Plan:
         """The plan for a request; nothing is stored. Raises InvalidRequest naming field, value and remedy. check:
         called between rows; it may raise to end the planning."""

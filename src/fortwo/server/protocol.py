@@ -1,5 +1,5 @@
-"""HTTP/1.1 as uvicorn speaks it, with limits: of connections, of the headers' size and number, and of the time that they
-may take. A client that only opens connections, or sends a request byte by byte, cannot use the server up."""
+"""HTTP/1.1 as uvicorn speaks it, with limits: of connections, and of the size, the number and the time of headers. A
+client that only opens connections, or sends a request byte by byte, cannot use the server up."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,6 +57,8 @@ class AppState:
         with ExitStack() as built:
             self.planning = WorkerPool("planning", PLANNING_THREADS, PLANNING_WAITING)
             built.callback(self.planning.close)
+            self.probes = ThreadPoolExecutor(1, thread_name_prefix="fortwo-probes")  # health never waits for other work
+            built.callback(self.probes.shutdown, wait=False)
             self.control = WorkerPool("control", CONTROL_THREADS, CONTROL_WAITING)
             built.callback(self.control.close)
             built.enter_context(lock_home(settings.home))

@@ -16,8 +16,8 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic_core import to_json
 from starlette.requests import Request
 
-from fortwo.errors import DeadlineExceeded, FortwoError, Unavailable
-from fortwo.prompts import Delta, Generation, Prompt
+from fortwo.errors import DeadlineExceeded, FortwoError, InvalidRequest, Unavailable
+from fortwo.prompts import SCHEMA_FAILED, Delta, Generation, Prompt
 from fortwo.records import Json
 from fortwo.server import sse
 from fortwo.server.errors import unexpected
@@ -191,6 +191,12 @@ class Replies:
 
 
 def _failure(delta: Delta) -> FortwoError:
+    if delta.finish_reason == "error" and SCHEMA_FAILED in (delta.error or ""):
+        return InvalidRequest(
+            f"{delta.error}.",
+            param="response_format.json_schema.schema",
+            hint="Make the schema smaller: fewer properties in one object, and fewer patterns.",
+        )
     if delta.finish_reason == "error":
         return FortwoError(f"The generation failed: {delta.error}.", hint="Ask again; the server's log has more.")
     return Unavailable(
