@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,35 @@ def test_an_adapter_that_is_evicted_before_it_was_asked_is_loaded_again(
         assert say(served, "one") == wanted
         assert pinned == [False, True]
         registry.load_adapter("two")  # its pin is gone
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "manifest.json"])
+def test_a_file_outside_the_allowed_folders_is_not_read_through_a_link(
+    served: Served, tmp_path: Path, file: str
+) -> None:
+    outside = tmp_path / "outside"
+    found = peft_directory(served, f"linked-{file}") / file
+    outside.write_bytes(found.read_bytes() if found.exists() else b"{}")
+    found.unlink(missing_ok=True)
+    found.symlink_to(outside)
+    said = refused(load(served, "linked", found.parent), 400, "invalid_adapter", "lora_path")
+    assert str(found) in said
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "manifest.json"])
+def test_a_pipe_is_not_waited_for(served: Served, file: str) -> None:
+    found = peft_directory(served, f"piped-{file}") / file
+    found.unlink(missing_ok=True)
+    os.mkfifo(found)
+    if file == "manifest.json":
+        assert load(served, "piped", found.parent).status_code == 200  # it is not needed
+    else:
+        refused(
+            load(served, f"piped-{file}", found.parent),
+            400,
+            "invalid_adapter",
+            "lora_path" if "config" in file else None,
+        )
 
 
 # ---------------------------------------------------------------- health and the document

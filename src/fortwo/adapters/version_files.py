@@ -98,6 +98,8 @@ def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
 
 
 def read_file(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise InvalidAdapter(f"{path} is not a file", hint="Put the file itself there.")
     try:
         return path.read_bytes()
     except FileNotFoundError:

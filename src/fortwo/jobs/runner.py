@@ -1,4 +1,4 @@
-"""The queue of training jobs: plans requests, runs one job at a time, and pauses, resumes and cancels jobs.
+"""The queue of training jobs: runs one job at a time, and pauses, resumes and cancels jobs.
 
 A request is checked and planned before it becomes a job, so invalid input never becomes one. A thread takes the jobs
 in order of arrival and gives each to `jobs.executor`; the device's thread never waits for the database. Every job
@@ -13,35 +13,27 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fortwo.adapters.store import check_name
 from fortwo.data import datasets
-from fortwo.data.preview import check_row_length
-from fortwo.errors import Conflict, FortwoError, InvalidRequest, NotFound, TrainingFailed, Unavailable
-from fortwo.facts.subject import facts_of
-from fortwo.jobs import parents
+from fortwo.errors import Conflict, FortwoError, NotFound, TrainingFailed, Unavailable
 from fortwo.jobs.checkpoints import CheckpointStore
 from fortwo.jobs.database import DATABASE_ERRORS
 from fortwo.jobs.executor import POLL_SECONDS, JobExecutor, JobRun, RunResult, published_result
-from fortwo.jobs.machine import machine_of, try_out
+from fortwo.jobs.planner import JobPlanner
 from fortwo.jobs.progress import initial_progress
 from fortwo.jobs.store import ACTIVE, INTERRUPTED, LEASE_SECONDS, Job, JobStore, NewEvent, Status
-from fortwo.records import Dataset, Example, Json, Plan
+from fortwo.records import Json, Plan
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
-from fortwo.train.dataset_stats import collect_stats
-from fortwo.train.parent import Parent
 from fortwo.train.request import TrainingRequest
 
 if TYPE_CHECKING:
     from fortwo.adapters.store import AdapterStore
     from fortwo.engine.engine import Engine
-    from fortwo.engine.registry import LoadedModel, ModelRegistry
-    from fortwo.execution.calibration import Trial
+    from fortwo.engine.registry import ModelRegistry
     from fortwo.hub.catalog import Catalog
 
 log = logging.getLogger(__name__)
@@ -63,14 +55,12 @@ class JobRunner:
         checkpoints: CheckpointStore,
     ) -> None:
         self._settings = settings
-        self._catalog = catalog
-        self._engine = engine
         self._registry = registry
         self._store = store
         self._checkpoints = checkpoints
         self._adapters = adapters
         self._lock = threading.Lock()
-        self._trials: dict[str, Trial] = {}  # by the digest of the base
+        self._planner = JobPlanner(settings, catalog, adapters, engine, registry, store)
         self._executor = JobExecutor(adapters, engine, registry, store, checkpoints, self._lock)
         self._active: JobRun | None = None
         self._wake = threading.Event()
@@ -114,11 +104,11 @@ class JobRunner:
     def plan(self, request: TrainingRequest, check: Callable[[], None] = lambda: None) -> Plan:
         """The plan for a request; nothing is stored. Raises InvalidRequest naming field, value and remedy. check:
         called between rows; it may raise to end the planning."""
-        return self._resolve(request, check)[1]
+        return self._planner.plan(request, check)[1]
 
     def submit(self, request: TrainingRequest, check: Callable[[], None] = lambda: None) -> Job:
         """Plan the request and queue it as a job. Raises as `plan` does, and Unavailable during shutdown."""
-        dataset, plan = self._resolve(request, check)
+        dataset, plan = self._planner.plan(request, check)
         check()
         if self._closing:
             raise Unavailable("The server is shutting down.", hint="Try again when it is back.")
@@ -259,46 +249,6 @@ class JobRunner:
                 ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else ""),
             )
 
-    def _resolve(self, request: TrainingRequest, check: Callable[[], None]) -> tuple[Dataset, Plan]:
-        check_name_available(request.adapter_name, self._catalog)
-        self._adapters.check_publishable(request.adapter_name)
-        dataset = datasets.load(request.dataset, self._settings.allowed_data_dirs, check)
-        parent, resident = self._parent_and_base(request)
-        if parent is not None:
-            dataset = replace(dataset, parent_facts=parent.facts_to_keep(facts_of(dataset)))
-        cache = resident.runner.cache
-        base = plans.BaseFacts.of(resident.id, resident.decoder, cache.bound, cache.dtype.itemsize)
-        trial = self._trials.get(resident.digest)
-        if trial is None:
-            trial = self._trials[resident.digest] = self._engine.call(lambda: try_out(resident.backend)).result()
-        machine = machine_of(trial, self._store.last_actual(resident.id))
-
-        def rows() -> Iterator[Example]:
-            for example in datasets.checked(plans.training_rows(dataset), check):
-                check_row_length(example, resident.renderer, base.context)
-                yield example
-
-        counts, dataset_warnings = collect_stats(resident.renderer, rows())
-        return dataset, plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent)
-
-    def _parent_and_base(self, request: TrainingRequest) -> tuple[Parent | None, LoadedModel]:
-        """The parent that the request names, if any, and the base, which must be the parent's own."""
-        model = self._settings.default_model if request.model is None else request.model
-        if request.parent is None:
-            return None, self._registry.load_base(model)
-        version, parent = parents.resolve_parent(request.parent, self._adapters)
-        if request.model is None:
-            return parent, self._registry.base_of(version)
-        resident = self._registry.load_base(model)
-        if resident.digest != version.base_digest:
-            raise InvalidRequest(
-                f"parent = {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}; "
-                f"model = {model!r} has digest {resident.digest}",
-                param="parent",
-                hint="Omit `model`: then the parent's own base is used.",
-            )
-        return parent, resident
-
     # ------------------------------------------------------------ the runner's own thread
 
     def _process_queue(self) -> None:
@@ -417,12 +367,3 @@ class JobRunner:
             return (recorder is None or recorder.flush()) and self._store.update(job.id, event, **ended)
 
         self._until_stored(job, store)
-
-
-def check_name_available(name: str, catalog: Catalog) -> None:
-    """Raises InvalidRequest when an adapter cannot have this name, for example because a base model has it."""
-    check_name(name)
-    if name in (entry.id for entry in catalog.entries()):
-        raise InvalidRequest(
-            f"adapter_name = {name!r} is the id of a base model.", param="adapter_name", hint="Choose another name."
-        )
