@@ -6,7 +6,7 @@ or the device. Each section names the module that fills its classes. Names of fi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -315,6 +315,15 @@ class AdapterVersion:
     @property
     def id(self) -> str:
         return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Something wrong on disk. action: what carrying it out does, or why nothing can be done (`carry_out` is None)."""
+
+    problem: str
+    action: str
+    carry_out: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ PLAIN_TEMPLATE = (
 )
 """For models without a chat template: "User: ...", "Assistant: ...", and the model's eos token after each answer."""
 
+LONG_TEXT = 10_000  # characters
+
 # First characters of a message that some pre-tokenizers merge with what the template wrote before them.
 _OPENINGS = ("", "\n\n", " a", "\na", "\n\na", "\ta", "'s", "é", "中", "🙂", *string.printable)
 
@@ -83,9 +85,9 @@ class ChatTemplateRenderer:
     def encode_text(self, text: str) -> list[int]:
         """Tokens of a raw prompt without a template. Control tokens in the text are read as such, because callers write
         the template themselves. The tokenizer's BOS is added unless the text begins with it."""
-        plain: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        plain = _encode(self._backend, text)
         has_bos = plain[:1] == [self._tokenizer.bos_token_id]
-        return plain if has_bos else list(self._backend.encode(text).ids)
+        return plain if has_bos else _encode(self._backend, text, specials=True)
 
     def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation that ends with the assistant's answer, and for each whether it has loss.
@@ -157,6 +159,11 @@ class ChatTemplateRenderer:
         return Detokenizer(self, context)
 
     @cached_property
+    def longest_token(self) -> int:
+        """The most characters of a text that one token can stand for. A normalizer may write several as one."""
+        return max(map(len, self._backend.get_vocab())) * (1 if self._backend.normalizer is None else 4)
+
+    @cached_property
     def vocabulary(self) -> Vocabulary:
         """Built on first use, which takes a quarter of a second for 50,000 tokens."""
         return Vocabulary(self._backend, self.stop_ids)
@@ -223,8 +230,7 @@ class ChatTemplateRenderer:
         return self._controls.sub(lambda control: self._placeholders[control[0]], content)
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
-        return ids
+        return _encode(self._encoder, text)
 
     def _declared_eos(self) -> set[int]:
         declared = {self._tokenizer.eos_token_id} - {None}
@@ -296,6 +302,15 @@ def _load(directory: Path) -> PreTrainedTokenizerFast:
         has_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if has_bos else "") + PLAIN_TEMPLATE
     return tokenizer
+
+
+def _encode(backend: Tokenizer, text: str, *, specials: bool = False) -> list[int]:
+    """The tokens of a text. A long one is encoded as a batch of one, because only then other threads run meanwhile."""
+    if len(text) < LONG_TEXT:
+        ids: list[int] = backend.encode(text, add_special_tokens=specials).ids
+        return ids
+    (encoding,) = backend.encode_batch([text], add_special_tokens=specials)
+    return list(encoding.ids)
 
 
 def _rename_tokens(backend: Tokenizer, names: dict[str, str]) -> Tokenizer:
