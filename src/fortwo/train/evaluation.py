@@ -104,7 +104,7 @@ class ServedBase:
         self, prompts: Sequence[tuple[int, ...]], adapter: str | None, tokens: int
     ) -> TrainEvents[list[Reply]]:
         """The same for prompts that are given as tokens."""
-        sampling = Sampling(max_tokens=tokens, temperature=0.0)
+        sampling = Sampling(max_tokens=tokens, temperature=0.0, stop=self.renderer.stop_texts)
         said = self.base_replies if adapter is None else {}
         began = time.perf_counter()
         asked = {
