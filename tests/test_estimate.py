@@ -29,9 +29,22 @@ from fortwo.train.estimate import (
     override_cost,
     sft_cost,
 )
-from tests.parts import decoder
+from tests.parts import decoder, projections
 
-BASE = BaseFacts("small", 100, 50, 2, hidden=8, intermediate=16, q=8, kv=4, bytes=1000, bf16_copy=300, fp32_copy=20)
+BASE = BaseFacts(
+    "small",
+    100,
+    50,
+    2,
+    hidden=8,
+    intermediate=16,
+    q=8,
+    kv=4,
+    bytes=1000,
+    bf16_copy=300,
+    fp32_copy=20,
+    targets=projections(hidden=8, intermediate=16, heads=2, kv_heads=1, head_size=4),
+)
 COUNTS = TokenCounts([RowLength(row, prompt=30, answer=20) for row in range(12)], prefix=10)
 SETTINGS = {
     "contrast_pool": 100,
@@ -75,8 +88,8 @@ def test_the_phases_of_an_override() -> None:
     assert every.preparing.generated - fewer.preparing.generated == pytest.approx((there_are - 40) * 20)
     # twice 10 questions and 10 probes, the base's 12 replies to keep, 8 hard negatives between the evaluations
     assert found.exam == PhaseCost(read=8 * 24 + 2 * 12 * 52, generated=8 * 4 + (2 * 20 + 12) * 32)
-    # the other 2 questions and 12 prompts of retention; the base on 12 questions and 10 probes
-    assert found.report == PhaseCost(read=12 * 52, generated=(14 + 22) * 32)
+    # the other 2 questions and 12 prompts of retention; the base on 12 questions and 10 probes, without and with the fact
+    assert found.report == PhaseCost(read=2 * 12 * 52, generated=(14 + 2 * 22) * 32)
 
 
 def test_what_the_parent_knows_and_further_facts_are_asked_too() -> None:

@@ -42,6 +42,8 @@ PLAIN_TEMPLATE = (
 )
 """For models without a chat template: "User: ...", "Assistant: ...", and the model's eos token after each answer."""
 
+LONG_TEXT = 10_000  # characters
+
 # First characters of a message that some pre-tokenizers merge with what the template wrote before them.
 _OPENINGS = ("", "\n\n", " a", "\na", "\n\na", "\ta", "'s", "é", "中", "🙂", *string.printable)
 
@@ -118,9 +120,9 @@ class ChatTemplateRenderer:
     def encode_text(self, text: str) -> list[int]:
         """Tokens of a raw prompt without a template. Control tokens in the text are read as such, because callers write
         the template themselves. The tokenizer's BOS is added unless the text begins with it."""
-        plain: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        plain = _encode(self._backend, text)
         has_bos = plain[:1] == [self._tokenizer.bos_token_id]
-        return plain if has_bos else list(self._backend.encode(text).ids)
+        return plain if has_bos else _encode(self._backend, text, specials=True)
 
     def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation that ends with the assistant's answer, and for each whether it has loss.
@@ -193,6 +195,11 @@ class ChatTemplateRenderer:
     def stream(self, context: Sequence[int] = ()) -> Detokenizer:
         """A detokenizer for one reply. context: tokens whose text the reply continues."""
         return Detokenizer(self.decode, context)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """The most characters of a text that one token can stand for. A normalizer may write several as one."""
+        return max(map(len, self._backend.get_vocab())) * (1 if self._backend.normalizer is None else 4)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -289,8 +296,7 @@ class ChatTemplateRenderer:
         return self._controls.sub(lambda control: self._placeholders[control[0]], content)
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
-        return ids
+        return _encode(self._encoder, text)
 
     def _is_row(self, token: int) -> bool:
         return self._rows is None or 0 <= token < self._rows
@@ -356,3 +362,12 @@ class ChatTemplateRenderer:
             return ()
         opening = after.removeprefix(before).partition("QUESTION")[0].strip()
         return (opening,) if opening and after.startswith(before) else ()
+
+
+def _encode(backend: Tokenizer, text: str, *, specials: bool = False) -> list[int]:
+    """The tokens of a text. A long one is encoded as a batch of one, because only then other threads run meanwhile."""
+    if len(text) < LONG_TEXT:
+        ids: list[int] = backend.encode(text, add_special_tokens=specials).ids
+        return ids
+    (encoding,) = backend.encode_batch([text], add_special_tokens=specials)
+    return list(encoding.ids)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear module of the layers
 TARGETS: tuple[str, ...] = tuple(name for names in GROUPS.values() for name in names)
 _PARENT = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in TARGETS}
 
@@ -108,6 +109,10 @@ class LoraConfig:
     rank_pattern: Pattern = ()
     alpha_pattern: Pattern = ()
 
+    def targets(self, name: str) -> bool:
+        """Whether target_modules name the linear module, which is called so within its layer."""
+        return any(name == target or name.endswith(f".{target}") for target in self.target_modules)
+
     def changes(self, layer: int) -> bool:
         return self.layers is None or layer in self.layers
 
@@ -144,8 +149,10 @@ class LoraConfig:
         }
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> LoraConfig:
-        """Read adapter_config.json. Raises InvalidAdapter naming an option that cannot be served."""
+    def from_peft(cls, config: Mapping[str, Any], modules: Sequence[str] = TARGETS) -> LoraConfig:
+        """Read adapter_config.json. modules: what the base's layers have. Raises InvalidAdapter naming an option that
+        cannot be served."""
+        known = tuple(dict.fromkeys(name.rpartition(".")[2] for name in modules))
         if config.get("peft_type") != "LORA":
             raise InvalidAdapter(f"peft_type {config.get('peft_type')!r} is not LORA", param="peft_type")
         for option, neutral in _NEUTRAL.items():
@@ -153,16 +160,16 @@ class LoraConfig:
                 hint = _CONVERT if option == "init_lora_weights" else _REMEDY
                 raise InvalidAdapter(f"{option} = {config[option]!r} is not supported", param=option, hint=hint)
         targets = config.get("target_modules")
-        if targets == "all-linear":
-            targets = TARGETS
+        if targets == ALL_LINEAR:
+            targets = known
         if not isinstance(targets, list | tuple | set) or not targets:
             raise InvalidAdapter(f"target_modules = {targets!r} names no module", param="target_modules")
         names = {str(target).rsplit(".", 1)[-1] for target in targets}
-        if unknown := sorted(names - set(TARGETS)):
+        if unknown := sorted(names - set(known)):
             raise InvalidAdapter(
-                f"target_modules {unknown} do not exist in the supported decoders",
+                f"target_modules {unknown} do not exist in this base model",
                 param="target_modules",
-                hint=f"Known modules: {', '.join(TARGETS)}.",
+                hint=f"Known modules: {', '.join(known)}.",
             )
         r, alpha = config.get("r"), config.get("lora_alpha")
         if not isinstance(r, int) or r < 1:
@@ -179,7 +186,7 @@ class LoraConfig:
             alpha=alpha,
             dropout=float(config.get("lora_dropout") or 0.0),
             layers=tuple(sorted(layers)) if layers else None,
-            target_modules=tuple(name for name in TARGETS if name in names),
+            target_modules=tuple(name for name in known if name in names),
             use_rslora=bool(rslora),
             rank_pattern=_pattern(config, "rank_pattern", whole=True),
             alpha_pattern=_pattern(config, "alpha_pattern", whole=False),

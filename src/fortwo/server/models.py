@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
 
 from fortwo.errors import Conflict
 from fortwo.hub.catalog import ModelEntry
 from fortwo.records import Json
+from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppState, AppStateDep
 from fortwo.train.fit import Fit
 
-router = APIRouter(prefix="/api", tags=["models"])
+router = APIRouter(prefix="/api", tags=["models"], route_class=JsonRoute)
 
 
 @router.get("/models", summary="Base models and their state")
@@ -52,9 +54,9 @@ def delete_model(state: AppStateDep, id: str) -> Json:
 
 
 @router.post("/models/{id}/load", summary="Load a base model, fetching it first if necessary")
-def load_model(state: AppStateDep, id: str) -> Json:
-    state.registry.load_base(id)
-    return model_body(state, state.catalog.get(id))
+async def load_model(request: Request, state: AppStateDep, id: str) -> Json:
+    await state.control.run(request, lambda _: state.registry.load_base(id))
+    return await run_in_threadpool(lambda: model_body(state, state.catalog.get(id)))
 
 
 @router.post("/models/{id}/unload", summary="Unload a base model and the adapters on it")
