@@ -231,7 +231,7 @@ class ModelRegistry:
     def _check_memory(self, id: str) -> None:
         """Raises Unavailable for a base that does not fit, before anything of it is downloaded or read."""
         found = self.fit(id)
-        others = sum(base.bytes for base in self._bases.values())
+        others = sum(base.bytes for base in self._bases.copy().values())
         if found is not None and found.serve + others > found.memory:
             loaded = f" beside {format_size(others)} of other bases" if others else ""
             raise Unavailable(
