@@ -38,9 +38,9 @@ async def load_model(request: Request, state: AppStateDep, id: str) -> Json:
 
 
 @router.post("/models/{id}/unload", tags=["models"], summary="Unload a base model and the adapters on it")
-def unload_model(state: AppStateDep, id: str) -> Json:
-    state.registry.unload_base(id)
-    return model_body(state, state.catalog.get(id))
+async def unload_model(request: Request, state: AppStateDep, id: str) -> Json:
+    await state.control.run(request, lambda _: state.registry.unload_base(id))
+    return await run_in_threadpool(lambda: model_body(state, state.catalog.get(id)))
 
 
 @router.get("/adapters", tags=["adapters"], summary="All versions of all adapters")
@@ -79,8 +79,8 @@ def _damage(state: AppState, name: str) -> list[Json]:
 
 
 @router.delete("/adapters/{name}", tags=["adapters"], summary="Delete an adapter, or one version as name@version")
-def delete_adapter(state: AppStateDep, name: str) -> Json:
-    state.registry.delete_adapter(name)
+async def delete_adapter(request: Request, state: AppStateDep, name: str) -> Json:
+    await state.control.run(request, lambda _: state.registry.delete_adapter(name))
     return {"name": name, "deleted": True}
 
 
@@ -90,9 +90,9 @@ async def load_adapter(request: Request, state: AppStateDep, name: str) -> Json:
 
 
 @router.post("/adapters/{name}/unload", tags=["adapters"], summary="Unload an adapter; it stays on disk")
-def unload_adapter(state: AppStateDep, name: str) -> Json:
-    state.registry.unload_adapter(name)
-    return version_body(state, state.adapters.get(name))
+async def unload_adapter(request: Request, state: AppStateDep, name: str) -> Json:
+    await state.control.run(request, lambda _: state.registry.unload_adapter(name))
+    return await run_in_threadpool(lambda: version_body(state, state.adapters.get(name)))
 
 
 @router.post("/adapters/{name}/rollback", tags=["adapters"], summary="Make the previous version current again")
