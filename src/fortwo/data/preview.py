@@ -129,7 +129,7 @@ def _role(example: Example, ends: Sequence[int], index: int) -> str | None:
 
 def context_length(directory: Path) -> int:
     """How many tokens the model in `directory` can attend to."""
-    config = json.loads((directory / "config.json").read_text("utf-8"))
+    config = json.loads((directory / "config.json").read_text("utf-8-sig"))
     context, window = int(config["max_position_embeddings"]), config.get("sliding_window")
     windowed = config["architectures"][0].startswith("Mistral") or config.get("use_sliding_window")
     return min(context, int(window)) if window and windowed else context

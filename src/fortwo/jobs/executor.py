@@ -132,8 +132,8 @@ class JobExecutor:
         progress, actual, checkpoint = initial_progress(job.progress["steps"]), None, None
         for version in reversed(self._checkpoints.of_job(job.id)):
             try:
-                if version.base_digest != resident.digest:
-                    raise InvalidAdapter(f"{version.id} was trained on other weights than those of {resident.id}")
+                if not resident.taught(version):
+                    raise InvalidAdapter(f"{version.id} was trained on another base than {resident.id} is now")
                 checkpoint = self._checkpoints.restore(version)
             except InvalidAdapter as error:
                 notes.append(NewEvent("checkpoint", f"A checkpoint is unusable: {error.message}.", level="warn"))

@@ -71,7 +71,8 @@ class JobPlanner:
                 yield example
 
         counts, dataset_warnings = collect_stats(resident.renderer, rows())
-        return dataset, plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent)
+        plan = plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent)
+        return dataset, replace(plan, warnings=(*resident.renderer.warnings, *plan.warnings))
 
     def _parent_and_base(self, request: TrainingRequest) -> tuple[Parent | None, LoadedModel]:
         """The parent that the request names, if any, and the base, which must be the parent's own."""
@@ -82,7 +83,7 @@ class JobPlanner:
         if request.model is None:
             return parent, self._registry.base_of(version)
         resident = self._registry.load_base(model)
-        if resident.digest != version.base_digest:
+        if not resident.taught(version):
             raise InvalidRequest(
                 f"parent = {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}; "
                 f"model = {model!r} has digest {resident.digest}",

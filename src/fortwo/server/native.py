@@ -1,4 +1,4 @@
-"""The native API: base models, adapters, and training jobs with their events."""
+"""The native API: adapters, and training jobs with their events."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
 from fortwo.data.preview import preview
 from fortwo.errors import InvalidAdapter, NotFound
-from fortwo.hub.catalog import ModelEntry
 from fortwo.jobs.store import Job
 from fortwo.records import AdapterVersion, Json
 from fortwo.server import sse
@@ -24,23 +22,6 @@ from fortwo.train.request import TrainingRequest
 LARGEST_ID = 2**63 - 1  # that a database can hold
 
 router = APIRouter(prefix="/api", route_class=JsonRoute)
-
-
-@router.get("/models", tags=["models"], summary="Base models and their state")
-def models(state: AppStateDep) -> Json:
-    return {"models": [model_body(state, entry) for entry in state.catalog.entries()]}
-
-
-@router.post("/models/{id}/load", tags=["models"], summary="Load a base model, fetching it first if necessary")
-async def load_model(request: Request, state: AppStateDep, id: str) -> Json:
-    await state.control.run(request, lambda _: state.registry.load_base(id))
-    return await run_in_threadpool(lambda: model_body(state, state.catalog.get(id)))
-
-
-@router.post("/models/{id}/unload", tags=["models"], summary="Unload a base model and the adapters on it")
-async def unload_model(request: Request, state: AppStateDep, id: str) -> Json:
-    await state.control.run(request, lambda _: state.registry.unload_base(id))
-    return await run_in_threadpool(lambda: model_body(state, state.catalog.get(id)))
 
 
 @router.get("/adapters", tags=["adapters"], summary="All versions of all adapters")
@@ -200,22 +181,6 @@ async def events(
         feeds.release(job_id)
         return Response(status_code=204)
     return sse.EventStream(feeds.stream(job_id, last_event_id), on_close=partial(feeds.release, job_id))
-
-
-def model_body(state: AppState, entry: ModelEntry) -> Json:
-    """state: not fetched, on disk, loading or loaded. bytes: the size in memory if it is loaded, otherwise on disk."""
-    loaded = state.registry.state().models.get(entry.id)
-    info = state.catalog.model_info(entry.id)
-    return {
-        "id": entry.id,
-        "state": loaded.state if loaded is not None else "not fetched" if info is None else "on disk",
-        "source": entry.source,
-        "description": entry.description,
-        "origin": entry.origin,
-        "digest": None if info is None else info.digest,
-        "parameters": None if info is None else info.parameters,
-        "bytes": loaded.bytes if loaded is not None else None if info is None else info.bytes,
-    }
 
 
 def version_body(state: AppState, version: AdapterVersion) -> Json:

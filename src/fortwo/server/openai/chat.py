@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -146,6 +147,9 @@ def _prompts(target: Target, body: ChatRequest) -> tuple[list[Prompt], Bytes | N
     tokens = target.model.renderer.encode_prompt(messages)
     top = (body.top_logprobs or 0) if body.logprobs else None
     prompts = body.prompts(target, tokens, param="messages", default=REPLY_TOKENS, logprobs=top)
+    if texts := target.model.renderer.stop_texts:
+        ends = [replace(prompt.sampling, stop=(*prompt.sampling.stop, *texts)) for prompt in prompts]
+        prompts = [replace(prompt, sampling=sampling) for prompt, sampling in zip(prompts, ends, strict=True)]
     return prompts, target.model.renderer.vocabulary.token_bytes if body.logprobs else None
 
 
