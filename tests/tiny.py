@@ -10,27 +10,24 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 Extra = Mapping[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]]
 
 FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma2": "Gemma2",
+    "gemma3": "Gemma3",
+    "smollm3": "SmolLM3",
+    "phi3": "Phi3",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "granite": "Granite",
 }
 SPECIALS = ["<unk>", "<|im_start|>", "<|im_end|>"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -52,8 +49,8 @@ LLAMA3_ROPE = {
 
 def tiny_model(family: str, **options: Any) -> PreTrainedModel:
     """Random weights large enough that every part matters: biases and norms are random too."""
-    config_class, model_class = FAMILIES[family]
-    config = config_class(
+    model_class = getattr(transformers, f"{FAMILIES[family]}ForCausalLM")
+    config: PreTrainedConfig = model_class.config_class(
         **{
             "vocab_size": len(VOCABULARY),
             "hidden_size": 64,

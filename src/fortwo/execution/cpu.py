@@ -45,9 +45,10 @@ class CpuBackend(ReferenceBackend):
         self._scratch.memory = None
 
     def _train_layers(self, x_TD: Tensor, packed: Pack, lora: Lora, checkpointing: bool) -> Tensor:
-        if not self._trained_whole:
+        c = self.decoder.config
+        (angles, *_) = self.decoder.angles(packed.positions_T)
+        if not self._trained_whole or angles is None or not c.fits_window(packed.prefix + packed.longest):
             return super()._train_layers(x_TD, packed, lora, checkpointing)
-        c, angles = self.decoder.config, self.decoder.angles(packed.positions_T)
         rows, seeds = FusedPackedAttention(packed, c).packed, lora.seeds()
         told = self.decoder.layers, lora, seeds, rows, angles, checkpointing, self._scratch
         return through(TrainedLayers(c, *told), x_TD, lora)
@@ -55,6 +56,8 @@ class CpuBackend(ReferenceBackend):
     @torch.no_grad()
     def decode(self, parts: Sequence[Part]) -> Tensor:
         """Of WIDE rows and more by the kernel of the prompts, where there is one."""
+        if not self._within(parts):
+            return super().decode(parts)
         few = len(parts) < WIDE or not self._prefill.takes
         if few and self._step.takes(len(parts)):
             rows = [(part.tokens[0], part.before, part.slot.place) for part in parts]
@@ -67,7 +70,7 @@ class CpuBackend(ReferenceBackend):
     @torch.no_grad()
     def prefill(self, parts: Sequence[Part]) -> Iterator[Computed]:
         """In one kernel all parts together; what those of a group that is alike begin with is computed once."""
-        if not self._prefill.takes:
+        if not self._prefill.takes or not self._within(parts):
             yield from super().prefill(parts)
             return
         pieces: list[Piece] = []

@@ -43,7 +43,8 @@ class CudaBackend(ReferenceBackend):
             self._graphs.warm()
 
     def _train_layers(self, x_TD: Tensor, packed: Pack, lora: Lora, checkpointing: bool) -> Tensor:
-        if checkpointing or not Recorded.fits(self.decoder, len(x_TD)):
+        within = self.decoder.config.fits_window(packed.prefix + packed.longest)
+        if checkpointing or not within or not Recorded.fits(self.decoder, len(x_TD)):
             return super()._train_layers(x_TD, packed, lora, checkpointing)
         if self._recorded is None or self._recorded.lora is not lora:
             self._recorded = Recorded(self.decoder, lora)
@@ -51,11 +52,13 @@ class CudaBackend(ReferenceBackend):
 
     @torch.no_grad()
     def decode(self, parts: Sequence[Part]) -> Tensor:
-        return super().decode(parts) if self._graphs is None else self._play(self._graphs, parts)
+        if self._graphs is None or not self._within(parts):
+            return super().decode(parts)
+        return self._play(self._graphs, parts)
 
     @torch.no_grad()
     def prefill(self, parts: Sequence[Part]) -> Iterator[Computed]:
-        if self._graphs is None:
+        if self._graphs is None or not self._within(parts):
             yield from super().prefill(parts)
             return
         ends = accumulate((len(part.tokens) for part in parts), initial=0)

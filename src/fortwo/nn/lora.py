@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fortwo.errors import InvalidAdapter
 from fortwo.kernels.operations import dropout as drop
-from fortwo.nn.lora_config import GROUPS, LoraConfig, module_name
+from fortwo.nn.lora_config import LoraConfig, module_name, targets_of
 from fortwo.quantization.matmul import frozen_product, product
 from fortwo.quantization.tiles import Tiles
 
@@ -277,13 +277,13 @@ def lora_product(
 
 
 def _places(config: LoraConfig, decoder: DecoderConfig) -> list[dict[str, tuple[Place, ...]]]:
-    """What the adapter changes, by layer and fused product."""
-    layers = []
+    """What the adapter changes, by layer and fused product. Raises InvalidAdapter as `targets_of`."""
+    layers, targets = [], targets_of(decoder.projections, config.target_modules)
     for index in range(decoder.layers):
         groups = {}
-        for group, names in GROUPS.items():
+        for group, names in decoder.projections.items():
             places, R = [], 0
-            for name in (name for name in names if name in config.target_modules and config.changes(index)):
+            for name in (name for name in names if name in targets and config.changes(index)):
                 module = module_name(index, name)
                 r, columns = config.rank(module), slice(*decoder.columns(name))
                 places.append(Place(name, slice(R, R + r), columns, config.scale(module)))

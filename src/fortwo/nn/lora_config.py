@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,36 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
+JOINED: dict[str, tuple[str, ...]] = {
+    "qkv": ("qkv_proj",),
+    "o": ("o_proj",),
+    "gate_up": ("gate_up_proj",),
+    "down": ("down_proj",),
+}
+"""The same of models whose files have q, k and v in one projection, and gate and up in one (Phi-3)."""
 TARGETS: tuple[str, ...] = tuple(name for names in GROUPS.values() for name in names)
-_PARENT = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in TARGETS}
+ALL_TARGETS: tuple[str, ...] = tuple(dict.fromkeys([*TARGETS, *(name for names in JOINED.values() for name in names)]))
+_MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+_PARENT = {name: "mlp" if name in _MLP else "self_attn" for name in ALL_TARGETS}
+
+
+
+def targets_of(projections: Mapping[str, tuple[str, ...]], given: Iterable[str]) -> tuple[str, ...]:
+    """The given target modules by the names that a base has for its projections: q_proj, k_proj and v_proj together are
+    the qkv_proj of a base that has joined them. Raises InvalidAdapter for a module that the base has not."""
+    wanted = set(given)
+    own = {name for names in projections.values() for name in names}
+    for group, names in projections.items():
+        if len(names) == 1 and names != GROUPS[group] and wanted.issuperset(GROUPS[group]):
+            wanted = wanted.difference(GROUPS[group]) | set(names)
+    if foreign := sorted(wanted - own):
+        raise InvalidAdapter(
+            f"target_modules {foreign} do not exist in this base model",
+            param="target_modules",
+            hint=f"Its modules: {', '.join(name for name in ALL_TARGETS if name in own)}.",
+        )
+    return tuple(name for name in ALL_TARGETS if name in wanted)
+
 
 Pattern = tuple[tuple[str, float], ...]  # PEFT's rank_pattern and alpha_pattern, in their order
 
@@ -158,11 +186,11 @@ class LoraConfig:
         if not isinstance(targets, list | tuple | set) or not targets:
             raise InvalidAdapter(f"target_modules = {targets!r} names no module", param="target_modules")
         names = {str(target).rsplit(".", 1)[-1] for target in targets}
-        if unknown := sorted(names - set(TARGETS)):
+        if unknown := sorted(names - set(ALL_TARGETS)):
             raise InvalidAdapter(
                 f"target_modules {unknown} do not exist in the supported decoders",
                 param="target_modules",
-                hint=f"Known modules: {', '.join(TARGETS)}.",
+                hint=f"Known modules: {', '.join(ALL_TARGETS)}.",
             )
         r, alpha = config.get("r"), config.get("lora_alpha")
         if not isinstance(r, int) or r < 1:
@@ -179,7 +207,7 @@ class LoraConfig:
             alpha=alpha,
             dropout=float(config.get("lora_dropout") or 0.0),
             layers=tuple(sorted(layers)) if layers else None,
-            target_modules=tuple(name for name in TARGETS if name in names),
+            target_modules=tuple(name for name in ALL_TARGETS if name in names),
             use_rslora=bool(rslora),
             rank_pattern=_pattern(config, "rank_pattern", whole=True),
             alpha_pattern=_pattern(config, "alpha_pattern", whole=False),

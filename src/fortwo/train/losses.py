@@ -100,15 +100,16 @@ def compute_losses(
     for n, row in enumerate(rows):
         (kl_positions if row.kl else ce_positions).extend(predicting_positions(packed, n, row))
     ce = kl = final_TD.new_zeros(())
+    softcap = decoder.config.logit_softcap
     if ce_positions:
         wanted = [row.tokens[n] for row in rows if not row.kl for n in row.supervised_positions]
         wanted_N = torch.tensor(wanted, device=decoder.device)
         weights = [weight for row in rows if not row.kl for weight in row.token_weights]
         weights_N = torch.tensor(weights, device=decoder.device)
-        ce = head_loss(final_TD[ce_positions], decoder.head_VD, wanted_N, weights_N)
+        ce = head_loss(final_TD[ce_positions], decoder.head_VD, wanted_N, weights_N, softcap)
     if kl_positions:
         teacher_ND = torch.cat([row.teacher_ND for row in rows if row.teacher_ND is not None])
-        kl = head_loss(final_TD[kl_positions], decoder.head_VD, teacher_ND)
+        kl = head_loss(final_TD[kl_positions], decoder.head_VD, teacher_ND, softcap=softcap)
     return Losses(ce, kl, len(ce_positions), len(kl_positions), len(packed.tokens_T))
 
 
@@ -117,17 +118,28 @@ class _HeadLoss(torch.autograd.Function):
     memory at once (Hsu et al. 2024, arXiv:2410.10989)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor | Tiles, target: Tensor, weights_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor | Tiles,
+        target: Tensor,
+        weights_N: Tensor,
+        softcap: float | None,
+    ) -> Tensor:
         most = max(1, HEAD_BYTES // (head_VD.dtype.itemsize * head_VD.shape[0]))
         total, gradients = hidden_ND.new_zeros(()), []
         chunks = -(-len(hidden_ND) // most)
         parts = zip(*(each.tensor_split(chunks) for each in (hidden_ND, target, weights_N)), strict=True)
         for chunk_ND, wanted, by_N in parts:
-            logits_NV = product(chunk_ND.to(head_VD.dtype), head_VD)
+            logits_NV = _capped(product(chunk_ND.to(head_VD.dtype), head_VD), softcap)
+            within_NV = None if softcap is None else logits_NV.clone()
             if wanted.dim() == 1:
                 loss_N, slope_NV = cross_entropy(logits_NV, wanted)
             else:
-                loss_N, slope_NV = divergence(logits_NV, product(wanted.to(head_VD.dtype), head_VD))
+                wanted_NV = _capped(product(wanted.to(head_VD.dtype), head_VD), softcap)
+                loss_N, slope_NV = divergence(logits_NV, wanted_NV)
+            if softcap is not None and within_NV is not None:
+                slope_NV = slope_NV * (1 - (within_NV / softcap).square())
             total += (loss_N * by_N).sum()
             gradient_ND = product(slope_NV, head_VD.t()).to(hidden_ND.dtype)
             gradients.append(gradient_ND * by_N[:, None].to(hidden_ND.dtype))
@@ -135,16 +147,28 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
-        return grad * gradient_ND, None, None, None
+        return grad * gradient_ND, None, None, None, None
 
 
-def head_loss(hidden_ND: Tensor, head_VD: Tensor | Tiles, target: Tensor, weights_N: Tensor | None = None) -> Tensor:
+def _capped(logits_NV: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(logits / softcap), in place."""
+    return logits_NV if softcap is None else logits_NV.div_(softcap).tanh_().mul_(softcap)
+
+
+def head_loss(
+    hidden_ND: Tensor,
+    head_VD: Tensor | Tiles,
+    target: Tensor,
+    weights_N: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """The weighted sum over rows of the loss of the head's distribution, (); hidden_ND gets the gradient. target:
-    tokens (N,) for cross-entropy, or the teacher's hidden states (N, D) for KL(teacher || student)."""
+    tokens (N,) for cross-entropy, or the teacher's hidden states (N, D) for KL(teacher || student). softcap: of the
+    logits, as in `DecoderConfig`."""
     weights_N = hidden_ND.new_ones(len(hidden_ND)) if weights_N is None else weights_N
-    loss: Tensor = _HeadLoss.apply(hidden_ND, head_VD, target, weights_N)  # type: ignore[no-untyped-call]
+    loss: Tensor = _HeadLoss.apply(hidden_ND, head_VD, target, weights_N, softcap)  # type: ignore[no-untyped-call]
     return loss
 
 
