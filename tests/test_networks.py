@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence as Running
+from fortwo.errors import InvalidAdapter
 from fortwo.execution.backend import Backend
 from fortwo.execution.cpu import CpuBackend
 from fortwo.execution.cuda import CudaBackend
@@ -177,8 +178,8 @@ def test_served_tokens(kind: type[ReferenceBackend], case: str) -> None:
 @families
 @pytest.mark.parametrize("form", ["bf16", "int8", "nf4"])
 def test_weights_in_other_forms(form: str, case: str) -> None:
-    """A kernel for a whole pass is not used for a network, or a sequence, that it does not know: prompts and steps, some
-    of sequences beyond the window, are the reference's over the same weights."""
+    """A kernel for a whole pass is not used for a network, or a sequence, that it does not know: prompts and steps,
+    some of sequences beyond the window, are the reference's over the same weights."""
     if form == "int8" and not cpu.usable(torch.empty(0)):
         pytest.skip("there is no C compiler")
     held = network(case).in_forms(Choice.fixed(form))
@@ -186,7 +187,9 @@ def test_weights_in_other_forms(form: str, case: str) -> None:
     def served(backend: Backend) -> Tensor:
         runner = Runner(backend)
         runner.attach("a", random_lora(network(case), config=LoraConfig(r=4, alpha=1)), frozen=True)
-        rows = [Running(row, adapter) for row, adapter in zip(make_rows([3, 70, 12], [5]), (None, "a", "a"), strict=True)]
+        rows = [
+            Running(row, adapter) for row, adapter in zip(make_rows([3, 70, 12], [5]), (None, "a", "a"), strict=True)
+        ]
         found = [runner.prefill(rows)]
         for token in range(14):
             for row in rows:
@@ -238,3 +241,25 @@ def test_a_training_step(kind: type[ReferenceBackend], case: str, tmp_path: Path
         largest = float(theirs.abs().max())
         assert largest > 1e-3, name
         torch.testing.assert_close(got[name].cpu(), theirs, atol=ATOL * max(1, largest), rtol=0)
+
+
+PHI3 = network("phi3").config.projections
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        (TARGETS, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+        (("v_proj", "down_proj", "q_proj", "k_proj"), ("down_proj", "qkv_proj")),
+        (("gate_up_proj", "o_proj"), ("gate_up_proj", "o_proj")),
+    ],
+)
+def test_targets_of_joined_projections(given: tuple[str, ...], own: tuple[str, ...]) -> None:
+    assert targets_of(PHI3, given) == own
+
+
+@pytest.mark.parametrize(("base", "given"), [("phi3", ("q_proj", "o_proj")), ("llama", ("qkv_proj",))])
+def test_a_target_that_the_base_has_not_is_refused(base: str, given: tuple[str, ...]) -> None:
+    with pytest.raises(InvalidAdapter, match=f"{given[0]}.*do not exist in this base") as raised:
+        Lora.init(LoraConfig(r=2, target_modules=given), network(base).config, seed=0)
+    assert "o_proj" in str(raised.value.hint)

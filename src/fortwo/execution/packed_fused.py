@@ -51,7 +51,6 @@ class FusedPackedAttention(PackedAttention):
             return packed_attention(qkv_TNE, self.packed.seen_T3, self._heads[1])
         return super().__call__(layer, qkv_TNE)
 
-
     def _within(self, layer: int) -> bool:
         """Whether all rows are within the layer's window."""
         window = self._config.window_of(layer)

@@ -174,9 +174,10 @@ class ReferenceBackend:
                 k_KSE[:, part.before :] = k_TKE[own].transpose(0, 1)
                 v_KSE[:, part.before :] = v_TKE[own].transpose(0, 1)
                 mask_LS = mask(number, c.window_of(layer))
-                seen_by_it = (kept[None, :, -mask_LS.shape[1] :].to(q_THE.dtype) for kept in (k_KSE, v_KSE))
+                k_1KSE, v_1KSE = (kept[None, :, -mask_LS.shape[1] :].to(q_THE.dtype) for kept in (k_KSE, v_KSE))
                 q_1HLE = q_THE[own].transpose(0, 1)[None]
-                mixed_THE[own] = _mixed(q_1HLE, *seen_by_it, mask_LS, c.attention_softcap)[0].transpose(0, 1)
+                mixed_1HLE = _mixed(q_1HLE, k_1KSE, v_1KSE, mask_LS, c.attention_softcap)
+                mixed_THE[own] = mixed_1HLE[0].transpose(0, 1)
             return mixed_THE
 
         tokens_T = torch.tensor([token for part in parts for token in part.tokens], device=device)

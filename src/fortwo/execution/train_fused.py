@@ -24,7 +24,6 @@ from fortwo.nn.lora_config import GROUPS
 from fortwo.quantization.formats import Frozen, Regions
 from fortwo.quantization.tiles import PANEL, Tiles
 
-
 COMPUTED = OUTSIDE | WINDOWS | {"embedding_scale", "rope_amplitude"}
 """Features of a network that the kernel computes."""
 
@@ -50,7 +49,11 @@ def trained_whole(config: DecoderConfig, layers: Sequence[Layer]) -> bool:
     """Whether there is such a kernel."""
     c = config
     whole = all(size % PANEL == 0 for size in (c.hidden, c.head_size, c.intermediate))
-    return whole and c.features <= COMPUTED and all(isinstance(weight, Tiles) for layer in layers for weight in _weights(layer))
+    return (
+        whole
+        and c.features <= COMPUTED
+        and all(isinstance(weight, Tiles) for layer in layers for weight in _weights(layer))
+    )
 
 
 class TrainedLayers:

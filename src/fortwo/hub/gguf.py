@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from gguf import GGUFReader, ReaderTensor
 
+
 def convert(file: Path, target: Path, progress: ProgressCallback) -> None:
     """Write the model in `file` into the directory `target`; transformers converts the tokenizer. Raises
     UnsupportedModel for a file that is damaged, incomplete or of an architecture that is not supported."""

@@ -1,5 +1,5 @@
-"""How llama.cpp stores each architecture in a GGUF file: names of tensors and of metadata, and what its converter does to
-values. Pure but for the tensors that it reads."""
+"""How llama.cpp stores each architecture in a GGUF file: names of tensors and of metadata, and what its converter does
+to values. No file is opened here."""
 
 from __future__ import annotations
 
@@ -72,20 +72,7 @@ STORED = {
     "qwen3": Stored("Qwen3ForCausalLM", {**_LLAMA, **_HEAD_NORMS}),
     "gemma2": Stored("Gemma2ForCausalLM", _GEMMA, norm_offset=1.0, metadata=_CAPS),
     "gemma3": Stored("Gemma3ForCausalLM", {**_GEMMA, **_HEAD_NORMS}, norm_offset=1.0, metadata=_CAPS),
-    "smollm3": Stored("SmolLM3ForCausalLM", _LLAMA, interleaved=True),
     "phi3": Stored("Phi3ForCausalLM", _PHI3),
-    "olmo2": Stored("Olmo2ForCausalLM", {**_ATTENTION, **_MLP, **_POST_NORMS, **_HEAD_NORMS}),
-    "granite": Stored(
-        "GraniteForCausalLM",
-        _LLAMA,
-        interleaved=True,
-        metadata={
-            "embedding_scale": "embedding_multiplier",
-            "attention.scale": "attention_multiplier",
-            "residual_scale": "residual_multiplier",
-            "logit_scale": "logits_scaling",
-        },
-    ),
 }
 _MODEL_TYPES = {"gemma3": "gemma3_text"}
 _WIDE_QUERIES = {"gemma2": 46, "gemma3": 62}  # blocks of the 27B, whose queries are scaled by width, not by head
@@ -175,7 +162,10 @@ def model_config(metadata: Metadata, tensors: Mapping[str, ReaderTensor], file: 
     config |= {name: optional(key) for key, name in stored.metadata.items() if optional(key) is not None}
     if architecture in _WIDE_QUERIES:
         wide = config["num_hidden_layers"] == _WIDE_QUERIES[architecture]
-        config |= {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": width // heads if wide else head_size}
+        config |= {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": width // heads if wide else head_size,
+        }
         del config["hidden_act"]
     scaling = _rope_scaling(optional, config, tensors, file)
     _set_window(config, optional("attention.sliding_window"), architecture)
@@ -233,20 +223,18 @@ def _set_window(config: Json, window: int | None, architecture: str) -> None:
     config["sliding_window"] = window
     if architecture == "llama":
         config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-    elif architecture == "olmo2":
-        config |= {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"}
     elif architecture in ("qwen2", "qwen3"):
         config |= {"use_sliding_window": True, "max_window_layers": 0}
 
 
 def _set_rope(config: Json, scaling: Json | None, architecture: str, optional: Callable[..., Any]) -> None:
-    """Layers with a window are not stretched, and Gemma 3's turn by a base of their own."""
-    if config["architectures"][0] not in ("Gemma3ForCausalLM", "Olmo3ForCausalLM"):
+    """Gemma 3's layers with a window are not stretched, and turn by a base of their own."""
+    if architecture != "gemma3":
         if scaling is not None:
             config["rope_scaling"] = scaling
         return
     theta = config.pop("rope_theta")
-    local = optional("rope.freq_base_swa", 10000.0 if architecture == "gemma3" else theta)
+    local = optional("rope.freq_base_swa", 10000.0)
     config["rope_parameters"] = {
         "full_attention": {"rope_type": "default", "rope_theta": theta, **(scaling or {})},
         "sliding_attention": {"rope_type": "default", "rope_theta": local},

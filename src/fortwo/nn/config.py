@@ -78,9 +78,7 @@ class DecoderConfig:
             raise UnsupportedModel("config.json is not a JSON object", hint="Save the model again with transformers.")
         architecture, family = family_of(config)
         f = Fields(config, {**_DEFAULTS, **family.defaults})
-        heads, hidden, layers = (
-            f.whole(name) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")
-        )
+        heads, hidden, layers = (f.whole(name) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
         head_size = f.optional_whole("head_dim") or max(1, hidden // heads)
         kv_heads = f.optional_whole("num_key_value_heads") or heads
         if heads % kv_heads:

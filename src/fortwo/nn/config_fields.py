@@ -1,4 +1,4 @@
-"""The fields of a config.json, each checked as it is read; everything that is wrong is reported together. Torch-free."""
+"""The fields of a config.json, each checked as it is read; all that is wrong is reported together. Torch-free."""
 
 from __future__ import annotations
 

@@ -35,22 +35,22 @@ _MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 _PARENT = {name: "mlp" if name in _MLP else "self_attn" for name in ALL_TARGETS}
 
 
-
 def targets_of(projections: Mapping[str, tuple[str, ...]], given: Iterable[str]) -> tuple[str, ...]:
     """The given target modules by the names that a base has for its projections: q_proj, k_proj and v_proj together are
     the qkv_proj of a base that has joined them. Raises InvalidAdapter for a module that the base has not."""
-    wanted = set(given)
-    own = {name for names in projections.values() for name in names}
+    named = list(given)
     for group, names in projections.items():
-        if len(names) == 1 and names != GROUPS[group] and wanted.issuperset(GROUPS[group]):
-            wanted = wanted.difference(GROUPS[group]) | set(names)
-    if foreign := sorted(wanted - own):
+        first, *others = apart = GROUPS[group]
+        if names != apart and set(apart) <= set(named):
+            named = [names[0] if name == first else name for name in named if name not in others]
+    own = [name for names in projections.values() for name in names]
+    if foreign := [name for name in named if name not in own]:
         raise InvalidAdapter(
             f"target_modules {foreign} do not exist in this base model",
             param="target_modules",
-            hint=f"Its modules: {', '.join(name for name in ALL_TARGETS if name in own)}.",
+            hint=f"Its modules: {', '.join(own)}.",
         )
-    return tuple(name for name in ALL_TARGETS if name in wanted)
+    return tuple(dict.fromkeys(named))
 
 
 Pattern = tuple[tuple[str, float], ...]  # PEFT's rank_pattern and alpha_pattern, in their order

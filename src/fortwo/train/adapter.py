@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
-from fortwo.errors import InvalidRequest
-from fortwo.nn.lora_config import TARGETS, LoraConfig, deciding, module_name
+from fortwo.errors import InvalidAdapter, InvalidRequest
+from fortwo.nn.lora_config import TARGETS, LoraConfig, deciding, module_name, targets_of
 from fortwo.records import PlanValues
+from fortwo.train.estimate import BaseFacts
 from fortwo.train.options import PATTERNS
 from fortwo.train.plan_builder import PlanBuilder, int_if_whole
 from fortwo.train.recipes import REASONS, Recipe
 
 
-def choose_adapter(builder: PlanBuilder, recipe: Recipe, layers: int) -> LoraConfig:
-    """Choose the settings of the adapter. layers: of the base. Raises InvalidRequest for a pattern with a key that
-    decides for no module."""
+def choose_adapter(builder: PlanBuilder, recipe: Recipe, base: BaseFacts) -> LoraConfig:
+    """Choose the settings of the adapter. Raises InvalidRequest for a pattern with a key that decides for no module."""
     r = builder.choose("r", recipe.r, REASONS["r"])
     root, factor = r, ""
     if builder.choose("use_rslora", False, REASONS["use_rslora"]):
@@ -23,15 +24,23 @@ def choose_adapter(builder: PlanBuilder, recipe: Recipe, layers: int) -> LoraCon
     reason = f"This is {recipe.scale:g} times {factor}r = {r}."
     builder.choose("lora_alpha", int_if_whole(root * recipe.scale), reason, "auto")
     builder.choose("lora_dropout", recipe.lora_dropout, REASONS["lora_dropout"])
-    builder.choose("target_modules", TARGETS, "All projections of the network are adapted.")
+    builder.choose("target_modules", targets_in_base(TARGETS, base), "All projections of the network are adapted.")
     for name, of in PATTERNS.items():
         builder.choose(name, {}, f"All modules have the same {of}.")
         if builder.given.get(name):
-            reason = f"given; it decides {of} of {_decided(builder, name, layers)} modules"
+            reason = f"given; it decides {of} of {_decided(builder, name, base.layers)} modules"
             builder.add(name, builder[name], "user", reason)
     builder.choose("bias", "none", "Plain LoRA trains no biases.")
     builder.choose("task_type", "CAUSAL_LM", "The base model is a causal language model.")
     return lora_config(builder)
+
+
+def targets_in_base(given: Sequence[str], base: BaseFacts) -> tuple[str, ...]:
+    """target_modules by the names of the base's projections. Raises InvalidRequest for a module that it has not."""
+    try:
+        return targets_of(base.projections, given)
+    except InvalidAdapter as error:
+        raise InvalidRequest(error.message, param="lora_config.target_modules", hint=error.hint) from None
 
 
 def lora_config(settings: PlanValues) -> LoraConfig:

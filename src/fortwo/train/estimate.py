@@ -9,6 +9,7 @@ from typing import Protocol
 
 from fortwo.facts.prompt_builder import BASE_REPLY_SHARE, CROSS_FACT_NEGATIVES, training_replay_prompts
 from fortwo.nn.config import DecoderConfig
+from fortwo.nn.lora_config import GROUPS
 from fortwo.prompts import MAX_RUNNING, MIN_ROW_TOKENS
 from fortwo.records import PlanValues
 from fortwo.train.recipes import (
@@ -49,7 +50,7 @@ class Network(Protocol):
 class BaseFacts:
     """What the plan must know about the base model. bytes: the weights as they are stored; bf16_copy, fp32_copy: bytes
     of the additional copy for training in that type; cache: tokens whose keys and values fit, None for any number;
-    kv_element: bytes of one element of them."""
+    kv_element: bytes of one element of them; projections: as in `DecoderConfig`."""
 
     id: str
     context: int
@@ -64,6 +65,7 @@ class BaseFacts:
     fp32_copy: int
     cache: int | None = None
     kv_element: int = FLOAT
+    projections: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: GROUPS)
 
     @classmethod
     def of(cls, id: str, decoder: Network, cache: int | None = None, kv_element: int = FLOAT) -> BaseFacts:
@@ -82,6 +84,7 @@ class BaseFacts:
             fp32_copy=decoder.bytes_to_train(bf16=False),
             cache=cache,
             kv_element=kv_element,
+            projections=config.projections,
         )
 
     def shape(self, module: str) -> tuple[int, int]:
@@ -90,9 +93,11 @@ class BaseFacts:
             "q_proj": (self.hidden, self.q),
             "k_proj": (self.hidden, self.kv),
             "v_proj": (self.hidden, self.kv),
+            "qkv_proj": (self.hidden, self.q + 2 * self.kv),
             "o_proj": (self.q, self.hidden),
             "gate_proj": (self.hidden, self.intermediate),
             "up_proj": (self.hidden, self.intermediate),
+            "gate_up_proj": (self.hidden, 2 * self.intermediate),
             "down_proj": (self.intermediate, self.hidden),
         }[module]
 
@@ -103,9 +108,9 @@ class BaseFacts:
 
     def fused_width(self, module: str) -> int:
         """The number of outputs of the matrix product that the projection is part of."""
-        if module in ("q_proj", "k_proj", "v_proj"):
+        if module in ("q_proj", "k_proj", "v_proj", "qkv_proj"):
             return self.q + 2 * self.kv
-        return 2 * self.intermediate if module in ("gate_proj", "up_proj") else self.hidden
+        return 2 * self.intermediate if module in ("gate_proj", "up_proj", "gate_up_proj") else self.hidden
 
 
 @dataclass(frozen=True)

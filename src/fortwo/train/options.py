@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fortwo.errors import InvalidRequest
-from fortwo.nn.lora_config import MOST_KEYS, TARGETS, expression
+from fortwo.nn.lora_config import ALL_TARGETS, MOST_KEYS, TARGETS, expression
 from fortwo.train.refused import LORA_REFUSED, TRAINING_REFUSED, Refused
 from fortwo.train.schedule import POLYNOMIAL_END, SCHEDULES
 
@@ -242,7 +242,7 @@ def _target_modules(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not value:
         raise _refusal(param, value, "is not a list of modules", f'Give some of {known}, or "all-linear" for all.')
     for name in value:
-        if name not in TARGETS:
+        if name not in ALL_TARGETS:
             raise _refusal(param, name, "is not a module that can be adapted", f"Give some of {known}.")
     return tuple(dict.fromkeys(value))
 

@@ -18,7 +18,7 @@ from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.facts.subject import contains_phrase, find_subject
 from fortwo.records import Dataset, Example, Json, Origin, Plan, PlanWarning, Setting
 from fortwo.train import plan_builder
-from fortwo.train.adapter import choose_adapter, mean_ranks
+from fortwo.train.adapter import choose_adapter, mean_ranks, targets_in_base
 from fortwo.train.dataset_stats import AffectedLines, DatasetWarnings, RowLengths
 from fortwo.train.diagnosis import diagnose, plan_warnings
 from fortwo.train.estimate import (
@@ -67,6 +67,8 @@ def resolve(
 ) -> Plan:
     """Decide every setting. Raises InvalidRequest or InvalidDataset, with the field, its value and the remedy."""
     given = parse_lora_config(request.lora_config) | parse_training_config(request.training_config)
+    if "target_modules" in given:
+        given["target_modules"] = targets_in_base(given["target_modules"], base)
     _check_lengths(counts, base)
     builder = PlanBuilder(given, parent)
     objective, subjects = _choose_objective(builder, request, dataset)
@@ -85,7 +87,7 @@ def resolve(
     if validation_rows:
         indices = validation_indices(len(counts.rows), validation_rows, builder.given.get("seed", recipe.seed))
         counts = replace(counts, rows=RowLengths(row for n, row in enumerate(counts.rows) if n not in indices))
-    adapter = choose_adapter(builder, recipe, base.layers)
+    adapter = choose_adapter(builder, recipe, base)
 
     builder.choose("gradient_accumulation_steps", 1, "Rows are packed without padding, so a step needs no more parts.")
     facts = max(1, len(subjects))
