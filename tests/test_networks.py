@@ -6,6 +6,7 @@ are identical; gradients within 1e-4 of PEFT's. Sequences are longer than the wi
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from transformers import PreTrainedModel
 
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence as Running
-from fortwo.errors import InvalidAdapter
+from fortwo.errors import InvalidAdapter, UnsupportedModel
 from fortwo.execution.backend import Backend
 from fortwo.execution.cpu import CpuBackend
 from fortwo.execution.cuda import CudaBackend
 from fortwo.execution.reference import ReferenceBackend
 from fortwo.kernels import cpu
+from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora, LoraGroup
 from fortwo.nn.lora_config import TARGETS, LoraConfig, targets_of
@@ -141,6 +143,32 @@ def test_logits_of_packed_rows(kind: type[ReferenceBackend], case: str) -> None:
     for index, row in enumerate(rows):
         places = [packed.place(index, position) for position in range(len(row))]
         torch.testing.assert_close(logits_TV[places], expected(model_of(case), row), atol=ATOL, rtol=0)
+
+
+@torch.no_grad()
+@families
+def test_every_feature_matters(case: str) -> None:
+    """Without this a case could pass by ignoring what it is about: without one of its features the network computes
+    something else, or its weights do not fit."""
+    home, row = network(case), make_rows([90])[0]
+    wanted = expected(model_of(case), row)
+    rope = replace(home.config.rope, scaling=None, amplitude=1.0)
+    others = {name: replace(home.config, **{name: DEFAULTS[name]}) for name in home.config.features & DEFAULTS.keys()}
+    if rope != home.config.rope:
+        others["rope"] = replace(home.config, rope=rope)
+    if home.config.rope.size != home.config.head_size:
+        others["partial_rope"] = replace(home.config, rope=replace(rope, size=home.config.head_size, scaling=None))
+    assert others or case in ("llama", "llama with dynamic rope")
+    for name, config in others.items():
+        try:
+            other = Decoder(config, model_of(case).state_dict())
+        except UnsupportedModel:
+            continue
+        logits_TV = other.logits(ReferenceBackend(other).forward(pack([row])))
+        assert (logits_TV - wanted).abs().max() > 30 * ATOL, name
+
+
+DEFAULTS = {field.name: field.default for field in fields(DecoderConfig) if field.default is not MISSING}
 
 
 @families
