@@ -6,6 +6,7 @@ are identical; gradients within 1e-4 of PEFT's. Sequences are longer than the wi
 
 from __future__ import annotations
 
+import copy
 from dataclasses import MISSING, fields, replace
 from functools import cache
 from pathlib import Path
@@ -79,7 +80,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 with biases": ("qwen3", {"attention_bias": True}),
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}),
     "gemma3": ("gemma3", GEMMA),
-    "gemma3 as the 270M": ("gemma3", {**GEMMA, "head_dim": 256, "num_key_value_heads": 1, "attention_bias": True}),
+    "gemma3 as the 270M": (
+        "gemma3",
+        {**GEMMA, "head_dim": 256, "query_pre_attn_scalar": 256, "num_key_value_heads": 1, "attention_bias": True},
+    ),
     "smollm3": ("smollm3", {"num_hidden_layers": 5}),
     "phi3": ("phi3", {"sliding_window": WINDOW}),
     "phi3 with longrope": (
@@ -229,6 +233,73 @@ def test_weights_in_other_forms(form: str, case: str) -> None:
     wanted, found = served(ReferenceBackend(held.in_fp32())), served(CpuBackend(held))
     error = float((found - wanted).norm() / wanted.norm())
     assert error < 5e-2
+
+
+@families
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_in_bf16(checkpointing: bool, case: str) -> None:
+    """As the reference in fp32, over the same weights; each layer computed again for its gradient or not."""
+
+    def trained(backend: Backend, checkpointing: bool) -> Tensor:
+        config = LoraConfig(r=4, alpha=4, target_modules=targets_of(backend.decoder.config.projections, TARGETS))
+        lora = random_lora(network(case), 3, config)
+        flat_N = lora.flatten()
+        rows = [Row(tuple(row), 9) for row in make_rows([9, 50], range(5, 12))]
+        compute_losses(backend, lora, 7, rows, checkpointing).ce.backward()
+        assert flat_N.grad is not None
+        return flat_N.grad
+
+    held = network(case).in_bf16()
+    wanted = trained(ReferenceBackend(held.in_fp32()), False)
+    found = trained(CpuBackend(held), checkpointing)
+    error = float((found - wanted).norm() / wanted.norm())
+    assert error < 8e-2
+
+
+OLD: list[tuple[str, dict[str, Any]]] = [
+    (
+        "gemma3",
+        {
+            "sliding_window_pattern": 3,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 5e3,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        },
+    ),
+    ("gemma2", {"rope_theta": 2e4, "sliding_window": 77}),
+    ("smollm3", {"no_rope_layer_interval": 3, "rope_theta": 5e6}),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0, 1, 1], "use_sliding_window": True, "sliding_window": 50}),
+    (
+        "phi3",
+        {
+            "original_max_position_embeddings": 64,
+            "partial_rotary_factor": 0.5,
+            "rope_theta": 2e4,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.5] * 4, "long_factor": [2.0] * 4},
+        },
+    ),
+    ("olmo3", {"rope_theta": 5e5, "rope_scaling": {**YARN, "attention_factor": 1.2}}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 2, "rope_theta": 1e6}),
+    ("llama", {"rope_theta": 7e3, "rope_scaling": {"type": "yarn", "factor": 4.0}}),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), OLD, ids=str)
+def test_former_spellings_are_transformers(family: str, options: dict[str, Any]) -> None:
+    """A config.json of the years before transformers 5 says the same as what transformers makes of it."""
+    model_class = type(tiny_model(family))
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 7, "vocab_size": 262, "head_dim": 16}
+    old = {**sizes, "intermediate_size": 96, "max_position_embeddings": 256, "num_key_value_heads": 2, **options}
+    new = model_class.config_class(**copy.deepcopy(old)).to_dict()
+    named = {"architectures": [model_class.__name__]}
+    found, wanted = DecoderConfig.from_hf({**old, **named}), DecoderConfig.from_hf({**new, **named})
+    assert replace(found, norm_eps=0, tied=False) == replace(wanted, norm_eps=0, tied=False)
+
+
+def test_su_is_the_first_name_of_longrope() -> None:
+    config = {**model_of("phi3 with longrope").config.to_dict(), "architectures": ["Phi3ForCausalLM"]}
+    former = {**config, "rope_parameters": {**config["rope_parameters"], "rope_type": "su"}}
+    assert DecoderConfig.from_hf(former) == DecoderConfig.from_hf(config)
 
 
 def of_gradients(group: LoraGroup) -> LoraGroup:
