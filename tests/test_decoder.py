@@ -304,8 +304,8 @@ def test_missing_and_misshapen_tensors_are_named(family: str, name: str) -> None
 
 
 def test_bytes_are_those_of_the_weights() -> None:
-    for tied in (False, True):
-        model = tiny_model("qwen2", tie_word_embeddings=tied)
+    for family, tied in (("qwen2", False), ("qwen2", True), ("gemma3", True), ("phi3", False), ("stablelm", False)):
+        model = tiny_model(family, tie_word_embeddings=tied)
         assert make_decoder(model).bytes == sum(4 * parameter.numel() for parameter in model.parameters())
 
 

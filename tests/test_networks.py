@@ -78,6 +78,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "head_dim": 32},
     ),
     "qwen3 with biases": ("qwen3", {"attention_bias": True}),
+    "gemma": ("gemma", {"head_dim": 32}),
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0}),
     "gemma3": ("gemma3", GEMMA),
     "gemma3 as the 270M": (
@@ -95,6 +96,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"sliding_window": WINDOW, "num_hidden_layers": 5}),
+    "stablelm": ("stablelm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "stablelm with biases": ("stablelm", {"use_qkv_bias": True}),
     "granite": (
         "granite",
         {
@@ -266,6 +269,7 @@ OLD: list[tuple[str, dict[str, Any]]] = [
             "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         },
     ),
+    ("gemma", {"hidden_act": "gelu", "hidden_activation": None, "rope_theta": 2e4}),
     ("gemma2", {"rope_theta": 2e4, "sliding_window": 77}),
     ("smollm3", {"no_rope_layer_interval": 3, "rope_theta": 5e6}),
     ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0, 1, 1], "use_sliding_window": True, "sliding_window": 50}),

@@ -21,6 +21,7 @@ FAMILIES = {
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
+    "gemma": "Gemma",
     "gemma2": "Gemma2",
     "gemma3": "Gemma3",
     "smollm3": "SmolLM3",
@@ -28,6 +29,7 @@ FAMILIES = {
     "olmo2": "Olmo2",
     "olmo3": "Olmo3",
     "granite": "Granite",
+    "stablelm": "StableLm",
 }
 SPECIALS = ["<unk>", "<|im_start|>", "<|im_end|>"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -29,12 +29,12 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 class DecoderConfig:
     """A Llama network, whose sizes have no defaults, and the features in which others differ from it, which have.
 
-    norm_offset: added to the weights of all norms; whole_qk_norm: q and k are normed over all heads together; pre_norm,
-    post_norm: norms before and behind attention and MLP; query_scale: of queries, before they are divided by the square
-    root of head_size; attention_softcap, logit_softcap: c of c * tanh(x / c). Layers in `windowed` see the last
-    `window` tokens alone, themselves included, and turn by `window_rope` where there is one; those in `without_rope`
-    know no positions. joined_projections: the model's files have one projection for q, k and v, and one for gate and
-    up.
+    layer_norm: norms subtract the mean and have a bias; norm_offset: added to the weights of all norms; whole_qk_norm:
+    q and k are normed over all heads together; pre_norm, post_norm: norms before and behind attention and MLP;
+    query_scale: of queries, before they are divided by the square root of head_size; attention_softcap, logit_softcap:
+    c of c * tanh(x / c). Layers in `windowed` see the last `window` tokens alone, themselves included, and turn by
+    `window_rope` where there is one; those in `without_rope` know no positions. joined_projections: the model's files
+    have one projection for q, k and v, and one for gate and up.
     """
 
     architecture: str
@@ -54,6 +54,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     whole_qk_norm: bool = False
+    layer_norm: bool = False
     norm_offset: float = 0.0
     pre_norm: bool = True
     post_norm: bool = False
@@ -96,10 +97,10 @@ class DecoderConfig:
             head_size=head_size,
             intermediate=f.whole("intermediate_size"),
             context=context,
-            norm_eps=f.number("rms_norm_eps"),
+            norm_eps=f.number("layer_norm_eps" if "layer_norm" in family.traits else "rms_norm_eps"),
             rope=rope,
             tied=f.flag("tie_word_embeddings"),
-            activation=_activation(f),
+            activation=_activation(f, architecture),
             window=window,
             windowed=windowed,
             window_rope=window_rope if windowed else None,
@@ -109,8 +110,9 @@ class DecoderConfig:
             **_scales(f, architecture, hidden, head_size),
             **{trait: value for trait, value in family.traits.items() if trait != "qkv_bias"},
         )
-        if f.flag("use_bidirectional_attention"):
-            f.wrong("use_bidirectional_attention", "is not supported: a decoder's tokens see those before them alone")
+        for name in ("use_bidirectional_attention", "use_parallel_residual", "qk_layernorm"):
+            if f.flag(name):
+                f.wrong(name, "is not supported")
         f.raise_findings()
         return found
 
@@ -174,9 +176,11 @@ class DecoderConfig:
         }[name]
 
 
-def _activation(f: Fields) -> Activation:
+def _activation(f: Fields, architecture: str) -> Activation:
     name = "hidden_activation" if "hidden_activation" in f else "hidden_act"
     value = f.raw(name)
+    if architecture == "GemmaForCausalLM" and value == "gelu":
+        return "gelu_tanh"  # what the first Gemma means by it
     if not isinstance(value, str) or value not in _ACTIVATIONS:
         f.wrong(name, f"is not supported, only {', '.join(_ACTIVATIONS)}")
         return "silu"
@@ -185,11 +189,14 @@ def _activation(f: Fields) -> Activation:
 
 def _biases(f: Fields, family: Family) -> dict[str, bool]:
     given = f.flag("attention_bias") and family.attention_bias == "qkvo"
-    return {"qkv_bias": given or bool(family.traits.get("qkv_bias")), "o_bias": given}
+    qkv = family.traits.get("qkv_bias") or f.flag("use_qkv_bias")
+    return {"qkv_bias": given or bool(qkv), "o_bias": given}
 
 
 def _scales(f: Fields, architecture: str, hidden: int, head_size: int) -> dict[str, Any]:
     """What embeddings, updates, queries and logits are multiplied with, and where the latter are capped."""
+    if architecture == "GemmaForCausalLM":
+        return {"embedding_scale": hidden**0.5}
     if architecture.startswith("Gemma"):
         return {
             "embedding_scale": hidden**0.5,

@@ -71,6 +71,7 @@ class Layer:
     and MLP add to the sum."""
 
     attention_norm_D: Tensor | None
+    attention_norm_bias_D: Tensor | None
     qkv_OD: Frozen
     qkv_bias_O: Tensor | None
     q_norm_E: Tensor | None
@@ -79,6 +80,7 @@ class Layer:
     o_bias_D: Tensor | None
     after_attention_D: Tensor | None
     mlp_norm_D: Tensor | None
+    mlp_norm_bias_D: Tensor | None
     gate_up_OD: Frozen
     gate_up_bias_O: Tensor | None
     down_DI: Frozen
@@ -111,6 +113,7 @@ class Decoder:
 
         self.embedding_VD = fused.embedding()
         self.norm_D = fused.norm("model.norm", c.hidden) * c.logit_scale
+        self._norm_bias_D = fused.norm_bias("model.norm", c.hidden)
         head_VD = fused.head(self.embedding_VD)
         if c.tied and head_VD is not self.embedding_VD:
             self.config = replace(c, tied=False)  # the file has a head of its own
@@ -208,6 +211,8 @@ class Decoder:
     def _held(self) -> list[Frozen]:
         """Everything, a head that is the embedding once."""
         everything: list[Frozen] = [self.embedding_VD, self.norm_D]
+        if self._norm_bias_D is not None:
+            everything.append(self._norm_bias_D)
         if not self.config.tied:
             everything.append(self.head)
         for layer in self.layers:
@@ -246,7 +251,7 @@ class Decoder:
 
     def norm(self, x_TD: Tensor) -> Tensor:
         """The final norm."""
-        return self._rms_norm(x_TD, self.norm_D)
+        return self._read(x_TD, None, self.norm_D, self._norm_bias_D, x_TD.dtype)[1]
 
     def through_layers(
         self,
@@ -273,12 +278,14 @@ class Decoder:
                 y_TO = lora_product(x_TI, weight_OI, index, group, segments, seeds.get((index, group)))
                 return y_TO if bias_O is None else y_TO + bias_O.to(y_TO.dtype)
 
-            x_TD, read_TD = self._read(x_TD, update_TD, layer.attention_norm_D, layer.qkv_OD.dtype)
+            norm = layer.attention_norm_D, layer.attention_norm_bias_D
+            x_TD, read_TD = self._read(x_TD, update_TD, *norm, layer.qkv_OD.dtype)
             qkv_TO = product(read_TD, layer.qkv_OD, layer.qkv_bias_O, "qkv")
             mixed_THE = attend(index, self._heads(qkv_TO, layer, angles[index]))
             update_TD = product(mixed_THE.reshape(len(x_TD), -1), layer.o_DI, layer.o_bias_D, "o")
             update_TD = self._written(update_TD, layer.after_attention_D)
-            x_TD, read_TD = self._read(x_TD, update_TD, layer.mlp_norm_D, layer.qkv_OD.dtype)
+            norm = layer.mlp_norm_D, layer.mlp_norm_bias_D
+            x_TD, read_TD = self._read(x_TD, update_TD, *norm, layer.qkv_OD.dtype)
             inner_TI = self._gated(product(read_TD, layer.gate_up_OD, layer.gate_up_bias_O, "gate_up"))
             update_TD = product(inner_TI, layer.down_DI, layer.down_bias_D, "down")
             return x_TD, self._written(update_TD, layer.after_mlp_D)
@@ -293,13 +300,20 @@ class Decoder:
         return x_TD if update_TD is None else x_TD + update_TD
 
     def _read(
-        self, x_TD: Tensor, update_TD: Tensor | None, norm_D: Tensor | None, dtype: torch.dtype
+        self,
+        x_TD: Tensor,
+        update_TD: Tensor | None,
+        norm_D: Tensor | None,
+        norm_bias_D: Tensor | None,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """The sum with the update, and what attention or MLP reads of it."""
-        if norm_D is not None:
+        if norm_D is not None and norm_bias_D is None:
             return self.operations.add_norm(x_TD, update_TD, norm_D, self.config.norm_eps, dtype)
         x_TD = x_TD if update_TD is None else x_TD + update_TD
-        return x_TD, x_TD.to(dtype)
+        if norm_D is None:
+            return x_TD, x_TD.to(dtype)
+        return x_TD, F.layer_norm(x_TD, norm_D.shape, norm_D, norm_bias_D, self.config.norm_eps).to(dtype)
 
     def _written(self, update_TD: Tensor, norm_D: Tensor | None) -> Tensor:
         """What attention or MLP adds to the sum."""
@@ -364,6 +378,7 @@ def _layer(fused: Fused, index: int, held: Callable[[Tensor], Frozen]) -> Layer:
     both = c.pre_norm and c.post_norm
     return Layer(
         attention_norm_D=norm("input_layernorm", c.pre_norm),
+        attention_norm_bias_D=fused.norm_bias(f"{at}.input_layernorm", c.hidden),
         qkv_OD=held(fused.weight(index, "qkv")),
         qkv_bias_O=bias("qkv", c.qkv_bias),
         q_norm_E=norm("self_attn.q_norm", normed, q),
@@ -372,6 +387,7 @@ def _layer(fused: Fused, index: int, held: Callable[[Tensor], Frozen]) -> Layer:
         o_bias_D=bias("o", c.o_bias),
         after_attention_D=norm("post_attention_layernorm", c.post_norm),
         mlp_norm_D=norm("pre_feedforward_layernorm" if both else "post_attention_layernorm", c.pre_norm),
+        mlp_norm_bias_D=fused.norm_bias(f"{at}.post_attention_layernorm", c.hidden),
         gate_up_OD=held(fused.weight(index, "gate_up")),
         gate_up_bias_O=bias("gate_up", c.mlp_bias),
         down_DI=held(fused.weight(index, "down")),

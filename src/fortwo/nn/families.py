@@ -39,6 +39,9 @@ FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": Family(attention_bias="none", sliding="all"),
     "Qwen2ForCausalLM": Family({"max_window_layers": 28}, {"qkv_bias": True}, attention_bias="none", sliding="last"),
     "Qwen3ForCausalLM": Family({"head_dim": 128, "max_window_layers": 28}, {"qk_norm": True}, sliding="last"),
+    "GemmaForCausalLM": Family(
+        {"tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256}, {"norm_offset": 1.0}
+    ),
     "Gemma2ForCausalLM": Family(
         {**_GEMMA, "sliding_window_pattern": 2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         _GEMMA_TRAITS,
@@ -70,6 +73,12 @@ FAMILIES: dict[str, Family] = {
         },
         _OLMO_TRAITS,
         sliding="pattern",
+    ),
+    "StableLmForCausalLM": Family(
+        {"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
+        {"layer_norm": True},
+        attention_bias="none",
+        partial=True,
     ),
     "GraniteForCausalLM": Family(
         {

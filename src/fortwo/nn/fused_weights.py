@@ -63,6 +63,10 @@ class Fused:
         """What a norm multiplies with (size,), fp32."""
         return self._read(f"{name}.weight", size).float() + self.config.norm_offset
 
+    def norm_bias(self, name: str, size: int) -> Tensor | None:
+        """What a norm adds (size,), fp32; None where the network's norms have none."""
+        return self._read(f"{name}.bias", size).float() if self.config.layer_norm else None
+
     def raise_unused(self) -> None:
         """Raises UnsupportedModel for a tensor that nothing has read, since the network would be another one than that
         of the file."""
