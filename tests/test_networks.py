@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence as Running
-from fortwo.errors import InvalidAdapter, UnsupportedModel
+from fortwo.errors import UnsupportedModel
 from fortwo.execution.backend import Backend
 from fortwo.execution.cpu import CpuBackend
 from fortwo.execution.cuda import CudaBackend
@@ -30,7 +30,7 @@ from fortwo.kernels import cpu
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora, LoraGroup
-from fortwo.nn.lora_config import TARGETS, LoraConfig, targets_of
+from fortwo.nn.lora_config import LoraConfig
 from fortwo.nn.packing import pack
 from fortwo.quantization.selection import Choice
 from fortwo.train.losses import Row, compute_losses
@@ -129,6 +129,11 @@ def network(case: str, device: str = "cpu") -> Decoder:
 
 def backend_of(kind: type[ReferenceBackend], case: str) -> Backend:
     return kind(network(case, "cuda" if kind is CudaBackend else "cpu"))
+
+
+def every(config: DecoderConfig) -> tuple[str, ...]:
+    """The base's projections."""
+    return tuple(name for names in config.groups.values() for name in names)
 
 
 @torch.no_grad()
@@ -244,7 +249,7 @@ def test_training_in_bf16(checkpointing: bool, case: str) -> None:
     """As the reference in fp32, over the same weights; each layer computed again for its gradient or not."""
 
     def trained(backend: Backend, checkpointing: bool) -> Tensor:
-        config = LoraConfig(r=4, alpha=4, target_modules=targets_of(backend.decoder.config.projections, TARGETS))
+        config = LoraConfig(r=4, alpha=4, target_modules=every(backend.decoder.config))
         lora = random_lora(network(case), 3, config)
         flat_N = lora.flatten()
         rows = [Row(tuple(row), 9) for row in make_rows([9, 50], range(5, 12))]
@@ -317,7 +322,7 @@ def test_a_training_step(kind: type[ReferenceBackend], case: str, tmp_path: Path
     """Loss and gradients of an adapter on all projections, which PEFT reads from the files that we write."""
     model, backend = tiny_model(CASES[case][0], attn_implementation="eager", **CASES[case][1]), backend_of(kind, case)
     base = backend.decoder.config
-    config = LoraConfig(r=4, alpha=8, target_modules=targets_of(base.projections, TARGETS))
+    config = LoraConfig(r=4, alpha=8, target_modules=every(base))
     lora = random_lora(network(case), config=config)
     tuned = peft.PeftModel.from_pretrained(model, save(tmp_path / "adapter", lora), is_trainable=True)
     rows = make_rows([9, 50], range(5, 12))
@@ -344,25 +349,3 @@ def test_a_training_step(kind: type[ReferenceBackend], case: str, tmp_path: Path
         largest = float(theirs.abs().max())
         assert largest > 1e-3, name
         torch.testing.assert_close(got[name].cpu(), theirs, atol=ATOL * max(1, largest), rtol=0)
-
-
-PHI3 = network("phi3").config.projections
-
-
-@pytest.mark.parametrize(
-    ("given", "own"),
-    [
-        (TARGETS, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
-        (("v_proj", "down_proj", "q_proj", "k_proj"), ("down_proj", "qkv_proj")),
-        (("gate_up_proj", "o_proj"), ("gate_up_proj", "o_proj")),
-    ],
-)
-def test_targets_of_joined_projections(given: tuple[str, ...], own: tuple[str, ...]) -> None:
-    assert targets_of(PHI3, given) == own
-
-
-@pytest.mark.parametrize(("base", "given"), [("phi3", ("q_proj", "o_proj")), ("llama", ("qkv_proj",))])
-def test_a_target_that_the_base_has_not_is_refused(base: str, given: tuple[str, ...]) -> None:
-    with pytest.raises(InvalidAdapter, match=f"{given[0]}.*do not exist in this base") as raised:
-        Lora.init(LoraConfig(r=2, target_modules=given), network(base).config, seed=0)
-    assert "o_proj" in str(raised.value.hint)

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from fortwo.data.datasets import load
 from fortwo.errors import InvalidDataset, InvalidRequest
+from fortwo.nn.lora_config import TARGETS
 from fortwo.records import Dataset, Example, Fact, Message, Plan
 from fortwo.train.estimate import BaseFacts, Machine, RowLength, TokenCounts
 from fortwo.train.plan import diagnose, from_json, resolve, to_json, training_rows
@@ -23,8 +24,13 @@ from fortwo.train.recipes import OVERRIDE, OVERRIDE_MAX, SFT, OverrideRecipe
 from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import learning_rate
 from tests.original import AS_IT_RAN, EXAMPLES
+from tests.parts import projections
 
-BASE = BaseFacts("smollm2", 2048, 49152, 30, 576, 1536, 576, 192, 500_000_000, 270_000_000, 0)
+MODULES = {
+    name: replace(module, names=tuple(module.names[0].replace(".0.", f".{layer}.") for layer in range(30)))
+    for name, module in projections(576, 1536, 9, 3, 64).items()
+}  # of 30 layers
+BASE = BaseFacts("smollm2", 2048, 49152, 30, 576, 1536, 576, 192, 500_000_000, 270_000_000, 0, MODULES)
 MACHINE = Machine({"fp32": 300}, reply_tokens_per_second=200)
 
 
@@ -285,6 +291,19 @@ def test_ranks_and_scales_of_some_modules_are_planned() -> None:
     assert (plain["use_rslora"], plain["rank_pattern"], plain["alpha_pattern"]) == (False, {}, {})
     doubled = plan(examples_42(), lora_config={"r": 16, "rank_pattern": {".*": 32}})
     assert doubled.computed["bytes"] == plan(examples_42(), lora_config={"r": 32}).computed["bytes"]
+
+
+@pytest.mark.parametrize("bad", [["q_proj", "lm_head"], ["qproj"], ["query_key_value"]])
+def test_target_modules_that_the_base_does_not_have_are_refused(bad: list[str]) -> None:
+    with pytest.raises(InvalidRequest, match=bad[-1]) as refusal:
+        plan(examples_42(), lora_config={"target_modules": bad})
+    assert refusal.value.param == "lora_config.target_modules"
+    assert "q_proj" in (refusal.value.hint or "")
+
+
+def test_all_linear_is_every_projection() -> None:
+    made = plan(examples_42(), lora_config={"target_modules": "all-linear"})
+    assert setting(made, "target_modules") == (TARGETS, "user")
 
 
 @pytest.mark.parametrize(

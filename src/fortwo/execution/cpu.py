@@ -16,7 +16,7 @@ from fortwo.execution.adapters_stacked import StackedAdapters
 from fortwo.execution.decode_fused import Step
 from fortwo.execution.packed_fused import FusedPackedAttention
 from fortwo.execution.prefill_fused import Piece, Prefill
-from fortwo.execution.reference import Computed, Part, ReferenceBackend, prefill_groups
+from fortwo.execution.reference import Computed, Part, ReferenceBackend, prefill_groups, within_window
 from fortwo.execution.train_fused import Scratch, TrainedLayers, through, trained_whole
 from fortwo.kernels import operations
 from fortwo.nn.decoder import Decoder, Operations
@@ -30,6 +30,8 @@ class CpuBackend(ReferenceBackend):
 
     operations: ClassVar[Operations] = operations
     packed_attention: ClassVar[type[PackedAttention]] = FusedPackedAttention
+
+    decoder: Decoder
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
@@ -56,7 +58,7 @@ class CpuBackend(ReferenceBackend):
     @torch.no_grad()
     def decode(self, parts: Sequence[Part]) -> Tensor:
         """Of WIDE rows and more by the kernel of the prompts, where there is one."""
-        if not self._within(parts):
+        if not within_window(parts, self.decoder.config):
             return super().decode(parts)
         few = len(parts) < WIDE or not self._prefill.takes
         if few and self._step.takes(len(parts)):
@@ -70,7 +72,7 @@ class CpuBackend(ReferenceBackend):
     @torch.no_grad()
     def prefill(self, parts: Sequence[Part]) -> Iterator[Computed]:
         """In one kernel all parts together; what those of a group that is alike begin with is computed once."""
-        if not self._prefill.takes or not self._within(parts):
+        if not self._prefill.takes or not within_window(parts, self.decoder.config):
             yield from super().prefill(parts)
             return
         pieces: list[Piece] = []

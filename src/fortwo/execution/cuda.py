@@ -14,7 +14,7 @@ from torch import Tensor
 from fortwo.execution.adapters_cuda import TabledAdapters
 from fortwo.execution.cuda_graphs import Graphs
 from fortwo.execution.packed_fused import FusedPackedAttention, seen
-from fortwo.execution.reference import Computed, Part, ReferenceBackend
+from fortwo.execution.reference import Computed, Part, ReferenceBackend, within_window
 from fortwo.execution.train_cuda_graph import Recorded
 from fortwo.execution.train_fused import through
 from fortwo.kernels import operations
@@ -28,6 +28,8 @@ class CudaBackend(ReferenceBackend):
 
     operations: ClassVar[Operations] = operations
     packed_attention: ClassVar[type[PackedAttention]] = FusedPackedAttention
+
+    decoder: Decoder
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
@@ -52,13 +54,13 @@ class CudaBackend(ReferenceBackend):
 
     @torch.no_grad()
     def decode(self, parts: Sequence[Part]) -> Tensor:
-        if self._graphs is None or not self._within(parts):
+        if self._graphs is None or not within_window(parts, self.decoder.config):
             return super().decode(parts)
         return self._play(self._graphs, parts)
 
     @torch.no_grad()
     def prefill(self, parts: Sequence[Part]) -> Iterator[Computed]:
-        if self._graphs is None or not self._within(parts):
+        if self._graphs is None or not within_window(parts, self.decoder.config):
             yield from super().prefill(parts)
             return
         ends = accumulate((len(part.tokens) for part in parts), initial=0)

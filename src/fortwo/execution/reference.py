@@ -18,8 +18,10 @@ from torch import Tensor
 from fortwo.execution.adapters import AdapterPool, SeparateAdapters, updates_of
 from fortwo.execution.kv_cache import Slot, side_by_side
 from fortwo.kernels import reference
-from fortwo.nn.decoder import Decoder, Operations
+from fortwo.nn.config import DecoderConfig
+from fortwo.nn.decoder import Operations
 from fortwo.nn.lora import Lora, Segment, Update
+from fortwo.nn.network import Network
 from fortwo.nn.packing import Pack, PackedAttention, additive, attention, pack, seen
 
 
@@ -53,13 +55,13 @@ class ReferenceBackend:
     operations: ClassVar[Operations] = reference
     packed_attention: ClassVar[type[PackedAttention]] = PackedAttention
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Network) -> None:
         self.decoder = decoder.with_operations(self.operations)
         self.kv_dtype = torch.float32
         self.adapters: AdapterPool = SeparateAdapters()
         self._mixes = False  # whether rows of several adapters take hardly longer than those of one
 
-    def with_decoder(self, decoder: Decoder) -> Self:
+    def with_decoder(self, decoder: Network) -> Self:
         return type(self)(decoder)
 
     def warm(self) -> None:
@@ -67,11 +69,6 @@ class ReferenceBackend:
 
     def release(self) -> None:
         """Nothing is kept."""
-
-    def _within(self, parts: Sequence[Part]) -> bool:
-        """Whether the sequences of all parts are within the window of every layer, so that a kernel which knows none
-        computes them."""
-        return self.decoder.config.fits_window(max(part.before + len(part.tokens) for part in parts))
 
     # ------------------------------------------------------------ packed rows
 
@@ -188,6 +185,12 @@ class ReferenceBackend:
     def _updates(self, parts: Sequence[Part]) -> list[Update]:
         """What the adapters of the parts add to their tokens, one part behind the other."""
         return updates_of(self.adapters, [part.adapter for part in parts for _ in part.tokens])
+
+
+def within_window(parts: Sequence[Part], config: DecoderConfig) -> bool:
+    """Whether the sequences of all parts are within the window of every layer, so that a kernel which knows none
+    computes them."""
+    return config.fits_window(max(part.before + len(part.tokens) for part in parts))
 
 
 def _mixed(q_1HLE: Tensor, k_1KSE: Tensor, v_1KSE: Tensor, mask_LS: Tensor, softcap: float | None) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from fortwo.errors import UnsupportedModel
 from fortwo.nn.config_fields import Fields
 from fortwo.nn.families import Family, family_of
-from fortwo.nn.lora_config import GROUPS, JOINED
+from fortwo.nn.lora_config import GROUPS, JOINED, module_name
 from fortwo.nn.rope_config import Rope, read_rope
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
@@ -23,6 +23,52 @@ _ACTIVATIONS: dict[Any, Activation] = {
 }
 _DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu"}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+class Shape(Protocol):
+    """What the parts that serve and train ask of any network's shape.
+
+    kv_heads, head_size: of the keys and values; context: the most tokens of a sequence; attention_softcap: as in
+    `DecoderConfig`.
+    """
+
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_size(self) -> int: ...
+    @property
+    def intermediate(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def attention_softcap(self) -> float | None: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """The linear modules that each product computes together."""
+
+    def window_of(self, layer: int, /) -> int | None:
+        """How many tokens a token of this layer sees, itself included; None for all."""
+
+    def module_name(self, layer: int, target: str, /) -> str:
+        """PEFT's name of a linear module, such as model.layers.3.self_attn.q_proj."""
+
+    def in_features(self, group: str, /) -> int:
+        """The input width of a product."""
+
+    def columns(self, name: str, /) -> tuple[int, int]:
+        """First and past-last output column of a linear module within its product."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +193,13 @@ class DecoderConfig:
         return self.layers * layer + self.hidden * self.vocabulary * (1 if self.tied else 2)
 
     @property
-    def projections(self) -> Mapping[str, tuple[str, ...]]:
-        """The names of the projections that make each fused product."""
+    def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """The projections of each fused product."""
         return JOINED if self.joined_projections else GROUPS
+
+    def module_name(self, layer: int, target: str) -> str:
+        """PEFT's name of a projection, such as model.layers.3.self_attn.q_proj."""
+        return module_name(layer, target)
 
     def in_features(self, group: str) -> int:
         """Input width of a fused product: qkv, o, gate_up or down."""

@@ -35,6 +35,39 @@ Angles = tuple[Tensor, Tensor]
 Hold = Callable[[Frozen, bool], Frozen]  # how a weight is held; and whether it is the head
 
 
+class HeadFunction(Protocol):
+    """A head whose logits (N, V) of hidden states (N, D) are not a product alone: it has a bias or a soft cap."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    def __call__(self, hidden_ND: Tensor, /) -> Tensor: ...
+
+
+Head = Tensor | Tiles | HeadFunction
+
+
+@dataclass(frozen=True)
+class CappedHead:
+    """A `HeadFunction`: logits x become cap * tanh(x / cap)."""
+
+    weight_VD: Tensor | Tiles
+    cap: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight_VD.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        V, D = self.weight_VD.shape
+        return V, D
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        return _capped(frozen_product(hidden_ND.to(self.dtype), self.weight_VD), self.cap)
+
+
 class Attend(Protocol):
     """Attention of one layer over the tokens of this forward and whatever came before.
 
@@ -183,11 +216,12 @@ class Decoder:
         return other
 
     @property
-    def head_VD(self) -> Tensor | Tiles:
+    def head_VD(self) -> Head:
         """The head of a network to train on. Raises TypeError for one that is held in forms."""
         if isinstance(self.head, Weight):
             raise TypeError("train on in_fp32() or in_bf16(): these weights are held to serve")
-        return self.head
+        cap = self.config.logit_softcap
+        return self.head if cap is None else CappedHead(self.head, cap)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -360,7 +394,11 @@ class Decoder:
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Next-token logits (T, V)."""
         logits_TV, cap = frozen_product(hidden_TD, self.head), self.config.logit_softcap
-        return logits_TV if cap is None else logits_TV.div_(cap).tanh_().mul_(cap)
+        return logits_TV if cap is None else _capped(logits_TV, cap)
+
+
+def _capped(logits_TV: Tensor, cap: float) -> Tensor:
+    return (logits_TV / cap).tanh() * cap
 
 
 def _layer(fused: Fused, index: int, held: Callable[[Tensor], Frozen]) -> Layer:

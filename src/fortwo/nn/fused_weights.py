@@ -36,12 +36,12 @@ class Fused:
     def weight(self, layer: int, group: str) -> Tensor:
         """The weight (O, I) of a fused product: qkv, o, gate_up or down; in the type it was saved in."""
         I = self.config.in_features(group)  # noqa: E741
-        names = self.config.projections[group]
+        names = self.config.groups[group]
         return self._joined([(f"{module_name(layer, name)}.weight", self._outputs(name), I) for name in names])
 
     def bias(self, layer: int, group: str) -> Tensor:
         """(O,), fp32."""
-        names = self.config.projections[group]
+        names = self.config.groups[group]
         return self._joined([(f"{module_name(layer, name)}.bias", self._outputs(name)) for name in names]).float()
 
     def embedding(self) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear module of the layers
 JOINED: dict[str, tuple[str, ...]] = {
     "qkv": ("qkv_proj",),
     "o": ("o_proj",),
@@ -30,28 +31,7 @@ JOINED: dict[str, tuple[str, ...]] = {
 }
 """The same of models whose files have q, k and v in one projection, and gate and up in one (Phi-3)."""
 TARGETS: tuple[str, ...] = tuple(name for names in GROUPS.values() for name in names)
-ALL_TARGETS: tuple[str, ...] = tuple(dict.fromkeys([*TARGETS, *(name for names in JOINED.values() for name in names)]))
 _MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
-_PARENT = {name: "mlp" if name in _MLP else "self_attn" for name in ALL_TARGETS}
-
-
-def targets_of(projections: Mapping[str, tuple[str, ...]], given: Iterable[str]) -> tuple[str, ...]:
-    """The given target modules by the names that a base has for its projections: q_proj, k_proj and v_proj together are
-    the qkv_proj of a base that has joined them. Raises InvalidAdapter for a module that the base has not."""
-    named = list(given)
-    for group, names in projections.items():
-        first, *others = apart = GROUPS[group]
-        if names != apart and set(apart) <= set(named):
-            named = [names[0] if name == first else name for name in named if name not in others]
-    own = [name for names in projections.values() for name in names]
-    if foreign := [name for name in named if name not in own]:
-        raise InvalidAdapter(
-            f"target_modules {foreign} do not exist in this base model",
-            param="target_modules",
-            hint=f"Its modules: {', '.join(own)}.",
-        )
-    return tuple(dict.fromkeys(named))
-
 
 Pattern = tuple[tuple[str, float], ...]  # PEFT's rank_pattern and alpha_pattern, in their order
 
@@ -87,7 +67,7 @@ _CONVERT = (
 
 def module_name(layer: int, target: str) -> str:
     """PEFT's name of a projection, such as model.layers.3.self_attn.q_proj."""
-    return f"model.layers.{layer}.{_PARENT[target]}.{target}"
+    return f"model.layers.{layer}.{'mlp' if target in _MLP else 'self_attn'}.{target}"
 
 
 MOST_KEYS, LONGEST_KEY = 1000, 1000  # of a pattern: more than a pattern for every projection of a large model needs
@@ -136,6 +116,10 @@ class LoraConfig:
     rank_pattern: Pattern = ()
     alpha_pattern: Pattern = ()
 
+    def targets(self, name: str) -> bool:
+        """Whether target_modules name the linear module, which is called so within its layer."""
+        return any(name == target or name.endswith(f".{target}") for target in self.target_modules)
+
     def changes(self, layer: int) -> bool:
         return self.layers is None or layer in self.layers
 
@@ -172,8 +156,10 @@ class LoraConfig:
         }
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> LoraConfig:
-        """Read adapter_config.json. Raises InvalidAdapter naming an option that cannot be served."""
+    def from_peft(cls, config: Mapping[str, Any], modules: Sequence[str] = TARGETS) -> LoraConfig:
+        """Read adapter_config.json. modules: what the base's layers have. Raises InvalidAdapter naming an option that
+        cannot be served."""
+        known = tuple(dict.fromkeys(name.rpartition(".")[2] for name in modules))
         if config.get("peft_type") != "LORA":
             raise InvalidAdapter(f"peft_type {config.get('peft_type')!r} is not LORA", param="peft_type")
         for option, neutral in _NEUTRAL.items():
@@ -181,16 +167,16 @@ class LoraConfig:
                 hint = _CONVERT if option == "init_lora_weights" else _REMEDY
                 raise InvalidAdapter(f"{option} = {config[option]!r} is not supported", param=option, hint=hint)
         targets = config.get("target_modules")
-        if targets == "all-linear":
-            targets = TARGETS
+        if targets == ALL_LINEAR:
+            targets = known
         if not isinstance(targets, list | tuple | set) or not targets:
             raise InvalidAdapter(f"target_modules = {targets!r} names no module", param="target_modules")
         names = {str(target).rsplit(".", 1)[-1] for target in targets}
-        if unknown := sorted(names - set(ALL_TARGETS)):
+        if unknown := sorted(names - set(known)):
             raise InvalidAdapter(
-                f"target_modules {unknown} do not exist in the supported decoders",
+                f"target_modules {unknown} do not exist in this base model",
                 param="target_modules",
-                hint=f"Known modules: {', '.join(ALL_TARGETS)}.",
+                hint=f"Known modules: {', '.join(known)}.",
             )
         r, alpha = config.get("r"), config.get("lora_alpha")
         if not isinstance(r, int) or r < 1:
@@ -207,7 +193,7 @@ class LoraConfig:
             alpha=alpha,
             dropout=float(config.get("lora_dropout") or 0.0),
             layers=tuple(sorted(layers)) if layers else None,
-            target_modules=tuple(name for name in ALL_TARGETS if name in names),
+            target_modules=tuple(name for name in known if name in names),
             use_rslora=bool(rslora),
             rank_pattern=_pattern(config, "rank_pattern", whole=True),
             alpha_pattern=_pattern(config, "alpha_pattern", whole=False),

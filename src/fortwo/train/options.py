@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fortwo.errors import InvalidRequest
-from fortwo.nn.lora_config import ALL_TARGETS, MOST_KEYS, TARGETS, expression
+from fortwo.nn.lora_config import ALL_LINEAR, MOST_KEYS, TARGETS, expression
 from fortwo.train.refused import LORA_REFUSED, TRAINING_REFUSED, Refused
 from fortwo.train.schedule import POLYNOMIAL_END, SCHEDULES
 
@@ -235,15 +235,17 @@ def _checked(param: str, value: Any, kind: _Kind | None) -> Any:
     raise _refusal(param, value, f"is not {kind}", f"Give a number such as {kind.example}, or leave it out.")
 
 
-def _target_modules(value: Any) -> tuple[str, ...]:
-    param, known = "lora_config.target_modules", ", ".join(TARGETS)
-    if value == "all-linear":
-        return TARGETS
+def _target_modules(value: Any) -> tuple[str, ...] | str:
+    """Which of them a base has is known when its plan is made (`adapter`)."""
+    param, example = "lora_config.target_modules", ", ".join(TARGETS[:2])
+    if value == ALL_LINEAR:
+        return ALL_LINEAR
     if not isinstance(value, list | tuple) or not value:
-        raise _refusal(param, value, "is not a list of modules", f'Give some of {known}, or "all-linear" for all.')
+        hint = f'Give some of the base\'s modules, such as {example}, or "{ALL_LINEAR}" for all.'
+        raise _refusal(param, value, "is not a list of modules", hint)
     for name in value:
-        if name not in ALL_TARGETS:
-            raise _refusal(param, name, "is not a module that can be adapted", f"Give some of {known}.")
+        if not isinstance(name, str) or not name:
+            raise _refusal(param, name, "is not the name of a module", f"Give names such as {example}.")
     return tuple(dict.fromkeys(value))
 
 

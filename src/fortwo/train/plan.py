@@ -18,7 +18,7 @@ from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.facts.subject import contains_phrase, find_subject
 from fortwo.records import Dataset, Example, Json, Origin, Plan, PlanWarning, Setting
 from fortwo.train import plan_builder
-from fortwo.train.adapter import choose_adapter, mean_ranks, targets_in_base
+from fortwo.train.adapter import check_target_modules, choose_adapter, mean_ranks
 from fortwo.train.dataset_stats import AffectedLines, DatasetWarnings, RowLengths
 from fortwo.train.diagnosis import diagnose, plan_warnings
 from fortwo.train.estimate import (
@@ -67,8 +67,7 @@ def resolve(
 ) -> Plan:
     """Decide every setting. Raises InvalidRequest or InvalidDataset, with the field, its value and the remedy."""
     given = parse_lora_config(request.lora_config) | parse_training_config(request.training_config)
-    if "target_modules" in given:
-        given["target_modules"] = targets_in_base(given["target_modules"], base)
+    given = check_target_modules(given, base.targets)
     _check_lengths(counts, base)
     builder = PlanBuilder(given, parent)
     objective, subjects = _choose_objective(builder, request, dataset)
@@ -87,7 +86,7 @@ def resolve(
     if validation_rows:
         indices = validation_indices(len(counts.rows), validation_rows, builder.given.get("seed", recipe.seed))
         counts = replace(counts, rows=RowLengths(row for n, row in enumerate(counts.rows) if n not in indices))
-    adapter = choose_adapter(builder, recipe, base)
+    adapter = choose_adapter(builder, recipe, base.targets)
 
     builder.choose("gradient_accumulation_steps", 1, "Rows are packed without padding, so a step needs no more parts.")
     facts = max(1, len(subjects))
@@ -106,7 +105,7 @@ def resolve(
     longest = max(row.prompt + row.answer for row in counts.rows) - counts.prefix
     at_once = builder.choose("micro_step_tokens", MICRO_TOKENS, REASONS["micro_step_tokens"])
     together = min(micro_step, counts.prefix + max(at_once, longest))
-    ranks = mean_ranks(adapter, base.layers)
+    ranks = mean_ranks(adapter, base.targets)
     best, replies = objective == "override" or validation_rows > 0, cache_tokens(counts, objective == "sft")
     moments = MOMENTS_8_BIT if builder["optim"] in EIGHT_BIT_OPTIMIZERS else MOMENTS
     machine = _choose_bf16(
@@ -153,7 +152,7 @@ def resolve(
         },
     )
     of_parent = () if parent is None else parent_warnings(plan, parent)
-    return replace(plan, warnings=(*plan_warnings(plan, machine, dataset_warnings), *of_parent))
+    return replace(plan, warnings=(*plan_warnings(plan, machine, dataset_warnings, base.generic), *of_parent))
 
 
 def _check_lengths(counts: TokenCounts, base: BaseFacts) -> None:
