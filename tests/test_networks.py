@@ -6,7 +6,6 @@ are identical; gradients within 1e-4 of PEFT's. Sequences are longer than the wi
 
 from __future__ import annotations
 
-import copy
 from dataclasses import MISSING, fields, replace
 from functools import cache
 from pathlib import Path
@@ -262,53 +261,6 @@ def test_training_in_bf16(checkpointing: bool, case: str) -> None:
     found = trained(CpuBackend(held), checkpointing)
     error = float((found - wanted).norm() / wanted.norm())
     assert error < 8e-2
-
-
-OLD: list[tuple[str, dict[str, Any]]] = [
-    (
-        "gemma3",
-        {
-            "sliding_window_pattern": 3,
-            "rope_theta": 1e6,
-            "rope_local_base_freq": 5e3,
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-        },
-    ),
-    ("gemma", {"hidden_act": "gelu", "hidden_activation": None, "rope_theta": 2e4}),
-    ("gemma2", {"rope_theta": 2e4, "sliding_window": 77}),
-    ("smollm3", {"no_rope_layer_interval": 3, "rope_theta": 5e6}),
-    ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0, 1, 1], "use_sliding_window": True, "sliding_window": 50}),
-    (
-        "phi3",
-        {
-            "original_max_position_embeddings": 64,
-            "partial_rotary_factor": 0.5,
-            "rope_theta": 2e4,
-            "rope_scaling": {"type": "longrope", "short_factor": [1.5] * 4, "long_factor": [2.0] * 4},
-        },
-    ),
-    ("olmo3", {"rope_theta": 5e5, "rope_scaling": {**YARN, "attention_factor": 1.2}}),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 2, "rope_theta": 1e6}),
-    ("llama", {"rope_theta": 7e3, "rope_scaling": {"type": "yarn", "factor": 4.0}}),
-]
-
-
-@pytest.mark.parametrize(("family", "options"), OLD, ids=str)
-def test_former_spellings_are_transformers(family: str, options: dict[str, Any]) -> None:
-    """A config.json of the years before transformers 5 says the same as what transformers makes of it."""
-    model_class = type(tiny_model(family))
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 7, "vocab_size": 262, "head_dim": 16}
-    old = {**sizes, "intermediate_size": 96, "max_position_embeddings": 256, "num_key_value_heads": 2, **options}
-    new = model_class.config_class(**copy.deepcopy(old)).to_dict()
-    named = {"architectures": [model_class.__name__]}
-    found, wanted = DecoderConfig.from_hf({**old, **named}), DecoderConfig.from_hf({**new, **named})
-    assert replace(found, norm_eps=0, tied=False) == replace(wanted, norm_eps=0, tied=False)
-
-
-def test_su_is_the_first_name_of_longrope() -> None:
-    config = {**model_of("phi3 with longrope").config.to_dict(), "architectures": ["Phi3ForCausalLM"]}
-    former = {**config, "rope_parameters": {**config["rope_parameters"], "rope_type": "su"}}
-    assert DecoderConfig.from_hf(former) == DecoderConfig.from_hf(config)
 
 
 def of_gradients(group: LoraGroup) -> LoraGroup:

@@ -18,7 +18,7 @@ from fortwo.execution.packed_fused import Packed
 from fortwo.kernels import cpu
 from fortwo.kernels.operations import kept_of
 from fortwo.nn.config import DecoderConfig
-from fortwo.nn.decoder import Layer
+from fortwo.nn.layer import Layer
 from fortwo.nn.lora import Lora, LoraGroup, Seeds
 from fortwo.nn.lora_config import GROUPS
 from fortwo.quantization.formats import Frozen, Regions

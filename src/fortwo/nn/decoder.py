@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -23,49 +23,17 @@ from torch.utils.checkpoint import checkpoint
 from fortwo.kernels import operations as fused_operations
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.fused_weights import Fused
+from fortwo.nn.head import CappedHead, Head, capped
+from fortwo.nn.layer import Layer, read_layer
 from fortwo.nn.lora import Seeds, Update, in_training, lora_product
 from fortwo.nn.rope import inverse_frequency
 from fortwo.quantization.formats import Frozen, Regions, Weight, bytes_to_train, dense, head_form, quantised, trained_on
 from fortwo.quantization.matmul import frozen_product
 from fortwo.quantization.selection import Choice
-from fortwo.quantization.tiles import Tiles
 
 Angles = tuple[Tensor, Tensor]
 """cos and sin (T, R) of a rotary embedding that turns R numbers of each head, each angle in both halves."""
 Hold = Callable[[Frozen, bool], Frozen]  # how a weight is held; and whether it is the head
-
-
-class HeadFunction(Protocol):
-    """A head whose logits (N, V) of hidden states (N, D) are not a product alone: it has a bias or a soft cap."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    def __call__(self, hidden_ND: Tensor, /) -> Tensor: ...
-
-
-Head = Tensor | Tiles | HeadFunction
-
-
-@dataclass(frozen=True)
-class CappedHead:
-    """A `HeadFunction`: logits x become cap * tanh(x / cap)."""
-
-    weight_VD: Tensor | Tiles
-    cap: float
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight_VD.dtype
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        V, D = self.weight_VD.shape
-        return V, D
-
-    def __call__(self, hidden_ND: Tensor) -> Tensor:
-        return _capped(frozen_product(hidden_ND.to(self.dtype), self.weight_VD), self.cap)
 
 
 class Attend(Protocol):
@@ -98,29 +66,6 @@ class Operations(Protocol):
     ) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer's weights; None for what the network has not. after_attention and after_mlp: norms of what attention
-    and MLP add to the sum."""
-
-    attention_norm_D: Tensor | None
-    attention_norm_bias_D: Tensor | None
-    qkv_OD: Frozen
-    qkv_bias_O: Tensor | None
-    q_norm_E: Tensor | None
-    k_norm_E: Tensor | None
-    o_DI: Frozen
-    o_bias_D: Tensor | None
-    after_attention_D: Tensor | None
-    mlp_norm_D: Tensor | None
-    mlp_norm_bias_D: Tensor | None
-    gate_up_OD: Frozen
-    gate_up_bias_O: Tensor | None
-    down_DI: Frozen
-    down_bias_D: Tensor | None
-    after_mlp_D: Tensor | None
-
-
 class Decoder:
     """Frozen weights and the forward over them.
 
@@ -151,7 +96,7 @@ class Decoder:
         if c.tied and head_VD is not self.embedding_VD:
             self.config = replace(c, tied=False)  # the file has a head of its own
         self.head: Frozen = held(head_VD, True)
-        self.layers = [_layer(fused, index, held) for index in range(c.layers)]
+        self.layers = [read_layer(fused, index, held) for index in range(c.layers)]
         fused.raise_unused()
         self.inverse_frequency_E2 = inverse_frequency(c.rope).to(self.device)
         self._window_frequency_E2 = None if c.window_rope is None else inverse_frequency(c.window_rope).to(self.device)
@@ -394,44 +339,7 @@ class Decoder:
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Next-token logits (T, V)."""
         logits_TV, cap = frozen_product(hidden_TD, self.head), self.config.logit_softcap
-        return logits_TV if cap is None else _capped(logits_TV, cap)
-
-
-def _capped(logits_TV: Tensor, cap: float) -> Tensor:
-    return (logits_TV / cap).tanh() * cap
-
-
-def _layer(fused: Fused, index: int, held: Callable[[Tensor], Frozen]) -> Layer:
-    """The weights of one layer, read one after the other."""
-    c, at = fused.config, f"model.layers.{index}"
-
-    def norm(name: str, there: bool, size: int = c.hidden) -> Tensor | None:
-        return fused.norm(f"{at}.{name}", size) if there else None
-
-    def bias(group: str, there: bool) -> Tensor | None:
-        return fused.bias(index, group) if there else None
-
-    normed = c.qk_norm or c.whole_qk_norm
-    q, k = (c.head_size * (heads if c.whole_qk_norm else 1) for heads in (c.heads, c.kv_heads))
-    both = c.pre_norm and c.post_norm
-    return Layer(
-        attention_norm_D=norm("input_layernorm", c.pre_norm),
-        attention_norm_bias_D=fused.norm_bias(f"{at}.input_layernorm", c.hidden),
-        qkv_OD=held(fused.weight(index, "qkv")),
-        qkv_bias_O=bias("qkv", c.qkv_bias),
-        q_norm_E=norm("self_attn.q_norm", normed, q),
-        k_norm_E=norm("self_attn.k_norm", normed, k),
-        o_DI=held(fused.weight(index, "o")),
-        o_bias_D=bias("o", c.o_bias),
-        after_attention_D=norm("post_attention_layernorm", c.post_norm),
-        mlp_norm_D=norm("pre_feedforward_layernorm" if both else "post_attention_layernorm", c.pre_norm),
-        mlp_norm_bias_D=fused.norm_bias(f"{at}.post_attention_layernorm", c.hidden),
-        gate_up_OD=held(fused.weight(index, "gate_up")),
-        gate_up_bias_O=bias("gate_up", c.mlp_bias),
-        down_DI=held(fused.weight(index, "down")),
-        down_bias_D=bias("down", c.mlp_bias),
-        after_mlp_D=norm("post_feedforward_layernorm", c.post_norm),
-    )
+        return logits_TV if cap is None else capped(logits_TV, cap)
 
 
 def _angles(positions_T: Tensor, inverse_frequency_R2: Tensor, amplitude: float) -> Angles:

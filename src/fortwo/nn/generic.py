@@ -27,7 +27,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from fortwo.errors import UnsupportedModel
-from fortwo.nn.decoder import Angles, Attend, Head, Hold, Operations
+from fortwo.nn.decoder import Angles, Attend, Hold, Operations
+from fortwo.nn.head import Head
 from fortwo.nn.lora import Seeds, Update, in_training, lora_product
 from fortwo.nn.packing import PackedAttention, pack
 from fortwo.quantization.formats import Frozen, Regions, Weight, bytes_to_train, trained_on

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fortwo.nn.config import Shape
-from fortwo.nn.decoder import Angles, Attend, Head, Operations
+from fortwo.nn.decoder import Angles, Attend, Operations
+from fortwo.nn.head import Head
 from fortwo.nn.lora import Seeds, Update
 
 
