@@ -21,7 +21,8 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
-from fortwo.adapters.store import CONFIG, MANIFEST, TENSORS, AdapterStore
+from fortwo.adapters.store import AdapterStore
+from fortwo.adapters.version_files import CONFIG, MANIFEST, TENSORS
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, StorageFailed
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.lora import Lora

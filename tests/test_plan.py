@@ -551,3 +551,15 @@ def test_steps_and_warmup_are_transformers(
     assert (made.computed["steps"], made.computed["steps_per_epoch"]) == (steps, per_epoch)
     if "warmup_steps" in more:
         assert made.computed["warmup_steps"] == args.get_warmup_steps(steps)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "rate"), [(128, 1.2e-3), (576, 1.2e-3), (640, 1.1e-3), (896, 7.7e-4), (4096, 1.7e-4)]
+)
+def test_the_rate_of_an_override_falls_as_the_base_gets_wider(hidden: int, rate: float) -> None:
+    dataset = examples_42()
+    base = replace(BASE, hidden=hidden)
+    request = TrainingRequest(adapter_name="a", dataset={"path": "x"}, objective="override")
+    made = resolve(request, dataset, base, counted(dataset), MACHINE)
+    assert setting(made, "learning_rate")[0] == rate
+    assert "rate_too_low" not in [warning.code for warning in made.warnings]

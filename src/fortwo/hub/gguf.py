@@ -10,10 +10,10 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fortwo.errors import UnsupportedModel
-from fortwo.hub import gguf_networks, weights
+from fortwo.hub import gguf_files, gguf_networks, weights
 from fortwo.hub.weights import ProgressCallback
 from fortwo.records import Json
 
@@ -25,15 +25,19 @@ if TYPE_CHECKING:
 def convert(file: Path, target: Path, progress: ProgressCallback) -> None:
     """Write the model in `file` into the directory `target`; transformers converts the tokenizer. Raises
     UnsupportedModel for a file that is damaged, incomplete or of an architecture that is not supported."""
-    reader = _open(file)
-    architecture = _field(reader, "general.architecture")
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    config = gguf_networks.model_config(functools.partial(_field, reader), found, file)
+    parts = gguf_files.parts_of(file)
+    readers = [gguf_files.open_part(part) for part in parts]
+    reader, file = readers[0], parts[0]
+    gguf_files.check(reader, file, parts)
+    tensors = gguf_files.all_tensors(readers, parts)
+    architecture = gguf_files.field(reader, "general.architecture")
+    gguf_networks.refuse_architecture(architecture, file)
+    config = gguf_networks.model_config(functools.partial(gguf_files.field, reader), tensors, file)
     (target / "config.json").write_text(json.dumps(config, indent=2))
     (target / "generation_config.json").write_text(json.dumps(_generation_config(reader), indent=2))
     named = {
         gguf_networks.hf_name(name, architecture, config["num_hidden_layers"], file): tensor
-        for name, tensor in found.items()
+        for name, tensor in tensors.items()
     }
     tensors = {name: tensor for name, tensor in named.items() if name is not None}
     # ggml lists the innermost dimension first.
@@ -46,27 +50,9 @@ def convert(file: Path, target: Path, progress: ProgressCallback) -> None:
     progress("tokenizer", 1, 1)
 
 
-def _open(file: Path) -> GGUFReader:
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(file)
-    except FileNotFoundError:
-        raise UnsupportedModel(f"{file} does not exist", hint="Remove the model and add it again.") from None
-    except (ValueError, IndexError, OverflowError) as error:
-        raise UnsupportedModel(f"{file} is not a readable GGUF file: {error}", hint="Download it again.") from None
-    gguf_networks.refuse_architecture(_field(reader, "general.architecture"), file)
-    return reader
-
-
-def _field(reader: GGUFReader, name: str) -> Any:
-    field = reader.get_field(name)
-    return None if field is None else field.contents()
-
-
 def _generation_config(reader: GGUFReader) -> Json:
     """Every token that ends a reply: end of sequence, and end of turn and of message where the file has them."""
-    ids = [_field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ids = [gguf_files.field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     return {"eos_token_id": sorted({token for token in ids if token is not None})}
 
 
@@ -102,7 +88,7 @@ def _convert_tokenizer(file: Path, target: Path) -> None:
     (alone / file.name).symlink_to(file.absolute())
     try:
         AutoTokenizer.from_pretrained(alone, gguf_file=file.name).save_pretrained(target)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # transformers' converters raise whatever a tokenizer they do not know leads to
         raise UnsupportedModel(
             f"the tokenizer in {file} cannot be read: {error}", hint="Add the model's Hugging Face directory instead."
         ) from None

@@ -122,10 +122,6 @@ def model_config(metadata: Metadata, tensors: Mapping[str, ReaderTensor], file: 
         value = metadata(f"{architecture}.{name}")
         if isinstance(value, list) and value and all(one == value[0] for one in value):
             value = value[0]
-        if isinstance(value, list):
-            raise UnsupportedModel(
-                f"{file}: {architecture}.{name} differs from layer to layer", hint="Such networks are not supported."
-            )
         return default if value is None else value
 
     def required(name: str) -> Any:
@@ -134,22 +130,32 @@ def model_config(metadata: Metadata, tensors: Mapping[str, ReaderTensor], file: 
             raise UnsupportedModel(f"{file} lacks the metadata {architecture}.{name}", hint="Convert the model again.")
         return value
 
+    def number(name: str, default: Any = None) -> int:
+        """A whole number above 0."""
+        value = required(name) if default is None else optional(name, default)
+        if not isinstance(value, int) or value < 1:
+            raise UnsupportedModel(
+                f"{file}: {architecture}.{name} is {str(value)[:80]}, not a whole number above 0",
+                hint="Models whose layers differ are not supported. Take another model, or convert it again.",
+            )
+        return value
+
     if "token_embd.weight" not in tensors:
         raise UnsupportedModel(f"{file} lacks the tensor token_embd.weight", hint="Convert the model again.")
-    heads, width = required("attention.head_count"), required("embedding_length")
+    heads, width = number("attention.head_count"), number("embedding_length")
     turned = optional("rope.dimension_count")
-    head_size = optional("attention.key_length", width // heads if stored.layer is _PHI3 else turned or width // heads)
+    head_size = number("attention.key_length", width // heads if stored.layer is _PHI3 else turned or width // heads)
     config: Json = {
         "architectures": [stored.architecture],
         "model_type": _MODEL_TYPES.get(architecture, architecture),
         "hidden_act": "silu",
         "hidden_size": width,
-        "intermediate_size": required("feed_forward_length"),
-        "num_hidden_layers": required("block_count"),
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": number("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": optional("attention.head_count_kv", heads),
+        "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": head_size,
-        "max_position_embeddings": required("context_length"),
+        "max_position_embeddings": number("context_length"),
         "rms_norm_eps": required("attention.layer_norm_rms_epsilon"),
         "rope_theta": optional("rope.freq_base", 10000.0),
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
@@ -258,10 +264,10 @@ def _rope_scaling(
     if kind in (None, "none"):
         return None
     factor = optional("rope.scaling.factor")
-    if factor is None:
+    if not isinstance(factor, int | float) or not factor > 0:
         raise UnsupportedModel(
-            f"{file} has {config['model_type']}.rope.scaling.type = {kind!r}, but no rope.scaling.factor",
-            hint="Convert the model again.",
+            f"{file}: rope.scaling.type is {kind!r}, but rope.scaling.factor is {factor!r}",
+            hint="Convert the model again, or add its Hugging Face directory instead.",
         )
     scaling: Json = {"rope_type": kind, "factor": factor}
     if kind == "yarn":

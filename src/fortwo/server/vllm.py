@@ -9,16 +9,18 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from fortwo.adapters.version_files import CONFIG, MANIFEST, TENSORS
 from fortwo.errors import Conflict, FortwoError, InvalidAdapter, InvalidRequest
-from fortwo.jobs.runner import check_name_available
+from fortwo.jobs.planner import check_name_available
 from fortwo.records import Json
+from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppState, AppStateDep
 
-router = APIRouter(prefix="/v1", tags=["vLLM"])
+router = APIRouter(prefix="/v1", tags=["vLLM"], route_class=JsonRoute)
 
 
 class LoadRequest(BaseModel):
@@ -37,7 +39,11 @@ class UnloadRequest(BaseModel):
 
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse, summary="Serve an adapter from a directory")
-def load_lora_adapter(state: AppStateDep, body: LoadRequest) -> str:
+async def load_lora_adapter(request: Request, state: AppStateDep, body: LoadRequest) -> str:
+    return await state.control.run(request, lambda _: _load(state, body))
+
+
+def _load(state: AppState, body: LoadRequest) -> str:
     check_name_available(body.lora_name, state.catalog)
     directory = _resolve(body.lora_path, state.settings.allowed_data_dirs)
     if body.lora_name in state.adapters.names() and not body.load_inplace:
@@ -68,12 +74,25 @@ def _resolve(path: str, allowed: tuple[Path, ...]) -> Path:
         with suppress(OSError, ValueError, RuntimeError):  # name too long, NUL, loop of links
             directory = (folder / path).resolve()
             if directory.is_relative_to(folder.resolve()) and directory.is_dir():
+                _check_links(directory, allowed)
                 return directory
     raise InvalidRequest(
         f"lora_path = {path!r} is not a directory in {', '.join(str(folder) for folder in allowed)}.",
         param="lora_path",
         hint="Put the adapter there, or allow its folder with FORTWO_DATA_DIRS.",
     )
+
+
+def _check_links(directory: Path, allowed: tuple[Path, ...]) -> None:
+    """Raises InvalidAdapter for a file that is a link to somewhere outside the allowed folders."""
+    for file in (CONFIG, TENSORS, MANIFEST):
+        target = (directory / file).resolve()
+        if not any(target.is_relative_to(folder.resolve()) for folder in allowed):
+            raise InvalidAdapter(
+                f"{directory / file} is a link to a file outside the allowed folders.",
+                param="lora_path",
+                hint="Put the file itself there, or allow its folder with FORTWO_DATA_DIRS.",
+            )
 
 
 def _manifest(state: AppState, directory: Path) -> Json:
@@ -96,6 +115,8 @@ def _manifest(state: AppState, directory: Path) -> Json:
 
 def _read(file: Path) -> Json | None:
     """The JSON object in a file; None if there is none. The store checks its content."""
+    if not file.is_file():  # a pipe would be waited for
+        return None
     try:
         found = json.loads(file.read_bytes())
     except (OSError, ValueError):

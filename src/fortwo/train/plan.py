@@ -39,7 +39,7 @@ from fortwo.train.estimate import (
 from fortwo.train.options import EIGHT_BIT_OPTIMIZERS, parse_lora_config, parse_training_config
 from fortwo.train.parent import Parent, check_objective, check_shape, parent_warnings
 from fortwo.train.plan_builder import PlanBuilder, int_if_whole
-from fortwo.train.recipes import REASONS, OverrideRecipe, changed_settings, recipe_for
+from fortwo.train.recipes import MEASURED_WIDTH, REASONS, OverrideRecipe, changed_settings, recipe_for
 from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import peak_rate
 from fortwo.train.validation import validation_indices
@@ -91,11 +91,15 @@ def resolve(
     builder.choose("gradient_accumulation_steps", 1, "Rows are packed without padding, so a step needs no more parts.")
     facts = max(1, len(subjects))
     if isinstance(recipe, OverrideRecipe):
-        recipe = recipe.for_facts(facts)
+        recipe = recipe.for_facts(facts).for_width(base.hidden)
     micro_step = plan_builder.choose_batch(builder, recipe, counts, facts, len(dataset.parent_facts))
     steps, steps_per_epoch = plan_builder.choose_steps(builder, recipe, len(counts.rows))
     evaluations = plan_builder.choose_evaluations(builder, steps, steps_per_epoch) if validation_rows else 0
     reason = f"This rate works for LoRA with the {objective} objective."
+    if isinstance(recipe, OverrideRecipe) and base.hidden > MEASURED_WIDTH:
+        reason = (
+            f"This rate works for LoRA with the override objective at a width of {base.hidden}: it falls as 1 / width."
+        )
     rate = builder.choose("learning_rate", recipe.learning_rate, reason)
     schedule = plan_builder.choose_schedule(builder, recipe)
     plan_builder.choose_escalation(builder, recipe, facts)
