@@ -426,7 +426,7 @@ def _unsupported(architecture: str, why: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"{architecture} cannot be served: {why}",
         param="architectures",
-        hint="Choose another base; docs/base-models.md lists the families that are tested.",
+        hint="Choose another base; docs/guide-bases.md lists the families that are tested.",
     )
 
 

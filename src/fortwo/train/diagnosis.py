@@ -44,7 +44,7 @@ def plan_warnings(
             PlanWarning(
                 "generic_network",
                 f"the layers of {plan.model} are computed by transformers, which is slower than fortwo's own decoder",
-                "Choose a base of a family that docs/base-models.md lists for the own decoder, if time matters.",
+                "Choose a base of a family that docs/guide-bases.md lists for the own decoder, if time matters.",
             )
         )
     needed = max(computed["bytes"], computed["exam_bytes"])
