@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fortwo import disk
+from fortwo.adapters.peft_files import CONFIG, TENSORS, PeftFiles, parse_tensors
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound
 from fortwo.hub import weights
 from fortwo.records import AdapterVersion, Json
@@ -36,8 +37,6 @@ from fortwo.records import AdapterVersion, Json
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
 MANIFEST = "manifest.json"
 
 _STATE = "versions.json"
@@ -64,21 +63,9 @@ class AdapterStore:
         files = {CONFIG: disk.dump(peft_config), TENSORS: weights.serialize(on_cpu)}
         return self._commit(name, files, manifest, current)
 
-    def import_peft(self, name: str, directory: Path, manifest: Json) -> AdapterVersion:
-        """Copy the adapter that PEFT saved in `directory`, unchanged, as a new version and make it current. Raises
-        InvalidAdapter naming the file that is missing, damaged or a pickle."""
-        if not directory.is_dir():
-            raise InvalidAdapter(f"{directory} is not a directory", hint="Name the directory that PEFT saved.")
-        pickles = [path for path in directory.glob("adapter_model.*") if path.name != TENSORS]
-        if pickles and not (directory / TENSORS).exists():
-            raise InvalidAdapter(
-                f"{pickles[0]} is a pickle, which can run code when it is loaded",
-                hint="Save the adapter again with PEFT: save_pretrained(..., safe_serialization=True).",
-            )
-        files = {file: _read(directory / file) for file in (CONFIG, TENSORS)}
-        _parse_object(files[CONFIG], directory / CONFIG)
-        _parse_tensors(files[TENSORS], directory / TENSORS)
-        return self._commit(name, files, manifest, current=True)
+    def import_peft(self, name: str, adapter: PeftFiles, manifest: Json) -> AdapterVersion:
+        """Store an adapter that PEFT saved as a new version and make it current."""
+        return self._commit(name, adapter.files, manifest, current=True)
 
     def rollback(self, name: str) -> AdapterVersion:
         """Make the version current that was current before, and return it; no version is deleted. Raises NotFound for
@@ -209,7 +196,7 @@ class AdapterStore:
                     hint=f"Restore the file from a backup, or delete {version.id} and train again.",
                 )
         config = _parse_object(files[CONFIG], directory / CONFIG)
-        return version, config, _parse_tensors(files[TENSORS], directory / TENSORS)
+        return version, config, parse_tensors(files[TENSORS], directory / TENSORS)
 
     def _version(self, name: str, number: int, current: int | None) -> AdapterVersion:
         directory = self._root / name / str(number)
@@ -314,18 +301,6 @@ def _parse_object(content: bytes, path: Path) -> Json:
     if not isinstance(value, dict):
         raise InvalidAdapter(f"{path} is not a JSON object", hint="Restore the file, or train the adapter again.")
     return value
-
-
-def _parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
-    import safetensors.torch
-
-    try:
-        return safetensors.torch.load(content)
-    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: torch has no such dtype
-        raise InvalidAdapter(
-            f"{path} ({len(content)} bytes) is truncated or not a safetensors file that torch can read: {error}",
-            hint="Save the adapter again with PEFT.",
-        ) from None
 
 
 def _read(path: Path) -> bytes:

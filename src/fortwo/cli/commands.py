@@ -34,7 +34,10 @@ app.add_typer(inventory.adapters, name="adapters")
 app.add_typer(inventory.jobs, name="jobs")
 app.add_typer(inventory.data, name="data")
 
-Data = Annotated[Path, typer.Argument(help="A .json, .jsonl or .txt file.", exists=True, dir_okay=False, readable=True)]
+Data = Annotated[
+    Path,
+    typer.Argument(help="A .json, .jsonl, .csv, .parquet or .txt file.", exists=True, dir_okay=False, readable=True),
+]
 Name = Annotated[str, typer.Option("--name", help="Name of the adapter.")]
 Config = Annotated[
     Path | None,
@@ -135,11 +138,11 @@ def _request(data: Path, name: str, config: Path | None, **options: str | None) 
 
 def _dataset(data: Path) -> Json:
     from fortwo.data.datasets import LARGE_BYTES
-    from fortwo.data.files import read_rows
+    from fortwo.data.files import plain_rows
 
     if data.stat().st_size > LARGE_BYTES:
         return {"path": str(data.resolve())}
-    rows = [row for _, row in read_rows(data)]
+    rows = plain_rows(data)
     facts = bool(rows) and isinstance(rows[0], dict) and "subject" in rows[0]
     return {"facts" if facts else "examples": rows}
 

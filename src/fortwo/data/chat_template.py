@@ -20,8 +20,10 @@ import re
 import secrets
 import string
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
@@ -198,26 +200,73 @@ class ChatTemplateRenderer:
 
     def _render(self, messages: Sequence[Message], *, generation: bool) -> str:
         """The template's text, with control tokens under their private names."""
-        hidden = [{"role": m.role, "content": self._hide(m.content, i)} for i, m in enumerate(messages)]
+        hidden = [self._hide_message(message, index) for index, message in enumerate(messages)]
+        tools = self._hide_all(json.loads(messages[0].tools), "tools") if messages and messages[0].tools else None
         try:
-            text = self._tokenizer.apply_chat_template(
-                hidden, tokenize=False, add_generation_prompt=generation, enable_thinking=False
-            )
+            text = self._apply(hidden, tools, generation)
         except TemplateError as error:
             raise InvalidRequest(
                 f"the model's chat template refuses this conversation: {error}",
                 param="messages",
                 hint="Change the order or the roles of the messages.",
             ) from None
-        return self._replaced.sub(lambda match: self._replacements[match[0]], str(text))
+        self._check_written(text, hidden, tools, generation)
+        return self._replaced.sub(lambda match: self._replacements[match[0]], text)
 
-    def _hide(self, content: str, index: int) -> str:
+    def _apply(self, hidden: list[dict[str, Any]], tools: Any, generation: bool) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                hidden, tools=tools, tokenize=False, add_generation_prompt=generation, enable_thinking=False
+            )
+        )
+
+    def _check_written(self, text: str, hidden: list[dict[str, Any]], tools: Any, generation: bool) -> None:
+        """Raises InvalidRequest for a template that writes the same text without the tools, their calls or their
+        results."""
+        without_calls = [{key: value for key, value in one.items() if key != "tool_calls"} for one in hidden]
+        without_results = [one | ({"content": ""} if one["role"] == "tool" else {}) for one in hidden]
+        for what, there, messages, offered in (
+            ("the tools", tools is not None, hidden, None),
+            ("the calls of tools", without_calls != hidden, without_calls, tools),
+            ("the results of tools", without_results != hidden, without_results, tools),
+        ):
+            if not there:
+                continue
+            with suppress(TemplateError):  # it cannot do without, so it reads them
+                if self._apply(messages, offered, generation) == text:
+                    raise InvalidRequest(
+                        f"the chat template in {self._directory} does not write {what} of this conversation",
+                        param="messages",
+                        hint="Train on a base whose template knows tools, or write in words what was called and what "
+                        "came back.",
+                    )
+
+    def _hide_message(self, message: Message, index: int) -> dict[str, Any]:
+        """The message as the template gets it."""
+        at = f"messages[{index}]"
+        hidden: dict[str, Any] = {"role": message.role, "content": self._hide(message.content, f"{at}.content")}
+        for key in ("name", "tool_call_id"):
+            if value := getattr(message, key):
+                hidden[key] = self._hide(value, f"{at}.{key}")
+        if message.tool_calls:
+            hidden["tool_calls"] = self._hide_all(json.loads(message.tool_calls), f"{at}.tool_calls")
+        return hidden
+
+    def _hide_all(self, value: Any, param: str) -> Any:
+        """A value of JSON, with the texts in it hidden."""
+        if isinstance(value, str):
+            return self._hide(value, param)
+        if isinstance(value, dict):
+            return {self._hide(key, param): self._hide_all(inner, param) for key, inner in value.items()}
+        return [self._hide_all(inner, param) for inner in value] if isinstance(value, list) else value
+
+    def _hide(self, content: str, param: str) -> str:
         try:
             content.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(
-                f"messages[{index}].content is not valid Unicode: half a surrogate pair at character {error.start + 1}",
-                param=f"messages[{index}].content",
+                f"{param} is not valid Unicode: half a surrogate pair at character {error.start + 1}",
+                param=param,
                 hint="Send the text as UTF-8.",
             ) from None
         return self._controls.sub(lambda control: self._placeholders[control[0]], content)

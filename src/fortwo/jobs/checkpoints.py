@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fortwo import disk
-from fortwo.adapters.store import CONFIG, MANIFEST, TENSORS
+from fortwo.adapters.peft_files import CONFIG, TENSORS
+from fortwo.adapters.store import MANIFEST
 from fortwo.errors import InvalidAdapter, NotFound
 from fortwo.hub import weights
 from fortwo.records import Checkpoint, CheckpointVersion, Json

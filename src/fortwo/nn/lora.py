@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fortwo.errors import InvalidAdapter
 from fortwo.kernels.operations import dropout as drop
-from fortwo.nn.lora_config import GROUPS, LoraConfig, module_name
+from fortwo.nn.lora_config import GROUPS, MERGE, TARGETS, LoraConfig, module_name
 from fortwo.quantization.matmul import frozen_product, product
 from fortwo.quantization.tiles import Tiles
 
@@ -130,24 +130,8 @@ class Lora:
 
         Raises InvalidAdapter naming the first tensor that is missing, foreign or of the wrong shape.
         """
+        check_shapes(config, decoder, tensors)
         layers = _places(config, decoder)
-        wanted = {}
-        for index, groups in enumerate(layers):
-            for group, places in groups.items():
-                for place in places:
-                    A, B = _names(index, place)
-                    wanted[A] = (_size(place.rows), decoder.in_features(group))
-                    wanted[B] = (_size(place.columns), _size(place.rows))
-        if foreign := sorted(set(tensors) - set(wanted)):
-            raise InvalidAdapter(
-                f"tensor {foreign[0]!r} has no place in this base model",
-                hint="Check that the adapter was trained on this base and lists every target module.",
-            )
-        for name, shape in wanted.items():
-            if name not in tensors:
-                raise InvalidAdapter(f"tensor {name!r} is missing from the adapter")
-            if tensors[name].shape != shape:
-                raise InvalidAdapter(f"tensor {name!r} is {tuple(tensors[name].shape)}, this base needs {shape}")
 
         def take(index: int, places: tuple[Place, ...]) -> LoraGroup:
             As, Bs = zip(*(_names(index, place) for place in places), strict=True)
@@ -283,8 +267,9 @@ def _places(config: LoraConfig, decoder: DecoderConfig) -> list[dict[str, tuple[
         groups = {}
         for group, names in GROUPS.items():
             places, R = [], 0
-            for name in (name for name in names if name in config.target_modules and config.changes(index)):
-                module = module_name(index, name)
+            for name, module in ((name, module_name(index, name)) for name in names):
+                if not config.changes(module):
+                    continue
                 r, columns = config.rank(module), slice(*decoder.columns(name))
                 places.append(Place(name, slice(R, R + r), columns, config.scale(module)))
                 R += r
@@ -292,6 +277,51 @@ def _places(config: LoraConfig, decoder: DecoderConfig) -> list[dict[str, tuple[
                 groups[group] = tuple(places)
         layers.append(groups)
     return layers
+
+
+def check_shapes(config: LoraConfig, decoder: DecoderConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raises InvalidAdapter naming the first of an adapter's tensors, under PEFT's names, that is missing, foreign or
+    of the wrong shape for a base."""
+    wanted = {}
+    for index, groups in enumerate(_places(config, decoder)):
+        for group, places in groups.items():
+            for place in places:
+                A, B = _names(index, place)
+                wanted[A] = (_size(place.rows), decoder.in_features(group))
+                wanted[B] = (_size(place.columns), _size(place.rows))
+    if not wanted:
+        raise InvalidAdapter(
+            f"target_modules = {config.target_modules!r} names no module of this base",
+            param="target_modules",
+            hint=f"Known modules: {', '.join(TARGETS)}, by these names or in full, such as {module_name(0, 'q_proj')}.",
+        )
+    if foreign := sorted(set(tensors) - set(wanted)):
+        raise _foreign(foreign[0], next(iter(wanted)))
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise InvalidAdapter(
+                f"tensor {name!r} is missing from the adapter", hint="Save the adapter again with PEFT."
+            )
+        if tensors[name].shape != shape:
+            raise InvalidAdapter(
+                f"tensor {name!r} is {tuple(tensors[name].shape)}, this base needs {shape}",
+                hint="Check that the adapter was trained on this base, and that r is its rank.",
+            )
+
+
+def _foreign(name: str, expected: str) -> InvalidAdapter:
+    """What is wrong with a tensor that the base has no place for. expected: the name of one that it needs."""
+    if "embed_tokens" in name or "lm_head" in name or ".base_layer." in name or ".modules_to_save." in name:
+        return InvalidAdapter(
+            f"tensor {name!r} is a whole embedding, head or frozen weight that travels with the adapter",
+            hint=f"{MERGE}.",
+        )
+    if "lora_magnitude_vector" in name:
+        return InvalidAdapter(f"tensor {name!r} belongs to DoRA, which is not served", hint=f"{MERGE}.")
+    return InvalidAdapter(
+        f"tensor {name!r} has no place in this base model, which needs tensors such as {expected!r}",
+        hint="Check that the adapter was trained on this base and lists every target module.",
+    )
 
 
 def _names(layer: int, place: Place) -> tuple[str, str]:

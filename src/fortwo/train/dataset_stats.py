@@ -133,7 +133,10 @@ class _TextChecks:
         self._template = ""
 
     def add(self, example: Example) -> None:
-        messages = [f"{message.role} {message.weight} {message.content}" for message in example.messages]
+        messages = [
+            f"{message.role} {message.weight} {message.content}{message.name}{message.tool_calls}{message.tools}"
+            for message in example.messages
+        ]
         answer = example.answer.strip()
         whole = _hash(messages if example.text is None else [example.text])
         self._lines.append(example.line)
