@@ -18,7 +18,7 @@ def loads(text: str | bytes) -> Any:
     """The value. Raises json.JSONDecodeError, RepeatedKey, and what json.loads raises besides (ValueError for a number
     of thousands of digits, RecursionError)."""
     repeated, decoder = _decoder()
-    value = decoder.decode(text if isinstance(text, str) else text.decode("utf-8"))
+    value = decoder.decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
     if repeated:
         raise RepeatedKey(_path_of(value, repeated))
     return value

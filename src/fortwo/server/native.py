@@ -17,13 +17,14 @@ from fortwo.hub.catalog import ModelEntry
 from fortwo.jobs.store import Job
 from fortwo.records import AdapterVersion, Json
 from fortwo.server import sse
+from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppState, AppStateDep
 from fortwo.train.plan import to_json
 from fortwo.train.request import TrainingRequest
 
 POLL_SECONDS = 0.2  # the longest delay of an event
 
-router = APIRouter(prefix="/api")
+router = APIRouter(prefix="/api", route_class=JsonRoute)
 
 
 @router.get("/models", tags=["models"], summary="Base models and their state")

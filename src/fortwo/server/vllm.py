@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from fortwo.adapters.peft_files import CONFIG, PICKLES, TENSORS
 from fortwo.errors import Conflict, InvalidRequest
 from fortwo.jobs.runner import check_name_available
+from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppStateDep
 
-router = APIRouter(prefix="/v1", tags=["vLLM"])
+router = APIRouter(prefix="/v1", tags=["vLLM"], route_class=JsonRoute)
 
 
 class LoadRequest(BaseModel):

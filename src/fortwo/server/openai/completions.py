@@ -18,6 +18,7 @@ from fortwo.records import Json
 from fortwo.server.openai.logprobs import TextLogprobs
 from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Texts, only
 from fortwo.server.openai.replies import Replies, stream
+from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppStateDep
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 REPLY_TOKENS = 16  # the limit if the request sets none
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"])
+router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
 
 
 class CompletionRequest(Parameters):
@@ -38,8 +39,8 @@ class CompletionRequest(Parameters):
         None, ge=0, description=f"Default {REPLY_TOKENS}. 0 is allowed with echo, for the prompt alone."
     )
 
-    best_of: Annotated[Any, only(1)] = None
     suffix: Annotated[Any, only("")] = None
+    add_special_tokens: Annotated[Any, only(True)] = None
 
     @model_validator(mode="after")
     def _check_completion(self) -> Self:

@@ -20,6 +20,7 @@ from fortwo.prompts import Prompt, Sampling
 from fortwo.records import Json
 from fortwo.server.openai.parameters import Model, Strict, Texts, context_left, only
 from fortwo.server.openai.replies import Replies
+from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppStateDep
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ INPUTS = 2048  # OpenAI's limit
 BATCH_INPUTS = 32  # inputs that are computed at a time
 BATCH_TOKENS = 2048  # their tokens, unless a single input has more
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"])
+router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
 
 
 class EmbeddingRequest(Strict):
