@@ -20,7 +20,7 @@ from tiny import save_directory
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fortwo.engine.adapter_import import bases_named
+from fortwo.hub.base_names import bases_named
 from fortwo.hub.catalog import ModelEntry
 
 pytestmark = [

@@ -148,6 +148,44 @@ def _dataset(data: Path) -> Json:
 
 
 @app.command()
+def migrate(
+    config: Annotated[
+        Path, typer.Argument(help="A .yml, .yaml or .json file.", exists=True, dir_okay=False, readable=True)
+    ],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the adapter.", show_default="the configuration's output")
+    ] = None,
+) -> None:
+    """Print the training request that a configuration of Axolotl, LLaMA-Factory or TRL means, as JSON. What it leaves
+    out, and why, goes to the error output. Needs no server."""
+    from fortwo.cli.terminal import error_screen
+    from fortwo.hub.base_names import bases_named
+    from fortwo.hub.catalog import Catalog
+    from fortwo.settings import load
+    from fortwo.train.migration import migrate as migrated
+
+    entries = Catalog(load().models_dir).entries()
+    found = migrated(_yaml(config), name, lambda named: bases_named(named, entries))
+    for one in found.left_out:
+        error_screen.print(f"left out {one.key} = {one.value!r}: {one.why}", soft_wrap=True)
+    screen.print_json(data=found.request)
+
+
+def _yaml(file: Path) -> Json:
+    """The object in a YAML or JSON file."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(file.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise InvalidRequest(f"{file} is not YAML: {reason}.", hint="Correct the file and try again.") from None
+    if not isinstance(found, dict):
+        raise InvalidRequest(f"{file} does not contain an object of settings.", hint="Name a training configuration.")
+    return found
+
+
+@app.command()
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="A single question. Without it you have a conversation.")] = None,
     model: Annotated[

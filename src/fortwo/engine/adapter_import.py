@@ -6,15 +6,14 @@ Everything is checked before anything is published; an import that fails leaves 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from fortwo.adapters.peft_files import CONFIG, PeftFiles, parse_config, read_directory, read_file
 from fortwo.adapters.store import MANIFEST, AdapterStore
 from fortwo.engine.registry import LoadedModel, ModelRegistry
 from fortwo.errors import InvalidAdapter, UnsupportedModel
-from fortwo.hub.catalog import Catalog, ModelEntry
+from fortwo.hub.base_names import bases_named
+from fortwo.hub.catalog import Catalog
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.lora import check_shapes
 from fortwo.nn.lora_config import LoraConfig
@@ -38,29 +37,6 @@ def import_adapter(
         registry.delete_adapter(version.id)
         raise
     return version
-
-
-def bases_named(named: str, entries: Sequence[ModelEntry]) -> list[str]:
-    """The ids of the bases that a base_model_name_or_path means: by the first of these rules that finds any. The id,
-    the path or the hub repository that it comes from; then the last part of the name, in any case, as an id or as the
-    last part of where a base comes from."""
-    sources = {entry.id: entry.source.partition(":")[2] for entry in entries}
-    paths = {id: {source, str(Path(source).resolve())} for id, source in sources.items() if source.startswith("/")}
-    last = _last_part(named)
-    for found in (
-        [id for id in sources if id == named],
-        [id for id, same in paths.items() if os.path.normpath(named) in same],
-        [id for id, source in sources.items() if source.casefold() == named.casefold()],
-        [id for id in sources if id.casefold() == last],
-        [id for id, source in sources.items() if _last_part(source).removesuffix(".gguf") == last],
-    ):
-        if found:
-            return found
-    return []
-
-
-def _last_part(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].casefold()
 
 
 def _base(

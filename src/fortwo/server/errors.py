@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fortwo.errors import FortwoError, InvalidRequest, NotFound
+from fortwo.errors import FortwoError, InvalidRequest, NotFound, all_of
 
 log = logging.getLogger(__name__)
 FINDINGS_SHOWN = 10
@@ -77,12 +77,9 @@ def unexpected(error: BaseException) -> FortwoError:
 def invalid(found: Sequence[Any]) -> InvalidRequest:
     """Pydantic's validation errors, each with field, value and remedy; param and code are those of the first."""
     told = [_told(one) for one in found[:FINDINGS_SHOWN]]
-    first = told[0]
-    if len(found) > 1:
-        more = len(found) - len(told)
-        first.message = " ".join(dict.fromkeys(one.message for one in told)) + (f" And {more} more." if more else "")
-        first.hint = " ".join(dict.fromkeys(one.hint for one in told if one.hint is not None))
-    return first
+    if more := len(found) - len(told):
+        told.append(InvalidRequest(f"and {more} more"))
+    return all_of(told)
 
 
 def _told(first: Any) -> InvalidRequest:
