@@ -151,6 +151,18 @@ def test_messages_that_cannot_be_read_are_named(message: Any, said: str) -> None
     assert error.param.startswith("dataset.examples[0].messages")
 
 
+def test_nesting_without_end_is_refused() -> None:
+    deep: Any = []
+    for _ in range(500):
+        deep = [deep]
+    assert "within each other" in refused({"messages": [USER, ANSWER], "tools": deep}).message
+    text = '{"a":' * 400 + "1" + "}" * 400
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": text}}]}
+    assert "within each other" in refused({"messages": [USER, call]}).message
+    tools = f'[{{"type": "function", "function": {{"name": "f", "parameters": {text}}}}}]'
+    assert "within each other" in refused({"messages": [USER, ANSWER], "tools": tools}).message
+
+
 # ---------------------------------------------------------------- hints
 
 

@@ -13,6 +13,8 @@ from pydantic_core import PydanticCustomError
 
 from fortwo import strict_json
 
+DEPTH = 64  # objects and lists within each other
+
 
 def wrong(message: str, hint: str) -> PydanticCustomError:
     """A validation error whose words are ours, with a remedy."""
@@ -67,7 +69,16 @@ def _arguments(given: Any) -> Any:
         ) from None
     if not isinstance(value, dict):
         raise wrong("the arguments of a call are not a JSON object", "Write an object, or the JSON text of one.")
+    _check_depth(value)
     return value
+
+
+def _check_depth(value: Any, depth: int = DEPTH) -> None:
+    if isinstance(value, dict | list):
+        if depth == 0:
+            raise wrong(f"more than {DEPTH} objects and lists are within each other", "Write the inner ones as text.")
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_depth(inner, depth - 1)
 
 
 class Function(BaseModel):
@@ -112,6 +123,7 @@ def _tools(given: Any) -> Any:
             raise wrong(f"the tools are not JSON: {error}", "Write a list of tools, or the JSON text of one.") from None
     if not isinstance(given, list):
         return given
+    _check_depth(given)
     tools = []
     for number, tool in enumerate(given, 1):
         whole = {"type": "function", "function": tool} if isinstance(tool, dict) and "name" in tool else tool

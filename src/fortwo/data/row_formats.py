@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fortwo.data.findings import Finding, InvalidRow
+from fortwo.data.messages import DEPTH
 from fortwo.data.rows import EMPTY, ChatRow, CompletionRow, FactRow, InstructionRow, ShareRow, TextRow
 from fortwo.records import Example, Fact
 
@@ -67,12 +68,18 @@ EXAMPLE_FORMATS = (
 ROW_FORMATS = (*EXAMPLE_FORMATS, FACT_FORMAT)
 
 
-def without_nulls(value: Any) -> Any:
+def without_nulls(value: Any, depth: int = DEPTH) -> Any:
     """The value without the keys that hold null, at any depth: null says nothing. Libraries that keep rows in columns
-    write every key of any row into all rows, and null where there was none."""
+    write every key of any row into all rows, and null where there was none. Raises InvalidRow for more than `depth`
+    objects and lists within each other."""
+    if not isinstance(value, dict | list):
+        return value
+    if depth == 0:
+        what = f"more than {DEPTH} objects and lists are within each other"
+        raise InvalidRow([Finding("too deep", "", what, "Write the inner ones as text.")])
     if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: without_nulls(inner, depth - 1) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner, depth - 1) for inner in value]
 
 
 def format_of(row: object, formats: tuple[RowFormat, ...]) -> RowFormat:
