@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from fortwo.execution.cpu import CpuBackend
 from fortwo.execution.packed_fused import FusedPackedAttention
@@ -18,6 +19,7 @@ from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora, Segment
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.nn.packing import PackedAttention, pack
+from fortwo.train.estimate import LinearModule, linear_modules
 from tests.tiny import VOCABULARY, tiny_model
 
 WITHOUT_AMX = "AMX kernels do not exist at this level"
@@ -32,6 +34,19 @@ def decoder(kv_heads: int = 2) -> Decoder:
 def as_decoder(model: Any, device: torch.device | str = "cpu") -> Decoder:
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     return Decoder(DecoderConfig.from_hf(config), model.state_dict(), device)
+
+
+def projections(hidden: int, intermediate: int, heads: int, kv_heads: int, head_size: int) -> dict[str, LinearModule]:
+    """The modules of a Llama of this shape, with two layers, that an adapter can change."""
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_size,
+    )
+    return linear_modules(DecoderConfig.from_hf({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}))
 
 
 def random_lora(home: Decoder, seed: int = 0, config: LoraConfig = LoraConfig(r=4, alpha=12)) -> Lora:

@@ -29,9 +29,22 @@ from fortwo.train.estimate import (
     override_cost,
     sft_cost,
 )
-from tests.parts import decoder
+from tests.parts import decoder, projections
 
-BASE = BaseFacts("small", 100, 50, 2, hidden=8, intermediate=16, q=8, kv=4, bytes=1000, bf16_copy=300, fp32_copy=20)
+BASE = BaseFacts(
+    "small",
+    100,
+    50,
+    2,
+    hidden=8,
+    intermediate=16,
+    q=8,
+    kv=4,
+    bytes=1000,
+    bf16_copy=300,
+    fp32_copy=20,
+    targets=projections(hidden=8, intermediate=16, heads=2, kv_heads=1, head_size=4),
+)
 COUNTS = TokenCounts([RowLength(row, prompt=30, answer=20) for row in range(12)], prefix=10)
 SETTINGS = {
     "contrast_pool": 100,

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from fortwo.data.datasets import load
 from fortwo.errors import InvalidDataset, InvalidRequest
+from fortwo.nn.lora_config import TARGETS
 from fortwo.records import Dataset, Example, Fact, Message, Plan
 from fortwo.train.estimate import BaseFacts, Machine, RowLength, TokenCounts
 from fortwo.train.plan import diagnose, from_json, resolve, to_json, training_rows
@@ -23,8 +24,13 @@ from fortwo.train.recipes import OVERRIDE, OVERRIDE_MAX, SFT, OverrideRecipe
 from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import learning_rate
 from tests.original import AS_IT_RAN, EXAMPLES
+from tests.parts import projections
 
-BASE = BaseFacts("smollm2", 2048, 49152, 30, 576, 1536, 576, 192, 500_000_000, 270_000_000, 0)
+MODULES = {
+    name: replace(module, names=tuple(module.names[0].replace(".0.", f".{layer}.") for layer in range(30)))
+    for name, module in projections(576, 1536, 9, 3, 64).items()
+}  # of 30 layers
+BASE = BaseFacts("smollm2", 2048, 49152, 30, 576, 1536, 576, 192, 500_000_000, 270_000_000, 0, MODULES)
 MACHINE = Machine({"fp32": 300}, reply_tokens_per_second=200)
 
 
@@ -287,6 +293,19 @@ def test_ranks_and_scales_of_some_modules_are_planned() -> None:
     assert doubled.computed["bytes"] == plan(examples_42(), lora_config={"r": 32}).computed["bytes"]
 
 
+@pytest.mark.parametrize("bad", [["q_proj", "lm_head"], ["qproj"], ["query_key_value"]])
+def test_target_modules_that_the_base_does_not_have_are_refused(bad: list[str]) -> None:
+    with pytest.raises(InvalidRequest, match=bad[-1]) as refusal:
+        plan(examples_42(), lora_config={"target_modules": bad})
+    assert refusal.value.param == "lora_config.target_modules"
+    assert "q_proj" in (refusal.value.hint or "")
+
+
+def test_all_linear_is_every_projection() -> None:
+    made = plan(examples_42(), lora_config={"target_modules": "all-linear"})
+    assert setting(made, "target_modules") == (TARGETS, "user")
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -532,3 +551,15 @@ def test_steps_and_warmup_are_transformers(
     assert (made.computed["steps"], made.computed["steps_per_epoch"]) == (steps, per_epoch)
     if "warmup_steps" in more:
         assert made.computed["warmup_steps"] == args.get_warmup_steps(steps)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "rate"), [(128, 1.2e-3), (576, 1.2e-3), (640, 1.1e-3), (896, 7.7e-4), (4096, 1.7e-4)]
+)
+def test_the_rate_of_an_override_falls_as_the_base_gets_wider(hidden: int, rate: float) -> None:
+    dataset = examples_42()
+    base = replace(BASE, hidden=hidden)
+    request = TrainingRequest(adapter_name="a", dataset={"path": "x"}, objective="override")
+    made = resolve(request, dataset, base, counted(dataset), MACHINE)
+    assert setting(made, "learning_rate")[0] == rate
+    assert "rate_too_low" not in [warning.code for warning in made.warnings]

@@ -204,10 +204,10 @@ def test_every_form_of_the_weights_serves_adapters_and_can_be_trained_on(
 
 def test_auto_holds_what_fp32_is_too_large_for_in_less() -> None:
     config = DecoderConfig.from_hf(tiny_model("llama").config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
-    assert forms.alone(config, 8 * config.parameters) is None
-    assert forms.alone(config, 8 * config.parameters - 1) == "bf16"
-    assert forms.alone(config, 4 * config.parameters) == "bf16"
-    assert forms.alone(config, 4 * config.parameters - 1) == "nf4"
+    assert forms.alone(config.parameters, 8 * config.parameters) is None
+    assert forms.alone(config.parameters, 8 * config.parameters - 1) == "bf16"
+    assert forms.alone(config.parameters, 4 * config.parameters) == "bf16"
+    assert forms.alone(config.parameters, 4 * config.parameters - 1) == "nf4"
 
 
 def test_auto_measures_once_on_a_machine_and_keeps_fp32(

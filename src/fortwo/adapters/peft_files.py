@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,8 +40,7 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class PeftFiles:
-    """config: adapter_config.json. tensors: under PEFT's names. files: what is to be stored, by file name: as it was
-    read, or with its tensors renamed."""
+    """config: adapter_config.json. tensors: by their names in the file. files: what is to be stored, by file name."""
 
     config: Json
     tensors: dict[str, Tensor]
@@ -57,10 +56,25 @@ def read_directory(directory: Path) -> PeftFiles:
     files = {name: read_file(directory / name) for name in (CONFIG, TENSORS)}
     config = parse_config(files[CONFIG], directory / CONFIG)
     tensors = parse_tensors(files[TENSORS], directory / TENSORS)
-    renamed = _under_pefts_names(tensors, directory / TENSORS)
-    if renamed.keys() != tensors.keys():
-        files[TENSORS] = weights.serialize(renamed)
-    return PeftFiles(config, renamed, files)
+    return PeftFiles(config, tensors, files)
+
+
+def under_pefts_names(adapter: PeftFiles) -> PeftFiles:
+    """The same adapter with the tensors of projections under the names that PEFT writes for the networks of Llama's
+    kind, and all others as they are. Raises InvalidAdapter for a tensor that is there twice."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in adapter.tensors.items():
+        found = _NAME.fullmatch(name)
+        plain = f"base_model.model.model.layers.{found[1]}.{found[2]}.{found[3]}.weight" if found else name
+        if plain in renamed:
+            raise InvalidAdapter(
+                f"{TENSORS} holds {plain!r} twice, under different names such as {name!r}",
+                hint="Save one adapter alone with PEFT.",
+            )
+        renamed[plain] = tensor
+    if renamed.keys() == adapter.tensors.keys():
+        return adapter
+    return replace(adapter, tensors=renamed, files=adapter.files | {TENSORS: weights.serialize(renamed)})
 
 
 def refuse_pickles(directory: Path) -> None:
@@ -119,18 +133,3 @@ def read_file(path: Path) -> bytes:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise InvalidAdapter(f"{path} is not a plain file", hint="Save the adapter again with PEFT.")
         return file.read()
-
-
-def _under_pefts_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Tensors of projections under the names that PEFT writes; all others as they are."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        found = _NAME.fullmatch(name)
-        plain = f"base_model.model.model.layers.{found[1]}.{found[2]}.{found[3]}.weight" if found else name
-        if plain in renamed:
-            raise InvalidAdapter(
-                f"{path} holds {plain!r} twice, under different names such as {name!r}",
-                hint="Save one adapter alone with PEFT.",
-            )
-        renamed[plain] = tensor
-    return renamed

@@ -6,15 +6,16 @@ Everything is checked before anything is published; an import that fails leaves 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
-from fortwo.adapters.peft_files import CONFIG, PeftFiles, parse_config, read_directory, read_file
+from fortwo.adapters.peft_files import CONFIG, PeftFiles, parse_config, read_directory, read_file, under_pefts_names
 from fortwo.adapters.store import MANIFEST, AdapterStore
 from fortwo.engine.registry import LoadedModel, ModelRegistry
 from fortwo.errors import InvalidAdapter, UnsupportedModel
 from fortwo.hub.base_names import bases_named
 from fortwo.hub.catalog import Catalog
-from fortwo.nn.config import DecoderConfig
+from fortwo.nn.config import DecoderConfig, Shape
 from fortwo.nn.lora import check_shapes
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.records import AdapterVersion, Json
@@ -28,7 +29,9 @@ def import_adapter(
     adapter = read_directory(directory)
     config = LoraConfig.from_peft(adapter.config)
     manifest = _manifest(directory)
-    base = _base(directory, adapter, config, manifest, catalog, registry)
+    base = _base(directory, under_pefts_names(adapter), config, manifest, catalog, registry)
+    if not _needs(base.decoder.config, adapter.tensors):
+        adapter = under_pefts_names(adapter)
     registry.check_adapter(name, base, adapter.config, adapter.tensors)
     version = store.import_peft(name, adapter, manifest | {"base_model": base.id, "base_digest": base.digest})
     try:
@@ -105,6 +108,18 @@ def _fits(id: str, adapter: PeftFiles, config: LoraConfig, catalog: Catalog) -> 
     except (InvalidAdapter, UnsupportedModel, OSError, ValueError, KeyError, TypeError):
         return False
     return True
+
+
+def _needs(network: Shape, names: Iterable[str]) -> bool:
+    """Whether all these names are PEFT's names of tensors for modules of the network."""
+    modules = [name for names in network.groups.values() for name in names]
+    known = {
+        f"base_model.model.{network.module_name(layer, module)}.lora_{matrix}.weight"
+        for layer in range(network.layers)
+        for module in modules
+        for matrix in "AB"
+    }
+    return known.issuperset(names)
 
 
 def _manifest(directory: Path) -> Json:

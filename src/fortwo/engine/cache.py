@@ -10,7 +10,7 @@ import torch
 
 from fortwo.engine.prefixes import BLOCK, Prefixes
 from fortwo.execution.kv_cache import Pool, Slot
-from fortwo.nn.config import DecoderConfig
+from fortwo.nn.config import Shape
 from fortwo.prompts import MIN_ROW_TOKENS
 
 
@@ -20,7 +20,7 @@ class Cache:
 
     def __init__(
         self,
-        config: DecoderConfig,
+        config: Shape,
         device: torch.device | str = "cpu",
         bound: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -33,7 +33,7 @@ class Cache:
         self.bound = bound
 
     @staticmethod
-    def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+    def bytes_per_token(config: Shape, dtype: torch.dtype) -> int:
         return 2 * dtype.itemsize * config.layers * config.kv_heads * config.head_size
 
     @property

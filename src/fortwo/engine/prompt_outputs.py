@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.engine.sampling import logprobs
-from fortwo.nn.decoder import Decoder
+from fortwo.nn.network import Network
 from fortwo.prompts import Logprob, Prompt
 
 LOGITS = 256  # tokens whose logits are in memory at once
@@ -21,7 +21,7 @@ class PromptOutputs:
     last token, scaled to length 1; only that token has attended to the whole text (Neelakantan et al. 2022,
     arXiv:2201.10005; vLLM's default for decoders)."""
 
-    def __init__(self, prompt: Prompt, decoder: Decoder) -> None:
+    def __init__(self, prompt: Prompt, decoder: Network) -> None:
         self.logprobs: list[Logprob] = []
         self.embedding: tuple[float, ...] = ()
         self._prompt = prompt

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -24,16 +25,16 @@ from fortwo.engine import malloc_tuning
 from fortwo.engine.adapter_check import MIN_EFFECT, check_tensors, measure_effect
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
-from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
-from fortwo.execution.autotuning import memory, serving
+from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable, UnsupportedModel
+from fortwo.execution.autotuning import memory, serving, serving_generic
 from fortwo.execution.backend import Backend, backend_for
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
 from fortwo.hub.weights import ProgressCallback
 from fortwo.nn.config import DecoderConfig
-from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
+from fortwo.nn.network import Network
 from fortwo.quantization.selection import Measurements
 from fortwo.records import AdapterVersion, Json
 
@@ -50,7 +51,7 @@ class LoadedModel:
     runner: Runner
 
     @property
-    def decoder(self) -> Decoder:
+    def decoder(self) -> Network:
         return self.backend.decoder
 
 
@@ -198,17 +199,7 @@ class ModelRegistry:
                 directory = self._catalog.prepare(id, progress)
                 info = self._catalog.model_info(id)
                 assert info is not None
-                config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
-                decoder = serving(
-                    id,
-                    config,
-                    weights.open_tensors(directory),
-                    self._device,
-                    self._weights,
-                    self._threads,
-                    self._measurements,
-                    lambda measure: self._engine.call(measure).result(),
-                )
+                decoder = self._network(id, directory, info.parameters)
                 backend = backend_for(decoder)
                 runner = Runner(backend, self._cache_bytes)
                 base = LoadedModel(id, info.digest, backend, ChatTemplateRenderer(directory), decoder.bytes, runner)
@@ -218,6 +209,28 @@ class ModelRegistry:
                 self._loading = None
             self._bases[id] = base
             return base
+
+    def _network(self, id: str, directory: Path, parameters: int) -> Network:
+        """The own decoder where it knows the configuration, else what transformers makes of the directory. Raises
+        UnsupportedModel."""
+        try:
+            config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
+        except UnsupportedModel as error:
+            try:
+                return serving_generic(id, directory, parameters, self._device, self._weights)
+            except UnsupportedModel as generic:
+                generic.message = f"{generic.message}; fortwo's own decoder: {error.message}"
+                raise
+        return serving(
+            id,
+            config,
+            weights.open_tensors(directory),
+            self._device,
+            self._weights,
+            self._threads,
+            self._measurements,
+            lambda measure: self._engine.call(measure).result(),
+        )
 
     def unload_base(self, id: str) -> None:
         """Drop a base and the adapters on it from memory. Raises Conflict while a request or a job uses it."""
@@ -264,7 +277,8 @@ class ModelRegistry:
         """The adapter, ready to be served on `base`. name: for messages. Raises InvalidAdapter for an option that is
         not supported, foreign tensors, and tensors without effect."""
         decoder = base.decoder
-        lora = Lora.from_state(LoraConfig.from_peft(config), decoder.config, tensors, decoder.device)
+        modules = [name for names in decoder.config.groups.values() for name in names]
+        lora = Lora.from_state(LoraConfig.from_peft(config, modules), decoder.config, tensors, decoder.device)
         check_tensors(name, lora)
         effect = self._engine.call(lambda: measure_effect(base.backend, base.renderer, lora)).result()
         if not math.isfinite(effect):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fortwo.nn.config import DecoderConfig
+from fortwo.nn.config import Shape
 from fortwo.nn.lora import Lora, LoraGroup, Place, Segment, Update
 from fortwo.nn.lora_config import LoraConfig
 
@@ -50,7 +50,7 @@ class _Stack:
 class Bank:
     """Adapters of one shape (LoraConfig without dropout). keys: whose tensors lie in each place of the stacks."""
 
-    def __init__(self, config: LoraConfig, decoder: DecoderConfig, device: torch.device | str) -> None:
+    def __init__(self, config: LoraConfig, decoder: Shape, device: torch.device | str) -> None:
         self.config = config
         self.keys: list[str] = []
         self._room = 0
@@ -163,7 +163,7 @@ class Stacked:
 class StackedAdapters:
     """`adapters.AdapterPool` of adapters in fp32, a bank for each shape."""
 
-    def __init__(self, decoder: DecoderConfig, device: torch.device) -> None:
+    def __init__(self, decoder: Shape, device: torch.device) -> None:
         self._decoder = decoder
         self._device = device
         self._banks: dict[LoraConfig, Bank] = {}

@@ -11,6 +11,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ from fortwo.nn.lora_config import GROUPS
 from fortwo.quantization.formats import Form, Frozen, Regions, dense, fits, head_form, quantised
 from fortwo.quantization.matmul import multiplies_bf16
 from fortwo.quantization.selection import ROWS, Choice, Measured, Measurements, Seconds, choose, worthwhile
+
+if TYPE_CHECKING:
+    from fortwo.nn.generic import GenericDecoder
 
 SMALL = 10_000_000  # parameters; below them a forward is not made of products
 SAMPLE = 100_000_000  # parameters that are measured; fewer would lie in the processor's caches
@@ -62,7 +67,7 @@ def serving(
     for is held in bf16 alone, or NF4. Forms are made weight by weight as they are read. Raises InvalidRequest for a
     form that the model or the machine cannot have.
     """
-    form = alone(config, memory(device)) if setting == "auto" else setting
+    form = alone(config.parameters, memory(device)) if setting == "auto" else setting
     if device.type != "cpu" and form in (None, "bf16") and multiplies_bf16(device):
         return Decoder(config, weights, device, lambda weight, is_head: dense(weight, torch.bfloat16))
     if form is not None and form != "fp32":
@@ -96,11 +101,21 @@ def serving(
     return Decoder(config, weights, device, forms_of(choice, exact=True))
 
 
-def alone(config: DecoderConfig, memory: int) -> str | None:
+def serving_generic(id: str, directory: Path, parameters: int, device: torch.device, setting: str) -> GenericDecoder:
+    """A model of transformers as it is served: in fp32, or what `alone` says, or in the format of FORTWO_WEIGHTS.
+    parameters: of the files. Raises UnsupportedModel, and InvalidRequest for a format that it cannot have."""
+    from fortwo.nn import generic
+
+    form = alone(parameters, memory(device)) if setting == "auto" else setting
+    dtype = torch.float32 if form in (None, "fp32") else torch.bfloat16
+    return generic.load(directory, device, _checked(id, form) if form not in (None, "fp32") else None, dtype)
+
+
+def alone(parameters: int, memory: int) -> str | None:
     """What `auto` holds without fp32 beside it: the first of bf16 and NF4 that fits; None where fp32 fits."""
-    if 4 * config.parameters <= SHARE * memory:
+    if 4 * parameters <= SHARE * memory:
         return None
-    return "bf16" if 2 * config.parameters <= SHARE * memory else "nf4"
+    return "bf16" if 2 * parameters <= SHARE * memory else "nf4"
 
 
 def memory(device: torch.device) -> int:

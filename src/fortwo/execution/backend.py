@@ -14,9 +14,11 @@ from torch import Tensor
 from fortwo.execution.adapters import AdapterPool
 from fortwo.execution.cpu import CpuBackend
 from fortwo.execution.cuda import CudaBackend
+from fortwo.execution.generic import GenericBackend
 from fortwo.execution.reference import Computed, Part
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora, Update
+from fortwo.nn.network import Network
 from fortwo.nn.packing import Pack
 
 
@@ -27,13 +29,13 @@ class Backend(Protocol):
     """
 
     @property
-    def decoder(self) -> Decoder: ...
+    def decoder(self) -> Network: ...
     @property
     def kv_dtype(self) -> torch.dtype: ...
     @property
     def adapters(self) -> AdapterPool: ...
 
-    def with_decoder(self, decoder: Decoder) -> Backend:
+    def with_decoder(self, decoder: Network) -> Backend:
         """A backend of the same kind for another network on the same device, without adapters."""
 
     def warm(self) -> None:
@@ -62,6 +64,8 @@ class Backend(Protocol):
         """Free the memory that `train` keeps for its next call."""
 
 
-def backend_for(decoder: Decoder) -> Backend:
-    """The fastest backend for the decoder's device."""
+def backend_for(decoder: Network) -> Backend:
+    """The fastest backend for the network and its device."""
+    if not isinstance(decoder, Decoder):
+        return GenericBackend(decoder)
     return CpuBackend(decoder) if decoder.device.type == "cpu" else CudaBackend(decoder)

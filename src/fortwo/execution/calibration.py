@@ -16,16 +16,16 @@ from fortwo.execution import autotuning
 from fortwo.execution.backend import Backend
 from fortwo.execution.kv_cache import Pool
 from fortwo.execution.reference import Part
+from fortwo.nn.decoder import Head
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.nn.packing import pack
 from fortwo.quantization.matmul import multiplies_bf16
-from fortwo.quantization.tiles import Tiles
 
 LAYERS = 2  # of a trial; the others take as long
 REPEATS = 3
 
-HeadLoss = Callable[[Tensor, Tensor | Tiles, Tensor], Tensor]
+HeadLoss = Callable[[Tensor, Head, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def _micro_step_seconds(backend: Backend, bf16: bool, tokens: int, rows: int, he
     part = backend.decoder.beginning(LAYERS)
     part = part.in_bf16() if bf16 else part.in_fp32()
     trained = backend.with_decoder(part)
-    lora = Lora.init(LoraConfig(), part.config, seed=0, device=part.device)
+    every = tuple(name for names in part.config.groups.values() for name in names)
+    lora = Lora.init(LoraConfig(target_modules=every), part.config, seed=0, device=part.device)
     lora.flatten()
     packed = pack([[0] * (tokens // rows)] * rows, part.device, prefix=0)
     x_TD = part.embed(packed.tokens_T).requires_grad_()

@@ -31,6 +31,8 @@ class CpuBackend(ReferenceBackend):
     operations: ClassVar[Operations] = operations
     packed_attention: ClassVar[type[PackedAttention]] = FusedPackedAttention
 
+    decoder: Decoder
+
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
         self._step = Step(self.decoder)

@@ -29,6 +29,8 @@ class CudaBackend(ReferenceBackend):
     operations: ClassVar[Operations] = operations
     packed_attention: ClassVar[type[PackedAttention]] = FusedPackedAttention
 
+    decoder: Decoder
+
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(decoder)
         self.kv_dtype = decoder.dtype

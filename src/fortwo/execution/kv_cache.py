@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fortwo.nn.config import DecoderConfig
+from fortwo.nn.config import Shape
 from fortwo.quantization.formats import Regions
 
 
@@ -44,7 +44,7 @@ class Slot:
 class Pool:
     """Keys and values (2, layers, rows, kv_heads, capacity, head_size) as `dtype`; slots: who lies in each row."""
 
-    def __init__(self, config: DecoderConfig, capacity: int, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(self, config: Shape, capacity: int, device: torch.device | str, dtype: torch.dtype) -> None:
         self.capacity = capacity
         self.kv = torch.empty(
             2, config.layers, 0, config.kv_heads, capacity, config.head_size, device=device, dtype=dtype

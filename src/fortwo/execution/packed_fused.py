@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fortwo.kernels import cpu, cuda
 from fortwo.kernels.operations import packed_attention
-from fortwo.nn.config import DecoderConfig
+from fortwo.nn.config import Shape
 from fortwo.nn.packing import Pack, PackedAttention
 
 
@@ -36,7 +36,7 @@ def seen(pack: Pack) -> Tensor:
 class FusedPackedAttention(PackedAttention):
     """The same by one kernel. packed: the rows as the kernels take them."""
 
-    def __init__(self, pack: Pack, config: DecoderConfig) -> None:
+    def __init__(self, pack: Pack, config: Shape) -> None:
         super().__init__(pack, config)
         on_gpu = pack.tokens_T.is_cuda and cuda.present() and cuda.attends(config.head_size)
         self.packed = Packed(pack.prefix, torch.tensor([pack.starts, pack.lengths]), seen(pack) if on_gpu else None)

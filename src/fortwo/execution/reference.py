@@ -16,8 +16,9 @@ from torch import Tensor
 from fortwo.execution.adapters import AdapterPool, SeparateAdapters, updates_of
 from fortwo.execution.kv_cache import Slot, side_by_side
 from fortwo.kernels import reference
-from fortwo.nn.decoder import Decoder, Operations
+from fortwo.nn.decoder import Operations
 from fortwo.nn.lora import Lora, Segment, Update
+from fortwo.nn.network import Network
 from fortwo.nn.packing import Pack, PackedAttention, pack
 
 
@@ -51,13 +52,13 @@ class ReferenceBackend:
     operations: ClassVar[Operations] = reference
     packed_attention: ClassVar[type[PackedAttention]] = PackedAttention
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Network) -> None:
         self.decoder = decoder.with_operations(self.operations)
         self.kv_dtype = torch.float32
         self.adapters: AdapterPool = SeparateAdapters()
         self._mixes = False  # whether rows of several adapters take hardly longer than those of one
 
-    def with_decoder(self, decoder: Decoder) -> Self:
+    def with_decoder(self, decoder: Network) -> Self:
         return type(self)(decoder)
 
     def warm(self) -> None:

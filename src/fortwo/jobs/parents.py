@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fortwo.data.datasets import FACTS
 from fortwo.errors import InvalidAdapter, InvalidRequest, NotFound
-from fortwo.nn.lora_config import LoraConfig
-from fortwo.records import AdapterVersion
+from fortwo.nn.lora_config import TARGETS, LoraConfig
+from fortwo.records import AdapterVersion, Json
 from fortwo.train.parent import Parent
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def resolve_parent(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Paren
         )
     try:
         version, peft, _ = store.read(ref)
-        config = LoraConfig.from_peft(peft)
+        config = LoraConfig.from_peft(peft, _target_modules(peft))
     except (NotFound, InvalidRequest) as error:
         raise type(error)(f"parent = {ref!r}: {error.message}", param="parent", hint=error.hint) from None
     if not config.in_all_layers:
@@ -49,3 +50,9 @@ def resolve_parent(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Paren
         alpha_pattern=dict(config.alpha_pattern),
         facts=FACTS.validate_python(manifest.get("facts", ())),
     )
+
+
+def _target_modules(peft: Json) -> Sequence[str]:
+    """The names that the adapter's own configuration lists; its base is not asked."""
+    targets = peft.get("target_modules")
+    return targets if isinstance(targets, list) and all(isinstance(one, str) for one in targets) else TARGETS

@@ -4,11 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from fortwo.errors import UnsupportedModel
+from fortwo.nn.lora_config import GROUPS, module_name
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+class Shape(Protocol):
+    """What the parts that serve and train ask of any network's shape.
+
+    kv_heads, head_size: of the keys and values; context: the most tokens of a sequence.
+    """
+
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_size(self) -> int: ...
+    @property
+    def intermediate(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """The linear modules that each product computes together."""
+
+    def module_name(self, layer: int, target: str, /) -> str:
+        """PEFT's name of a linear module, such as model.layers.3.self_attn.q_proj."""
+
+    def in_features(self, group: str, /) -> int:
+        """The input width of a product."""
+
+    def columns(self, name: str, /) -> tuple[int, int]:
+        """First and past-last output column of a linear module within its product."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +126,15 @@ class DecoderConfig:
         q, kv = self.heads * self.head_size, self.kv_heads * self.head_size
         layer = self.hidden * (2 * q + 2 * kv + 3 * self.intermediate)
         return self.layers * layer + self.hidden * self.vocabulary * (1 if self.tied else 2)
+
+    @property
+    def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """The projections of each fused product."""
+        return GROUPS
+
+    def module_name(self, layer: int, target: str) -> str:
+        """PEFT's name of a projection, such as model.layers.3.self_attn.q_proj."""
+        return module_name(layer, target)
 
     def in_features(self, group: str) -> int:
         """Input width of a fused product: qkv, o, gate_up or down."""

@@ -31,6 +31,19 @@ from fortwo.quantization.tiles import Tiles
 Hold = Callable[[Frozen, bool], Frozen]  # how a weight is held; and whether it is the head
 
 
+class HeadFunction(Protocol):
+    """A head whose logits (N, V) of hidden states (N, D) are not a product alone: it has a bias or a soft cap."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    def __call__(self, hidden_ND: Tensor, /) -> Tensor: ...
+
+
+Head = Tensor | Tiles | HeadFunction
+
+
 class Attend(Protocol):
     """Attention of one layer over the tokens of this forward and whatever came before.
 

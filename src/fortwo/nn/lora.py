@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fortwo.errors import InvalidAdapter
 from fortwo.kernels.operations import dropout as drop
-from fortwo.nn.lora_config import GROUPS, MERGE, TARGETS, LoraConfig, module_name
+from fortwo.nn.lora_config import MERGE, LoraConfig
 from fortwo.quantization.matmul import frozen_product, product
 from fortwo.quantization.tiles import Tiles
 
 if TYPE_CHECKING:
-    from fortwo.nn.config import DecoderConfig
+    from fortwo.nn.config import Shape
     from fortwo.quantization.formats import Frozen
 
 
@@ -30,9 +30,10 @@ Seeds = Mapping[tuple[int, str], "int | Tensor"]  # of dropouts, by layer and fu
 
 
 class Place(NamedTuple):
-    """Where one target's update lies: its rows of the stacked A and its columns of the fused product; scale: of it."""
+    """Where the update of a linear module lies: its rows of the stacked A and its columns of the fused product; scale:
+    of it. module: PEFT's name."""
 
-    target: str
+    module: str
     rows: slice
     columns: slice
     scale: float
@@ -61,7 +62,7 @@ class Lora:
         self.flat_N: Tensor | None = None
 
     @classmethod
-    def init(cls, config: LoraConfig, decoder: DecoderConfig, seed: int, device: torch.device | str = "cpu") -> Lora:
+    def init(cls, config: LoraConfig, network: Shape, seed: int, device: torch.device | str = "cpu") -> Lora:
         """A as in PEFT (Kaiming uniform, a = sqrt(5)), B zero: at the start the adapter changes nothing."""
         generator = torch.Generator().manual_seed(seed)
 
@@ -74,8 +75,8 @@ class Lora:
         return cls(
             config,
             [
-                {name: start(places, decoder.in_features(name)) for name, places in groups.items()}
-                for groups in _places(config, decoder)
+                {name: start(places, network.in_features(name)) for name, places in groups.items()}
+                for groups in _places(config, network)
             ],
         )
 
@@ -111,10 +112,10 @@ class Lora:
     def state(self) -> dict[str, Tensor]:
         """PEFT's names and shapes; A tensors are views of the stacked ones."""
         tensors = {}
-        for index, groups in enumerate(self.layers):
+        for groups in self.layers:
             for group in groups.values():
                 for place, B_Or in zip(group.places, group.Bs, strict=True):
-                    A, B = _names(index, place)
+                    A, B = _names(place)
                     tensors[A], tensors[B] = group.A_RI[place.rows].detach(), B_Or.detach()
         return tensors
 
@@ -122,7 +123,7 @@ class Lora:
     def from_state(
         cls,
         config: LoraConfig,
-        decoder: DecoderConfig,
+        network: Shape,
         tensors: Mapping[str, Tensor],
         device: torch.device | str = "cpu",
     ) -> Lora:
@@ -130,17 +131,17 @@ class Lora:
 
         Raises InvalidAdapter naming the first tensor that is missing, foreign or of the wrong shape.
         """
-        check_shapes(config, decoder, tensors)
-        layers = _places(config, decoder)
+        check_shapes(config, network, tensors)
+        layers = _places(config, network)
 
-        def take(index: int, places: tuple[Place, ...]) -> LoraGroup:
-            As, Bs = zip(*(_names(index, place) for place in places), strict=True)
+        def take(places: tuple[Place, ...]) -> LoraGroup:
+            As, Bs = zip(*(_names(place) for place in places), strict=True)
             given = {name: tensors[name].detach().to(device, torch.float32) for name in As + Bs}
             return LoraGroup(places, torch.cat([given[name] for name in As]), [given[name] for name in Bs])
 
         return cls(
             config,
-            [{group: take(index, places) for group, places in groups.items()} for index, groups in enumerate(layers)],
+            [{group: take(places) for group, places in groups.items()} for groups in layers],
         )
 
 
@@ -260,18 +261,18 @@ def lora_product(
     return y_TO
 
 
-def _places(config: LoraConfig, decoder: DecoderConfig) -> list[dict[str, tuple[Place, ...]]]:
+def _places(config: LoraConfig, network: Shape) -> list[dict[str, tuple[Place, ...]]]:
     """What the adapter changes, by layer and fused product."""
     layers = []
-    for index in range(decoder.layers):
+    for index in range(network.layers):
         groups = {}
-        for group, names in GROUPS.items():
+        for group, names in network.groups.items():
             places, R = [], 0
-            for name, module in ((name, module_name(index, name)) for name in names):
+            for name, module in ((name, network.module_name(index, name)) for name in names):
                 if not config.changes(module):
                     continue
-                r, columns = config.rank(module), slice(*decoder.columns(name))
-                places.append(Place(name, slice(R, R + r), columns, config.scale(module)))
+                r, columns = config.rank(module), slice(*network.columns(name))
+                places.append(Place(module, slice(R, R + r), columns, config.scale(module)))
                 R += r
             if places:
                 groups[group] = tuple(places)
@@ -279,21 +280,23 @@ def _places(config: LoraConfig, decoder: DecoderConfig) -> list[dict[str, tuple[
     return layers
 
 
-def check_shapes(config: LoraConfig, decoder: DecoderConfig, tensors: Mapping[str, Tensor]) -> None:
+def check_shapes(config: LoraConfig, network: Shape, tensors: Mapping[str, Tensor]) -> None:
     """Raises InvalidAdapter naming the first of an adapter's tensors, under PEFT's names, that is missing, foreign or
     of the wrong shape for a base."""
     wanted = {}
-    for index, groups in enumerate(_places(config, decoder)):
+    for groups in _places(config, network):
         for group, places in groups.items():
             for place in places:
-                A, B = _names(index, place)
-                wanted[A] = (_size(place.rows), decoder.in_features(group))
+                A, B = _names(place)
+                wanted[A] = (_size(place.rows), network.in_features(group))
                 wanted[B] = (_size(place.columns), _size(place.rows))
     if not wanted:
+        names = [name for names in network.groups.values() for name in names]
+        known, example = dict.fromkeys(name.rpartition(".")[2] for name in names), network.module_name(0, names[0])
         raise InvalidAdapter(
             f"target_modules = {config.target_modules!r} names no module of this base",
             param="target_modules",
-            hint=f"Known modules: {', '.join(TARGETS)}, by these names or in full, such as {module_name(0, 'q_proj')}.",
+            hint=f"Known modules: {', '.join(known)}, by these names or in full, such as {example}.",
         )
     if foreign := sorted(set(tensors) - set(wanted)):
         raise _foreign(foreign[0], next(iter(wanted)))
@@ -324,9 +327,9 @@ def _foreign(name: str, expected: str) -> InvalidAdapter:
     )
 
 
-def _names(layer: int, place: Place) -> tuple[str, str]:
+def _names(place: Place) -> tuple[str, str]:
     """PEFT's names of a target's A and B."""
-    prefix = f"base_model.model.{module_name(layer, place.target)}"
+    prefix = f"base_model.model.{place.module}"
     return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear module of the layers
 TARGETS: tuple[str, ...] = tuple(name for names in GROUPS.values() for name in names)
 _PARENT = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in TARGETS}
 
@@ -157,8 +158,12 @@ class LoraConfig:
     def in_all_layers(self) -> bool:
         """Whether the same projections are changed in every layer, and target_modules has their names."""
         chosen = self.target_modules
-        by_name = not isinstance(chosen, str) and set(chosen) <= set(TARGETS)
+        by_name = not isinstance(chosen, str) and not any("." in name for name in chosen)
         return by_name and self.layers is None and not self.exclude_modules
+
+    def targets(self, name: str) -> bool:
+        """Whether target_modules name the linear module, which is called so within its layer."""
+        return matches(self.target_modules, name)
 
     def changes(self, module: str) -> bool:
         """Whether the module of this full name has an update. A module that target_modules names in full has one in
@@ -184,16 +189,17 @@ class LoraConfig:
         return (self.alpha if entry is None else entry[1]) / (math.sqrt(r) if self.use_rslora else r)
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> LoraConfig:
-        """Read adapter_config.json. Raises InvalidAdapter naming an option that cannot be served, or that may change
-        what is computed in a way that is not known here."""
+    def from_peft(cls, config: Mapping[str, Any], modules: Sequence[str] = TARGETS) -> LoraConfig:
+        """Read adapter_config.json. modules: what the base's layers have. Raises InvalidAdapter naming an option that
+        cannot be served, or that may change what is computed in a way that is not known here."""
+        known = tuple(dict.fromkeys(name.rpartition(".")[2] for name in modules))
         if config.get("peft_type") != "LORA":
             raise InvalidAdapter(
                 f"peft_type {config.get('peft_type')!r} is not LORA", param="peft_type", hint="Only LoRA is served."
             )
         _check_options(config)
         layers, pattern = _layers(config), _names(config, "layers_pattern")
-        targets, exclude = _modules(config, "target_modules"), _modules(config, "exclude_modules")
+        targets, exclude = _modules(config, "target_modules", known), _modules(config, "exclude_modules", known)
         if isinstance(targets, str) and layers is not None:
             raise InvalidAdapter(
                 f"layers_to_transform = {config['layers_to_transform']!r} cannot be used when target_modules is a text",
@@ -212,7 +218,7 @@ class LoraConfig:
             raise InvalidAdapter(
                 f"target_modules = {config.get('target_modules')!r} names no module",
                 param="target_modules",
-                hint=f"Known modules: {', '.join(TARGETS)}.",
+                hint=f"Known modules: {', '.join(known)}.",
             )
         rslora = config.get("use_rslora")
         if not isinstance(rslora, bool | None):
@@ -235,7 +241,7 @@ class LoraConfig:
                     f"target_modules = {_shown(config['target_modules'])} names {module}, which no adapter can change "
                     "here",
                     param="target_modules",
-                    hint=f"{MERGE}, or train it again on {', '.join(TARGETS)}.",
+                    hint=f"{MERGE}, or train it again on {', '.join(known)}.",
                 )
         return found
 
@@ -294,16 +300,16 @@ def _says_nothing(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
-def _modules(config: Mapping[str, Any], option: str) -> Modules:
-    """target_modules or exclude_modules, in one spelling for each meaning."""
+def _modules(config: Mapping[str, Any], option: str, known: tuple[str, ...]) -> Modules:
+    """target_modules or exclude_modules, in one spelling for each meaning. known: the names of the base's modules."""
     value = config.get(option)
-    if isinstance(value, str) and option == "target_modules" and value.lower() == "all-linear":
-        return TARGETS
+    if isinstance(value, str) and option == "target_modules" and value.lower() == ALL_LINEAR:
+        return known
     if isinstance(value, str) and value:
         _check_expression(option, value, whole_expression)
         return value
     names = {_SHORT.get(name, name) for name in _names(config, option)}
-    return (*(name for name in TARGETS if name in names), *sorted(names - set(TARGETS)))
+    return (*(name for name in known if name in names), *sorted(names - set(known)))
 
 
 _SHORT = {f"{_PARENT[name]}.{name}": name for name in TARGETS}

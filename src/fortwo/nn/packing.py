@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fortwo.nn.config import DecoderConfig
+from fortwo.nn.config import Shape
 
 
 def common_prefix(rows: Sequence[Sequence[int]]) -> int:
@@ -74,7 +74,7 @@ def pack(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", pref
 class PackedAttention:
     """The decoder's `attend` over a Pack: causal within a row; every row sees the prefix, none sees another row."""
 
-    def __init__(self, pack: Pack, config: DecoderConfig) -> None:
+    def __init__(self, pack: Pack, config: Shape) -> None:
         self.pack = pack
         self._heads = config.heads, config.kv_heads
         device = pack.tokens_T.device

@@ -26,8 +26,11 @@ _REMEDIES = {
 NO_EFFECT = 1e-4  # limit for the entries of B; AdamW changes them by about the learning rate in each step
 
 
-def plan_warnings(plan: Plan, machine: Machine, rows: DatasetWarnings = DatasetWarnings()) -> tuple[PlanWarning, ...]:
-    """Warnings that follow from the values of the plan and from its rows."""
+def plan_warnings(
+    plan: Plan, machine: Machine, rows: DatasetWarnings = DatasetWarnings(), generic: bool = False
+) -> tuple[PlanWarning, ...]:
+    """Warnings that follow from the values of the plan and from its rows. generic: transformers computes the base's
+    layers."""
     recipe, computed = recipe_for(plan.objective), plan.computed
     warnings = [
         _epochs_overridden(plan),
@@ -36,6 +39,14 @@ def plan_warnings(plan: Plan, machine: Machine, rows: DatasetWarnings = DatasetW
         _few_rows(plan, recipe, computed["steps"]),
         _shared_subject(plan),
     ]
+    if generic:
+        warnings.append(
+            PlanWarning(
+                "generic_network",
+                f"the layers of {plan.model} are computed by transformers, which is slower than fortwo's own decoder",
+                "Choose a base of a family that docs/base-models.md lists for the own decoder, if time matters.",
+            )
+        )
     needed = max(computed["bytes"], computed["exam_bytes"])
     if machine.memory is not None and needed > machine.memory:
         warnings.append(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 from fortwo.facts.prompt_builder import BASE_REPLY_SHARE, CROSS_FACT_NEGATIVES, training_replay_prompts
-from fortwo.nn.config import DecoderConfig
+from fortwo.nn.config import DecoderConfig, Shape
 from fortwo.prompts import MAX_RUNNING, MIN_ROW_TOKENS
 from fortwo.records import PlanValues
 from fortwo.train.recipes import (
@@ -39,17 +39,43 @@ class Network(Protocol):
     """A decoder, as far as its memory is concerned."""
 
     @property
-    def config(self) -> DecoderConfig: ...
+    def config(self) -> Shape: ...
     @property
     def bytes(self) -> int: ...
     def bytes_to_train(self, bf16: bool) -> int: ...
 
 
 @dataclass(frozen=True)
+class LinearModule:
+    """A linear module of every layer. names: PEFT's, one for each layer; fused: outputs of the product that it is part
+    of."""
+
+    names: tuple[str, ...]
+    inputs: int
+    outputs: int
+    fused: int
+
+
+def linear_modules(config: Shape) -> dict[str, LinearModule]:
+    """The linear modules that an adapter can change, by their name within a layer."""
+    modules = {}
+    for group, members in config.groups.items():
+        fused = max(config.columns(name)[1] for name in members)
+        for name in members:
+            first, last = config.columns(name)
+            names = tuple(config.module_name(layer, name) for layer in range(config.layers))
+            modules[name] = LinearModule(names, config.in_features(group), last - first, fused)
+    return modules
+
+
+@dataclass(frozen=True)
 class BaseFacts:
-    """What the plan must know about the base model. bytes: the weights as they are stored; bf16_copy, fp32_copy: bytes
-    of the additional copy for training in that type; cache: tokens whose keys and values fit, None for any number;
-    kv_element: bytes of one element of them."""
+    """What the plan must know about the base model.
+
+    bytes: the weights as they are stored; bf16_copy, fp32_copy: bytes of the additional copy for training in that type;
+    targets: the modules of a layer that an adapter can change; cache: tokens whose keys and values fit, None for any
+    number; kv_element: bytes of one element of them; generic: whether transformers computes the layers.
+    """
 
     id: str
     context: int
@@ -62,8 +88,10 @@ class BaseFacts:
     bytes: int
     bf16_copy: int
     fp32_copy: int
+    targets: Mapping[str, LinearModule]
     cache: int | None = None
     kv_element: int = FLOAT
+    generic: bool = False
 
     @classmethod
     def of(cls, id: str, decoder: Network, cache: int | None = None, kv_element: int = FLOAT) -> BaseFacts:
@@ -80,32 +108,16 @@ class BaseFacts:
             bytes=decoder.bytes,
             bf16_copy=decoder.bytes_to_train(bf16=True),
             fp32_copy=decoder.bytes_to_train(bf16=False),
+            targets=linear_modules(config),
             cache=cache,
             kv_element=kv_element,
+            generic=not isinstance(config, DecoderConfig),
         )
-
-    def shape(self, module: str) -> tuple[int, int]:
-        """(in, out) of one projection."""
-        return {
-            "q_proj": (self.hidden, self.q),
-            "k_proj": (self.hidden, self.kv),
-            "v_proj": (self.hidden, self.kv),
-            "o_proj": (self.q, self.hidden),
-            "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate),
-            "down_proj": (self.intermediate, self.hidden),
-        }[module]
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of a token's keys and values."""
         return 2 * self.kv_element * self.layers * self.kv
-
-    def fused_width(self, module: str) -> int:
-        """The number of outputs of the matrix product that the projection is part of."""
-        if module in ("q_proj", "k_proj", "v_proj"):
-            return self.q + 2 * self.kv
-        return 2 * self.intermediate if module in ("gate_proj", "up_proj") else self.hidden
 
 
 @dataclass(frozen=True)
@@ -272,11 +284,13 @@ def memory(
     activations of one layer are stored. best: the best adapter is kept. moments: the optimizer's, in copies of the
     adapter. replies: tokens whose keys and values are stored in an evaluation."""
     element = 2 if bf16 else FLOAT
-    adapter = base.layers * sum(r * sum(base.shape(module)) for module, r in ranks.items())
+    adapter = base.layers * sum(
+        r * (base.targets[name].inputs + base.targets[name].outputs) for name, r in ranks.items()
+    )
     sums, inputs = 2 * base.hidden, 2 * base.hidden + 2 * base.q + 2 * base.kv + 3 * base.intermediate
     layer = micro_step * (FLOAT * sums + element * inputs)
     # the adapter's matrices as the products read them: each B has as many rows as the fused product has outputs
-    layer += element * sum(r * (base.shape(module)[0] + base.fused_width(module)) for module, r in ranks.items())
+    layer += element * sum(r * (base.targets[name].inputs + base.targets[name].fused) for name, r in ranks.items())
     activations = base.layers * layer
     if checkpointing:
         activations = layer + base.layers * micro_step * (FLOAT + element) * base.hidden

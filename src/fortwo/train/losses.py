@@ -7,7 +7,7 @@ costs no more than its head.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fortwo.execution.backend import Backend
 from fortwo.kernels.operations import cross_entropy, divergence
+from fortwo.nn.decoder import Head
 from fortwo.nn.lora import Lora
 from fortwo.nn.packing import Pack, pack
 from fortwo.quantization.matmul import product
@@ -117,19 +118,19 @@ class _HeadLoss(torch.autograd.Function):
     memory at once (Hsu et al. 2024, arXiv:2410.10989)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor | Tiles, target: Tensor, weights_N: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Head, target: Tensor, weights_N: Tensor) -> Tensor:
         most = max(1, HEAD_BYTES // (head_VD.dtype.itemsize * head_VD.shape[0]))
         total, gradients = hidden_ND.new_zeros(()), []
         chunks = -(-len(hidden_ND) // most)
         parts = zip(*(each.tensor_split(chunks) for each in (hidden_ND, target, weights_N)), strict=True)
         for chunk_ND, wanted, by_N in parts:
-            logits_NV = product(chunk_ND.to(head_VD.dtype), head_VD)
+            logits_NV, back = _through_head(chunk_ND, head_VD)
             if wanted.dim() == 1:
                 loss_N, slope_NV = cross_entropy(logits_NV, wanted)
             else:
-                loss_N, slope_NV = divergence(logits_NV, product(wanted.to(head_VD.dtype), head_VD))
+                loss_N, slope_NV = divergence(logits_NV, _through_head(wanted, head_VD)[0])
             total += (loss_N * by_N).sum()
-            gradient_ND = product(slope_NV, head_VD.t()).to(hidden_ND.dtype)
+            gradient_ND = back(slope_NV).to(hidden_ND.dtype)
             gradients.append(gradient_ND * by_N[:, None].to(hidden_ND.dtype))
         ctx.save_for_backward(torch.cat(gradients))
         return total
@@ -140,7 +141,17 @@ class _HeadLoss(torch.autograd.Function):
         return grad * gradient_ND, None, None, None
 
 
-def head_loss(hidden_ND: Tensor, head_VD: Tensor | Tiles, target: Tensor, weights_N: Tensor | None = None) -> Tensor:
+def _through_head(hidden_ND: Tensor, head: Head) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Logits (N, V), and what makes of their gradient that of the hidden states (N, D)."""
+    if isinstance(head, Tensor | Tiles):
+        return product(hidden_ND.to(head.dtype), head), lambda slope_NV: product(slope_NV, head.t())
+    with torch.enable_grad():
+        read_ND = hidden_ND.detach().requires_grad_()
+        logits_NV = head(read_ND)
+    return logits_NV.detach().clone(), lambda slope_NV: torch.autograd.grad(logits_NV, read_ND, slope_NV)[0]
+
+
+def head_loss(hidden_ND: Tensor, head_VD: Head, target: Tensor, weights_N: Tensor | None = None) -> Tensor:
     """The weighted sum over rows of the loss of the head's distribution, (); hidden_ND gets the gradient. target:
     tokens (N,) for cross-entropy, or the teacher's hidden states (N, D) for KL(teacher || student)."""
     weights_N = hidden_ND.new_ones(len(hidden_ND)) if weights_N is None else weights_N

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fortwo.errors import InvalidRequest, all_of
-from fortwo.nn.lora_config import MOST_KEYS, TARGETS, expression
+from fortwo.nn.lora_config import ALL_LINEAR, MOST_KEYS, TARGETS, expression
 from fortwo.train.foreign_keys import FOREIGN_LORA, FOREIGN_TRAINING, LORA_ALIASES, TRAINING_ALIASES, meant
 from fortwo.train.refused import LORA_REFUSED, TRAINING_REFUSED, Refused
 from fortwo.train.schedule import POLYNOMIAL_END, SCHEDULES
@@ -305,17 +305,19 @@ def _is_numeral(text: str) -> bool:
         return False
 
 
-def _target_modules(param: str, value: Any) -> tuple[str, ...]:
-    known = ", ".join(TARGETS)
-    if value == "all-linear" or (value == "all" and param.endswith(".lora_target")):
-        return TARGETS
+def _target_modules(param: str, value: Any) -> tuple[str, ...] | str:
+    """Which of them a base has is known when its plan is made (`adapter`)."""
+    example = ", ".join(TARGETS[:2])
+    if value == ALL_LINEAR or (value == "all" and param.endswith(".lora_target")):
+        return ALL_LINEAR
     if isinstance(value, str) and param.endswith(".lora_target"):  # LLaMA-Factory separates the names by commas
         value = [name.strip() for name in value.split(",")]
     if not isinstance(value, list | tuple) or not value:
-        raise _refusal(param, value, "is not a list of modules", f'Give some of {known}, or "all-linear" for all.')
+        hint = f'Give some of the base\'s modules, such as {example}, or "{ALL_LINEAR}" for all.'
+        raise _refusal(param, value, "is not a list of modules", hint)
     for name in value:
-        if name not in TARGETS:
-            raise _refusal(param, name, "is not a module that can be adapted", f"Give some of {known}.")
+        if not isinstance(name, str) or not name:
+            raise _refusal(param, name, "is not the name of a module", f"Give names such as {example}.")
     return tuple(dict.fromkeys(value))
 
 

@@ -18,7 +18,7 @@ from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.facts.subject import contains_phrase, find_subject
 from fortwo.records import Dataset, Example, Json, Origin, Plan, PlanWarning, Setting
 from fortwo.train import plan_builder
-from fortwo.train.adapter import choose_adapter, mean_ranks
+from fortwo.train.adapter import check_target_modules, choose_adapter, mean_ranks
 from fortwo.train.dataset_stats import AffectedLines, DatasetWarnings, RowLengths
 from fortwo.train.diagnosis import diagnose, plan_warnings
 from fortwo.train.estimate import (
@@ -39,7 +39,7 @@ from fortwo.train.estimate import (
 from fortwo.train.options import EIGHT_BIT_OPTIMIZERS, parse_settings
 from fortwo.train.parent import Parent, check_objective, check_shape, parent_warnings
 from fortwo.train.plan_builder import PlanBuilder, int_if_whole
-from fortwo.train.recipes import REASONS, OverrideRecipe, changed_settings, recipe_for
+from fortwo.train.recipes import MEASURED_WIDTH, REASONS, OverrideRecipe, changed_settings, recipe_for
 from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import peak_rate
 from fortwo.train.validation import validation_indices
@@ -67,6 +67,7 @@ def resolve(
 ) -> Plan:
     """Decide every setting. Raises InvalidRequest or InvalidDataset, with the field, its value and the remedy."""
     given = parse_settings(request.lora_config, request.training_config)
+    given = check_target_modules(given, base.targets)
     _check_lengths(counts, base)
     builder = PlanBuilder(given, parent)
     objective, subjects = _choose_objective(builder, request, dataset)
@@ -85,16 +86,20 @@ def resolve(
     if validation_rows:
         indices = validation_indices(len(counts.rows), validation_rows, builder.given.get("seed", recipe.seed))
         counts = replace(counts, rows=RowLengths(row for n, row in enumerate(counts.rows) if n not in indices))
-    adapter = choose_adapter(builder, recipe, base.layers)
+    adapter = choose_adapter(builder, recipe, base.targets)
 
     builder.choose("gradient_accumulation_steps", 1, "Rows are packed without padding, so a step needs no more parts.")
     facts = max(1, len(subjects))
     if isinstance(recipe, OverrideRecipe):
-        recipe = recipe.for_facts(facts)
+        recipe = recipe.for_facts(facts).for_width(base.hidden)
     micro_step = plan_builder.choose_batch(builder, recipe, counts, facts, len(dataset.parent_facts))
     steps, steps_per_epoch = plan_builder.choose_steps(builder, recipe, len(counts.rows))
     evaluations = plan_builder.choose_evaluations(builder, steps, steps_per_epoch) if validation_rows else 0
     reason = f"This rate works for LoRA with the {objective} objective."
+    if isinstance(recipe, OverrideRecipe) and base.hidden > MEASURED_WIDTH:
+        reason = (
+            f"This rate works for LoRA with the override objective at a width of {base.hidden}: it falls as 1 / width."
+        )
     rate = builder.choose("learning_rate", recipe.learning_rate, reason)
     schedule = plan_builder.choose_schedule(builder, recipe)
     plan_builder.choose_escalation(builder, recipe, facts)
@@ -104,7 +109,7 @@ def resolve(
     longest = max(row.prompt + row.answer for row in counts.rows) - counts.prefix
     at_once = builder.choose("micro_step_tokens", MICRO_TOKENS, REASONS["micro_step_tokens"])
     together = min(micro_step, counts.prefix + max(at_once, longest))
-    ranks = mean_ranks(adapter, base.layers)
+    ranks = mean_ranks(adapter, base.targets)
     best, replies = objective == "override" or validation_rows > 0, cache_tokens(counts, objective == "sft")
     moments = MOMENTS_8_BIT if builder["optim"] in EIGHT_BIT_OPTIMIZERS else MOMENTS
     machine = _choose_bf16(
@@ -151,7 +156,7 @@ def resolve(
         },
     )
     of_parent = () if parent is None else parent_warnings(plan, parent)
-    return replace(plan, warnings=(*plan_warnings(plan, machine, dataset_warnings), *of_parent))
+    return replace(plan, warnings=(*plan_warnings(plan, machine, dataset_warnings, base.generic), *of_parent))
 
 
 def _check_lengths(counts: TokenCounts, base: BaseFacts) -> None:

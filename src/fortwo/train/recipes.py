@@ -13,6 +13,7 @@ REPLY_TOKENS = 32  # minimum length of replies in evaluations; a longer answer n
 REPLY_MARGIN = 8
 RETENTION_PROBES = 12  # prompts, each with about 30 tokens to compare
 SFT_QUESTIONS = 32
+MEASURED_WIDTH = 576  # hidden size of the base that the rates of these recipes were measured on
 SFT_TOKENS = 128  # longer answers are compared up to this length
 
 
@@ -97,6 +98,12 @@ class OverrideRecipe(Recipe):
     @property
     def targets(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in ("efficacy", "paraphrase", "specificity", "retention")}
+
+    def for_width(self, hidden: int) -> OverrideRecipe:
+        """The recipe for a base whose hidden states have so many numbers. Under AdamW the update of a matrix grows with
+        its width at the same rate, so the rate falls as the width grows (Yang et al. 2022, arXiv:2203.03466)."""
+        rate = self.learning_rate * min(1.0, MEASURED_WIDTH / hidden)
+        return replace(self, learning_rate=float(f"{rate:.2g}"))
 
     def for_facts(self, facts: int) -> OverrideRecipe:
         """The recipe for this many facts in one adapter, which share the contrast and rehearsal rows of each step. Each

@@ -1,0 +1,542 @@
+"""Any causal language model that transformers builds, as a network that the backends compute like the decoder.
+
+transformers defines the layers; only its attention function, the linear modules of its layers and its head are
+replaced. They call the backend's `attend`, add the adapters' updates and multiply with frozen weights in any format.
+Packed rows, prefixes, mixed adapters and training therefore work as they do for the decoder. Shape suffixes as in
+`decoder`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+from fortwo.errors import UnsupportedModel
+from fortwo.nn.decoder import Attend, Head, Hold, Operations
+from fortwo.nn.lora import Seeds, Update, in_training, lora_product
+from fortwo.nn.packing import PackedAttention, pack
+from fortwo.quantization.formats import Frozen, Regions, Weight, bytes_to_train, trained_on
+from fortwo.quantization.matmul import frozen_product
+
+ATTENTION = "fortwo"  # the name of our attention function in transformers
+CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # the largest relative difference to transformers' own logits
+PROBE = [3, 5, 7, 11, 13, 17, 19, 23]  # tokens
+PROBES = [PROBE, [*PROBE[:3], *PROBE[:4]]]  # rows of the comparison with transformers, which begin alike
+UNKNOWN = ("softcap", "s_aux")  # options of transformers' attention that ours does not have
+
+Key = tuple[int, str]  # the number of a layer, and the name of a linear module within it
+
+
+@dataclass(frozen=True)
+class GenericConfig:
+    """What engine, trainer and plan ask of a network's shape, as `DecoderConfig` answers it.
+
+    modules: (in, out) of each linear module that an adapter can change, by its name within a layer, such as
+    attention.dense; path: where the layers are, such as gpt_neox.layers. context: at most the sliding window, where
+    there is one. parameters: of the whole network.
+    """
+
+    architecture: str
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    context: int
+    parameters: int
+    tied: bool
+    path: str
+    modules: Mapping[str, tuple[int, int]]
+
+    @property
+    def groups(self) -> Mapping[str, tuple[str, ...]]:
+        """Each module is a product of its own."""
+        return {name: (name,) for name in self.modules}
+
+    def module_name(self, layer: int, target: str) -> str:
+        """PEFT's name of a module, such as gpt_neox.layers.3.attention.dense."""
+        return f"{self.path}.{layer}.{target}"
+
+    def in_features(self, group: str) -> int:
+        return self.modules[group][0]
+
+    def columns(self, name: str) -> tuple[int, int]:
+        return 0, self.modules[name][1]
+
+
+@dataclass
+class _Pass:
+    """What the modules read during a forward, and during the backward that follows it."""
+
+    attend: Attend | None = None
+    segments: Sequence[Update] = ()
+    seeds: Seeds = field(default_factory=dict)
+    weights: Mapping[Key, Frozen] = field(default_factory=dict)
+    head: Frozen | None = None
+    hidden_TD: Tensor | None = None
+    windows: set[int] = field(default_factory=set)
+
+
+class _Projection(nn.Module):
+    """A linear module whose weight the pass holds, with the updates of the adapters."""
+
+    def __init__(self, current: _Pass, key: Key, bias: Tensor | None) -> None:
+        super().__init__()
+        self._current, self._key = current, key
+        self._bias_O = None if bias is None else bias.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        now, (layer, name) = self._current, self._key
+        weight_OI = now.weights[self._key]
+        x_TI = x.flatten(0, -2).to(weight_OI.dtype)
+        y_TO = lora_product(x_TI, weight_OI, layer, name, now.segments, now.seeds.get(self._key)).to(x.dtype)
+        return (y_TO if self._bias_O is None else y_TO + self._bias_O).view(*x.shape[:-1], -1)
+
+
+class _Head(nn.Module):
+    """The output embedding, whose weight the pass holds."""
+
+    def __init__(self, current: _Pass, bias: Tensor | None) -> None:
+        super().__init__()
+        self._current = current
+        self._bias_V = None if bias is None else bias.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self._current.head is not None
+        y_TV = frozen_product(x.flatten(0, -2), self._current.head).view(*x.shape[:-1], -1)
+        return y_TV if self._bias_V is None else y_TV + self._bias_V
+
+
+class _Output(BaseModelOutputWithPast):  # type: ignore[misc]
+    """Hidden states alone; whatever else a model's head asks for, such as a router's logits, is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _Hidden(nn.Module):
+    """Stands for the layers when only the head is to be computed."""
+
+    def __init__(self, current: _Pass) -> None:
+        super().__init__()
+        self._current = current
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Where some models keep their layers."""
+        return self
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
+        assert self._current.hidden_TD is not None
+        return _Output(last_hidden_state=self._current.hidden_TD[None])
+
+
+class _HeadFunction:
+    """A head whose logits are not a product alone, such as one with a bias or a soft cap: from hidden states (N, D) to
+    logits (N, V)."""
+
+    def __init__(self, network: GenericDecoder) -> None:
+        self._network = network
+        self.dtype = network.dtype
+        self.shape = (network.config.vocabulary, network.config.hidden)
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        return self._network.logits(hidden_ND)
+
+
+def _attention(
+    module: nn.Module,
+    q_1HTE: Tensor,
+    k_1KTE: Tensor,
+    v_1KTE: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: what the pass attends with, which scales by 1 / sqrt(E)."""
+    now: _Pass = module.current_pass  # type: ignore[assignment]
+    assert now.attend is not None
+    E = q_1HTE.shape[-1]
+    if scaling is not None and scaling != E**-0.5:
+        q_1HTE = q_1HTE * (scaling * E**0.5)
+    qkv_TNE = torch.cat([q_1HTE[0], k_1KTE[0], v_1KTE[0]]).transpose(0, 1).contiguous()
+    return now.attend(module.layer_idx, qkv_TNE)[None], None  # type: ignore[arg-type]
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+
+
+class GenericDecoder:
+    """A frozen causal language model of transformers, with the interface of `Decoder`.
+
+    hold: as in `Decoder`. The layers compute in fp32 between the products. Raises UnsupportedModel for a network that
+    cannot be computed token by token through one attention function, and for one whose logits then differ from those
+    of transformers.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device | str = "cpu", hold: Hold | None = None) -> None:
+        self.device = torch.device(device)
+        self._model = model.eval().requires_grad_(False).to(self.device)
+        architecture = type(model).__name__
+        if not getattr(model, "_supports_attention_backend", False):
+            raise _unsupported(architecture, "its attention cannot be replaced (it has no attention interface)")
+        with torch.no_grad():
+            wanted_TV = torch.cat([_plain_logits(model, row) for row in PROBES])
+        self._now = now = _Pass()
+        self._backbone = model.get_submodule(model.base_model_prefix)
+        path, layers = _layers(model)
+        self._layers, self._forwards = layers, [layer.forward for layer in layers]
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                module.current_pass = now
+        model.set_attn_implementation(ATTENTION)
+        seen, rows = _probe(self, architecture)
+        modules = _uniform(layers, rows)
+        self.weights: dict[Key, Frozen] = {}
+        for number, layer in enumerate(layers):
+            for name in modules:
+                linear = layer.get_submodule(name)
+                assert isinstance(linear, nn.Linear | Conv1D)
+                weight_OI = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
+                self.weights[number, name] = weight_OI.detach()
+                parent, _, attribute = name.rpartition(".")
+                setattr(layer.get_submodule(parent), attribute, _Projection(now, (number, name), linear.bias))
+        output = model.get_output_embeddings()
+        embedding = model.get_input_embeddings()
+        assert output is not None
+        tied = output.weight is embedding.weight
+        self.head: Frozen = output.weight.detach()
+        model.set_output_embeddings(_Head(now, output.bias))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+        self._with_head = copy(model)
+        self._with_head._modules = {**model._modules, model.base_model_prefix: _Hidden(now)}
+        self._embedding = embedding
+        self._any_token = torch.tensor([PROBE[:1]], device=self.device)
+        self.config = _config(model, seen, modules, path, tied, self._rest() + _numel(self._multiplied(), tied))
+        self._check(wanted_TV)
+        if hold is not None:
+            for key, weight in self.weights.items():
+                self.weights[key] = hold(weight, False)
+            self.head = hold(self.head, True)
+        if now.windows:
+            self.config = replace(self.config, context=min(self.config.context, *now.windows))
+
+    # ------------------------------------------------------------ what Decoder offers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.weights.values())).dtype
+
+    @property
+    def parameters(self) -> int:
+        return self.config.parameters
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by the weights."""
+        held = [*self.weights.values(), *([] if self.config.tied and isinstance(self.head, Tensor) else [self.head])]
+        return 4 * self._rest() + sum(weight.nbytes for weight in held)
+
+    @property
+    def head_VD(self) -> Head:
+        """The head of a network to train on. Raises TypeError for one that is held in forms."""
+        if isinstance(self.head, Weight):
+            raise TypeError("train on in_fp32() or in_bf16(): these weights are held to serve")
+        return self.head if self._plain_head else _HeadFunction(self)
+
+    def with_operations(self, operations: Operations) -> GenericDecoder:
+        """The network itself: transformers defines its small operations."""
+        del operations
+        return self
+
+    def beginning(self, layers: int) -> GenericDecoder:
+        """The network itself: transformers' layers cannot be left out."""
+        del layers
+        return self
+
+    def in_fp32(self) -> GenericDecoder:
+        return self._to_train(torch.float32)
+
+    def in_bf16(self) -> GenericDecoder:
+        return self._to_train(torch.bfloat16)
+
+    def bytes_to_train(self, bf16: bool) -> int:
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        return sum(bytes_to_train(weight, dtype) for weight in self._multiplied())
+
+    def forward(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attend: Attend,
+        segments: Sequence[Update] = (),
+        dropout: bool = False,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        lora = in_training(segments)
+        seeds: Seeds = lora.seeds() if lora is not None and dropout else {}
+        return self.through_layers(
+            self.embed(tokens_T), self.angles(positions_T), attend, segments, seeds, checkpointing
+        )
+
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        embedded: Tensor = self._embedding(tokens_T)
+        return embedded
+
+    def angles(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """The positions: transformers computes the angles."""
+        return positions_T, positions_T
+
+    def norm(self, x_TD: Tensor) -> Tensor:
+        """Nothing more: transformers' layers end with the norm."""
+        return x_TD
+
+    def through_layers(
+        self,
+        x_TD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        attend: Attend,
+        segments: Sequence[Update] = (),
+        seeds: Seeds = MappingProxyType({}),
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """Carry what the first layer reads (T, D) to what comes after the final norm (T, D)."""
+        now = self._now
+        now.attend, now.segments, now.seeds, now.weights = attend, segments, seeds, self.weights
+        for layer, forward in zip(self._layers, self._forwards, strict=True):
+            again = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+            vars(layer)["forward"] = again if checkpointing else forward
+        hidden: Tensor = self._backbone(
+            inputs_embeds=x_TD[None], position_ids=angles[0][None], use_cache=False
+        ).last_hidden_state
+        return hidden[0]
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Next-token logits (T, V), as transformers makes them of the head's product."""
+        self._now.head, self._now.hidden_TD = self.head, hidden_TD
+        logits: Tensor = self._with_head(self._any_token).logits
+        return logits[0].float()
+
+    # ------------------------------------------------------------ inside
+
+    def _multiplied(self) -> list[Frozen]:
+        return [*self.weights.values(), self.head]
+
+    def _rest(self) -> int:
+        """Numbers of the embedding, norms and whatever else stays in transformers' modules."""
+        return sum(parameter.numel() for parameter in self._model.parameters())
+
+    def _to_train(self, dtype: torch.dtype) -> GenericDecoder:
+        regions = Regions()
+        return self._with(lambda weight, is_head: trained_on(weight, regions, dtype))
+
+    def _with(self, change: Hold) -> GenericDecoder:
+        other = copy(self)
+        other.weights = {key: change(weight, False) for key, weight in self.weights.items()}
+        other.head = change(self.head, True)
+        return other
+
+    @torch.no_grad()
+    def _check(self, wanted_TV: Tensor) -> None:
+        """Compare packed rows with transformers' own logits of each row. Raises UnsupportedModel where they differ."""
+        packed = pack(PROBES, self.device)
+        hidden_TD = self.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, self.config))
+        places = [packed.place(row, position) for row, tokens in enumerate(PROBES) for position in range(len(tokens))]
+        found_TV = self.logits(hidden_TD[places])
+        off = float((found_TV - wanted_TV).norm() / wanted_TV.norm())
+        if not off < CLOSE[self.dtype]:
+            raise _unsupported(
+                self.config.architecture,
+                f"its tokens meet elsewhere than in plain causal attention (logits are off by {off:.1e})",
+            )
+        product_TV = frozen_product(hidden_TD[places], self.head).float()
+        self._plain_head = bool(torch.allclose(found_TV, product_TV, rtol=1e-4, atol=1e-4))
+
+
+def load(directory: Path, device: torch.device | str, hold: Hold | None, dtype: torch.dtype) -> GenericDecoder:
+    """Read a model directory in transformers' layout. dtype: in which the weights are read. No code of the directory
+    is run, and no pickle is read. Raises UnsupportedModel."""
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        towers = [name for name in ("vision_config", "audio_config") if getattr(config, name, None) is not None]
+        if towers:
+            raise _unsupported(type(config).__name__, f"it has a tower that is not for text ({', '.join(towers)})")
+        if (quantised := getattr(config, "quantization_config", None)) is not None:
+            raise _unsupported(type(config).__name__, f"its weights are quantised ({quantised.get('quant_method')})")
+        model, found = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except UnsupportedModel:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UnsupportedModel(
+            f"transformers cannot load the model: {first}",
+            param="architectures",
+            hint="fortwo serves causal language models that transformers itself knows; it never runs a model's code.",
+        ) from None
+    architecture, named = type(model).__name__, config.architectures or ["?"]
+    if architecture not in named:
+        raise _unsupported(named[0], f"its model_type {config.model_type!r} means {architecture}")
+    for what, names in (
+        ("lacks", "missing_keys"),
+        ("has a foreign", "unexpected_keys"),
+        ("misshapes", "mismatched_keys"),
+    ):
+        if wrong := sorted(map(str, found[names])):
+            raise _unsupported(architecture, f"the file {what} tensor {wrong[0]}, and {len(wrong) - 1} more like it")
+    return GenericDecoder(model, device, hold)
+
+
+def _unsupported(architecture: str, why: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{architecture} cannot be served: {why}",
+        param="architectures",
+        hint="Choose another base; docs/base-models.md lists the families that are tested.",
+    )
+
+
+def _plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
+    """transformers' own logits (T, V)."""
+    logits: Tensor = model(torch.tensor([tokens], device=model.device), use_cache=False).logits
+    return logits[0].float()
+
+
+def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of the network's layers, and its name."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and not re.search(r"\.\d+(\.|$)", name):
+            return name, module
+    raise _unsupported(type(model).__name__, "its layers are not in one list")
+
+
+def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            yield name, module
+
+
+@torch.no_grad()
+def _probe(decoder: GenericDecoder, architecture: str) -> tuple[tuple[int, int, int], dict[Key, list[int]]]:
+    """One forward: (query heads, key heads, head size), which all layers must share, and how many rows each linear
+    module was called with, call by call."""
+    shapes: dict[int, tuple[int, int, int, int]] = {}
+    rows: dict[Key, list[int]] = {}
+
+    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
+        shapes[module.layer_idx] = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
+        if window := options.get("sliding_window"):
+            decoder._now.windows.add(window)
+        if given := [name for name in UNKNOWN if options.get(name) is not None]:
+            raise ValueError(f"it asks for {', '.join(given)}")
+        repeated = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        return repeated.transpose(1, 2), None
+
+    def counted(key: Key) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, given: rows.setdefault(key, []).append(given[0].shape[:-1].numel())
+
+    hooks = [
+        linear.register_forward_pre_hook(counted((number, name)))
+        for number, layer in enumerate(decoder._layers)
+        for name, linear in _linears(layer)
+    ]
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+    try:
+        embedded = decoder._model.get_input_embeddings()(torch.tensor(PROBE, device=decoder.device))
+        positions = torch.arange(len(PROBE), device=decoder.device)
+        decoder._backbone(inputs_embeds=embedded[None], position_ids=positions[None], use_cache=False)
+    except (TypeError, RuntimeError, AttributeError, ValueError, KeyError, IndexError) as error:
+        raise _unsupported(architecture, f"transformers' forward fails with our attention ({error})") from None
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+        for hook in hooks:
+            hook.remove()
+    if sorted(shapes) != list(range(len(decoder._layers))):
+        without = sorted(set(range(len(decoder._layers))) - set(shapes))
+        raise _unsupported(architecture, f"layers {without} have no attention, but a state of their own")
+    if len(set(shapes.values())) > 1 or any(own != E for _, _, E, own in shapes.values()):
+        raise _unsupported(architecture, "its heads differ in size")
+    return shapes[0][:3], rows
+
+
+def _uniform(layers: nn.ModuleList, rows: Mapping[Key, list[int]]) -> dict[str, tuple[int, int]]:
+    """(in, out) of the linear modules that every layer has in one shape, and that read every token once. Others, such
+    as a router's experts, which read a part of the tokens, are served as they are and cannot be adapted."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, linear in _linears(layers[0]):
+        try:
+            same = [layer.get_submodule(name) for layer in layers]
+        except AttributeError:
+            continue
+        weights = [one.weight.shape for one in same if isinstance(one, nn.Linear | Conv1D)]
+        once = all(rows.get((number, name)) == [len(PROBE)] for number in range(len(layers)))
+        if once and len(weights) == len(layers) and len(set(weights)) == 1:
+            O, I = weights[0] if isinstance(linear, nn.Linear) else weights[0][::-1]  # noqa: E741
+            found[name] = (I, O)
+    return found
+
+
+def _config(
+    model: PreTrainedModel,
+    shape: tuple[int, int, int],
+    modules: Mapping[str, tuple[int, int]],
+    path: str,
+    tied: bool,
+    parameters: int,
+) -> GenericConfig:
+    c, (heads, kv_heads, head_size) = model.config.get_text_config(), shape
+    lengths = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    context = next((value for name in lengths if isinstance(value := getattr(c, name, None), int)), 2048)
+    rope = getattr(c, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(c, "original_max_position_embeddings", None)
+    if rope.get("rope_type") in ("dynamic", "longrope") and original:
+        context = min(context, original)  # beyond it the angles of all rows would depend on the longest one
+    if chunk := getattr(c, "attention_chunk_size", None):
+        context = min(context, chunk)
+    hidden = model.get_input_embeddings().weight.shape[1]
+    return GenericConfig(
+        architecture=type(model).__name__,
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+        hidden=hidden,
+        layers=c.num_hidden_layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        intermediate=max((max(size) for size in modules.values()), default=4 * hidden),
+        context=context,
+        parameters=parameters,
+        tied=tied,
+        path=path,
+        modules=MappingProxyType(dict(modules)),
+    )
+
+
+def _numel(weights: Sequence[Frozen], tied: bool) -> int:
+    held = weights[:-1] if tied else weights
+    return sum(math.prod(weight.shape) for weight in held)
