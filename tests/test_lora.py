@@ -332,7 +332,6 @@ def test_a_pattern_that_backtracks_without_end_elsewhere_is_matched_at_once(key:
         {"peft_type": "IA3"},
         {"use_rslora": "yes"},
         {"use_dora": True},
-        {"fan_in_fan_out": True},
         {"lora_bias": True},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},

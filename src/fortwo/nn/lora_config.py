@@ -36,7 +36,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
-    "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
     "bias": ("none", None),
     "modules_to_save": (None, []),
@@ -57,6 +56,7 @@ _READ = {
 # What is for training, for other programs or for people.
 _HARMLESS = {
     *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    "fan_in_fan_out",  # how a merge transposes, which PEFT sets right by itself
     *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying", "velora_config"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of init_lora_weights
 }
