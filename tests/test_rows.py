@@ -151,6 +151,20 @@ def test_messages_that_cannot_be_read_are_named(message: Any, said: str) -> None
     assert error.param.startswith("dataset.examples[0].messages")
 
 
+@pytest.mark.parametrize("value", [[], {}, 5, None, "\ud800", "x"])
+def test_a_call_that_is_no_call_is_refused(value: Any) -> None:
+    turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": value}, {"from": "gpt", "value": "b"}]
+    assert refused({"conversations": turns}).param.startswith("dataset.examples[0].conversations")
+
+
+def test_tools_that_json_cannot_hold_are_refused() -> None:
+    for value, said in (("\ud800", "surrogate"), (float("nan"), "not JSON")):
+        tool = {"type": "function", "function": {"name": "f", "description": value}}
+        assert said in refused({"messages": [USER, ANSWER], "tools": [tool]}).message
+        call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": value}}}]}
+        assert said in refused({"messages": [USER, call]}).message
+
+
 def test_nesting_without_end_is_refused() -> None:
     deep: Any = []
     for _ in range(500):

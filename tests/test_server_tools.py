@@ -49,6 +49,7 @@ def test_a_base_whose_template_knows_no_tools_is_told_with_the_line(tmp_path: Pa
     base = save_directory(tmp_path / "base", num_hidden_layers=2)
     with serve(tiny_settings(tmp_path, base)) as served:
         answer = served.post("/api/training/plan", {"adapter_name": "a", "dataset": {"examples": ROWS}})
-        said = refused(answer, 400, "invalid_request", "dataset")
+        said = refused(answer, 400, "invalid_dataset", "dataset")
         assert "line 1: the chat template" in said
+        assert "(likewise lines 2, 3)" in said
         assert "does not write the tools" in said

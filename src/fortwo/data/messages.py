@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from fortwo import strict_json
@@ -102,7 +102,20 @@ class ToolCall(BaseModel):
     index: int | None = None
 
 
-ToolCalls = list[Annotated[ToolCall, BeforeValidator(_call)]]
+def _writable(given: Any) -> Any:
+    """Raises for calls or tools that JSON in UTF-8 cannot hold."""
+    try:
+        json.dumps(given, allow_nan=False, default=BaseModel.model_dump, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise wrong(
+            "it contains half a surrogate pair, which is not valid Unicode", "Write whole characters."
+        ) from None
+    except ValueError:
+        raise wrong("it holds NaN or Infinity, which are not JSON", "Write a number or null.") from None
+    return given
+
+
+ToolCalls = Annotated[list[Annotated[ToolCall, BeforeValidator(_call)]], AfterValidator(_writable)]
 
 
 def calls_json(calls: ToolCalls) -> str:
@@ -138,7 +151,7 @@ def _tools(given: Any) -> Any:
     return tools
 
 
-Tools = Annotated[list[dict[str, Any]], BeforeValidator(_tools)]
+Tools = Annotated[list[dict[str, Any]], BeforeValidator(_tools), AfterValidator(_writable)]
 
 
 def tools_json(tools: list[dict[str, Any]]) -> str:

@@ -150,8 +150,8 @@ class ShareTurn(_Row):
         if not isinstance(given, dict) or given.get("from") not in ("function_call", "tool_call"):
             return given
         try:
-            calls = strict_json.loads(given["value"])
-        except (KeyError, TypeError, ValueError, RecursionError):
+            calls = strict_json.loads(str(given.get("value")))
+        except (ValueError, RecursionError):
             raise wrong(
                 f"the value of {given['from']} is not the JSON text of a call",
                 'Write the value like "{\\"name\\": \\"...\\", \\"arguments\\": {...}}".',

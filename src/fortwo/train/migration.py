@@ -187,8 +187,8 @@ def _plain(key: str, own: str, value: Any) -> Any:
             number = float(value)
         except ValueError:
             return value
-        return int(number) if number == int(number) and "." not in value and "e" not in value.lower() else number
-    if isinstance(value, float) and value == int(value) and abs(value) < 2**53 and own in ("r", "seed", "max_steps"):
+        return int(value) if value.strip().lstrip("+-").isdecimal() else number
+    if isinstance(value, float) and value.is_integer() and own in ("r", "seed", "max_steps"):
         return int(value)
     return value
 
