@@ -148,7 +148,7 @@ def test_llama_factory() -> None:
     assert found.request["adapter_name"] == "depot"
     assert found.request["lora_config"] == {
         "r": 8,
-        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "target_modules": "all-linear",
     }
     assert found.request["training_config"] == {
         "save_steps": 500,
