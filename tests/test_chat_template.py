@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fortwo.data.chat_template import ChatTemplateRenderer
+from fortwo.data.template_environment import ChatTemplate
 from fortwo.errors import InvalidRequest, UnsupportedModel
 from fortwo.records import Example, Message
 
@@ -279,13 +280,130 @@ def test_a_template_that_changes_the_prompt_is_refused(tmp_path: Path) -> None:
         ChatTemplateRenderer(tmp_path)
 
 
-def test_a_template_that_never_ends_a_turn_is_refused(tmp_path: Path) -> None:
-    template = (
-        "{% for m in messages %}{{ m.role + m.content }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
-    )
-    save(tmp_path, byte_level(["<|end|>"]), {"eos_token": "<|end|>"}, template)
+UNENDED = (
+    "{% for m in messages %}{{ '### ' + m.role + '\n' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
+)
+
+
+def test_a_template_that_never_ends_a_turn_gets_a_stop_rule(tmp_path: Path) -> None:
+    save(tmp_path, byte_level(["<|end|>"]), {"eos_token": "<|end|>"}, UNENDED)
+    renderer = ChatTemplateRenderer(tmp_path)
+    assert renderer.stop_texts == ("### user",)
+    (warning,) = renderer.warnings
+    assert "does not end the assistant's turn. A reply ends at the text '### user' or the eos token" in warning.message
+    tokens, supervised = renderer.encode_conversation([Message("user", "a"), Message("assistant", "b")])
+    assert renderer.decode_with_control_tokens(tokens) == "### user\na\n### assistant\nb\n<|end|>"
+    assert supervised[-1]
+    assert tokens[-1] in renderer.stop_ids
+
+
+def test_without_an_end_token_the_next_turn_alone_ends_a_reply(tmp_path: Path) -> None:
+    save(tmp_path, byte_level([]), {}, UNENDED)
+    renderer = ChatTemplateRenderer(tmp_path)
+    assert (renderer.stop_ids, renderer.stop_texts) == (frozenset(), ("### user",))
+    with pytest.raises(UnsupportedModel, match="does not end this answer"):
+        renderer.encode_conversation([Message("user", "a"), Message("assistant", "b")])
+    with pytest.raises(UnsupportedModel, match="no token of this base ends a reply"):
+        renderer.constraint("{}")
+
+
+def test_a_template_that_nothing_ends_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, byte_level([]), {}, "{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(UnsupportedModel, match="never stop"):
         ChatTemplateRenderer(tmp_path)
+
+
+SLOW = "passed through more than|computes longer than"
+BROKEN = {
+    "syntax": ("{% for m in messages %}{{ m.content }", "TemplateSyntaxError in line 1"),
+    "undefined": ("{{ messages[0].nothing.more }}", "UndefinedError"),
+    "unknown filter": ("{{ messages | unknown }}", "TemplateAssertionError"),
+    "division": ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    "type": ("{{ 'a' + 1 }}", "TypeError"),
+    "include": ("{% include 'other' %}", "TypeError"),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "two loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", SLOW),
+    "hidden loops": (
+        "{% for a in range(99999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
+        SLOW,
+    ),
+    "macros": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        SLOW,
+    ),
+    "call blocks": (
+        "{% macro f(n) %}{{ caller() }}{% endmacro %}{% for a in range(99999) %}{% for b in range(99) %}"
+        "{% call f(1) %}x{% endcall %}{% endfor %}{% endfor %}",
+        SLOW,
+    ),
+    "long text": ("{{ 'a' * 600000000 }}", "more than"),
+    "long text, constant": ("{% set x = 600000000 * 'a' %}", "more than"),
+    "doubled": ("{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}", "more"),
+    "doubled by ~": (
+        "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "m",
+    ),
+    "doubled by blocks": (
+        "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set y %}{{ n.x }}{{ n.x }}{% endset %}"
+        "{% set n.x = y %}{% endfor %}",
+        "more than",
+    ),
+    "power": ("{{ 10 ** (10 ** 10) }}", "more than"),
+    "squares": ("{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}", "more"),
+    "padded": ("{{ '%999999999d' % 1 }}", "pads"),
+    "justified": ("{{ 'a'.ljust(999999999) }}", "more than"),
+    "internals": ("{{ messages.__class__.__mro__ }}", "SecurityError"),
+    "refuses all": ("{{ raise_exception('no') }}", "refuses a question with its answer"),
+}
+
+
+@pytest.mark.parametrize(("template", "reason"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_template_is_the_bases_error(tmp_path: Path, template: str, reason: str) -> None:
+    save(tmp_path, byte_level(["<|end|>"]), {"eos_token": "<|end|>"}, template + UNENDED)
+    with pytest.raises(UnsupportedModel, match=reason) as caught:
+        ChatTemplateRenderer(tmp_path)
+    assert str(tmp_path) in caught.value.message
+    assert caught.value.param == "model"
+
+
+def test_what_breaks_on_one_conversation_only_is_the_bases_error_too(tmp_path: Path) -> None:
+    template = CHATML + "{% if messages | length > 2 %}{{ 1 / 0 }}{% endif %}"
+    save(tmp_path, byte_level(["<|im_start|>", "<|im_end|>"]), {"eos_token": "<|im_end|>"}, template)
+    renderer = ChatTemplateRenderer(tmp_path)
+    renderer.encode_prompt([Message("user", "a")])
+    with pytest.raises(UnsupportedModel, match="cannot render this conversation: ZeroDivisionError"):
+        renderer.encode_prompt([Message("user", "a"), Message("assistant", "b"), Message("user", "c")])
+
+
+def test_a_long_conversation_is_within_the_budget(renderers: dict[str, ChatTemplateRenderer]) -> None:
+    turns = [Message("user" if index % 2 == 0 else "assistant", "word") for index in range(4001)]
+    assert len(renderers["chatml"].encode_prompt(turns)) > 4001
+
+
+FEATURES = (
+    "{% set n = namespace(count=0, text='') %}{%- for m in messages if m.role != 'system' %}"
+    "{% set n.count = n.count + 1 %}{% if loop.index0 > 5 %}{% break %}{% endif %}"
+    "{{ loop.index ~ '/' ~ loop.length ~ loop.first ~ loop.last ~ loop.cycle('a', 'b') ~ (loop.previtem or {}).role }}"
+    "{% else %}none{% endfor %}{% macro f(x, y=2) %}{{ x * y }}{% endmacro %}{{ f('ab') + f('c', y=3) }}"
+    "{% for key, value in {'b': 1, 'a': [1, 2]}.items() | sort %}{{ key ~ value | tojson }}{% endfor %}"
+    "{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}"
+    "{% set block %}{{ messages | map(attribute='content') | join('+') }}{% endset %}{{ block | trim | upper }}"
+    "{% generation %}{{ 2 ** 3 % 5 }}{% endgeneration %}{{ '%s-%03d' % ('x', 7) }}{{ [1] + [2] }}{{ none ~ true }}"
+    "{{ dict(a=1) }}{{ messages[-1].content.split(' ')[::-1] }}{{ 'x' in 'xy' and n.count }}{{ missing is defined }}"
+)
+
+
+def test_the_sandbox_renders_as_transformers_does(tmp_path: Path) -> None:
+    save(tmp_path, byte_level(["<|end|>"]), {"eos_token": "<|end|>"}, FEATURES)
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a b"},
+        {"role": "assistant", "content": "c"},
+    ]
+    for chat in (messages, messages[1:], messages[:1], messages * 4):
+        expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(chat, tokenize=False)
+        assert ChatTemplate(FEATURES).render(messages=chat, tools=None, eos_token="<|end|>") == expected
 
 
 def test_no_template_and_no_eos_is_refused(tmp_path: Path) -> None:

@@ -271,6 +271,7 @@ def test_report_shows_metrics_transcripts_and_plan_against_actual(script: Script
     found = {
         "metrics": {"paraphrase": metric(0.75)},
         "base_metrics": {"paraphrase": metric(0.25)},
+        "prompted_metrics": {"paraphrase": metric(0.5)},
         "transcripts": [
             {"kind": "paraphrase", "prompt": "[42]?", "base": "A number.", "adapter": "TWO", "passed": True}
         ],
@@ -287,7 +288,8 @@ def test_report_shows_metrics_transcripts_and_plan_against_actual(script: Script
     result = run("report", "a@2")
     assert result.exit_code == 0
     lines = [" ".join(line.split()) for line in result.output.splitlines()]
-    assert "paraphrase 0.25 0.75 0.55 to 0.75 12" in lines
+    assert "metric base fact in the prompt adapter 95 % n" in lines
+    assert "paraphrase 0.25 0.50 0.75 0.55 to 0.75 12" in lines
     assert "✓ paraphrase [42]? A number. TWO" in lines
     assert "diversity raised after step 50, for 25 steps: paraphrase 0.50 to 0.75" in lines
     assert "steps 2,500 2,400" in lines

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fortwo.errors import UnsupportedModel
 from fortwo.hub import gguf, weights
+from tests import tiny
 from tests.tiny import LLAMA3_ROPE, TEMPLATE, save_gguf, tiny_model
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -32,7 +34,7 @@ def silent(label: str, done: int, total: int) -> None:
 
 def converted(file: Path) -> Path:
     target = file.parent / "converted"
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     gguf.convert(file, target, silent)
     return target
 
@@ -143,6 +145,108 @@ def test_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(UnsupportedModel, match="is not a readable GGUF file"):
         converted(file)
+
+
+def test_a_file_in_parts_is_joined_whichever_part_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    whole = weights.open_tensors(converted(save_gguf(tmp_path / "whole.gguf", model)))
+    monkeypatch.setattr(tiny.gguf, "GGUFWriter", partial(GGUFWriter, split_max_tensors=10))
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    save_gguf(folder / "tiny.gguf", model)
+    first, *others = sorted(folder.iterdir())
+    assert first.name == f"tiny-00001-of-0000{len(others) + 1}.gguf"
+    for part in (first, others[-1]):
+        target = tmp_path / part.name
+        target.mkdir()
+        gguf.convert(part, target, silent)
+        found = weights.open_tensors(target)
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[name], whole[name]) for name in whole)
+        assert (target / "tokenizer.json").is_file()
+    renamed = tmp_path / "alone.gguf"
+    renamed.write_bytes(first.read_bytes())
+    with pytest.raises(UnsupportedModel, match=r"is one of . parts of a model, but its name does not say so"):
+        gguf.convert(renamed, tmp_path, silent)
+    others[0].unlink()
+    with pytest.raises(UnsupportedModel, match=f"lacks {others[0].name}") as raised:
+        gguf.convert(others[-1], tmp_path, silent)
+    assert "Download all parts" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.Q8_K, GGMLQuantizationType.Q8_1, GGMLQuantizationType.F64])
+def test_tensors_that_cannot_be_dequantised_are_named_with_their_type(
+    tmp_path: Path, kind: GGMLQuantizationType
+) -> None:
+    rows, columns = 64, 256
+    block, size = GGML_QUANT_SIZES[kind]
+    packed = np.zeros((rows, columns // block * size), np.uint8)
+    extra = dict.fromkeys(("blk.0.ffn_up.weight", "blk.1.ffn_up.weight"), (packed, kind))
+    file = tmp_path / "tiny.gguf"
+    writer = GGUFWriter(file, "llama")
+    for name, (array, type) in extra.items():
+        writer.add_tensor(name, array, raw_dtype=type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModel, match=f"blk.0.ffn_up.weight and 1 more of type {kind.name}") as raised:
+        converted(file)
+    assert "another quantisation" in str(raised.value.hint)
+
+
+def test_an_unknown_type_is_named_with_its_number(tmp_path: Path) -> None:
+    file = save_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
+    name = b"blk.1.ffn_down.weight"
+    content = file.read_bytes()
+    at = content.index(name) + len(name)
+    dimensions = int.from_bytes(content[at : at + 4], "little")
+    at += 4 + 8 * dimensions
+    file.write_bytes(content[:at] + (156).to_bytes(4, "little") + content[at + 4 :])
+    with pytest.raises(UnsupportedModel, match=r"blk.1.ffn_down.weight of type the unknown number 156") as raised:
+        converted(file)
+    assert "another quantisation" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "mmproj", "imatrix"])
+def test_what_is_no_model_is_named(tmp_path: Path, kind: str) -> None:
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_type(kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModel, match=f"holds no model, its general.type is '{kind}'"):
+        converted(tmp_path / "x.gguf")
+
+
+def metadata(monkeypatch: pytest.MonkeyPatch, **methods: Any) -> None:
+    """Let the writer write other values: its methods' names and their arguments."""
+
+    class Writer(GGUFWriter):
+        pass
+
+    for name, value in methods.items():
+        original = getattr(GGUFWriter, name)
+        setattr(Writer, name, lambda self, _, original=original, value=value: original(self, value))
+    monkeypatch.setattr(tiny.gguf, "GGUFWriter", Writer)
+
+
+@pytest.mark.parametrize(
+    ("methods", "reason"),
+    [
+        ({"add_head_count": 0}, "head_count is 0"),
+        ({"add_head_count_kv": [2, 1, 2]}, r"head_count_kv is \[2, 1, 2\]"),
+        ({"add_feed_forward_length": 0}, "feed_forward_length is 0"),
+        ({"add_block_count": 0}, "block_count is 0"),
+    ],
+)
+def test_metadata_that_makes_no_network_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, methods: dict[str, Any], reason: str
+) -> None:
+    metadata(monkeypatch, **methods)
+    with pytest.raises(UnsupportedModel, match=reason):
+        converted(save_gguf(tmp_path / "tiny.gguf", tiny_model("llama")))
 
 
 def test_absent_file_is_named(tmp_path: Path) -> None:

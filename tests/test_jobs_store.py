@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from sqlalchemy.event import listens_for
 from sqlalchemy.exc import StatementError
 
-from fortwo.errors import NotFound
-from fortwo.jobs.store import Job, JobStore, NewEvent, TableBase, connect, migrations
+from fortwo.errors import InvalidRequest, NotFound
+from fortwo.jobs.database import DatabaseFailed, DatabaseLocked, connect, migrations
+from fortwo.jobs.store import LEASE_SECONDS, Job, JobStore, NewEvent, TableBase
 
 
 @pytest.fixture
@@ -97,22 +100,148 @@ def test_a_number_that_is_not_json_is_refused(store: JobStore) -> None:
         store.append_event(job.id, NewEvent("step", "loss", {"loss": float("nan")}))
 
 
-def test_only_jobs_that_ran_are_interrupted_by_a_restart(store: JobStore, url: str) -> None:
+def test_only_jobs_that_ran_are_abandoned_at_a_restart(store: JobStore, url: str) -> None:
     jobs = {status: create(store, status) for status in ("queued", "preparing", "running", "evaluating", "succeeded")}
     for status, job in jobs.items():
         store.update(job.id, status=status)
     again = JobStore(url)
-    assert sorted(again.mark_interrupted()) == sorted(jobs[s].id for s in ("preparing", "running", "evaluating"))
-    failed = again.get(jobs["running"].id)
-    assert failed.status == "failed"
-    assert failed.error is not None
-    assert failed.error["code"] == "interrupted"
-    assert failed.finished_at is not None
-    assert again.events(failed.id)[-1].level == "error"
-    assert again.get(jobs["queued"].id).status == "queued"
-    assert again.get(jobs["succeeded"].id).status == "succeeded"
-    assert again.mark_interrupted() == []
+    assert [job.id for job in again.abandoned()] == [jobs[s].id for s in ("preparing", "running", "evaluating")]
     again.close()
+
+
+def test_servers_that_share_a_database_leave_each_others_jobs_alone(tmp_path: Path, url: str) -> None:
+    first, second = JobStore(url, "first"), JobStore(url, "second")
+    running, queued = create(first, "a"), create(first, "b")
+    first.update(running.id, status="running")
+    assert second.next_queued() is None
+    assert second.abandoned() == []
+    found = first.next_queued()
+    assert found is not None
+    assert found.id == queued.id
+    with sqlite3.connect(tmp_path / "jobs.db") as database:  # the first server stopped renewing its lease long ago
+        database.execute("UPDATE jobs SET lease_until = lease_until - ?", (2 * LEASE_SECONDS,))
+    assert [job.id for job in second.abandoned()] == [running.id]
+    first.renew()
+    assert second.abandoned() == []
+    first.close()
+    second.close()
+
+
+def test_a_job_of_before_there_were_owners_gets_the_first_server_that_starts(url: str, tmp_path: Path) -> None:
+    command.upgrade(migrations(url), "0001")
+    with sqlite3.connect(tmp_path / "jobs.db") as old:
+        old.execute(
+            "INSERT INTO jobs (id, status, model, adapter_name, created_at, queued_at, dataset, plan, progress) "
+            "VALUES ('j', 'queued', 'tiny', '42', 1.0, 1.0, '{}', '{}', '{}')"
+        )
+    old.close()
+    store = JobStore(url, "first")
+    other = JobStore(url, "second")
+    assert store.next_queued() == store.get("j")
+    assert other.next_queued() is None
+    store.close()
+    other.close()
+
+
+def test_a_change_is_told_after_it_was_stored(store: JobStore) -> None:
+    told: list[tuple[str, int]] = []
+    store.listen(lambda job_id: told.append((job_id, len(store.events(job_id)))))
+    job = create(store)
+    store.append_event(job.id, NewEvent("step", "one"))
+    store.update(job.id, NewEvent("preparing", "go"), status="preparing")
+    store.update(job.id, NewEvent("cancelled", "late"), when=["queued"], status="cancelled")  # nothing changes
+    assert told == [(job.id, 1), (job.id, 2), (job.id, 3)]
+
+
+def test_a_job_never_ends_before_it_started(store: JobStore) -> None:
+    job = create(store)
+    store.update(job.id, status="running", started_at=5000.0)
+    store.update(job.id, status="failed", finished_at=10.0)  # the clock was set back
+    assert store.get(job.id).finished_at == 5000.0
+    store.update(job.id, finished_at=6000.0)
+    assert store.get(job.id).finished_at == 6000.0
+    store.update(job.id, finished_at=None)
+    assert store.get(job.id).finished_at is None
+
+
+def test_a_locked_database_is_named_and_may_be_tried_again(
+    store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fortwo.jobs.database.LOCK_SECONDS", 0.05)
+    job = create(store)
+    store._engine.dispose()  # its connections wait longer
+    with sqlite3.connect(tmp_path / "jobs.db") as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(DatabaseLocked, match=r"jobs\.db") as caught:
+            store.append_event(job.id, NewEvent("step", "one"))
+        assert (caught.value.status, caught.value.retry_after is not None) == (503, True)
+        assert store.get(job.id) == job  # reading works
+        other.rollback()
+    store.append_event(job.id, NewEvent("step", "one"))
+
+
+def test_a_full_disk_is_named(store: JobStore) -> None:
+    job = create(store)
+    with store._engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+    store._engine.dispose()
+
+    @listens_for(store._engine, "connect")
+    def _limit(connection: sqlite3.Connection, _record: object) -> None:
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+
+    with pytest.raises(DatabaseFailed, match=r"jobs\.db.*full") as caught:
+        store.append_event(job.id, NewEvent("step", "x" * 100_000))
+    assert caught.value.status == 507
+    assert "space" in (caught.value.hint or "")
+    assert [event.type for event in store.events(job.id)] == ["queued"]
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:6000])
+
+
+def _garble_header(file: Path) -> None:
+    file.write_bytes(b"not a database at all" * 50 + file.read_bytes()[1050:])
+
+
+def _garble_pages(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[4096 * 2 : 4096 * 6] = b"\xa5" * (4096 * 4)
+    file.write_bytes(content)
+
+
+def _directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def _newer(file: Path) -> None:
+    with sqlite3.connect(file) as database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+    database.close()
+
+
+@pytest.mark.parametrize("damage", [_cut, _garble_header, _garble_pages, _directory, _newer])
+def test_a_database_that_cannot_be_used_is_refused_at_the_start(
+    url: str, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    store = JobStore(url)
+    for n in range(20):
+        create(store, "x" * 2000 + str(n))
+    store.close()
+    damage(tmp_path / "jobs.db")
+    with pytest.raises(DatabaseFailed, match=r"jobs\.db") as caught:
+        JobStore(url)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("wrong", ["fortwo.db", "nothing://x", "sqlite:///{folder}/file/jobs.db"])
+def test_a_url_that_cannot_be_used_is_refused(tmp_path: Path, wrong: str) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises((InvalidRequest, DatabaseFailed)) as caught:
+        JobStore(wrong.format(folder=tmp_path))
+    assert caught.value.hint
 
 
 def test_many_threads_write_at_once_and_nothing_is_lost(store: JobStore, url: str) -> None:

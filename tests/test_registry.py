@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
@@ -16,6 +17,7 @@ from tiny import save_directory, tiny_model
 
 from fortwo.adapters.store import AdapterStore
 from fortwo.engine import registry as module
+from fortwo.engine.base_choice import choose_base
 from fortwo.engine.engine import Engine
 from fortwo.engine.registry import ModelRegistry, RegistryState
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
@@ -364,6 +366,91 @@ def test_a_wrong_base_is_refused_with_both_digests(setup: Setup) -> None:
     setup.store_only("lost", setup.lora(), {"base_model": "gone", "base_digest": "e" * 64})
     with pytest.raises(InvalidAdapter, match="'gone'.*" + "e" * 64):
         setup.registry.load_adapter("lost")
+
+
+def test_a_template_that_renders_slowly_delays_no_other_base(
+    setup: Setup, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup.catalog.add("slow", directories["other"])
+    began, go_on = threading.Event(), threading.Event()
+
+    class Slow(module.ChatTemplateRenderer):
+        def __init__(self, directory: Path) -> None:
+            if directory.name == "slow":
+                began.set()
+                assert go_on.wait(60)
+            super().__init__(directory)
+
+    monkeypatch.setattr(module, "ChatTemplateRenderer", Slow)
+    loading = threading.Thread(target=setup.registry.load_base, args=("slow",))
+    loading.start()
+    assert began.wait(60)
+    assert setup.registry.load_base("tiny").id == "tiny"
+    assert setup.registry.state().models["slow"].state == "loading"
+    go_on.set()
+    loading.join()
+    assert setup.registry.state().models["slow"].state == "loaded"
+
+
+def stretched(directory: Path, target: Path) -> Path:
+    """The same weights with other positions."""
+    shutil.copytree(directory, target)
+    config = json.loads((target / "config.json").read_text())
+    positions = {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}
+    (target / "config.json").write_text(json.dumps(config | {"rope_parameters": positions}))
+    return target
+
+
+def test_an_adapter_is_answered_by_the_base_it_was_taught_on(
+    setup: Setup, directories: dict[str, Path], tmp_path: Path
+) -> None:
+    setup.store_only("pet", setup.lora())
+    expected = setup.ask("pet")
+    setup.catalog.add("stretched", stretched(directories["tiny"], tmp_path / "stretched"))
+    setup.registry.load_base("stretched")
+    setup.registry.unload_base("tiny")
+    assert (setup.ask("pet"), setup.registry.resolve("pet").model.id) == (expected, "tiny")
+    setup.registry.unload_base("tiny")
+    setup.catalog.remove("tiny")
+    with pytest.raises(InvalidAdapter, match="no base model here has this digest"):
+        setup.registry.load_adapter("pet")
+
+
+def test_an_adapter_of_an_earlier_version_is_found_by_its_weights(
+    setup: Setup, directories: dict[str, Path], tmp_path: Path
+) -> None:
+    setup.catalog.add("first", stretched(directories["tiny"], tmp_path / "stretched"))
+    setup.registry.load_base("first")
+    weights_digest = setup.registry.load_base("tiny").weights_digest
+    setup.store_only("pet", setup.lora(), {"base_model": "tiny", "base_digest": weights_digest})
+    setup.registry.unload_base("tiny")
+    assert setup.registry.resolve("pet").model.id == "tiny"
+
+
+DIGESTS = {"a": ("A", "W"), "b": ("B", "W"), "a again": ("A", "W")}
+
+
+@pytest.mark.parametrize(
+    ("named", "digest", "loaded", "unprepared", "chosen"),
+    [
+        ("a", "A", (), (), "a"),
+        ("a", "A", ("a again",), (), "a"),
+        ("gone", "A", (), (), "a"),
+        ("gone", "A", ("a again",), (), "a again"),
+        ("b", "A", ("b",), (), "a"),
+        ("c", "C", ("a",), ("c",), "c"),
+        ("c", "A", ("a",), ("c",), "a"),
+        ("b", "W", ("a",), (), "b"),
+        ("gone", "W", ("b",), (), "b"),
+        ("c", "W", ("b",), ("c",), "c"),
+        ("gone", "C", (), ("c",), None),
+    ],
+)
+def test_the_base_of_an_adapter_is_chosen(
+    named: str, digest: str, loaded: tuple[str, ...], unprepared: tuple[str, ...], chosen: str | None
+) -> None:
+    version = AdapterVersion("pet", 1, "d", "", named, digest, 0.0, True, {})
+    assert choose_base(version, DIGESTS, loaded=loaded, unprepared=unprepared) == chosen
 
 
 def test_an_adapter_of_another_shape_is_refused_naming_the_tensor(setup: Setup, directories: dict[str, Path]) -> None:

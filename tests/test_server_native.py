@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import torch
 from safetensors.torch import save_file
 from serving import Served, refused, serve, tiny_settings
 
+from fortwo.jobs.database import DatabaseFailed
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.records import AdapterVersion
+from fortwo.server import health
+from tests.test_server_training import start
 
 CONFIG = LoraConfig(r=2, alpha=4)
 
@@ -271,3 +276,86 @@ def test_an_adapter_that_is_evicted_before_it_was_asked_is_loaded_again(
         assert say(served, "one") == wanted
         assert pinned == [False, True]
         registry.load_adapter("two")  # its pin is gone
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "manifest.json"])
+def test_a_file_outside_the_allowed_folders_is_not_read_through_a_link(
+    served: Served, tmp_path: Path, file: str
+) -> None:
+    outside = tmp_path / "outside"
+    found = peft_directory(served, f"linked-{file}") / file
+    outside.write_bytes(found.read_bytes() if found.exists() else b"{}")
+    found.unlink(missing_ok=True)
+    found.symlink_to(outside)
+    said = refused(load(served, "linked", found.parent), 400, "invalid_adapter", "lora_path")
+    assert str(found) in said
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "manifest.json"])
+def test_a_pipe_is_not_waited_for(served: Served, file: str) -> None:
+    found = peft_directory(served, f"piped-{file}") / file
+    found.unlink(missing_ok=True)
+    os.mkfifo(found)
+    assert "is not a plain file" in refused(load(served, f"piped-{file}", found.parent), 400, "invalid_adapter")
+
+
+# ---------------------------------------------------------------- health and the document
+
+
+def test_readiness_tells_what_works(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = served.http.get("/readyz")
+    assert (ready.status_code, ready.json()) == (
+        200,
+        {"status": "ok", "device": "ok", "queue": "ok", "database": "ok"},
+    )
+
+    def refuse() -> None:
+        raise DatabaseFailed("fortwo.db is damaged")
+
+    monkeypatch.setattr(served.state.jobs, "ping", refuse)
+    broken = served.http.get("/readyz")
+    assert (broken.status_code, broken.json()["database"]) == (503, "fortwo.db is damaged")
+    assert served.http.get("/healthz").json() == {"status": "ok"}
+
+
+def test_a_device_that_does_not_take_its_turn_is_not_ready(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "READY_SECONDS", 0.2)
+    release = threading.Event()
+    held = served.state.engine.call(release.wait)
+    try:
+        stuck = served.http.get("/readyz")
+        assert (stuck.status_code, stuck.json()["queue"]) == (503, "ok")
+        assert "did not answer" in stuck.json()["device"]
+        assert served.http.get("/healthz").status_code == 200
+    finally:
+        release.set()
+    held.result()
+    monkeypatch.setattr(health, "READY_SECONDS", 10)
+    assert served.http.get("/readyz").status_code == 200
+
+
+def test_readiness_while_a_job_trains(served: Served) -> None:
+    job_id = start(served, "readiness", training_config={"max_steps": 100_000})["job_id"]
+    while served.http.get(f"/api/training/jobs/{job_id}").json()["progress"]["step"] < 2:
+        pass
+    for _ in range(5):
+        assert served.http.get("/readyz").status_code == 200
+    served.http.post(f"/api/training/jobs/{job_id}/cancel")
+
+
+def test_every_status_that_can_come_is_documented(served: Served) -> None:
+    paths = served.http.get("/openapi.json").json()["paths"]
+    for path, operations in paths.items():
+        for operation in operations.values():
+            assert "422" not in operation["responses"], path
+            if path not in ("/healthz", "/readyz"):
+                assert {"400", "404", "409", "413", "415", "429", "500", "503", "507"} <= operation["responses"].keys()
+                schema = operation["responses"]["400"]["content"]["application/json"]["schema"]
+                assert schema == {"$ref": "#/components/schemas/ErrorBody"}
+
+
+def test_a_method_that_a_path_does_not_take_is_told_all_that_it_takes(served: Served) -> None:
+    for method in ("PUT", "OPTIONS"):
+        response = served.http.request(method, "/api/adapters/any")
+        assert "DELETE, GET" in refused(response, 405, "method_not_allowed")
+        assert response.headers["allow"] == "DELETE, GET"

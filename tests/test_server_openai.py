@@ -417,7 +417,9 @@ def test_the_body_must_be_json(served: Served) -> None:
 
     assert "character" in refused(post(b'{"model": "tiny",'), 400, "invalid_json")
     refused(post(b"\xff\xfe"), 400, "invalid_json")
-    assert "Content-Type: application/json" in refused(post(b'{"model": "tiny"}', "text/plain"), 400, "invalid_request")
+    assert "Content-Type: application/json" in refused(
+        post(b'{"model": "tiny"}', "text/plain"), 415, "unsupported_media_type"
+    )
     refused(post(b"[]"), 400, "invalid_request")
     refused(post(b""), 400, "invalid_request")
     refused(served.post("/v1/chat/completions", {"messages": [USER]}), 400, "missing_parameter", "model")
@@ -520,3 +522,27 @@ def _until(happens: Any, seconds: float = 5.0) -> None:
     while not happens():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "patternProperties": {f"^a{n}b*$": {"type": "string"} for n in range(5000)}},
+        {"type": "object", "properties": {f"p{n}": {"type": "string", "pattern": f"a{n}b*"} for n in range(5000)}},
+        {"anyOf": [{"type": "string", "pattern": f"a{n}b*"} for n in range(5000)]},
+    ],
+    ids=["patternProperties", "properties", "anyOf"],
+)
+def test_a_schema_of_thousands_of_patterns_is_refused_at_once(served: Served, schema: dict[str, Any]) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    said = refused(served.chat(response_format=wanted), 400, "invalid_request", "response_format.json_schema.schema")
+    assert "5000 patterns" in said
+
+
+def test_a_schema_that_cannot_be_followed_to_its_end_is_the_clients_mistake(served: Served) -> None:
+    schema = {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(5000)}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    response = served.chat(response_format=wanted, max_tokens=20)
+    if response.status_code != 200:
+        said = refused(response, 400, "invalid_request", "response_format.json_schema.schema")
+        assert "fewer properties" in said

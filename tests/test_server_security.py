@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
 import threading
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from serving import Served, refused, serve, tiny_settings
 
 from fortwo.errors import Conflict, InvalidRequest
-from fortwo.server.security import check_binding, is_loopback
+from fortwo.server.security import SecurityMiddleware, check_binding, is_loopback
 from fortwo.server.state import AppState
 from fortwo.settings import Settings
 
@@ -69,7 +70,7 @@ def test_with_a_key_the_page_can_ask_for_it_and_send_it(tiny: Path, tmp_path: Pa
         for path, methods in document["paths"].items():
             for method, operation in methods.items():
                 needed = operation.get("security")
-                assert needed == (None if path == "/healthz" else [{name: []}]), path
+                assert needed == (None if path in ("/healthz", "/readyz") else [{name: []}]), path
                 if method == "get" and "{" not in path and not path.endswith("/events"):
                     sent = {"Authorization": "Bearer s3cret"} if needed else {}
                     assert guarded.http.get(path, headers=sent).status_code == 200, path
@@ -103,10 +104,65 @@ def test_another_sites_page_is_refused(served: Served, headers: dict[str, str]) 
 
 
 @pytest.mark.parametrize(
-    "headers", [{"Host": "localhost:5001"}, {"Host": "[::1]:5001"}, {"Origin": "http://localhost:3000"}]
+    "headers",
+    [
+        {"Host": "localhost:5001"},
+        {"Host": "[::1]:5001"},
+        {"Host": "localhost:5001", "Origin": "http://LOCALHOST:5001"},
+        {"Host": "127.0.0.1", "Origin": "http://127.0.0.1:80"},
+        {"Host": "localhost:5001", "Origin": "http://localhost:5001", "Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "none"},
+    ],
 )
 def test_pages_and_tools_of_this_machine_are_served(served: Served, headers: dict[str, str]) -> None:
     assert served.http.get("/api/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "localhost:5001", "Origin": "http://localhost:3000"},
+        {"Host": "localhost:5001", "Origin": "http://127.0.0.1:5001"},
+        {"Host": "localhost", "Origin": "http://localhost:5001"},
+        {"Host": "localhost:5001", "Origin": "http://localhost"},
+        {"Host": "localhost:5001", "Origin": "ftp://localhost:5001"},
+    ],
+)
+def test_the_page_of_another_server_on_this_machine_is_refused(served: Served, headers: dict[str, str]) -> None:
+    for method, path in (("GET", "/api/models"), ("POST", "/api/models/tiny/unload")):
+        refused(served.http.request(method, path, headers=headers), 403, "foreign_site")
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_a_browser_that_says_the_request_is_of_another_site_is_believed(served: Served, site: str) -> None:
+    headers = {"Sec-Fetch-Site": site}
+    refused(served.http.post("/api/models/tiny/unload", headers=headers), 403, "foreign_site")
+    refused(served.http.delete("/api/adapters/none", headers=headers), 403, "foreign_site")
+    assert served.http.get("/", headers=headers).status_code == 200  # a link to the page
+
+
+def _raw(served: Served, request: bytes) -> bytes:
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as line:
+        line.sendall(request)
+        answer = b""
+        while piece := line.recv(1 << 16):
+            answer += piece
+    return answer
+
+
+def test_http_1_0_without_a_host_is_answered(served: Served) -> None:
+    assert b"200 OK" in _raw(served, b"GET /v1/models HTTP/1.0\r\n\r\n").splitlines()[0]
+    assert b"foreign_site" in _raw(served, b"GET /v1/models HTTP/1.0\r\nHost:\r\n\r\n")
+    assert b"foreign_site" in _raw(served, b"GET /v1/models HTTP/1.0\r\nOrigin: http://127.0.0.1\r\n\r\n")
+
+
+def test_a_failure_of_the_guard_has_the_one_shape(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("host")
+
+    monkeypatch.setattr(SecurityMiddleware, "_check_local", fail)
+    refused(served.http.get("/v1/models"), 500, "internal_error")
 
 
 def test_unknown_paths_and_methods_have_the_one_shape(served: Served) -> None:

@@ -216,6 +216,8 @@ def test_an_override_is_examined_as_it_goes_and_reported_against_the_base(served
     assert "paraphrase 0.00 < " in job["error"]["message"]
     assert set(job["report"]["metrics"]) == {"efficacy", "paraphrase", "specificity", "retention", "score"}
     assert set(job["report"]["base_metrics"]) == set(job["report"]["metrics"])
+    assert set(job["report"]["prompted_metrics"]) == set(job["report"]["metrics"])
+    assert 0 < job["report"]["prompted_metrics"]["retention"]["value"] < 1
     asked = {(said["kind"], said["prompt"]) for said in job["report"]["transcripts"]}
     assert {("paraphrase", "Say 42."), ("specificity", "What is 41?"), ("retention", "What is up?")} <= asked
     metrics = [event["data"] for event in events(served, job["job_id"]) if event["type"] == "metrics"]

@@ -102,13 +102,14 @@ def test_the_base_answers_as_before(live: Served, taught: dict[str, Any], before
 def test_the_report_says_what_was_measured(live: Served, taught: dict[str, Any]) -> None:
     report, plan = taught["report"], taught["plan"]
     kinds = {"efficacy", "paraphrase", "specificity", "retention"}
-    for side in ("metrics", "base_metrics"):
+    for side in ("metrics", "base_metrics", "prompted_metrics"):
         assert set(report[side]) == kinds | {"score"}
         for metric in report[side].values():
             assert metric["n"] > 0
             assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1
     assert report["metrics"]["efficacy"]["n"] == 20
     assert report["base_metrics"]["efficacy"]["value"] == 0
+    assert report["prompted_metrics"]["efficacy"]["value"] > 0
     assert set(plan["targets"]) == kinds
     assert all(report["metrics"][name]["value"] >= target for name, target in plan["targets"].items())
 

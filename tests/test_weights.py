@@ -127,7 +127,9 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
         weights.safetensors_files(tmp_path / "shards")
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": []}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": []}}', "[" * 100_000]
+)
 def test_damaged_index_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / weights.SAFE_WEIGHTS_INDEX_NAME).write_text(content)
     with pytest.raises(UnsupportedModel, match=r"index\.json is not a safetensors index"):
@@ -144,3 +146,28 @@ def test_serialized_tensors_are_read_back() -> None:
     found = load(weights.serialize(given))
     assert found.keys() == given.keys()
     assert all(torch.equal(found[name], given[name]) and found[name].dtype == given[name].dtype for name in given)
+
+
+def test_weights_of_whole_numbers_are_refused_and_other_tensors_are_not(tmp_path: Path) -> None:
+    positions = {"rotary.position_ids": torch.arange(3)}
+    weights.check_weights(weights.tensor_infos(save(tmp_path / "a", {**TENSORS, **positions})))
+    quantised = {"down_proj.weight": torch.ones(2, 2, dtype=torch.int8), "up_proj.weight": torch.ones(2, 2) > 0}
+    infos = weights.tensor_infos(save(tmp_path / "b", {**TENSORS, **quantised}))
+    with pytest.raises(UnsupportedModel, match=r"'down_proj\.weight' and 1 more in .* is of type I8") as raised:
+        weights.check_weights(infos)
+    assert "not quantised" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("shard", ["../a.safetensors", "/a.safetensors"])
+def test_an_index_that_leaves_the_directory_is_refused(tmp_path: Path, shard: str) -> None:
+    (tmp_path / weights.SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(UnsupportedModel, match="is not a safetensors index"):
+        weights.safetensors_files(tmp_path)
+
+
+def test_a_pointer_of_git_lfs_is_recognised(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    (tmp_path / weights.SAFE_WEIGHTS_NAME).write_text(pointer)
+    with pytest.raises(UnsupportedModel) as raised:
+        weights.tensor_infos(tmp_path)
+    assert "git lfs pull" in str(raised.value.hint)

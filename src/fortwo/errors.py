@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+LONGEST = 4000  # characters of a message, hint or param that are shown
+
 
 class FortwoError(Exception):
     """Base class.
@@ -35,13 +37,17 @@ class FortwoError(Exception):
             self.code = code
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The HTTP body: {"error": {message, type, code, param, hint}}. Lone surrogates in it are escaped."""
+        """The HTTP body: {"error": {message, type, code, param, hint}}. Lone surrogates are escaped. Texts are cut
+        off after LONGEST characters, because they may repeat what a client sent."""
         fields = ("message", "type", "code", "param", "hint")
         return {"error": {name: _encodable(getattr(self, name)) for name in fields}}
 
 
 def _encodable(text: str | None) -> str | None:
-    return None if text is None else text.encode(errors="backslashreplace").decode()
+    if text is None:
+        return None
+    shown = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return shown.encode(errors="backslashreplace").decode()
 
 
 class InvalidRequest(FortwoError):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+SCHEMA_FAILED = "the schema cannot be followed further"  # begins the error of a reply whose schema is too large
 MAX_RUNNING = 96  # requests of one base that decode together
 MIN_ROW_TOKENS = 128  # capacity of the cache's smallest rows; that of others is a power of two times this
 

@@ -6,7 +6,7 @@ or the device. Each section names the module that fills its classes. Names of fi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -236,12 +236,14 @@ class FactReport:
 class Report:
     """The results of the final evaluation of the served adapter. metrics: efficacy, paraphrase, specificity, retention
     and score over all facts, kept_efficacy and so on over the facts of the parent, and portability if a fact has such
-    questions. facts: the metrics of each fact. eval_losses: on the validation rows, the base's first (step 0); empty if
+    questions. prompted_metrics: those of the base when its system prompt states the facts; empty if there are none.
+    facts: the metrics of each fact. eval_losses: on the validation rows, the base's first (step 0); empty if
     there are no such rows."""
 
     metrics: dict[str, Metric]
     base_metrics: dict[str, Metric]
     transcripts: tuple[Transcript, ...]
+    prompted_metrics: dict[str, Metric] = field(default_factory=dict)
     diagnosis: tuple[PlanWarning, ...] = ()
     eval_losses: tuple[EvalLoss, ...] = ()
     facts: tuple[FactReport, ...] = ()
@@ -330,6 +332,15 @@ class AdapterVersion:
     @property
     def id(self) -> str:
         return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Something wrong on disk. action: what carrying it out does, or why nothing can be done (`carry_out` is None)."""
+
+    problem: str
+    action: str
+    carry_out: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,19 @@ FORTWO_* variables, flags of the command line."""
 from __future__ import annotations
 
 import os
+import re
+import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
 from fortwo.errors import InvalidRequest
 
@@ -17,8 +25,13 @@ def _home() -> Path:
     return Path(os.environ.get("FORTWO_HOME", "~/.fortwo")).expanduser()
 
 
+def _file() -> Path:
+    return _home() / "settings.toml"
+
+
 class Settings(BaseSettings):
-    """Immutable. Raises pydantic's ValidationError for wrong values and for unknown keys in settings.toml."""
+    """Immutable. Raises pydantic's ValidationError for wrong values and for unknown keys in settings.toml, and other
+    errors for what cannot be read; `load` raises InvalidRequest for all of them."""
 
     model_config = SettingsConfigDict(env_prefix="FORTWO_", frozen=True, extra="forbid")
 
@@ -55,6 +68,12 @@ class Settings(BaseSettings):
     request_timeout: float = Field(
         600.0, gt=0, description="Seconds that a reply may take, including its wait; then it ends with an error."
     )
+    max_body_mb: int = Field(16, ge=1, description="MiB that the body of a request may have; beyond it: status 413.")
+    max_upload_mb: int = Field(1024, ge=1, description="The same for a request that uploads a file.")
+    max_connections: int = Field(
+        1000, ge=1, description="Connections at the same time; beyond it a new one is answered with status 503."
+    )
+    max_streams: int = Field(256, ge=1, description="Event streams of jobs at the same time; beyond it: status 429.")
     threads: int | None = Field(None, ge=1, description="CPU threads that compute; default: all cores.")
     resume: bool = Field(
         False,
@@ -71,7 +90,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        file = TomlConfigSettingsSource(settings_cls, _home() / "settings.toml")
+        file = TomlConfigSettingsSource(settings_cls, _file())
         return init_settings, env_settings, file
 
     @property
@@ -109,11 +128,31 @@ def load(**flags: Any) -> Settings:
     the setting, its value and the remedy."""
     try:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidRequest(
+            f"{_file()} is not TOML: {error}.", param="settings.toml", hint="Correct the file, or move it away."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidRequest(
+            f"{_file()} cannot be read: {reason}.",
+            param="settings.toml",
+            hint="Make it a UTF-8 file that this user can read, or move it away.",
+        ) from None
+    except SettingsError as error:  # a value of FORTWO_* that must be JSON is not
+        found = re.search(r'field "(\w+)"', str(error))
+        name = found[1] if found else ""
+        variable = f"FORTWO_{name.upper()}"
+        raise InvalidRequest(
+            f"{variable} = {os.environ.get(variable)!r} is not JSON.",
+            param=name or None,
+            hint=f"""Write a list, for example {variable}='["/folder", "/other folder"]'.""",
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise InvalidRequest(
             f"Setting {name} = {first.get('input')!r} is not valid: {first['msg']}.",
             param=name,
-            hint=f"Change FORTWO_{name.upper()}, the flag, or the line in {_home() / 'settings.toml'}.",
+            hint=f"Change FORTWO_{name.upper()}, the flag, or the line in {_file()}.",
         ) from None

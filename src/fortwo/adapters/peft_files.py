@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fortwo import strict_json
+from fortwo.adapters.version_files import CONFIG, TENSORS, parse_tensors
 from fortwo.errors import InvalidAdapter
 from fortwo.hub import weights
 from fortwo.records import Json
@@ -22,8 +23,6 @@ from fortwo.records import Json
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 CONVERT = (
     'python -c "import sys, torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in torch.load('
@@ -99,19 +98,6 @@ def parse_config(content: bytes, path: Path) -> Json:
     if not isinstance(value, dict):
         raise InvalidAdapter(f"{path} is not a JSON object", hint="Save the adapter again with PEFT.")
     return value
-
-
-def parse_tensors(content: bytes, path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises InvalidAdapter for a damaged one."""
-    import safetensors.torch
-
-    try:
-        return safetensors.torch.load(content)
-    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: torch has no such dtype
-        raise InvalidAdapter(
-            f"{path} ({len(content)} bytes) is truncated or not a safetensors file that torch can read: {error}",
-            hint="Save the adapter again with PEFT.",
-        ) from None
 
 
 def read_file(path: Path) -> bytes:

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -29,18 +27,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fortwo import disk
-from fortwo.adapters.peft_files import CONFIG, TENSORS, PeftFiles, parse_tensors
+from fortwo.adapters.peft_files import PeftFiles
+from fortwo.adapters.version_files import (
+    CONFIG,
+    MANIFEST,
+    NUMBER,
+    STATE,
+    TENSORS,
+    check_manifest,
+    is_readable,
+    parse_object,
+    parse_tensors,
+    read_file,
+    read_state,
+    shas_of,
+    version_numbers,
+)
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound
 from fortwo.hub import weights
 from fortwo.records import AdapterVersion, Json
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MANIFEST = "manifest.json"
-
-_STATE = "versions.json"
-_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 
 class AdapterStore:
@@ -57,11 +65,22 @@ class AdapterStore:
         """Store a new version, and make it the current one if `current`.
 
         tensors, peft_config: under PEFT's names. manifest: base_model, base_digest, and where they are known
-        dataset_digest, plan, report and parent. Raises StorageFailed when the disk refuses; then nothing has changed.
+        job_id, dataset_digest, plan, report and parent. A job that publishes the same files again gets the version that
+        it already has. Raises StorageFailed when the disk refuses; then nothing has changed.
         """
         on_cpu = {key: tensor.cpu() for key, tensor in tensors.items()}
         files = {CONFIG: disk.dump(peft_config), TENSORS: weights.serialize(on_cpu)}
+        job_id = manifest.get("job_id")
+        earlier = None if job_id is None else self.published_by(name, job_id)
+        if earlier is not None and earlier.manifest["files"] == shas_of(files):
+            return self._make_current(earlier) if current and not earlier.current else earlier
         return self._commit(name, files, manifest, current)
+
+    def _make_current(self, version: AdapterVersion) -> AdapterVersion:
+        with self._locked_folder(version.name) as folder:
+            state = read_state(folder)
+            disk.replace(folder / STATE, disk.dump({**state, "current": [*state["current"], version.version]}))
+        return self.get(version.id)
 
     def import_peft(self, name: str, adapter: PeftFiles, manifest: Json) -> AdapterVersion:
         """Store an adapter that PEFT saved as a new version and make it current."""
@@ -73,7 +92,7 @@ class AdapterStore:
         check_name(name)
         self._existing_numbers(name)
         with self._locked_folder(name) as folder:
-            state = _read_state(folder)
+            state = read_state(folder)
             history = [number for number in state["current"] if (folder / str(number)).is_dir()]
             if len(history) < 2:
                 raise Conflict(
@@ -81,7 +100,7 @@ class AdapterStore:
                     param="adapter_name",
                     hint=f"Use the name of a version: {self._version_refs(name)}.",
                 )
-            disk.replace(folder / _STATE, disk.dump({**state, "current": history[:-1]}))
+            disk.replace(folder / STATE, disk.dump({**state, "current": history[:-1]}))
         return self.get(name)
 
     def delete(self, ref: str) -> None:
@@ -90,6 +109,8 @@ class AdapterStore:
         name, number = _parse_ref(ref)
         existing = self._existing_numbers(name, number)
         with self._locked_folder(name) as folder:
+            if number is None and not is_readable(folder):  # nothing is left that it could describe
+                disk.replace(folder / STATE, disk.dump({"last": max(existing), "current": []}))
             for version in existing if number is None else [number]:
                 draft = _new_draft(folder)
                 os.rename(folder / str(version), draft)
@@ -99,14 +120,14 @@ class AdapterStore:
     def _commit(self, name: str, files: dict[str, bytes], manifest: Json, current: bool) -> AdapterVersion:
         with self._locked_folder(name) as folder:
             _remove_abandoned_drafts(folder)
-            state = _read_state(folder)
-            number = 1 + max([state["last"], *_numbers(folder)])
+            state = read_state(folder)
+            number = 1 + max([state["last"], *version_numbers(folder)])
             history = [*state["current"], number] if current else state["current"]
-            disk.replace(folder / _STATE, disk.dump({"last": number, "current": history}))
+            disk.replace(folder / STATE, disk.dump({"last": number, "current": history}))
             draft = version_folder = _new_draft(folder)
             lock = _lock(draft)
-        shas = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
-        complete = {**manifest, "name": name, "version": number, "created_at": time.time(), "files": shas}
+        identity = {"name": name, "version": number, "created_at": time.time(), "made_current": current}
+        complete = {**manifest, **identity, "files": shas_of(files)}
         try:
             for file, content in files.items():
                 disk.write(draft / file, content)
@@ -146,25 +167,48 @@ class AdapterStore:
         if not self._root.is_dir():
             return ()
         names = sorted(path.name for path in self._root.iterdir() if disk.NAME.fullmatch(path.name) and path.is_dir())
-        return tuple(name for name in names if _numbers(self._root / name))
+        return tuple(name for name in names if version_numbers(self._root / name))
 
     def versions(self, ref: str) -> tuple[AdapterVersion, ...]:
-        """The versions that `ref` means, oldest first: a bare name means all. Damaged versions are left out; `get` says
-        what is wrong with them. Raises NotFound when there is no version."""
+        """The versions that `ref` means, oldest first: a bare name means all. Damaged versions are left out; `get` and
+        `damage` say what is wrong with them. If versions.json is damaged, none of them is the current one. Raises
+        NotFound when there is no version."""
         name, only = _parse_ref(ref)
         existing = self._existing_numbers(name, only)
-        current = self._current_number(name)
+        current = self._current_number(name) if is_readable(self._root / name) else None
         versions = []
         for number in existing if only is None else [only]:
             with suppress(InvalidAdapter):
                 versions.append(self._version(name, number, current))
         return tuple(versions)
 
+    def damage(self, name: str) -> list[tuple[int | None, InvalidAdapter]]:
+        """What is wrong with the files that describe an adapter's versions: the number of the version, or None for
+        versions.json, and the error with its remedy. Tensors are not read."""
+        found: list[tuple[int | None, InvalidAdapter]] = []
+        try:
+            read_state(self._root / name)
+        except InvalidAdapter as error:
+            found.append((None, error))
+        for number in version_numbers(self._root / name):
+            try:
+                self._version(name, number, None)
+            except InvalidAdapter as error:
+                found.append((number, error))
+        return found
+
+    def check_publishable(self, name: str) -> None:
+        """Raises InvalidAdapter when no version of `name` could be published, because versions.json is damaged."""
+        check_name(name)
+        read_state(self._root / name)
+
     def get(self, ref: str) -> AdapterVersion:
-        """One version. Raises NotFound, and InvalidAdapter when its manifest is damaged."""
+        """One version. Raises NotFound, and InvalidAdapter when its manifest is damaged, or when a bare name cannot be
+        resolved because versions.json is damaged."""
         name, number = _parse_ref(ref)
         self._existing_numbers(name, number)
-        current = self._current_number(name)
+        readable = number is None or is_readable(self._root / name)
+        current = self._current_number(name) if readable else None
         if number is None:
             number = current
         if number is None:
@@ -174,6 +218,16 @@ class AdapterStore:
                 hint=f"No training of it has succeeded yet. Use the name of a version: {self._version_refs(name)}.",
             )
         return self._version(name, number, current)
+
+    def published_by(self, name: str, job_id: str) -> AdapterVersion | None:
+        """The newest version of `name` that this job published; None if there is none."""
+        numbers = version_numbers(self._root / name) if disk.NAME.fullmatch(name) else []
+        for number in reversed(numbers):
+            with suppress(InvalidAdapter, NotFound):
+                version = self.get(f"{name}@{number}")
+                if version.manifest.get("job_id") == job_id:
+                    return version
+        return None
 
     def read(self, ref: str) -> tuple[AdapterVersion, Json, dict[str, Tensor]]:
         """A version, its PEFT configuration and its tensors, with the files checked against the manifest.
@@ -189,19 +243,21 @@ class AdapterStore:
                 )
         files = {}
         for file in (CONFIG, TENSORS):
-            files[file] = _read(directory / file)
+            files[file] = read_file(directory / file)
             if hashlib.sha256(files[file]).hexdigest() != version.manifest["files"][file]:
                 raise InvalidAdapter(
                     f"{directory / file} ({len(files[file])} bytes) is not what was published: truncated or changed",
                     hint=f"Restore the file from a backup, or delete {version.id} and train again.",
                 )
-        config = _parse_object(files[CONFIG], directory / CONFIG)
+        config = parse_object(files[CONFIG], directory / CONFIG)
         return version, config, parse_tensors(files[TENSORS], directory / TENSORS)
 
     def _version(self, name: str, number: int, current: int | None) -> AdapterVersion:
         directory = self._root / name / str(number)
-        manifest = _parse_object(_read(directory / MANIFEST), directory / MANIFEST)
+        hint = f"Restore the file from a backup, or delete {name}@{number}."
+        manifest = parse_object(read_file(directory / MANIFEST), directory / MANIFEST, hint)
         try:
+            check_manifest(manifest)
             shas = "".join(f"{file} {manifest['files'][file]}\n" for file in (CONFIG, TENSORS))
             return AdapterVersion(
                 name=name,
@@ -215,22 +271,20 @@ class AdapterStore:
                 manifest=manifest,
             )
         except (KeyError, TypeError) as error:
-            raise InvalidAdapter(
-                f"{directory / MANIFEST} is not a manifest: {error}", hint="Restore the file, or delete the version."
-            ) from None
+            raise InvalidAdapter(f"{directory / MANIFEST} is not a manifest: {error}", hint=hint) from None
 
     def _current_number(self, name: str) -> int | None:
         """The version that was made current last, among those that still exist."""
         folder = self._root / name
-        history: list[int] = _read_state(folder)["current"]
+        history: list[int] = read_state(folder)["current"]
         return next((number for number in reversed(history) if (folder / str(number)).is_dir()), None)
 
     def _version_refs(self, name: str) -> str:
-        return ", ".join(f"{name}@{number}" for number in _numbers(self._root / name))
+        return ", ".join(f"{name}@{number}" for number in version_numbers(self._root / name))
 
     def _existing_numbers(self, name: str, number: int | None = None) -> list[int]:
         """The version numbers of `name`. Raises NotFound when there are none, or when `number` is not among them."""
-        numbers = _numbers(self._root / name)
+        numbers = version_numbers(self._root / name)
         if not numbers:
             others = ", ".join(self.names())
             raise NotFound(
@@ -263,55 +317,13 @@ def check_name(name: str) -> None:
 def _parse_ref(ref: str) -> tuple[str, int | None]:
     name, at, number = ref.partition("@")
     check_name(name)
-    if at and not _NUMBER.fullmatch(number):
+    if at and not NUMBER.fullmatch(number):
         raise InvalidRequest(
             f"adapter_name = {ref!r}: {number!r} is not a version",
             param="adapter_name",
             hint=f"Write {name} for the current version, or {name}@1.",
         )
     return name, int(number) if at else None
-
-
-def _numbers(folder: Path) -> list[int]:
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if _NUMBER.fullmatch(path.name))
-
-
-def _read_state(folder: Path) -> Json:
-    """versions.json. last: the highest number ever used; current: the numbers that were made current, oldest first."""
-    path = folder / _STATE
-    try:
-        state = _parse_object(path.read_bytes(), path)
-    except FileNotFoundError:
-        return {"last": 0, "current": []}
-    if not isinstance(state.get("last"), int) or not isinstance(state.get("current"), list):
-        raise InvalidAdapter(f"{path} lacks 'last' or 'current'", hint="Restore the file from a backup.")
-    return state
-
-
-# ---------------------------------------------------------------- disk
-
-
-def _parse_object(content: bytes, path: Path) -> Json:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise InvalidAdapter(f"{path} is not a JSON object", hint="Restore the file, or train the adapter again.")
-    return value
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise InvalidAdapter(f"{path} is missing", hint="Restore the file, or train the adapter again.") from None
-    except OSError as error:
-        raise InvalidAdapter(
-            f"{path} cannot be read: {error.strerror}", hint="Make it readable for the server."
-        ) from None
 
 
 def _lock(directory: Path, *, wait: bool = True) -> int:

@@ -77,6 +77,8 @@ class Client:
                 headers = {"Last-Event-ID": str(last)} if last else {}
                 for data in self._stream("GET", f"/api/training/jobs/{job_id}/events", headers=headers):
                     event: Json = json.loads(data)
+                    if "error" in event:  # the server is shutting down
+                        raise Refused(event["error"])
                     last = event["id"]
                     yield event
             except (httpx.ReadError, httpx.RemoteProtocolError):

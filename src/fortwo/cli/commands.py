@@ -234,10 +234,24 @@ def report(name: Annotated[str, typer.Argument(help="Adapter, or adapter@version
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Look for what crashes left in the home, and show what would be done.")
+    ] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="With --repair: do it. No server may run.")] = False,
+) -> None:
     """Show this machine's properties and which weight format was measured fastest on it."""
-    from fortwo.cli.doctor import report as machine_report
     from fortwo.settings import load
 
     settings = load()
+    if repair or apply:
+        if not repair:
+            raise InvalidRequest("--apply is given without --repair.", param="apply", hint="Add --repair.")
+        from fortwo.cli.repair import repair as repair_home
+
+        if not repair_home(settings, apply):
+            raise typer.Exit(1)
+        return
+    from fortwo.cli.doctor import report as machine_report
+
     screen.print(machine_report(settings.home, settings.weights, settings.isa))

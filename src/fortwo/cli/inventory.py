@@ -12,6 +12,7 @@ import typer
 
 from fortwo.cli import views
 from fortwo.cli.terminal import connect, screen
+from fortwo.errors import Conflict
 
 if TYPE_CHECKING:
     from fortwo.hub.catalog import Catalog
@@ -24,11 +25,22 @@ def _catalog() -> Catalog:
     return Catalog(load().models_dir)
 
 
+def check_free(id: str) -> None:
+    """Raises Conflict when an adapter has this name: a request's `model` must mean one thing."""
+    from fortwo.adapters.store import AdapterStore
+    from fortwo.settings import load
+
+    if id in AdapterStore(load().adapters_dir).names():
+        raise Conflict(
+            f"there is an adapter {id!r} already", param="id", hint="Choose another id, or delete the adapter first."
+        )
+
+
 def _group(help: str) -> typer.Typer:
     return typer.Typer(help=help, no_args_is_help=True)
 
 
-models = _group("List, add, fetch, load and unload base models.")
+models = _group("List, show, add, fetch, load, unload and remove base models.")
 adapters = _group("List, show, load, unload, delete and roll back adapters.")
 jobs = _group("List, show, cancel, pause and resume training jobs.")
 data = _group("Show datasets.")
@@ -39,22 +51,45 @@ def list_models() -> None:
     """List the base models, and which are on disk or loaded."""
     client = connect()
     rows = views.table("model", "state", "parameters", "size", "digest", "source", wrapped=("source",))
+    damaged = []
     if client.answers():
         for one in client.get("/api/models")["models"]:
             digest = "-" if one["digest"] is None else one["digest"][:12]
             rows.add_row(
                 one["id"], one["state"], views.count(one["parameters"]), views.size(one["bytes"]), digest, one["source"]
             )
+            damaged += [] if one["error"] is None else [one["error"]]
     else:
         catalog = _catalog()
         for entry in catalog.entries():
-            info = catalog.model_info(entry.id)
+            info, damage = catalog.model_info(entry.id), catalog.damage(entry.id)
             if info is None:
-                rows.add_row(entry.id, "not fetched", "-", "-", "-", entry.source)
+                rows.add_row(entry.id, "not fetched" if damage is None else "damaged", "-", "-", "-", entry.source)
+                damaged += [] if damage is None else [damage.body()["error"]]
             else:
                 size = views.size(info.bytes)
                 rows.add_row(entry.id, "on disk", views.count(info.parameters), size, info.digest[:12], entry.source)
-    screen.print(rows)
+    screen.print(rows, *(views.error(one["message"], one["hint"]) for one in damaged), sep="\n")
+
+
+@models.command("show")
+def show_model(id: str) -> None:
+    """Show a base model and the adapters that were trained on it, as JSON. Needs a server."""
+    screen.print_json(data=connect().get(f"/api/models/{id}"))
+
+
+@models.command("remove")
+def remove_model(id: str) -> None:
+    """Remove a base model that you added, and what was prepared from it; your own files stay. Of a model of the catalog
+    only the downloaded files are removed."""
+    client, left = connect(), []
+    if client.answers():
+        left = client.delete(f"/api/models/{id}")["adapters"]
+    else:
+        _catalog().remove(id)
+    screen.print(f"{id} is removed.")
+    if left:
+        screen.print(f"These adapters stay on disk and can be used when it is added again: {', '.join(left)}")
 
 
 @models.command("add")
@@ -63,6 +98,7 @@ def add_model(
     path: Annotated[Path, typer.Argument(help="A directory saved by transformers, or a .gguf file.", exists=True)],
 ) -> None:
     """Add a base model of your own to the catalog. Nothing is copied."""
+    check_free(id)
     entry = _catalog().add(id, path.resolve())
     screen.print(f"{entry.id} was added to the catalog. Its source is {entry.source}")
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fortwo.adapters.peft_files import CONFIG, TENSORS, refuse_pickles
+from fortwo.adapters.peft_files import refuse_pickles
+from fortwo.adapters.version_files import CONFIG, TENSORS
 from fortwo.errors import InvalidRequest
 from fortwo.settings import Settings
 

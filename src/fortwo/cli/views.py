@@ -109,15 +109,17 @@ def metrics_line(metrics: dict[str, float], eval_loss: float | None = None) -> s
 
 def report(body: Json) -> RenderableType:
     """A report: the metrics of base and adapter, those of each fact if there are several, and the transcripts."""
-    rows = table("metric", "base", "adapter", "95 %", "n", title="Report")
+    prompted = body.get("prompted_metrics", {})
+    rows = table(
+        "metric", "base", *(["fact in the prompt"] if prompted else []), "adapter", "95 %", "n", title="Report"
+    )
     for name in METRICS:
         if name not in body["metrics"]:
             continue
-        found, base = body["metrics"][name], body["base_metrics"].get(name)
-        interval = f"{found['low']:.2f} to {found['high']:.2f}"
-        rows.add_row(
-            name, "-" if base is None else f"{base['value']:.2f}", f"{found['value']:.2f}", interval, str(found["n"])
-        )
+        found = body["metrics"][name]
+        without = [one.get(name) for one in (body["base_metrics"], prompted)[: 2 if prompted else 1]]
+        shares = ["-" if one is None else f"{one['value']:.2f}" for one in (*without, found)]
+        rows.add_row(name, *shares, f"{found['low']:.2f} to {found['high']:.2f}", str(found["n"]))
     of_facts = body.get("facts", [])
     names = [name for name in FACT_METRICS if any(name in one["metrics"] for one in of_facts)]
     facts = table("fact", *names, wrapped=("fact",))

@@ -25,13 +25,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
+from fortwo.data.detokenizer import Detokenizer
 from fortwo.data.json_constraint import JsonConstraint, Vocabulary
+from fortwo.data.template_environment import ChatTemplate, TemplateFailure, TemplateRefusal
+from fortwo.data.tokenizer_files import any_of, declared_eos, embedding_rows, load_tokenizer, rename_tokens
 from fortwo.errors import InvalidDataset, InvalidRequest, UnsupportedModel
-from fortwo.records import Example, Message
+from fortwo.hub.template_files import JINJA, choose_template
+from fortwo.records import Example, Message, PlanWarning
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -43,40 +45,76 @@ PLAIN_TEMPLATE = (
 )
 """For models without a chat template: "User: ...", "Assistant: ...", and the model's eos token after each answer."""
 
+LONG_TEXT = 10_000  # characters
+
 # First characters of a message that some pre-tokenizers merge with what the template wrote before them.
 _OPENINGS = ("", "\n\n", " a", "\na", "\n\na", "\ta", "'s", "é", "中", "🙂", *string.printable)
+
+
+_TEMPLATE_HINT = f"Correct the template, or put a {JINJA} that works into the base's directory, and load it again."
 
 
 class ChatTemplateRenderer:
     """Tokenizer and chat template of one base model, read from `directory` alone.
 
     stop_ids: tokens that end a reply: the end-of-turn token of the template, and every eos that the model declares.
-    Raises UnsupportedModel for a tokenizer that cannot be read and a template that does not close assistant turns.
+    stop_texts: texts that end the reply of a conversation, where no token does: how the user's next turn begins.
+    warnings: what people should know about the tokenizer and the template. Raises UnsupportedModel for a tokenizer or a
+    template that cannot be used.
     """
 
     stop_ids: frozenset[int]
+    stop_texts: tuple[str, ...]
+    warnings: tuple[PlanWarning, ...]
 
     def __init__(self, directory: Path | str) -> None:
         self._directory = Path(directory)
-        self._tokenizer = _load(self._directory)
+        choice = choose_template(self._directory)
+        warnings = (
+            [] if choice.note is None else [PlanWarning("chat_template", choice.note, "Check it with a preview.")]
+        )
+        self._tokenizer = load_tokenizer(self._directory)
+        self._template = self._compile(choice.text)
         self._backend: Tokenizer = self._tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._rows = embedding_rows(self._directory)
         added = self._tokenizer.added_tokens_decoder.items()
-        controls = {token.content: number for number, token in added if token.special}
+        self._beyond = {token.content: number for number, token in added if not self._is_row(number)}
+        controls = {token.content: number for number, token in added if token.special} | self._beyond
         controls |= zip(self._tokenizer.all_special_tokens, self._tokenizer.all_special_ids, strict=True)
         nonce = secrets.token_hex(16)
         private = {text: f"<|{nonce}.{number}|>" for text, number in controls.items()}
         self._placeholders = {text: f"{nonce}-{number}-" for text, number in controls.items()}
         self._replacements = private | {placeholder: text for text, placeholder in self._placeholders.items()}
-        self._controls = _any_of(self._placeholders)
-        self._replaced = _any_of(self._replacements)
-        self._encoder = _rename_tokens(self._backend, private)
-        assert all(self._encoder.token_to_id(private[text]) == number for text, number in controls.items())
+        self._controls = any_of(self._placeholders)
+        self._replaced = any_of(self._replacements)
+        self._encoder = rename_tokens(self._backend, private, self._rows)
+        known = controls.keys() - self._beyond.keys()
+        assert all(self._encoder.token_to_id(private[text]) == controls[text] for text in known)
         has_bos = self._tokenizer("x")["input_ids"][:1] == [self._tokenizer.bos_token_id]
         self._bos = [self._tokenizer.bos_token_id] if has_bos else []
-        self._eos = [] if self._tokenizer.eos_token_id is None else [self._tokenizer.eos_token_id]
-        self.stop_ids = frozenset({*self._declared_eos(), self._end_of_turn(frozenset(controls.values()))})
+        self._check_rows()
+        self._eos = [number for number in (self._tokenizer.eos_token_id,) if self._exists(number)]
+        declared = declared_eos(self._directory)
+        end = self._end_of_turn(frozenset(controls.values()))
+        self._closing = self._eos if end is None else []
+        self.stop_ids = frozenset(number for number in (*self._eos, *declared, end) if self._exists(number))
+        self.stop_texts = () if end is not None else self._next_turn()
+        if missing := sorted(number for number in declared if not self._exists(number)):
+            what = f"generation_config.json names the end tokens {missing}, which the base does not have."
+            warnings.append(PlanWarning("eos_token", what, "They are ignored; correct the file."))
+        if end is None:
+            if not self.stop_ids and not self.stop_texts:
+                raise UnsupportedModel(
+                    f"the chat template in {self._directory} does not end the assistant's turn with a control token, "
+                    "so a reply would never stop",
+                    hint="Write the eos token after an assistant message in the chat template.",
+                )
+            rule = [f"the text {text!r}" for text in self.stop_texts] + ["the eos token"] * bool(self._eos)
+            what = f"The chat template does not end the assistant's turn. A reply ends at {' or '.join(rule)}."
+            warnings.append(PlanWarning("chat_template", what, "Write the eos token after an assistant message in it."))
+        self.warnings = tuple(warnings)
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of the conversation and of the generation prompt. Raises InvalidRequest when the template refuses."""
@@ -85,9 +123,9 @@ class ChatTemplateRenderer:
     def encode_text(self, text: str) -> list[int]:
         """Tokens of a raw prompt without a template. Control tokens in the text are read as such, because callers write
         the template themselves. The tokenizer's BOS is added unless the text begins with it."""
-        plain: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        plain = _encode(self._backend, text)
         has_bos = plain[:1] == [self._tokenizer.bos_token_id]
-        return plain if has_bos else list(self._backend.encode(text).ids)
+        return plain if has_bos else _encode(self._backend, text, specials=True)
 
     def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation that ends with the assistant's answer, and for each whether it has loss.
@@ -97,6 +135,9 @@ class ChatTemplateRenderer:
         assert messages[-1].role == "assistant"
         prompt, answer = self._turn(messages)
         ends = [i for i, token in enumerate(answer) if token in self.stop_ids]
+        if not ends and self._closing:
+            answer = answer + self._closing
+            ends = [len(answer) - 1]
         if not ends:
             raise UnsupportedModel(
                 f"the chat template in {self._directory} does not end this answer with an end-of-turn token",
@@ -156,11 +197,22 @@ class ChatTemplateRenderer:
 
     def stream(self, context: Sequence[int] = ()) -> Detokenizer:
         """A detokenizer for one reply. context: tokens whose text the reply continues."""
-        return Detokenizer(self, context)
+        return Detokenizer(self.decode, context)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """The most characters of a text that one token can stand for. A normalizer may write several as one."""
+        return max(map(len, self._backend.get_vocab())) * (1 if self._backend.normalizer is None else 4)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """Built on first use, which takes a quarter of a second for 50,000 tokens."""
+        if not self.stop_ids:
+            raise UnsupportedModel(
+                "no token of this base ends a reply, so neither a schema nor log-probabilities can be used with it",
+                param="model",
+                hint="Send the request without response_format and without logprobs.",
+            )
         return Vocabulary(self._backend, self.stop_ids)
 
     def constraint(self, schema: str) -> JsonConstraint:
@@ -204,21 +256,43 @@ class ChatTemplateRenderer:
         tools = self._hide_all(json.loads(messages[0].tools), "tools") if messages and messages[0].tools else None
         try:
             text = self._apply(hidden, tools, generation)
-        except TemplateError as error:
+        except TemplateRefusal as error:
             raise InvalidRequest(
                 f"the model's chat template refuses this conversation: {error}",
                 param="messages",
                 hint="Change the order or the roles of the messages.",
             ) from None
+        except TemplateFailure as error:
+            raise UnsupportedModel(
+                f"the chat template in {self._directory} cannot render this conversation: {error}",
+                param="model",
+                hint=_TEMPLATE_HINT,
+            ) from None
         self._check_written(text, hidden, tools, generation)
-        return self._replaced.sub(lambda match: self._replacements[match[0]], text)
+        return str(self._replaced.sub(self._replacement, text))
+
+    def _replacement(self, match: re.Match[str]) -> str:
+        """What takes the place of a control token that the template wrote, or of a placeholder."""
+        if (number := self._beyond.get(match[0])) is not None:
+            raise UnsupportedModel(
+                f"the chat template in {self._directory} writes {match[0]!r}, token {number}, but the base's embedding "
+                f"has only {self._rows} rows",
+                param="model",
+                hint="Save the base again with its embedding resized to the tokenizer, or correct the template.",
+            )
+        return str(self._replacements[match[0]])
 
     def _apply(self, hidden: list[dict[str, Any]], tools: Any, generation: bool) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(
-                hidden, tools=tools, tokenize=False, add_generation_prompt=generation, enable_thinking=False
-            )
+        """The template's text, with its control tokens under their public names."""
+        text: str = self._template.render(
+            **self._tokenizer.special_tokens_map,
+            messages=hidden,
+            tools=tools,
+            documents=None,
+            add_generation_prompt=generation,
+            enable_thinking=False,
         )
+        return text
 
     def _check_written(self, text: str, hidden: list[dict[str, Any]], tools: Any, generation: bool) -> None:
         """Raises InvalidRequest for a template that writes the same text without the tools, their calls or their
@@ -232,7 +306,7 @@ class ChatTemplateRenderer:
         ):
             if not there:
                 continue
-            with suppress(TemplateError):  # it cannot do without, so it reads them
+            with suppress(TemplateRefusal, TemplateFailure):  # it cannot do without, so it reads them
                 if self._apply(messages, offered, generation) == text:
                     raise InvalidRequest(
                         f"the chat template in {self._directory} does not write {what} of this conversation",
@@ -272,97 +346,78 @@ class ChatTemplateRenderer:
         return self._controls.sub(lambda control: self._placeholders[control[0]], content)
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
-        return ids
+        return _encode(self._encoder, text)
 
-    def _declared_eos(self) -> set[int]:
-        declared = {self._tokenizer.eos_token_id} - {None}
-        path = self._directory / "generation_config.json"
-        if path.exists():
-            ids = json.loads(path.read_text("utf-8")).get("eos_token_id")
-            declared |= set(ids) if isinstance(ids, list) else {ids} - {None}
-        return declared
+    def _is_row(self, token: int) -> bool:
+        return self._rows is None or 0 <= token < self._rows
 
-    def _end_of_turn(self, controls: frozenset[int]) -> int:
-        _, answer = self._turn([Message("user", "Hello"), Message("assistant", "Hello")])
-        for token in answer:
-            if token in controls:
-                return token
-        raise UnsupportedModel(
-            f"the chat template in {self._directory} does not end the assistant's turn with a control token, "
-            "so a reply would never stop",
-            hint="Write the eos token after an assistant message in the chat template.",
-        )
+    def _exists(self, token: int | None) -> bool:
+        """Whether the model can write the token."""
+        return token is not None and self._is_row(token) and self._backend.id_to_token(token) is not None
 
-
-class Detokenizer:
-    """Text of a reply while it is generated. The bytes of an incomplete character wait until it is complete."""
-
-    def __init__(self, renderer: ChatTemplateRenderer, context: Sequence[int] = ()) -> None:
-        self._renderer = renderer
-        self._window = list(context)  # the tokens emitted last, as context for the decoder, then the pending ones
-        self._emitted = len(context)  # how many tokens of the window were emitted
-
-    def push(self, token: int) -> str:
-        """The text that this token completes; it may be empty."""
-        self._window.append(token)
-        new = self._pending()
-        if not new or new.endswith("\ufffd"):
-            return ""
-        self._window = self._window[self._emitted :]
-        self._emitted = len(self._window)
-        return new
-
-    def flush(self) -> str:
-        """The rest of the text when the reply has ended; an incomplete character becomes U+FFFD."""
-        new = self._pending()
-        self._window, self._emitted = [], 0
-        return new
-
-    def _pending(self) -> str:
-        emitted = self._renderer.decode(self._window[: self._emitted])
-        return self._renderer.decode(self._window)[len(emitted) :]
-
-
-def _load(directory: Path) -> PreTrainedTokenizerFast:
-    if not (directory / "tokenizer.json").is_file():
-        raise UnsupportedModel(
-            f"{directory} has no tokenizer.json",
-            hint="Save the tokenizer there with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...).",
-        )
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception on a file it cannot read
-        raise UnsupportedModel(
-            f"{directory / 'tokenizer.json'} cannot be read: {error}", hint="Restore the model's tokenizer files."
-        ) from error
-    if tokenizer.chat_template is None:
-        if tokenizer.eos_token is None:
+    def _check_rows(self) -> None:
+        """Raises UnsupportedModel when ordinary text, or the BOS that is put before it, has tokens that are no rows of
+        the embedding. Added tokens beyond it are read as the characters they consist of."""
+        words = self._backend.get_vocab(with_added_tokens=False)
+        beyond = {text: number for text, number in words.items() if not self._is_row(number)}
+        added = {token.content for token in self._tokenizer.added_tokens_decoder.values()}
+        beyond = {text: number for text, number in beyond.items() if text not in added}
+        beyond |= {str(self._tokenizer.bos_token): number for number in self._bos if not self._is_row(number)}
+        if beyond:
+            text, number = min(beyond.items(), key=lambda item: item[1])
             raise UnsupportedModel(
-                f"{directory} has neither a chat template nor an eos token, so a reply would never stop",
-                hint="Name the eos_token in tokenizer_config.json.",
+                f"the tokenizer in {self._directory} has {text!r}, token {number}, but the base's embedding has only "
+                f"{self._rows} rows",
+                param="model",
+                hint="Restore the tokenizer that belongs to the base.",
             )
-        has_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = ("{{ bos_token }}" if has_bos else "") + PLAIN_TEMPLATE
-    return tokenizer
+
+    def _compile(self, text: str | None) -> ChatTemplate:
+        """The template, or the plain one where there is none."""
+        if text is None:
+            if self._tokenizer.eos_token is None:
+                raise UnsupportedModel(
+                    f"{self._directory} has neither a chat template nor an eos token, so a reply would never stop",
+                    hint="Name the eos_token in tokenizer_config.json.",
+                )
+            has_bos = self._tokenizer("x")["input_ids"][:1] == [self._tokenizer.bos_token_id]
+            text = ("{{ bos_token }}" if has_bos else "") + PLAIN_TEMPLATE
+        try:
+            return ChatTemplate(text)
+        except TemplateFailure as error:
+            raise UnsupportedModel(
+                f"the chat template in {self._directory} is not valid: {error}", param="model", hint=_TEMPLATE_HINT
+            ) from None
+
+    def _end_of_turn(self, controls: frozenset[int]) -> int | None:
+        """The control token with which the template ends the assistant's turn; None when it writes none."""
+        try:
+            _, answer = self._turn([Message("user", "Hello"), Message("assistant", "Hello")])
+        except UnsupportedModel:
+            raise
+        except InvalidRequest as error:
+            raise UnsupportedModel(
+                f"the chat template in {self._directory} refuses a question with its answer: {error.message}",
+                param="model",
+                hint=_TEMPLATE_HINT,
+            ) from None
+        return next((token for token in answer if token in controls), None)
+
+    def _next_turn(self) -> tuple[str, ...]:
+        """What the template writes between an answer and the user's next message, if anything."""
+        messages = [Message("user", "Hello"), Message("assistant", "Hello"), Message("user", "QUESTION")]
+        try:
+            before, after = (self._render(messages[:end], generation=False) for end in (2, 3))
+        except InvalidRequest:
+            return ()
+        opening = after.removeprefix(before).partition("QUESTION")[0].strip()
+        return (opening,) if opening and after.startswith(before) else ()
 
 
-def _rename_tokens(backend: Tokenizer, names: dict[str, str]) -> Tokenizer:
-    """A copy of the tokenizer with some tokens renamed. It adds no special tokens, and neither truncates nor pads."""
-    spec = json.loads(backend.to_str())
-    spec["truncation"] = spec["padding"] = spec["post_processor"] = None
-    for token in spec["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    model = spec["model"]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {names.get(text, text): number for text, number in model["vocab"].items()}
-    else:
-        model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
-    if model.get("unk_token") is not None:
-        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-    return Tokenizer.from_str(json.dumps(spec))
-
-
-def _any_of(texts: dict[str, str]) -> re.Pattern[str]:
-    """A pattern that matches the longest of the texts, and nothing when there are none."""
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)")
+def _encode(backend: Tokenizer, text: str, *, specials: bool = False) -> list[int]:
+    """The tokens of a text. A long one is encoded as a batch of one, because only then other threads run meanwhile."""
+    if len(text) < LONG_TEXT:
+        ids: list[int] = backend.encode(text, add_special_tokens=specials).ids
+        return ids
+    (encoding,) = backend.encode_batch([text], add_special_tokens=specials)
+    return list(encoding.ids)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import TypeAdapter
 
@@ -31,23 +32,33 @@ from fortwo.data.row_formats import (
 from fortwo.errors import InvalidDataset
 from fortwo.records import Dataset, Example, Fact, Json
 
+Row = TypeVar("Row")
+
 SOURCE_KEYS = ("path", "file_id", "examples", "facts")
 LARGE_BYTES = 8 << 20  # larger files are streamed, not loaded
 
 
-def load(spec: object, allowed_dirs: Sequence[Path]) -> Dataset:
+def load(spec: object, allowed_dirs: Sequence[Path], check: Callable[[], None] = lambda: None) -> Dataset:
     """The dataset that `spec` describes. A relative path is looked up in `allowed_dirs`, in order. Raises
-    InvalidDataset naming the row, the field, the value and a remedy."""
+    InvalidDataset naming the row, the field, the value and a remedy. check: called before each row; it may raise to
+    end the reading."""
     kind, value = parse_source(spec)
     if kind == "path":
-        return load_file(_find(value, allowed_dirs))
-    return _dataset(iter_rows(spec, allowed_dirs), "inline")
+        return load_file(_find(value, allowed_dirs), check)
+    return _dataset(checked(iter_rows(spec, allowed_dirs), check), "inline")
 
 
-def load_file(path: Path) -> Dataset:
+def load_file(path: Path, check: Callable[[], None] = lambda: None) -> Dataset:
     """The dataset in a file. Raises InvalidDataset as `load` does."""
-    rows = validate_rows(read_rows(path), str(path), ROW_FORMATS)
+    rows = checked(validate_rows(read_rows(path), str(path), ROW_FORMATS), check)
     return _large(path, rows) if path.stat().st_size > LARGE_BYTES else _dataset(rows, str(path))
+
+
+def checked(rows: Iterable[Row], check: Callable[[], None]) -> Iterator[Row]:
+    """The rows, with a call of `check` before each."""
+    for row in rows:
+        check()
+        yield row
 
 
 def iter_rows(spec: object, allowed_dirs: Sequence[Path]) -> Iterator[Example | Fact]:

@@ -6,6 +6,7 @@ schema. White space between the parts of the JSON is bounded, so that a reply ca
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from fortwo.errors import InvalidRequest, UnsupportedModel
+from fortwo.prompts import SCHEMA_FAILED
 
+PATTERNS = 500  # regular expressions of a schema; those of one object are compared with each other, which takes minutes
 WHITE_SPACE = r"[ \n\t]{0,24}"  # enough for a line break and some levels of indentation
 
 
@@ -39,6 +42,12 @@ class Vocabulary:
 
     def constraint(self, schema: str) -> JsonConstraint:
         """A constraint for one reply. Raises InvalidRequest for a schema that is invalid or cannot be enforced."""
+        if (patterns := count_patterns(json.loads(schema))) > PATTERNS:
+            raise InvalidRequest(
+                f"the schema has {patterns} patterns, but at most {PATTERNS} are allowed",
+                param="response_format.json_schema.schema",
+                hint="Write one pattern for several properties, or leave patterns out.",
+            )
         try:
             grammar = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITE_SPACE})
             matcher = LLMatcher(self._tokens, grammar, log_level=0)
@@ -55,6 +64,20 @@ class Vocabulary:
         return JsonConstraint(matcher)
 
 
+def count_patterns(schema: object) -> int:
+    """The number of regular expressions in a JSON Schema, at any depth."""
+    count, left = 0, [schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            named = part.get("patternProperties")
+            count += isinstance(part.get("pattern"), str) + (len(named) if isinstance(named, dict) else 0)
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
+    return count
+
+
 class JsonConstraint:
     """The state of one reply that follows a schema."""
 
@@ -66,7 +89,7 @@ class JsonConstraint:
         llguidance's limits."""
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            raise ValueError(f"the schema cannot be followed further: {self._matcher.get_error().splitlines()[0]}")
+            raise ValueError(f"{SCHEMA_FAILED}: {self._matcher.get_error().splitlines()[0]}")
         return np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little").astype(np.bool_)
 
     def advance(self, token: int) -> None:

@@ -6,14 +6,14 @@ Torch-free: a model's tokenizer and chat template are read, never its weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fortwo.data import datasets
-from fortwo.errors import NotFound
+from fortwo.errors import InvalidDataset, NotFound
 from fortwo.records import Example, Fact
 
 if TYPE_CHECKING:
@@ -51,7 +51,14 @@ class Preview:
     rows: tuple[RowPreview, ...]
 
 
-def preview(spec: object, allowed_dirs: Sequence[Path], catalog: Catalog, model: str, rows: int) -> Preview:
+def preview(
+    spec: object,
+    allowed_dirs: Sequence[Path],
+    catalog: Catalog,
+    model: str,
+    rows: int,
+    check: Callable[[], None] = lambda: None,
+) -> Preview:
     """The first `rows` rows of the dataset that `spec` describes (see datasets.load); later rows are not read.
 
     Raises InvalidDataset, and NotFound for a model that is unknown or not on disk.
@@ -67,8 +74,23 @@ def preview(spec: object, allowed_dirs: Sequence[Path], catalog: Catalog, model:
     previews: list[RowPreview] = []
     for number, row in enumerate(islice(datasets.iter_rows(spec, allowed_dirs), rows), 1):
         for example in row.examples(number) if isinstance(row, Fact) else (row,):
+            check()
+            check_row_length(example, renderer, context)
             previews += preview_rows(renderer, example, context)
     return Preview(model, context, tuple(previews[:rows]))
+
+
+def check_row_length(example: Example, renderer: ChatTemplateRenderer, context: int) -> None:
+    """Raises InvalidDataset for a row whose text cannot fit the context, however it is cut into tokens. So long a row
+    is not tokenised, because that takes seconds and much memory."""
+    texts = (example.text,) if example.text is not None else (message.content for message in example.messages)
+    characters, most = sum(len(text.strip()) for text in texts), context * renderer.longest_token
+    if characters > most:
+        raise InvalidDataset(
+            f"line {example.line} has {characters} characters; the context of {context} tokens holds at most {most}",
+            param="dataset",
+            hint="Split the row; a row is never truncated.",
+        )
 
 
 def preview_rows(renderer: ChatTemplateRenderer, example: Example, context: int) -> list[RowPreview]:
@@ -107,7 +129,7 @@ def _role(example: Example, ends: Sequence[int], index: int) -> str | None:
 
 def context_length(directory: Path) -> int:
     """How many tokens the model in `directory` can attend to."""
-    config = json.loads((directory / "config.json").read_text("utf-8"))
+    config = json.loads((directory / "config.json").read_text("utf-8-sig"))
     context, window = int(config["max_position_embeddings"]), config.get("sliding_window")
     windowed = config["architectures"][0].startswith("Mistral") or config.get("use_sliding_window")
     return min(context, int(window)) if window and windowed else context

@@ -9,8 +9,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from fortwo.adapters.peft_files import CONFIG, PeftFiles, parse_config, read_directory, read_file, under_pefts_names
-from fortwo.adapters.store import MANIFEST, AdapterStore
+from fortwo.adapters.peft_files import PeftFiles, parse_config, read_directory, read_file, under_pefts_names
+from fortwo.adapters.store import AdapterStore
+from fortwo.adapters.version_files import CONFIG, MANIFEST
 from fortwo.engine.registry import LoadedModel, ModelRegistry
 from fortwo.errors import InvalidAdapter, UnsupportedModel
 from fortwo.hub.base_names import bases_named
@@ -78,13 +79,14 @@ def _base_of_digest(
     directory: Path, digest: str, named: object, catalog: Catalog, registry: ModelRegistry
 ) -> LoadedModel:
     ids = _ids(catalog)
-    digests = {id: None if (info := catalog.model_info(id)) is None else info.digest for id in ids}
-    for id in sorted(ids, key=lambda id: id != named):
-        if digests[id] == digest:
-            return registry.load_base(id)
-    if named in ids and digests[str(named)] is None:
+    infos = {id: catalog.model_info(id) for id in ids}
+    known = {id: (info.digest, info.weights_digest) for id, info in infos.items() if info is not None}
+    same = [id for id, digests in known.items() if digest in digests]
+    if same:
+        return registry.load_base(min(same, key=lambda id: (known[id][0] != digest, id != named)))
+    if named in ids and named not in known:
         base = registry.load_base(str(named))
-        if base.digest == digest:
+        if digest in (base.digest, base.weights_digest):
             return base
     raise InvalidAdapter(
         f"{directory} was trained on {named!r} with weights of the digest {digest}, which no base model here has.",

@@ -7,6 +7,7 @@ the device's thread, so replies continue while a model loads. This module knows 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import threading
 from collections import Counter
@@ -23,6 +24,7 @@ from fortwo.adapters.store import AdapterStore
 from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.engine import malloc_tuning
 from fortwo.engine.adapter_check import MIN_EFFECT, check_tensors, measure_effect
+from fortwo.engine.base_choice import choose_base, no_base
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable, UnsupportedModel
@@ -30,21 +32,26 @@ from fortwo.execution.autotuning import memory, serving, serving_generic
 from fortwo.execution.backend import Backend, backend_for
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
+from fortwo.hub.prepared import ModelInfo
 from fortwo.hub.weights import ProgressCallback
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.nn.network import Network
 from fortwo.quantization.selection import Measurements
-from fortwo.records import AdapterVersion, Json
+from fortwo.records import AdapterVersion, Json, PlanWarning
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model in memory. bytes: the size of its weights, without the cache."""
+    """A base model in memory. digest, weights_digest: as in ModelInfo; bytes: the size of its weights, without the
+    cache."""
 
     id: str
     digest: str
+    weights_digest: str
     backend: Backend
     renderer: ChatTemplateRenderer
     bytes: int
@@ -53,6 +60,10 @@ class LoadedModel:
     @property
     def decoder(self) -> Network:
         return self.backend.decoder
+
+    def taught(self, version: AdapterVersion) -> bool:
+        """Whether the adapter was trained on this base. Adapters of earlier versions name the weights alone."""
+        return version.base_digest in (self.digest, self.weights_digest)
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,7 @@ class ModelRegistry:
         self._max_adapters = max_adapters
         self._cache_bytes = memory(self._device) // 8 if cache_mb is None else cache_mb << 20
         self._lock = threading.RLock()  # for loading and unloading; readers take the dicts as they are
-        self._loading: str | None = None
+        self._loading: Counter[str] = Counter()  # by id: threads that load it
         self._bases: dict[str, LoadedModel] = {}
         self._adapters: dict[str, AdapterState] = {}
         self._pins: Counter[str] = Counter()  # by adapter digest: requests that are about to be submitted
@@ -190,31 +201,49 @@ class ModelRegistry:
                 self._pins += Counter()  # drops entries of zero
 
     def load_base(self, id: str, progress: ProgressCallback | None = None) -> LoadedModel:
-        """The base in memory, fetched and converted first if necessary; progress as in Catalog.prepare."""
-        with self._lock:
-            if base := self._bases.get(id):
-                return base
-            self._loading = id
-            try:
-                directory = self._catalog.prepare(id, progress)
-                info = self._catalog.model_info(id)
-                assert info is not None
-                decoder = self._network(id, directory, info.parameters)
-                backend = backend_for(decoder)
-                runner = Runner(backend, self._cache_bytes)
-                base = LoadedModel(id, info.digest, backend, ChatTemplateRenderer(directory), decoder.bytes, runner)
-                self._engine.add_base(id, base.runner, base.renderer)
-                malloc_tuning.trim()
-            finally:
-                self._loading = None
-            self._bases[id] = base
+        """The base in memory, fetched and converted first if necessary; progress as in Catalog.prepare.
+
+        The tokenizer and the chat template are read, and tried, before the lock is taken: they come with the base, and
+        a slow template delays nobody else.
+        """
+        if base := self._bases.get(id):
             return base
+        self._count_loading(id, 1)
+        try:
+            directory = self._catalog.prepare(id, progress)
+            info = self._catalog.model_info(id)
+            if info is None:
+                raise Conflict(
+                    f"Base model {id!r} was changed while it was loaded.", param="model", hint="Load it again."
+                )
+            renderer = ChatTemplateRenderer(directory)
+            with self._lock:
+                return self._bases.get(id) or self._load(info, renderer)
+        finally:
+            self._count_loading(id, -1)
+
+    def _count_loading(self, id: str, change: int) -> None:
+        with self._pin_lock:
+            self._loading[id] += change
+
+    def _load(self, info: ModelInfo, renderer: ChatTemplateRenderer) -> LoadedModel:
+        id = info.id
+        decoder = self._network(id, info.directory, info.parameters)
+        backend = backend_for(decoder)
+        runner = Runner(backend, self._cache_bytes)
+        base = LoadedModel(id, info.digest, info.weights_digest, backend, renderer, decoder.bytes, runner)
+        self._engine.add_base(id, base.runner, base.renderer)
+        malloc_tuning.trim()
+        for warning in renderer.warnings:
+            log.warning("%s: %s %s", id, warning.message, warning.hint)
+        self._bases[id] = base
+        return base
 
     def _network(self, id: str, directory: Path, parameters: int) -> Network:
         """The own decoder where it knows the configuration, else what transformers makes of the directory. Raises
         UnsupportedModel."""
         try:
-            config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
+            config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text("utf-8-sig")))
         except UnsupportedModel as error:
             try:
                 return serving_generic(id, directory, parameters, self._device, self._weights)
@@ -252,6 +281,15 @@ class ModelRegistry:
             del self._bases[id]
             self._adapters = {key: state for key, state in self._adapters.items() if state.base != id}
             self._last_used = {key: self._last_used[key] for key in self._adapters}
+
+    def remove_base(self, id: str) -> None:
+        """Drop a base from memory and remove it as Catalog.remove does. Raises Conflict while a request or a job uses
+        it; then nothing is removed."""
+        with self._lock:
+            self._catalog.check_removable(id)
+            if id in self._bases:
+                self.unload_base(id)
+            self._catalog.remove(id)
 
     def load_adapter(self, ref: str) -> AdapterVersion:
         """Serve a published version on the base it was trained on. Raises InvalidAdapter for one that cannot have the
@@ -327,7 +365,7 @@ class ModelRegistry:
         with self._lock:
             base = self._bases.get(version.base_model)
             fits = version.digest in self._adapters or self._evict()
-            if fits and base is not None and base.digest == version.base_digest:
+            if fits and base is not None and base.taught(version):
                 self._attach(base, version, lora)
 
     def discard(self, versions: Iterable[AdapterVersion]) -> None:
@@ -341,9 +379,14 @@ class ModelRegistry:
     def state(self) -> RegistryState:
         """What is in memory now or being loaded."""
         models = {id: ModelState("loaded", base.digest, base.bytes) for id, base in self._bases.items()}
-        if (loading := self._loading) is not None:
-            models[loading] = ModelState("loading", None, 0)
+        loading = [id for id, threads in self._loading.copy().items() if threads and id not in models]
+        models |= {id: ModelState("loading", None, 0) for id in loading}
         return RegistryState(models, dict(self._adapters))
+
+    def warnings(self, id: str) -> tuple[PlanWarning, ...]:
+        """What people should know about the tokenizer and the chat template of a base; empty until it is loaded."""
+        base = self._bases.get(id)
+        return () if base is None else base.renderer.warnings
 
     def _attach(self, base: LoadedModel, version: AdapterVersion, lora: Lora) -> None:
         self._engine.attach(base.id, version.digest, lora, frozen=True)
@@ -373,10 +416,10 @@ class ModelRegistry:
         return self._engine.call(detach).result()
 
     def _base_serving(self, version: AdapterVersion) -> LoadedModel | None:
-        """The base that has this version attached and still has the weights it was trained on."""
+        """The base that has this version attached and is still the one it was trained on."""
         state = self._adapters.get(version.digest)
         base = None if state is None else self._bases.get(state.base)
-        return base if base is not None and base.digest == version.base_digest else None
+        return base if base is not None and base.taught(version) else None
 
     def _source(self, ref: str) -> AdapterSource:
         return self._checkpoints if self._checkpoints is not None and "-" in ref.partition("@")[2] else self._store
@@ -385,30 +428,19 @@ class ModelRegistry:
         return [entry.id for entry in self._catalog.entries()]
 
     def base_of(self, version: AdapterVersion) -> LoadedModel:
-        """The base with the weights the adapter was trained on, loaded if necessary, whatever it is called. Raises
-        InvalidAdapter when no base has them."""
-        digests = {id: info.digest if (info := self._catalog.model_info(id)) else None for id in self._catalog_ids()}
-        digests |= {id: base.digest for id, base in self._bases.items()}
-        same = [id for id, digest in digests.items() if digest == version.base_digest]
-        if same:
-            return self.load_base(min(same, key=lambda id: (id not in self._bases, id != version.base_model)))
-        if version.base_model not in digests:
-            raise InvalidAdapter(
-                f"Adapter {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}; "
-                "no base model here has these weights.",
-                hint="Add that base: fortwo models add ID PATH",
-            )
-        found = digests[version.base_model]
-        if found is None:
-            base = self.load_base(version.base_model)
-            if base.digest == version.base_digest:
+        """The base that the adapter was trained on, loaded if necessary, whatever it is called. Raises InvalidAdapter
+        when there is none."""
+        infos = {id: self._catalog.model_info(id) for id in self._catalog_ids()}
+        known = {id: (info.digest, info.weights_digest) for id, info in infos.items() if info is not None}
+        known |= {id: (base.digest, base.weights_digest) for id, base in self._bases.items()}
+        id = choose_base(version, known, loaded=self._bases, unprepared=infos.keys() - known.keys())
+        if id is not None:
+            base = self.load_base(id)
+            if base.taught(version):
                 return base
-            found = base.digest
-        raise InvalidAdapter(
-            f"Adapter {version.id!r} was trained on weights with digest {version.base_digest}, but "
-            f"{version.base_model!r} has digest {found}.",
-            hint="Train it again on this base, or add the base it was trained on: fortwo models add ID PATH",
-        )
+            known[id] = (base.digest, base.weights_digest)
+        waiting = sorted(infos.keys() - known.keys())
+        raise no_base(version, known, [one for one in waiting if self._catalog.get(one).origin == "user"])
 
 
 def _device(name: str) -> torch.device:

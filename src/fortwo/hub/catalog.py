@@ -7,10 +7,9 @@ layout and a base.json. A folder appears complete or not at all. Importing this 
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,11 +17,12 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from fortwo import disk
-from fortwo.errors import Conflict, InvalidRequest, NotFound, StorageFailed, UnsupportedModel
-from fortwo.hub import weights
+from fortwo.errors import Conflict, FortwoError, InvalidRequest, NotFound, StorageFailed
+from fortwo.hub import prepared
+from fortwo.hub.gguf_files import is_gguf
+from fortwo.hub.prepared import ModelInfo
 from fortwo.hub.sources import HubSource, Source, WheelSource, local_source
 from fortwo.hub.weights import ProgressCallback
-from fortwo.records import Json
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,6 @@ class ModelEntry:
     source: str
     description: str
     origin: Literal["catalog", "user"]
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """A prepared model. digest: of the weights alone (weights.digest); bytes: the size of the weights on disk."""
-
-    id: str
-    digest: str
-    directory: Path
-    bytes: int
-    parameters: int
-    architecture: str
-    source: str
 
 
 _BUNDLED: dict[str, tuple[Source, str]] = {
@@ -96,7 +83,7 @@ class Catalog:
                 hint="Use up to 128 letters, digits, '.', '_' and '-', a letter or digit first, no '..'.",
             )
         path = path.expanduser().absolute()
-        if not (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
+        if not (path.is_dir() or (path.is_file() and is_gguf(path))):
             raise InvalidRequest(
                 f"{path} is neither a directory nor a .gguf file" if path.exists() else f"{path} does not exist",
                 param="path",
@@ -112,32 +99,38 @@ class Catalog:
         return self.get(id)
 
     def remove(self, id: str) -> None:
-        """Remove a model that the user added, and what was prepared from it; the user's own files stay. Raises NotFound
-        for an unknown id and Conflict for a bundled model."""
+        """Remove a model that the user added, and what was prepared from it; the user's own files stay. Of a bundled
+        model only what was downloaded is removed. Raises what `check_removable` raises."""
         with self._lock("catalog"):
-            added = self._added()
-            if id not in added:
-                self.get(id)
-                raise Conflict(
-                    f"model {id!r} is part of the catalog", param="id", hint="Only added models can be removed."
-                )
-            self._save({other: path for other, path in added.items() if other != id})
+            self.check_removable(id)
+            self._save({other: path for other, path in self._added().items() if other != id})
         with self._lock(id):
             shutil.rmtree(self._folder / id, ignore_errors=True)
 
+    def check_removable(self, id: str) -> None:
+        """Raises NotFound for an unknown id, and Conflict for a bundled model that nothing was prepared of."""
+        self.get(id)
+        if id not in self._added() and not (self._folder / id).exists():
+            raise Conflict(
+                f"model {id!r} is part of the catalog and not on disk",
+                param="id",
+                hint="There is nothing to remove. Only models that were added leave the catalog.",
+            )
+
     def model_info(self, id: str) -> ModelInfo | None:
-        """The prepared model, or None when it must be prepared first. Raises NotFound for an unknown id."""
-        source = self._source(id)
-        directory = self._folder / id
+        """The prepared model, or None when it must be prepared first, also because its base.json is damaged. Raises
+        NotFound for an unknown id."""
+        with suppress(StorageFailed):
+            return self._read(id)
+        return None
+
+    def damage(self, id: str) -> FortwoError | None:
+        """What is wrong with the prepared model, if base.json is damaged; `prepare` makes it anew."""
         try:
-            base = json.loads((directory / "base.json").read_text())
-        except FileNotFoundError:
-            return None
-        if base["source"] != str(source) or base["linked"] != _linked(directory):
-            return None
-        return ModelInfo(
-            id, base["digest"], directory, base["bytes"], base["parameters"], base["architecture"], base["source"]
-        )
+            self._read(id)
+        except StorageFailed as error:
+            return error
+        return None
 
     def prepare(self, id: str, progress: ProgressCallback | None = None) -> Path:
         """Download, verify and convert the model unless it is prepared already; return its directory.
@@ -157,7 +150,7 @@ class Catalog:
             try:
                 partial.mkdir()
                 source.populate(partial, report)
-                _describe(partial, id, source, report)
+                prepared.describe(partial, id, str(source), report, None, {})
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
             except OSError as error:
@@ -168,6 +161,9 @@ class Catalog:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         return target
+
+    def _read(self, id: str) -> ModelInfo | None:
+        return prepared.read(self._folder / id, id, str(self._source(id)))
 
     def _ids(self) -> list[str]:
         return [*_BUNDLED, *sorted(self._added().keys() - _BUNDLED.keys())]
@@ -186,13 +182,18 @@ class Catalog:
 
     def _added(self) -> dict[str, Path]:
         try:
-            return _ADDED.validate_json(self._file.read_bytes())
+            added = _ADDED.validate_json(self._file.read_bytes())
         except FileNotFoundError:
             return {}
         except ValidationError as error:
             raise StorageFailed(
                 f"{self._file} is damaged: {error.errors()[0]['msg']}", hint="Repair or delete the file."
             ) from None
+        if wrong := [id for id in added if not disk.NAME.fullmatch(id)]:
+            raise StorageFailed(
+                f"{self._file} has the id {wrong[0]!r}, which is not allowed", hint="Delete this line of the file."
+            )
+        return added
 
     def _save(self, added: dict[str, Path]) -> None:
         try:
@@ -210,36 +211,3 @@ class Catalog:
         with (self._folder / f".{name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-
-def _describe(directory: Path, id: str, source: Source, progress: ProgressCallback) -> None:
-    """Write base.json, the last file of a prepared directory."""
-    tensors = weights.tensor_infos(directory)
-    try:
-        config = json.loads((directory / "config.json").read_text())
-        architecture = config["architectures"][0]
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise UnsupportedModel(
-            f"the config.json of model {id!r} is not a JSON object that names its architectures",
-            hint="Save the model again with transformers' save_pretrained.",
-        ) from None
-    base = {
-        "id": id,
-        "digest": weights.digest(directory, progress),
-        "source": str(source),
-        "parameters": weights.parameter_count(tensors),
-        "architecture": architecture,
-        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
-        "linked": _linked(directory),
-    }
-    disk.write(directory / "base.json", disk.dump(base))
-
-
-def _linked(directory: Path) -> Json:
-    """Size and modification time of every linked file: when one changes, the digest is out of date."""
-    state: Json = {}
-    for file in sorted(directory.iterdir()):
-        if file.is_symlink():
-            stat = file.stat() if file.exists() else None
-            state[file.name] = [stat.st_size, stat.st_mtime_ns] if stat else None
-    return state

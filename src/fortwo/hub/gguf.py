@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fortwo.errors import UnsupportedModel
-from fortwo.hub import weights
+from fortwo.hub import gguf_files, weights
 from fortwo.hub.weights import ProgressCallback
 from fortwo.records import Json
 
@@ -48,11 +48,16 @@ _ROPE_FACTORS = "rope_freqs.weight"
 def convert(file: Path, target: Path, progress: ProgressCallback) -> None:
     """Write the model in `file` into the directory `target`; transformers converts the tokenizer. Raises
     UnsupportedModel for a file that is damaged, incomplete or of an architecture that is not supported."""
-    reader = _open(file)
-    config = _model_config(reader, file)
+    parts = gguf_files.parts_of(file)
+    readers = [gguf_files.open_part(part) for part in parts]
+    reader, file = readers[0], parts[0]
+    gguf_files.check(reader, file, parts)
+    tensors = gguf_files.all_tensors(readers, parts)
+    _check_architecture(reader, file)
+    config = _model_config(reader, tensors, file)
     (target / "config.json").write_text(json.dumps(config, indent=2))
     (target / "generation_config.json").write_text(json.dumps(_generation_config(reader), indent=2))
-    tensors = {_hf_name(tensor.name, file): tensor for tensor in reader.tensors if tensor.name != _ROPE_FACTORS}
+    tensors = {_hf_name(name, file): tensor for name, tensor in tensors.items() if name != _ROPE_FACTORS}
     tensors = dict(sorted(tensors.items()))
     # ggml lists the innermost dimension first.
     shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
@@ -62,34 +67,20 @@ def convert(file: Path, target: Path, progress: ProgressCallback) -> None:
     progress("tokenizer", 1, 1)
 
 
-def _open(file: Path) -> GGUFReader:
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(file)
-    except FileNotFoundError:
-        raise UnsupportedModel(f"{file} does not exist", hint="Remove the model and add it again.") from None
-    except (ValueError, IndexError, OverflowError) as error:
-        raise UnsupportedModel(f"{file} is not a readable GGUF file: {error}", hint="Download it again.") from None
-    architecture = _field(reader, "general.architecture")
+def _check_architecture(reader: GGUFReader, file: Path) -> None:
+    architecture = gguf_files.field(reader, "general.architecture")
     if architecture not in ARCHITECTURES:
         raise UnsupportedModel(
             f"{file} has the architecture {architecture!r}",
             hint=f"Supported GGUF architectures: {', '.join(ARCHITECTURES)} (Mistral is stored as llama).",
         )
-    return reader
 
 
-def _field(reader: GGUFReader, name: str) -> Any:
-    field = reader.get_field(name)
-    return None if field is None else field.contents()
-
-
-def _model_config(reader: GGUFReader, file: Path) -> Json:
-    architecture = _field(reader, "general.architecture")
+def _model_config(reader: GGUFReader, tensors: Mapping[str, ReaderTensor], file: Path) -> Json:
+    architecture = gguf_files.field(reader, "general.architecture")
 
     def optional(name: str, default: Any = None) -> Any:
-        value = _field(reader, f"{architecture}.{name}")
+        value = gguf_files.field(reader, f"{architecture}.{name}")
         return default if value is None else value
 
     def required(name: str) -> Any:
@@ -98,28 +89,37 @@ def _model_config(reader: GGUFReader, file: Path) -> Json:
             raise UnsupportedModel(f"{file} lacks the metadata {architecture}.{name}", hint="Convert the model again.")
         return value
 
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    def number(name: str, default: Any = None) -> int:
+        """A whole number above 0."""
+        value = required(name) if default is None else optional(name, default)
+        if not isinstance(value, int) or value < 1:
+            raise UnsupportedModel(
+                f"{file}: {architecture}.{name} is {str(value)[:80]}, not a whole number above 0",
+                hint="Models whose layers differ are not supported. Take another model, or convert it again.",
+            )
+        return value
+
     if "token_embd.weight" not in tensors:
         raise UnsupportedModel(f"{file} lacks the tensor token_embd.weight", hint="Convert the model again.")
-    heads, width = required("attention.head_count"), required("embedding_length")
+    heads, width = number("attention.head_count"), number("embedding_length")
     config: Json = {
         "architectures": [ARCHITECTURES[architecture]],
         "model_type": architecture,
         "hidden_act": "silu",
         "hidden_size": width,
-        "intermediate_size": required("feed_forward_length"),
-        "num_hidden_layers": required("block_count"),
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": number("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": optional("attention.head_count_kv", heads),
-        "head_dim": optional("attention.key_length", optional("rope.dimension_count", width // heads)),
-        "max_position_embeddings": required("context_length"),
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": number("attention.key_length", optional("rope.dimension_count", width // heads)),
+        "max_position_embeddings": number("context_length"),
         "rms_norm_eps": required("attention.layer_norm_rms_epsilon"),
         "rope_theta": optional("rope.freq_base", 10000.0),
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "bos_token_id": _field(reader, "tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _field(reader, "tokenizer.ggml.eos_token_id"),
-        "pad_token_id": _field(reader, "tokenizer.ggml.padding_token_id"),
+        "bos_token_id": gguf_files.field(reader, "tokenizer.ggml.bos_token_id"),
+        "eos_token_id": gguf_files.field(reader, "tokenizer.ggml.eos_token_id"),
+        "pad_token_id": gguf_files.field(reader, "tokenizer.ggml.padding_token_id"),
         "torch_dtype": "float32",
     }
     if window := optional("attention.sliding_window"):
@@ -136,10 +136,16 @@ def _rope_scaling(reader: GGUFReader, config: Json, factors: ReaderTensor | None
     of these are equal in all such models and the fourth is the largest divisor; the divisors are recomputed as a check.
     """
     if factors is None:
-        kind = _field(reader, f"{config['model_type']}.rope.scaling.type")
+        kind = gguf_files.field(reader, f"{config['model_type']}.rope.scaling.type")
         if kind in (None, "none"):
             return None
-        return {"rope_type": kind, "factor": _field(reader, f"{config['model_type']}.rope.scaling.factor")}
+        factor = gguf_files.field(reader, f"{config['model_type']}.rope.scaling.factor")
+        if not isinstance(factor, int | float) or not factor > 0:
+            raise UnsupportedModel(
+                f"{file}: rope.scaling.type is {kind!r}, but rope.scaling.factor is {factor!r}",
+                hint="Convert the model again, or add its Hugging Face directory instead.",
+            )
+        return {"rope_type": kind, "factor": factor}
     import numpy as np
 
     divisors = np.asarray(factors.data, dtype=np.float32)
@@ -157,7 +163,7 @@ def _rope_scaling(reader: GGUFReader, config: Json, factors: ReaderTensor | None
 
 def _generation_config(reader: GGUFReader) -> Json:
     """Every token that ends a reply: end of sequence, and end of turn and of message where the file has them."""
-    ids = [_field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ids = [gguf_files.field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     return {"eos_token_id": sorted({token for token in ids if token is not None})}
 
 
@@ -201,7 +207,7 @@ def _convert_tokenizer(file: Path, target: Path) -> None:
     (alone / file.name).symlink_to(file.absolute())
     try:
         AutoTokenizer.from_pretrained(alone, gguf_file=file.name).save_pretrained(target)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # transformers' converters raise whatever a tokenizer they do not know leads to
         raise UnsupportedModel(
             f"the tokenizer in {file} cannot be read: {error}", hint="Add the model's Hugging Face directory instead."
         ) from None

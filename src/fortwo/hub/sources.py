@@ -20,12 +20,17 @@ from pathlib import Path
 from typing import Protocol
 
 from fortwo.errors import SourceUnreachable, UnsupportedModel
-from fortwo.hub import gguf, weights
+from fortwo.hub import gguf, gguf_files, template_files, weights
+from fortwo.hub.identity import read_json
+from fortwo.hub.quantised import check_quantisation
 from fortwo.hub.weights import ProgressCallback
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CACHE_HINT = f"Nothing was stored. Empty pip's cache ({sys.executable} -m pip cache purge) and try again."
-_CONFIG_FILES = ("config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", *_TOKENIZER)
+_CONFIG_FILES = (
+    *("config.json", "generation_config.json", template_files.JINJA, template_files.PROCESSOR),
+    *_TOKENIZER,
+)
 
 
 class Source(Protocol):
@@ -155,16 +160,31 @@ class DirectorySource:
     def populate(self, target: Path, progress: ProgressCallback) -> None:
         if not self.path.is_dir():
             raise UnsupportedModel(f"{self.path} does not exist", hint="Remove the model and add it again.")
-        for name in ("config.json", "tokenizer.json"):
-            if not (self.path / name).is_file():
-                raise UnsupportedModel(
-                    f"{self.path} holds no {name}", hint="Save model and tokenizer with transformers' save_pretrained."
-                )
+        self._check_files()
+        check_quantisation(str(self.path), read_json(self.path / "config.json"))
+        infos = weights.tensor_infos(self.path)
+        check_quantisation(str(self.path), {}, infos)
+        weights.check_weights(infos)
         tensors = weights.safetensors_files(self.path)
         index = [self.path / weights.SAFE_WEIGHTS_INDEX_NAME] if tensors[0].name != weights.SAFE_WEIGHTS_NAME else []
-        for file in [*tensors, *index, *(self.path / name for name in _CONFIG_FILES)]:
+        templates = sorted((self.path / template_files.FOLDER).glob("*.jinja"))
+        for file in [*tensors, *index, *templates, *(self.path / name for name in _CONFIG_FILES)]:
             if file.is_file():
-                (target / file.name).symlink_to(file)
+                link = target / file.relative_to(self.path)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file)
+
+    def _check_files(self) -> None:
+        missing = [name for name in ("config.json", "tokenizer.json") if not (self.path / name).is_file()]
+        if not missing:
+            return
+        hint = "Save model and tokenizer with transformers' save_pretrained."
+        if files := sorted(file for file in self.path.iterdir() if gguf_files.is_gguf(file)):
+            hint = f"It holds a GGUF file, which is added by its own path: {files[0]}"
+        elif (self.path / "adapter_config.json").is_file():
+            base = read_json(self.path / "adapter_config.json").get("base_model_name_or_path")
+            hint = f"It holds an adapter. Add its base ({base}), and load the adapter with POST /v1/load_lora_adapter."
+        raise UnsupportedModel(f"{self.path} holds no {' and no '.join(missing)}", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -182,7 +202,7 @@ class GgufSource:
 
 def local_source(path: Path) -> DirectorySource | GgufSource:
     """The source for a path that the user gave: a .gguf file or a model directory."""
-    return GgufSource(path) if path.suffix == ".gguf" else DirectorySource(path)
+    return GgufSource(path) if gguf_files.is_gguf(path) else DirectorySource(path)
 
 
 @contextmanager

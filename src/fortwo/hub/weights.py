@@ -31,6 +31,8 @@ SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
 _CHUNK_BYTES = 1 << 24
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
+_WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -52,13 +54,17 @@ def safetensors_files(directory: Path) -> list[Path]:
     index = directory / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
         try:
-            shards = [directory / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            shards = [directory / name for name in names]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            names = shards = []
+        if not names or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
             raise UnsupportedModel(f"{index} is not a safetensors index", hint="Download the file again.") from None
         for shard in shards:
             if not shard.is_file():
                 raise UnsupportedModel(
-                    f"{directory} lacks {shard.name}, which {index.name} lists", hint="Download the missing file."
+                    f"{directory} lacks {shard.relative_to(directory)}, which {index.name} lists",
+                    hint="Download the missing file.",
                 )
         return shards
     pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*"))
@@ -79,10 +85,16 @@ def _open(file: Path, framework: Literal["numpy", "pt"]) -> Iterator[Any]:
         with safe_open(file, framework) as opened:
             yield opened
     except SafetensorError as error:
+        is_pointer = _begins_with(file, b"version https://git-lfs")
         raise UnsupportedModel(
             f"{file} ({file.stat().st_size} bytes) is truncated or not a safetensors file: {error}",
-            hint="Download the file again.",
+            hint="It is a pointer of Git LFS. Run: git lfs pull" if is_pointer else "Download the file again.",
         ) from None
+
+
+def _begins_with(file: Path, text: bytes) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(text)) == text
 
 
 def tensor_infos(directory: Path) -> dict[str, TensorInfo]:
@@ -102,6 +114,18 @@ def tensor_infos(directory: Path) -> dict[str, TensorInfo]:
                         hint="Save the model again in bf16 or fp32.",
                     )
     return dict(sorted(infos.items()))
+
+
+def check_weights(infos: Mapping[str, TensorInfo]) -> None:
+    """Raises UnsupportedModel for weights that are whole numbers: they stand for other numbers, by a rule that is not
+    in the file."""
+    if wrong := [name for name, info in infos.items() if name.endswith(".weight") and info.dtype in _WHOLE_NUMBERS]:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        info = infos[wrong[0]]
+        raise UnsupportedModel(
+            f"tensor {wrong[0]!r}{more} in {info.file} is of type {info.dtype}: the weights are quantised already",
+            hint="Add the model that is not quantised, in bf16 or fp32. fortwo quantises it itself (FORTWO_WEIGHTS).",
+        )
 
 
 class LazyTensors(Mapping[str, "torch.Tensor"]):

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fortwo import disk
-from fortwo.adapters.peft_files import CONFIG, TENSORS
-from fortwo.adapters.store import MANIFEST
+from fortwo.adapters.version_files import CONFIG, MANIFEST, TENSORS
 from fortwo.errors import InvalidAdapter, NotFound
 from fortwo.hub import weights
 from fortwo.records import Checkpoint, CheckpointVersion, Json

@@ -39,7 +39,8 @@ class JobRun:
     `stop`.
 
     stop: why the run is to end early, if it is. saved_step: the step of the last checkpoint; busy: whether one is being
-    written. pause_error: why the checkpoint that a pause needs could not be written. ended: set when the run is over.
+    written. pause_error: why the checkpoint that a pause needs could not be written. ended: set when the run is
+    over. recorder: it may hold what the database refused.
     """
 
     job: Job
@@ -49,6 +50,7 @@ class JobRun:
     safe: bool = True
     busy: bool = False
     pause_error: StorageFailed | None = None
+    recorder: ProgressRecorder | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -115,32 +117,37 @@ class JobExecutor:
                         self._save_checkpoint(run, event, plan, resident, recorder)
                     else:
                         recorder.record(event)
+                if received.empty():
+                    recorder.flush()
                 nothing_is_lost = run.wanted and run.safe and not run.busy and received.empty()
                 if nothing_is_lost and recorder.step == run.saved_step:
                     task.cancel()
         finally:
             task.cancel()  # needed when an event could not be stored; it does not change a task that is done
-        return self._publish(run, plan, dataset, resident, task.result())
+        return self._publish(run, plan, dataset, resident, task.result(), recorder)
 
     def _load_checkpoint(self, run: JobRun, resident: LoadedModel) -> tuple[ProgressRecorder, Checkpoint | None]:
         """The newest intact checkpoint of this base, and a recorder with its progress. Unusable ones are deleted."""
-        job = run.job
+        job, notes = run.job, list[NewEvent]()
+        progress, actual, checkpoint = initial_progress(job.progress["steps"]), None, None
         for version in reversed(self._checkpoints.of_job(job.id)):
             try:
-                if version.base_digest != resident.digest:
-                    raise InvalidAdapter(f"{version.id} was trained on other weights than those of {resident.id}")
+                if not resident.taught(version):
+                    raise InvalidAdapter(f"{version.id} was trained on another base than {resident.id} is now")
                 checkpoint = self._checkpoints.restore(version)
             except InvalidAdapter as error:
-                message = f"A checkpoint is unusable: {error.message}."
-                self._store.append_event(job.id, NewEvent("checkpoint", message, level="warn"))
+                notes.append(NewEvent("checkpoint", f"A checkpoint is unusable: {error.message}.", level="warn"))
                 self._checkpoints.delete(version)
                 self._registry.discard([version])
                 continue
             run.saved_step = version.version
-            self._store.append_event(job.id, NewEvent("checkpoint", f"The run resumes from step {run.saved_step}."))
+            notes.append(NewEvent("checkpoint", f"The run resumes from step {run.saved_step}."))
             progress, actual = version.manifest["progress"], version.manifest["actual"]
-            return ProgressRecorder(self._store, job.id, progress, actual), checkpoint
-        return ProgressRecorder(self._store, job.id, initial_progress(job.progress["steps"])), None
+            break
+        recorder = run.recorder = ProgressRecorder(self._store, job.id, progress, actual)
+        for note in notes:
+            recorder.store(note)
+        return recorder, checkpoint
 
     def _save_checkpoint(
         self, run: JobRun, checkpoint: Checkpoint, plan: Plan, resident: LoadedModel, recorder: ProgressRecorder
@@ -169,10 +176,16 @@ class JobExecutor:
             self._registry.discard(deleted)
         finally:
             run.busy = False
-        self._store.append_event(job.id, event)
+        recorder.store(event)
 
     def _publish(
-        self, run: JobRun, plan: Plan, dataset: Dataset, resident: LoadedModel, trained: TrainingResult
+        self,
+        run: JobRun,
+        plan: Plan,
+        dataset: Dataset,
+        resident: LoadedModel,
+        trained: TrainingResult,
+        recorder: ProgressRecorder,
     ) -> RunResult:
         """Store the report, then publish the adapter. It becomes the current version only if it met its targets."""
         job = run.job
@@ -184,7 +197,7 @@ class JobExecutor:
         diagnosis = () if proven else plans.diagnose(plan, results)
         actual = nan_to_null(trained.actual)
         report = nan_to_null(asdict(replace(trained.report, diagnosis=diagnosis)))
-        self._store.update(job.id, actual=actual, report=report)
+        recorder.store(None, actual=actual, report=report)
         if run.stop == "cancelled":
             raise CancelledError
         manifest = {
@@ -203,6 +216,16 @@ class JobExecutor:
         version = self._adapters.publish(job.adapter_name, tensors, peft, manifest, current=trained.succeeded)
         self._registry.publish(version, trained.lora)
         return RunResult(version, None if trained.succeeded else _targets_missed(plan, metrics, diagnosis))
+
+
+def published_result(version: AdapterVersion) -> RunResult:
+    """The result of the run that published `version`, as its manifest has it: for a server that died in between."""
+    manifest = version.manifest
+    if manifest.get("made_current", version.current):
+        return RunResult(version, None)
+    metrics = {name: metric["value"] for name, metric in manifest["report"]["metrics"].items()}
+    diagnosis = tuple(PlanWarning(**finding) for finding in manifest["report"]["diagnosis"])
+    return RunResult(version, _targets_missed(plans.from_json(manifest["plan"]), metrics, diagnosis))
 
 
 def learned_facts(dataset: Dataset, plan: Plan) -> tuple[Fact, ...]:

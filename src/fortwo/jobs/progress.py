@@ -1,16 +1,22 @@
 """Records a run in the database: an event for everything that happens, and how far the job has come.
 
-NaN and infinity become null, because JSON has neither.
+When the database refuses (locked, full, damaged), what was not stored waits in memory in its order while the training
+goes on, and is stored with the next record that works. NaN and infinity become null, because JSON has neither.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import deque
 from dataclasses import asdict
 from typing import Any
 
+from fortwo.jobs.database import DATABASE_ERRORS
 from fortwo.jobs.store import JobStore, NewEvent
 from fortwo.records import Evaluated, Json, Phase, Stepped, TrainEvent
+
+log = logging.getLogger(__name__)
 
 
 class ProgressRecorder:
@@ -21,6 +27,8 @@ class ProgressRecorder:
         self._store = store
         self._job_id = job_id
         self._progress = dict(progress)
+        self._refused = False  # whether the database refused the last time
+        self._waiting: deque[tuple[NewEvent | None, dict[str, Any]]] = deque()
         self._actual: Json = {"training_seconds": 0.0, "tokens": 0, "peak_learning_rate": 0.0} | (actual or {})
 
     @property
@@ -38,7 +46,7 @@ class ProgressRecorder:
         match event:
             case Phase():
                 message = event.detail if event.detail else f"{event.name.capitalize()}."
-                self._store.update(self._job_id, NewEvent(event.name, message), status=event.name)
+                self.store(NewEvent(event.name, message), status=event.name)
             case Stepped():
                 self._count(event)
                 data = nan_to_null(asdict(event)) | {"tokens_per_second": event.tokens / event.seconds}
@@ -61,7 +69,32 @@ class ProgressRecorder:
 
     def _advance(self, note: NewEvent, **more: Any) -> None:
         self._progress |= {name: note.data[name] for name in self._progress.keys() & note.data.keys()}
-        self._store.update(self._job_id, note, progress=self._progress, **more)
+        self.store(note, progress=dict(self._progress), **more)
+
+    def store(self, event: NewEvent | None, **changes: Any) -> None:
+        """Store an event and changes of the job, now or when the database works again."""
+        self._waiting.append((event, changes))
+        self.flush()
+
+    def flush(self) -> bool:
+        """Try to store what waits; whether nothing waits any more."""
+        while self._waiting:
+            event, changes = self._waiting[0]
+            try:
+                if changes:
+                    self._store.update(self._job_id, event, **changes)
+                elif event is not None:
+                    self._store.append_event(self._job_id, event)
+            except DATABASE_ERRORS as error:
+                if not self._refused:
+                    log.warning("Job %s goes on, but cannot be recorded: %s", self._job_id, error.message)
+                self._refused = True
+                return False
+            self._waiting.popleft()
+        if self._refused:
+            log.warning("Job %s is recorded again; nothing is missing.", self._job_id)
+        self._refused = False
+        return True
 
 
 def initial_progress(steps: int) -> Json:

@@ -1,4 +1,4 @@
-"""The queue of training jobs: plans requests, runs one job at a time, and pauses, resumes and cancels jobs.
+"""The queue of training jobs: runs one job at a time, and pauses, resumes and cancels jobs.
 
 A request is checked and planned before it becomes a job, so invalid input never becomes one. A thread takes the jobs
 in order of arrival and gives each to `jobs.executor`; the device's thread never waits for the database. Every job
@@ -13,32 +13,27 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import CancelledError
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fortwo.adapters.store import check_name
 from fortwo.data import datasets
-from fortwo.errors import Conflict, FortwoError, InvalidRequest, NotFound, TrainingFailed, Unavailable
-from fortwo.facts.subject import facts_of
-from fortwo.jobs import parents
+from fortwo.errors import Conflict, FortwoError, NotFound, TrainingFailed, Unavailable
 from fortwo.jobs.checkpoints import CheckpointStore
-from fortwo.jobs.executor import POLL_SECONDS, JobExecutor, JobRun, RunResult
-from fortwo.jobs.machine import machine_of, try_out
+from fortwo.jobs.database import DATABASE_ERRORS
+from fortwo.jobs.executor import POLL_SECONDS, JobExecutor, JobRun, RunResult, published_result
+from fortwo.jobs.planner import JobPlanner
 from fortwo.jobs.progress import initial_progress
-from fortwo.jobs.store import ACTIVE, INTERRUPTED, Job, JobStore, NewEvent, Status
-from fortwo.records import Dataset, Json, Plan
+from fortwo.jobs.store import ACTIVE, INTERRUPTED, LEASE_SECONDS, Job, JobStore, NewEvent, Status
+from fortwo.records import Json, Plan
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
-from fortwo.train.dataset_stats import collect_stats
-from fortwo.train.parent import Parent
 from fortwo.train.request import TrainingRequest
 
 if TYPE_CHECKING:
     from fortwo.adapters.store import AdapterStore
     from fortwo.engine.engine import Engine
-    from fortwo.engine.registry import LoadedModel, ModelRegistry
-    from fortwo.execution.calibration import Trial
+    from fortwo.engine.registry import ModelRegistry
     from fortwo.hub.catalog import Catalog
 
 log = logging.getLogger(__name__)
@@ -60,35 +55,37 @@ class JobRunner:
         checkpoints: CheckpointStore,
     ) -> None:
         self._settings = settings
-        self._catalog = catalog
-        self._engine = engine
         self._registry = registry
         self._store = store
         self._checkpoints = checkpoints
         self._adapters = adapters
         self._lock = threading.Lock()
-        self._trials: dict[str, Trial] = {}  # by the digest of the base
+        self._planner = JobPlanner(settings, catalog, adapters, engine, registry, store)
         self._executor = JobExecutor(adapters, engine, registry, store, checkpoints, self._lock)
         self._active: JobRun | None = None
         self._wake = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._process_queue, name="fortwo-jobs", daemon=True)
+        self._closed = threading.Event()
+        self._leases = threading.Thread(target=self._renew_leases, name="fortwo-leases", daemon=True)
 
     # ------------------------------------------------------------ for any thread
 
     def start(self) -> None:
-        """Start the queue. Jobs that ran when the last server died fail, or are queued again with FORTWO_RESUME."""
-        for job_id in self._store.mark_interrupted():
-            if self._settings.resume:
-                self._requeue(job_id, ("failed",))
+        """Start the queue. Jobs that ran when the last server died fail, or are queued again with FORTWO_RESUME. One
+        that had already published its version ends as that version says."""
+        for job in self._store.abandoned():
+            self._conclude_abandoned(job)
         self._checkpoints.remove_leftovers()
         self._remove_checkpoints_of_ended_jobs()
         self._thread.start()
+        self._leases.start()
 
     def close(self) -> None:
         """Interrupt the running job, after its step if that ends within CLOSE_SECONDS. Queued jobs stay queued."""
         with self._lock:
             self._closing = True
+            self._closed.set()
             run = self._active
             if run is not None and run.stop is None:
                 run.stop = "interrupted"
@@ -99,13 +96,20 @@ class JobRunner:
                     run.task.cancel()
         self._thread.join()
 
-    def plan(self, request: TrainingRequest) -> Plan:
-        """The plan for a request; nothing is stored. Raises InvalidRequest naming field, value and remedy."""
-        return self._resolve(request)[1]
+    def check_alive(self) -> None:
+        """Raises Unavailable when the queue's thread has ended."""
+        if not self._thread.is_alive():
+            raise Unavailable("The queue of jobs has ended.", hint="Restart the server.")
 
-    def submit(self, request: TrainingRequest) -> Job:
+    def plan(self, request: TrainingRequest, check: Callable[[], None] = lambda: None) -> Plan:
+        """The plan for a request; nothing is stored. Raises InvalidRequest naming field, value and remedy. check:
+        called between rows; it may raise to end the planning."""
+        return self._planner.plan(request, check)[1]
+
+    def submit(self, request: TrainingRequest, check: Callable[[], None] = lambda: None) -> Job:
         """Plan the request and queue it as a job. Raises as `plan` does, and Unavailable during shutdown."""
-        dataset, plan = self._resolve(request)
+        dataset, plan = self._planner.plan(request, check)
+        check()
         if self._closing:
             raise Unavailable("The server is shutting down.", hint="Try again when it is back.")
         job = self._store.create(
@@ -150,8 +154,11 @@ class JobRunner:
 
     def resume(self, job_id: str) -> Job:
         """Queue a paused, failed or cancelled job again with its plan. It resumes from its last checkpoint, or starts
-        from the beginning when it has none. Raises NotFound, and Conflict for a job with another status."""
+        from the beginning when it has none. One that was interrupted after it had published its version has nothing
+        left to do: it ends as that version says. Raises NotFound, and Conflict for a job with another status."""
         old = self._store.get(job_id)
+        if old.status == "failed" and self._conclude_published(old):
+            return self._store.get(job_id)
         if not self._requeue(job_id, ("paused", "failed", "cancelled"), queued_at=time.time()):
             raise Conflict(
                 f"The status of job {job_id} is {old.status}.",
@@ -178,8 +185,29 @@ class JobRunner:
             report=None,
             adapter=None,
             error=None,
+            owner=self._store.owner,
             **changes,
         )
+
+    def _conclude_abandoned(self, job: Job, error: Json = INTERRUPTED) -> None:
+        """Give an active job that nobody runs its end, or its place in the queue."""
+        if self._conclude_published(job):
+            return
+        if self._settings.resume and job.owner == self._store.owner:
+            self._requeue(job.id, ACTIVE)
+        else:
+            self._fail(job, error)
+
+    def _conclude_published(self, job: Job) -> bool:
+        """Whether an interrupted job had published its version; then it ends as that version says."""
+        if job.status == "failed" and (job.error or {}).get("code") != INTERRUPTED["code"]:
+            return False
+        version = self._adapters.published_by(job.adapter_name, job.id)
+        if version is None:
+            return False
+        self._finish(job, published_result(version))
+        self._delete_checkpoints(job.id)
+        return True
 
     def _active_run(self, job_id: str) -> JobRun | None:
         return self._active if self._active is not None and self._active.job.id == job_id else None
@@ -193,6 +221,12 @@ class JobRunner:
         job = self._store.get(job_id)
         if run is None and job.ended_or_paused:
             raise Conflict(f"The status of job {job_id} is {job.status}.", param="job_id", hint=hint)
+        if run is None and job.owner != self._store.owner:
+            raise Conflict(
+                f"Job {job_id} runs on another server, which uses the same database with its own home.",
+                param="job_id",
+                hint="Send the request to that server.",
+            )
         return job
 
     def _remove_checkpoints_of_ended_jobs(self) -> None:
@@ -215,54 +249,33 @@ class JobRunner:
                 ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else ""),
             )
 
-    def _resolve(self, request: TrainingRequest) -> tuple[Dataset, Plan]:
-        check_name_available(request.adapter_name, self._catalog)
-        dataset = datasets.load(request.dataset, self._settings.allowed_data_dirs)
-        parent, resident = self._parent_and_base(request)
-        if parent is not None:
-            dataset = replace(dataset, parent_facts=parent.facts_to_keep(facts_of(dataset)))
-        cache = resident.runner.cache
-        base = plans.BaseFacts.of(resident.id, resident.decoder, cache.bound, cache.dtype.itemsize)
-        trial = self._trials.get(resident.digest)
-        if trial is None:
-            trial = self._trials[resident.digest] = self._engine.call(lambda: try_out(resident.backend)).result()
-        machine = machine_of(trial, self._store.last_actual(resident.id))
-        counts, dataset_warnings = collect_stats(resident.renderer, plans.training_rows(dataset))
-        return dataset, plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent)
-
-    def _parent_and_base(self, request: TrainingRequest) -> tuple[Parent | None, LoadedModel]:
-        """The parent that the request names, if any, and the base, which must be the parent's own."""
-        model = self._settings.default_model if request.model is None else request.model
-        if request.parent is None:
-            return None, self._registry.load_base(model)
-        version, parent = parents.resolve_parent(request.parent, self._adapters)
-        if request.model is None:
-            return parent, self._registry.base_of(version)
-        resident = self._registry.load_base(model)
-        if resident.digest != version.base_digest:
-            raise InvalidRequest(
-                f"parent = {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}; "
-                f"model = {model!r} has digest {resident.digest}",
-                param="parent",
-                hint="Omit `model`: then the parent's own base is used.",
-            )
-        return parent, resident
-
     # ------------------------------------------------------------ the runner's own thread
 
     def _process_queue(self) -> None:
         while not self._closing:
             self._wake.clear()
             try:
-                self._store.mark_interrupted()
-                job = self._store.next_queued()
-                if job is not None:
-                    self._run_job(job)
+                for job in self._store.abandoned():
+                    self._conclude_abandoned(job)
+                following = self._store.next_queued()
+                if following is not None:
+                    self._run_job(following)
                     continue
                 self._wake.wait()
-            except Exception:  # the queue must survive; mark_interrupted repairs the job once the database works again
-                log.exception("The database cannot be used; it is tried again in %g seconds.", RETRY_SECONDS)
-                self._wake.wait(RETRY_SECONDS)
+            except DATABASE_ERRORS as error:
+                log.warning("The queue waits for the database: %s", error.message)
+                self._closed.wait(RETRY_SECONDS)
+            except Exception:  # the queue must survive
+                log.exception("The queue failed; it is tried again in %g seconds.", RETRY_SECONDS)
+                self._closed.wait(RETRY_SECONDS)
+
+    def _renew_leases(self) -> None:
+        while not self._closed.wait(LEASE_SECONDS / 4):
+            if self._active is not None:
+                try:
+                    self._store.renew()
+                except DATABASE_ERRORS as error:
+                    log.warning("The lease of the running job was not renewed: %s", error.message)
 
     def _run_job(self, job: Job) -> None:
         """Run one queued job and store its final status."""
@@ -293,14 +306,36 @@ class JobRunner:
                 self._active = None
             run.ended.set()
 
+    def _until_stored(self, job: Job, store: Callable[[], bool]) -> None:
+        """Call `store` until it returns True, also while the database refuses: the end of a run must not be lost. Once
+        the server closes, the next one decides by the job's manifest or its checkpoints. For a job that does not run,
+        the error is raised."""
+        refused = False
+        while True:
+            try:
+                if store():
+                    return
+                reason = "its records are not stored yet"
+            except DATABASE_ERRORS as error:
+                if self._active is None:
+                    raise
+                reason = error.message
+            if not refused:
+                log.warning("The end of job %s waits for the database: %s", job.id, reason)
+                refused = True
+            if self._closed.wait(RETRY_SECONDS):
+                log.warning("The end of job %s could not be stored.", job.id)
+                return
+
     def _finish(self, job: Job, result: RunResult) -> None:
         version = result.version
         adapter = {"name": version.name, "version": version.version, "digest": version.digest}
+        more = {"adapter": adapter, "report": version.manifest["report"], "actual": version.manifest["actual"]}
         if result.failure is None:
             event = NewEvent("succeeded", f"{version.id} is published and current.", {"adapter": adapter})
-            self._end(job, "succeeded", event, adapter=adapter)
+            self._end(job, "succeeded", event, error=None, **more)
         else:
-            self._fail(job, result.failure.body()["error"], adapter=adapter)
+            self._fail(job, result.failure.body()["error"], **more)
 
     def _finish_stopped(self, run: JobRun) -> None:
         """Store the status of a job whose run ended early, as `run.stop` says."""
@@ -310,7 +345,7 @@ class JobRunner:
             self._delete_checkpoints(job.id)
         elif run.stop == "paused":
             event = NewEvent("paused", f"The job was paused after step {run.saved_step}.")
-            self._store.update(job.id, event, status="paused")
+            self._until_stored(job, lambda: self._store.update(job.id, event, status="paused"))
         elif run.stop == "interrupted" and self._settings.resume:
             self._requeue(job.id, ACTIVE)
         else:
@@ -325,13 +360,10 @@ class JobRunner:
         )
 
     def _end(self, job: Job, status: Status, event: NewEvent, **changes: Any) -> None:
-        self._store.update(job.id, event, status=status, finished_at=time.time(), **changes)
+        recorder = None if self._active is None else self._active.recorder
+        ended = {"status": status, "finished_at": time.time(), **changes}
 
+        def store() -> bool:
+            return (recorder is None or recorder.flush()) and self._store.update(job.id, event, **ended)
 
-def check_name_available(name: str, catalog: Catalog) -> None:
-    """Raises InvalidRequest when an adapter cannot have this name, for example because a base model has it."""
-    check_name(name)
-    if name in (entry.id for entry in catalog.entries()):
-        raise InvalidRequest(
-            f"adapter_name = {name!r} is the id of a base model.", param="adapter_name", hint="Choose another name."
-        )
+        self._until_stored(job, store)

@@ -24,6 +24,7 @@ export function Report({report, targets}) {
 
 function Metrics({report, targets}) {
   const names = METRICS.filter((name) => name in report.metrics);
+  const prompted = Object.keys(report.prompted_metrics ?? {}).length > 0 && report.prompted_metrics;
   if (!names.length) return null;
   return html`
     <div class="scroll" tabindex="0" role="region" aria-label=${text.report.title}>
@@ -32,6 +33,7 @@ function Metrics({report, targets}) {
           <tr>
             <th scope="col">${text.report.metric}</th>
             <th scope="col" class="figure">${text.report.base}</th>
+            ${prompted && html`<th scope="col" class="figure">${text.report.prompted}</th>`}
             <th scope="col" class="figure">${text.report.adapter}</th>
             <th scope="col" class="wide"><span class="hidden">${text.report.interval}</span></th>
             <th scope="col" class="figure">${text.report.interval}</th>
@@ -49,6 +51,7 @@ function Metrics({report, targets}) {
               <tr key=${name} class=${name}>
                 <th scope="row">${title}<small>${about}</small></th>
                 <td class="figure">${share(base?.value)}</td>
+                ${prompted && html`<td class="figure">${share(prompted[name]?.value)}</td>`}
                 <td class="figure"><strong>${share(found.value)}</strong></td>
                 <td class="wide"><${ShareBar} ...${found} target=${target} base=${base?.value} /></td>
                 <td class="figure">${share(found.low)} – ${share(found.high)}</td>

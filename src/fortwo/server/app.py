@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from fortwo.records import Json
-from fortwo.server import docs, errors, native, openai, page, vllm
+from fortwo.server import docs, errors, health, models, native, openai, page, vllm
+from fortwo.server.request_body import UPLOAD_PATHS, RequestBodyMiddleware
 from fortwo.server.security import SecurityMiddleware
 from fortwo.server.state import AppState, ShutdownMiddleware
 
@@ -22,15 +22,20 @@ def create_app(state: AppState) -> FastAPI:
     )
     app.state.fortwo = state
     errors.install(app)
+    mebibytes = 1 << 20
+    app.add_middleware(  # the one that is added last sees a request first
+        RequestBodyMiddleware,
+        max_bytes=state.settings.max_body_mb * mebibytes,
+        max_upload_bytes=state.settings.max_upload_mb * mebibytes,
+        uploads=UPLOAD_PATHS,
+    )
     app.add_middleware(ShutdownMiddleware, state=state)
     app.add_middleware(SecurityMiddleware, api_key=api_key)
-    for router in (native.router, *openai.routers, vllm.router):
-        app.include_router(router, dependencies=[] if api_key is None else [docs.API_KEY])
-
-    @app.get("/healthz", tags=["server"], summary="Whether the server is up; needs no key")
-    async def healthz() -> Json:
-        return {"status": "ok"}
-
+    app.add_middleware(errors.UnexpectedErrorMiddleware)
+    for router in (models.router, native.router, *openai.routers, vllm.router):
+        keyed = [] if api_key is None else [docs.API_KEY]
+        app.include_router(router, dependencies=keyed, responses=docs.ERRORS)
+    app.include_router(health.router)
     docs.install(app)
     page.install(app)
     return app

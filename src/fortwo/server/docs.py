@@ -5,6 +5,8 @@ Where there is an API key, the page and its files need none: "Authorize" asks fo
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import Depends, FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
@@ -18,8 +20,58 @@ OPENAPI_PATH = "/openapi.json"
 API_KEY = Depends(HTTPBearer(auto_error=False, scheme_name="api_key", description="FORTWO_API_KEY of the server."))
 
 
+_TEXT = {"type": "string"}
+_MAYBE_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+_FIELDS = {"message": _TEXT, "type": _TEXT, "code": _TEXT, "param": _MAYBE_TEXT, "hint": _MAYBE_TEXT}
+_ERROR_BODY = {
+    "title": "ErrorBody",
+    "description": "What every error says: message is what is wrong, hint the remedy, param the field at fault.",
+    "type": "object",
+    "properties": {"error": {"type": "object", "properties": _FIELDS, "required": list(_FIELDS)}},
+    "required": ["error"],
+}
+_STATUSES = {
+    400: "The request is wrong: a field, a value or a file.",
+    401: "The API key is missing or wrong.",
+    403: "The request comes from the page of another site.",
+    404: "What is named does not exist.",
+    408: "The body did not arrive in time.",
+    409: "The current state does not allow it.",
+    413: "The body is too large.",
+    415: "The body is not JSON by its Content-Type.",
+    429: "The server is at a limit; Retry-After says when to try again.",
+    500: "An unexpected error, which the server's log has under the number in the message.",
+    503: "The server is shutting down, or something it needs does not answer.",
+    504: "The reply took longer than the time limit.",
+    507: "The disk or the database cannot be written.",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": text,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
+    }
+    for status, text in _STATUSES.items()
+}
+
+
 def install(app: FastAPI) -> None:
     """Add the page and its files."""
+    document = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        """FastAPI's document without status 422: wrong requests get 400."""
+        if app.openapi_schema is None:
+            found = document()
+            for operations in found["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+            schemas = found.setdefault("components", {}).setdefault("schemas", {})
+            for unused in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(unused, None)
+            schemas["ErrorBody"] = _ERROR_BODY
+        return app.openapi_schema or document()
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
     @app.get(PAGE_PATH, include_in_schema=False)
     async def docs() -> HTMLResponse:

@@ -14,12 +14,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fortwo.errors import FortwoError, InvalidRequest, NotFound, all_of
 
 log = logging.getLogger(__name__)
 FINDINGS_SHOWN = 10
+METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 MAX_VALUE = 80  # characters of an offending value that a message repeats
 
 
@@ -29,11 +31,10 @@ class MethodNotAllowed(InvalidRequest):
 
 
 def install(app: FastAPI) -> None:
-    """Add the exception handlers and UnexpectedErrorMiddleware."""
+    """Add the exception handlers."""
     app.add_exception_handler(FortwoError, lambda _request, error: respond(error))
     app.add_exception_handler(RequestValidationError, lambda _request, error: respond(invalid(error.errors())))
     app.add_exception_handler(HTTPException, _no_route)  # type: ignore[arg-type]
-    app.add_middleware(UnexpectedErrorMiddleware)
 
 
 class UnexpectedErrorMiddleware:
@@ -146,7 +147,7 @@ def _path(loc: Sequence[str | int]) -> str | None:
     """("body", "messages", 0, "role") becomes messages[0].role; the body itself is None."""
     path = ""
     for part in loc[1:]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+        path += f"[{part}]" if isinstance(part, int) else f".{part[:MAX_VALUE]}"
     return path.removeprefix(".") or None
 
 
@@ -158,6 +159,12 @@ _INSTEAD = {
 }
 
 
+def _methods(request: Request) -> list[str]:
+    """The methods that a path takes, from all of its routes; the router names those of the first one."""
+    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    return [name for name in METHODS if any(one.matches(scopes[name])[0] == Match.FULL for one in request.app.routes)]
+
+
 def _no_route(request: Request, error: HTTPException) -> JSONResponse:
     request_line = f"{request.method} {request.url.path}"
     headers = dict(error.headers or {})
@@ -166,7 +173,8 @@ def _no_route(request: Request, error: HTTPException) -> JSONResponse:
         unknown = NotFound(f"There is no {request_line}.", hint=hint, code="unknown_path")
         return respond(unknown, headers)
     if error.status_code == 405:
-        allowed = headers.get("Allow", "another method")
+        allowed = ", ".join(_methods(request)) or headers.get("Allow", "another method")
+        headers["Allow"] = allowed
         return respond(MethodNotAllowed(f"{request_line} is not allowed.", hint=f"This path takes {allowed}."), headers)
     refused = InvalidRequest(f"{request_line}: {error.detail}")
     refused.status = error.status_code

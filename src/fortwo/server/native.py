@@ -1,19 +1,16 @@
-"""The native API: base models, adapters, and training jobs with their events."""
+"""The native API: adapters, and training jobs with their events."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
-import anyio
-from fastapi import APIRouter, Header, Query, Response
-from fastapi.concurrency import run_in_threadpool
+from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from fortwo.data.preview import preview
 from fortwo.errors import InvalidAdapter, NotFound
-from fortwo.hub.catalog import ModelEntry
 from fortwo.jobs.store import Job
 from fortwo.records import AdapterVersion, Json
 from fortwo.server import sse
@@ -22,32 +19,19 @@ from fortwo.server.state import AppState, AppStateDep
 from fortwo.train.plan import to_json
 from fortwo.train.request import TrainingRequest
 
-POLL_SECONDS = 0.2  # the longest delay of an event
+LARGEST_ID = 2**63 - 1  # that a database can hold
 
 router = APIRouter(prefix="/api", route_class=JsonRoute)
 
 
-@router.get("/models", tags=["models"], summary="Base models and their state")
-def models(state: AppStateDep) -> Json:
-    return {"models": [model_body(state, entry) for entry in state.catalog.entries()]}
-
-
-@router.post("/models/{id}/load", tags=["models"], summary="Load a base model, fetching it first if necessary")
-def load_model(state: AppStateDep, id: str) -> Json:
-    state.registry.load_base(id)
-    return model_body(state, state.catalog.get(id))
-
-
-@router.post("/models/{id}/unload", tags=["models"], summary="Unload a base model and the adapters on it")
-def unload_model(state: AppStateDep, id: str) -> Json:
-    state.registry.unload_base(id)
-    return model_body(state, state.catalog.get(id))
-
-
 @router.get("/adapters", tags=["adapters"], summary="All versions of all adapters")
 def adapters(state: AppStateDep) -> Json:
+    """`damaged` lists files of adapters that cannot be read, each with a remedy."""
     names = state.adapters.names()
-    return {"adapters": [version_body(state, version) for name in names for version in state.adapters.versions(name)]}
+    return {
+        "adapters": [version_body(state, version) for name in names for version in state.adapters.versions(name)],
+        "damaged": [damage for name in names for damage in _damage(state, name)],
+    }
 
 
 @router.get("/adapters/{name}", tags=["adapters"], summary="An adapter and its versions, or one as name@version")
@@ -63,7 +47,16 @@ def adapter(state: AppStateDep, name: str) -> Json:
         "current": None if current is None else current.version,
         "manifest": None if shown is None else shown.manifest,
         "versions": [version_body(state, version) for version in versions],
+        "damaged": _damage(state, bare),
     }
+
+
+def _damage(state: AppState, name: str) -> list[Json]:
+    """version: None for the file that says which version is current."""
+    return [
+        {"name": name, "version": version, "message": error.message, "hint": error.hint}
+        for version, error in state.adapters.damage(name)
+    ]
 
 
 @router.delete("/adapters/{name}", tags=["adapters"], summary="Delete an adapter, or one version as name@version")
@@ -73,8 +66,8 @@ def delete_adapter(state: AppStateDep, name: str) -> Json:
 
 
 @router.post("/adapters/{name}/load", tags=["adapters"], summary="Load an adapter, and its base if necessary")
-def load_adapter(state: AppStateDep, name: str) -> Json:
-    return version_body(state, state.registry.load_adapter(name))
+async def load_adapter(request: Request, state: AppStateDep, name: str) -> Json:
+    return await state.control.run(request, lambda _: version_body(state, state.registry.load_adapter(name)))
 
 
 @router.post("/adapters/{name}/unload", tags=["adapters"], summary="Unload an adapter; it stays on disk")
@@ -112,13 +105,13 @@ def report(state: AppStateDep, name: str, version: Annotated[int | None, Query(g
 
 
 @router.post("/training/plan", tags=["training"], summary="The plan for a training request, without starting it")
-def plan(state: AppStateDep, body: TrainingRequest) -> Json:
-    return to_json(state.runner.plan(body))
+async def plan(request: Request, state: AppStateDep, body: TrainingRequest) -> Json:
+    return await state.planning.run(request, lambda check: to_json(state.runner.plan(body, check)))
 
 
 @router.post("/training/start", tags=["training"], status_code=202, summary="Plan and queue a training job")
-def start(state: AppStateDep, body: TrainingRequest) -> Json:
-    job = state.runner.submit(body)
+async def start(request: Request, state: AppStateDep, body: TrainingRequest) -> Json:
+    job = await state.planning.run(request, lambda check: state.runner.submit(body, check))
     return {"job_id": job.id, "status": job.status, "plan": job.plan}
 
 
@@ -133,10 +126,11 @@ class PreviewRequest(BaseModel):
 
 
 @router.post("/data/preview", tags=["training"], summary="The first rows of a dataset as they are trained on")
-def preview_data(state: AppStateDep, body: PreviewRequest) -> Json:
+async def preview_data(request: Request, state: AppStateDep, body: PreviewRequest) -> Json:
     """Rows as segments with role, supervised, tokens and text. No model is loaded."""
     model = state.settings.default_model if body.model is None else body.model
-    return asdict(preview(body.dataset, state.settings.allowed_data_dirs, state.catalog, model, body.rows))
+    arguments = (body.dataset, state.settings.allowed_data_dirs, state.catalog, model, body.rows)
+    return await state.planning.run(request, lambda check: asdict(preview(*arguments, check)))
 
 
 @router.get("/training/jobs", tags=["training"], summary="Jobs, newest first")
@@ -150,65 +144,43 @@ def job(state: AppStateDep, job_id: str) -> Json:
 
 
 @router.post("/training/jobs/{job_id}/cancel", tags=["training"], summary="Cancel a job and delete its checkpoints")
-def cancel(state: AppStateDep, job_id: str) -> Json:
-    return job_body(state, state.runner.cancel(job_id))
+async def cancel(request: Request, state: AppStateDep, job_id: str) -> Json:
+    return await state.control.run(request, lambda _: job_body(state, state.runner.cancel(job_id)))
 
 
 @router.post("/training/jobs/{job_id}/pause", tags=["training"], summary="Pause a job with a checkpoint")
-def pause(state: AppStateDep, job_id: str) -> Json:
+async def pause(request: Request, state: AppStateDep, job_id: str) -> Json:
     """The job stops after its current step, and the next job in the queue begins. A queued job leaves the queue."""
-    return job_body(state, state.runner.pause(job_id))
+    return await state.control.run(request, lambda _: job_body(state, state.runner.pause(job_id)))
 
 
 @router.post("/training/jobs/{job_id}/resume", tags=["training"], summary="Queue a job again, from its last checkpoint")
-def resume(state: AppStateDep, job_id: str) -> Json:
+async def resume(request: Request, state: AppStateDep, job_id: str) -> Json:
     """For a paused, failed or cancelled job; without a checkpoint it starts from the beginning."""
-    return job_body(state, state.runner.resume(job_id))
+    return await state.control.run(request, lambda _: job_body(state, state.runner.resume(job_id)))
 
 
 @router.get(
     "/training/jobs/{job_id}/events", tags=["training"], response_model=None, summary="Events as they happen (SSE)"
 )
-async def events(state: AppStateDep, job_id: str, last_event_id: Annotated[int, Header(ge=0)] = 0) -> Response:
+async def events(
+    state: AppStateDep, job_id: str, last_event_id: Annotated[int, Header(ge=0, le=LARGEST_ID)] = 0
+) -> Response:
     """Every event after Last-Event-ID, then those to come. The stream ends when the job has ended or is paused.
 
     204 tells a browser's EventSource, which reconnects by itself, that no more events will come.
     """
-    ended_or_paused = (await run_in_threadpool(state.jobs.get, job_id)).ended_or_paused
-    if ended_or_paused and not await run_in_threadpool(state.jobs.events, job_id, last_event_id, 1):
+    feeds = state.job_events
+    feeds.open(job_id)
+    try:
+        over = (await feeds.read(job_id, last_event_id)).over
+    except BaseException:
+        feeds.release(job_id)
+        raise
+    if over:
+        feeds.release(job_id)
         return Response(status_code=204)
-    return sse.EventStream(_events(state, job_id, last_event_id))
-
-
-async def _events(state: AppState, job_id: str, last: int) -> AsyncIterator[bytes]:
-    while not state.admission.closed:
-        # The status is read first, because a job's last event is written together with its last status.
-        ended_or_paused = (await run_in_threadpool(state.jobs.get, job_id)).ended_or_paused
-        while news := await run_in_threadpool(state.jobs.events, job_id, last):
-            for event in news:
-                data = asdict(event)
-                del data["job_id"]
-                yield sse.encode(data, id=event.id, event=event.type)
-            last = news[-1].id
-        if ended_or_paused:
-            return
-        await anyio.sleep(POLL_SECONDS)
-
-
-def model_body(state: AppState, entry: ModelEntry) -> Json:
-    """state: not fetched, on disk, loading or loaded. bytes: the size in memory if it is loaded, otherwise on disk."""
-    loaded = state.registry.state().models.get(entry.id)
-    info = state.catalog.model_info(entry.id)
-    return {
-        "id": entry.id,
-        "state": loaded.state if loaded is not None else "not fetched" if info is None else "on disk",
-        "source": entry.source,
-        "description": entry.description,
-        "origin": entry.origin,
-        "digest": None if info is None else info.digest,
-        "parameters": None if info is None else info.parameters,
-        "bytes": loaded.bytes if loaded is not None else None if info is None else info.bytes,
-    }
+    return sse.EventStream(feeds.stream(job_id, last_event_id), on_close=partial(feeds.release, job_id))
 
 
 def version_body(state: AppState, version: AdapterVersion) -> Json:
@@ -229,7 +201,7 @@ def version_body(state: AppState, version: AdapterVersion) -> Json:
 def job_body(state: AppState, job: Job) -> Json:
     """checkpoints: oldest first, each with its name as `model` of a chat request; none once the job is done."""
     body = asdict(job)
-    del body["queued_at"]
+    del body["queued_at"], body["owner"]
     checkpoints = [
         {"step": version.version, "model": version.id, "created_at": version.created_at}
         for version in state.checkpoints.of_job(job.id)

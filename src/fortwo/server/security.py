@@ -1,7 +1,8 @@
 """Access control: everyone with the API key, or, if there is no key, this machine only.
 
 Without a key the server listens on loopback only, and web pages of other sites must not reach it through the user's
-browser: their requests carry the page's Origin or, after DNS rebinding to 127.0.0.1, the site's name as Host.
+browser: their requests carry the page's Origin or, after DNS rebinding to 127.0.0.1, the site's name as Host. A page of
+another server on this machine is another site too: its Origin has another port.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fortwo.errors import FortwoError, InvalidRequest, Unauthorized
 from fortwo.server import docs, page
 from fortwo.server.errors import respond
+from fortwo.server.request_body import SAFE_METHODS
 
 # They are the same on every server, and a browser must be able to open the page that asks for the key.
-OPEN_PATHS = ("/healthz", docs.PAGE_PATH, docs.OPENAPI_PATH, page.PAGE)
+OPEN_PATHS = ("/healthz", "/readyz", docs.PAGE_PATH, docs.OPENAPI_PATH, page.PAGE)
 OPEN_FOLDERS = (f"{docs.FILES_PATH}/", f"{page.FILES}/")
 
 
@@ -53,7 +55,8 @@ def is_loopback(host: str) -> bool:
 
 
 class SecurityMiddleware:
-    """ASGI middleware: answers 401 without the right key; if there is no key, 403 for a foreign Host or Origin."""
+    """ASGI middleware: answers 401 without the right key; if there is no key, 403 for a foreign Host, Origin or
+    Sec-Fetch-Site."""
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
         self._app = app
@@ -62,7 +65,10 @@ class SecurityMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             headers = Headers(scope=scope)
-            refused = self._check_local(headers) if self._key is None else self._check_key(headers, scope["path"])
+            if self._key is None:
+                refused = self._check_local(scope["method"], headers)
+            else:
+                refused = self._check_key(headers, scope["path"])
             if refused is not None:
                 challenge = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else None
                 await respond(refused, challenge)(scope, receive, send)
@@ -80,18 +86,40 @@ class SecurityMiddleware:
             "The API key is missing or wrong.", hint="Send the header Authorization: Bearer <FORTWO_API_KEY>."
         )
 
-    def _check_local(self, headers: Headers) -> FortwoError | None:
-        for name, host in (("Host", f"//{headers.get('host', '')}"), ("Origin", headers.get("origin"))):
-            if host is not None and not is_loopback(_hostname(host)):
-                return ForeignSite(
-                    f"{name} {headers[name]!r} is not this machine. Without an API key only this machine is served.",
-                    hint="Use http://127.0.0.1, or set FORTWO_API_KEY and send it.",
-                )
+    def _check_local(self, method: str, headers: Headers) -> FortwoError | None:
+        host, origin, site = (headers.get(name) for name in ("host", "origin", "sec-fetch-site"))
+        if host is not None and not is_loopback(_hostname(f"//{host}")):  # no browser leaves Host out
+            return ForeignSite(
+                f"Host {host!r} is not this machine. Without an API key only this machine is served.",
+                hint="Use http://127.0.0.1, or set FORTWO_API_KEY and send it.",
+            )
+        if origin is not None and not is_same_origin(origin, host):
+            return ForeignSite(
+                f"Origin {origin!r} is not this server. Without an API key only its own pages are served.",
+                hint="Call the server from its own page or from a program, or set FORTWO_API_KEY and send it.",
+            )
+        if site in ("cross-site", "same-site") and method not in SAFE_METHODS:
+            return ForeignSite(
+                f"Sec-Fetch-Site {site!r} says that the page of another server sent this {method}.",
+                hint="Call the server from its own page or from a program, or set FORTWO_API_KEY and send it.",
+            )
         return None
 
 
+def is_same_origin(origin: str, host: str | None) -> bool:
+    """Whether a browser's Origin header names the server that its Host header names: the same host and port. Port 80 of
+    http and 443 of https may be left out of both."""
+    try:
+        page, server = urlsplit(origin), urlsplit(f"{urlsplit(origin).scheme}://{host or ''}")
+        usual = {"http": 80, "https": 443}[page.scheme]
+        ours = (server.hostname, server.port or usual)
+        return page.hostname is not None and (page.hostname, page.port or usual) == ours
+    except (KeyError, ValueError):
+        return False
+
+
 def _hostname(url: str) -> str:
-    """The host name in a URL; empty if there is none, as in the `null` origin of a sandboxed page."""
+    """The host name in a URL; empty if there is none."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:

@@ -1,15 +1,10 @@
-"""The application's state: catalog, adapters, engine, registry and jobs, built in order and closed in reverse.
-
-Only one server may use a home: a second one would take the first one's running jobs for interrupted ones.
-"""
+"""The application's state: catalog, adapters, engine, registry and jobs, built in order and closed in reverse."""
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
 from anyio import CapacityLimiter, to_thread
@@ -17,17 +12,21 @@ from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fortwo.errors import Conflict
+from fortwo.home import home_id, lock_home
 from fortwo.kernels import isa
 from fortwo.prompts import MAX_RUNNING
 from fortwo.server.admission import Admission, shutting_down
 from fortwo.server.errors import respond
 from fortwo.server.event_loop_bridge import EventLoopBridge
 from fortwo.server.security import check_binding
+from fortwo.server.workers import WorkerPool
 from fortwo.settings import Settings
 
 if TYPE_CHECKING:
     from fortwo.engine.registry import Target
+
+PLANNING_THREADS, PLANNING_WAITING = 2, 8  # requests that read whole datasets
+CONTROL_THREADS, CONTROL_WAITING = 8, 64  # requests that wait for the device or for a job's step
 
 
 class AppState:
@@ -47,6 +46,7 @@ class AppState:
         from fortwo.kernels import cpu
         from fortwo.quantization.matmul import remember_fp32_kernel
         from fortwo.quantization.selection import Measurements
+        from fortwo.server.job_events import JobEvents
 
         cpu.prepare()
         self.settings = settings
@@ -55,7 +55,13 @@ class AppState:
         self._load_limiter = CapacityLimiter(1)  # the registry loads one model at a time
         self._loads: dict[str, asyncio.Future[Target]] = {}
         with ExitStack() as built:
-            built.enter_context(_lock_home(settings.home))
+            self.planning = WorkerPool("planning", PLANNING_THREADS, PLANNING_WAITING)
+            built.callback(self.planning.close)
+            self.probes = ThreadPoolExecutor(1, thread_name_prefix="fortwo-probes")  # health never waits for other work
+            built.callback(self.probes.shutdown, wait=False)
+            self.control = WorkerPool("control", CONTROL_THREADS, CONTROL_WAITING)
+            built.callback(self.control.close)
+            built.enter_context(lock_home(settings.home))
             remember_fp32_kernel(settings.home / "fp32_kernel.json")
             self.catalog = Catalog(settings.models_dir)
             self.adapters = AdapterStore(settings.adapters_dir)
@@ -75,8 +81,9 @@ class AppState:
                 max_adapters=settings.max_adapters,
                 cache_mb=settings.cache_mb,
             )
-            self.jobs = JobStore(settings.database)
+            self.jobs = JobStore(settings.database, home_id(settings.home))
             built.callback(self.jobs.close)
+            self.job_events = JobEvents(self.jobs, settings.max_streams)
             self.runner = JobRunner(
                 settings, self.catalog, self.adapters, self.engine, self.registry, self.jobs, self.checkpoints
             )
@@ -103,24 +110,14 @@ class AppState:
         if not load.cancelled():
             load.exception()  # marks it as retrieved: all that waited may have gone
 
+    def end_calls(self) -> None:
+        """Tell long calls to stop, because the server is shutting down."""
+        self.planning.stop()
+        self.control.stop()
+
     def close(self) -> None:
         """Interrupt the running job, end all replies and release everything."""
         self._closing.close()
-
-
-@contextmanager
-def _lock_home(home: Path) -> Iterator[None]:
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / ".server.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Conflict(
-                f"Another server already uses {home}.",
-                param="home",
-                hint="Stop it, or set FORTWO_HOME to another folder for this one.",
-            ) from None
-        yield
 
 
 class ShutdownMiddleware:

@@ -11,10 +11,13 @@ from collections.abc import Callable
 
 import uvicorn
 
+from fortwo.server import log_filter
 from fortwo.server.app import create_app
+from fortwo.server.protocol import limited
 from fortwo.server.state import AppState
 
 GRACE_SECONDS = 5  # for replies in flight
+BACKLOG = 128  # connections that the system may hold until they are accepted
 CLOSE_SECONDS = 5  # after that, for connections to send their last bytes
 
 
@@ -32,8 +35,11 @@ class Server(uvicorn.Server):
                 port=state.settings.port,
                 log_level="warning",
                 timeout_graceful_shutdown=CLOSE_SECONDS,
+                http=limited(state.settings.max_connections),
+                backlog=BACKLOG,
             )
         )
+        log_filter.install()
         self._state = state
         self._on_start = on_start
         self._grace = grace
@@ -44,6 +50,8 @@ class Server(uvicorn.Server):
             self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._state.job_events.close()
         await self._state.admission.drain(0 if self.force_exit else self._grace)
+        self._state.end_calls()
         await super().shutdown(sockets)
         self._state.close()  # here, because uvicorn then ends the process with the signal that it received

@@ -8,15 +8,16 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from fortwo.adapters.peft_files import CONFIG, PICKLES, TENSORS
-from fortwo.errors import Conflict, InvalidRequest
-from fortwo.jobs.runner import check_name_available
+from fortwo.adapters.peft_files import PICKLES
+from fortwo.adapters.version_files import CONFIG, MANIFEST, TENSORS
+from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest
+from fortwo.jobs.planner import check_name_available
 from fortwo.server.request_body import JsonRoute
-from fortwo.server.state import AppStateDep
+from fortwo.server.state import AppState, AppStateDep
 
 router = APIRouter(prefix="/v1", tags=["vLLM"], route_class=JsonRoute)
 
@@ -39,7 +40,11 @@ class UnloadRequest(BaseModel):
 
 
 @router.post("/load_lora_adapter", response_class=PlainTextResponse, summary="Serve an adapter from a directory")
-def load_lora_adapter(state: AppStateDep, body: LoadRequest) -> str:
+async def load_lora_adapter(request: Request, state: AppStateDep, body: LoadRequest) -> str:
+    return await state.control.run(request, lambda _: _load(state, body))
+
+
+def _load(state: AppState, body: LoadRequest) -> str:
     check_name_available(body.lora_name, state.catalog)
     directory = _resolve(body.lora_path, state.settings.allowed_data_dirs)
     if body.lora_name in state.adapters.names() and not body.load_inplace:
@@ -68,9 +73,22 @@ def _resolve(path: str, allowed: tuple[Path, ...]) -> Path:
             given = folder / path
             directory = (given.parent if given.name in (CONFIG, TENSORS, *PICKLES) else given).resolve()
             if directory.is_relative_to(folder.resolve()) and directory.is_dir():
+                _check_links(directory, allowed)
                 return directory
     raise InvalidRequest(
         f"lora_path = {path!r} is not a directory in {', '.join(str(folder) for folder in allowed)}.",
         param="lora_path",
         hint="Put the adapter there, allow its folder with FORTWO_DATA_DIRS, or use fortwo adapters import.",
     )
+
+
+def _check_links(directory: Path, allowed: tuple[Path, ...]) -> None:
+    """Raises InvalidAdapter for a file that is a link to somewhere outside the allowed folders."""
+    for file in (CONFIG, TENSORS, MANIFEST):
+        target = (directory / file).resolve()
+        if not any(target.is_relative_to(folder.resolve()) for folder in allowed):
+            raise InvalidAdapter(
+                f"{directory / file} is a link to a file outside the allowed folders.",
+                param="lora_path",
+                hint="Put the file itself there, or allow its folder with FORTWO_DATA_DIRS.",
+            )

@@ -234,7 +234,7 @@ def override_cost(
             read=on_policy * (prompt + of_on_policy) + evaluations * retention,
             generated=on_policy * of_on_policy + (evaluations * asked + RETENTION_PROBES) * reply,
         ),
-        PhaseCost(read=retention, generated=(left + total * questions + probes) * reply),
+        PhaseCost(read=2 * retention, generated=(left + 2 * (total * questions + probes)) * reply),
     )
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.data.spool import Spool
-from fortwo.errors import TrainingFailed
+from fortwo.errors import InvalidRequest, TrainingFailed
 from fortwo.execution.backend import Backend
 from fortwo.facts import metrics
 from fortwo.facts.prompt_builder import Probes
@@ -44,6 +44,7 @@ from fortwo.train.losses import Row, micro_batches, predicting_positions
 from fortwo.train.recipes import REPLY_TOKENS
 
 AGREEMENT_TOKENS = 1024
+FACTS_STATED = "Answer questions about the following according to it.\n"
 HEAD_ROWS = 128  # rows whose logits are in memory at once
 
 
@@ -88,11 +89,24 @@ class ServedBase:
         prompts = [tuple(self.renderer.encode_prompt(list(chat))) for chat in chats]
         return (yield from self.reply_to_prompts(prompts, adapter, tokens))
 
+    def with_system(self, text: str, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """The conversation with a system prompt; where the chat template has none, the text begins the first message of
+        the user."""
+        first, *others = messages
+        if first.role == "system":
+            return (Message("system", f"{text}\n\n{first.content}"), *others)
+        chat = (Message("system", text), *messages)
+        try:
+            self.renderer.encode_prompt(list(chat))
+        except InvalidRequest:
+            return (Message(first.role, f"{text}\n\n{first.content}"), *others)
+        return chat
+
     def reply_to_prompts(
         self, prompts: Sequence[tuple[int, ...]], adapter: str | None, tokens: int
     ) -> TrainEvents[list[Reply]]:
         """The same for prompts that are given as tokens."""
-        sampling = Sampling(max_tokens=tokens, temperature=0.0)
+        sampling = Sampling(max_tokens=tokens, temperature=0.0, stop=self.renderer.stop_texts)
         said = self.base_replies if adapter is None else {}
         began = time.perf_counter()
         asked = {
@@ -196,7 +210,25 @@ class Evaluator:
             n = found["retention"].n
             base_metrics["retention"] = metrics.share(n, n)
         base_metrics["score"] = _score(base_metrics)
-        return Report(found, base_metrics, tuple(transcripts), facts=self.fact_reports())
+        prompted = yield from self._prompted_metrics(served)
+        return Report(found, base_metrics, tuple(transcripts), prompted, facts=self.fact_reports())
+
+    def _prompted_metrics(self, served: ServedBase) -> TrainEvents[dict[str, Metric]]:
+        """The metrics of the base when the system prompt states the facts: what one gets without training."""
+        facts = dict.fromkeys(question.fact for question in self.questions if question.fact is not None)
+        if not facts:
+            return {}
+        stated = FACTS_STATED + "\n".join(fact.answer for fact in facts)
+        chats = {question.messages: served.with_system(stated, question.messages) for question in self.questions}
+        asked = [question for question in self.questions if question.passes is not None]
+        replies = yield from served.reply_to_chats([chats[one.messages] for one in asked], None, self.tokens)
+        said = {question.messages: reply for question, reply in zip(asked, replies, strict=True)}
+        found = _shares(asked, said)
+        retention = [question.messages for question in self.questions if question.passes is None]
+        if retention:
+            own = [(chats[messages], self._base_replies[messages]) for messages in retention]
+            found["retention"] = top1_agreement(served, None, own)
+        return found | {"score": _score(found)}
 
     def fact_reports(self) -> tuple[FactReport, ...]:
         """The metrics of each fact, by the adapter's last replies."""
@@ -311,9 +343,10 @@ def _shares(questions: Sequence[Question], said: Mapping[tuple[Message, ...], Re
 
 
 def top1_agreement(
-    served: ServedBase, lora: Lora, replies: Sequence[tuple[Sequence[Message], Reply | Generation]]
+    served: ServedBase, lora: Lora | None, replies: Sequence[tuple[Sequence[Message], Reply | Generation]]
 ) -> Metric:
-    """The share of the base's own greedy tokens that the adapter also ranks first, given the base's previous tokens."""
+    """The share of the tokens of these replies that the adapter (None: the base) ranks first, given the conversation
+    and the reply's previous tokens."""
     decoder, rows = served.backend.decoder, []
     for messages, reply in replies:
         asked = served.renderer.encode_prompt(list(messages))
@@ -323,7 +356,7 @@ def top1_agreement(
     for group in micro_batches(rows, prefix, AGREEMENT_TOKENS):
         with torch.no_grad():
             packed = pack([row.tokens for row in group], decoder.device, prefix)
-            final_TD = served.backend.forward(packed, [Segment(lora)])
+            final_TD = served.backend.forward(packed, [] if lora is None else [Segment(lora)])
             places = [index for place, row in enumerate(group) for index in predicting_positions(packed, place, row)]
             ranked = decoder.logits(final_TD[places]).argmax(-1).tolist()
         wanted = [row.tokens[place] for row in group for place in row.supervised_positions]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from alembic import context
 from sqlalchemy import Connection
 
-from fortwo.jobs.store import TableBase, connect
+from fortwo.jobs.database import connect
+from fortwo.jobs.store import TableBase
 
 
 def run(connection: Connection) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -19,7 +20,7 @@ from fortwo.prompts import Delta, Prompt
 from fortwo.records import Json, Message
 from fortwo.server.openai import logprobs
 from fortwo.server.openai.logprobs import Bytes
-from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Strict, only
+from fortwo.server.openai.parameters import MAX_ITEMS, TOP_LOGPROBS, Parameters, Strict, at_most, check_length, only
 from fortwo.server.openai.replies import Replies, stream
 from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppStateDep
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from fortwo.engine.registry import Target
 
 REPLY_TOKENS = 512  # the limit if the request sets none
+METADATA = 1000  # pairs; OpenAI takes 16
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
 
@@ -68,7 +70,7 @@ class ChatMessage(Strict):
 
 
 class ChatRequest(Parameters):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ITEMS)
     max_completion_tokens: int | None = Field(
         None, ge=1, description=f"Default: what fits the context, at most {REPLY_TOKENS}."
     )
@@ -78,7 +80,7 @@ class ChatRequest(Parameters):
     )
     top_logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS, description="Only with logprobs.")
 
-    metadata: dict[str, str] | None = Field(None, description="Accepted; has no effect.")
+    metadata: Annotated[dict[str, str], at_most(METADATA)] | None = Field(None, description="Accepted; has no effect.")
     safety_identifier: str | None = Field(None, description="Accepted; has no effect.")
     prompt_cache_key: str | None = Field(None, description="Accepted; has no effect.")
 
@@ -162,9 +164,14 @@ async def chat(request: Request, state: AppStateDep, body: ChatRequest) -> Respo
 
 def _prompts(target: Target, body: ChatRequest) -> tuple[list[Prompt], Bytes | None]:
     """The prompts, and what gives the bytes of a token if logprobs are wanted."""
-    tokens = target.model.renderer.encode_prompt([message.message() for message in body.messages])
+    messages = [message.message() for message in body.messages]
+    check_length(target, sum(len(message.content.strip()) for message in messages), "messages")
+    tokens = target.model.renderer.encode_prompt(messages)
     top = (body.top_logprobs or 0) if body.logprobs else None
     prompts = body.prompts(target, tokens, param="messages", default=REPLY_TOKENS, logprobs=top)
+    if texts := target.model.renderer.stop_texts:
+        ends = [replace(prompt.sampling, stop=(*prompt.sampling.stop, *texts)) for prompt in prompts]
+        prompts = [replace(prompt, sampling=sampling) for prompt, sampling in zip(prompts, ends, strict=True)]
     return prompts, target.model.renderer.vocabulary.token_bytes if body.logprobs else None
 
 

@@ -16,7 +16,7 @@ from fortwo.errors import InvalidRequest
 from fortwo.prompts import Delta, Prompt
 from fortwo.records import Json
 from fortwo.server.openai.logprobs import TextLogprobs
-from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Texts, only
+from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Texts, check_length, only
 from fortwo.server.openai.replies import Replies, stream
 from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppStateDep
@@ -78,6 +78,7 @@ def _prompts(target: Target, body: CompletionRequest) -> tuple[list[Prompt], lis
     writers: list[_Writer] = []
     for index, given in enumerate(body.prompt):
         param = "prompt" if len(body.prompt) == 1 else f"prompt[{index}]"
+        check_length(target, len(given) if isinstance(given, str) else 0, param)
         tokens = renderer.encode_text(given) if isinstance(given, str) else given
         requested = body.prompts(target, tokens, param=param, default=REPLY_TOKENS, logprobs=body.logprobs)
         for prompt in requested:

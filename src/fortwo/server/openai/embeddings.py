@@ -18,7 +18,7 @@ from pydantic import Field
 
 from fortwo.prompts import Prompt, Sampling
 from fortwo.records import Json
-from fortwo.server.openai.parameters import Model, Strict, Texts, context_left, only
+from fortwo.server.openai.parameters import Model, Strict, Texts, check_length, context_left, only
 from fortwo.server.openai.replies import Replies
 from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppStateDep
@@ -64,8 +64,10 @@ async def embeddings(request: Request, state: AppStateDep, body: EmbeddingReques
 def _prompts(target: Target, body: EmbeddingRequest) -> list[Prompt]:
     prompts = []
     for index, given in enumerate(body.input):
+        param = "input" if len(body.input) == 1 else f"input[{index}]"
+        check_length(target, len(given) if isinstance(given, str) else 0, param)
         tokens = target.model.renderer.encode_text(given) if isinstance(given, str) else given
-        context_left(target, tokens, param="input" if len(body.input) == 1 else f"input[{index}]", least=0)
+        context_left(target, tokens, param=param, least=0)
         sampling = Sampling(max_tokens=0)
         prompts.append(Prompt(target.model.id, tuple(tokens), target.adapter_key, sampling, embed=True))
     return prompts

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 STOPS = 4
 CHOICES = 128
 TOP_LOGPROBS = 20
+MAX_ITEMS = 10_000  # messages, and parts of one
+MAX_BIASES = 1 << 18  # the largest vocabularies have so many tokens
 ANY_OBJECT = '{"type": "object"}'
 _SAME_AS_SAMPLING = {"top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos"}
 
@@ -36,6 +38,17 @@ def only(*allowed: Any) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def at_most(count: int) -> BeforeValidator:
+    """For a dictionary: refuses more than `count` entries before it looks at them."""
+
+    def check(given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > count:
+            raise ValueError(f"it has {len(given)} entries, but at most {count} are allowed")
+        return given
+
+    return BeforeValidator(check)
 
 
 class Strict(BaseModel):
@@ -89,7 +102,9 @@ Stop = Annotated[
     list[Annotated[str, Field(min_length=1)]],
     BeforeValidator(lambda given: [given] if isinstance(given, str) else given, json_schema_input_type=str | list[str]),
 ]
-Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]]
+Bias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]], at_most(MAX_BIASES)
+]
 
 
 def _text_list(given: Any) -> list[str | list[int]]:
@@ -237,6 +252,21 @@ class Parameters(Strict):
             logprobs=logprobs,
             json_schema=self.schema_text(),
             **given,
+        )
+
+
+def check_length(target: Target, characters: int, param: str) -> None:
+    """Raises InvalidRequest for a text that cannot fit the context, however it is cut into tokens: so long a text is
+    not tokenised, because that takes seconds and much memory."""
+    context = target.model.runner.cache.longest
+    longest = context * target.model.renderer.longest_token
+    if characters > longest:
+        raise InvalidRequest(
+            f"{param} has {characters} characters, but the {context} tokens of the context of {target.model.id} hold "
+            f"at most {longest}.",
+            param=param,
+            code="context_length_exceeded",
+            hint="Shorten it, or leave out its oldest part.",
         )
 
 

@@ -7,27 +7,26 @@ down, one of the replies fails), all replies end and the client, if it is still 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from fastapi.concurrency import run_in_threadpool
 from pydantic_core import to_json
 from starlette.requests import Request
-from starlette.types import Receive
 
-from fortwo.errors import DeadlineExceeded, FortwoError, Unavailable
-from fortwo.prompts import Delta, Generation, Prompt
+from fortwo.errors import DeadlineExceeded, FortwoError, InvalidRequest, Unavailable
+from fortwo.prompts import SCHEMA_FAILED, Delta, Generation, Prompt
 from fortwo.records import Json
 from fortwo.server import sse
 from fortwo.server.errors import unexpected
 from fortwo.server.state import AppState
+from fortwo.server.workers import until_disconnect
 
 if TYPE_CHECKING:
     from fortwo.engine.registry import Target
 
-T = TypeVar("T")
 StreamItem = tuple[int, Delta]  # the index of a prompt, and a delta of its reply
 
 
@@ -72,7 +71,7 @@ class Replies:
             raise
 
     async def _resolve(self, model: str) -> Target:
-        self._resolving = asyncio.ensure_future(_until_disconnect(self._request.receive, self._state.resolve(model)))
+        self._resolving = asyncio.ensure_future(until_disconnect(self._request.receive, self._state.resolve(model)))
         try:
             return await self._resolving
         except asyncio.CancelledError:
@@ -169,7 +168,7 @@ class Replies:
                 pass
 
         try:
-            await _until_disconnect(self._request.receive, finish())
+            await until_disconnect(self._request.receive, finish())
         finally:
             self.close()
         return [_merge(list(generation.deltas())) for generation in self._generations]
@@ -192,6 +191,12 @@ class Replies:
 
 
 def _failure(delta: Delta) -> FortwoError:
+    if delta.finish_reason == "error" and SCHEMA_FAILED in (delta.error or ""):
+        return InvalidRequest(
+            f"{delta.error}.",
+            param="response_format.json_schema.schema",
+            hint="Make the schema smaller: fewer properties in one object, and fewer patterns.",
+        )
     if delta.finish_reason == "error":
         return FortwoError(f"The generation failed: {delta.error}.", hint="Ask again; the server's log has more.")
     return Unavailable(
@@ -204,25 +209,6 @@ def _merge(deltas: list[Delta]) -> Delta:
     text = "".join(delta.text for delta in deltas)
     logprobs = tuple(logprob for delta in deltas for logprob in delta.logprobs)
     return Delta(text, last.token, last.finish_reason, last.error, logprobs)
-
-
-async def _until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client disconnects first. Raises Unavailable then."""
-
-    async def disconnected() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, gone = asyncio.create_task(work), asyncio.create_task(disconnected())
-    try:
-        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise Unavailable("The client disconnected.")
-        return working.result()
-    finally:
-        working.cancel()
-        gone.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
 
 
 def stream(

@@ -1,0 +1,151 @@
+"""The connection to the database of jobs: how it is opened, checked and migrated, and what its errors mean.
+
+Errors of the database become fortwo's own, which name the file and the remedy. A database that is locked may work again
+in a moment (503); one that is full, read-only or damaged needs somebody (507).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+from sqlalchemy import URL, Engine, create_engine, event, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, ProgrammingError
+
+from fortwo.errors import InvalidRequest, StorageFailed, Unavailable
+from fortwo.home import PRIVATE
+
+LOCK_SECONDS = 10  # how long a statement waits for another writer of SQLite
+RETRY_SECONDS = 5
+RESTORE = "Stop the server and restore the file from a backup, or move it away to begin with an empty database."
+
+
+class DatabaseLocked(Unavailable):
+    """Another program holds the database, or its server does not answer."""
+
+    code = "database_unavailable"
+    retry_after = RETRY_SECONDS
+
+
+class DatabaseFailed(StorageFailed):
+    """The database cannot be used until somebody repairs it."""
+
+    code = "database_failed"
+
+
+DATABASE_ERRORS = (DatabaseLocked, DatabaseFailed)
+
+
+def migrations(database_url: str) -> Config:
+    """Alembic's configuration. The migrations are part of the package, so that no alembic.ini is needed."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.set_main_option("sqlalchemy.url", database_url.replace("%", "%%"))
+    return config
+
+
+def connect(database_url: str) -> Engine:
+    """An engine. SQLite gets a write-ahead log, foreign keys, and waits for another writer. Raises InvalidRequest for
+    what is not a URL of a database."""
+    try:
+        engine = create_engine(database_url, json_serializer=partial(json.dumps, allow_nan=False))
+    except (ArgumentError, NoSuchModuleError, ImportError, ValueError) as error:
+        raise InvalidRequest(
+            f"database_url = {database_url!r} cannot be used: {error}",
+            param="database_url",
+            hint="Write it like sqlite:////folder/fortwo.db, or install the driver that it names.",
+        ) from None
+    if engine.dialect.name == "sqlite":
+
+        @event.listens_for(engine, "connect")
+        def _prepare(connection: Any, _record: Any) -> None:
+            timeout = f"busy_timeout={LOCK_SECONDS * 1000}"
+            for pragma in (timeout, "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+                connection.execute(f"PRAGMA {pragma}")
+
+    return engine
+
+
+def _make_private(engine: Engine) -> None:
+    """Create the file of SQLite for this user alone, because it has the rows of every job. One that exists stays as it
+    is. Raises DatabaseFailed."""
+    file = engine.url.database if engine.dialect.name == "sqlite" else None
+    if not file or file.startswith((":memory:", "file:")):
+        return
+    try:
+        Path(file).parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except OSError as error:
+        raise DatabaseFailed(
+            f"The database {file} cannot be created: {error.strerror}.",
+            hint="Make its folder writable, or set FORTWO_HOME or FORTWO_DATABASE_URL.",
+        ) from None
+
+
+def check(engine: Engine) -> None:
+    """Raises DatabaseFailed when the file of SQLite is damaged, and DatabaseLocked."""
+    if engine.dialect.name == "sqlite":
+        with errors_of(engine), engine.connect() as connection:
+            found = connection.execute(text("PRAGMA quick_check(1)")).scalar()
+        if found != "ok":
+            raise DatabaseFailed(f"The database {_named(engine.url)} is damaged: {found}.", hint=RESTORE)
+
+
+def upgrade(engine: Engine, database_url: str) -> None:
+    """Check a database, creating it if necessary, and migrate it to the newest schema. Raises DatabaseFailed for one
+    that cannot be created, is damaged, or was written by a newer fortwo, and DatabaseLocked."""
+    _make_private(engine)
+    check(engine)
+    config = migrations(database_url)
+    with errors_of(engine):
+        try:
+            with engine.begin() as connection:
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+        except CommandError as error:
+            raise DatabaseFailed(
+                f"The database {_named(engine.url)} was written by a newer version of fortwo: {error}.",
+                hint="Install that version, or move the file away to begin with an empty database.",
+            ) from None
+
+
+@contextmanager
+def errors_of(engine: Engine) -> Iterator[None]:
+    """Inside, errors of the database are raised as DatabaseLocked or DatabaseFailed. Wrong statements are not."""
+    try:
+        yield
+    except (IntegrityError, ProgrammingError):
+        raise
+    except (DBAPIError, sqlite3.Error) as error:
+        raise _meaning(engine, error.orig if isinstance(error, DBAPIError) else error) from error
+
+
+def _meaning(engine: Engine, error: BaseException | None) -> DatabaseLocked | DatabaseFailed:
+    name = getattr(error, "sqlite_errorname", "") or ""
+    file = _named(engine.url)
+    if engine.dialect.name != "sqlite" or name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return DatabaseLocked(
+            f"The database {file} cannot be used now: {error}.",
+            hint="Another program may hold it: end that, or try again.",
+        )
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        return DatabaseFailed(f"The database {file} is damaged: {error}.", hint=RESTORE)
+    if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
+        return DatabaseFailed(f"The database {file} cannot be written: {error}.", hint="Free space on its disk.")
+    return DatabaseFailed(
+        f"The database {file} cannot be used: {error}.", hint="Make the file and its folder writable for the server."
+    )
+
+
+def _named(url: URL) -> str:
+    return url.database or "in memory" if url.drivername.startswith("sqlite") else url.render_as_string()

@@ -1,0 +1,102 @@
+"""Plans requests for training: reads the dataset, finds base and parent, counts tokens, and decides every setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fortwo.adapters.store import check_name
+from fortwo.data import datasets
+from fortwo.data.preview import check_row_length
+from fortwo.errors import InvalidRequest
+from fortwo.facts.subject import facts_of
+from fortwo.jobs import parents
+from fortwo.jobs.machine import machine_of, try_out
+from fortwo.records import Dataset, Example, Plan
+from fortwo.settings import Settings
+from fortwo.train import plan as plans
+from fortwo.train.dataset_stats import collect_stats
+from fortwo.train.parent import Parent
+from fortwo.train.request import TrainingRequest
+
+if TYPE_CHECKING:
+    from fortwo.adapters.store import AdapterStore
+    from fortwo.engine.engine import Engine
+    from fortwo.engine.registry import LoadedModel, ModelRegistry
+    from fortwo.execution.calibration import Trial
+    from fortwo.hub.catalog import Catalog
+    from fortwo.jobs.store import JobStore
+
+
+class JobPlanner:
+    """For any thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        catalog: Catalog,
+        adapters: AdapterStore,
+        engine: Engine,
+        registry: ModelRegistry,
+        store: JobStore,
+    ) -> None:
+        self._settings = settings
+        self._catalog = catalog
+        self._adapters = adapters
+        self._engine = engine
+        self._registry = registry
+        self._store = store
+        self._trials: dict[str, Trial] = {}  # by the digest of the base
+
+    def plan(self, request: TrainingRequest, check: Callable[[], None]) -> tuple[Dataset, Plan]:
+        """The dataset and the plan of a request. Raises InvalidRequest naming field, value and remedy. check: called
+        between rows; it may raise to end the planning."""
+        check_name_available(request.adapter_name, self._catalog)
+        self._adapters.check_publishable(request.adapter_name)
+        dataset = datasets.load(request.dataset, self._settings.allowed_data_dirs, check)
+        parent, resident = self._parent_and_base(request)
+        if parent is not None:
+            dataset = replace(dataset, parent_facts=parent.facts_to_keep(facts_of(dataset)))
+        cache = resident.runner.cache
+        base = plans.BaseFacts.of(resident.id, resident.decoder, cache.bound, cache.dtype.itemsize)
+        trial = self._trials.get(resident.digest)
+        if trial is None:
+            trial = self._trials[resident.digest] = self._engine.call(lambda: try_out(resident.backend)).result()
+        machine = machine_of(trial, self._store.last_actual(resident.id))
+
+        def rows() -> Iterator[Example]:
+            for example in datasets.checked(plans.training_rows(dataset), check):
+                check_row_length(example, resident.renderer, base.context)
+                yield example
+
+        counts, dataset_warnings = collect_stats(resident.renderer, rows())
+        plan = plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent)
+        return dataset, replace(plan, warnings=(*resident.renderer.warnings, *plan.warnings))
+
+    def _parent_and_base(self, request: TrainingRequest) -> tuple[Parent | None, LoadedModel]:
+        """The parent that the request names, if any, and the base, which must be the parent's own."""
+        model = self._settings.default_model if request.model is None else request.model
+        if request.parent is None:
+            return None, self._registry.load_base(model)
+        version, parent = parents.resolve_parent(request.parent, self._adapters)
+        if request.model is None:
+            return parent, self._registry.base_of(version)
+        resident = self._registry.load_base(model)
+        if not resident.taught(version):
+            raise InvalidRequest(
+                f"parent = {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}; "
+                f"model = {model!r} has digest {resident.digest}",
+                param="parent",
+                hint="Omit `model`: then the parent's own base is used.",
+            )
+        return parent, resident
+
+
+def check_name_available(name: str, catalog: Catalog) -> None:
+    """Raises InvalidRequest when an adapter cannot have this name, for example because a base model has it."""
+    check_name(name)
+    if name in (entry.id for entry in catalog.entries()):
+        raise InvalidRequest(
+            f"adapter_name = {name!r} is the id of a base model.", param="adapter_name", hint="Choose another name."
+        )

@@ -1,0 +1,89 @@
+"""The native API of base models: their states, loading and unloading, and removing those that a user added."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
+
+from fortwo.errors import Conflict
+from fortwo.hub.catalog import ModelEntry
+from fortwo.records import Json
+from fortwo.server.request_body import JsonRoute
+from fortwo.server.state import AppState, AppStateDep
+
+router = APIRouter(prefix="/api", tags=["models"], route_class=JsonRoute)
+
+
+@router.get("/models", summary="Base models and their state")
+def models(state: AppStateDep) -> Json:
+    return {"models": [model_body(state, entry) for entry in state.catalog.entries()]}
+
+
+@router.get("/models/{id}", summary="One base model, and the adapters that were trained on it")
+def model(state: AppStateDep, id: str) -> Json:
+    """directory, architecture, weights_digest and revision are null until the model is on disk. warnings: about its
+    tokenizer and chat template, once it is loaded."""
+    entry = state.catalog.get(id)
+    info = state.catalog.model_info(id)
+    return {
+        **model_body(state, entry),
+        "directory": None if info is None else str(info.directory),
+        "architecture": None if info is None else info.architecture,
+        "weights_digest": None if info is None else info.weights_digest,
+        "revision": None if info is None else info.revision,
+        "adapters": adapters_on(state, id),
+        "warnings": [asdict(one) for one in state.registry.warnings(id)],
+    }
+
+
+@router.delete("/models/{id}", summary="Remove a base model that a user added, and what was prepared from it")
+def delete_model(state: AppStateDep, id: str) -> Json:
+    """The user's own files and the adapters stay. `adapters` names those that have no base any more. Raises Conflict
+    while a request or a job uses it, or a job waits for it."""
+    if waiting := [job.id for job in state.jobs.jobs(1000) if job.model == id and not job.ended_or_paused]:
+        raise Conflict(
+            f"Base model {id!r} cannot be removed: job {waiting[0]} needs it.",
+            param="model",
+            hint="Wait for the job or cancel it.",
+        )
+    state.registry.remove_base(id)
+    return {"id": id, "deleted": True, "adapters": adapters_on(state, id)}
+
+
+@router.post("/models/{id}/load", summary="Load a base model, fetching it first if necessary")
+async def load_model(request: Request, state: AppStateDep, id: str) -> Json:
+    await state.control.run(request, lambda _: state.registry.load_base(id))
+    return await run_in_threadpool(lambda: model_body(state, state.catalog.get(id)))
+
+
+@router.post("/models/{id}/unload", summary="Unload a base model and the adapters on it")
+def unload_model(state: AppStateDep, id: str) -> Json:
+    state.registry.unload_base(id)
+    return model_body(state, state.catalog.get(id))
+
+
+def model_body(state: AppState, entry: ModelEntry) -> Json:
+    """state: not fetched, on disk, damaged, loading or loaded. bytes: the size in memory if it is loaded, otherwise on
+    disk. error: what is wrong with it, if it is damaged."""
+    loaded = state.registry.state().models.get(entry.id)
+    info, damage = state.catalog.model_info(entry.id), state.catalog.damage(entry.id)
+    on_disk = "damaged" if damage is not None else "not fetched" if info is None else "on disk"
+    return {
+        "id": entry.id,
+        "state": on_disk if loaded is None else loaded.state,
+        "source": entry.source,
+        "description": entry.description,
+        "origin": entry.origin,
+        "digest": None if info is None else info.digest,
+        "parameters": None if info is None else info.parameters,
+        "bytes": loaded.bytes if loaded is not None else None if info is None else info.bytes,
+        "error": None if damage is None else damage.body()["error"],
+    }
+
+
+def adapters_on(state: AppState, id: str) -> list[str]:
+    """The versions of adapters whose manifest names this base."""
+    versions = [version for name in state.adapters.names() for version in state.adapters.versions(name)]
+    return [version.id for version in versions if version.base_model == id]
