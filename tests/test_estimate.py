@@ -88,7 +88,7 @@ def test_the_phases_of_an_override() -> None:
     assert every.preparing.generated - fewer.preparing.generated == pytest.approx((there_are - 40) * 20)
     # twice 10 questions and 10 probes, the base's 12 replies to keep, 8 hard negatives between the evaluations
     assert found.exam == PhaseCost(read=8 * 24 + 2 * 12 * 52, generated=8 * 4 + (2 * 20 + 12) * 32)
-    # the other 2 questions and 12 prompts of retention; the base on 12 questions and 10 probes, without and with the fact
+    # the other 2 questions and 12 prompts of retention; 12 questions and 10 probes for the base, twice
     assert found.report == PhaseCost(read=2 * 12 * 52, generated=(14 + 2 * 22) * 32)
 
 

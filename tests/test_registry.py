@@ -368,6 +368,17 @@ def test_a_wrong_base_is_refused_with_both_digests(setup: Setup) -> None:
         setup.registry.load_adapter("lost")
 
 
+def test_a_base_that_does_not_fit_is_refused_before_it_is_read(setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "huge").mkdir()
+    huge = {"num_hidden_layers": 999, "hidden_size": 65536, "intermediate_size": 262144, "num_attention_heads": 512}
+    (tmp_path / "huge" / "config.json").write_text(json.dumps({**huge, "vocab_size": 256000}))
+    setup.catalog.add("huge", tmp_path / "huge")
+    with pytest.raises(Unavailable, match=r"'huge' needs .* GiB of memory .* this machine has .* GiB") as raised:
+        setup.registry.load_base("huge")
+    assert "FORTWO_WEIGHTS" in str(raised.value.hint)
+    assert not (setup.settings.models_dir / ".huge.lock").exists(), "it was not prepared"
+
+
 def test_a_template_that_renders_slowly_delays_no_other_base(
     setup: Setup, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,18 @@ def test_a_base_with_a_broken_template_is_refused_by_every_path(tiny: Path, tmp_
         assert "ZeroDivisionError" in refused(served.chat(), 400, "unsupported_model", "model")
 
 
+def test_the_catalog_says_what_fits(served: Served) -> None:
+    listed = {one["id"]: one for one in served.http.get("/api/models").json()["models"]}
+    small, large = listed["smollm2-135m-instruct"]["fit"], listed["codellama-7b-instruct"]["fit"]
+    assert small["serve"] < large["serve"]
+    assert small["memory"] == large["memory"] > 0
+    assert listed["codellama-7b-instruct"]["licence"] == "Llama 2 Community License"
+    assert listed["tiny"]["fit"]["serving"] == "fits"
+    said = run(served, "models", "catalog")
+    assert "qwen3-0.6b" in said
+    assert "fits" in said
+
+
 def test_an_id_that_an_adapter_has_is_not_free(served: Served, tiny: Path) -> None:
     publish(served, "taken-name")
     assert "there is an adapter 'taken-name' already" in run(served, "models", "add", "taken-name", str(tiny))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.data.preview import check_row_length
 from fortwo.errors import InvalidDataset, Overloaded, Unavailable
 from fortwo.records import Example, Message
+from fortwo.server.state import PLANNING_THREADS, PLANNING_WAITING
 from fortwo.server.workers import WorkerPool
 
 
@@ -140,7 +142,7 @@ def planner(tiny: Path, tmp_path: Path) -> Any:
     """A server with a dataset that takes seconds to plan."""
     folder = tmp_path / "home" / "data"
     folder.mkdir(parents=True)
-    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(40_000)]
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(150_000)]
     (folder / "many.json").write_text(json.dumps(rows))
     with serve(tiny_settings(tmp_path / "home", tiny)) as served:
         yield served
@@ -152,29 +154,28 @@ BODY = {"adapter_name": "n", "objective": "sft", "dataset": {"path": "many.json"
 def test_plans_hold_up_nobody_and_end_with_their_clients(planner: Served) -> None:
     pool = planner.state.planning
     assert planner.chat().status_code == 200
-    answers: list[httpx.Response] = []
-
-    def ask() -> None:
-        with suppress(httpx.TimeoutException):  # it hangs up
-            answers.append(httpx.post(f"{planner.url}/api/training/plan", json=BODY, timeout=2, trust_env=False))
-
-    clients = [threading.Thread(target=ask) for _ in range(45)]
-    for client in clients:
-        client.start()
-    while pool.active < 10:
+    body = json.dumps(BODY).encode()
+    head = (
+        "POST /api/training/plan HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    host, port = planner.url.removeprefix("http://").split(":")
+    with ExitStack() as clients:
+        for _ in range(PLANNING_THREADS + PLANNING_WAITING):
+            client = clients.enter_context(socket.create_connection((host, int(port))))
+            client.sendall(head.encode() + body)
+        while pool.active < PLANNING_THREADS + PLANNING_WAITING:
+            pass
+        for path in ("plan", "start"):
+            answer = planner.post(f"/api/training/{path}", BODY)
+            refused(answer, 429, "queue_full")
+            assert int(answer.headers["retry-after"]) >= 1
+        for path in ("/healthz", "/api/models", "/v1/models", "/api/training/jobs", "/api/adapters"):
+            assert planner.http.get(path).status_code == 200
+        assert planner.chat().status_code == 200
+    while pool.active:  # the clients have hung up: all end soon, or this test never does
         pass
-    for path in ("/healthz", "/api/models", "/v1/models", "/api/training/jobs", "/api/adapters"):
-        assert planner.http.get(path).status_code == 200
-    assert planner.chat().status_code == 200
-    for client in clients:
-        client.join()
-    too_many = [answer for answer in answers if answer.status_code != 200]
-    assert len(too_many) >= 30
-    for answer in too_many:
-        refused(answer, 429, "queue_full")
-        assert int(answer.headers["retry-after"]) >= 1
-    while pool.active:  # the clients are gone: all end soon, or this test never does
-        pass
+    assert planner.http.get("/api/training/jobs").json()["jobs"] == []
 
 
 def test_a_plan_does_not_hold_up_the_end_of_the_server(tiny: Path, planner: Served) -> None:
@@ -186,3 +187,27 @@ def test_a_plan_does_not_hold_up_the_end_of_the_server(tiny: Path, planner: Serv
     planner.server.should_exit = True
     client.join()
     refused(answers[0], 503, "unavailable")
+
+
+def test_changes_that_wait_for_a_model_hold_up_neither_chat_nor_lists(served: Served) -> None:
+    """Their lock is held while a base is loaded, which may take minutes."""
+    assert served.chat().status_code == 200
+    paths = [("POST", "/api/adapters/none/unload"), ("DELETE", "/api/adapters/none")]
+    answers: list[int] = []
+
+    def ask(method: str, path: str) -> None:
+        with httpx.Client(base_url=served.url, timeout=60, trust_env=False) as http:
+            answers.append(http.request(method, path).status_code)
+
+    clients = [threading.Thread(target=ask, args=paths[n % 2]) for n in range(60)]
+    with served.state.registry._lock:
+        for client in clients:
+            client.start()
+        while served.state.control.active < 60:
+            pass
+        assert served.chat().status_code == 200
+        for path in ("/healthz", "/readyz", "/api/training/jobs", "/api/adapters"):
+            assert served.http.get(path).status_code == 200
+    for client in clients:
+        client.join()
+    assert answers == [404] * 60

@@ -10,29 +10,32 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 Extra = Mapping[str, tuple[np.ndarray, gguf.GGMLQuantizationType | None]]
 
 FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "gemma3": "Gemma3",
+    "smollm3": "SmolLM3",
+    "phi3": "Phi3",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "granite": "Granite",
+    "stablelm": "StableLm",
 }
 SPECIALS = ["<unk>", "<|im_start|>", "<|im_end|>"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -54,8 +57,8 @@ LLAMA3_ROPE = {
 
 def tiny_model(family: str, **options: Any) -> PreTrainedModel:
     """Random weights large enough that every part matters: biases and norms are random too."""
-    config_class, model_class = FAMILIES[family]
-    config = config_class(
+    model_class = getattr(transformers, f"{FAMILIES[family]}ForCausalLM")
+    config: PreTrainedConfig = model_class.config_class(
         **{
             "vocab_size": len(VOCABULARY),
             "hidden_size": 64,
@@ -127,10 +130,40 @@ def save_directory(directory: Path, family: str = "llama", **options: Any) -> Pa
     return directory
 
 
+_NORMS_BEHIND = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+_OTHER_NAMES = {
+    "gemma2": {**_NORMS_BEHIND, "pre_feedforward_layernorm": "ffn_norm"},
+    "gemma3": {**_NORMS_BEHIND, "pre_feedforward_layernorm": "ffn_norm"},
+    "phi3": {"gate_up_proj": "ffn_up"},
+}
+
+
+def _add_features(writer: gguf.GGUFWriter, config: PreTrainedConfig, rope: Mapping[str, Any]) -> None:
+    """What an architecture has besides sizes."""
+
+    def given(name: str) -> Any:
+        return getattr(config, name, None)
+
+    if given("sliding_window"):
+        writer.add_sliding_window(config.sliding_window)
+    if given("attn_logit_softcapping"):
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    if given("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] in ("yarn", "longrope"):
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    for kind in ("short", "long"):
+        if factors := rope.get(f"{kind}_factor"):
+            writer.add_tensor(f"rope_factors_{kind}.weight", np.array(factors, np.float32))
+
+
 def save_gguf(file: Path, model: PreTrainedModel, without: str = "", extra: Extra = MappingProxyType({})) -> Path:
     """Write `model` as llama.cpp's converter does. `without` leaves a tensor out, `extra` puts some in."""
     config = model.config
-    architecture = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    architecture = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -139,9 +172,12 @@ def save_gguf(file: Path, model: PreTrainedModel, without: str = "", extra: Extr
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_key_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_key_length(head_size)
+    writer.add_rope_dimension_count(int(head_size * rope.get("partial_rotary_factor", 1.0)))
+    _add_features(writer, config, rope)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2" if architecture.startswith("qwen") else "default")
     writer.add_token_list(VOCABULARY)
@@ -155,12 +191,19 @@ def save_gguf(file: Path, model: PreTrainedModel, without: str = "", extra: Extr
     writer.add_chat_template(TEMPLATE)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    other = _OTHER_NAMES.get(architecture, {})
     for name, tensor in model.state_dict().items():
         stem, suffix = name.rsplit(".", 1)
         ggml = names.get_name(stem)
-        if ggml == without or (ggml == "output" and config.tie_word_embeddings):
+        for theirs, ours in other.items():
+            if theirs in stem:
+                ggml = f"blk.{stem.split('.')[2]}.{ours}"
+        if ggml == without or (stem == "lm_head" and config.tie_word_embeddings):
             continue
+        assert ggml is not None, stem
         array = tensor.numpy()
+        if architecture.startswith("gemma") and stem.endswith("norm"):
+            array = array + 1
         if architecture == "llama" and (part := ggml.split(".")[-1]) in heads:
             rows = array.reshape(heads[part], 2, array.shape[0] // heads[part] // 2, *array.shape[1:])
             array = rows.swapaxes(1, 2).reshape(array.shape)

@@ -5,6 +5,7 @@ The catalog of models and datasets can be read without a server; everything else
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,6 +73,26 @@ def list_models() -> None:
     screen.print(rows, *(views.error(one["message"], one["hint"]) for one in damaged), sep="\n")
 
 
+@models.command("catalog")
+def show_catalog() -> None:
+    """List the bases that can be fetched by name: licence, size, and whether this machine's memory is enough."""
+    from fortwo.hub.bundled import BUNDLED
+    from fortwo.settings import load
+    from fortwo.train.fit import fit
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rows = views.table("model", "parameters", "on disk", "to serve", "to teach", "licence", wrapped=("licence",))
+    for id, base in BUNDLED.items():
+        found = fit(base.config, load().weights, memory)
+        assert found is not None
+        serve = f"{views.size(found.serve)}, {found.serving}"
+        teach = f"{views.size(found.teach)}, {found.teaching}"
+        disk = views.size(found.parameters * base.bytes_per_parameter)
+        rows.add_row(id, views.count(found.parameters), disk, serve, teach, base.licence)
+    screen.print(rows)
+    screen.print(f"This machine has {views.size(memory)} of memory. To download one: fortwo models fetch ID")
+
+
 @models.command("show")
 def show_model(id: str) -> None:
     """Show a base model and the adapters that were trained on it, as JSON. Needs a server."""
@@ -95,24 +116,40 @@ def remove_model(id: str) -> None:
 @models.command("add")
 def add_model(
     id: Annotated[str, typer.Argument(help="Id of the new model.")],
-    path: Annotated[Path, typer.Argument(help="A directory saved by transformers, or a .gguf file.", exists=True)],
+    path: Annotated[
+        str, typer.Argument(help="A directory saved by transformers, a .gguf file, or hf:OWNER/REPO[@REVISION].")
+    ],
 ) -> None:
-    """Add a base model of your own to the catalog. Nothing is copied."""
+    """Add a base model of your own to the catalog. Of a path nothing is copied. A repository of the Hugging Face hub is
+    downloaded; its size and licence are shown before."""
+    from fortwo.hub.huggingface import PREFIX, HubSource
+
     check_free(id)
-    entry = _catalog().add(id, path.resolve())
-    screen.print(f"{entry.id} was added to the catalog. Its source is {entry.source}")
+    if not path.startswith(PREFIX):
+        entry = _catalog().add(id, Path(path).resolve())
+        screen.print(f"{entry.id} was added to the catalog. Its source is {entry.source}")
+        return
+    source = HubSource.parse(path, id)
+    found = source.repository()
+    licence = "no licence given" if found.licence is None else f"licence {found.licence}"
+    screen.print(f"{found.repo_id} at commit {found.revision}: {views.size(found.bytes)}, {licence}")
+    _catalog().add(id, HubSource(found.repo_id, id, found.revision))
+    _fetch(id)
 
 
 @models.command("fetch")
 def fetch_model(
     id: Annotated[str | None, typer.Argument(help="Id of the model.", show_default="the default base")] = None,
 ) -> None:
-    """Download, verify and prepare a base model."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
+    """Download, verify and prepare a base model. What an interrupted download left is used."""
     from fortwo.settings import load
 
-    chosen = load().default_model if id is None else id
+    _fetch(load().default_model if id is None else id)
+
+
+def _fetch(id: str) -> None:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=screen) as bars:
         tasks: dict[str, Any] = {}
@@ -122,8 +159,8 @@ def fetch_model(
                 tasks[label] = bars.add_task(label, total=total)
             bars.update(tasks[label], completed=done, total=total)
 
-        directory = _catalog().prepare(chosen, progress)
-    screen.print(f"{chosen} is ready in {directory}")
+        directory = _catalog().prepare(id, progress)
+    screen.print(f"{id} is ready in {directory}")
 
 
 @models.command("load")

@@ -40,6 +40,8 @@ from fortwo.nn.lora_config import LoraConfig
 from fortwo.nn.network import Network
 from fortwo.quantization.selection import Measurements
 from fortwo.records import AdapterVersion, Json, PlanWarning
+from fortwo.train.estimate import format_size
+from fortwo.train.fit import Fit, fit
 
 log = logging.getLogger(__name__)
 
@@ -208,6 +210,7 @@ class ModelRegistry:
         """
         if base := self._bases.get(id):
             return base
+        self._check_memory(id)
         self._count_loading(id, 1)
         try:
             directory = self._catalog.prepare(id, progress)
@@ -221,6 +224,25 @@ class ModelRegistry:
                 return self._bases.get(id) or self._load(info, renderer)
         finally:
             self._count_loading(id, -1)
+
+    def fit(self, id: str) -> Fit | None:
+        """How the base fits into the memory of the device; None where its dimensions are not known yet."""
+        return fit(self._catalog.config(id), self._weights, memory(self._device))
+
+    def _check_memory(self, id: str) -> None:
+        """Raises Unavailable for a base that does not fit, before anything of it is downloaded or read."""
+        found = self.fit(id)
+        others = sum(base.bytes for base in self._bases.copy().values())
+        if found is not None and found.serve + others > found.memory:
+            loaded = f" beside {format_size(others)} of other bases" if others else ""
+            raise Unavailable(
+                f"Base model {id!r} needs {format_size(found.serve)} of memory to be served in {found.form}{loaded}; "
+                f"this machine has {format_size(found.memory)}.",
+                param="model",
+                hint="Unload other bases, set FORTWO_WEIGHTS to a smaller format (int8, int4, nf4), or take a smaller "
+                "base (fortwo models catalog).",
+                code="out_of_memory",
+            )
 
     def _count_loading(self, id: str, change: int) -> None:
         with self._pin_lock:

@@ -16,7 +16,7 @@ from fortwo.execution import autotuning
 from fortwo.execution.backend import Backend
 from fortwo.execution.kv_cache import Pool
 from fortwo.execution.reference import Part
-from fortwo.nn.decoder import Head
+from fortwo.nn.head import Head
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.nn.packing import pack

@@ -16,7 +16,7 @@ from fortwo.execution.adapters_stacked import StackedAdapters
 from fortwo.execution.decode_fused import Step
 from fortwo.execution.packed_fused import FusedPackedAttention
 from fortwo.execution.prefill_fused import Piece, Prefill
-from fortwo.execution.reference import Computed, Part, ReferenceBackend, prefill_groups
+from fortwo.execution.reference import Computed, Part, ReferenceBackend, prefill_groups, within_window
 from fortwo.execution.train_fused import Scratch, TrainedLayers, through, trained_whole
 from fortwo.kernels import operations
 from fortwo.nn.decoder import Decoder, Operations
@@ -47,9 +47,10 @@ class CpuBackend(ReferenceBackend):
         self._scratch.memory = None
 
     def _train_layers(self, x_TD: Tensor, packed: Pack, lora: Lora, checkpointing: bool) -> Tensor:
-        if not self._trained_whole:
+        c = self.decoder.config
+        (angles, *_) = self.decoder.angles(packed.positions_T)
+        if not self._trained_whole or angles is None or not c.fits_window(packed.prefix + packed.longest):
             return super()._train_layers(x_TD, packed, lora, checkpointing)
-        c, angles = self.decoder.config, self.decoder.angles(packed.positions_T)
         rows, seeds = FusedPackedAttention(packed, c).packed, lora.seeds()
         told = self.decoder.layers, lora, seeds, rows, angles, checkpointing, self._scratch
         return through(TrainedLayers(c, *told), x_TD, lora)
@@ -57,6 +58,8 @@ class CpuBackend(ReferenceBackend):
     @torch.no_grad()
     def decode(self, parts: Sequence[Part]) -> Tensor:
         """Of WIDE rows and more by the kernel of the prompts, where there is one."""
+        if not within_window(parts, self.decoder.config):
+            return super().decode(parts)
         few = len(parts) < WIDE or not self._prefill.takes
         if few and self._step.takes(len(parts)):
             rows = [(part.tokens[0], part.before, part.slot.place) for part in parts]
@@ -69,7 +72,7 @@ class CpuBackend(ReferenceBackend):
     @torch.no_grad()
     def prefill(self, parts: Sequence[Part]) -> Iterator[Computed]:
         """In one kernel all parts together; what those of a group that is alike begin with is computed once."""
-        if not self._prefill.takes:
+        if not self._prefill.takes or not within_window(parts, self.decoder.config):
             yield from super().prefill(parts)
             return
         pieces: list[Piece] = []

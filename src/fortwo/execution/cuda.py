@@ -14,7 +14,7 @@ from torch import Tensor
 from fortwo.execution.adapters_cuda import TabledAdapters
 from fortwo.execution.cuda_graphs import Graphs
 from fortwo.execution.packed_fused import FusedPackedAttention, seen
-from fortwo.execution.reference import Computed, Part, ReferenceBackend
+from fortwo.execution.reference import Computed, Part, ReferenceBackend, within_window
 from fortwo.execution.train_cuda_graph import Recorded
 from fortwo.execution.train_fused import through
 from fortwo.kernels import operations
@@ -45,7 +45,8 @@ class CudaBackend(ReferenceBackend):
             self._graphs.warm()
 
     def _train_layers(self, x_TD: Tensor, packed: Pack, lora: Lora, checkpointing: bool) -> Tensor:
-        if checkpointing or not Recorded.fits(self.decoder, len(x_TD)):
+        within = self.decoder.config.fits_window(packed.prefix + packed.longest)
+        if checkpointing or not within or not Recorded.fits(self.decoder, len(x_TD)):
             return super()._train_layers(x_TD, packed, lora, checkpointing)
         if self._recorded is None or self._recorded.lora is not lora:
             self._recorded = Recorded(self.decoder, lora)
@@ -53,11 +54,13 @@ class CudaBackend(ReferenceBackend):
 
     @torch.no_grad()
     def decode(self, parts: Sequence[Part]) -> Tensor:
-        return super().decode(parts) if self._graphs is None else self._play(self._graphs, parts)
+        if self._graphs is None or not within_window(parts, self.decoder.config):
+            return super().decode(parts)
+        return self._play(self._graphs, parts)
 
     @torch.no_grad()
     def prefill(self, parts: Sequence[Part]) -> Iterator[Computed]:
-        if self._graphs is None:
+        if self._graphs is None or not within_window(parts, self.decoder.config):
             yield from super().prefill(parts)
             return
         ends = accumulate((len(part.tokens) for part in parts), initial=0)

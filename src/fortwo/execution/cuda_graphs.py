@@ -35,8 +35,10 @@ class Graphs:
 
     @staticmethod
     def fits(decoder: Decoder, kv: torch.dtype) -> bool:
-        """Whether the decoder's forward can be recorded here."""
-        return cuda.present() and cuda.attends(decoder.config.head_size, kv)
+        """Whether the decoder's forward can be recorded here. Of its features only those of attention matter, which is
+        a kernel; the rest is the decoder's own forward."""
+        c = decoder.config
+        return cuda.present() and cuda.attends(c.head_size, kv) and c.attention_softcap is None
 
     def warm(self) -> None:
         """Compile all kernels, which takes seconds the first time on a machine, and record the shortest forwards."""

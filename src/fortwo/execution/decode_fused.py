@@ -21,6 +21,12 @@ from fortwo.quantization.formats import Form, Grouped, Weight
 from fortwo.quantization.tiles import Tiles
 
 WHOLE_STEP = ("int8", "int4")  # forms that there is a kernel for
+OUTSIDE = frozenset({"norm_offset", "logit_scale", "logit_softcap", "joined_projections"})
+"""Features of a network that are in its weights, or behind its layers: every kernel computes it with them."""
+WINDOWS = frozenset({"window", "windowed"})
+"""Features that a kernel without windows computes as long as no sequence is longer than the window."""
+COMPUTED = OUTSIDE | WINDOWS | {"qkv_bias", "qk_norm"}
+"""Features that the kernels for steps and for prompts compute."""
 
 
 class Step:
@@ -35,9 +41,9 @@ class Step:
 
     @staticmethod
     def fits(config: DecoderConfig) -> bool:
-        """Whether all of the network's sizes are whole sixteens."""
+        """Whether the kernel computes the network's features, and all of its sizes are whole sixteens."""
         c = config
-        return all(size % SIXTEEN == 0 for size in (c.hidden, c.intermediate, c.head_size))
+        return c.features <= COMPUTED and all(size % SIXTEEN == 0 for size in (c.hidden, c.intermediate, c.head_size))
 
     @property
     def laid(self) -> bool:

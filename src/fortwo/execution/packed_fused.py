@@ -42,12 +42,19 @@ class FusedPackedAttention(PackedAttention):
         self.packed = Packed(pack.prefix, torch.tensor([pack.starts, pack.lengths]), seen(pack) if on_gpu else None)
 
     def __call__(self, layer: int, qkv_TNE: Tensor) -> Tensor:
+        if self._config.attention_softcap is not None or not self._within(layer):
+            return super().__call__(layer, qkv_TNE)
         if cpu.usable(qkv_TNE):
             mixed: Tensor = _Attention.apply(qkv_TNE, *self.packed[:2], *self._heads)  # type: ignore[no-untyped-call]
             return mixed
         if self.packed.seen_T3 is not None and cuda.usable(qkv_TNE):
             return packed_attention(qkv_TNE, self.packed.seen_T3, self._heads[1])
         return super().__call__(layer, qkv_TNE)
+
+    def _within(self, layer: int) -> bool:
+        """Whether all rows are within the layer's window."""
+        window = self._config.window_of(layer)
+        return window is None or self.pack.prefix + self.pack.longest <= window
 
 
 class _Attention(torch.autograd.Function):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fortwo.execution.decode_fused import Step, answering, layers_of, place_of, shape_of
+from fortwo.execution.decode_fused import COMPUTED, Step, answering, layers_of, place_of, shape_of
 from fortwo.kernels import cpu
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
@@ -48,9 +48,11 @@ class Prefill:
 
     @staticmethod
     def fits(config: DecoderConfig) -> bool:
-        """Whether the processor has tiles, and all of the network's sizes are whole panels."""
+        """Whether the kernel computes the network's features, the processor has tiles, and all of the network's sizes
+        are whole panels."""
         c = config
-        return cpu.multiplies_tiles() and all(size % PANEL == 0 for size in (c.hidden, c.intermediate, c.head_size))
+        whole = all(size % PANEL == 0 for size in (c.hidden, c.intermediate, c.head_size))
+        return whole and c.features <= COMPUTED and cpu.multiplies_tiles()
 
     @property
     def takes(self) -> bool:

@@ -6,7 +6,9 @@ B rows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -16,10 +18,11 @@ from torch import Tensor
 from fortwo.execution.adapters import AdapterPool, SeparateAdapters, updates_of
 from fortwo.execution.kv_cache import Slot, side_by_side
 from fortwo.kernels import reference
+from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Operations
 from fortwo.nn.lora import Lora, Segment, Update
 from fortwo.nn.network import Network
-from fortwo.nn.packing import Pack, PackedAttention, pack
+from fortwo.nn.packing import Pack, PackedAttention, additive, attention, pack, seen
 
 
 class Part(NamedTuple):
@@ -70,17 +73,17 @@ class ReferenceBackend:
     # ------------------------------------------------------------ packed rows
 
     def forward(self, packed: Pack, segments: Sequence[Update] = ()) -> Tensor:
-        attention = self.packed_attention(packed, self.decoder.config)
+        attend = self.packed_attention(packed, self.decoder.config)
         with torch.no_grad():
-            return self.decoder.forward(packed.tokens_T, packed.positions_T, attention, segments)
+            return self.decoder.forward(packed.tokens_T, packed.positions_T, attend, segments)
 
     def train(self, packed: Pack, lora: Lora, checkpointing: bool = False, x_TD: Tensor | None = None) -> Tensor:
         x_TD = self.decoder.embed(packed.tokens_T) if x_TD is None else x_TD
         return self.decoder.norm(self._train_layers(x_TD, packed, lora, checkpointing))
 
     def _train_layers(self, x_TD: Tensor, packed: Pack, lora: Lora, checkpointing: bool) -> Tensor:
-        attention, angles = self.packed_attention(packed, self.decoder.config), self.decoder.angles(packed.positions_T)
-        told = attention, [Segment(lora)], lora.seeds(), checkpointing
+        attend, angles = self.packed_attention(packed, self.decoder.config), self.decoder.angles(packed.positions_T)
+        told = attend, [Segment(lora)], lora.seeds(), checkpointing
         return self.decoder.through_layers(x_TD, angles, *told)
 
     # ------------------------------------------------------------ the cache
@@ -94,7 +97,7 @@ class ReferenceBackend:
         rows = [parts[number] for number in order]
         tokens_B = torch.tensor([row.tokens[0] for row in rows], device=device)
         positions_B = torch.tensor([row.before for row in rows], device=device)
-        own, first = [], 0
+        c, own, first = self.decoder.config, [], 0
         for pool, slots in pools:
             last = first + len(slots)
             own.append((pool, slice(first, last), torch.arange(len(slots), device=device)))
@@ -102,9 +105,10 @@ class ReferenceBackend:
 
         def attend(layer: int, qkv_BNE: Tensor) -> Tensor:
             """A pool at a time."""
+            how = c.window_of(layer), c.attention_softcap
             mixed = [
                 self.operations.decode_attention(
-                    qkv_BNE[members], pool.k[layer], pool.v[layer], rows_B, positions_B[members]
+                    qkv_BNE[members], pool.k[layer], pool.v[layer], rows_B, positions_B[members], *how
                 )
                 for pool, members, rows_B in own
             ]
@@ -128,7 +132,7 @@ class ReferenceBackend:
         where in T the tokens of each lie."""
         c = self.decoder.config
         packed = pack([part.tokens for part in parts], self.decoder.device)
-        P, attention = packed.prefix, self.packed_attention(packed, c)
+        P, packed_attention = packed.prefix, self.packed_attention(packed, c)
         rests = list(zip([part.slot for part in parts], packed.starts, packed.lengths, strict=True))
 
         def attend(layer: int, qkv_TNE: Tensor) -> Tensor:
@@ -139,7 +143,7 @@ class ReferenceBackend:
                     if P:
                         stored[slot.row, :, :P] = new_KTE[:, :P]
                     stored[slot.row, :, P : P + length] = new_KTE[:, start : start + length]
-            return attention(layer, qkv_TNE)
+            return packed_attention(layer, qkv_TNE)
 
         updates = updates_of(self.adapters, [parts[0].adapter] * len(packed.tokens_T))
         hidden_TD = self.decoder.forward(packed.tokens_T, packed.positions_T, attend, updates)
@@ -149,24 +153,27 @@ class ReferenceBackend:
         """Parts of sequences, after what their slots hold. Hidden states (T, D), and where in T the tokens of each
         lie."""
         c, device = self.decoder.config, self.decoder.device
-        spans, masks, T = [], [], 0
-        for part in parts:
-            L, before = len(part.tokens), part.before
-            spans.append(range(T, T + L))
-            masks.append(torch.ones(L, before + L, dtype=torch.bool, device=device).tril(before))
-            T += L
+        ends = list(accumulate((len(part.tokens) for part in parts), initial=0))
+        spans = [range(*span) for span in pairwise(ends)]
+
+        @functools.cache
+        def mask(part: int, window: int | None) -> Tensor:
+            """Of a part's tokens, over the tokens that some of them see."""
+            L, before = len(parts[part].tokens), parts[part].before
+            return seen(L, before if window is None else min(before, window - 1), window, device)
 
         def attend(layer: int, qkv_TNE: Tensor) -> Tensor:
             q_THE, k_TKE, v_TKE = qkv_TNE.split([c.heads, c.kv_heads, c.kv_heads], 1)
             mixed_THE = torch.empty_like(q_THE)
-            for part, span, mask_LS in zip(parts, spans, masks, strict=True):
-                pool, before, own = part.slot.pool, part.before, slice(span.start, span.stop)
-                k_KSE, v_KSE = (stored[layer][part.slot.row, :, : mask_LS.shape[1]] for stored in (pool.k, pool.v))
-                k_KSE[:, before:] = k_TKE[own].transpose(0, 1)
-                v_KSE[:, before:] = v_TKE[own].transpose(0, 1)
+            for number, (part, span) in enumerate(zip(parts, spans, strict=True)):
+                pool, own, end = part.slot.pool, slice(span.start, span.stop), part.before + len(part.tokens)
+                k_KSE, v_KSE = (stored[layer][part.slot.row, :, :end] for stored in (pool.k, pool.v))
+                k_KSE[:, part.before :] = k_TKE[own].transpose(0, 1)
+                v_KSE[:, part.before :] = v_TKE[own].transpose(0, 1)
+                mask_LS = mask(number, c.window_of(layer))
+                k_1KSE, v_1KSE = (kept[None, :, -mask_LS.shape[1] :].to(q_THE.dtype) for kept in (k_KSE, v_KSE))
                 q_1HLE = q_THE[own].transpose(0, 1)[None]
-                seen = k_KSE[None].to(q_THE.dtype), v_KSE[None].to(q_THE.dtype)
-                mixed_1HLE = F.scaled_dot_product_attention(q_1HLE, *seen, attn_mask=mask_LS, enable_gqa=True)
+                mixed_1HLE = _mixed(q_1HLE, k_1KSE, v_1KSE, mask_LS, c.attention_softcap)
                 mixed_THE[own] = mixed_1HLE[0].transpose(0, 1)
             return mixed_THE
 
@@ -178,6 +185,18 @@ class ReferenceBackend:
     def _updates(self, parts: Sequence[Part]) -> list[Update]:
         """What the adapters of the parts add to their tokens, one part behind the other."""
         return updates_of(self.adapters, [part.adapter for part in parts for _ in part.tokens])
+
+
+def within_window(parts: Sequence[Part], config: DecoderConfig) -> bool:
+    """Whether the sequences of all parts are within the window of every layer, so that a kernel which knows none
+    computes them."""
+    return config.fits_window(max(part.before + len(part.tokens) for part in parts))
+
+
+def _mixed(q_1HLE: Tensor, k_1KSE: Tensor, v_1KSE: Tensor, mask_LS: Tensor, softcap: float | None) -> Tensor:
+    if softcap is None:
+        return F.scaled_dot_product_attention(q_1HLE, k_1KSE, v_1KSE, attn_mask=mask_LS, enable_gqa=True)
+    return attention(q_1HLE, k_1KSE, v_1KSE, additive(mask_LS), softcap)
 
 
 def prefill_groups(parts: Sequence[Part], mixed: bool) -> list[tuple[list[int], bool]]:

@@ -37,6 +37,7 @@ class Recorded:
     def fits(decoder: Decoder, tokens: int) -> bool:
         """Whether a pass of so many tokens can be recorded, and is worth it."""
         fits = cuda.present() and cuda.attends(decoder.config.head_size, decoder.dtype)
+        fits = fits and decoder.config.attention_softcap is None
         return fits and tokens <= TOKENS[-1] and decoder.config.parameters <= PARAMETERS
 
     def __call__(self, positions_T: Tensor, seen_T3: Tensor, seeds: Seeds) -> _Pass:

@@ -13,15 +13,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fortwo.execution.decode_fused import OUTSIDE, WINDOWS
 from fortwo.execution.packed_fused import Packed
 from fortwo.kernels import cpu
 from fortwo.kernels.operations import kept_of
 from fortwo.nn.config import DecoderConfig
-from fortwo.nn.decoder import Layer
+from fortwo.nn.layer import Layer
 from fortwo.nn.lora import Lora, LoraGroup, Seeds
 from fortwo.nn.lora_config import GROUPS
 from fortwo.quantization.formats import Frozen, Regions
 from fortwo.quantization.tiles import PANEL, Tiles
+
+COMPUTED = OUTSIDE | WINDOWS | {"embedding_scale", "rope_amplitude"}
+"""Features of a network that the kernel computes."""
 
 
 @dataclass
@@ -45,8 +49,11 @@ def trained_whole(config: DecoderConfig, layers: Sequence[Layer]) -> bool:
     """Whether there is such a kernel."""
     c = config
     whole = all(size % PANEL == 0 for size in (c.hidden, c.head_size, c.intermediate))
-    fits = whole and not c.qkv_bias and not c.qk_norm
-    return fits and all(isinstance(weight, Tiles) for layer in layers for weight in _weights(layer))
+    return (
+        whole
+        and c.features <= COMPUTED
+        and all(isinstance(weight, Tiles) for layer in layers for weight in _weights(layer))
+    )
 
 
 class TrainedLayers:

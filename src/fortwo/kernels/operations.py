@@ -151,19 +151,29 @@ class _SwiGlu(torch.autograd.Function):
         return grad_T2I
 
 
-def decode_attention(qkv_BNE: Tensor, k: Tensor, v: Tensor, rows_B: Tensor, positions_B: Tensor) -> Tensor:
+def decode_attention(
+    qkv_BNE: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows_B: Tensor,
+    positions_B: Tensor,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Attention (B, H, E) of one new token a row over a cache k, v (rows, K, length, E), in which token b stands at
     positions_B[b] of row rows_B[b]; its own keys and values are written there. qkv (B, H + 2K, E) as in `decoder`.
-    Positions and lengths are not checked."""
+    window: how many tokens each sees, itself included; softcap: c of c * tanh(score / c); there is no kernel for a
+    softcap, and none for rows that are longer than the window. Positions and lengths are not checked."""
     (_, K, _, E), (B, N, _) = k.shape, qkv_BNE.shape
     fits = qkv_BNE.dtype == torch.float32 and k.dtype in (torch.float32, torch.float16) and E % 16 == 0
-    if fits and k.stride(2) == E and cpu.usable(qkv_BNE):
+    plain = softcap is None and (window is None or int(positions_B.max()) < window)
+    if plain and fits and k.stride(2) == E and cpu.usable(qkv_BNE):
         out_BHE = qkv_BNE.new_empty(B, N - 2 * K, E)
         cache = (cpu.pointer(one, strided=True) for one in (k, v))
         told = *k.stride()[:2], rows_B, positions_B, qkv_BNE.contiguous(), *cache, out_BHE
         cpu.kernels().decode_attention(B, N - 2 * K, K, E, *told, int(k.dtype == torch.float16))
         return out_BHE
-    return reference.decode_attention(qkv_BNE, k, v, rows_B, positions_B)
+    return reference.decode_attention(qkv_BNE, k, v, rows_B, positions_B, window, softcap)
 
 
 def packed_attention(qkv_TNE: Tensor, seen_T3: Tensor, kv_heads: int) -> Tensor:

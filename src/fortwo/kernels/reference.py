@@ -37,15 +37,31 @@ def swiglu(gate_up_T2I: Tensor) -> Tensor:
     return F.silu(gate_TI) * up_TI
 
 
-def decode_attention(qkv_BNE: Tensor, k: Tensor, v: Tensor, rows_B: Tensor, positions_B: Tensor) -> Tensor:
+def decode_attention(
+    qkv_BNE: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows_B: Tensor,
+    positions_B: Tensor,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     K, E = k.shape[1], k.shape[3]
     B, H = qkv_BNE.shape[0], qkv_BNE.shape[1] - 2 * K
     q_BHE, k_BKE, v_BKE = qkv_BNE.split([H, K, K], 1)
     k[rows_B, :, positions_B], v[rows_B, :, positions_B] = k_BKE.to(k.dtype), v_BKE.to(v.dtype)
-    longest = int(positions_B.max()) + 1
-    k_BKSE, v_BKSE = k[rows_B, :, :longest].to(q_BHE.dtype), v[rows_B, :, :longest].to(q_BHE.dtype)
-    unseen_B11S = (torch.arange(longest, device=k.device) > positions_B[:, None])[:, None, None]
+    first, longest = 0, int(positions_B.max()) + 1
+    if window is not None:
+        first = max(0, int(positions_B.min()) - window + 1)
+    k_BKSE, v_BKSE = (kept[rows_B, :, first:longest].to(q_BHE.dtype) for kept in (k, v))
+    places_S = torch.arange(first, longest, device=k.device)
+    unseen_BS = places_S > positions_B[:, None]
+    if window is not None:
+        unseen_BS |= places_S <= positions_B[:, None] - window
+    unseen_B11S = unseen_BS[:, None, None]
     scores_BKGS = q_BHE.reshape(B, K, H // K, E) @ k_BKSE.transpose(2, 3) * E**-0.5
+    if softcap is not None:
+        scores_BKGS = (scores_BKGS / softcap).tanh() * softcap
     weights_BKGS = scores_BKGS.masked_fill_(unseen_B11S, -torch.inf).softmax(-1)
     mixed_BHE: Tensor = (weights_BKGS @ v_BKSE.masked_fill(unseen_B11S.transpose(2, 3), 0)).view(B, H, E)
     return mixed_BHE

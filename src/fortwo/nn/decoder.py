@@ -1,8 +1,8 @@
 """The network as a plain forward, which defines what training, prefill and decode compute.
 
-Whatever computes the same faster is a backend beside it (`execution.backend`). Llama, Mistral, Qwen2 and
-Qwen3 by configuration flags. The decoder knows tokens, positions and weights; what a token may attend to, and where
-keys and values are kept, is the caller's `attend`.
+Whatever computes the same faster is a backend beside it (`execution.backend`). All families by features of the
+configuration, none by a class of its own. The decoder knows tokens, positions and weights; what a token may attend to,
+and where keys and values are kept, is the caller's `attend`.
 Shape suffixes: T tokens, D hidden, H query heads, K key/value heads, E head size, V vocabulary, I in, O out.
 """
 
@@ -11,37 +11,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fortwo.kernels import operations as fused_operations
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.fused_weights import Fused
+from fortwo.nn.head import CappedHead, Head, capped
+from fortwo.nn.layer import Layer, read_layer
 from fortwo.nn.lora import Seeds, Update, in_training, lora_product
+from fortwo.nn.rope import inverse_frequency
 from fortwo.quantization.formats import Frozen, Regions, Weight, bytes_to_train, dense, head_form, quantised, trained_on
 from fortwo.quantization.matmul import frozen_product
 from fortwo.quantization.selection import Choice
-from fortwo.quantization.tiles import Tiles
 
+Angles = tuple[Tensor, Tensor]
+"""cos and sin (T, R) of a rotary embedding that turns R numbers of each head, each angle in both halves."""
 Hold = Callable[[Frozen, bool], Frozen]  # how a weight is held; and whether it is the head
-
-
-class HeadFunction(Protocol):
-    """A head whose logits (N, V) of hidden states (N, D) are not a product alone: it has a bias or a soft cap."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    def __call__(self, hidden_ND: Tensor, /) -> Tensor: ...
-
-
-Head = Tensor | Tiles | HeadFunction
 
 
 class Attend(Protocol):
@@ -63,21 +55,15 @@ class Operations(Protocol):
     def rotate(self, x_TNE: Tensor, turned: int, cos_TE: Tensor, sin_TE: Tensor) -> Tensor: ...
     def swiglu(self, gate_up_T2I: Tensor) -> Tensor: ...
     def decode_attention(
-        self, qkv_BNE: Tensor, k: Tensor, v: Tensor, rows_B: Tensor, positions_B: Tensor
+        self,
+        qkv_BNE: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rows_B: Tensor,
+        positions_B: Tensor,
+        window: int | None,
+        softcap: float | None,
     ) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Layer:
-    attention_norm_D: Tensor
-    qkv_OD: Frozen
-    qkv_bias_O: Tensor | None
-    q_norm_E: Tensor | None
-    k_norm_E: Tensor | None
-    o_DI: Frozen
-    mlp_norm_D: Tensor
-    gate_up_OD: Frozen
-    down_DI: Frozen
 
 
 class Decoder:
@@ -104,25 +90,16 @@ class Decoder:
             return weight.float() if hold is None else hold(weight, is_head)
 
         self.embedding_VD = fused.embedding()
-        self.norm_D = fused.plain("model.norm.weight", c.hidden)
-        self.head: Frozen = held(self.embedding_VD if c.tied else fused.head(), True)
-        self.layers: list[Layer] = []
-        for index in range(c.layers):
-            at = f"model.layers.{index}"
-            self.layers.append(
-                Layer(
-                    attention_norm_D=fused.plain(f"{at}.input_layernorm.weight", c.hidden),
-                    qkv_OD=held(fused.weight(index, "qkv")),
-                    qkv_bias_O=fused.bias(index, "qkv") if c.qkv_bias else None,
-                    q_norm_E=fused.plain(f"{at}.self_attn.q_norm.weight", c.head_size) if c.qk_norm else None,
-                    k_norm_E=fused.plain(f"{at}.self_attn.k_norm.weight", c.head_size) if c.qk_norm else None,
-                    o_DI=held(fused.weight(index, "o")),
-                    mlp_norm_D=fused.plain(f"{at}.post_attention_layernorm.weight", c.hidden),
-                    gate_up_OD=held(fused.weight(index, "gate_up")),
-                    down_DI=held(fused.weight(index, "down")),
-                )
-            )
-        self.inverse_frequency_E2 = _inverse_frequency(c).to(self.device)
+        self.norm_D = fused.norm("model.norm", c.hidden) * c.logit_scale
+        self._norm_bias_D = fused.norm_bias("model.norm", c.hidden)
+        head_VD = fused.head(self.embedding_VD)
+        if c.tied and head_VD is not self.embedding_VD:
+            self.config = replace(c, tied=False)  # the file has a head of its own
+        self.head: Frozen = held(head_VD, True)
+        self.layers = [read_layer(fused, index, held) for index in range(c.layers)]
+        fused.raise_unused()
+        self.inverse_frequency_E2 = inverse_frequency(c.rope).to(self.device)
+        self._window_frequency_E2 = None if c.window_rope is None else inverse_frequency(c.window_rope).to(self.device)
 
     def weights(self) -> list[Tensor]:
         """What the network multiplies with, as fp32: each layer's four, and the head."""
@@ -184,11 +161,12 @@ class Decoder:
         return other
 
     @property
-    def head_VD(self) -> Tensor | Tiles:
+    def head_VD(self) -> Head:
         """The head of a network to train on. Raises TypeError for one that is held in forms."""
         if isinstance(self.head, Weight):
             raise TypeError("train on in_fp32() or in_bf16(): these weights are held to serve")
-        return self.head
+        cap = self.config.logit_softcap
+        return self.head if cap is None else CappedHead(self.head, cap)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -212,6 +190,8 @@ class Decoder:
     def _held(self) -> list[Frozen]:
         """Everything, a head that is the embedding once."""
         everything: list[Frozen] = [self.embedding_VD, self.norm_D]
+        if self._norm_bias_D is not None:
+            everything.append(self._norm_bias_D)
         if not self.config.tied:
             everything.append(self.head)
         for layer in self.layers:
@@ -235,22 +215,27 @@ class Decoder:
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """What the first layer reads (T, D)."""
-        return self.embedding_VD[tokens_T]
+        x_TD, scale = self.embedding_VD[tokens_T], self.config.embedding_scale
+        return x_TD if scale == 1 else x_TD * scale
 
-    def angles(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, E) of the rotary embedding, each angle in both halves."""
-        angles_TE2 = positions_T[:, None].float() * self.inverse_frequency_E2
-        angles_TE = torch.cat([angles_TE2, angles_TE2], -1)
-        return angles_TE.cos(), angles_TE.sin()
+    def angles(self, positions_T: Tensor) -> list[Angles | None]:
+        """Those of each layer; None for a layer without positions."""
+        c = self.config
+        own = _angles(positions_T, self.inverse_frequency_E2, c.rope.amplitude)
+        windowed = own
+        if c.window_rope is not None and self._window_frequency_E2 is not None:
+            windowed = _angles(positions_T, self._window_frequency_E2, c.window_rope.amplitude)
+        layers = range(c.layers)
+        return [None if n in c.without_rope else windowed if n in c.windowed else own for n in layers]
 
     def norm(self, x_TD: Tensor) -> Tensor:
         """The final norm."""
-        return self._rms_norm(x_TD, self.norm_D)
+        return self._read(x_TD, None, self.norm_D, self._norm_bias_D, x_TD.dtype)[1]
 
     def through_layers(
         self,
         x_TD: Tensor,
-        angles: tuple[Tensor, Tensor],
+        angles: Sequence[Angles | None],
         attend: Attend,
         segments: Sequence[Update] = (),
         seeds: Seeds = MappingProxyType({}),
@@ -258,40 +243,33 @@ class Decoder:
     ) -> Tensor:
         """Carry what the first layer reads (T, D) to what comes after the last one (T, D).
 
-        angles: cos and sin (T, E); seeds: of the adapter's dropout. checkpointing: keep for the gradient what each
+        angles: as `angles` finds them; seeds: of the adapter's dropout. checkpointing: keep for the gradient what each
         layer reads, and compute the layer again when it is wanted, the same dropout drawn (Chen et al. 2016,
         arXiv:1604.06174).
         """
-        c, o, T, (cos_TE, sin_TE) = self.config, self.operations, len(x_TD), angles
-        heads = c.heads + 2 * c.kv_heads
         update_TD: Tensor | None = None
 
         def layer_through(index: int, x_TD: Tensor, update_TD: Tensor | None) -> tuple[Tensor, Tensor]:
             """What comes after the layer: the sum so far, and what the layer adds to it last."""
             layer = self.layers[index]
-            dtype = layer.qkv_OD.dtype
-            x_TD, normed_TD = o.add_norm(x_TD, update_TD, layer.attention_norm_D, c.norm_eps, dtype)
-            qkv_TO = lora_product(normed_TD, layer.qkv_OD, index, "qkv", segments, seeds.get((index, "qkv")))
-            if layer.qkv_bias_O is not None:
-                qkv_TO = qkv_TO + layer.qkv_bias_O.to(dtype)
-            qkv_TNE = qkv_TO.view(T, heads, c.head_size)
-            if layer.q_norm_E is not None and layer.k_norm_E is not None:
-                q_THE, k_TKE, v_TKE = qkv_TNE.split([c.heads, c.kv_heads, c.kv_heads], 1)
-                q_THE = self._rms_norm(q_THE, layer.q_norm_E)
-                qkv_TNE = torch.cat([q_THE, self._rms_norm(k_TKE, layer.k_norm_E), v_TKE], 1)
-            mixed_THE = attend(index, o.rotate(qkv_TNE, c.heads + c.kv_heads, cos_TE, sin_TE))
-            update_TD = lora_product(
-                mixed_THE.reshape(T, -1), layer.o_DI, index, "o", segments, seeds.get((index, "o"))
-            )
-            x_TD, normed_TD = o.add_norm(x_TD, update_TD, layer.mlp_norm_D, c.norm_eps, dtype)
-            gate_up_T2I = lora_product(
-                normed_TD, layer.gate_up_OD, index, "gate_up", segments, seeds.get((index, "gate_up"))
-            )
-            return x_TD, lora_product(
-                o.swiglu(gate_up_T2I), layer.down_DI, index, "down", segments, seeds.get((index, "down"))
-            )
 
-        for index in range(c.layers):
+            def product(x_TI: Tensor, weight_OI: Frozen, bias_O: Tensor | None, group: str) -> Tensor:
+                y_TO = lora_product(x_TI, weight_OI, index, group, segments, seeds.get((index, group)))
+                return y_TO if bias_O is None else y_TO + bias_O.to(y_TO.dtype)
+
+            norm = layer.attention_norm_D, layer.attention_norm_bias_D
+            x_TD, read_TD = self._read(x_TD, update_TD, *norm, layer.qkv_OD.dtype)
+            qkv_TO = product(read_TD, layer.qkv_OD, layer.qkv_bias_O, "qkv")
+            mixed_THE = attend(index, self._heads(qkv_TO, layer, angles[index]))
+            update_TD = product(mixed_THE.reshape(len(x_TD), -1), layer.o_DI, layer.o_bias_D, "o")
+            update_TD = self._written(update_TD, layer.after_attention_D)
+            norm = layer.mlp_norm_D, layer.mlp_norm_bias_D
+            x_TD, read_TD = self._read(x_TD, update_TD, *norm, layer.qkv_OD.dtype)
+            inner_TI = self._gated(product(read_TD, layer.gate_up_OD, layer.gate_up_bias_O, "gate_up"))
+            update_TD = product(inner_TI, layer.down_DI, layer.down_bias_D, "down")
+            return x_TD, self._written(update_TD, layer.after_mlp_D)
+
+        for index in range(self.config.layers):
             if checkpointing:
                 x_TD, update_TD = checkpoint(
                     layer_through, index, x_TD, update_TD, use_reentrant=False, preserve_rng_state=False
@@ -300,6 +278,59 @@ class Decoder:
                 x_TD, update_TD = layer_through(index, x_TD, update_TD)
         return x_TD if update_TD is None else x_TD + update_TD
 
+    def _read(
+        self,
+        x_TD: Tensor,
+        update_TD: Tensor | None,
+        norm_D: Tensor | None,
+        norm_bias_D: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """The sum with the update, and what attention or MLP reads of it."""
+        if norm_D is not None and norm_bias_D is None:
+            return self.operations.add_norm(x_TD, update_TD, norm_D, self.config.norm_eps, dtype)
+        x_TD = x_TD if update_TD is None else x_TD + update_TD
+        if norm_D is None:
+            return x_TD, x_TD.to(dtype)
+        return x_TD, F.layer_norm(x_TD, norm_D.shape, norm_D, norm_bias_D, self.config.norm_eps).to(dtype)
+
+    def _written(self, update_TD: Tensor, norm_D: Tensor | None) -> Tensor:
+        """What attention or MLP adds to the sum."""
+        update_TD = update_TD if norm_D is None else self._rms_norm(update_TD, norm_D)
+        scale = self.config.residual_scale
+        return update_TD if scale == 1 else update_TD * scale
+
+    def _heads(self, qkv_TO: Tensor, layer: Layer, angles: Angles | None) -> Tensor:
+        """Heads (T, H + 2K, E) as attention takes them: those of q and k normed and turned by their positions."""
+        c, T = self.config, len(qkv_TO)
+        qkv_TNE = qkv_TO.view(T, c.heads + 2 * c.kv_heads, c.head_size)
+        if layer.q_norm_E is not None and layer.k_norm_E is not None:
+            q_THE, k_TKE, v_TKE = qkv_TNE.split([c.heads, c.kv_heads, c.kv_heads], 1)
+            if c.whole_qk_norm:
+                q_THE = self._rms_norm(q_THE.flatten(1), layer.q_norm_E).view_as(q_THE)
+                k_TKE = self._rms_norm(k_TKE.flatten(1), layer.k_norm_E).view_as(k_TKE)
+            else:
+                q_THE, k_TKE = self._rms_norm(q_THE, layer.q_norm_E), self._rms_norm(k_TKE, layer.k_norm_E)
+            qkv_TNE = torch.cat([q_THE, k_TKE, v_TKE], 1)
+        if angles is not None:
+            qkv_TNE = self._turned(qkv_TNE, angles)
+        if c.query_scale != 1:
+            qkv_TNE = torch.cat([qkv_TNE[:, : c.heads] * c.query_scale, qkv_TNE[:, c.heads :]], 1)
+        return qkv_TNE
+
+    def _turned(self, qkv_TNE: Tensor, angles: Angles) -> Tensor:
+        turned, size = self.config.heads + self.config.kv_heads, self.config.rope.size
+        if size == self.config.head_size:
+            return self.operations.rotate(qkv_TNE, turned, *angles)
+        return torch.cat([self.operations.rotate(qkv_TNE[..., :size], turned, *angles), qkv_TNE[..., size:]], -1)
+
+    def _gated(self, gate_up_T2I: Tensor) -> Tensor:
+        """activation(gate) * up."""
+        if self.config.activation == "silu":
+            return self.operations.swiglu(gate_up_T2I)
+        gate_TI, up_TI = gate_up_T2I.chunk(2, -1)
+        return F.gelu(gate_TI, approximate="tanh" if self.config.activation == "gelu_tanh" else "none") * up_TI
+
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
         rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
@@ -307,7 +338,15 @@ class Decoder:
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Next-token logits (T, V)."""
-        return frozen_product(hidden_TD, self.head)
+        logits_TV, cap = frozen_product(hidden_TD, self.head), self.config.logit_softcap
+        return logits_TV if cap is None else capped(logits_TV, cap)
+
+
+def _angles(positions_T: Tensor, inverse_frequency_R2: Tensor, amplitude: float) -> Angles:
+    angles_TR2 = positions_T[:, None].float() * inverse_frequency_R2
+    angles_TR = torch.cat([angles_TR2, angles_TR2], -1)
+    cos_TR, sin_TR = angles_TR.cos(), angles_TR.sin()
+    return (cos_TR, sin_TR) if amplitude == 1 else (cos_TR * amplitude, sin_TR * amplitude)
 
 
 def forms_of(choice: Choice, exact: bool = False) -> Hold:
@@ -327,23 +366,3 @@ def forms_of(choice: Choice, exact: bool = False) -> Hold:
         return Weight(weight_OI.shape, forms, choice, nearest)
 
     return held
-
-
-def _inverse_frequency(config: DecoderConfig) -> Tensor:
-    """Rotary frequencies (head_size / 2), with Llama 3's or linear scaling where the configuration asks for it."""
-    half = torch.arange(0, config.head_size, 2, dtype=torch.float32) / config.head_size
-    inverse = 1.0 / (config.rope_theta**half)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return inverse
-    factor = float(scaling["factor"])
-    if scaling.get("rope_type", scaling.get("type")) == "linear":
-        return inverse / factor
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    original = float(scaling["original_max_position_embeddings"])
-    wavelength = 2 * math.pi / inverse
-    smooth = (original / wavelength - low) / (high - low)
-    blended = (1 - smooth) * inverse / factor + smooth * inverse
-    scaled = torch.where(wavelength > original / low, inverse / factor, inverse)
-    between = (wavelength <= original / low) & (wavelength >= original / high)
-    return torch.where(between, blended, scaled)

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from fortwo.errors import UnsupportedModel
-from fortwo.nn.lora_config import GROUPS, module_name
+from fortwo.nn.lora_config import module_name
 
 if TYPE_CHECKING:
     from fortwo.nn.config import DecoderConfig
 
 
+_HARMLESS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".self_attn.bias")
+_HINT = "Check that config.json and the weights are of the same model, or save it again with transformers."
+
+
 class Fused:
-    """Every method raises UnsupportedModel for a tensor that is missing or misshapen."""
+    """Every method that reads raises UnsupportedModel for a tensor that is missing or misshapen."""
 
     def __init__(
         self, config: DecoderConfig, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu"
@@ -27,30 +31,52 @@ class Fused:
         self.config = config
         self.device = torch.device(device)
         self._tensors = tensors
+        self._used: set[str] = set()
 
     def weight(self, layer: int, group: str) -> Tensor:
         """The weight (O, I) of a fused product: qkv, o, gate_up or down; in the type it was saved in."""
         I = self.config.in_features(group)  # noqa: E741
-        return self._joined([(f"{module_name(layer, name)}.weight", self._outputs(name), I) for name in GROUPS[group]])
+        names = self.config.groups[group]
+        return self._joined([(f"{module_name(layer, name)}.weight", self._outputs(name), I) for name in names])
 
     def bias(self, layer: int, group: str) -> Tensor:
         """(O,), fp32."""
-        return self._joined(
-            [(f"{module_name(layer, name)}.bias", self._outputs(name)) for name in GROUPS[group]]
-        ).float()
+        names = self.config.groups[group]
+        return self._joined([(f"{module_name(layer, name)}.bias", self._outputs(name)) for name in names]).float()
 
     def embedding(self) -> Tensor:
         """(V, D), fp32."""
-        return self.plain("model.embed_tokens.weight", self.config.vocabulary, self.config.hidden)
+        return self._read("model.embed_tokens.weight", self.config.vocabulary, self.config.hidden).float()
 
-    def head(self) -> Tensor:
-        """(V, D), the embedding itself where they are tied."""
+    def head(self, embedding_VD: Tensor | None = None) -> Tensor:
+        """(V, D), the embedding itself where they are tied, unless the file has another one."""
         c = self.config
-        return self.embedding() if c.tied else self._read("lm_head.weight", c.vocabulary, c.hidden)
+        embedding_VD = self.embedding() if c.tied and embedding_VD is None else embedding_VD
+        if c.tied and embedding_VD is not None:
+            if "lm_head.weight" not in self._tensors:
+                return embedding_VD
+            head_VD = self._read("lm_head.weight", c.vocabulary, c.hidden)
+            return embedding_VD if torch.equal(head_VD.float(), embedding_VD) else head_VD
+        return self._read("lm_head.weight", c.vocabulary, c.hidden)
 
-    def plain(self, name: str, *shape: int) -> Tensor:
-        """A tensor as fp32."""
-        return self._read(name, *shape).float()
+    def norm(self, name: str, size: int) -> Tensor:
+        """What a norm multiplies with (size,), fp32."""
+        return self._read(f"{name}.weight", size).float() + self.config.norm_offset
+
+    def norm_bias(self, name: str, size: int) -> Tensor | None:
+        """What a norm adds (size,), fp32; None where the network's norms have none."""
+        return self._read(f"{name}.bias", size).float() if self.config.layer_norm else None
+
+    def raise_unused(self) -> None:
+        """Raises UnsupportedModel for a tensor that nothing has read, since the network would be another one than that
+        of the file."""
+        unused = [name for name in self._tensors if name not in self._used and not name.endswith(_HARMLESS)]
+        if unused:
+            few = ", ".join(map(repr, unused[:5])) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+            raise UnsupportedModel(
+                f"the model's weights have {few}, which {self.config.architecture} with this config.json does not use",
+                hint="The replies would be those of another model. " + _HINT,
+            )
 
     def _outputs(self, name: str) -> int:
         first, last = self.config.columns(name)
@@ -62,8 +88,11 @@ class Fused:
 
     def _read(self, name: str, *shape: int) -> Tensor:
         if name not in self._tensors:
-            raise UnsupportedModel(f"tensor {name!r} is missing from the model's weights")
+            raise UnsupportedModel(f"tensor {name!r} is missing from the model's weights", hint=_HINT)
+        self._used.add(name)
         tensor = self._tensors[name]
         if tuple(tensor.shape) != shape:
-            raise UnsupportedModel(f"tensor {name!r} is {tuple(tensor.shape)}, the configuration needs {shape}")
+            raise UnsupportedModel(
+                f"tensor {name!r} is {tuple(tensor.shape)}, the configuration needs {shape}", hint=_HINT
+            )
         return tensor.to(self.device)

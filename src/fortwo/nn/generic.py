@@ -27,7 +27,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from fortwo.errors import UnsupportedModel
-from fortwo.nn.decoder import Attend, Head, Hold, Operations
+from fortwo.nn.decoder import Angles, Attend, Hold, Operations
+from fortwo.nn.head import Head
 from fortwo.nn.lora import Seeds, Update, in_training, lora_product
 from fortwo.nn.packing import PackedAttention, pack
 from fortwo.quantization.formats import Frozen, Regions, Weight, bytes_to_train, trained_on
@@ -64,6 +65,12 @@ class GenericConfig:
     tied: bool
     path: str
     modules: Mapping[str, tuple[int, int]]
+    attention_softcap: float | None = None
+
+    def window_of(self, layer: int) -> int | None:
+        """None: the context ends where a window would begin."""
+        del layer
+        return None
 
     @property
     def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -302,9 +309,9 @@ class GenericDecoder:
         embedded: Tensor = self._embedding(tokens_T)
         return embedded
 
-    def angles(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    def angles(self, positions_T: Tensor) -> list[Angles | None]:
         """The positions: transformers computes the angles."""
-        return positions_T, positions_T
+        return [(positions_T, positions_T)]
 
     def norm(self, x_TD: Tensor) -> Tensor:
         """Nothing more: transformers' layers end with the norm."""
@@ -313,7 +320,7 @@ class GenericDecoder:
     def through_layers(
         self,
         x_TD: Tensor,
-        angles: tuple[Tensor, Tensor],
+        angles: Sequence[Angles | None],
         attend: Attend,
         segments: Sequence[Update] = (),
         seeds: Seeds = MappingProxyType({}),
@@ -321,12 +328,14 @@ class GenericDecoder:
     ) -> Tensor:
         """Carry what the first layer reads (T, D) to what comes after the final norm (T, D)."""
         now = self._now
+        assert angles[0] is not None
+        positions_T, _ = angles[0]
         now.attend, now.segments, now.seeds, now.weights = attend, segments, seeds, self.weights
         for layer, forward in zip(self._layers, self._forwards, strict=True):
             again = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
             vars(layer)["forward"] = again if checkpointing else forward
         hidden: Tensor = self._backbone(
-            inputs_embeds=x_TD[None], position_ids=angles[0][None], use_cache=False
+            inputs_embeds=x_TD[None], position_ids=positions_T[None], use_cache=False
         ).last_hidden_state
         return hidden[0]
 

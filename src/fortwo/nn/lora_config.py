@@ -23,8 +23,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "down": ("down_proj",),
 }
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear module of the layers
+JOINED: dict[str, tuple[str, ...]] = {
+    "qkv": ("qkv_proj",),
+    "o": ("o_proj",),
+    "gate_up": ("gate_up_proj",),
+    "down": ("down_proj",),
+}
+"""The same of models whose files have q, k and v in one projection, and gate and up in one (Phi-3)."""
 TARGETS: tuple[str, ...] = tuple(name for names in GROUPS.values() for name in names)
-_PARENT = {name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn" for name in TARGETS}
+_MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 Pattern = tuple[tuple[str, float], ...]  # PEFT's rank_pattern and alpha_pattern, in their order
 DEFAULT_R = DEFAULT_ALPHA = 8  # PEFT's, for a configuration that does not give them
@@ -75,7 +82,7 @@ _REMEDIES = {
 
 def module_name(layer: int, target: str) -> str:
     """PEFT's name of a projection, such as model.layers.3.self_attn.q_proj."""
-    return f"model.layers.{layer}.{_PARENT[target]}.{target}"
+    return f"model.layers.{layer}.{'mlp' if target in _MLP else 'self_attn'}.{target}"
 
 
 MOST_KEYS, LONGEST_KEY = 1000, 1000  # of a pattern: more than a pattern for every projection of a large model needs
@@ -312,7 +319,7 @@ def _modules(config: Mapping[str, Any], option: str, known: tuple[str, ...]) -> 
     return (*(name for name in known if name in names), *sorted(names - set(known)))
 
 
-_SHORT = {f"{_PARENT[name]}.{name}": name for name in TARGETS}
+_SHORT = {module_name(0, name).removeprefix("model.layers.0."): name for name in TARGETS}
 
 
 def _names(config: Mapping[str, Any], option: str) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fortwo.nn.config import Shape
-from fortwo.nn.decoder import Attend, Head, Operations
+from fortwo.nn.decoder import Angles, Attend, Operations
+from fortwo.nn.head import Head
 from fortwo.nn.lora import Seeds, Update
 
 
@@ -35,12 +36,12 @@ class Network(Protocol):
         self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, segments: Sequence[Update] = ()
     ) -> Tensor: ...
     def embed(self, tokens_T: Tensor) -> Tensor: ...
-    def angles(self, positions_T: Tensor) -> tuple[Tensor, Tensor]: ...
+    def angles(self, positions_T: Tensor) -> Sequence[Angles | None]: ...
     def norm(self, x_TD: Tensor) -> Tensor: ...
     def through_layers(
         self,
         x_TD: Tensor,
-        angles: tuple[Tensor, Tensor],
+        angles: Sequence[Angles | None],
         attend: Attend,
         segments: Sequence[Update] = (),
         seeds: Seeds = ...,

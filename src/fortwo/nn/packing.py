@@ -6,7 +6,6 @@ to it and gradients of all rows flow back into it. Layout: [prefix | rest of row
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -76,19 +75,24 @@ class PackedAttention:
 
     def __init__(self, pack: Pack, config: Shape) -> None:
         self.pack = pack
+        self._config = config
         self._heads = config.heads, config.kv_heads
-        device = pack.tokens_T.device
-        self._masks = functools.cache(
-            lambda: (_causal(pack.longest, pack.prefix, device), _causal(pack.prefix, 0, device))
-        )
+        self._masks: dict[int | None, tuple[Tensor, Tensor]] = {}  # by window: of the rests, and of the prefix
+
+    def _masks_of(self, window: int | None) -> tuple[Tensor, Tensor]:
+        L, P, device = self.pack.longest, self.pack.prefix, self.pack.tokens_T.device
+        return additive(seen(L, P, window, device)), additive(seen(P, 0, window, device))
 
     def __call__(self, layer: int, qkv_TNE: Tensor) -> Tensor:
         """On a padded grid."""
-        del layer
+        softcap = self._config.attention_softcap
         P, R, L = self.pack.prefix, len(self.pack.lengths), self.pack.longest
         (H, K), (T, _, E) = self._heads, qkv_TNE.shape
         index, grid = self.pack.padded_index, R * L
-        rest_mask_LS, prefix_mask_PP = self._masks()
+        window = self._config.window_of(layer)
+        if window not in self._masks:
+            self._masks[window] = self._masks_of(window)
+        rest_mask_LS, prefix_mask_PP = self._masks[window]
         prefix_PNE, rest_TNE = qkv_TNE.split([P, T - P])
         padded = rest_TNE.new_zeros(grid, (H + 2 * K) * E).index_copy(0, index, rest_TNE.flatten(1))
         q_RHLE, k_RKLE, v_RKLE = padded.view(R, L, H + 2 * K, E).transpose(1, 2).split([H, K, K], 1)
@@ -96,22 +100,30 @@ class PackedAttention:
             prefix_q_HPE, prefix_k_KPE, prefix_v_KPE = prefix_PNE.transpose(0, 1).split([H, K, K])
             k_RKLE = torch.cat([prefix_k_KPE.expand(R, K, P, E), k_RKLE], 2)
             v_RKLE = torch.cat([prefix_v_KPE.expand(R, K, P, E), v_RKLE], 2)
-        mixed_RHLE = _attention(q_RHLE, k_RKLE, v_RKLE, rest_mask_LS)
+        mixed_RHLE = attention(q_RHLE, k_RKLE, v_RKLE, rest_mask_LS, softcap)
         mixed_TF = mixed_RHLE.transpose(1, 2).reshape(grid, H * E).index_select(0, index)
         if P:
-            shared_HPE = _attention(prefix_q_HPE[None], prefix_k_KPE[None], prefix_v_KPE[None], prefix_mask_PP)[0]
+            own = prefix_q_HPE[None], prefix_k_KPE[None], prefix_v_KPE[None]
+            shared_HPE = attention(*own, prefix_mask_PP, softcap)[0]
             mixed_TF = torch.cat([shared_HPE.transpose(0, 1).reshape(P, H * E), mixed_TF])
         return mixed_TF.view(T, H, E)
 
 
-def _causal(length: int, before: int, device: torch.device) -> Tensor:
-    """What to add to scores (length, before + length): 0 where a token may look, -inf where it may not."""
+def seen(length: int, before: int, window: int | None, device: torch.device) -> Tensor:
+    """Which tokens each of `length` tokens behind `before` others may look at (length, before + length): those up to
+    itself, the last `window` of them alone if there is one."""
     allowed = torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
-    return torch.zeros(length, before + length, device=device).masked_fill_(~allowed, -torch.inf)
+    return allowed if window is None else allowed.triu(before - window + 1)
 
 
-def _attention(q_RHLE: Tensor, k_RKSE: Tensor, v_RKSE: Tensor, mask_LS: Tensor) -> Tensor:
-    """Scaled dot products; the query heads of a key/value head are folded into its rows, so nothing is repeated.
+def additive(allowed_LS: Tensor) -> Tensor:
+    """What to add to scores: 0 where a token may look, -inf where it may not."""
+    return torch.zeros(allowed_LS.shape, device=allowed_LS.device).masked_fill_(~allowed_LS, -torch.inf)
+
+
+def attention(q_RHLE: Tensor, k_RKSE: Tensor, v_RKSE: Tensor, mask_LS: Tensor, softcap: float | None) -> Tensor:
+    """Scaled dot products plus a mask; the query heads of a key/value head are folded into its rows, so nothing is
+    repeated. softcap: c of c * tanh(score / c), before the mask.
 
     On the CPU this takes half the time of torch's fused attention, forward and backward, at these lengths.
     """
@@ -121,6 +133,10 @@ def _attention(q_RHLE: Tensor, k_RKSE: Tensor, v_RKSE: Tensor, mask_LS: Tensor) 
     q_NME = q_RHLE.reshape(R * K, G * L, E)
     k_NSE, v_NSE = k_RKSE.reshape(R * K, S, E), v_RKSE.reshape(R * K, S, E)
     mask_1MS = mask_LS.to(q_RHLE.dtype).repeat(G, 1)[None]
-    scores_NMS = torch.baddbmm(mask_1MS, q_NME, k_NSE.transpose(1, 2), alpha=E**-0.5)
+    if softcap is None:
+        scores_NMS = torch.baddbmm(mask_1MS, q_NME, k_NSE.transpose(1, 2), alpha=E**-0.5)
+    else:
+        scores_NMS = torch.bmm(q_NME, k_NSE.transpose(1, 2)) * (E**-0.5 / softcap)
+        scores_NMS = scores_NMS.tanh() * softcap + mask_1MS
     mixed_NME = torch.bmm(scores_NMS.softmax(-1, dtype=torch.float32).to(q_RHLE.dtype), v_NSE)
     return mixed_NME.view(R, H, L, E)

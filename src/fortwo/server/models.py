@@ -12,6 +12,7 @@ from fortwo.hub.catalog import ModelEntry
 from fortwo.records import Json
 from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppState, AppStateDep
+from fortwo.train.fit import Fit
 
 router = APIRouter(prefix="/api", tags=["models"], route_class=JsonRoute)
 
@@ -39,9 +40,13 @@ def model(state: AppStateDep, id: str) -> Json:
 
 
 @router.delete("/models/{id}", summary="Remove a base model that a user added, and what was prepared from it")
-def delete_model(state: AppStateDep, id: str) -> Json:
+async def delete_model(request: Request, state: AppStateDep, id: str) -> Json:
     """The user's own files and the adapters stay. `adapters` names those that have no base any more. Raises Conflict
     while a request or a job uses it, or a job waits for it."""
+    return await state.control.run(request, lambda _: _remove(state, id))
+
+
+def _remove(state: AppState, id: str) -> Json:
     if waiting := [job.id for job in state.jobs.jobs(1000) if job.model == id and not job.ended_or_paused]:
         raise Conflict(
             f"Base model {id!r} cannot be removed: job {waiting[0]} needs it.",
@@ -59,9 +64,9 @@ async def load_model(request: Request, state: AppStateDep, id: str) -> Json:
 
 
 @router.post("/models/{id}/unload", summary="Unload a base model and the adapters on it")
-def unload_model(state: AppStateDep, id: str) -> Json:
-    state.registry.unload_base(id)
-    return model_body(state, state.catalog.get(id))
+async def unload_model(request: Request, state: AppStateDep, id: str) -> Json:
+    await state.control.run(request, lambda _: state.registry.unload_base(id))
+    return await run_in_threadpool(lambda: model_body(state, state.catalog.get(id)))
 
 
 def model_body(state: AppState, entry: ModelEntry) -> Json:
@@ -80,7 +85,15 @@ def model_body(state: AppState, entry: ModelEntry) -> Json:
         "parameters": None if info is None else info.parameters,
         "bytes": loaded.bytes if loaded is not None else None if info is None else info.bytes,
         "error": None if damage is None else damage.body()["error"],
+        "licence": entry.licence,
+        "fit": fit_body(state.registry.fit(entry.id)),
     }
+
+
+def fit_body(fit: Fit | None) -> Json | None:
+    """Bytes of memory to serve and to teach the base on this machine; null where its dimensions are not known yet.
+    serving, teaching: fits, tight or too large."""
+    return None if fit is None else {**asdict(fit), "serving": fit.serving, "teaching": fit.teaching}
 
 
 def adapters_on(state: AppState, id: str) -> list[str]:

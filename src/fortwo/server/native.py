@@ -7,6 +7,7 @@ from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
 from fortwo.data.preview import preview
@@ -60,8 +61,8 @@ def _damage(state: AppState, name: str) -> list[Json]:
 
 
 @router.delete("/adapters/{name}", tags=["adapters"], summary="Delete an adapter, or one version as name@version")
-def delete_adapter(state: AppStateDep, name: str) -> Json:
-    state.registry.delete_adapter(name)
+async def delete_adapter(request: Request, state: AppStateDep, name: str) -> Json:
+    await state.control.run(request, lambda _: state.registry.delete_adapter(name))
     return {"name": name, "deleted": True}
 
 
@@ -71,9 +72,9 @@ async def load_adapter(request: Request, state: AppStateDep, name: str) -> Json:
 
 
 @router.post("/adapters/{name}/unload", tags=["adapters"], summary="Unload an adapter; it stays on disk")
-def unload_adapter(state: AppStateDep, name: str) -> Json:
-    state.registry.unload_adapter(name)
-    return version_body(state, state.adapters.get(name))
+async def unload_adapter(request: Request, state: AppStateDep, name: str) -> Json:
+    await state.control.run(request, lambda _: state.registry.unload_adapter(name))
+    return await run_in_threadpool(lambda: version_body(state, state.adapters.get(name)))
 
 
 @router.post("/adapters/{name}/rollback", tags=["adapters"], summary="Make the previous version current again")

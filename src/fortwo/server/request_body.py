@@ -26,6 +26,8 @@ from fortwo.errors import FortwoError, InvalidRequest
 from fortwo.server.errors import respond
 
 LARGE_BYTES = 64 << 10  # from here on a body is parsed on a worker thread
+MOST_CONTAINERS = 1_000_000  # lists and objects of a body
+MOST_ITEMS = 10_000  # objects of a list that is validated by a model
 PATIENCE_SECONDS = 30.0  # in which a body must arrive, and BYTES_PER_SECOND more for each second beyond it
 BYTES_PER_SECOND = 16 << 10
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS", "TRACE")
@@ -177,6 +179,11 @@ class JsonRoute(APIRoute):
 
 
 def _parse(body: bytes, model: type[BaseModel]) -> BaseModel:
+    if body.count(b"[") + body.count(b"{") > MOST_CONTAINERS:  # each would take many times its two characters
+        raise InvalidRequest(
+            f"The body has more than {MOST_CONTAINERS} lists and objects.",
+            hint="Send less, or put a dataset into a file and name its path.",
+        )
     try:
         value = strict_json.loads(body)
     except strict_json.RepeatedKey as error:
@@ -209,20 +216,31 @@ def _invalid_json(reason: str) -> InvalidRequest:
     )
 
 
-def _without_surplus(value: Any, annotation: Any) -> Any:
+def _without_surplus(value: Any, annotation: Any, param: str = "") -> Any:
     """The same JSON, but each object that is validated by a model has at most one key that the model does not know:
-    validation still refuses it, with one error instead of one for each key."""
-    models = list(_models(annotation))
+    validation still refuses it, with one error instead of one for each key. Raises InvalidRequest for a list of more
+    than MOST_ITEMS such objects."""
+    models = tuple(_models(annotation))
     if not models:
         return value
     if isinstance(value, list):
-        return [_without_surplus(item, annotation) for item in value]
+        if len(value) > MOST_ITEMS:
+            raise InvalidRequest(
+                f"{param} has {len(value)} items, but at most {MOST_ITEMS} are allowed.",
+                param=param,
+                hint="Send fewer items.",
+            )
+        return [_without_surplus(item, annotation, f"{param}[{index}]") for index, item in enumerate(value)]
     if not isinstance(value, dict):
         return value
     fields = {name: field for model in models for name, field in model.model_fields.items()}
     known = {field.alias or name: field.annotation for name, field in fields.items()}
     unknown = next((key for key in value if key not in known), None)
-    kept = {key: _without_surplus(value[key], annotation) for key, annotation in known.items() if key in value}
+    kept = {
+        key: _without_surplus(value[key], kind, f"{param}.{key}".removeprefix("."))
+        for key, kind in known.items()
+        if key in value
+    }
     return kept if unknown is None else kept | {unknown: value[unknown]}
 
 

@@ -60,8 +60,8 @@ def _load(state: AppState, body: LoadRequest) -> str:
 
 
 @router.post("/unload_lora_adapter", response_class=PlainTextResponse, summary="Stop serving an adapter")
-def unload_lora_adapter(state: AppStateDep, body: UnloadRequest) -> str:
-    state.registry.unload_adapter(body.lora_name)
+async def unload_lora_adapter(request: Request, state: AppStateDep, body: UnloadRequest) -> str:
+    await state.control.run(request, lambda _: state.registry.unload_adapter(body.lora_name))
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fortwo.execution.backend import Backend
 from fortwo.kernels.operations import cross_entropy, divergence
-from fortwo.nn.decoder import Head
+from fortwo.nn.head import Head
 from fortwo.nn.lora import Lora
 from fortwo.nn.packing import Pack, pack
 from fortwo.quantization.matmul import product

@@ -20,9 +20,9 @@ from fortwo.prompts import Delta, Prompt
 from fortwo.records import Json, Message
 from fortwo.server.openai import logprobs
 from fortwo.server.openai.logprobs import Bytes
-from fortwo.server.openai.parameters import MAX_ITEMS, TOP_LOGPROBS, Parameters, Strict, at_most, check_length, only
+from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Strict, at_most, check_length, only
 from fortwo.server.openai.replies import Replies, stream
-from fortwo.server.request_body import JsonRoute
+from fortwo.server.request_body import MOST_ITEMS, JsonRoute
 from fortwo.server.state import AppStateDep
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class ChatMessage(Strict):
 
 
 class ChatRequest(Parameters):
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_ITEMS)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_ITEMS)
     max_completion_tokens: int | None = Field(
         None, ge=1, description=f"Default: what fits the context, at most {REPLY_TOKENS}."
     )

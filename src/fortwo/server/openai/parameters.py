@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 STOPS = 4
 CHOICES = 128
 TOP_LOGPROBS = 20
-MAX_ITEMS = 10_000  # messages, and parts of one
 MAX_BIASES = 1 << 18  # the largest vocabularies have so many tokens
 ANY_OBJECT = '{"type": "object"}'
 _SAME_AS_SAMPLING = {"top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos"}
