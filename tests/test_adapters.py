@@ -21,6 +21,7 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
+from fortwo.adapters.peft_files import read_directory
 from fortwo.adapters.store import AdapterStore
 from fortwo.adapters.version_files import CONFIG, MANIFEST, TENSORS
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, StorageFailed
@@ -453,7 +454,9 @@ def save_with_peft(directory: Path) -> peft.PeftModel:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_what_peft_wrote_is_imported_byte_for_byte(store: AdapterStore, tmp_path: Path) -> None:
     save_with_peft(tmp_path / "peft")
-    version = store.import_peft("a", tmp_path / "peft", {"base_model": "tiny", "base_digest": "b", "source": "peft"})
+    version = store.import_peft(
+        "a", read_directory(tmp_path / "peft"), {"base_model": "tiny", "base_digest": "b", "source": "peft"}
+    )
     assert version.current
     assert version.manifest["source"] == "peft"
     _, config, read = store.read("a")
@@ -485,7 +488,7 @@ def test_a_directory_that_cannot_be_imported_names_the_file(
     path = Path(published.path) / file
     damage(path)
     with pytest.raises(InvalidAdapter, match=message) as caught:
-        store.import_peft("a", path.parent, MANIFEST_IN)
+        read_directory(path.parent)
     assert str(path.with_suffix("")) in caught.value.message
     assert caught.value.hint
     assert store.names() == ()
@@ -496,7 +499,7 @@ def test_damaged_tensors_are_not_imported(store: AdapterStore, tmp_path: Path, c
     save_config(tmp_path)
     (tmp_path / TENSORS).write_bytes(content)
     with pytest.raises(InvalidAdapter, match="truncated or not a safetensors file") as caught:
-        store.import_peft("a", tmp_path, MANIFEST_IN)
+        read_directory(tmp_path)
     assert caught.value.message.startswith(f"{tmp_path / TENSORS} ({len(content)} bytes)")
     assert store.names() == ()
 
@@ -505,7 +508,7 @@ def test_a_dtype_that_torch_lacks_is_refused(store: AdapterStore, tmp_path: Path
     save_config(tmp_path)
     (tmp_path / TENSORS).write_bytes(safetensors_file({"a": entry(dtype="F4", shape=[16])}))
     with pytest.raises(InvalidAdapter, match="F4"):
-        store.import_peft("a", tmp_path, MANIFEST_IN)
+        read_directory(tmp_path)
 
 
 def save_config(directory: Path) -> None:
@@ -514,7 +517,7 @@ def save_config(directory: Path) -> None:
 
 def test_no_directory_to_import(store: AdapterStore, tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapter, match="is not a directory"):
-        store.import_peft("a", tmp_path / "none", MANIFEST_IN)
+        read_directory(tmp_path / "none")
 
 
 def test_listing_needs_no_torch(store: AdapterStore) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import save_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -603,3 +605,45 @@ def test_a_schema_lets_its_instances_through_and_nothing_else(
         with pytest.raises(InvalidRequest, match="schema") as caught:
             renderer.constraint(wrong)
         assert caught.value.param == "response_format.json_schema.schema"
+
+
+# ---------------------------------------------------------------- tools
+
+TOOLS_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}"
+    "{% for call in message.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CALLS = json.dumps([{"type": "function", "function": {"name": "f", "arguments": {"x": "1<|im_end|>"}}}])
+OFFERED = json.dumps([{"type": "function", "function": {"name": "f", "parameters": {}}}])
+WITH_TOOLS = (
+    Message("user", "Ask f.", tools=OFFERED),
+    Message("assistant", "", tool_calls=CALLS),
+    Message("tool", "21", name="f"),
+    Message("assistant", "It is 21."),
+)
+
+
+def test_calls_of_tools_are_rendered_by_the_template_and_learned(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(TOOLS_TEMPLATE)
+    renderer = ChatTemplateRenderer(tmp_path)
+    ((tokens, supervised),) = renderer.training_rows(Example(WITH_TOOLS))
+    learned = [token for token, mask in zip(tokens, supervised, strict=True) if mask]
+    said = renderer.decode_with_control_tokens(learned)
+    assert said == '<call>{"name": "f", "arguments": {"x": "1<|im_end|>"}}</call><|im_end|>It is 21.<|im_end|>'
+    assert learned.count(2) == 2  # the one within the arguments is characters
+    prompt = renderer.encode_prompt(WITH_TOOLS[:1])
+    assert tokens[: len(prompt)] == prompt
+    assert not any(supervised[: len(prompt)])
+    whole = renderer.decode_with_control_tokens(tokens)
+    assert whole.startswith('<|im_start|>system\n{"type": "function", "function": {"name": "f"')
+
+
+@pytest.mark.parametrize("messages", [WITH_TOOLS[:1], (Message("user", "a"), WITH_TOOLS[1])])
+def test_a_template_that_leaves_tools_out_is_refused(tmp_path: Path, messages: tuple[Message, ...]) -> None:
+    save_tokenizer(tmp_path)
+    with pytest.raises(InvalidRequest, match=r"does not write the (tools|calls of tools)") as error:
+        ChatTemplateRenderer(tmp_path).encode_prompt(messages)
+    assert error.value.hint

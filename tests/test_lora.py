@@ -173,6 +173,14 @@ def test_logits_and_gradients_are_pefts(config: LoraConfig, tmp_path: Path) -> N
         {"target_modules": list(TARGETS), "layers_to_transform": [2, 0], "init_lora_weights": "gaussian"},
         {"target_modules": ["down_proj", "k_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
         {"target_modules": "all-linear", "use_rslora": True},
+        {"target_modules": r".*self_attn\.(q_proj|v_proj)"},
+        {"target_modules": r".*\.layers\.[01]\..*(up|down)_proj"},
+        {"target_modules": ["layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"]},
+        {"target_modules": ["layers.0.self_attn.q_proj", "v_proj", "query_key_value"]},
+        {"target_modules": ["self_attn.q_proj"], "exclude_modules": ["lm_head", "model.layers.1.self_attn.q_proj"]},
+        {"target_modules": "all-linear", "exclude_modules": r".*layers\.[02]\.mlp.*"},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 99], "layers_pattern": ["h", "layers"]},
+        {"target_modules": ["model.layers.2.mlp.up_proj", "k_proj"], "layers_to_transform": [1]},
         {
             "target_modules": "all-linear",
             "rank_pattern": {"q_proj": 5, r"layers\.[01]\.mlp\..*": 2, "model.layers.2.mlp": 9},
@@ -324,7 +332,6 @@ def test_a_pattern_that_backtracks_without_end_elsewhere_is_matched_at_once(key:
         {"peft_type": "IA3"},
         {"use_rslora": "yes"},
         {"use_dora": True},
-        {"fan_in_fan_out": True},
         {"lora_bias": True},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
@@ -335,7 +342,6 @@ def test_a_pattern_that_backtracks_without_end_elsewhere_is_matched_at_once(key:
         {"alpha_pattern": {"q_proj": "8"}},
         {"alpha_pattern": {"q_proj(": 8}},
         {"alpha_pattern": {"(?=q)q_proj": 8}},
-        {"exclude_modules": ["k_proj"]},
         {"target_parameters": ["mlp.experts"]},
         {"trainable_token_indices": [1, 2]},
         {"layer_replication": [[0, 2]]},
@@ -348,10 +354,31 @@ def test_a_pattern_that_backtracks_without_end_elsewhere_is_matched_at_once(key:
         {"monteclora_config": {}},
         {"target_modules": ["q_proj", "lm_head"]},
         {"target_modules": []},
-        {"target_modules": ".*q_proj"},
         {"r": 0},
         {"r": "16"},
         {"lora_alpha": None},
+        {"lora_alpha": True},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": float("inf")},
+        {"lora_alpha": 1e308},
+        {"r": True},
+        {"r": None},
+        {"lora_dropout": "x"},
+        {"layers_to_transform": [0, "1"]},
+        {"layers_to_transform": True},
+        {"layers_to_transform": "all"},
+        {"layers_to_transform": [-1]},
+        {"alpha_pattern": {"q_proj": float("nan")}},
+        {"rank_pattern": {"q_proj": True}},
+        {"target_modules": ["q_proj", 3]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": "(?=q)q_proj"},
+        {"target_modules": ".*(q_proj"},
+        {"exclude_modules": 4},
+        {"task_type": "SEQ_CLS"},
+        {"made_up_scaling": True},
+        {"enable_lora": [True, False, True]},
+        {"unknown_config": {"a": 1}},
     ],
     ids=str,
 )
@@ -362,20 +389,27 @@ def test_options_that_cannot_be_served_are_named(change: dict[str, Any]) -> None
     ((name, value),) = change.items()
     assert error.value.param == name
     shown = next(iter(value)) if name.endswith("_pattern") and name != "layers_pattern" else value
-    assert (value[-1] if name == "target_modules" and value else str(shown)) in error.value.message
+    last = value[-1] if name == "target_modules" and isinstance(value, list) and value else shown
+    assert str(last) in error.value.message
+    assert error.value.hint
+
+
+def test_what_says_nothing_is_accepted_and_pefts_defaults_hold() -> None:
+    told = {"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"]}
+    nothing = {"eva_config": None, "lora_bias": False, "made_up": None, "merge_weights": False, "fresh": [], "new": {}}
+    assert LoraConfig.from_peft(told | nothing) == LoraConfig.from_peft(told)
+    assert (LoraConfig.from_peft(told).r, LoraConfig.from_peft(told).alpha) == (8, 8)
+
+
+def test_all_options_that_cannot_be_served_are_named_at_once() -> None:
+    with pytest.raises(InvalidAdapter, match=r"use_dora.*lora_bias.*made_up") as error:
+        LoraConfig.from_peft(FULL.to_peft("tiny") | {"made_up": 3, "lora_bias": True, "use_dora": True})
+    assert "Merge" in str(error.value.hint)
 
 
 def test_every_option_of_the_installed_peft_is_decided_on() -> None:
     """A new one is either read, refused, or found here to change nothing about what is served."""
-    read = {"peft_type", "target_modules", "r", "lora_alpha", "layers_to_transform", "lora_dropout"}
-    read |= {"use_rslora", "rank_pattern", "alpha_pattern"}
-    harmless = {
-        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-        *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
-        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of init_lora_weights
-        "velora_config",  # how training saves memory
-    }
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert known - read - harmless <= set(module._NEUTRAL)
+    assert known <= set(module._NEUTRAL) | module._READ | module._HARMLESS
     plain = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM").to_dict()
     assert LoraConfig.from_peft(plain | {"peft_type": "LORA"}).target_modules == ("q_proj",)

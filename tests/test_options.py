@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from fortwo.errors import InvalidRequest
+from fortwo.train.foreign_keys import FOREIGN_LORA, FOREIGN_TRAINING, LORA_ALIASES, TRAINING_ALIASES
 from fortwo.train.options import (
     LORA_KEYS,
     LORA_REFUSED,
@@ -19,6 +20,7 @@ from fortwo.train.options import (
     TRAINING_KEYS,
     TRAINING_REFUSED,
     parse_lora_config,
+    parse_settings,
     parse_training_config,
 )
 
@@ -58,6 +60,14 @@ def test_a_plain_peft_config_is_accepted_as_it_is_written() -> None:
         ({"batch_size": 3}, "per_device_train_batch_size"),
         ({"gradient_acumulation_steps": 3}, "gradient_accumulation_steps"),
         ({"r": 8}, "lora_config"),
+        ({"lora_rank": 8}, "lora_config"),
+        ({"number_of_epochs": 3}, "num_train_epochs"),
+        ({"n_steps": 3}, "max_steps"),
+        ({"optimiser": "adamw_torch"}, "optim"),
+        ({"grad_clip": 1.0}, "max_grad_norm"),
+        ({"grad_accum": 2}, "gradient_accumulation_steps"),
+        ({"test_size": 0.1}, "validation_split"),
+        ({"patience": 3}, "early_stopping_patience"),
     ],
 )
 def test_unknown_key_names_itself_and_the_nearest(config: dict[str, Any], nearest: str) -> None:
@@ -235,3 +245,108 @@ def test_zero_is_a_value() -> None:
     zeros = {"warmup_steps": 0, "warmup_ratio": 0, "weight_decay": 0, "seed": 0, "max_grad_norm": 0, "adam_beta1": 0}
     assert parse_training_config(zeros) == zeros
     assert parse_lora_config({"lora_dropout": 0}) == {"lora_dropout": 0}
+
+
+# ---------------------------------------------------------------- other programs' keys
+
+SFT_CONFIG = (
+    "model_init_kwargs trust_remote_code chat_template_path dataset_text_field dataset_kwargs dataset_num_proc "
+    "eos_token pad_token max_length max_seq_length shuffle_dataset packing packing_strategy padding_free "
+    "pad_to_multiple_of eval_packing completion_only_loss assistant_only_loss loss_type activation_offloading "
+    "dataset_batch_size num_of_sequences chars_per_token use_liger"
+).split()  # what TRL's SFTConfig adds to TrainingArguments, of its older versions too
+
+
+def test_a_key_of_another_program_is_read_or_has_an_answer_but_not_both() -> None:
+    assert set(SFT_CONFIG) <= {*FOREIGN_TRAINING, *TRAINING_REFUSED}
+    assert set(TRAINING_ALIASES.values()) <= set(TRAINING_KEYS)
+    assert set(LORA_ALIASES.values()) <= set(LORA_KEYS)
+    for aliases, foreign, own in (
+        (TRAINING_ALIASES, {*FOREIGN_TRAINING, *TRAINING_REFUSED}, TRAINING_KEYS),
+        (LORA_ALIASES, {*FOREIGN_LORA, *LORA_REFUSED}, LORA_KEYS),
+    ):
+        assert not foreign & {*aliases, *own}
+        assert not set(aliases) & set(own)
+
+
+def test_other_names_of_a_setting_are_read() -> None:
+    assert parse_lora_config({"lora_r": 4, "lora_target": "q_proj,v_proj"}) == {
+        "r": 4,
+        "target_modules": ("q_proj", "v_proj"),
+    }
+    assert parse_lora_config({"lora_target": "all", "lora_rank": None}) == {"target_modules": "all-linear"}
+    given = {
+        "micro_batch_size": 2,
+        "num_epochs": 1,
+        "lr_scheduler": "cosine",
+        "optimizer": "adamw_torch",
+        "val_size": 0.1,
+    }
+    assert parse_training_config(given | {"evaluation_strategy": "epoch", "use_gradient_checkpointing": "unsloth"}) == {
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "cosine",
+        "optim": "adamw_torch",
+        "validation_split": 0.1,
+        "eval_strategy": "epoch",
+        "gradient_checkpointing": True,
+    }
+    error = refusal(parse_training_config, {"num_epochs": 1, "num_train_epochs": 2})
+    assert "num_train_epochs = 2 and training_config.num_epochs mean the same" in error.message
+    assert "training_config.micro_batch_size = 0" in refusal(parse_training_config, {"micro_batch_size": 0}).message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "answer"),
+    [
+        ("max_seq_length", 2048, "never cut"),
+        ("max_length", 1024, "never cut"),
+        ("cutoff_len", 1024, "never cut"),
+        ("packing", True, "always packed"),
+        ("sample_packing", True, "always packed"),
+        ("dataset_text_field", "text", "keys of a row"),
+        ("completion_only_loss", True, "assistant's turns"),
+        ("assistant_only_loss", True, "assistant's turns"),
+        ("train_on_inputs", True, "assistant's turns"),
+        ("load_in_4bit", True, "FORTWO_WEIGHTS"),
+        ("template", "qwen", "own chat template"),
+        ("flash_attention", True, "own kernels"),
+        ("rl", "dpo", "not on preferences"),
+        ("wandb_project", "x", "events"),
+        ("base_model", "x/y", "`model`"),
+    ],
+)
+def test_a_key_of_another_program_has_our_own_answer(key: str, value: Any, answer: str) -> None:
+    error = refusal(parse_training_config, {key: value})
+    assert error.param == f"training_config.{key}"
+    assert answer in error.hint
+    assert "Did you mean" not in error.hint
+
+
+def test_all_findings_come_in_one_answer() -> None:
+    given = {
+        "output_dir": "out",
+        "logging_steps": 10,
+        "report_to": ["none"],
+        "evaluation_strategy": "epoch",
+        "fp16": True,
+        "optim": "paged_adamw_8bit",
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "gradient_checkpointing": "unsloth",
+        "save_strategy": "best",
+        "learning_rate": "2e-4",
+    }
+    with pytest.raises(InvalidRequest) as caught:
+        parse_settings({"r": 0, "made_up": 1}, given)
+    wrong = {"lora_config.r", "lora_config.made_up"} | {f"training_config.{key}" for key in given} - {
+        "training_config.report_to"
+    }
+    wrong = wrong - {"training_config.evaluation_strategy"} | {"training_config.eval_strategy"}
+    assert [key for key in wrong if key not in caught.value.message] == []
+    assert "report_to" not in caught.value.message
+    assert "without quotes: 0.0002" in str(caught.value.hint)
+    assert caught.value.param == "lora_config.r"
+
+
+def test_what_is_meant_by_nothing_is_not_guessed() -> None:
+    assert "Did you mean" not in refusal(parse_training_config, {"zebra": 1}).hint

@@ -228,6 +228,65 @@ def test_marks_and_values_that_ask_for_nothing_are_accepted(served: Served) -> N
     assert response.status_code == 200, response.text
 
 
+def test_defaults_spelled_out_and_unknown_nulls_are_accepted(served: Served) -> None:
+    plain = served.chat(temperature=0).json()["choices"][0]["message"]["content"]
+    spelled = {
+        "mood": None,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "length_penalty": 1.0,
+        "use_beam_search": False,
+        "skip_special_tokens": True,
+        "stop_token_ids": [],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "stream_options": {"include_usage": False},
+        "parallel_tool_calls": False,
+        "verbosity": "medium",
+        "request_id": "r1",
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "tool_choice": "none",
+    }
+    response = served.chat(temperature=0, **spelled)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["message"]["content"] == plain
+    refused(served.chat(length_penalty=2), 400, "unsupported_parameter", "length_penalty")
+    refused(served.chat(skip_special_tokens=False), 400, "unsupported_parameter", "skip_special_tokens")
+
+
+def test_developer_is_system_and_top_p_0_is_greedy(served: Served) -> None:
+    def prompt(role: str, **more: Any) -> tuple[int, str]:
+        body = served.chat(temperature=0, messages=[{"role": role, "content": "Be brief."}, USER], **more).json()
+        return body["usage"]["prompt_tokens"], body["choices"][0]["message"]["content"]
+
+    assert prompt("developer") == prompt("system")
+    greedy = served.chat(temperature=0).json()["choices"][0]["message"]["content"]
+    for _ in range(2):
+        assert served.chat(temperature=1.3, seed=7, top_p=0).json()["choices"][0]["message"]["content"] == greedy
+
+
+def test_all_findings_come_in_one_answer(served: Served) -> None:
+    body = {"max_tokens": 0, "n": 0, "response_format": {"type": ""}, "mood": 1}
+    said = refused(served.chat(**body), 400, "invalid_request", "n")
+    assert all(name in said for name in ("n = 0", "max_tokens = 0", "response_format.type = ''", "mood"))
+
+
+def test_a_key_that_a_body_has_twice_is_refused(served: Served) -> None:
+    json_type = {"Content-Type": "application/json"}
+    for path, text, param in (
+        ("/v1/chat/completions", '{"model": "tiny", "max_tokens": 3, "max_tokens": 1}', "max_tokens"),
+        ("/api/training/plan", '{"lora_config": {"r": 4, "r": 64}}', "lora_config.r"),
+        ("/v1/load_lora_adapter", '{"lora_name": "a", "lora_name": "b"}', "lora_name"),
+        ("/api/data/preview", '{"dataset": {"examples": [{"prompt": 1, "prompt": 2}]}}', "dataset.examples[0].prompt"),
+    ):
+        refused(served.http.post(path, content=text, headers=json_type), 400, "repeated_key", param)
+
+
+def test_a_newer_path_of_openai_is_told_what_answers_here(served: Served) -> None:
+    said = refused(served.post("/v1/responses", {"model": "tiny", "input": "hi"}), 404, "unknown_path")
+    assert "/v1/chat/completions" in said
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -255,7 +314,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(served: Served, name: str, v
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
             "invalid_request",
-            "messages[0].content[0].type",
+            "messages[0].content",
             "'image_url'",
         ),
         (
@@ -274,7 +333,25 @@ def test_what_cannot_be_honoured_is_refused_by_name(served: Served, name: str, v
         ({"temperature": -0.1}, "invalid_request", "temperature", "-0.1"),
         ({"temperature": 2.1}, "invalid_request", "temperature", "2.1"),
         ({"temperature": "hot"}, "invalid_request", "temperature", "'hot'"),
-        ({"top_p": 0}, "invalid_request", "top_p", "0"),
+        ({"top_p": -0.1}, "invalid_request", "top_p", "-0.1"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}, USER]},
+            "unsupported_parameter",
+            "messages[1].tool_calls",
+            "tool_calls",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": None}]},
+            "invalid_request",
+            "messages[1].content",
+            "the text is missing",
+        ),
+        (
+            {"messages": [USER, {"role": "tool", "content": "21"}]},
+            "invalid_request",
+            "messages[1].role",
+            "fortwo calls no tools",
+        ),
         ({"top_p": 1.1}, "invalid_request", "top_p", "1.1"),
         ({"top_k": -2}, "invalid_request", "top_k", "-2"),
         ({"min_p": 1.1}, "invalid_request", "min_p", "1.1"),

@@ -6,6 +6,8 @@ into an HTTP response, `cli` into two lines of text; nothing else formats errors
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 LONGEST = 4000  # characters of a message, hint or param that are shown
 
 
@@ -54,6 +56,16 @@ class InvalidRequest(FortwoError):
     code = "invalid_request"
     type = "invalid_request_error"
     status = 400
+
+
+def all_of(errors: Sequence[InvalidRequest]) -> InvalidRequest:
+    """Several findings as one error, with param, code and class of the first. errors: at least one."""
+    first = errors[0]
+    if len(errors) == 1:
+        return first
+    messages = dict.fromkeys(error.message.rstrip(".") for error in errors)
+    hints = dict.fromkeys(error.hint for error in errors if error.hint is not None)
+    return type(first)("; ".join(messages) + ".", param=first.param, hint=" ".join(hints) or None, code=first.code)
 
 
 class InvalidDataset(InvalidRequest):

@@ -19,11 +19,20 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. weight: 0 for an assistant message that is not trained on, as in OpenAI's format."""
+    """One turn of a conversation. weight: 0 for an assistant message that is not trained on, as in OpenAI's format.
 
-    role: Literal["system", "user", "assistant"]
+    name, tool_calls, tool_call_id: as in OpenAI's format, "" for none; the chat template writes them. tool_calls is the
+    JSON text of a list, in which arguments are objects. tools: on the first message, the JSON text of the list of tools
+    that the conversation offers.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
     weight: int = 1
+    name: str = ""
+    tool_calls: str = ""
+    tool_call_id: str = ""
+    tools: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,16 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """The last answer that is trained on, or the plain text."""
-        return self.messages[len(self.prompt_messages)].content if self.text is None else self.text
+        """The last answer that is trained on, with the JSON text of its calls of tools; or the plain text."""
+        if self.text is not None:
+            return self.text
+        message = self.messages[len(self.prompt_messages)]
+        return f"{message.content}\n{message.tool_calls}".strip("\n") if message.tool_calls else message.content
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether the conversation offers tools, calls one or has the result of one."""
+        return any(message.tools or message.tool_calls or message.role == "tool" for message in self.messages)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fortwo import disk
+from fortwo.adapters.peft_files import PeftFiles
 from fortwo.adapters.version_files import (
     CONFIG,
     MANIFEST,
@@ -81,21 +82,9 @@ class AdapterStore:
             disk.replace(folder / STATE, disk.dump({**state, "current": [*state["current"], version.version]}))
         return self.get(version.id)
 
-    def import_peft(self, name: str, directory: Path, manifest: Json) -> AdapterVersion:
-        """Copy the adapter that PEFT saved in `directory`, unchanged, as a new version and make it current. Raises
-        InvalidAdapter naming the file that is missing, damaged or a pickle."""
-        if not directory.is_dir():
-            raise InvalidAdapter(f"{directory} is not a directory", hint="Name the directory that PEFT saved.")
-        pickles = [path for path in directory.glob("adapter_model.*") if path.name != TENSORS]
-        if pickles and not (directory / TENSORS).exists():
-            raise InvalidAdapter(
-                f"{pickles[0]} is a pickle, which can run code when it is loaded",
-                hint="Save the adapter again with PEFT: save_pretrained(..., safe_serialization=True).",
-            )
-        files = {file: read_file(directory / file) for file in (CONFIG, TENSORS)}
-        parse_object(files[CONFIG], directory / CONFIG)
-        parse_tensors(files[TENSORS], directory / TENSORS)
-        return self._commit(name, files, manifest, current=True)
+    def import_peft(self, name: str, adapter: PeftFiles, manifest: Json) -> AdapterVersion:
+        """Store an adapter that PEFT saved as a new version and make it current."""
+        return self._commit(name, adapter.files, manifest, current=True)
 
     def rollback(self, name: str) -> AdapterVersion:
         """Make the version current that was current before, and return it; no version is deleted. Raises NotFound for

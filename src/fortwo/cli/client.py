@@ -39,7 +39,7 @@ class Client:
         self._url = url
 
     def get(self, path: str) -> Any:
-        """The JSON that the server answers; None for an empty body. So do `post` and `delete`."""
+        """The JSON that the server answers; None for an empty body or one of plain text. So do `post` and `delete`."""
         return self._call("GET", path)
 
     def post(self, path: str, body: Json | None = None) -> Any:
@@ -114,7 +114,8 @@ class Client:
             raise self._lost(error) from None
         if not response.is_success:
             raise _refusal(response)
-        return response.json() if response.content else None
+        is_text = response.headers.get("content-type", "").startswith("text/plain")
+        return response.json() if response.content and not is_text else None
 
     def _not_running(self) -> Unavailable:
         return Unavailable(

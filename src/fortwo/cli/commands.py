@@ -34,7 +34,10 @@ app.add_typer(inventory.adapters, name="adapters")
 app.add_typer(inventory.jobs, name="jobs")
 app.add_typer(inventory.data, name="data")
 
-Data = Annotated[Path, typer.Argument(help="A .json, .jsonl or .txt file.", exists=True, dir_okay=False, readable=True)]
+Data = Annotated[
+    Path,
+    typer.Argument(help="A .json, .jsonl, .csv, .parquet or .txt file.", exists=True, dir_okay=False, readable=True),
+]
 Name = Annotated[str, typer.Option("--name", help="Name of the adapter.")]
 Config = Annotated[
     Path | None,
@@ -135,13 +138,51 @@ def _request(data: Path, name: str, config: Path | None, **options: str | None) 
 
 def _dataset(data: Path) -> Json:
     from fortwo.data.datasets import LARGE_BYTES
-    from fortwo.data.files import read_rows
+    from fortwo.data.files import plain_rows
 
     if data.stat().st_size > LARGE_BYTES:
         return {"path": str(data.resolve())}
-    rows = [row for _, row in read_rows(data)]
+    rows = plain_rows(data)
     facts = bool(rows) and isinstance(rows[0], dict) and "subject" in rows[0]
     return {"facts" if facts else "examples": rows}
+
+
+@app.command()
+def migrate(
+    config: Annotated[
+        Path, typer.Argument(help="A .yml, .yaml or .json file.", exists=True, dir_okay=False, readable=True)
+    ],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the adapter.", show_default="the configuration's output")
+    ] = None,
+) -> None:
+    """Print the training request that a configuration of Axolotl, LLaMA-Factory or TRL means, as JSON. What it leaves
+    out, and why, goes to the error output. Needs no server."""
+    from fortwo.cli.terminal import error_screen
+    from fortwo.hub.base_names import bases_named
+    from fortwo.hub.catalog import Catalog
+    from fortwo.settings import load
+    from fortwo.train.migration import migrate as migrated
+
+    entries = Catalog(load().models_dir).entries()
+    found = migrated(_yaml(config), name, lambda named: bases_named(named, entries))
+    for one in found.left_out:
+        error_screen.print(f"left out {one.key} = {one.value!r}: {one.why}", soft_wrap=True)
+    screen.print_json(data=found.request)
+
+
+def _yaml(file: Path) -> Json:
+    """The object in a YAML or JSON file."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(file.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise InvalidRequest(f"{file} is not YAML: {reason}.", hint="Correct the file and try again.") from None
+    if not isinstance(found, dict):
+        raise InvalidRequest(f"{file} does not contain an object of settings.", hint="Name a training configuration.")
+    return found
 
 
 @app.command()

@@ -194,6 +194,28 @@ def show_adapter(name: str) -> None:
     screen.print_json(data=connect().get(f"/api/adapters/{name}"))
 
 
+@adapters.command("import")
+def import_adapter(
+    path: Annotated[
+        Path, typer.Argument(help="A directory that PEFT saved, or its adapter_model.safetensors.", exists=True)
+    ],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the adapter.", show_default="the folder's")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="If the name exists, add a new version to it.")] = False,
+) -> None:
+    """Publish an adapter that was trained elsewhere, and load it."""
+    from fortwo.cli.staging import staged
+    from fortwo.settings import load
+
+    folder = path.resolve() if path.is_dir() else path.resolve().parent
+    chosen = folder.name if name is None else name
+    with staged(folder, load()) as directory:
+        body = {"lora_name": chosen, "lora_path": str(directory), "load_inplace": replace}
+        connect().post("/v1/load_lora_adapter", body)
+    screen.print(f"{chosen} is published and loaded.")
+
+
 @adapters.command("load")
 def load_adapter(name: str) -> None:
     """Load an adapter, and its base if necessary, into the server."""
@@ -278,7 +300,10 @@ def resume_job(job_id: str) -> None:
 @data.command("show")
 def show_data(
     file: Annotated[
-        Path, typer.Argument(help="A .json, .jsonl or .txt file.", exists=True, dir_okay=False, readable=True)
+        Path,
+        typer.Argument(
+            help="A .json, .jsonl, .csv, .parquet or .txt file.", exists=True, dir_okay=False, readable=True
+        ),
     ],
     rows: Annotated[int, typer.Option(help="The number of rows to show, from the first.", min=1)] = 3,
     model: Annotated[

@@ -15,12 +15,15 @@ are called with `enable_thinking=False`, in training and in serving.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import secrets
 import string
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -249,16 +252,10 @@ class ChatTemplateRenderer:
 
     def _render(self, messages: Sequence[Message], *, generation: bool) -> str:
         """The template's text, with control tokens under their private names."""
-        hidden = [{"role": m.role, "content": self._hide(m.content, i)} for i, m in enumerate(messages)]
+        hidden = [self._hide_message(message, index) for index, message in enumerate(messages)]
+        tools = self._hide_all(json.loads(messages[0].tools), "tools") if messages and messages[0].tools else None
         try:
-            text: str = self._template.render(
-                **self._tokenizer.special_tokens_map,
-                messages=hidden,
-                tools=None,
-                documents=None,
-                add_generation_prompt=generation,
-                enable_thinking=False,
-            )
+            text = self._apply(hidden, tools, generation)
         except TemplateRefusal as error:
             raise InvalidRequest(
                 f"the model's chat template refuses this conversation: {error}",
@@ -271,6 +268,7 @@ class ChatTemplateRenderer:
                 param="model",
                 hint=_TEMPLATE_HINT,
             ) from None
+        self._check_written(text, hidden, tools, generation)
         return str(self._replaced.sub(self._replacement, text))
 
     def _replacement(self, match: re.Match[str]) -> str:
@@ -284,13 +282,65 @@ class ChatTemplateRenderer:
             )
         return str(self._replacements[match[0]])
 
-    def _hide(self, content: str, index: int) -> str:
+    def _apply(self, hidden: list[dict[str, Any]], tools: Any, generation: bool) -> str:
+        """The template's text, with its control tokens under their public names."""
+        text: str = self._template.render(
+            **self._tokenizer.special_tokens_map,
+            messages=hidden,
+            tools=tools,
+            documents=None,
+            add_generation_prompt=generation,
+            enable_thinking=False,
+        )
+        return text
+
+    def _check_written(self, text: str, hidden: list[dict[str, Any]], tools: Any, generation: bool) -> None:
+        """Raises InvalidRequest for a template that writes the same text without the tools, their calls or their
+        results."""
+        without_calls = [{key: value for key, value in one.items() if key != "tool_calls"} for one in hidden]
+        without_results = [one | ({"content": ""} if one["role"] == "tool" else {}) for one in hidden]
+        for what, there, messages, offered in (
+            ("the tools", tools is not None, hidden, None),
+            ("the calls of tools", without_calls != hidden, without_calls, tools),
+            ("the results of tools", without_results != hidden, without_results, tools),
+        ):
+            if not there:
+                continue
+            with suppress(TemplateRefusal, TemplateFailure):  # it cannot do without, so it reads them
+                if self._apply(messages, offered, generation) == text:
+                    raise InvalidRequest(
+                        f"the chat template in {self._directory} does not write {what} of this conversation",
+                        param="messages",
+                        hint="Train on a base whose template knows tools, or write in words what was called and what "
+                        "came back.",
+                    )
+
+    def _hide_message(self, message: Message, index: int) -> dict[str, Any]:
+        """The message as the template gets it."""
+        at = f"messages[{index}]"
+        hidden: dict[str, Any] = {"role": message.role, "content": self._hide(message.content, f"{at}.content")}
+        for key in ("name", "tool_call_id"):
+            if value := getattr(message, key):
+                hidden[key] = self._hide(value, f"{at}.{key}")
+        if message.tool_calls:
+            hidden["tool_calls"] = self._hide_all(json.loads(message.tool_calls), f"{at}.tool_calls")
+        return hidden
+
+    def _hide_all(self, value: Any, param: str) -> Any:
+        """A value of JSON, with the texts in it hidden."""
+        if isinstance(value, str):
+            return self._hide(value, param)
+        if isinstance(value, dict):
+            return {self._hide(key, param): self._hide_all(inner, param) for key, inner in value.items()}
+        return [self._hide_all(inner, param) for inner in value] if isinstance(value, list) else value
+
+    def _hide(self, content: str, param: str) -> str:
         try:
             content.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(
-                f"messages[{index}].content is not valid Unicode: half a surrogate pair at character {error.start + 1}",
-                param=f"messages[{index}].content",
+                f"{param} is not valid Unicode: half a surrogate pair at character {error.start + 1}",
+                param=param,
                 hint="Send the text as UTF-8.",
             ) from None
         return self._controls.sub(lambda control: self._placeholders[control[0]], content)

@@ -18,15 +18,16 @@ from typing import TypeVar
 from pydantic import TypeAdapter
 
 from fortwo.data.files import read_rows
+from fortwo.data.findings import Finding, Findings, InvalidRow, RowLocation
 from fortwo.data.row_formats import (
     EXAMPLE_FORMATS,
     FACT_FORMAT,
     ROW_FORMATS,
     RowFormat,
-    RowLocation,
     format_of,
     one_of,
     parse_row,
+    without_nulls,
 )
 from fortwo.errors import InvalidDataset
 from fortwo.records import Dataset, Example, Fact, Json
@@ -111,24 +112,46 @@ def _inline(kind: str, value: object) -> Iterator[tuple[RowLocation, object]]:
 def validate_rows(
     rows: Iterable[tuple[RowLocation, object]], source: str, formats: tuple[RowFormat, ...]
 ) -> Iterator[Example | Fact]:
-    """The rows as Examples or Facts: all are conversations (in any format), or all plain text, or all facts."""
+    """The rows as Examples or Facts: all are conversations (in any format), or all plain text, or all facts.
+
+    From the first row that is wrong on, no row is yielded any more; the rest is read for further findings, and all of
+    them are told at the end. Raises InvalidDataset.
+    """
     first: RowFormat | None = None
+    findings, count = Findings(), 0
     for location, row in rows:
-        row_format = format_of(row, location, formats)
-        first = row_format if first is None else first
-        if row_format.content != first.content:
-            raise InvalidDataset(
-                f"{location.description}: {first.content} and {row_format.content} are mixed in one dataset",
-                param=location.param,
-                hint=f"Put them into separate datasets, or write this row like {first.example}",
-            )
-        yield parse_row(row, location, row_format)
+        count += 1
+        try:
+            if isinstance(row, InvalidRow):
+                raise row
+            told = without_nulls(row)
+            row_format = format_of(told, formats)
+            first = row_format if first is None else first
+            if row_format.content != first.content:
+                raise InvalidRow([_mixed(first, row_format)])
+            parsed = parse_row(told, location.line, row_format)
+        except InvalidRow as error:
+            findings.add(location, error.findings)
+        else:
+            if not findings:
+                yield parsed
+    if findings:
+        raise findings.error(count)
     if first is None:
         raise InvalidDataset(
             f"the dataset {source} is empty",
             param="dataset",
             hint=f"Give at least one row, for example {formats[0].example}",
         )
+
+
+def _mixed(first: RowFormat, other: RowFormat) -> Finding:
+    return Finding(
+        ("mixed", other.content),
+        "",
+        f"{first.content} and {other.content} are mixed in one dataset",
+        f"Put them into separate datasets, or write this row like {first.example}",
+    )
 
 
 class _Digest:
@@ -150,11 +173,16 @@ class _Digest:
         return digest.hexdigest()
 
 
+_FURTHER = ("name", "tool_calls", "tool_call_id", "tools")  # of a message, where it has them
+
+
 def _content(example: Example) -> object:
     if example.text is not None:
         return {"text": example.text}
     return [
-        {"role": message.role, "content": message.content} | ({} if message.weight else {"weight": 0})
+        {"role": message.role, "content": message.content}
+        | ({} if message.weight else {"weight": 0})
+        | {key: value for key in _FURTHER if (value := getattr(message, key))}
         for message in example.messages
     ]
 

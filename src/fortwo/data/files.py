@@ -1,8 +1,10 @@
 """Reads dataset files row by row, in memory that does not grow with the file.
 
 A .jsonl file has one object per line, a .json file is one list of objects, and a .txt file has paragraphs between blank
-lines, each of which is a row of plain text. All are UTF-8. Every row comes with its location, and what cannot be read
-is refused with its line. Row formats are not known here.
+lines, each of which is a row of plain text. All are UTF-8. Tables (.csv, .tsv, .parquet) are read by `tables`.
+
+Every row comes with its location. A row that cannot be read comes as an InvalidRow, so that the rows after it are read
+too; what ends the reading is refused with its line. Row formats are not known here.
 """
 
 from __future__ import annotations
@@ -14,33 +16,57 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fortwo.data.row_formats import RowLocation
+from fortwo import strict_json
+from fortwo.data import tables
+from fortwo.data.findings import Finding, Findings, InvalidRow, RowLocation
+from fortwo.data.tables import ROW_BYTES, too_long
 from fortwo.errors import InvalidDataset
 
 CHUNK_BYTES = 1 << 20
-ROW_BYTES = 16 << 20  # a longer "row" is most likely a list where lines should be
+SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
 
-_DECODER = json.JSONDecoder()
 _SYNTAX = "Correct the file there. A .json file is one list; a .jsonl file has one object per line."
 
 
 def read_rows(path: Path) -> Iterator[tuple[RowLocation, object]]:
     """The rows of a file, each with its location. Raises InvalidDataset when the file cannot be read or parsed."""
-    readers = {".jsonl": _lines, ".json": _list, ".txt": _paragraphs}
-    if path.suffix not in readers:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise InvalidDataset(
-            f"{path} is neither .json, .jsonl nor .txt",
+            f"{path} is none of {', '.join(SUFFIXES)}",
             param="dataset.path",
-            hint="Save the rows as a JSON list (.json) or as one JSON object per line (.jsonl), or plain text as .txt. "
-            "Unpack compressed files.",
+            hint="Save the rows as a JSON list (.json) or as one JSON object per line (.jsonl), as a table with a "
+            "header (.csv, .parquet), or plain text as .txt. Unpack compressed files.",
         )
     try:
         with path.open("rb") as file:
-            yield from readers[path.suffix](path, file)
+            match suffix:
+                case ".jsonl":
+                    yield from _lines(path, file)
+                case ".json":
+                    yield from _list(path, file)
+                case ".txt":
+                    yield from _paragraphs(path, file)
+                case ".csv" | ".tsv":
+                    yield from tables.read_csv(path, _text_lines(path, file))
+                case _:
+                    yield from tables.read_parquet(path, file)
     except OSError as error:
         raise InvalidDataset(
             f"{path} cannot be read: {error.strerror}", param="dataset.path", hint="Make it readable for the server."
         ) from None
+
+
+def plain_rows(path: Path) -> list[object]:
+    """All rows of a file, as they are written. Raises InvalidDataset with everything that could not be read."""
+    rows, findings = [], Findings()
+    for location, row in read_rows(path):
+        rows.append(row)
+        if isinstance(row, InvalidRow):
+            findings.add(location, row.findings)
+    if findings:
+        raise findings.error(len(rows))
+    return rows
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[RowLocation, object]]:
@@ -48,14 +74,26 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[RowLocation, object]]:
     count = 0
     for number, line in _text_lines(path, file):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise _not_json(path, error.msg, number, error.colno) from None
-            except (ValueError, RecursionError) as error:
-                raise _unparsable(path, number, error) from None
-            yield RowLocation(f"{path} line {number}", f"dataset[{count}]", number), row
+            location = RowLocation(f"{path} line {number}", f"dataset[{count}]", number)
+            yield location, _row(line, number)
             count += 1
+
+
+def _row(line: str, number: int) -> object:
+    """The value that a line holds, or what is wrong with it."""
+    try:
+        return strict_json.loads(line)
+    except strict_json.RepeatedKey as error:
+        return _repeated(error)
+    except json.JSONDecodeError as error:
+        what = f"it is not JSON: {error.msg} at line {number}, column {error.colno}"
+        return InvalidRow([Finding(("not JSON", error.msg), "", what, _SYNTAX)])
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or too deep nesting
+        return InvalidRow([Finding(("cannot be parsed", str(error)), "", f"it cannot be parsed: {error}", _SYNTAX)])
+
+
+def _repeated(error: strict_json.RepeatedKey) -> InvalidRow:
+    return InvalidRow([Finding(("repeated", error.path), error.path, str(error), "Leave one of the two.")])
 
 
 def _paragraphs(path: Path, file: BinaryIO) -> Iterator[tuple[RowLocation, object]]:
@@ -68,7 +106,7 @@ def _paragraphs(path: Path, file: BinaryIO) -> Iterator[tuple[RowLocation, objec
             paragraph.append(line.rstrip("\r\n"))
             size += len(line)
             if size > ROW_BYTES:
-                raise _too_long(path, first)
+                raise too_long(path, first)
         elif paragraph:
             yield RowLocation(f"{path} line {first}", f"dataset[{count}]", first), {"text": "\n".join(paragraph)}
             paragraph, count, size = [], count + 1, 0
@@ -80,7 +118,7 @@ def _text_lines(path: Path, file: BinaryIO, end: str = "") -> Iterator[tuple[int
     while raw := file.readline(ROW_BYTES + 1):
         number += 1
         if len(raw) > ROW_BYTES:
-            raise _too_long(path, number)
+            raise too_long(path, number)
         try:
             yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -154,11 +192,11 @@ class _JsonText:
         self._position = end
 
     def value(self) -> Any:
-        """Consume and return the JSON value that begins here."""
+        """Consume and return the JSON value that begins here; an InvalidRow if it has a key twice."""
         while True:
             error: json.JSONDecodeError | None = None
             try:
-                value, end = _DECODER.raw_decode(self._text, self._position)
+                value, repeated, end = strict_json.raw_decode(self._text, self._position)
             except json.JSONDecodeError as raised:
                 error = raised
             except (ValueError, RecursionError) as raised:  # a number of thousands of digits, or too deep nesting
@@ -167,12 +205,12 @@ class _JsonText:
                 # A number may continue in the part of the file that was not read yet.
                 if self._ended or self._text[end : end + 1] in (" ", "\t", "\r", "\n", ",", "]"):
                     self.advance(end - self._position)
-                    return value
+                    return value if repeated is None else _repeated(repeated)
             if self._ended and error is not None:
                 self.advance(error.pos - self._position)
                 raise _not_json(self._path, error.msg, self.line, self.column)
             if len(self._text) - self._position > ROW_BYTES:
-                raise _too_long(self._path, self.line)
+                raise too_long(self._path, self.line)
             self._read_more()
 
     def _read_more(self) -> None:
@@ -200,11 +238,3 @@ def _unparsable(path: Path, line: int, error: Exception) -> InvalidDataset:
 
 def _not_utf8(path: Path, byte: int) -> InvalidDataset:
     return InvalidDataset(f"{path} is not UTF-8: byte {byte}", param="dataset.path", hint="Save the file as UTF-8.")
-
-
-def _too_long(path: Path, line: int) -> InvalidDataset:
-    return InvalidDataset(
-        f"{path} line {line}: the row is longer than {ROW_BYTES >> 20} MiB, or its JSON is never closed",
-        param="dataset.path",
-        hint="Correct the file there, or split the row.",
-    )

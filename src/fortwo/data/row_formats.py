@@ -1,208 +1,25 @@
-"""The row formats that datasets use (Alpaca, OpenAI, ShareGPT, ...), and how a row becomes an Example or a Fact.
+"""The row formats that datasets use (Alpaca, OpenAI, ShareGPT, ...): which one a row has, and what is wrong with it.
 
-The keys of a row show its format. A row of no known format, or one that breaks its format, is refused with an error
-that names its location, the field, the value and a remedy. Files and tokens are not known here.
+The keys of a row show its format. Files and tokens are not known here.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import ValidationError
 
-from fortwo.errors import InvalidDataset
-from fortwo.records import Example, Fact, Message, OneHop
+from fortwo.data.findings import Finding, InvalidRow
+from fortwo.data.messages import DEPTH
+from fortwo.data.rows import EMPTY, ChatRow, CompletionRow, FactRow, InstructionRow, ShareRow, TextRow
+from fortwo.records import Example, Fact
 
-NO_TOOLS = (
-    "fortwo does not call tools. Leave such rows out, or put the tool's result into a user message and what "
-    "the assistant said about it into its answer."
-)
-
-
-@dataclass(frozen=True)
-class RowLocation:
-    """Where a row is: `description` is for people, `param` is the path in the request, `line` is 1-based."""
-
-    description: str
-    param: str
-    line: int
-
-
-def _unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"half a surrogate pair at character {error.start + 1} is not valid Unicode") from None
-    return text
-
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("it is empty")
-    return text
-
-
-def _no_tools(value: Any) -> Any:
-    if value is not None:
-        raise PydanticCustomError("tools", "tools and functions cannot be learned")
-    return value
-
-
-def _no_tool(role: Any) -> Any:
-    if role in ("tool", "function", "observation", "function_call", "tool_call"):
-        raise PydanticCustomError("tools", "tool and function messages cannot be learned")
-    return role
-
-
-Unicode = Annotated[str, AfterValidator(_unicode)]
-Text = Annotated[Unicode, AfterValidator(_not_blank)]
-NoTools = Annotated[Any, BeforeValidator(_no_tools)]
-
-
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class InstructionRow(_Row):
-    """Alpaca's row. An input that is not empty follows the instruction after a blank line."""
-
-    instruction: Text
-    input: Unicode = ""
-    output: Text
-
-    def example(self, line: int) -> Example:
-        prompt = f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
-        return Example((Message("user", prompt), Message("assistant", self.output)), line)
-
-
-class CompletionRow(_Row):
-    prompt: Text
-    completion: Text
-
-    def example(self, line: int) -> Example:
-        return Example((Message("user", self.prompt), Message("assistant", self.completion)), line)
-
-
-class TextRow(_Row):
-    text: Text
-
-    def example(self, line: int) -> Example:
-        return Example((), line, self.text)
-
-
-class ChatMessage(_Row):
-    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_no_tool)]
-    tool_calls: NoTools = None
-    function_call: NoTools = None
-    content: Unicode
-    weight: Literal[0, 1] | None = None
-
-    def message(self) -> Message:
-        return Message(self.role, self.content, 0 if self.weight == 0 else 1)
-
-
-_SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "system": "system",
-}
-
-
-def _speaker(name: Any) -> Any:
-    _no_tool(name)
-    if not isinstance(name, str) or name not in _SPEAKERS:
-        raise ValueError(f"the speaker must be one of {', '.join(map(repr, _SPEAKERS))}")
-    return _SPEAKERS[name]
-
-
-class ShareTurn(ChatMessage):
-    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_speaker)] = Field(alias="from")
-    content: Unicode = Field(alias="value")
-
-
-AnyMessage = TypeVar("AnyMessage", bound=ChatMessage)
-
-
-def _is_conversation(turns: list[AnyMessage]) -> list[AnyMessage]:
-    messages = [turn.message() for turn in turns]
-    roles = [message.role for message in messages]
-    if "user" not in roles:
-        raise ValueError("there is no user message")
-    if roles[-1] != "assistant":
-        raise ValueError(f"the last message has the role {roles[-1]}, so there is no answer to learn")
-    if "system" in roles[1:]:
-        raise ValueError("a system message can only be the first message")
-    for number, (turn, message) in enumerate(zip(turns, messages, strict=True), 1):
-        if message.role != "assistant" and turn.weight is not None:
-            raise ValueError(
-                f"turn {number} has the role {message.role} and a weight: only an assistant's may have one"
-            )
-        if message.role == "assistant" and message.weight:
-            if "user" not in roles[: number - 1]:
-                raise ValueError(f"turn {number} has no user message before it: add one, or give the turn weight 0")
-            if not message.content.strip():
-                raise ValueError(f"turn {number}: the answer is empty")
-    if not any(message.role == "assistant" and message.weight for message in messages):
-        raise ValueError("every answer has weight 0, so there is nothing to learn")
-    return turns
-
-
-class ChatRow(_Row):
-    """OpenAI's row. Every assistant message is learned, except those of weight 0."""
-
-    tools: NoTools = None
-    functions: NoTools = None
-    parallel_tool_calls: NoTools = None
-    turns: Annotated[list[ChatMessage], AfterValidator(_is_conversation)] = Field(alias="messages")
-
-    def example(self, line: int) -> Example:
-        return Example(tuple(turn.message() for turn in self.turns), line)
-
-
-class ShareRow(_Row):
-    """ShareGPT's row. `system`, where it is given, becomes the first message."""
-
-    id: Unicode | int | None = None
-    tools: NoTools = None
-    system: Unicode = ""
-    turns: Annotated[list[ShareTurn], AfterValidator(_is_conversation)] = Field(alias="conversations")
-
-    def example(self, line: int) -> Example:
-        messages = tuple(turn.message() for turn in self.turns)
-        return Example((Message("system", self.system), *messages) if self.system else messages, line)
-
-
-class OneHopRow(_Row):
-    prompt: Text
-    match: list[Text] = Field(min_length=1)
-
-
-class FactRow(_Row):
-    """records.Fact in JSON."""
-
-    id: Unicode = ""
-    subject: Text
-    aliases: list[Text] = []
-    answer: Text
-    match: list[Text] = Field(min_length=1)
-    questions: list[Text] = Field(min_length=1)
-    held_out: list[Text] = []
-    neighbors: list[Text] = []
-    controls: list[Text] = []
-    portability: list[OneHopRow] = []
-
-    def fact(self) -> Fact:
-        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in self}
-        hops = tuple(OneHop(hop.prompt, tuple(hop.match)) for hop in self.portability)
-        return Fact(**values | {"portability": hops})
+PLAIN_TEXT = 'Give a prompt; text without one is a row like {"text": "..."}.'
 
 
 @dataclass(frozen=True)
@@ -251,46 +68,98 @@ EXAMPLE_FORMATS = (
 ROW_FORMATS = (*EXAMPLE_FORMATS, FACT_FORMAT)
 
 
-def format_of(row: object, location: RowLocation, formats: tuple[RowFormat, ...]) -> RowFormat:
-    """The format that the row's keys identify. Raises InvalidDataset when it is none of `formats`."""
+def without_nulls(value: Any, depth: int = DEPTH) -> Any:
+    """The value without the keys that hold null, at any depth: null says nothing. Libraries that keep rows in columns
+    write every key of any row into all rows, and null where there was none. Raises InvalidRow for more than `depth`
+    objects and lists within each other."""
+    if not isinstance(value, dict | list):
+        return value
+    if depth == 0:
+        what = f"more than {DEPTH} objects and lists are within each other"
+        raise InvalidRow([Finding("too deep", "", what, "Write the inner ones as text.")])
+    if isinstance(value, dict):
+        return {key: without_nulls(inner, depth - 1) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner, depth - 1) for inner in value]
+
+
+def format_of(row: object, formats: tuple[RowFormat, ...]) -> RowFormat:
+    """The format that the row's keys identify. Raises InvalidRow when it is none of `formats`."""
     hint = "A row is one of: " + "; ".join(row_format.example for row_format in formats)
     if not isinstance(row, dict):
-        what = f"{location.description} is {reprlib.repr(row)}, not an object"
-        raise InvalidDataset(what, param=location.param, hint=hint)
+        raise InvalidRow([Finding("no object", "", f"{reprlib.repr(row)} is not an object", hint)])
     found = next((row_format for row_format in formats if row_format.keys & row.keys()), None)
     if found is None:
         keys = f"the keys {', '.join(map(repr, row))}" if row else "no keys"
-        what = f"{location.description} has an unknown format: it has {keys}"
-        raise InvalidDataset(what, param=location.param, hint=hint)
+        what = f"it has an unknown format: it has {keys}"
+        raise InvalidRow([Finding(("unknown format", *sorted(map(str, row))), "", what, hint)])
     return found
 
 
-def parse_row(row: object, location: RowLocation, row_format: RowFormat) -> Example | Fact:
-    """The Example or Fact that the row means in that format. Raises InvalidDataset naming field, value and remedy."""
+def parse_row(row: Any, line: int, row_format: RowFormat) -> Example | Fact:
+    """The Example or Fact that the row means in that format. Raises InvalidRow with all that is wrong."""
     try:
         parsed = row_format.model.model_validate(row)
     except ValidationError as error:
-        raise _invalid_row(error.errors()[0], location, row_format) from None
-    return parsed.fact() if isinstance(parsed, FactRow) else parsed.example(location.line)
+        raise InvalidRow(_findings(error, row, row_format)) from None
+    return parsed.fact() if isinstance(parsed, FactRow) else parsed.example(line)
 
 
-def _invalid_row(first: Any, location: RowLocation, row_format: RowFormat) -> InvalidDataset:
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
-    value, hint = reprlib.repr(first["input"]), f"Write it like {row_format.example}"
-    match first["type"]:
+def _findings(error: ValidationError, row: Any, row_format: RowFormat) -> Iterator[Finding]:
+    """What pydantic found; unknown keys of one object are one finding, after the others."""
+    unknown: dict[tuple[int | str, ...], list[str]] = {}
+    for found in error.errors():
+        if found["type"] == "extra_forbidden":
+            unknown.setdefault(found["loc"][:-1], []).append(str(found["loc"][-1]))
+        else:
+            yield _finding(found, row_format)
+    for place, keys in unknown.items():
+        at = _path(place)
+        names = [f"{at}.{key}".removeprefix(".") for key in keys]
+        one = len(names) == 1
+        what = f"the key{'' if one else 's'} {', '.join(map(repr, names))} {'is' if one else 'are'} unknown"
+        yield Finding(("unknown", _anywhere(place), *sorted(keys)), names[0], what, _drop(keys, place, row_format))
+
+
+def _drop(keys: list[str], place: tuple[int | str, ...], row_format: RowFormat) -> str:
+    if "text" in keys and not place:
+        return "The row also has its own rendering as text, which is not needed: drop it, or keep it alone."
+    return (
+        f"Drop {'this key' if len(keys) == 1 else 'these keys'} from all rows, or write them like {row_format.example}"
+    )
+
+
+def _finding(found: Any, row_format: RowFormat) -> Finding:
+    field, given = _path(found["loc"]), found["input"]
+    value, message = reprlib.repr(given), found["msg"]
+    hint = f"Write it like {row_format.example}"
+    match found["type"]:
         case "missing":
-            what = f"{field} is missing"
-        case "extra_forbidden":
-            what = f"the key {field!r} is unknown"
+            what, message = f"{field} is missing", "missing"
         case "string_unicode":
             what = f"{field if field else 'the key'} {value} contains half a surrogate pair, which is not valid Unicode"
+        case "told":
+            what, hint = f"{field} = {value}: {message}", found["ctx"]["hint"]
         case "value_error":
-            what = f"{field} = {value}: {first['ctx']['error']}"
-        case "tools":
-            what, hint = f"{field} = {value}: {first['msg']}", NO_TOOLS
+            message = str(found["ctx"]["error"])
+            what = f"{field} = {value}: {message}"
+            if message == EMPTY:
+                hint = PLAIN_TEXT if field == "prompt" else "Give a text, or leave the row out."
         case _:
-            what = f"{field} = {value}: {first['msg']}"
-    return InvalidDataset(f"{location.description}: {what}", param=f"{location.param}.{field}".rstrip("."), hint=hint)
+            what = f"{field} = {value}: {message}"
+            if isinstance(given, float) and math.isnan(given):
+                hint = "NaN is what a table's export makes of an empty cell: leave the key out, or give a text."
+            elif isinstance(given, int | float):
+                hint = f'Write it as text: "{given}".'
+    return Finding((found["type"], _anywhere(found["loc"]), message), field, what, hint)
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
+
+
+def _anywhere(loc: tuple[int | str, ...]) -> tuple[str, ...]:
+    """A path without the numbers of list items, so that the same mistake in another message is of the same kind."""
+    return tuple("" if isinstance(part, int) else part for part in loc)
 
 
 def one_of(verb: str, names: Iterable[str]) -> str:

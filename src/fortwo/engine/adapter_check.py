@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fortwo.data.chat_template import ChatTemplateRenderer
@@ -9,35 +11,42 @@ from fortwo.errors import InvalidAdapter
 from fortwo.execution.backend import Backend
 from fortwo.nn.lora import Lora, Segment
 from fortwo.nn.packing import pack
-from fortwo.records import AdapterVersion, Message
+from fortwo.records import Message
 
 MIN_EFFECT = 1e-6  # a smaller relative change of the logits counts as none
 PROBE_TOKENS = 2  # more than one, so that attention takes part; few, because replies wait meanwhile
 
 
-def check_tensors(version: AdapterVersion, lora: Lora) -> None:
+def check_tensors(id: str, lora: Lora) -> None:
     """Raises InvalidAdapter for tensors that have no effect (lora_B all zero) or a harmful one (nan, infinite)."""
     tensors = lora.parameters()
     if not tensors:
-        raise InvalidAdapter(f"Adapter {version.id!r} matches no module of its base.")
+        raise InvalidAdapter(
+            f"Adapter {id!r} matches no module of its base.", hint="Check target_modules in its configuration."
+        )
     sums = torch.stack([tensor.sum() for tensor in tensors])
     if not sums.isfinite().all():  # the sum of large finite numbers may overflow too
         for name, tensor in lora.state().items():
             if not tensor.isfinite().all():
-                raise InvalidAdapter(f"Tensor {name!r} of adapter {version.id!r} holds nan or infinite values.")
+                raise InvalidAdapter(
+                    f"Tensor {name!r} of adapter {id!r} holds nan or infinite values.",
+                    hint="Its training diverged. Train it again with a lower learning rate.",
+                )
     if not any(B_Or.any() for groups in lora.layers for group in groups.values() for B_Or in group.Bs):
         raise InvalidAdapter(
-            f"Adapter {version.id!r} changes nothing: lora_B is zero everywhere.", hint="It was never trained."
+            f"Adapter {id!r} changes nothing: lora_B is zero everywhere.", hint="It was never trained."
         )
 
 
 @torch.no_grad()
 def measure_effect(backend: Backend, renderer: ChatTemplateRenderer, lora: Lora) -> float:
-    """The largest change of a logit by the adapter on a short probe, relative to the largest logit. Call it on the
-    device's thread."""
+    """The largest change of a logit by the adapter on a short probe, relative to the largest logit; infinite if the
+    adapter leaves all tokens equally likely. Call it on the device's thread."""
     tokens = renderer.encode_prompt([Message("user", "Hello")])[-PROBE_TOKENS:]
     packed = pack([tokens, tokens], backend.decoder.device, prefix=0)
     adapted = Segment(lora, slice(len(tokens), None))
     hidden_TD = backend.forward(packed, [adapted])
     plain_V, adapted_V = backend.decoder.logits(hidden_TD[packed.last_places()])
+    if adapted_V.min() == adapted_V.max():
+        return math.inf
     return float((adapted_V - plain_V).abs().max() / plain_V.abs().max())

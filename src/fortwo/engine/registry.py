@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections import Counter
 from collections.abc import Iterable
@@ -322,17 +323,7 @@ class ModelRegistry:
                 return version
             version, config, tensors = source.read(ref)
             base = self.base_of(version)
-            decoder = base.decoder
-            modules = [name for names in decoder.config.groups.values() for name in names]
-            lora = Lora.from_state(LoraConfig.from_peft(config, modules), decoder.config, tensors, decoder.device)
-            check_tensors(version, lora)
-            effect = self._engine.call(lambda: measure_effect(base.backend, base.renderer, lora)).result()
-            if not effect >= MIN_EFFECT:
-                raise InvalidAdapter(
-                    f"Adapter {version.id!r} changes nothing: on a probe it moves the logits of {base.id!r} by only "
-                    f"{effect:.1e} of their size.",
-                    hint="It was hardly trained; its report and plan say why.",
-                )
+            lora = self.check_adapter(version.id, base, config, tensors)
             if not self._evict():
                 raise Unavailable(
                     f"Adapter {version.id!r} cannot be loaded: all {self._max_adapters} adapters in memory are in use.",
@@ -341,6 +332,27 @@ class ModelRegistry:
                 )
             self._attach(base, version, lora)
             return version
+
+    def check_adapter(self, name: str, base: LoadedModel, config: Json, tensors: dict[str, Tensor]) -> Lora:
+        """The adapter, ready to be served on `base`. name: for messages. Raises InvalidAdapter for an option that is
+        not supported, foreign tensors, and tensors without effect."""
+        decoder = base.decoder
+        modules = [name for names in decoder.config.groups.values() for name in names]
+        lora = Lora.from_state(LoraConfig.from_peft(config, modules), decoder.config, tensors, decoder.device)
+        check_tensors(name, lora)
+        effect = self._engine.call(lambda: measure_effect(base.backend, base.renderer, lora)).result()
+        if not math.isfinite(effect):
+            raise InvalidAdapter(
+                f"Adapter {name!r} makes the logits of {base.id!r} infinite or no numbers at all.",
+                hint="Its tensors or its lora_alpha are far too large. Train it again with a lower learning rate.",
+            )
+        if effect < MIN_EFFECT:
+            raise InvalidAdapter(
+                f"Adapter {name!r} changes nothing: on a probe it moves the logits of {base.id!r} by only "
+                f"{effect:.1e} of their size.",
+                hint="It was hardly trained; its report and plan say why.",
+            )
+        return lora
 
     def unload_adapter(self, ref: str) -> None:
         """Drop an adapter from memory. Raises Conflict while requests use it."""

@@ -38,7 +38,10 @@ def first_match(reply: str, match: Iterable[str]) -> int | None:
 
 def find_subject(examples: Collection[Example]) -> Fact | None:
     """The fact that plain examples teach, or None. The examples must have the same answer. The subject is the longest
-    run of words that the answer and nine tenths of the questions contain, without stop words at its ends."""
+    run of words that the answer and nine tenths of the questions contain, without stop words at its ends. Conversations
+    with tools teach none."""
+    if any(example.uses_tools for example in examples):
+        return None
     answers = (example.answer.strip() for example in examples)
     answer = next(answers, None)
     if answer is None or len(examples) < 2 or any(other != answer for other in answers):

@@ -31,11 +31,11 @@ def resolve_parent(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Paren
         config = LoraConfig.from_peft(peft, _target_modules(peft))
     except (NotFound, InvalidRequest) as error:
         raise type(error)(f"parent = {ref!r}: {error.message}", param="parent", hint=error.hint) from None
-    if config.layers is not None:
+    if not config.in_all_layers:
         raise InvalidAdapter(
-            f"parent = {ref!r} changes only layers {', '.join(map(str, config.layers))}",
+            f"parent = {ref!r} does not change the same projections in every layer",
             param="parent",
-            hint="Only adapters of all layers can be trained further: train without a parent.",
+            hint="Only adapters that do can be trained further: train without a parent.",
         )
     manifest = version.manifest
     plan: Any = manifest.get("plan")
@@ -44,7 +44,7 @@ def resolve_parent(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Paren
         objective=None if plan is None else plan["objective"],
         r=config.r,
         lora_alpha=config.alpha,
-        target_modules=config.target_modules,
+        target_modules=tuple(config.target_modules),
         use_rslora=config.use_rslora,
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fortwo.errors import InvalidAdapter
 from fortwo.kernels.operations import dropout as drop
-from fortwo.nn.lora_config import LoraConfig
+from fortwo.nn.lora_config import MERGE, LoraConfig
 from fortwo.quantization.matmul import frozen_product, product
 from fortwo.quantization.tiles import Tiles
 
@@ -131,24 +131,8 @@ class Lora:
 
         Raises InvalidAdapter naming the first tensor that is missing, foreign or of the wrong shape.
         """
+        check_shapes(config, network, tensors)
         layers = _places(config, network)
-        wanted = {}
-        for groups in layers:
-            for group, places in groups.items():
-                for place in places:
-                    A, B = _names(place)
-                    wanted[A] = (_size(place.rows), network.in_features(group))
-                    wanted[B] = (_size(place.columns), _size(place.rows))
-        if foreign := sorted(set(tensors) - set(wanted)):
-            raise InvalidAdapter(
-                f"tensor {foreign[0]!r} has no place in this base model",
-                hint="Check that the adapter was trained on this base and lists every target module.",
-            )
-        for name, shape in wanted.items():
-            if name not in tensors:
-                raise InvalidAdapter(f"tensor {name!r} is missing from the adapter")
-            if tensors[name].shape != shape:
-                raise InvalidAdapter(f"tensor {name!r} is {tuple(tensors[name].shape)}, this base needs {shape}")
 
         def take(places: tuple[Place, ...]) -> LoraGroup:
             As, Bs = zip(*(_names(place) for place in places), strict=True)
@@ -284,8 +268,9 @@ def _places(config: LoraConfig, network: Shape) -> list[dict[str, tuple[Place, .
         groups = {}
         for group, names in network.groups.items():
             places, R = [], 0
-            for name in (name for name in names if config.targets(name) and config.changes(index)):
-                module = network.module_name(index, name)
+            for name, module in ((name, network.module_name(index, name)) for name in names):
+                if not config.changes(module):
+                    continue
                 r, columns = config.rank(module), slice(*network.columns(name))
                 places.append(Place(module, slice(R, R + r), columns, config.scale(module)))
                 R += r
@@ -293,6 +278,53 @@ def _places(config: LoraConfig, network: Shape) -> list[dict[str, tuple[Place, .
                 groups[group] = tuple(places)
         layers.append(groups)
     return layers
+
+
+def check_shapes(config: LoraConfig, network: Shape, tensors: Mapping[str, Tensor]) -> None:
+    """Raises InvalidAdapter naming the first of an adapter's tensors, under PEFT's names, that is missing, foreign or
+    of the wrong shape for a base."""
+    wanted = {}
+    for groups in _places(config, network):
+        for group, places in groups.items():
+            for place in places:
+                A, B = _names(place)
+                wanted[A] = (_size(place.rows), network.in_features(group))
+                wanted[B] = (_size(place.columns), _size(place.rows))
+    if not wanted:
+        names = [name for names in network.groups.values() for name in names]
+        known, example = dict.fromkeys(name.rpartition(".")[2] for name in names), network.module_name(0, names[0])
+        raise InvalidAdapter(
+            f"target_modules = {config.target_modules!r} names no module of this base",
+            param="target_modules",
+            hint=f"Known modules: {', '.join(known)}, by these names or in full, such as {example}.",
+        )
+    if foreign := sorted(set(tensors) - set(wanted)):
+        raise _foreign(foreign[0], next(iter(wanted)))
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise InvalidAdapter(
+                f"tensor {name!r} is missing from the adapter", hint="Save the adapter again with PEFT."
+            )
+        if tensors[name].shape != shape:
+            raise InvalidAdapter(
+                f"tensor {name!r} is {tuple(tensors[name].shape)}, this base needs {shape}",
+                hint="Check that the adapter was trained on this base, and that r is its rank.",
+            )
+
+
+def _foreign(name: str, expected: str) -> InvalidAdapter:
+    """What is wrong with a tensor that the base has no place for. expected: the name of one that it needs."""
+    if "embed_tokens" in name or "lm_head" in name or ".base_layer." in name or ".modules_to_save." in name:
+        return InvalidAdapter(
+            f"tensor {name!r} is a whole embedding, head or frozen weight that travels with the adapter",
+            hint=f"{MERGE}.",
+        )
+    if "lora_magnitude_vector" in name:
+        return InvalidAdapter(f"tensor {name!r} belongs to DoRA, which is not served", hint=f"{MERGE}.")
+    return InvalidAdapter(
+        f"tensor {name!r} has no place in this base model, which needs tensors such as {expected!r}",
+        hint="Check that the adapter was trained on this base and lists every target module.",
+    )
 
 
 def _names(place: Place) -> tuple[str, str]:

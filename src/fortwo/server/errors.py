@@ -17,9 +17,10 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fortwo.errors import FortwoError, InvalidRequest, NotFound
+from fortwo.errors import FortwoError, InvalidRequest, NotFound, all_of
 
 log = logging.getLogger(__name__)
+FINDINGS_SHOWN = 10
 METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 MAX_VALUE = 80  # characters of an offending value that a message repeats
 
@@ -75,8 +76,15 @@ def unexpected(error: BaseException) -> FortwoError:
 
 
 def invalid(found: Sequence[Any]) -> InvalidRequest:
-    """The first of pydantic's validation errors, with field, value and remedy."""
-    first = found[0]
+    """Pydantic's validation errors, each with field, value and remedy; param and code are those of the first."""
+    told = [_told(one) for one in found[:FINDINGS_SHOWN]]
+    if more := len(found) - len(told):
+        told.append(InvalidRequest(f"and {more} more"))
+    return all_of(told)
+
+
+def _told(first: Any) -> InvalidRequest:
+    """One of pydantic's validation errors."""
     param = _path(first["loc"])
     match first["type"]:
         case "json_invalid":
@@ -103,6 +111,10 @@ def invalid(found: Sequence[Any]) -> InvalidRequest:
                 f"{what} {shown(first['input'])} is not valid Unicode: it contains half of a surrogate pair.",
                 param=param,
                 hint="Send whole characters: \\ud800 to \\udfff are valid in pairs only.",
+            )
+        case "told":
+            return InvalidRequest(
+                f"{param} = {shown(first['input'])}: {first['msg']}.", param=param, hint=first["ctx"]["hint"]
             )
         case "unsupported_parameter":
             return InvalidRequest(
@@ -139,6 +151,14 @@ def _path(loc: Sequence[str | int]) -> str | None:
     return path.removeprefix(".") or None
 
 
+# Paths of OpenAI's API that clients ask for by themselves, and what answers the same here.
+_INSTEAD = {
+    "/v1/responses": "Use POST /v1/chat/completions: most clients have a setting for the older chat API.",
+    "/v1/engines": "Use GET /v1/models.",
+    "/v1/fine-tunes": "Train with POST /api/training/start, which /docs describes.",
+}
+
+
 def _methods(request: Request) -> list[str]:
     """The methods that a path takes, from all of its routes; the router names those of the first one."""
     scopes = {method: {**request.scope, "method": method} for method in METHODS}
@@ -149,7 +169,8 @@ def _no_route(request: Request, error: HTTPException) -> JSONResponse:
     request_line = f"{request.method} {request.url.path}"
     headers = dict(error.headers or {})
     if error.status_code == 404:
-        unknown = NotFound(f"There is no {request_line}.", hint="/docs lists every path.", code="unknown_path")
+        hint = _INSTEAD.get(request.url.path, "/docs lists every path.")
+        unknown = NotFound(f"There is no {request_line}.", hint=hint, code="unknown_path")
         return respond(unknown, headers)
     if error.status_code == 405:
         allowed = ", ".join(_methods(request)) or headers.get("Allow", "another method")

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fortwo import strict_json
 from fortwo.errors import FortwoError, InvalidRequest
 from fortwo.server.errors import respond
 
@@ -184,7 +185,14 @@ def _parse(body: bytes, model: type[BaseModel]) -> BaseModel:
             hint="Send less, or put a dataset into a file and name its path.",
         )
     try:
-        value = json.loads(body)
+        value = strict_json.loads(body)
+    except strict_json.RepeatedKey as error:
+        raise InvalidRequest(
+            f"The body has the key {error.path!r} twice.",
+            param=error.path,
+            hint="Leave one of the two.",
+            code="repeated_key",
+        ) from None
     except json.JSONDecodeError as error:
         raise _invalid_json(f"{error.msg} (character {error.pos})") from None
     except UnicodeDecodeError as error:

@@ -5,7 +5,6 @@ vLLM holds such an adapter in memory only; fortwo also stores it, as a version l
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,10 +12,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from fortwo.adapters.peft_files import PICKLES
 from fortwo.adapters.version_files import CONFIG, MANIFEST, TENSORS
-from fortwo.errors import Conflict, FortwoError, InvalidAdapter, InvalidRequest
+from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest
 from fortwo.jobs.planner import check_name_available
-from fortwo.records import Json
 from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppState, AppStateDep
 
@@ -27,7 +26,9 @@ class LoadRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     lora_name: str = Field(min_length=1)
-    lora_path: str = Field(min_length=1, description="Directory that PEFT saved, in a folder that datasets may be in.")
+    lora_path: str = Field(
+        min_length=1, description="Directory that PEFT saved, or one of its files, in a folder that datasets may be in."
+    )
     load_inplace: bool = Field(False, description="If an adapter of this name exists, give it a new version.")
 
 
@@ -52,12 +53,9 @@ def _load(state: AppState, body: LoadRequest) -> str:
             param="lora_name",
             hint="Choose another name, or set load_inplace to true to give it a new version.",
         )
-    version = state.adapters.import_peft(body.lora_name, directory, _manifest(state, directory))
-    try:
-        state.registry.load_adapter(version.id)
-    except FortwoError:
-        state.adapters.delete(version.id)
-        raise
+    from fortwo.engine.adapter_import import import_adapter
+
+    import_adapter(body.lora_name, directory, state.catalog, state.adapters, state.registry)
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
@@ -68,18 +66,19 @@ async def unload_lora_adapter(request: Request, state: AppStateDep, body: Unload
 
 
 def _resolve(path: str, allowed: tuple[Path, ...]) -> Path:
-    """The directory with links resolved. Raises InvalidRequest for one outside the allowed folders, because a client
-    must not explore this machine."""
+    """The directory with links resolved; of one of PEFT's files, the directory that it is in. Raises InvalidRequest
+    for one outside the allowed folders, because a client must not explore this machine."""
     for folder in allowed:
         with suppress(OSError, ValueError, RuntimeError):  # name too long, NUL, loop of links
-            directory = (folder / path).resolve()
+            given = folder / path
+            directory = (given.parent if given.name in (CONFIG, TENSORS, *PICKLES) else given).resolve()
             if directory.is_relative_to(folder.resolve()) and directory.is_dir():
                 _check_links(directory, allowed)
                 return directory
     raise InvalidRequest(
         f"lora_path = {path!r} is not a directory in {', '.join(str(folder) for folder in allowed)}.",
         param="lora_path",
-        hint="Put the adapter there, or allow its folder with FORTWO_DATA_DIRS.",
+        hint="Put the adapter there, allow its folder with FORTWO_DATA_DIRS, or use fortwo adapters import.",
     )
 
 
@@ -93,32 +92,3 @@ def _check_links(directory: Path, allowed: tuple[Path, ...]) -> None:
                 param="lora_path",
                 hint="Put the file itself there, or allow its folder with FORTWO_DATA_DIRS.",
             )
-
-
-def _manifest(state: AppState, directory: Path) -> Json:
-    """The base an adapter belongs to: by digest if fortwo saved it, otherwise by the name in PEFT's configuration."""
-    manifest = _read(directory / "manifest.json")
-    if manifest is not None and {"base_model", "base_digest"} <= manifest.keys():
-        return manifest
-    config = _read(directory / "adapter_config.json")
-    named = "" if config is None else str(config.get("base_model_name_or_path"))
-    ids = [entry.id for entry in state.catalog.entries()]
-    base = next((id for id in ids if id in (named, Path(named).name.lower())), None)
-    if base is None:
-        raise InvalidAdapter(
-            f"{directory} was trained on {named!r}, which is not a base model here.",
-            param="lora_path",
-            hint=f"Set base_model_name_or_path in adapter_config.json to one of: {', '.join(ids)}.",
-        )
-    return {"base_model": base, "base_digest": state.registry.load_base(base).digest}
-
-
-def _read(file: Path) -> Json | None:
-    """The JSON object in a file; None if there is none. The store checks its content."""
-    if not file.is_file():  # a pipe would be waited for
-        return None
-    try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

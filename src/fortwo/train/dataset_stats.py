@@ -14,6 +14,8 @@ from typing import Any, Protocol, overload
 
 import numpy as np
 
+from fortwo.data.findings import Finding, Findings, RowLocation
+from fortwo.errors import InvalidDataset
 from fortwo.records import Example
 from fortwo.train.estimate import RowLength, TokenCounts
 
@@ -107,17 +109,32 @@ class Rendering(Protocol):
 
 def collect_stats(renderer: Rendering, examples: Iterable[Example]) -> tuple[TokenCounts, DatasetWarnings]:
     """The token counts of the rows as they will be trained on, and warnings about them. Raises InvalidDataset with the
-    line of a conversation that the model's chat template refuses."""
+    lines of all conversations that the model's chat template refuses."""
     rows, texts = RowLengths(), _TextChecks()
     prefix = renderer.shared_prefix
+    findings, count = Findings(), 0
     for example in examples:
+        count += 1
         texts.add(example)
-        for tokens, supervised in renderer.dataset_rows(example):
+        try:
+            rendered = renderer.dataset_rows(example)
+        except InvalidDataset as error:
+            findings.add(*_finding(example, error))
+            continue
+        for tokens, supervised in rendered:
             answer = sum(supervised)
             rows.append(RowLength(example.line, len(tokens) - answer, answer))
             limit = min(len(prefix), len(tokens) - 1)
             prefix = prefix[: next((n for n in range(limit) if prefix[n] != tokens[n]), limit)]
+    if findings:
+        raise findings.error(count)
     return TokenCounts(rows, len(prefix)), texts.warnings()
+
+
+def _finding(example: Example, error: InvalidDataset) -> tuple[RowLocation, list[Finding]]:
+    what = error.message.removeprefix(f"line {example.line}: ")
+    location = RowLocation(f"line {example.line}", "dataset", example.line)
+    return location, [Finding(what, "", what, error.hint or "Change the row, or leave it out.")]
 
 
 class _TextChecks:
@@ -133,7 +150,10 @@ class _TextChecks:
         self._template = ""
 
     def add(self, example: Example) -> None:
-        messages = [f"{message.role} {message.weight} {message.content}" for message in example.messages]
+        messages = [
+            f"{message.role} {message.weight} {message.content}{message.name}{message.tool_calls}{message.tools}"
+            for message in example.messages
+        ]
         answer = example.answer.strip()
         whole = _hash(messages if example.text is None else [example.text])
         self._lines.append(example.line)

@@ -6,10 +6,12 @@ here are generators that yield `Waiting` until the replies are complete.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -297,15 +299,33 @@ def _score(found: Mapping[str, Metric]) -> Metric:
 
 
 def example_questions(examples: Sequence[Example], retention: Sequence[str]) -> tuple[Question, ...]:
-    """Training prompts, for which a reply is right if the trained answer begins with it, and retention prompts."""
+    """Training prompts, for which a reply is right if the trained answer begins with it, or if it has the names and
+    the values of the calls of tools that were trained; and retention prompts."""
 
     def answers_as(answer: str) -> Callable[[str], bool]:
         return lambda reply: bool(reply.strip()) and answer.strip().startswith(reply.strip())
 
+    def calls_as(calls: str) -> Callable[[str], bool]:
+        wanted = [
+            text
+            for call in json.loads(calls)
+            for text in (call["function"]["name"], *map(_written, call["function"]["arguments"].values()))
+        ]
+        return lambda reply: all(text in reply for text in wanted)
+
+    def right(example: Example) -> Callable[[str], bool]:
+        calls = "" if example.text is not None else example.messages[len(example.prompt_messages)].tool_calls
+        return calls_as(calls) if calls else answers_as(example.answer)
+
     return (
-        *(Question("efficacy", example.prompt_messages, answers_as(example.answer)) for example in examples),
+        *(Question("efficacy", example.prompt_messages, right(example)) for example in examples),
         *(Question("retention", single_turn(prompt)) for prompt in retention),
     )
+
+
+def _written(value: Any) -> str:
+    """A value of a call as the template writes it within the call, without the quotes of a text."""
+    return json.dumps(value, ensure_ascii=False).strip('"')
 
 
 def single_turn(prompt: str) -> tuple[Message, ...]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fortwo.errors import InvalidRequest
+from fortwo.errors import InvalidRequest, all_of
 from fortwo.nn.lora_config import ALL_LINEAR, MOST_KEYS, TARGETS, expression
+from fortwo.train.foreign_keys import FOREIGN_LORA, FOREIGN_TRAINING, LORA_ALIASES, TRAINING_ALIASES, meant
 from fortwo.train.refused import LORA_REFUSED, TRAINING_REFUSED, Refused
 from fortwo.train.schedule import POLYNOMIAL_END, SCHEDULES
 
@@ -115,72 +115,163 @@ TRAINING_KEYS = tuple(_TRAINING)
 _MAY_BE_NONE = ("eval_strategy", "eval_steps", "early_stopping_patience")  # null means the same as leaving them out
 
 
-_ALIASES = {
-    "lr": "learning_rate",
-    "rank": "r",
-    "epochs": "num_train_epochs",
-    "scheduler": "lr_scheduler_type",
-    "val_set_size": "validation_split",
-    "val_size": "validation_split",
-    "test_size": "validation_split",
-    "eval_split": "validation_split",
-    "patience": "early_stopping_patience",
-}
+@dataclass(frozen=True)
+class _Section:
+    """One of the two configurations. aliases: other names of its keys; refused: keys with a remedy; other: the name of
+    the other section and its keys."""
+
+    name: str
+    kinds: Mapping[str, _Kind]
+    honoured: tuple[str, ...]
+    aliases: Mapping[str, str]
+    refused: Mapping[str, Refused]
+    other: tuple[str, Collection[str]]
+
+
+_LORA_SECTION = _Section(
+    "lora_config",
+    _LORA,
+    LORA_KEYS,
+    LORA_ALIASES,
+    LORA_REFUSED | FOREIGN_LORA,
+    ("training_config", {*TRAINING_KEYS, *TRAINING_ALIASES}),
+)
+_TRAINING_SECTION = _Section(
+    "training_config",
+    _TRAINING,
+    TRAINING_KEYS,
+    TRAINING_ALIASES,
+    TRAINING_REFUSED | {key: one for key, one in FOREIGN_TRAINING.items() if key not in TRAINING_REFUSED},
+    ("lora_config", {*LORA_KEYS, *LORA_ALIASES}),
+)
+
+
+def parse_settings(lora_config: Mapping[str, Any], training_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The given settings of both, under PEFT's and transformers' names, with their checked values. Raises
+    InvalidRequest with all that is wrong with either: keys, values, remedies."""
+    errors: list[InvalidRequest] = []
+    given: dict[str, Any] = {}
+    for parse, config in ((parse_lora_config, lora_config), (parse_training_config, training_config)):
+        try:
+            given |= parse(config)
+        except InvalidRequest as error:
+            errors.append(error)
+    if errors:
+        raise all_of(errors)
+    return given
 
 
 def parse_lora_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The given keys with their checked values. Raises InvalidRequest with the key, its value and the remedy."""
-    _check_keys(config, "lora_config", LORA_KEYS, LORA_REFUSED, {"training_config": TRAINING_KEYS})
-    given = {key: _checked(f"lora_config.{key}", value, _LORA.get(key)) for key, value in config.items()}
-    if "target_modules" in given:
-        given["target_modules"] = _target_modules(given["target_modules"])
-    for key, of in PATTERNS.items():
-        if key in given:
-            given[key] = _pattern(f"lora_config.{key}", given[key], _LORA[of])
+    """The given keys with their checked values. Raises InvalidRequest with every key that is wrong, its value and the
+    remedy."""
+    errors: list[InvalidRequest] = []
+    given = _given(config, _LORA_SECTION, errors)
+    if errors:
+        raise all_of(errors)
     return given
 
 
 def parse_training_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same for training_config. Keys that contradict each other are refused with both names."""
+    errors: list[InvalidRequest] = []
     config = {key: value for key, value in config.items() if value is not None or key not in _MAY_BE_NONE}
-    _check_keys(config, "training_config", TRAINING_KEYS, TRAINING_REFUSED, {"lora_config": LORA_KEYS})
-    given = {key: _checked(f"training_config.{key}", value, _TRAINING.get(key)) for key, value in config.items()}
+    given = _given(config, _TRAINING_SECTION, errors)
+    errors += _contradictions(given)
+    if errors:
+        raise all_of(errors)
+    return given
+
+
+def _given(config: Mapping[str, Any], section: _Section, errors: list[InvalidRequest]) -> dict[str, Any]:
+    """The keys that are right, under our names; what is wrong with the others goes to `errors`."""
+    given: dict[str, Any] = {}
+    names: dict[str, str] = {}  # the name under which each was given
+    for key, value in config.items():
+        own = section.aliases.get(key, key)
+        try:
+            if own in names:
+                raise _refusal(
+                    f"{section.name}.{key}",
+                    value,
+                    f"and {section.name}.{names[own]} mean the same",
+                    "Give one of the two.",
+                )
+            if own != key and value is None:
+                continue
+            names[own] = key
+            given[own] = _checked_key(section, key, own, value)
+        except InvalidRequest as error:
+            errors.append(error)
+    return given
+
+
+def _checked_key(section: _Section, key: str, own: str, value: Any) -> Any:
+    """The value of a key, checked. key: as given; own: our name of it. Raises InvalidRequest."""
+    param = f"{section.name}.{key}"
+    if key in section.refused and own == key:
+        if not any(type(value) is type(neutral) and value == neutral for neutral in section.refused[key].neutral):
+            raise _refusal(param, value, "cannot be honoured", section.refused[key].remedy)
+        return value
+    if own not in section.honoured:
+        raise _unknown(section, key)
+    if own == "target_modules":
+        return _target_modules(param, value)
+    if own in PATTERNS:
+        return _pattern(param, value, _LORA[PATTERNS[own]])
+    if key == "use_gradient_checkpointing" and value == "unsloth":
+        value = True
+    return _checked(param, value, section.kinds.get(own))
+
+
+def _unknown(section: _Section, key: str) -> InvalidRequest:
+    home, keys = section.other
+    nearest = meant(key, section.honoured)
+    hint = f"Honoured: {', '.join(section.honoured)}."
+    if key in keys:
+        hint = f"Move {key} to {home}."
+    elif nearest is not None:
+        hint = f"Did you mean {nearest}? {hint}"
+    param = f"{section.name}.{key}"
+    return InvalidRequest(f"{param} is not a known key", param=param, hint=hint, code="unknown_key")
+
+
+def _contradictions(given: Mapping[str, Any]) -> Iterator[InvalidRequest]:
+    """What is wrong with keys of training_config that are right one by one."""
     if given.get("max_steps") == 0:
         remedy = "Give at least 1, or -1 to let num_train_epochs decide."
-        raise _refusal("training_config.max_steps", 0, "would train nothing", remedy)
+        yield _refusal("training_config.max_steps", 0, "would train nothing", remedy)
     warmup, ratio = given.get("warmup_steps", 0), given.get("warmup_ratio", 0)
     for key in ("warmup_steps", "save_steps"):
         if given.get(key, 0) > 1 and given[key] != int(given[key]):
             remedy = "Give a whole number of steps, or a number below 1 for a share of the run."
-            raise _refusal(f"training_config.{key}", given[key], "is not a whole number of steps", remedy)
+            yield _refusal(f"training_config.{key}", given[key], "is not a whole number of steps", remedy)
     if "save_steps" in given and given.get("save_strategy", "steps") != "steps":
-        raise _contradiction(given, "save_steps", "save_strategy", "Give one of the two.")
+        yield _contradiction(given, "save_steps", "save_strategy", "Give one of the two.")
     if warmup > 0 and ratio > 0:
-        raise _contradiction(given, "warmup_steps", "warmup_ratio", "Give one of the two.")
+        yield _contradiction(given, "warmup_steps", "warmup_ratio", "Give one of the two.")
     schedule = given.get("lr_scheduler_type")
     if schedule in WITHOUT_WARMUP and (warmup > 0 or ratio > 0):
         key = "warmup_steps" if warmup > 0 else "warmup_ratio"
         hint = 'Give lr_scheduler_type "constant_with_warmup", or leave the warm-up out.'
-        raise _contradiction(given, key, "lr_scheduler_type", hint, ": this schedule has no warm-up")
+        yield _contradiction(given, key, "lr_scheduler_type", hint, ": this schedule has no warm-up")
     if schedule == "polynomial" and given.get("learning_rate", 1) <= POLYNOMIAL_END:
-        raise _refusal(
+        yield _refusal(
             "training_config.learning_rate",
             given["learning_rate"],
             f"is not above {POLYNOMIAL_END:g}, where the polynomial schedule ends",
             'Give a higher rate, or lr_scheduler_type "linear".',
         )
-    _check_validation(given)
-    return given
+    yield from _of_validation(given)
 
 
-def _check_validation(given: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest if validation is requested without rows for it, or rows without validation."""
+def _of_validation(given: Mapping[str, Any]) -> Iterator[InvalidRequest]:
+    """Validation that is requested without rows for it, and rows without validation."""
     split, strategy = given.get("validation_split"), given.get("eval_strategy")
     stops, best = "early_stopping_patience" in given, given.get("load_best_model_at_end")
     asked = {"eval_strategy": strategy not in (None, "no"), "eval_steps": "eval_steps" in given}
     asked["load_best_model_at_end"] = bool(best)
     for key in (key for key, wanted in asked.items() if wanted and not split and not stops):
-        raise _refusal(
+        yield _refusal(
             f"training_config.{key}",
             given[key],
             "needs rows that are not trained on",
@@ -194,37 +285,7 @@ def _check_validation(given: Mapping[str, Any]) -> None:
         (strategy == "epoch" and "eval_steps" in given, "eval_strategy", "eval_steps", "only one can decide when"),
     ):
         if contradict:
-            raise _contradiction(given, one, other, f"Leave out {one} or {other}.", f": {why}")
-
-
-def _check_keys(
-    config: Mapping[str, Any],
-    section: str,
-    honoured: tuple[str, ...],
-    refused: Mapping[str, Refused],
-    other: Mapping[str, tuple[str, ...]],
-) -> None:
-    for key, value in config.items():
-        param = f"{section}.{key}"
-        if key in refused:
-            if not any(type(value) is type(neutral) and value == neutral for neutral in refused[key].neutral):
-                raise _refusal(param, value, "cannot be honoured", refused[key].remedy)
-        elif key not in honoured:
-            home = next((name for name, keys in other.items() if key in keys), None)
-            hint = f"Did you mean {_nearest(key, honoured, refused)}? Honoured: {', '.join(honoured)}."
-            raise InvalidRequest(
-                f"{param} is not a known key",
-                param=param,
-                hint=f"Move {key} to {home}." if home else hint,
-                code="unknown_key",
-            )
-
-
-def _nearest(key: str, honoured: tuple[str, ...], refused: Mapping[str, Refused]) -> str:
-    if _ALIASES.get(key) in honoured:
-        return _ALIASES[key]
-    close = difflib.get_close_matches(key, (*honoured, *refused), 1, 0.8)
-    return (close or difflib.get_close_matches(key, honoured, 1, 0.0))[0]
+            yield _contradiction(given, one, other, f"Leave out {one} or {other}.", f": {why}")
 
 
 def _checked(param: str, value: Any, kind: _Kind | None) -> Any:
@@ -232,14 +293,25 @@ def _checked(param: str, value: Any, kind: _Kind | None) -> Any:
         return value
     if isinstance(kind, _Word | _Flag):
         raise _refusal(param, value, "cannot be honoured", f"Give {kind}, or leave it out.")
+    if isinstance(value, str) and _is_numeral(value):
+        raise _refusal(param, value, f"is a text, not {kind}", f"Give the number without quotes: {float(value):g}.")
     raise _refusal(param, value, f"is not {kind}", f"Give a number such as {kind.example}, or leave it out.")
 
 
-def _target_modules(value: Any) -> tuple[str, ...] | str:
+def _is_numeral(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _target_modules(param: str, value: Any) -> tuple[str, ...] | str:
     """Which of them a base has is known when its plan is made (`adapter`)."""
-    param, example = "lora_config.target_modules", ", ".join(TARGETS[:2])
-    if value == ALL_LINEAR:
+    example = ", ".join(TARGETS[:2])
+    if value == ALL_LINEAR or (value == "all" and param.endswith(".lora_target")):
         return ALL_LINEAR
+    if isinstance(value, str) and param.endswith(".lora_target"):  # LLaMA-Factory separates the names by commas
+        value = [name.strip() for name in value.split(",")]
     if not isinstance(value, list | tuple) or not value:
         hint = f'Give some of the base\'s modules, such as {example}, or "{ALL_LINEAR}" for all.'
         raise _refusal(param, value, "is not a list of modules", hint)

@@ -36,7 +36,7 @@ from fortwo.train.estimate import (
     sft_cost,
     tokens_per_epoch,
 )
-from fortwo.train.options import EIGHT_BIT_OPTIMIZERS, parse_lora_config, parse_training_config
+from fortwo.train.options import EIGHT_BIT_OPTIMIZERS, parse_settings
 from fortwo.train.parent import Parent, check_objective, check_shape, parent_warnings
 from fortwo.train.plan_builder import PlanBuilder, int_if_whole
 from fortwo.train.recipes import MEASURED_WIDTH, REASONS, OverrideRecipe, changed_settings, recipe_for
@@ -66,7 +66,7 @@ def resolve(
     parent: Parent | None = None,
 ) -> Plan:
     """Decide every setting. Raises InvalidRequest or InvalidDataset, with the field, its value and the remedy."""
-    given = parse_lora_config(request.lora_config) | parse_training_config(request.training_config)
+    given = parse_settings(request.lora_config, request.training_config)
     given = check_target_modules(given, base.targets)
     _check_lengths(counts, base)
     builder = PlanBuilder(given, parent)

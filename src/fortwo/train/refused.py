@@ -68,10 +68,10 @@ _TRANSFORMERS_REFUSED = (
         "trackio_bucket_id trackio_static_space_id include_num_input_tokens_seen include_tokens_per_second "
         "skip_memory_metrics debug",
         "Leave it out: every step is reported at /api/training/jobs/{job_id}/events.",
-        (None, False, "no", "none", "", []),
+        (None, False, "no", "none", "", [], ["none"]),
     ),
     Refused(
-        "evaluation_strategy eval_delay eval_on_start eval_do_concat_batches "
+        "eval_delay eval_on_start eval_do_concat_batches "
         "eval_use_gather_object eval_accumulation_steps per_device_eval_batch_size per_gpu_eval_batch_size "
         "prediction_loss_only include_for_metrics include_inputs_for_metrics batch_eval_metrics do_eval do_predict",
         "Give targets in objective.targets, and use validation_split and eval_strategy for validation rows.",
@@ -122,9 +122,10 @@ _TRANSFORMERS_REFUSED = (
 )
 
 
-def _by_key(groups: tuple[Refused, ...]) -> dict[str, Refused]:
+def by_key(groups: tuple[Refused, ...]) -> dict[str, Refused]:
+    """The groups by each of their keys."""
     return {key: group for group in groups for key in group.keys.split()}
 
 
-LORA_REFUSED = _by_key(_PEFT_REFUSED)
-TRAINING_REFUSED = _by_key(_TRANSFORMERS_REFUSED)
+LORA_REFUSED = by_key(_PEFT_REFUSED)
+TRAINING_REFUSED = by_key(_TRANSFORMERS_REFUSED)

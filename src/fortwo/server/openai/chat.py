@@ -14,6 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 from pydantic import BeforeValidator, Field, model_validator
 
+from fortwo.data.messages import Content, wrong
 from fortwo.errors import InvalidRequest
 from fortwo.prompts import Delta, Prompt
 from fortwo.records import Json, Message
@@ -33,34 +34,39 @@ METADATA = 1000  # pairs; OpenAI takes 16
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
 
 
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-Content = Annotated[
-    list[TextPart],
-    Field(max_length=MOST_ITEMS),
-    BeforeValidator(
-        lambda given: [{"type": "text", "text": given}] if isinstance(given, str) else given,
-        json_schema_input_type=str | list[TextPart],
-    ),
-]
+def _role(role: Any) -> Any:
+    """OpenAI's newer name of the system message is one too."""
+    if role in ("tool", "function"):
+        raise wrong(
+            "results of tools are not supported, because fortwo calls no tools",
+            "Leave the calls and their results out, or write in words what came back.",
+        )
+    return "system" if role == "developer" else role
 
 
 class ChatMessage(Strict):
-    role: Literal["system", "user", "assistant"]
-    content: Content
+    """name: the chat template writes it, if it has a place for names."""
 
-    name: Annotated[Any, only()] = None
+    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_role)]
     tool_calls: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only()] = None
+    content: Content
+
+    name: str | None = None
+    tool_call_id: Annotated[Any, only()] = None
     refusal: Annotated[Any, only()] = None
     audio: Annotated[Any, only()] = None
     annotations: Annotated[Any, only([])] = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_words(cls, given: Any) -> Any:
+        """A message that only calls tools is refused for its calls, not for its missing words."""
+        calls = isinstance(given, dict) and (given.get("tool_calls") or given.get("function_call"))
+        return given | {"content": ""} if calls and given.get("content") is None else given
+
     def message(self) -> Message:
-        return Message(self.role, "".join(part.text for part in self.content))
+        return Message(self.role, self.content, name=self.name or "")
 
 
 class ChatRequest(Parameters):
@@ -79,7 +85,7 @@ class ChatRequest(Parameters):
     prompt_cache_key: str | None = Field(None, description="Accepted; has no effect.")
 
     tools: Annotated[Any, only([])] = None
-    tool_choice: Annotated[Any, only("none", "auto")] = None
+    tool_choice: Annotated[Any, only("none", "auto")] = Field(None, description="With none, tools may be given.")
     parallel_tool_calls: Annotated[Any, only(True, False)] = None
     functions: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only("none", "auto")] = None
@@ -87,13 +93,29 @@ class ChatRequest(Parameters):
     audio: Annotated[Any, only()] = None
     prediction: Annotated[Any, only()] = None
     reasoning_effort: Annotated[Any, only("none")] = None
-    verbosity: Annotated[Any, only()] = None
+    verbosity: Annotated[Any, only("medium")] = None
     service_tier: Annotated[Any, only("auto", "default")] = None
     store: Annotated[Any, only(False)] = None
     moderation: Annotated[Any, only()] = None
     prompt_cache_options: Annotated[Any, only()] = None
-    prompt_cache_retention: Annotated[Any, only()] = None
+    prompt_cache_retention: Annotated[Any, only("in-memory", "in_memory")] = None
     web_search_options: Annotated[Any, only()] = None
+
+    # Parameters of vLLM, with the values that change nothing.
+    echo: Annotated[Any, only(False)] = None
+    add_generation_prompt: Annotated[Any, only(True)] = None
+    continue_final_message: Annotated[Any, only(False)] = None
+    add_special_tokens: Annotated[Any, only(False)] = None
+    chat_template_kwargs: Annotated[Any, only({}, {"enable_thinking": False})] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_tools_that_are_off(cls, given: Any) -> Any:
+        """Tools that must not be called change nothing."""
+        off = {"tools": "tool_choice", "functions": "function_call"}
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if given.get(off.get(name, "")) != "none"}
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:

@@ -39,8 +39,8 @@ class CompletionRequest(Parameters):
         None, ge=0, description=f"Default {REPLY_TOKENS}. 0 is allowed with echo, for the prompt alone."
     )
 
-    best_of: Annotated[Any, only(1)] = None
     suffix: Annotated[Any, only("")] = None
+    add_special_tokens: Annotated[Any, only(True)] = None
 
     @model_validator(mode="after")
     def _check_completion(self) -> Self:

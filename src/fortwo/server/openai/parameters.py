@@ -51,9 +51,17 @@ def at_most(count: int) -> BeforeValidator:
 
 
 class Strict(BaseModel):
-    """Refuses unknown fields and does not convert types."""
+    """Refuses unknown fields, unless they are null, and does not convert types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unknown_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: value for name, value in given.items() if value is not None or name in known}
 
 
 class StreamOptions(Strict):
@@ -138,7 +146,7 @@ class Parameters(Strict):
     stream: bool | None = Field(None, description="Default false.")
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2, description="Default 1; 0 is greedy.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Default 1.")
+    top_p: float | None = Field(None, ge=0, le=1, description="Default 1. 0 takes the likeliest token each time.")
     top_k: int | None = Field(None, ge=-1, description="Default 0, off, like -1.")
     min_p: float | None = Field(
         None, ge=0, le=1, description="Default 0, off. The least probability, as a share of the likeliest token's."
@@ -158,6 +166,21 @@ class Parameters(Strict):
     max_tokens: int | None = Field(None, ge=1)
 
     user: str | None = Field(None, description="Accepted; has no effect.")
+    request_id: str | None = Field(None, description="Accepted; has no effect.")
+    priority: int | None = Field(None, description="Accepted; has no effect: requests are served in order.")
+    cache_salt: str | None = Field(None, description="Accepted; has no effect.")
+
+    # Parameters of vLLM, with the values that change nothing.
+    best_of: Annotated[Any, only(1)] = None
+    use_beam_search: Annotated[Any, only(False)] = None
+    length_penalty: Annotated[Any, only(1, 1.0)] = None
+    min_tokens: Annotated[Any, only(0)] = None
+    stop_token_ids: Annotated[Any, only([])] = None
+    bad_words: Annotated[Any, only([])] = None
+    include_stop_str_in_output: Annotated[Any, only(False)] = None
+    skip_special_tokens: Annotated[Any, only(True)] = None
+    spaces_between_special_tokens: Annotated[Any, only(True)] = None
+    return_token_ids: Annotated[Any, only(False)] = None
 
     @property
     def choices(self) -> int:
@@ -169,9 +192,11 @@ class Parameters(Strict):
 
     @model_validator(mode="after")
     def _check_parameters(self) -> Self:
-        if self.stream_options is not None and not self.stream:
+        if self.with_usage() and not self.stream:
             raise InvalidRequest(
-                "stream_options is given, but stream is not true.", param="stream_options", hint="Set stream to true."
+                "stream_options asks for usage, but stream is not true.",
+                param="stream_options",
+                hint="Set stream to true.",
             )
         if self.ignore_eos and self.schema_text() is not None:
             raise InvalidRequest(

