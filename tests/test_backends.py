@@ -51,11 +51,11 @@ def network(family: str, kind: type[ReferenceBackend] = ReferenceBackend) -> Dec
     return as_decoder(tiny_model(family, head_dim=32), "cuda" if kind is CudaBackend else "cpu")
 
 
-def products_of(form: str, adapted: bool) -> float:
-    """The largest error of weights that are held in this form."""
-    if form == "fp32":
+def products_of(weight_format: str, adapted: bool) -> float:
+    """The largest error of weights that are held in this format."""
+    if weight_format == "fp32":
         return FP32_PRODUCTS
-    if form in ("int8", "int4") and not cpu.multiplies_tiles():  # with tiles prompts are read in bf16
+    if weight_format in ("int8", "int4") and not cpu.multiplies_tiles():  # with tiles prompts are read in bf16
         return INT8_ADAPTERS if adapted else INT16_PRODUCTS
     return BF16_PRODUCTS
 
@@ -83,21 +83,23 @@ def replies(backend: Backend, adapters: Sequence[str | None]) -> Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("form", ["fp32", "bf16", "int8", "int4", "nf4"])
+@pytest.mark.parametrize("weight_format", ["fp32", "bf16", "int8", "int4", "nf4"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("adapters", [[None] * 9, ["all"] * 9, MIXED, MIXED * 3], ids=["plain", "one", "mixed", "many"])
-def test_prompts_and_steps(kind: type[ReferenceBackend], family: str, form: str, adapters: list[str | None]) -> None:
+def test_prompts_and_steps(
+    kind: type[ReferenceBackend], family: str, weight_format: str, adapters: list[str | None]
+) -> None:
     """Of the plain base, of one adapter, and of several; in few rows and in many."""
-    if kind is CudaBackend and form != "fp32":
+    if kind is CudaBackend and weight_format != "fp32":
         pytest.skip("a GPU holds weights as they are")
-    if form in ("int8", "int4") and not cpu.usable(torch.empty(0)):
+    if weight_format in ("int8", "int4") and not cpu.usable(torch.empty(0)):
         pytest.skip("there is no C compiler")
     home = network(family, kind)
-    held = home if form == "fp32" else home.in_forms(Choice.fixed(form))
-    exact = network(family) if form == "fp32" else held.in_fp32()
+    held = home if weight_format == "fp32" else home.in_formats(Choice.fixed(weight_format))
+    exact = network(family) if weight_format == "fp32" else held.in_fp32()
     wanted = replies(ReferenceBackend(exact), adapters)
-    assert error(replies(kind(held), adapters), wanted) < products_of(form, any(adapters))
+    assert error(replies(kind(held), adapters), wanted) < products_of(weight_format, any(adapters))
     assert wanted.std(1).mean() > 0.1
 
 

@@ -46,15 +46,15 @@ def replies(backend: Backend, adapters: list[str | None], steps: int = 4) -> Ten
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("form", ["int4", "int8"])
+@pytest.mark.parametrize("weight_format", ["int4", "int8"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize(
     "adapters",
     [[None], ["all"], [None, "down", "some"], ["some", None, "all", "all", "down", "all", "some", "all", "all"]],
     ids=["plain", "one", "three", "nine"],
 )
-def test_one_kernel_is_the_decoder(form: str, family: str, adapters: list[str | None]) -> None:
-    home = as_decoder(tiny_model(family, hidden_size=64)).in_forms(Choice.fixed(form))
+def test_one_kernel_is_the_decoder(weight_format: str, family: str, adapters: list[str | None]) -> None:
+    home = as_decoder(tiny_model(family, hidden_size=64)).in_formats(Choice.fixed(weight_format))
     assert Step(home).takes(len(adapters))
     found, wanted = replies(CpuBackend(home), adapters), replies(Unfused(home), adapters)
     torch.testing.assert_close(found, wanted, atol=0.03, rtol=0)
@@ -64,7 +64,7 @@ def test_one_kernel_is_the_decoder(form: str, family: str, adapters: list[str | 
 
 def test_rows_with_an_adapter_are_not_the_plain_ones() -> None:
     """Plain prompts are read in other company, and attend in bf16: their logits agree to 0.05."""
-    home = decoder().in_forms(Choice.fixed("int4"))
+    home = decoder().in_formats(Choice.fixed("int4"))
     plain, mixed = (replies(CpuBackend(home), [None, key, None]) for key in (None, "all"))
     torch.testing.assert_close(mixed[:, [0, 2]], plain[:, [0, 2]], atol=0.05, rtol=0)
     assert (mixed[:, 1] - plain[:, 1]).abs().max() > 0.1
@@ -119,15 +119,15 @@ def test_sums_of_whole_numbers_stay_whole() -> None:
 
 def test_other_weights_and_shapes_are_left_to_the_decoder() -> None:
     assert not Step(decoder()).takes(1)
-    several = decoder().in_forms(Choice(((4, "int4"), (8, "fp32"))))
+    several = decoder().in_formats(Choice(((4, "int4"), (8, "fp32"))))
     assert Step(several).takes(4)
     assert not Step(several).takes(5)
     narrow = as_decoder(tiny_model("llama", head_dim=8))
-    assert not Step(narrow.in_forms(Choice.fixed("int8"))).takes(1)
+    assert not Step(narrow.in_formats(Choice.fixed("int8"))).takes(1)
 
 
 def test_without_kernels_adapters_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    home = decoder().in_forms(Choice.fixed("bf16"))
+    home = decoder().in_formats(Choice.fixed("bf16"))
     assert Step(home).laid
     monkeypatch.setattr(cpu, "lib", lambda: None)
     assert not Step(home).laid

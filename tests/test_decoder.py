@@ -265,12 +265,14 @@ def test_real_greedy_text_is_transformers(
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("form", "share"), [("bf16", 0.9), ("int8", 0.9), ("int4", 0.9)])
-def test_real_replies_in_narrow_forms(real_runner: Runner, real_directory: Path, form: str, share: float) -> None:
-    """The bundled model's layers lose nothing in 4 bits, which they came in; replies stay sane in every form."""
+@pytest.mark.parametrize(("weight_format", "share"), [("bf16", 0.9), ("int8", 0.9), ("int4", 0.9)])
+def test_real_replies_in_narrow_forms(
+    real_runner: Runner, real_directory: Path, weight_format: str, share: float
+) -> None:
+    """The bundled model's layers lose nothing in 4 bits, which they came in; replies stay sane in every format."""
     exact, renderer = real_runner.decoder, ChatTemplateRenderer(real_directory)
-    narrow = exact.in_forms(Choice.fixed(form))
-    if form == "int4":
+    narrow = exact.in_formats(Choice.fixed(weight_format))
+    if weight_format == "int4":
         assert all(torch.equal(one, other) for one, other in zip(exact.weights(), narrow.weights(), strict=True))
     row, tokens = Row(renderer.encode_prompt([Message("user", "What is the capital of France?")])), []
     runner = Runner(backend_for(narrow))

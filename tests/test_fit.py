@@ -44,7 +44,7 @@ def test_the_dimensions_give_the_published_number_of_parameters(id: str) -> None
 def test_seven_billion_parameters_need_so_much(memory: int, form: str, serving: str) -> None:
     found = fit(BUNDLED["codellama-7b-instruct"].config, "auto", memory * GIB)
     assert found is not None
-    assert (found.form, found.serving) == (form, serving)
+    assert (found.weight_format, found.serving) == (form, serving)
     assert found.teach > found.serve > 0
 
 

@@ -20,7 +20,7 @@ from fortwo.engine.scheduler import Sequence as Running
 from fortwo.errors import UnsupportedModel
 from fortwo.execution.backend import backend_for
 from fortwo.execution.generic import GenericBackend
-from fortwo.nn.decoder import forms_of
+from fortwo.nn.decoder import formats_of
 from fortwo.nn.generic import GenericDecoder, load
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
@@ -163,15 +163,15 @@ def gradients_by_name(lora: Lora) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["bf16", "int8", "nf4"])
-def test_weights_in_other_formats(form: str) -> None:
-    held = GenericDecoder(copy_of("gpt_neox"), hold=forms_of(Choice.fixed(form)))
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
+def test_weights_in_other_formats(weight_format: str) -> None:
+    held = GenericDecoder(copy_of("gpt_neox"), hold=formats_of(Choice.fixed(weight_format)))
     assert held.bytes < network("gpt_neox").bytes
     row = make_rows([30])[0]
     runner = Runner(backend_for(held))
     found = runner.prefill([Running(row, None)])[0]
     wanted = last_logits(fresh("gpt_neox"), row)
-    assert float((found - wanted).norm() / wanted.norm()) < (0.2 if form == "nf4" else 0.03)
+    assert float((found - wanted).norm() / wanted.norm()) < (0.2 if weight_format == "nf4" else 0.03)
 
 
 def bloom() -> PreTrainedModel:

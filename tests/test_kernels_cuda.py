@@ -21,7 +21,7 @@ from fortwo.kernels import cuda
 from fortwo.kernels.operations import decode_attention
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.lora_config import GROUPS, LoraConfig
-from fortwo.quantization.formats import Regions
+from fortwo.quantization.formats import HugePageArena
 from fortwo.quantization.nf4 import Nf4, plain
 from tests.parts import as_decoder, make_rows, random_lora
 from tests.tiny import tiny_model
@@ -98,10 +98,10 @@ def test_swiglu(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_nf4_is_made_dense(dtype: torch.dtype) -> None:
-    form = Nf4.of(torch.randn(24, 128, device=DEVICE), Regions())
+    weight_format = Nf4.of(torch.randn(24, 128, device=DEVICE), HugePageArena())
     out = torch.full((32 * 64,), torch.nan, dtype=dtype, device=DEVICE)
-    cuda.call("nf4_dense", 12, 32, form.codes, *form._tables(), out)
-    close(out.view(-1, 64), plain(form, 12, 44).to(dtype))
+    cuda.call("nf4_dense", 12, 32, weight_format.codes, *weight_format._tables(), out)
+    close(out.view(-1, 64), plain(weight_format, 12, 44).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -215,13 +215,13 @@ def test_served_tokens(kind: type[ReferenceBackend], case: str) -> None:
 
 @torch.no_grad()
 @families
-@pytest.mark.parametrize("form", ["bf16", "int8", "nf4"])
-def test_weights_in_other_forms(form: str, case: str) -> None:
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
+def test_weights_in_other_forms(weight_format: str, case: str) -> None:
     """A kernel for a whole pass is not used for a network, or a sequence, that it does not know: prompts and steps,
     some of sequences beyond the window, are the reference's over the same weights."""
-    if form == "int8" and not cpu.usable(torch.empty(0)):
+    if weight_format == "int8" and not cpu.usable(torch.empty(0)):
         pytest.skip("there is no C compiler")
-    held = network(case).in_forms(Choice.fixed(form))
+    held = network(case).in_formats(Choice.fixed(weight_format))
 
     def served(backend: Backend) -> Tensor:
         runner = Runner(backend)

@@ -15,10 +15,10 @@ from torch import Tensor
 from fortwo.execution.backend import backend_for
 from fortwo.kernels import cpu
 from fortwo.nn.config import DecoderConfig
-from fortwo.nn.decoder import Decoder, forms_of
+from fortwo.nn.decoder import Decoder, formats_of
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.quantization import nf4
-from fortwo.quantization.formats import Dequantised, Regions, Weight
+from fortwo.quantization.formats import Dequantised, HugePageArena, Weight
 from fortwo.quantization.nf4 import BLOCK, LEVELS, SHARED, Nf4, dynamic_map, plain
 from fortwo.quantization.selection import Choice
 from fortwo.train.losses import Row, compute_losses
@@ -44,14 +44,14 @@ def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, leve
         monkeypatch.setattr(cpu, "usable", lambda *_: False)
 
 
-# ---------------------------------------------------------------- the form
+# ---------------------------------------------------------------- the format
 
 
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("shape", [(6, 128), (64, 33), (300, 64 * 60)])
 def test_a_weight_is_the_nearest_level_of_its_blocks_doubly_quantised_largest(shape: tuple[int, int]) -> None:
     weight = random(*shape) * torch.linspace(0.01, 3, shape[0])[:, None]
-    form = Nf4.of(weight, Regions())
+    weight_format = Nf4.of(weight, HugePageArena())
     blocks = weight.view(-1, BLOCK)
     largest_B = blocks.abs().amax(-1)
     offset = largest_B.mean()
@@ -60,8 +60,11 @@ def test_a_weight_is_the_nearest_level_of_its_blocks_doubly_quantised_largest(sh
         scale = some.abs().max()
         nearest = (some[:, None] / scale - dynamic_map(CPU)).abs().argmin(-1)
         wanted.append(dynamic_map(CPU)[nearest] * scale + offset)
-    levels, codes = torch.tensor(LEVELS), torch.stack([form.codes >> 4, form.codes & 15], -1).view(-1, BLOCK).int()
-    close(form.dense().view(-1, BLOCK), levels[codes] * torch.cat(wanted)[:, None])
+    levels, codes = (
+        torch.tensor(LEVELS),
+        torch.stack([weight_format.codes >> 4, weight_format.codes & 15], -1).view(-1, BLOCK).int(),
+    )
+    close(weight_format.dense().view(-1, BLOCK), levels[codes] * torch.cat(wanted)[:, None])
     away = (blocks[..., None] / largest_B[:, None, None] - levels).abs()
     torch.testing.assert_close(away.gather(-1, codes[..., None].long())[..., 0], away.amin(-1), rtol=0, atol=1e-6)
 
@@ -77,50 +80,50 @@ def test_the_dynamic_map_has_seven_decades() -> None:
 
 
 def test_a_weight_takes_little_more_than_half_a_byte() -> None:
-    form = Nf4.of(random(512, 128), Regions())
-    assert form.nbytes == 512 * 128 // 2 + 1024 + 4 * 1024 // 256 + 4
+    weight_format = Nf4.of(random(512, 128), HugePageArena())
+    assert weight_format.nbytes == 512 * 128 // 2 + 1024 + 4 * 1024 // 256 + 4
 
 
 @pytest.mark.usefixtures("either")
 def test_zeros_stay_zeros() -> None:
     weight = random(8, 128)
     weight[3] = 0
-    assert not Nf4.of(weight, Regions()).dense()[3].any()
-    assert not Nf4.of(torch.zeros(4, 64), Regions()).dense().any()
+    assert not Nf4.of(weight, HugePageArena()).dense()[3].any()
+    assert not Nf4.of(torch.zeros(4, 64), HugePageArena()).dense().any()
 
 
 @pytest.mark.usefixtures("either")
 def test_a_weight_that_is_quantised_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Nf4.of(random(50, 128), Regions())
+    whole = Nf4.of(random(50, 128), HugePageArena())
     monkeypatch.setattr(nf4, "PIECE", 7 * BLOCK)
-    pieces = Nf4.of(random(50, 128), Regions())
+    pieces = Nf4.of(random(50, 128), HugePageArena())
     assert all(torch.equal(getattr(whole, name), getattr(pieces, name)) for name in ("codes", "largest_B", "scale_S"))
 
 
 @compiled
 @pytest.mark.parametrize("width", [128, 33])
 def test_the_kernel_is_the_plain_formula(width: int) -> None:
-    form = Nf4.of(random(640, width) * 0.02, Regions())
-    wanted = plain(form, 0, len(form.codes)).view(640, width)
-    close(form.dense(), wanted, 1e-6)
-    assert torch.equal(form.part(0, 640, torch.bfloat16), form.dense().bfloat16())
+    weight_format = Nf4.of(random(640, width) * 0.02, HugePageArena())
+    wanted = plain(weight_format, 0, len(weight_format.codes)).view(640, width)
+    close(weight_format.dense(), wanted, 1e-6)
+    assert torch.equal(weight_format.part(0, 640, torch.bfloat16), weight_format.dense().bfloat16())
     for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(form.part(64, 192, dtype), form.part(0, 640, dtype)[64:192])
+        assert torch.equal(weight_format.part(64, 192, dtype), weight_format.part(0, 640, dtype)[64:192])
 
 
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("outputs", [64, 200, 384])
 def test_products_in_parts_are_those_of_the_dense_weight(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4, "PART", 4 * 128 * 128)  # 128 outputs
-    form = Nf4.of(random(outputs, 128), Regions())
-    weight = Dequantised(form, torch.float32)
+    weight_format = Nf4.of(random(outputs, 128), HugePageArena())
+    weight = Dequantised(weight_format, torch.float32)
     x, grad = random(5, 128, seed=1), random(5, outputs, seed=2)
-    close(weight.product(x), x @ form.dense().t())
-    close(weight.t().product(grad), grad @ form.dense())
+    close(weight.product(x), x @ weight_format.dense().t())
+    close(weight.t().product(grad), grad @ weight_format.dense())
     assert (weight.shape, weight.t().shape) == ((outputs, 128), (128, outputs))
-    narrow = Dequantised(form, torch.bfloat16)
-    close(narrow.product(x.bfloat16()), x @ form.dense().t(), 0.02)
-    close(narrow.t().product(grad.bfloat16()), grad @ form.dense(), 0.02)
+    narrow = Dequantised(weight_format, torch.bfloat16)
+    close(narrow.product(x.bfloat16()), x @ weight_format.dense().t(), 0.02)
+    close(narrow.t().product(grad.bfloat16()), grad @ weight_format.dense(), 0.02)
     assert narrow.product(x.bfloat16()).dtype == torch.bfloat16
 
 
@@ -131,12 +134,12 @@ def test_products_from_the_codes_are_those_of_the_dense_weight(
     rows: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nf4, "SUMMED", 256)
-    form = Nf4.of(random(*shape) * torch.linspace(0.1, 2, shape[0])[:, None], Regions())
+    weight_format = Nf4.of(random(*shape) * torch.linspace(0.1, 2, shape[0])[:, None], HugePageArena())
     x, grad = random(rows, shape[1], seed=1).bfloat16(), random(rows, shape[0], seed=2).bfloat16()
-    dense = form.part(0, shape[0], torch.bfloat16).float()
-    assert form._multiplies_tiles(x)
-    close(form.forward(x, torch.bfloat16, torch.float32), x.float() @ dense.t())
-    close(form.backward(grad, torch.bfloat16, torch.float32), grad.float() @ dense)
+    dense = weight_format.part(0, shape[0], torch.bfloat16).float()
+    assert weight_format._multiplies_tiles(x)
+    close(weight_format.forward(x, torch.bfloat16, torch.float32), x.float() @ dense.t())
+    close(weight_format.backward(grad, torch.bfloat16, torch.float32), grad.float() @ dense)
 
 
 # ---------------------------------------------------------------- training on it
@@ -146,7 +149,7 @@ DROPPED = LoraConfig(r=4, alpha=8, dropout=0.3)
 
 
 def held_in_nf4(family: str = "llama") -> Decoder:
-    return as_decoder(tiny_model(family)).in_forms(Choice.fixed("nf4"))
+    return as_decoder(tiny_model(family)).in_formats(Choice.fixed("nf4"))
 
 
 def trained(home: Decoder, checkpointing: bool = False) -> tuple[Tensor, list[Tensor]]:
@@ -181,7 +184,7 @@ def test_gradients_on_nf4_in_bf16_are_near_those_in_fp32() -> None:
 @pytest.mark.parametrize("weights", ["fp32", "nf4"])
 def test_checkpointing_changes_no_bit(of: Callable[[Decoder], Decoder], weights: str) -> None:
     plain_home = as_decoder(tiny_model("llama"))
-    home = of(plain_home if weights == "fp32" else plain_home.in_forms(Choice.fixed("nf4")).in_fp32())
+    home = of(plain_home if weights == "fp32" else plain_home.in_formats(Choice.fixed("nf4")).in_fp32())
     (loss, found), (wanted_loss, wanted) = trained(home, checkpointing=True), trained(home)
     assert torch.equal(loss, wanted_loss)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
@@ -248,10 +251,10 @@ def test_a_base_is_quantised_weight_by_weight_as_it_is_read() -> None:
     model = tiny_model("llama", num_hidden_layers=6)
     config = DecoderConfig.from_hf({**model.config.to_dict(), "architectures": ["LlamaForCausalLM"]})
     tensors = Recorded(model.state_dict())
-    found = Decoder(config, tensors, hold=forms_of(Choice.fixed("nf4")))
+    found = Decoder(config, tensors, hold=formats_of(Choice.fixed("nf4")))
     stay = 4 * (config.vocabulary * 64 + (2 * config.layers + 1) * 64)  # the embedding and the norms
     assert tensors.most <= stay + 4 * 64 * max(2 * 96, config.vocabulary)  # and what makes one product
-    whole = Decoder(config, model.state_dict()).in_forms(Choice.fixed("nf4"))
+    whole = Decoder(config, model.state_dict()).in_formats(Choice.fixed("nf4"))
     assert found.bytes == whole.bytes
     for one, other in zip(found.weights(), whole.weights(), strict=True):
         assert torch.equal(one, other)

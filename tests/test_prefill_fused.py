@@ -20,7 +20,7 @@ from fortwo.execution.reference import ReferenceBackend
 from fortwo.kernels import cpu
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora_config import LoraConfig
-from fortwo.quantization.formats import WIDE, Frozen, Grouped, Regions, Weight, dense, quantised
+from fortwo.quantization.formats import WIDE, Frozen, Grouped, HugePageArena, Weight, dense, quantize
 from fortwo.quantization.selection import Choice
 from tests.parts import WITHOUT_AMX, Unfused, as_decoder, make_rows, random_lora
 from tests.tiny import tiny_model
@@ -39,7 +39,7 @@ ADAPTERS = [None, "all", None, "odd", "wide", "down", "all", None]
 
 def home(family: str = "llama") -> Decoder:
     tiny = as_decoder(tiny_model(family, hidden_size=64, head_dim=32, intermediate_size=96))
-    return tiny.in_forms(Choice.fixed("bf16"))
+    return tiny.in_formats(Choice.fixed("bf16"))
 
 
 def runner_of(decoder: Decoder, kind: type[ReferenceBackend] = CpuBackend) -> Runner:
@@ -86,18 +86,20 @@ def test_rows_without_an_adapter_are_the_plain_ones() -> None:
     assert (mixed[changed] - plain[changed]).abs().amax(1).min() > 0.1
 
 
-@pytest.mark.parametrize(("head", "form", "takes"), [(32, "bf16", True), (32, "int4", True), (16, "int4", False)])
-def test_other_weights_and_shapes_are_left_to_the_decoder(head: int, form: str, takes: bool) -> None:
+@pytest.mark.parametrize(
+    ("head", "weight_format", "takes"), [(32, "bf16", True), (32, "int4", True), (16, "int4", False)]
+)
+def test_other_weights_and_shapes_are_left_to_the_decoder(head: int, weight_format: str, takes: bool) -> None:
     tiny = as_decoder(tiny_model("llama", hidden_size=64, head_dim=head, intermediate_size=96))
-    assert Prefill(tiny.in_forms(Choice.fixed(form))).takes is takes
+    assert Prefill(tiny.in_formats(Choice.fixed(weight_format))).takes is takes
     assert not Prefill(tiny).takes
 
 
-@pytest.mark.parametrize("form", ["int4", "int8"])
-def test_few_bits_are_made_bf16(form: str) -> None:
-    """The kernel multiplies with the very numbers that the form holds, rounded to bf16."""
+@pytest.mark.parametrize("weight_format", ["int4", "int8"])
+def test_few_bits_are_made_bf16(weight_format: str) -> None:
+    """The kernel multiplies with the very numbers that the format holds, rounded to bf16."""
     narrow = as_decoder(tiny_model("llama", hidden_size=64, head_dim=32, intermediate_size=96))
-    held = narrow.in_forms(Choice.fixed(form))
+    held = narrow.in_formats(Choice.fixed(weight_format))
     wide = copy(held)
     wide.layers = [
         replace(layer, **{name: _in_bf16(getattr(layer, name)) for name in WEIGHTS}) for layer in held.layers
@@ -108,14 +110,14 @@ def test_few_bits_are_made_bf16(form: str) -> None:
 
 def _in_bf16(weight: Frozen) -> Weight:
     rounded = dense(weight, torch.float32)
-    return Weight(rounded.shape, {"bf16": quantised("bf16", rounded, Regions())}, Choice.fixed("bf16"))
+    return Weight(rounded.shape, {"bf16": quantize("bf16", rounded, HugePageArena())}, Choice.fixed("bf16"))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", [(40, 64), (259, 96), (96, 32)])
 def test_products_of_many_rows(bits: int, shape: tuple[int, int]) -> None:
     """In bf16: 1 % of the largest."""
-    held = Grouped.of(torch.randn(shape, generator=torch.Generator().manual_seed(0)), bits, Regions())
+    held = Grouped.of(torch.randn(shape, generator=torch.Generator().manual_seed(0)), bits, HugePageArena())
     for rows in (WIDE, 32, 70):
         x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows))
         wanted = x @ held.dense().t()
@@ -124,7 +126,7 @@ def test_products_of_many_rows(bits: int, shape: tuple[int, int]) -> None:
 
 def test_steps_of_many_rows_are_those_of_few() -> None:
     """As in bf16: 0.1."""
-    decoder = as_decoder(tiny_model("llama", hidden_size=64, head_dim=32, intermediate_size=96)).in_forms(
+    decoder = as_decoder(tiny_model("llama", hidden_size=64, head_dim=32, intermediate_size=96)).in_formats(
         Choice.fixed("int8")
     )
     keys = [*SHAPES, None] * 6

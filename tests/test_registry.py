@@ -21,7 +21,7 @@ from fortwo.engine.base_choice import choose_base
 from fortwo.engine.engine import Engine
 from fortwo.engine.registry import ModelRegistry, RegistryState
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
-from fortwo.execution import autotuning as forms
+from fortwo.execution import autotuning as formats
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.fused_weights import Fused
@@ -29,7 +29,7 @@ from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.prompts import Prompt, Sampling
 from fortwo.quantization.formats import Dequantised, Weight
-from fortwo.quantization.selection import FORMS, Measurements
+from fortwo.quantization.selection import FORMATS, Measurements
 from fortwo.quantization.tiles import Tiles
 from fortwo.records import AdapterVersion, Json, Message, Phase
 from fortwo.settings import Settings, load
@@ -180,7 +180,7 @@ def test_a_base_stays_while_a_request_or_a_job_needs_it(setup: Setup) -> None:
     setup.registry.unload_base("tiny")
 
 
-@pytest.mark.parametrize("weights", FORMS)
+@pytest.mark.parametrize("weights", FORMATS)
 def test_every_form_of_the_weights_serves_adapters_and_can_be_trained_on(
     home: Path, directories: dict[str, Path], weights: str
 ) -> None:
@@ -193,7 +193,7 @@ def test_every_form_of_the_weights_serves_adapters_and_can_be_trained_on(
             assert isinstance(held, torch.Tensor)
         else:
             assert isinstance(held, Weight)
-            assert tuple(held.forms) == (weights,)
+            assert tuple(held.formats) == (weights,)
         assert setup.ask("tiny")
         setup.store_only("fact", setup.lora())
         assert setup.ask("fact")
@@ -206,17 +206,17 @@ def test_every_form_of_the_weights_serves_adapters_and_can_be_trained_on(
 
 def test_auto_holds_what_fp32_is_too_large_for_in_less() -> None:
     config = DecoderConfig.from_hf(tiny_model("llama").config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
-    assert forms.alone(config.parameters, 8 * config.parameters) is None
-    assert forms.alone(config.parameters, 8 * config.parameters - 1) == "bf16"
-    assert forms.alone(config.parameters, 4 * config.parameters) == "bf16"
-    assert forms.alone(config.parameters, 4 * config.parameters - 1) == "nf4"
+    assert formats.alone(config.parameters, 8 * config.parameters) is None
+    assert formats.alone(config.parameters, 8 * config.parameters - 1) == "bf16"
+    assert formats.alone(config.parameters, 4 * config.parameters) == "bf16"
+    assert formats.alone(config.parameters, 4 * config.parameters - 1) == "nf4"
 
 
 def test_auto_measures_once_on_a_machine_and_keeps_fp32(
     home: Path, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forms, "SMALL", 0)
-    monkeypatch.setattr(forms, "UNDISTURBED", 0)
+    monkeypatch.setattr(formats, "SMALL", 0)
+    monkeypatch.setattr(formats, "UNDISTURBED", 0)
     setups = [Setup(home), Setup(home)]
     try:
         for setup in setups:
@@ -226,10 +226,10 @@ def test_auto_measures_once_on_a_machine_and_keeps_fp32(
             (found,) = Measurements(home).all().values()
             assert isinstance(held, Weight)
             assert held.choice.table == found.choice
-            assert set(held.forms) == {"fp32", *held.choice.forms}
+            assert set(held.formats) == {"fp32", *held.choice.formats}
             assert found.seconds.keys() >= {"fp32"}
             assert setup.ask("tiny")
-            monkeypatch.setattr(forms, "measure", None)  # measuring again would fail
+            monkeypatch.setattr(formats, "measure", None)  # measuring again would fail
     finally:
         for setup in setups:
             setup.engine.close()
@@ -242,12 +242,12 @@ def test_a_sample_holds_a_part_of_the_head_and_at_least_one_layer(tied: bool, pa
     model = tiny_model("llama", vocab_size=4096, tie_word_embeddings=tied)
     config = DecoderConfig.from_hf(model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
     fused = Fused(config, model.state_dict())
-    head, *layers = forms._sample(fused, parameters)
+    head, *layers = formats._sample(fused, parameters)
     assert len(layers) in range(4, 4 * config.layers + 1, 4)
     assert 0 < len(head) <= config.vocabulary
     if parameters >= config.parameters:
         assert (len(head), len(layers)) == (config.vocabulary, 4 * config.layers)
-    found, share = forms.measure(fused, ["fp32"])
+    found, share = formats.measure(fused, ["fp32"])
     assert all(seconds > 0 for seconds in found["fp32"].values())
     assert share > 0
 
@@ -256,9 +256,9 @@ def test_a_sample_holds_a_part_of_the_head_and_at_least_one_layer(tied: bool, pa
 def test_what_a_busy_machine_measured_is_not_remembered(
     home: Path, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, share: float, remembered: bool
 ) -> None:
-    measure, threads = forms.measure, torch.get_num_threads()
-    monkeypatch.setattr(forms, "SMALL", 0)
-    monkeypatch.setattr(forms, "measure", lambda *arguments: (measure(*arguments)[0], share * threads))
+    measure, threads = formats.measure, torch.get_num_threads()
+    monkeypatch.setattr(formats, "SMALL", 0)
+    monkeypatch.setattr(formats, "measure", lambda *arguments: (measure(*arguments)[0], share * threads))
     setup = Setup(home, threads=threads)
     try:
         setup.catalog.add("tiny", directories["tiny"])

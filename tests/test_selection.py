@@ -23,7 +23,7 @@ def test_a_form_that_another_is_nearer_and_smaller_than_is_not_worth_it() -> Non
 
 def test_each_number_of_rows_gets_its_fastest_form() -> None:
     choice = choose(seconds(fp32=(40, 90), bf16=(20, 30), int4=(5, 60)), NBYTES, bound=1000, keep="fp32")
-    assert [choice.form(rows) for rows in (1, 3, 32, 33, 64, 100, 5000)] == ["int4"] * 3 + ["bf16"] * 4
+    assert [choice.format_for(rows) for rows in (1, 3, 32, 33, 64, 100, 5000)] == ["int4"] * 3 + ["bf16"] * 4
     assert choice.forms == ("int4", "bf16")
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fortwo.kernels import cpu
-from fortwo.quantization.formats import Regions, dense, trained_on
+from fortwo.quantization.formats import HugePageArena, dense, trained_on
 from fortwo.quantization.matmul import product
 from fortwo.quantization.tiles import LONGEST_SUM, Tiles
 
@@ -56,7 +56,7 @@ def test_one_sum_of_two_products(rows: int, inner: int, out: int, rank: int, tur
 @pytest.mark.parametrize(("rows", "inner", "out"), SHAPES)
 def test_a_weight_to_train_on_multiplies_there_and_back(rows: int, inner: int, out: int) -> None:
     weight = bf16(out, inner)
-    held = trained_on(weight.float(), Regions())
+    held = trained_on(weight.float(), HugePageArena())
     assert held.shape == (out, inner)
     assert torch.equal(dense(held, torch.bfloat16), weight)
     x, grad = bf16(rows, inner, seed=1), bf16(rows, out, seed=2)
@@ -68,14 +68,14 @@ def test_a_weight_to_train_on_multiplies_there_and_back(rows: int, inner: int, o
 def test_a_long_sum_takes_an_adapter_too(rows: int) -> None:
     """The gradient of a wide MLP's input sums over more outputs than a panel holds, and over an adapter's."""
     weight, grad = bf16(LONGEST_SUM + 96, 64), bf16(rows, LONGEST_SUM + 96, seed=1)
-    held, more = trained_on(weight.float(), Regions()), (bf16(rows, 4, seed=2), bf16(64, 4, seed=3))
+    held, more = trained_on(weight.float(), HugePageArena()), (bf16(rows, 4, seed=2), bf16(64, 4, seed=3))
     wanted = grad.float() @ weight.float() + more[0].float() @ more[1].float().t()
     assert off(product(grad, held.t(), more, torch.float32), wanted) < 1e-5
     assert off(product(grad, held.t(), more), wanted) < 6e-3
 
 
 def test_rows_do_not_depend_on_their_company() -> None:
-    held, x = trained_on(bf16(96, 64).float(), Regions()), bf16(70, 64, seed=1)
+    held, x = trained_on(bf16(96, 64).float(), HugePageArena()), bf16(70, 64, seed=1)
     together = product(x, held)
     if isinstance(held, Tiles):
         assert all(torch.equal(product(x[row : row + 1], held)[0], together[row]) for row in range(70))

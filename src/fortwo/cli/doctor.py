@@ -51,6 +51,6 @@ def _table(one: Measured) -> Table:
     title = f"{one.model} on {one.processor}, {one.threads} threads: milliseconds for the matrix products of a forward"
     rows = views.table("rows", *one.seconds, "auto takes", title=title)
     for count in ROWS:
-        spent = [f"{one.seconds[form][count] * 1000:.1f}" for form in one.seconds]
-        rows.add_row(str(count), *spent, Choice(one.choice).form(count))
+        spent = [f"{one.seconds[weight_format][count] * 1000:.1f}" for weight_format in one.seconds]
+        rows.add_row(str(count), *spent, Choice(one.choice).format_for(count))
     return rows

@@ -236,7 +236,8 @@ class ModelRegistry:
         if found is not None and found.serve + others > found.memory:
             loaded = f" beside {format_size(others)} of other bases" if others else ""
             raise Unavailable(
-                f"Base model {id!r} needs {format_size(found.serve)} of memory to be served in {found.form}{loaded}; "
+                f"Base model {id!r} needs {format_size(found.serve)} of memory to be served in "
+                f"{found.weight_format}{loaded}; "
                 f"this machine has {format_size(found.memory)}.",
                 param="model",
                 hint="Unload other bases, set FORTWO_WEIGHTS to a smaller format (int8, int4, nf4), or take a smaller "

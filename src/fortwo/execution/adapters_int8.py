@@ -17,7 +17,7 @@ from torch import Tensor
 from fortwo.kernels import cpu
 from fortwo.nn.lora import Lora, Update
 from fortwo.nn.lora_config import GROUPS
-from fortwo.quantization.formats import Regions
+from fortwo.quantization.formats import HugePageArena
 
 SIXTEEN = 16  # outputs that the kernel computes together
 OVER = 512  # bytes behind the last: a tile reads on where a rank does not fill it
@@ -61,7 +61,7 @@ class Laid:
                         parts.append((place.columns.start, len(B_Or), rank, r // 2, at))
                         rank, at = rank + r, at + _blocks(len(B_Or), r)
                 table.append(product)
-        flat = Regions(0).zeros((at + OVER,), torch.int8)
+        flat = HugePageArena(0).zeros((at + OVER,), torch.int8)
         cpu.kernels().pack_adapter(len(matrices), cpu.array("adapter_matrix", matrices), flat)
         return cls(flat, cpu.array("adapter_product", table), tuple(frozenset(groups) for groups in lora.layers))
 

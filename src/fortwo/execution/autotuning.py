@@ -1,6 +1,6 @@
-"""The forms a base model is served in: measured once on a machine, remembered, or as the setting says.
+"""The formats a base model is served in: measured once on a machine, remembered, or as the setting says.
 
-Knows weights and clocks; what becomes of the choice is `selection`'s, how a form multiplies `formats`'.
+Knows weights and clocks; what becomes of the choice is `selection`'s, how a format multiplies `formats`'.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fortwo.execution.prefill_fused import Prefill
 from fortwo.kernels import cpu
 from fortwo.kernels.isa import processor
 from fortwo.nn.config import DecoderConfig
-from fortwo.nn.decoder import Decoder, Hold, forms_of
+from fortwo.nn.decoder import Decoder, Hold, formats_of
 from fortwo.nn.fused_weights import Fused
 from fortwo.nn.lora_config import GROUPS
-from fortwo.quantization.formats import Form, Frozen, Regions, dense, fits, head_form, quantised
+from fortwo.quantization.formats import Frozen, HugePageArena, WeightFormat, dense, fits, head_format, quantize
 from fortwo.quantization.matmul import multiplies_bf16
 from fortwo.quantization.selection import ROWS, Choice, Measured, Measurements, Seconds, choose, worthwhile
 
@@ -43,7 +43,7 @@ SHARE = 0.5  # of the memory: what `auto` may hold
 
 UNDISTURBED = 0.8  # of its threads' time: what a measurement must have had of the processor to be remembered
 
-Timed = tuple[Seconds, float]  # seconds by form and rows; threads that the processor ran for it on average
+Timed = tuple[Seconds, float]  # seconds by format and rows; threads that the processor ran for it on average
 Run = Callable[[Callable[[], Timed]], Timed]
 log = logging.getLogger(__name__)
 
@@ -62,17 +62,17 @@ def serving(
     nothing else computes.
 
     auto: on a GPU that multiplies bf16, bf16; elsewhere fp32 below SMALL parameters. From there on fp32 is kept, for
-    training and as reference, unless another form that is held has the same weights to the last bit; and the fastest
-    forms beside it whose weights stay within ERROR of the originals. What fp32 would take more than SHARE of the memory
-    for is held in bf16 alone, or NF4. Forms are made weight by weight as they are read. Raises InvalidRequest for a
-    form that the model or the machine cannot have.
+    training and as reference, unless another format that is held has the same weights to the last bit; and the fastest
+    formats beside it whose weights stay within ERROR of the originals. What fp32 would take more than SHARE of the
+    memory for is held in bf16 alone, or NF4. Formats are made weight by weight as they are read. Raises InvalidRequest
+    for a format that the model or the machine cannot have.
     """
-    form = alone(config.parameters, memory(device)) if setting == "auto" else setting
-    if device.type != "cpu" and form in (None, "bf16") and multiplies_bf16(device):
+    weight_format = alone(config.parameters, memory(device)) if setting == "auto" else setting
+    if device.type != "cpu" and weight_format in (None, "bf16") and multiplies_bf16(device):
         return Decoder(config, weights, device, lambda weight, is_head: dense(weight, torch.bfloat16))
-    if form is not None and form != "fp32":
-        return Decoder(config, weights, device, _checked(id, form))
-    if form == "fp32" or config.parameters < SMALL or device.type != "cpu":
+    if weight_format is not None and weight_format != "fp32":
+        return Decoder(config, weights, device, _checked(id, weight_format))
+    if weight_format == "fp32" or config.parameters < SMALL or device.type != "cpu":
         return Decoder(config, weights, device)
     fused = Fused(config, weights, device)
     first = [fused.weight(0, group) for group in GROUPS]  # the head is as wide as one of them
@@ -98,7 +98,7 @@ def serving(
                 "had %.1f of %d threads. The result is used now and not remembered; the next load measures again.",
                 *(id, share, threads),
             )
-    return Decoder(config, weights, device, forms_of(choice, exact=True))
+    return Decoder(config, weights, device, formats_of(choice, exact=True))
 
 
 def serving_generic(id: str, directory: Path, parameters: int, device: torch.device, setting: str) -> GenericDecoder:
@@ -106,9 +106,11 @@ def serving_generic(id: str, directory: Path, parameters: int, device: torch.dev
     parameters: of the files. Raises UnsupportedModel, and InvalidRequest for a format that it cannot have."""
     from fortwo.nn import generic
 
-    form = alone(parameters, memory(device)) if setting == "auto" else setting
-    dtype = torch.float32 if form in (None, "fp32") else torch.bfloat16
-    return generic.load(directory, device, _checked(id, form) if form not in (None, "fp32") else None, dtype)
+    weight_format = alone(parameters, memory(device)) if setting == "auto" else setting
+    dtype = torch.float32 if weight_format in (None, "fp32") else torch.bfloat16
+    return generic.load(
+        directory, device, _checked(id, weight_format) if weight_format not in (None, "fp32") else None, dtype
+    )
 
 
 def alone(parameters: int, memory: int) -> str | None:
@@ -126,7 +128,7 @@ def memory(device: torch.device) -> int:
 
 
 def _checked(id: str, name: str) -> Hold:
-    hold = forms_of(Choice.fixed(name))
+    hold = formats_of(Choice.fixed(name))
 
     def held(weight: Frozen, is_head: bool) -> Frozen:
         if isinstance(weight, Tensor) and not fits(name, [weight]):
@@ -142,40 +144,41 @@ def _checked(id: str, name: str) -> Hold:
 
 
 def _quick() -> list[str]:
-    """Forms that may be faster than fp32 on this processor; NF4 is for want of memory and never is."""
+    """Formats that may be faster than fp32 on this processor; NF4 is for want of memory and never is."""
     return ["fp32", *(["bf16"] if multiplies_bf16(torch.device("cpu")) else []), "int8", "int4"]
 
 
 def error(name: str, fused: Fused) -> float:
-    """How far the form is from the weights, relative, in the worst of a few of them."""
+    """How far the format is from the weights, relative, in the worst of a few of them."""
     if name in ("fp32", "bf16"):
         return 0.0
     layers = fused.config.layers
     places = (0, "qkv"), (layers // 2, "qkv"), (layers - 1, "down")
     few = (fused.weight(*place).float() for place in places)
     return max(
-        float((quantised(name, weight_OI, Regions()).dense() - weight_OI).norm() / weight_OI.norm())
+        float((quantize(name, weight_OI, HugePageArena()).dense() - weight_OI).norm() / weight_OI.norm())
         for weight_OI in few
     )
 
 
 def measure(fused: Fused, names: list[str]) -> Timed:
-    """Seconds that the products of one forward take, by form and rows: of a sample of the weights, in one form after
-    the other. For the rows of a decode step, what it takes longer by a form that has no kernel for the whole step."""
+    """Seconds that the products of one forward take, by format and rows: of a sample of the weights, in one format
+    after the other. For the rows of a decode step, what it takes longer by a format that has no kernel for the whole
+    step."""
     c, passed, computed = fused.config, 0.0, 0.0
     found: dict[str, dict[int, float]] = {}
     for name in names:
-        regions, held = Regions(), list[tuple[Form, int, int]]()
+        arena, held = HugePageArena(), list[tuple[WeightFormat, int, int]]()
         for weight_OI in _sample(fused, SAMPLE):
-            form = quantised(name if held else head_form(name), weight_OI, regions)
-            held.append((form, weight_OI.shape[1], weight_OI.numel()))
+            weight_format = quantize(name if held else head_format(name), weight_OI, arena)
+            held.append((weight_format, weight_OI.shape[1], weight_OI.numel()))
         found[name] = {}
         for rows in ROWS:
             few = held if rows <= STEP_ROWS else held[1 : 1 + len(GROUPS)]
             part = sum(numel for _, _, numel in few) / c.parameters
-            forms, widths = [form for form, _, _ in few], [width for _, width, _ in few]
+            formats, widths = [weight_format for weight_format, _, _ in few], [width for _, width, _ in few]
             began = time.perf_counter(), time.process_time()
-            found[name][rows] = _seconds(forms, widths, rows) / part + _apart(c, name, rows)
+            found[name][rows] = _seconds(formats, widths, rows) / part + _apart(c, name, rows)
             passed, computed = passed + time.perf_counter() - began[0], computed + time.process_time() - began[1]
     return found, computed / passed
 
@@ -207,14 +210,14 @@ def _apart(config: DecoderConfig, name: str, rows: int) -> float:
 
 
 @torch.no_grad()
-def _seconds(forms: list[Form], widths: list[int], rows: int) -> float:
+def _seconds(formats: list[WeightFormat], widths: list[int], rows: int) -> float:
     """Seconds for the products, the minimum of a few runs: other load can only make a run slower."""
     inputs = {width: torch.ones(rows, width) for width in set(widths)}
     spent: list[float] = []
     while len(spent) < 2 or (len(spent) < 5 and sum(spent) < 0.05):
         began = time.perf_counter()
-        for form, width in zip(forms, widths, strict=True):
-            form.product(inputs[width])
+        for weight_format, width in zip(formats, widths, strict=True):
+            weight_format.product(inputs[width])
         spent.append(time.perf_counter() - began)
     return min(spent)
 

@@ -1,6 +1,6 @@
 """What a base model costs on this machine: a trial of its first layers, through its backend.
 
-The trial runs what a job runs, in the forms that it would use: a micro-step, and one token for many replies.
+The trial runs what a job runs, in the formats that it would use: a micro-step, and one token for many replies.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from fortwo.kernels import cpu
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Update
-from fortwo.quantization.formats import Form, Grouped, Weight
+from fortwo.quantization.formats import Grouped, Weight, WeightFormat
 from fortwo.quantization.tiles import Tiles
 
-WHOLE_STEP = ("int8", "int4")  # forms that there is a kernel for
+WHOLE_STEP = ("int8", "int4")  # formats that there is a kernel for
 OUTSIDE = frozenset({"norm_offset", "logit_scale", "logit_softcap", "joined_projections"})
 """Features of a network that are in its weights, or behind its layers: every kernel computes it with them."""
 WINDOWS = frozenset({"window", "windowed"})
@@ -34,7 +34,7 @@ class Step:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._tables: dict[str, Any] = {}  # by form: each decoder_layer
+        self._tables: dict[str, Any] = {}  # by format: each decoder_layer
         self._shape = shape_of(decoder)
         held = all(isinstance(weight, Weight) for weight in (decoder.layers[0].qkv_OD, decoder.head))
         self._fits = held and cpu.usable(decoder.embedding_VD) and self.fits(decoder.config)
@@ -53,7 +53,7 @@ class Step:
     def takes(self, rows: int) -> bool:
         """Whether this many rows are multiplied with weights in 4 or 8 bits."""
         weight = self._decoder.layers[0].qkv_OD
-        return self._fits and isinstance(weight, Weight) and weight.choice.form(rows) in WHOLE_STEP
+        return self._fits and isinstance(weight, Weight) and weight.choice.format_for(rows) in WHOLE_STEP
 
     def __call__(self, rows: Sequence[tuple[int, int, Sequence[int]]], updates: Sequence[Update]) -> Tensor:
         """Hidden states (B, D) after the final norm. rows: of each its token, its position, and the cache_place of
@@ -61,12 +61,12 @@ class Step:
         decoder, B = self._decoder, len(rows)
         weight = decoder.layers[0].qkv_OD
         assert isinstance(weight, Weight)
-        form = weight.choice.form(B)
-        if form not in self._tables:
-            self._tables[form] = layers_of(decoder, form)
+        weight_format = weight.choice.format_for(B)
+        if weight_format not in self._tables:
+            self._tables[weight_format] = layers_of(decoder, weight_format)
         tokens = cpu.array("new_token", [(token, position, place_of(place)) for token, position, place in rows])
         hidden_BD = torch.empty(B, decoder.config.hidden)
-        cpu.kernels().decode_step(B, self._shape, self._tables[form], tokens, *answering(updates), hidden_BD)
+        cpu.kernels().decode_step(B, self._shape, self._tables[weight_format], tokens, *answering(updates), hidden_BD)
         return hidden_BD
 
 
@@ -78,11 +78,11 @@ def shape_of(decoder: Decoder) -> Any:
     return cpu.ffi.new("decoder_shape *", (*sizes, *map(cpu.pointer, tensors)))
 
 
-def layers_of(decoder: Decoder, form: str) -> Any:
+def layers_of(decoder: Decoder, weight_format: str) -> Any:
     """The decoder_layer of each; the decoder must outlive them."""
     rows = []
     for layer in decoder.layers:
-        weights = [_quantized_weight(getattr(layer, name).forms[form]) for name in _PRODUCTS]
+        weights = [_quantized_weight(getattr(layer, name).formats[weight_format]) for name in _PRODUCTS]
         rows.append((*(cpu.pointer(getattr(layer, name)) for name in _SMALL), weights))
     return cpu.array("decoder_layer", rows)
 
@@ -101,12 +101,22 @@ def answering(updates: Sequence[Update]) -> tuple[int, Any, Tensor | None]:
     return len(rows.adapters), rows.adapters, rows.members
 
 
-def _quantized_weight(form: Form) -> tuple[Any, ...]:
+def _quantized_weight(weight_format: WeightFormat) -> tuple[Any, ...]:
     """The quantized_weight; of weights in 16 bits the panels."""
-    if isinstance(form, Tiles):
-        return 16, *form.shape, cpu.ffi.cast("uint8_t *", form.laid.data_ptr()), cpu.ffi.NULL, cpu.ffi.NULL
-    assert isinstance(form, Grouped)
-    return form.bits, *form.shape, *map(cpu.pointer, (form.q, form.scale_OG, form.minimum_OG))
+    if isinstance(weight_format, Tiles):
+        return (
+            16,
+            *weight_format.shape,
+            cpu.ffi.cast("uint8_t *", weight_format.laid.data_ptr()),
+            cpu.ffi.NULL,
+            cpu.ffi.NULL,
+        )
+    assert isinstance(weight_format, Grouped)
+    return (
+        weight_format.bits,
+        *weight_format.shape,
+        *map(cpu.pointer, (weight_format.q, weight_format.scale_OG, weight_format.minimum_OG)),
+    )
 
 
 _ADDRESS = cpu.ffi.cast("char *", 0)

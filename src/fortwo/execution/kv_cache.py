@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fortwo.nn.config import Shape
-from fortwo.quantization.formats import Regions
+from fortwo.quantization.formats import HugePageArena
 
 
 @dataclass(eq=False)
@@ -78,7 +78,7 @@ class Pool:
         self.gather([slot for slot in self.slots if slot is not None])
         kept = min(rows, len(self.slots))
         shape = (*self.kv.shape[:2], rows, *self.kv.shape[3:])
-        new = Regions(0).zeros(shape, self.kv.dtype) if self.kv.device.type == "cpu" else self.kv.new_zeros(shape)
+        new = HugePageArena(0).zeros(shape, self.kv.dtype) if self.kv.device.type == "cpu" else self.kv.new_zeros(shape)
         new[:, :, :kept] = self.kv[:, :, :kept]  # the rest is zero: what is masked is multiplied by zero, and nan stays
         self.kv = new
         self.slots = self.slots[:kept] + [None] * (rows - kept)

@@ -21,7 +21,7 @@ from fortwo.nn.lora import Update
 from fortwo.quantization.formats import Weight
 from fortwo.quantization.tiles import PANEL
 
-FORMS = ("bf16", "int8", "int4")
+FORMATS = ("bf16", "int8", "int4")
 MANY = 512  # tokens
 
 
@@ -42,9 +42,9 @@ class Prefill:
         self._decoder = decoder
         self._shape = shape_of(decoder)
         weight = decoder.layers[0].qkv_OD
-        form = weight.choice.form(MANY) if isinstance(weight, Weight) else None
-        fits = form in FORMS and Step(decoder).laid and self.fits(decoder.config)
-        self._layers = layers_of(decoder, form) if form is not None and fits else None
+        weight_format = weight.choice.format_for(MANY) if isinstance(weight, Weight) else None
+        fits = weight_format in FORMATS and Step(decoder).laid and self.fits(decoder.config)
+        self._layers = layers_of(decoder, weight_format) if weight_format is not None and fits else None
 
     @staticmethod
     def fits(config: DecoderConfig) -> bool:

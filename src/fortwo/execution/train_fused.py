@@ -21,7 +21,7 @@ from fortwo.nn.config import DecoderConfig
 from fortwo.nn.layer import Layer
 from fortwo.nn.lora import Lora, LoraGroup, Seeds
 from fortwo.nn.lora_config import GROUPS
-from fortwo.quantization.formats import Frozen, Regions
+from fortwo.quantization.formats import Frozen, HugePageArena
 from fortwo.quantization.tiles import PANEL, Tiles
 
 COMPUTED = OUTSIDE | WINDOWS | {"embedding_scale", "rope_amplitude"}
@@ -139,7 +139,7 @@ def through(layers: Trained, x_TD: Tensor, lora: Lora) -> Tensor:
 def _room(scratch: Scratch, nbytes: int) -> Tensor:
     """The memory that is there, or new memory with some to spare, since passes differ in their tokens."""
     room, scratch.memory = scratch.memory, None
-    return Regions().zeros((nbytes * 5 // 4,), torch.uint8) if room is None or len(room) < nbytes else room
+    return HugePageArena().zeros((nbytes * 5 // 4,), torch.uint8) if room is None or len(room) < nbytes else room
 
 
 def _weights(layer: Layer) -> tuple[Frozen, ...]:

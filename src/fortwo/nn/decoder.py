@@ -27,7 +27,16 @@ from fortwo.nn.head import CappedHead, Head, capped
 from fortwo.nn.layer import Layer, read_layer
 from fortwo.nn.lora import Seeds, Update, in_training, lora_product
 from fortwo.nn.rope import inverse_frequency
-from fortwo.quantization.formats import Frozen, Regions, Weight, bytes_to_train, dense, head_form, quantised, trained_on
+from fortwo.quantization.formats import (
+    Frozen,
+    HugePageArena,
+    Weight,
+    bytes_to_train,
+    dense,
+    head_format,
+    quantize,
+    trained_on,
+)
 from fortwo.quantization.matmul import frozen_product
 from fortwo.quantization.selection import Choice
 
@@ -137,13 +146,13 @@ class Decoder:
         other.config = replace(self.config, layers=len(other.layers))
         return other
 
-    def in_forms(self, choice: Choice, exact: bool = False) -> Decoder:
-        """The same network, to serve: weights as `forms_of` has them; the embedding in fp32."""
-        return self._with(forms_of(choice, exact))
+    def in_formats(self, choice: Choice, exact: bool = False) -> Decoder:
+        """The same network, to serve: weights as `formats_of` has them; the embedding in fp32."""
+        return self._with(formats_of(choice, exact))
 
     def _to_train(self, dtype: torch.dtype) -> Decoder:
-        regions = Regions()
-        return self._with(lambda weight, is_head: trained_on(weight, regions, dtype))
+        arena = HugePageArena()
+        return self._with(lambda weight, is_head: trained_on(weight, arena, dtype))
 
     def _with(self, change: Hold) -> Decoder:
         other = copy(self)
@@ -162,7 +171,7 @@ class Decoder:
 
     @property
     def head_VD(self) -> Head:
-        """The head of a network to train on. Raises TypeError for one that is held in forms."""
+        """The head of a network to train on. Raises TypeError for one that is held in formats."""
         if isinstance(self.head, Weight):
             raise TypeError("train on in_fp32() or in_bf16(): these weights are held to serve")
         cap = self.config.logit_softcap
@@ -182,7 +191,7 @@ class Decoder:
         """Memory held by the weights."""
         total = sum(held.nbytes for held in self._held())
         if self.config.tied and isinstance(self.head, Weight):
-            total += sum(form.nbytes for name, form in self.head.forms.items() if name != "fp32")
+            total += sum(weight_format.nbytes for name, weight_format in self.head.formats.items() if name != "fp32")
         elif self.config.tied and self.head is not self.embedding_VD:
             total += self.head.nbytes
         return total
@@ -349,20 +358,20 @@ def _angles(positions_T: Tensor, inverse_frequency_R2: Tensor, amplitude: float)
     return (cos_TR, sin_TR) if amplitude == 1 else (cos_TR * amplitude, sin_TR * amplitude)
 
 
-def forms_of(choice: Choice, exact: bool = False) -> Hold:
-    """Weights in the forms of `choice`. exact: and in fp32, unless one of them has the weight to the last bit; a head,
-    which may be the embedding, in any case."""
-    regions = Regions()
+def formats_of(choice: Choice, exact: bool = False) -> Hold:
+    """Weights in the formats of `choice`. exact: and in fp32, unless one of them has the weight to the last bit; a
+    head, which may be the embedding, in any case."""
+    arena = HugePageArena()
 
     def held(weight: Frozen, is_head: bool) -> Weight:
         weight_OI = weight if isinstance(weight, Tensor) else dense(weight, torch.float32)
-        forms = {name: quantised(head_form(name) if is_head else name, weight_OI, regions) for name in choice.forms}
+        formats = {name: quantize(head_format(name) if is_head else name, weight_OI, arena) for name in choice.formats}
         nearest = None
-        if exact and "fp32" not in forms:
-            same = (name for name in forms if torch.equal(forms[name].dense().float(), weight_OI))
+        if exact and "fp32" not in formats:
+            same = (name for name in formats if torch.equal(formats[name].dense().float(), weight_OI))
             nearest = None if is_head else next(same, None)
             if nearest is None:
-                forms["fp32"] = quantised("fp32", weight_OI, regions)
-        return Weight(weight_OI.shape, forms, choice, nearest)
+                formats["fp32"] = quantize("fp32", weight_OI, arena)
+        return Weight(weight_OI.shape, formats, choice, nearest)
 
     return held

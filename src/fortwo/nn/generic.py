@@ -31,7 +31,7 @@ from fortwo.nn.decoder import Angles, Attend, Hold, Operations
 from fortwo.nn.head import Head
 from fortwo.nn.lora import Seeds, Update, in_training, lora_product
 from fortwo.nn.packing import PackedAttention, pack
-from fortwo.quantization.formats import Frozen, Regions, Weight, bytes_to_train, trained_on
+from fortwo.quantization.formats import Frozen, HugePageArena, Weight, bytes_to_train, trained_on
 from fortwo.quantization.matmul import frozen_product
 
 ATTENTION = "fortwo"  # the name of our attention function in transformers
@@ -265,7 +265,7 @@ class GenericDecoder:
 
     @property
     def head_VD(self) -> Head:
-        """The head of a network to train on. Raises TypeError for one that is held in forms."""
+        """The head of a network to train on. Raises TypeError for one that is held in formats."""
         if isinstance(self.head, Weight):
             raise TypeError("train on in_fp32() or in_bf16(): these weights are held to serve")
         return self.head if self._plain_head else _HeadFunction(self)
@@ -355,8 +355,8 @@ class GenericDecoder:
         return sum(parameter.numel() for parameter in self._model.parameters())
 
     def _to_train(self, dtype: torch.dtype) -> GenericDecoder:
-        regions = Regions()
-        return self._with(lambda weight, is_head: trained_on(weight, regions, dtype))
+        arena = HugePageArena()
+        return self._with(lambda weight, is_head: trained_on(weight, arena, dtype))
 
     def _with(self, change: Hold) -> GenericDecoder:
         other = copy(self)

@@ -1,6 +1,6 @@
-"""Frozen weights in several forms, and which of them multiplies how many rows.
+"""Frozen weights in several formats, and which of them multiplies how many rows.
 
-A form holds one weight (O, I) and multiplies with it: fp32 exactly, bf16, int8 and int4 in groups of 32 inputs, NF4
+A format holds one weight (O, I) and multiplies with it: fp32 exactly, bf16, int8 and int4 in groups of 32 inputs, NF4
 (see `nf4`). A `Weight` holds one or more of them and takes, for each number of rows, the one its `Choice` names.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from fortwo.kernels import cpu
 from fortwo.quantization import matmul
 from fortwo.quantization.nf4 import Nf4
-from fortwo.quantization.selection import FORMS, Choice
+from fortwo.quantization.selection import FORMATS, Choice
 from fortwo.quantization.tiles import Tiles
 
 GROUP, TILE = 32, 16
@@ -27,7 +27,7 @@ WIDE = 24  # rows from which on weights in 4 or 8 bits are made bf16 for AMX's t
 REGION = 32 << 20  # bytes of memory taken at once for quantised weights
 
 
-class Form(Protocol):
+class WeightFormat(Protocol):
     """One way to hold a weight."""
 
     @property
@@ -37,10 +37,10 @@ class Form(Protocol):
         """x @ weight.T as fp32."""
 
     def dense(self) -> Tensor:
-        """The weight as this form has it: a bf16 tensor for bf16, else fp32."""
+        """The weight as this format has it: a bf16 tensor for bf16, else fp32."""
 
 
-class Regions:
+class HugePageArena:
     """Memory for weights in large pages: a product of one row reads all weights once and would wait for page tables.
 
     region: bytes that are taken at once."""
@@ -105,7 +105,7 @@ class Grouped:
         return weight_OI.shape[1] % GROUP == 0 and cpu.usable(weight_OI.new_empty(0, dtype=torch.float32))
 
     @classmethod
-    def of(cls, weight_OI: Tensor, bits: int, regions: Regions) -> Grouped:
+    def of(cls, weight_OI: Tensor, bits: int, arena: HugePageArena) -> Grouped:
         O, I = weight_OI.shape  # noqa: E741
         tiles, G = -(-O // TILE), I // GROUP
         weight_OI = weight_OI.float().contiguous()
@@ -126,9 +126,9 @@ class Grouped:
         return cls(
             bits,
             (O, I),
-            regions.hold(q),
-            regions.hold(tiled(scale_OG)),
-            None if minimum_OG is None else regions.hold(tiled(minimum_OG)),
+            arena.hold(q),
+            arena.hold(tiled(scale_OG)),
+            None if minimum_OG is None else arena.hold(tiled(minimum_OG)),
         )
 
     @property
@@ -162,41 +162,45 @@ class Grouped:
 
 
 class Weight:
-    """A frozen weight (O, I) in the forms that `choice` names, and perhaps more. nearest: the form that is nearest to
-    the original; None: the first in FORMS."""
+    """A frozen weight (O, I) in the formats that `choice` names, and perhaps more. nearest: the format that is nearest
+    to the original; None: the first in FORMATS."""
 
     dtype = torch.float32  # of what it multiplies and gives
 
     def __init__(
-        self, shape: Sequence[int], forms: Mapping[str, Form], choice: Choice, nearest: str | None = None
+        self, shape: Sequence[int], formats: Mapping[str, WeightFormat], choice: Choice, nearest: str | None = None
     ) -> None:
         self.shape = tuple(shape)
-        self.forms = dict(forms)
+        self.formats = dict(formats)
         self.choice = choice
-        self._nearest = next(name for name in FORMS if name in self.forms) if nearest is None else nearest
+        self._nearest = next(name for name in FORMATS if name in self.formats) if nearest is None else nearest
 
     @property
     def nbytes(self) -> int:
-        return sum(form.nbytes for form in self.forms.values())
+        return sum(weight_format.nbytes for weight_format in self.formats.values())
 
     def product(self, x_TI: Tensor) -> Tensor:
-        return self.forms[self.choice.form(x_TI.shape[0])].product(x_TI)
+        return self.formats[self.choice.format_for(x_TI.shape[0])].product(x_TI)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight as a tensor, from the form that is nearest to the original."""
-        if dtype == torch.bfloat16 and "bf16" in self.forms:
-            return self.forms["bf16"].dense()
-        return self.forms[self._nearest].dense().to(dtype)
+        """The weight as a tensor, from the format that is nearest to the original."""
+        if dtype == torch.bfloat16 and "bf16" in self.formats:
+            return self.formats["bf16"].dense()
+        return self.formats[self._nearest].dense().to(dtype)
 
 
 class Dequantised(Weight):
     """A weight in NF4 to train on, as QLoRA does: its products, forward and (by `t`) backward, are in `dtype`, and make
     it dense part by part. Gradients are those of the dense weight."""
 
-    def __init__(self, form: Nf4, dtype: torch.dtype, transposed: bool = False) -> None:
-        super().__init__(form.shape[::-1] if transposed else form.shape, {"nf4": form}, Choice.fixed("nf4"))
+    def __init__(self, weight_format: Nf4, dtype: torch.dtype, transposed: bool = False) -> None:
+        super().__init__(
+            weight_format.shape[::-1] if transposed else weight_format.shape,
+            {"nf4": weight_format},
+            Choice.fixed("nf4"),
+        )
         self.dtype = dtype
-        self._form, self._transposed = form, transposed
+        self._form, self._transposed = weight_format, transposed
 
     def t(self) -> Dequantised:
         return Dequantised(self._form, self.dtype, not self._transposed)
@@ -218,15 +222,15 @@ def dense(weight_OI: Frozen, dtype: torch.dtype) -> Tensor:
     return weight_OI.to(dtype)
 
 
-def trained_on(weight_OI: Frozen, regions: Regions, dtype: torch.dtype = torch.bfloat16) -> Frozen:
+def trained_on(weight_OI: Frozen, arena: HugePageArena, dtype: torch.dtype = torch.bfloat16) -> Frozen:
     """The weight for products in `dtype` there and back. What is held in NF4 alone stays so; fp32, and tiles, that are
     held already are not copied."""
-    if (form := _nf4_alone(weight_OI)) is not None:
-        return Dequantised(form, dtype)
+    if (weight_format := _nf4_alone(weight_OI)) is not None:
+        return Dequantised(weight_format, dtype)
     tiles = _tiles(weight_OI)
     if not _becomes_tiles(weight_OI, dtype):
         return dense(weight_OI, dtype)
-    return Tiles.of(dense(weight_OI, dtype), regions) if tiles is None else tiles
+    return Tiles.of(dense(weight_OI, dtype), arena) if tiles is None else tiles
 
 
 def bytes_to_train(weight_OI: Frozen, dtype: torch.dtype) -> int:
@@ -250,46 +254,46 @@ def _becomes_tiles(weight_OI: Frozen, dtype: torch.dtype) -> bool:
 
 
 def _nf4_alone(weight_OI: Frozen) -> Nf4 | None:
-    if not isinstance(weight_OI, Weight) or len(weight_OI.forms) > 1:
+    if not isinstance(weight_OI, Weight) or len(weight_OI.formats) > 1:
         return None
-    (form,) = weight_OI.forms.values()
-    return form if isinstance(form, Nf4) else None
+    (weight_format,) = weight_OI.formats.values()
+    return weight_format if isinstance(weight_format, Nf4) else None
 
 
 def _tiles(weight_OI: Frozen) -> Tiles | None:
     return next((one for one in _held(weight_OI) if isinstance(one, Tiles)), None)
 
 
-def _held(weight_OI: Frozen) -> list[Tensor | Form]:
-    """What holds the weight: its forms, of which a dense one is its tensor."""
-    held = list(weight_OI.forms.values()) if isinstance(weight_OI, Weight) else [weight_OI]
+def _held(weight_OI: Frozen) -> list[Tensor | WeightFormat]:
+    """What holds the weight: its formats, of which a dense one is its tensor."""
+    held = list(weight_OI.formats.values()) if isinstance(weight_OI, Weight) else [weight_OI]
     return [one.weight_OI if isinstance(one, Dense) else one for one in held]
 
 
-def quantised(name: str, weight_OI: Tensor, regions: Regions) -> Form:
-    """`weight_OI`, of any type of number, in the form `name`. Its width must fit (`fits`)."""
+def quantize(name: str, weight_OI: Tensor, arena: HugePageArena) -> WeightFormat:
+    """`weight_OI`, of any type of number, in the format `name`. Its width must fit (`fits`)."""
     match name:
         case "fp32":
             return Dense(weight_OI.float())
         case "bf16":
             if cpu.usable(weight_OI) and cpu.multiplies_tiles():
-                return Tiles.of(weight_OI.bfloat16(), regions)
-            return Dense(regions.hold(weight_OI.bfloat16()))
+                return Tiles.of(weight_OI.bfloat16(), arena)
+            return Dense(arena.hold(weight_OI.bfloat16()))
         case "int8" | "int4":
-            return Grouped.of(weight_OI, int(name.removeprefix("int")), regions)
+            return Grouped.of(weight_OI, int(name.removeprefix("int")), arena)
         case "nf4":
-            return Nf4.of(weight_OI, regions)
+            return Nf4.of(weight_OI, arena)
     raise ValueError(name)
 
 
-def head_form(name: str) -> str:
-    """How the head is held where the rest has the form `name`: of what 4 bits lose it would lose most, so GGUF's files
-    and QLoRA have it wider, too."""
+def head_format(name: str) -> str:
+    """How the head is held where the rest has the format `name`: of what 4 bits lose it would lose most, so GGUF's
+    files and QLoRA have it wider, too."""
     return {"int4": "int8", "nf4": "bf16"}.get(name, name)
 
 
 def fits(name: str, weights: Iterable[Tensor]) -> bool:
-    """Whether every weight can have this form here."""
+    """Whether every weight can have this format here."""
     if name in ("int8", "int4"):
         return all(Grouped.fits(weight_OI) for weight_OI in weights)
     return name != "nf4" or all(Nf4.fits(weight_OI) for weight_OI in weights)

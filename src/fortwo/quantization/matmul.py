@@ -27,7 +27,7 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class Multiplies(Protocol):
-    """A weight in forms of its own (`formats.Weight`)."""
+    """A weight in formats of its own (`formats.Weight`)."""
 
     def product(self, x_TI: Tensor, /) -> Tensor: ...
 
@@ -102,7 +102,7 @@ def product(
 
     A bf16 weight is multiplied with x rounded to bf16, and summed in fp32: on the CPU by AMX's tiles, or else as fp32,
     a part of the weight after the other, since torch's own product of bf16 rounds each sum to bf16. The result has the
-    type of x, or `dtype`. A `Weight` takes the form that is chosen for this many rows.
+    type of x, or `dtype`. A `Weight` takes the format that is chosen for this many rows.
     """
     dtype = x_TI.dtype if dtype is None else dtype
     if isinstance(weight_OI, Tiles):

@@ -176,9 +176,9 @@ def quantise(blocks: Tensor, codes: Tensor, largest_B: Tensor) -> None:
     torch.bitwise_or(found[:, 0::2] << 4, found[:, 1::2], out=codes)
 
 
-def plain(form: Nf4, first: int, last: int) -> Tensor:
+def plain(weight_format: Nf4, first: int, last: int) -> Tensor:
     """Blocks first .. last - 1 by torch's operations, as fp32 (blocks, 64)."""
-    device = form.codes.device
-    scale_B = form.scale_S[torch.arange(first, last, device=device) // SHARED]
-    tables = dynamic_map(device), form.offset, _levels(device)
-    return reference.nf4_dense(form.codes[first:last], form.largest_B[first:last], scale_B, *tables)
+    device = weight_format.codes.device
+    scale_B = weight_format.scale_S[torch.arange(first, last, device=device) // SHARED]
+    tables = dynamic_map(device), weight_format.offset, _levels(device)
+    return reference.nf4_dense(weight_format.codes[first:last], weight_format.largest_B[first:last], scale_B, *tables)

@@ -1,6 +1,6 @@
-"""Which form of the frozen weights multiplies how many rows: the decision, and the file of what was measured.
+"""Which format of the frozen weights multiplies how many rows: the decision, and the file of what was measured.
 
-Torch-free: `fortwo doctor` reads the same file. Forms are named as in `formats`.
+Torch-free: `fortwo doctor` reads the same file. Formats are named as in `formats`.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from pydantic import TypeAdapter, ValidationError
 
 from fortwo import disk
 
-FORMS = ("fp32", "bf16", "int8", "int4", "nf4")  # the most exact first
+FORMATS = ("fp32", "bf16", "int8", "int4", "nf4")  # the most exact first
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
-GAIN = 1.1  # a form that is not this much faster than a more exact one is not worth it
+GAIN = 1.1  # a format that is not this much faster than a more exact one is not worth it
 
-Seconds = Mapping[str, Mapping[int, float]]  # by form and rows: the products of one forward
+Seconds = Mapping[str, Mapping[int, float]]  # by format and rows: the products of one forward
 
 
 @dataclass(frozen=True)
 class Choice:
-    """table: (rows, form) in rising order; a form is for as many rows and fewer, the last one for all that are more."""
+    """table: (rows, format) in rising order; a format is for as many rows and fewer, the last one for more, too."""
 
     table: tuple[tuple[int, str], ...]
 
     @classmethod
-    def fixed(cls, form: str) -> Choice:
-        return cls(((1, form),))
+    def fixed(cls, weight_format: str) -> Choice:
+        return cls(((1, weight_format),))
 
     @property
-    def forms(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(form for _, form in self.table))
+    def formats(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(weight_format for _, weight_format in self.table))
 
-    def form(self, rows: int) -> str:
-        for most, form in self.table:
+    def format_for(self, rows: int) -> str:
+        for most, weight_format in self.table:
             if rows <= most:
-                return form
+                return weight_format
         return self.table[-1][1]
 
 
 def worthwhile(errors: Mapping[str, float], nbytes: Mapping[str, int], most: float) -> list[str]:
-    """Forms whose error is at most `most`, without those that another is both nearer and smaller than."""
+    """Formats whose error is at most `most`, without those that another is both nearer and smaller than."""
     return [
         name
         for name, error in errors.items()
@@ -53,21 +53,21 @@ def worthwhile(errors: Mapping[str, float], nbytes: Mapping[str, int], most: flo
 
 
 def choose(seconds: Seconds, nbytes: Mapping[str, int], bound: float, keep: str | None = None) -> Choice:
-    """The fastest form for each number of rows, out of those forms that together fit `bound` bytes.
+    """The fastest format for each number of rows, out of those formats that together fit `bound` bytes.
 
-    keep: a form that is held in any case. Of several sets of forms the one with the least time over all numbers of
+    keep: a format that is held in any case. Of several sets of formats the one with the least time over all numbers of
     rows is taken (as ratios, so that few rows count as much as many), and a larger or less exact set only where it
-    gains. Where nothing fits, the smallest form.
+    gains. Where nothing fits, the smallest format.
     """
     held = {keep} if keep is not None else set()
     best: Choice | None = None
     best_cost = math.inf
     for size in range(1, len(seconds) + 1):
-        for names in combinations([form for form in FORMS if form in seconds], size):
+        for names in combinations([weight_format for weight_format in FORMATS if weight_format in seconds], size):
             if sum(nbytes[name] for name in held.union(names)) > bound:
                 continue
             table = tuple((rows, _fastest({name: seconds[name][rows] for name in names})) for rows in ROWS)
-            cost = sum(math.log(seconds[form][rows]) for rows, form in table) / len(table)
+            cost = sum(math.log(seconds[weight_format][rows]) for rows, weight_format in table) / len(table)
             if cost < best_cost - math.log(GAIN):
                 best, best_cost = Choice(table), cost
     return best or Choice.fixed(min(nbytes, key=lambda name: nbytes[name]))
@@ -75,7 +75,7 @@ def choose(seconds: Seconds, nbytes: Mapping[str, int], bound: float, keep: str 
 
 def _fastest(seconds: Mapping[str, float]) -> str:
     limit = GAIN * min(seconds.values())
-    return next(name for name in FORMS if name in seconds and seconds[name] <= limit)
+    return next(name for name in FORMATS if name in seconds and seconds[name] <= limit)
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,14 @@ class Tiles:
     dtype: ClassVar[torch.dtype] = torch.bfloat16
 
     @classmethod
-    def of(cls, weight_OI: Tensor, regions: Memory) -> Tiles:
+    def of(cls, weight_OI: Tensor, arena: Memory) -> Tiles:
         """weight_OI: bf16, or its transposed view."""
         O, I = weight_OI.shape  # noqa: E741
         laid = torch.empty(-(-O // PANEL), -(-I // STEP), 2, STEP // 2, PANEL // 2, 2, dtype=torch.bfloat16)
         if 1 not in weight_OI.stride():
             weight_OI = weight_OI.contiguous()
         cpu.kernels().pack_panels(O, I, cpu.pointer(weight_OI, strided=True), *weight_OI.stride(), laid)
-        return cls((O, I), regions.hold(laid))
+        return cls((O, I), arena.hold(laid))
 
     def t(self) -> Tiles:
         return Tiles(self.shape[::-1], self.laid, not self.transposed)

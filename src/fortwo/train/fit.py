@@ -25,10 +25,10 @@ _DIMENSIONS = (
 @dataclass(frozen=True)
 class Fit:
     """Bytes: serve, of a server with this base and one conversation; teach, at the peak of a job; memory, of the
-    machine. form: in which the weights are held."""
+    machine. format: in which the weights are held."""
 
     parameters: int
-    form: str
+    weight_format: str
     serve: int
     teach: int
     memory: int
@@ -66,31 +66,34 @@ def fit(config: Json, weights: str, memory: int) -> Fit | None:
     shape = _shape(config)
     if shape is None:
         return None
-    form = held_form(shape.parameters, memory) if weights == "auto" else weights
+    weight_format = held_format(shape.parameters, memory) if weights == "auto" else weights
     embedding = shape.hidden * shape.vocabulary
-    held = PER_PARAMETER[form] * (shape.parameters - embedding) + max(2.0, PER_PARAMETER[form]) * embedding
-    copy = 2 * shape.parameters if form in ("int8", "int4") else 0
+    held = (
+        PER_PARAMETER[weight_format] * (shape.parameters - embedding)
+        + max(2.0, PER_PARAMETER[weight_format]) * embedding
+    )
+    copy = 2 * shape.parameters if weight_format in ("int8", "int4") else 0
     base = estimate.BaseFacts.of("", _Weights(shape, round(held), copy))
     ranks = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), RANK)
     job = estimate.memory(
         base,
         micro_step=estimate.MICRO_TOKENS,
         ranks=ranks,
-        bf16=form != "fp32",
+        bf16=weight_format != "fp32",
         checkpointing=True,
         best=True,
         moments=estimate.MOMENTS,
         replies=MAX_RUNNING * MIN_ROW_TOKENS,
     )
     serve = estimate.PROCESS + base.bytes + CONTEXT * base.kv_bytes_per_token
-    return Fit(shape.parameters, form, round(serve), max(job.training, job.exam), memory)
+    return Fit(shape.parameters, weight_format, round(serve), max(job.training, job.exam), memory)
 
 
-def held_form(parameters: int, memory: int) -> str:
-    """The form that `auto` holds in so much memory: the first whose weights take no more than half of it."""
-    for form in ("fp32", "bf16"):
-        if PER_PARAMETER[form] * parameters <= SHARE * memory:
-            return form
+def held_format(parameters: int, memory: int) -> str:
+    """The format that `auto` holds in so much memory: the first whose weights take no more than half of it."""
+    for weight_format in ("fp32", "bf16"):
+        if PER_PARAMETER[weight_format] * parameters <= SHARE * memory:
+            return weight_format
     return "nf4"
 
 

@@ -1,6 +1,6 @@
-"""What each form of the base weights costs and gains: python -m bench.forms
+"""What each format of the base weights costs and gains: python -m bench.formats
 
-The base answers everyday prompts in fp32, greedily; then each form is given the same prompts and replies, and its
+The base answers everyday prompts in fp32, greedily; then each format is given the same prompts and replies, and its
 next-token distribution at every token of a reply is held against fp32's.
 """
 
@@ -22,7 +22,7 @@ from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
-from fortwo.quantization.selection import FORMS, Choice
+from fortwo.quantization.selection import FORMATS, Choice
 from fortwo.records import Message
 from fortwo.settings import load
 
@@ -80,11 +80,13 @@ def main() -> None:
     wanted = distributions(exact, rows)
     print(f"{settings.default_model}, {len(wanted)} tokens of {len(rows)} replies, {torch.get_num_threads()} threads")
     print(
-        "| form | MB | mean KL | same first token | " + " | ".join(f"{count} rows, ms a step" for count in ROWS) + " |"
+        "| format | MB | mean KL | same first token | "
+        + " | ".join(f"{count} rows, ms a step" for count in ROWS)
+        + " |"
     )
     print("|---|---|---|---|" + "---|" * len(ROWS))
-    for name in FORMS:
-        decoder = exact if name == "fp32" else exact.in_forms(Choice.fixed(name))
+    for name in FORMATS:
+        decoder = exact if name == "fp32" else exact.in_formats(Choice.fixed(name))
         found = distributions(decoder, rows)
         divergence = float((wanted.exp() * (wanted - found)).sum(-1).mean())
         same = float((wanted.argmax(-1) == found.argmax(-1)).float().mean())
