@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fortwo.hub.bundled import BUNDLED
-from fortwo.train.fit import fit, held_form, verdict
+from fortwo.train.fit import fit, held_format, verdict
 
 GIB = 1 << 30
 PUBLISHED = {  # millions of parameters, as the models' own pages say
@@ -60,7 +60,7 @@ def test_the_setting_decides_the_form() -> None:
 )
 def test_the_verdict(needed: int, word: str) -> None:
     assert verdict(needed, 100) == word
-    assert held_form(25, 200) == "fp32"
+    assert held_format(25, 200) == "fp32"
 
 
 WHOLE: dict[str, Any] = BUNDLED["qwen3-0.6b"].config

@@ -24,20 +24,20 @@ def test_a_form_that_another_is_nearer_and_smaller_than_is_not_worth_it() -> Non
 def test_each_number_of_rows_gets_its_fastest_form() -> None:
     choice = choose(seconds(fp32=(40, 90), bf16=(20, 30), int4=(5, 60)), NBYTES, bound=1000, keep="fp32")
     assert [choice.format_for(rows) for rows in (1, 3, 32, 33, 64, 100, 5000)] == ["int4"] * 3 + ["bf16"] * 4
-    assert choice.forms == ("int4", "bf16")
+    assert choice.formats == ("int4", "bf16")
 
 
 def test_the_more_exact_form_wins_where_the_other_is_hardly_faster() -> None:
-    assert choose(seconds(fp32=10, int8=9.2), NBYTES, bound=1000).forms == ("fp32",)
-    assert choose(seconds(fp32=10, int8=8), NBYTES, bound=1000).forms == ("int8",)
+    assert choose(seconds(fp32=10, int8=9.2), NBYTES, bound=1000).formats == ("fp32",)
+    assert choose(seconds(fp32=10, int8=8), NBYTES, bound=1000).formats == ("int8",)
 
 
 def test_memory_bounds_how_many_forms_are_held() -> None:
     found = seconds(fp32=(40, 90), bf16=(20, 30), int4=(5, 60))
-    assert choose(found, NBYTES, bound=662, keep="fp32").forms == ("int4", "bf16")
-    assert choose(found, NBYTES, bound=661, keep="fp32").forms == ("int4",)
-    assert choose(found, NBYTES, bound=262).forms == ("int4", "bf16")
-    assert choose(found, NBYTES, bound=261).forms == ("int4",)
+    assert choose(found, NBYTES, bound=662, keep="fp32").formats == ("int4", "bf16")
+    assert choose(found, NBYTES, bound=661, keep="fp32").formats == ("int4",)
+    assert choose(found, NBYTES, bound=262).formats == ("int4", "bf16")
+    assert choose(found, NBYTES, bound=261).formats == ("int4",)
 
 
 def test_where_nothing_fits_the_smallest_form_is_held() -> None:
@@ -46,7 +46,7 @@ def test_where_nothing_fits_the_smallest_form_is_held() -> None:
 
 def test_a_second_form_must_be_worth_its_memory() -> None:
     found = seconds(fp32=(100, 100), int4=(5, 100), int8=(5, 97))
-    assert choose(found, NBYTES, bound=1000).forms == ("int8",)
+    assert choose(found, NBYTES, bound=1000).formats == ("int8",)
 
 
 def test_what_was_measured_is_remembered(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ class Decoder:
         if c.tied and head_VD is not self.embedding_VD:
             self.config = replace(c, tied=False)  # the file has a head of its own
         self.head: Frozen = held(head_VD, True)
+        del head_VD  # it is not needed beside what it is held in
         self.layers = [read_layer(fused, index, held) for index in range(c.layers)]
         fused.raise_unused()
         self.inverse_frequency_E2 = inverse_frequency(c.rope).to(self.device)
