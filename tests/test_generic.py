@@ -45,6 +45,8 @@ FAMILIES = {
     "cohere": {},  # logits that are scaled
     "glm4": {},  # interleaved rotary, norms before and after
     "olmo2": {},
+    "cohere2": {"sliding_window": 8},  # a window in three layers of four
+    "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
 }
 
@@ -178,11 +180,11 @@ def bloom() -> PreTrainedModel:
     return generic_model("bloom")
 
 
-def gemma2() -> PreTrainedModel:
-    return generic_model("gemma2", head_dim=16)
+def gpt_oss() -> PreTrainedModel:
+    return generic_model("gpt_oss", head_dim=16, num_local_experts=4, num_experts_per_tok=2)
 
 
-@pytest.mark.parametrize(("build", "reason"), [(bloom, "no attention interface"), (gemma2, "softcap")])
+@pytest.mark.parametrize(("build", "reason"), [(bloom, "no attention interface"), (gpt_oss, "attention sinks")])
 def test_what_cannot_be_computed_is_refused(build: Callable[[], PreTrainedModel], reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=reason) as refusal:
         GenericDecoder(build())

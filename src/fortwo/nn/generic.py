@@ -12,11 +12,11 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ ATTENTION = "fortwo"  # the name of our attention function in transformers
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # the largest relative difference to transformers' own logits
 PROBE = [3, 5, 7, 11, 13, 17, 19, 23]  # tokens
 PROBES = [PROBE, [*PROBE[:3], *PROBE[:4]]]  # rows of the comparison with transformers, which begin alike
-UNKNOWN = ("softcap", "s_aux")  # options of transformers' attention that ours does not have
 
 Key = tuple[int, str]  # the number of a layer, and the name of a linear module within it
 
@@ -48,8 +47,8 @@ class GenericConfig:
     """What engine, trainer and plan ask of a network's shape, as `DecoderConfig` answers it.
 
     modules: (in, out) of each linear module that an adapter can change, by its name within a layer, such as
-    attention.dense; path: where the layers are, such as gpt_neox.layers. context: at most the sliding window, where
-    there is one. parameters: of the whole network.
+    attention.dense; path: where the layers are, such as gpt_neox.layers. parameters: of the whole network. windows:
+    how many tokens each layer sees, None for all.
     """
 
     architecture: str
@@ -65,12 +64,11 @@ class GenericConfig:
     tied: bool
     path: str
     modules: Mapping[str, tuple[int, int]]
-    attention_softcap: float | None = None
+    windows: tuple[int | None, ...]
+    attention_softcap: float | None
 
     def window_of(self, layer: int) -> int | None:
-        """None: the context ends where a window would begin."""
-        del layer
-        return None
+        return self.windows[layer]
 
     @property
     def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -98,7 +96,7 @@ class _Pass:
     weights: Mapping[Key, Frozen] = field(default_factory=dict)
     head: Frozen | None = None
     hidden_TD: Tensor | None = None
-    windows: set[int] = field(default_factory=set)
+    probe: Callable[..., tuple[Tensor, None]] | None = None  # in place of `attend`, while the network is probed
 
 
 class _Projection(nn.Module):
@@ -176,10 +174,12 @@ def _attention(
     v_1KTE: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: what the pass attends with, which scales by 1 / sqrt(E)."""
     now: _Pass = module.current_pass  # type: ignore[assignment]
+    if now.probe is not None:
+        return now.probe(module.layer_idx, q_1HTE, k_1KTE, v_1KTE, **options)
     assert now.attend is not None
     E = q_1HTE.shape[-1]
     if scaling is not None and scaling != E**-0.5:
@@ -215,7 +215,7 @@ class GenericDecoder:
             if hasattr(module, "layer_idx"):
                 module.current_pass = now
         model.set_attn_implementation(ATTENTION)
-        seen, rows = _probe(self, architecture)
+        attention, rows = _probe(self, architecture)
         modules = _uniform(layers, rows)
         self.weights: dict[Key, Frozen] = {}
         for number, layer in enumerate(layers):
@@ -238,14 +238,12 @@ class GenericDecoder:
         self._with_head._modules = {**model._modules, model.base_model_prefix: _Hidden(now)}
         self._embedding = embedding
         self._any_token = torch.tensor([PROBE[:1]], device=self.device)
-        self.config = _config(model, seen, modules, path, tied, self._rest() + _numel(self._multiplied(), tied))
+        self.config = _config(model, attention, modules, path, tied, self._rest() + _numel(self._multiplied(), tied))
         self._check(wanted_TV)
         if hold is not None:
             for key, weight in self.weights.items():
                 self.weights[key] = hold(weight, False)
             self.head = hold(self.head, True)
-        if now.windows:
-            self.config = replace(self.config, context=min(self.config.context, *now.windows))
 
     # ------------------------------------------------------------ what Decoder offers
 
@@ -451,21 +449,30 @@ def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+class _Attention(NamedTuple):
+    """What one layer asks of its attention."""
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    value_size: int
+    softcap: float | None
+    window: int | None
+
+
 @torch.no_grad()
-def _probe(decoder: GenericDecoder, architecture: str) -> tuple[tuple[int, int, int], dict[Key, list[int]]]:
-    """One forward: (query heads, key heads, head size), which all layers must share, and how many rows each linear
-    module was called with, call by call."""
-    shapes: dict[int, tuple[int, int, int, int]] = {}
+def _probe(decoder: GenericDecoder, architecture: str) -> tuple[list[_Attention], dict[Key, list[int]]]:
+    """One forward: what each layer asks of its attention, and how many rows each linear module was called with, call by
+    call."""
+    asked: dict[int, _Attention] = {}
     rows: dict[Key, list[int]] = {}
 
-    def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
-        shapes[module.layer_idx] = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
-        if window := options.get("sliding_window"):
-            decoder._now.windows.add(window)
-        if given := [name for name in UNKNOWN if options.get(name) is not None]:
-            raise ValueError(f"it asks for {', '.join(given)}")
-        repeated = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-        return repeated.transpose(1, 2), None
+    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, None]:
+        if options.get("s_aux") is not None:
+            raise ValueError("it has attention sinks")
+        softcap, window = options.get("softcap"), options.get("sliding_window")
+        asked[layer] = _Attention(q.shape[1], k.shape[1], q.shape[3], v.shape[3], softcap or None, window or None)
+        return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2), None
 
     def counted(key: Key) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, given: rows.setdefault(key, []).append(given[0].shape[:-1].numel())
@@ -475,7 +482,7 @@ def _probe(decoder: GenericDecoder, architecture: str) -> tuple[tuple[int, int, 
         for number, layer in enumerate(decoder._layers)
         for name, linear in _linears(layer)
     ]
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+    decoder._now.probe = attention
     try:
         embedded = decoder._model.get_input_embeddings()(torch.tensor(PROBE, device=decoder.device))
         positions = torch.arange(len(PROBE), device=decoder.device)
@@ -483,15 +490,15 @@ def _probe(decoder: GenericDecoder, architecture: str) -> tuple[tuple[int, int, 
     except (TypeError, RuntimeError, AttributeError, ValueError, KeyError, IndexError) as error:
         raise _unsupported(architecture, f"transformers' forward fails with our attention ({error})") from None
     finally:
-        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+        decoder._now.probe = None
         for hook in hooks:
             hook.remove()
-    if sorted(shapes) != list(range(len(decoder._layers))):
-        without = sorted(set(range(len(decoder._layers))) - set(shapes))
+    if without := sorted(set(range(len(decoder._layers))) - set(asked)):
         raise _unsupported(architecture, f"layers {without} have no attention, but a state of their own")
-    if len(set(shapes.values())) > 1 or any(own != E for _, _, E, own in shapes.values()):
-        raise _unsupported(architecture, "its heads differ in size")
-    return shapes[0][:3], rows
+    layers = [asked[number] for number in range(len(decoder._layers))]
+    if len({one[:5] for one in layers}) > 1 or layers[0].head_size != layers[0].value_size:
+        raise _unsupported(architecture, "its heads differ in size, or its layers in the soft cap of their scores")
+    return layers, rows
 
 
 def _uniform(layers: nn.ModuleList, rows: Mapping[Key, list[int]]) -> dict[str, tuple[int, int]]:
@@ -513,13 +520,13 @@ def _uniform(layers: nn.ModuleList, rows: Mapping[Key, list[int]]) -> dict[str, 
 
 def _config(
     model: PreTrainedModel,
-    shape: tuple[int, int, int],
+    attention: Sequence[_Attention],
     modules: Mapping[str, tuple[int, int]],
     path: str,
     tied: bool,
     parameters: int,
 ) -> GenericConfig:
-    c, (heads, kv_heads, head_size) = model.config.get_text_config(), shape
+    c, one = model.config.get_text_config(), attention[0]
     lengths = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     context = next((value for name in lengths if isinstance(value := getattr(c, name, None), int)), 2048)
     rope = getattr(c, "rope_parameters", None) or {}
@@ -534,15 +541,17 @@ def _config(
         vocabulary=model.get_input_embeddings().weight.shape[0],
         hidden=hidden,
         layers=c.num_hidden_layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=head_size,
+        heads=one.heads,
+        kv_heads=one.kv_heads,
+        head_size=one.head_size,
         intermediate=max((max(size) for size in modules.values()), default=4 * hidden),
         context=context,
         parameters=parameters,
         tied=tied,
         path=path,
         modules=MappingProxyType(dict(modules)),
+        windows=tuple(layer.window for layer in attention),
+        attention_softcap=one.softcap,
     )
 
 
