@@ -25,7 +25,7 @@ _DIMENSIONS = (
 @dataclass(frozen=True)
 class Fit:
     """Bytes: serve, of a server with this base and one conversation; teach, at the peak of a job; memory, of the
-    machine. format: in which the weights are held."""
+    machine. weight_format: in which the weights are held."""
 
     parameters: int
     weight_format: str

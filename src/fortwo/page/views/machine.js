@@ -88,7 +88,9 @@ function Base({base, changed, begun}) {
         ${base.bytes !== null && `${text.machine.parameters} ${parameters(base.parameters)} · ${text.machine.size} ${size(base.bytes)} · `}
         ${text.machine.source} <code>${base.source}</code>
       </p>
-      <${Problem} error=${action.error} />
+      ${base.fit && base.state !== 'loaded' && html`
+        <p class="muted">${text.machine.fit(size(base.fit.serve), base.fit.serving, size(base.fit.teach), base.fit.teaching)}</p>`}
+      <${Problem} error=${action.error ?? base.error} />
       ${asking && html`
         <${Confirm} danger=${false} title=${text.machine.fetchTitle(base.id)} confirm=${text.machine.fetchConfirm}
           keep=${text.machine.notNow} onConfirm=${() => turn('load')} onClose=${() => setAsking(false)}>
