@@ -377,7 +377,7 @@ def test_checkpoints_of_other_weights_are_not_used(served: Served) -> None:
     told = events(served, job_id)
     warned = [event["message"] for event in told if event["level"] == "warn"]
     assert len(warned) == len(places)
-    assert all("other weights" in message for message in warned)
+    assert all("another base" in message for message in warned)
     assert [event["data"]["step"] for event in told if event["type"] == "step"].count(1) == 2
 
 

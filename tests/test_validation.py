@@ -72,7 +72,6 @@ def test_patience_counts_evaluations_without_a_lower_loss(losses: list[float], p
         ({"validation_split": 0.7}, "validation_split", "at most 0.5"),
         ({"validation_split": True}, "validation_split", "True"),
         ({"early_stopping_patience": 0}, "early_stopping_patience", "at least 1"),
-        ({"val_set_size": 0.1}, "val_set_size", "validation_split"),
         ({"metric_for_best_model": "accuracy"}, "metric_for_best_model", "eval_loss"),
     ],
 )
