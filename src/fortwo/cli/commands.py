@@ -7,13 +7,13 @@ that `fortwo --help` answers at once.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fortwo import strict_json
 from fortwo.cli import inventory, views
 from fortwo.cli.terminal import CommandGroup, connect, screen
 from fortwo.errors import InvalidRequest
@@ -124,9 +124,9 @@ def _request(data: Path, name: str, config: Path | None, **options: str | None) 
     given = {"adapter_name": name, **options}
     body = {key: value for key, value in given.items() if value is not None} | {"dataset": _dataset(data)}
     try:
-        extra = {} if config is None else json.loads(config.read_text())
-    except ValueError as error:
-        raise InvalidRequest(f"{config} is not JSON: {error}.", hint="Correct the file and try again.") from None
+        extra = {} if config is None else strict_json.loads(config.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{config} cannot be read: {error}.", hint="Correct the file and try again.") from None
     if not isinstance(extra, dict):
         raise InvalidRequest(
             f"{config} does not contain a JSON object.", param="config", hint='Write {"training_config": {...}}.'

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fortwo.data import datasets
-from fortwo.errors import InvalidDataset, NotFound
+from fortwo.errors import InvalidDataset, NotFound, UnsupportedModel
+from fortwo.nn.config import CONTEXT_NAMES, DecoderConfig
 from fortwo.records import Example, Fact
 
 if TYPE_CHECKING:
@@ -128,8 +129,12 @@ def _role(example: Example, ends: Sequence[int], index: int) -> str | None:
 
 
 def context_length(directory: Path) -> int:
-    """How many tokens the model in `directory` can attend to."""
+    """The most tokens of a row for the model in `directory`. Raises UnsupportedModel where config.json does not say."""
     config = json.loads((directory / "config.json").read_text("utf-8-sig"))
-    context, window = int(config["max_position_embeddings"]), config.get("sliding_window")
-    windowed = config["architectures"][0].startswith("Mistral") or config.get("use_sliding_window")
-    return min(context, int(window)) if window and windowed else context
+    try:
+        return DecoderConfig.from_hf(config).context
+    except UnsupportedModel:  # a network that transformers computes
+        for name in CONTEXT_NAMES:
+            if isinstance(length := config.get(name), int):
+                return length
+        raise

@@ -219,6 +219,7 @@ class ModelRegistry:
                 raise Conflict(
                     f"Base model {id!r} was changed while it was loaded.", param="model", hint="Load it again."
                 )
+            self._check_memory(id)  # of a base whose dimensions were not known before
             renderer = ChatTemplateRenderer(directory)
             with self._lock:
                 return self._bases.get(id) or self._load(info, renderer)
@@ -230,7 +231,7 @@ class ModelRegistry:
         return fit(self._catalog.config(id), self._weights, memory(self._device))
 
     def _check_memory(self, id: str) -> None:
-        """Raises Unavailable for a base that does not fit, before anything of it is downloaded or read."""
+        """Raises Unavailable for a base that does not fit, as soon as its dimensions are known."""
         found = self.fit(id)
         others = sum(base.bytes for base in self._bases.copy().values())
         if found is not None and found.serve + others > found.memory:

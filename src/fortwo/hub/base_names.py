@@ -13,7 +13,7 @@ def bases_named(named: str, entries: Sequence[ModelEntry]) -> list[str]:
     """The ids of the bases that a base_model_name_or_path means: by the first of these rules that finds any. The id,
     the path or the hub repository that it comes from; then the last part of the name, in any case, as an id or as the
     last part of where a base comes from."""
-    sources = {entry.id: entry.source.partition(":")[2] for entry in entries}
+    sources = {entry.id: _place(entry.source) for entry in entries}
     paths = {id: {source, str(Path(source).resolve())} for id, source in sources.items() if source.startswith("/")}
     last = _last_part(named)
     for found in (
@@ -26,6 +26,12 @@ def bases_named(named: str, entries: Sequence[ModelEntry]) -> list[str]:
         if found:
             return found
     return []
+
+
+def _place(source: str) -> str:
+    """A path, or a hub repository without the revision that is kept of it."""
+    kind, _, place = source.partition(":")
+    return place.partition("@")[0] if kind == "hub" else place
 
 
 def _last_part(name: str) -> str:

@@ -20,8 +20,12 @@ _NO_EFFECT = frozenset(
     "_name_or_path _attn_implementation transformers_version dtype torch_dtype use_cache model_type architectures "
     "initializer_range pretraining_tp attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop "
     "gradient_checkpointing return_dict output_attentions output_hidden_states chunk_size_feed_forward is_decoder "
-    "is_encoder_decoder id2label label2id problem_type auto_map tie_word_embeddings vocab_size max_window_layers "
+    "is_encoder_decoder id2label label2id problem_type auto_map tie_word_embeddings vocab_size "
     "bos_token_id eos_token_id pad_token_id unsloth_version unsloth_fixed tokenizer_class".split()
+)
+_FALSE_BY_DEFAULT = frozenset(
+    "attention_bias mlp_bias use_sliding_window add_cross_attention tie_encoder_decoder torchscript use_bfloat16 "
+    "tf_legacy_loss remove_invalid_values".split()
 )
 _SPECIAL = ("bos_token", "eos_token", "add_bos_token")
 
@@ -42,9 +46,9 @@ def identity(directory: Path, weights_digest: str) -> str:
 
 
 def network(config: Json) -> Json:
-    """What config.json says about the network, the same for every way in which transformers writes it: what is null,
-    false or its default is left out, and the two names of what concerns positions are one."""
-    found = {key: value for key, value in config.items() if key not in _NO_EFFECT and value not in (None, False)}
+    """What config.json says about the network, the same for every way in which transformers writes it: what says
+    nothing is left out, and the two names of what concerns positions are one."""
+    found = {key: value for key, value in config.items() if key not in _NO_EFFECT and not _says_nothing(key, value)}
     rope: Any = {}
     for key in ("rope_scaling", "rope_parameters"):
         value = found.pop(key, {})
@@ -61,6 +65,13 @@ def network(config: Json) -> Json:
     if set(map(str, found.get("layer_types") or ())) <= {"full_attention"}:
         found.pop("layer_types", None)
     return {**found, "rope": rope}
+
+
+def _says_nothing(key: str, value: Any) -> bool:
+    """Whether the key could as well be left out. A soft cap that is null is none, where the family's default is one."""
+    if value is False:
+        return key in _FALSE_BY_DEFAULT
+    return value is None and not key.endswith("softcapping")
 
 
 def read_json(file: Path) -> Json:

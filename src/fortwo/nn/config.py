@@ -25,6 +25,9 @@ _DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "hidden_act": "silu"}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # in config.json
+
+
 class Shape(Protocol):
     """What the parts that serve and train ask of any network's shape.
 

@@ -91,7 +91,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 _TOWERS = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "speech_config")
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 _HINT = f"Supported: {', '.join(FAMILIES)}."
 
 
@@ -106,7 +106,7 @@ def family_of(config: Mapping[str, Any]) -> tuple[str, Family]:
             param=towers[0],
             hint="Add a text-only model of the family, such as one that transformers' AutoModelForCausalLM saved.",
         )
-    if experts := [key for key in _EXPERTS if config.get(key)]:
+    if experts := [key for key in EXPERTS if config.get(key)]:
         raise UnsupportedModel(
             f"the model is a mixture of experts: config.json has {experts[0]} = {config[experts[0]]!r} "
             f"(architecture {name!r})",

@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from fortwo.errors import UnsupportedModel
+from fortwo.nn.config import CONTEXT_NAMES
 from fortwo.nn.decoder import Angles, Attend, Hold, Operations
 from fortwo.nn.head import Head
 from fortwo.nn.lora import Seeds, Update, in_training, lora_product
@@ -373,7 +374,7 @@ class GenericDecoder:
         if not off < CLOSE[self.dtype]:
             raise _unsupported(
                 self.config.architecture,
-                f"its tokens meet elsewhere than in plain causal attention (logits are off by {off:.1e})",
+                f"its attention is not plain causal attention (its logits are off by {off:.1e})",
             )
         product_TV = frozen_product(hidden_TD[places], self.head).float()
         self._plain_head = bool(torch.allclose(found_TV, product_TV, rtol=1e-4, atol=1e-4))
@@ -413,10 +414,11 @@ def load(directory: Path, device: torch.device | str, hold: Hold | None, dtype: 
     for what, names in (
         ("lacks", "missing_keys"),
         ("has a foreign", "unexpected_keys"),
-        ("misshapes", "mismatched_keys"),
+        ("has in another shape", "mismatched_keys"),
     ):
         if wrong := sorted(map(str, found[names])):
-            raise _unsupported(architecture, f"the file {what} tensor {wrong[0]}, and {len(wrong) - 1} more like it")
+            more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise _unsupported(architecture, f"the file {what} tensor {wrong[0]}{more}")
     return GenericDecoder(model, device, hold)
 
 
@@ -527,8 +529,7 @@ def _config(
     parameters: int,
 ) -> GenericConfig:
     c, one = model.config.get_text_config(), attention[0]
-    lengths = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    context = next((value for name in lengths if isinstance(value := getattr(c, name, None), int)), 2048)
+    context = next((value for name in CONTEXT_NAMES if isinstance(value := getattr(c, name, None), int)), 2048)
     rope = getattr(c, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or getattr(c, "original_max_position_embeddings", None)
     if rope.get("rope_type") in ("dynamic", "longrope") and original:

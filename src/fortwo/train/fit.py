@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fortwo.errors import UnsupportedModel
 from fortwo.nn.config import DecoderConfig
+from fortwo.nn.families import EXPERTS
 from fortwo.prompts import MAX_RUNNING, MIN_ROW_TOKENS
 from fortwo.records import Json
 from fortwo.train import estimate
@@ -101,6 +102,8 @@ def _shape(config: Json) -> DecoderConfig | None:
     """The dimensions as those of a plain decoder: what a family does with them takes no more memory."""
     text = config.get("text_config")
     found: dict[str, Any] = {**config, **(text if isinstance(text, dict) else {})}
+    if any(found.get(key) for key in EXPERTS):  # their number of parameters is not that of a plain decoder
+        return None
     sizes = {key: found[key] for key in _DIMENSIONS if found.get(key) is not None}
     if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
         return None
