@@ -69,7 +69,6 @@ class Settings(BaseSettings):
         600.0, gt=0, description="Seconds that a reply may take, including its wait; then it ends with an error."
     )
     max_body_mb: int = Field(16, ge=1, description="MiB that the body of a request may have; beyond it: status 413.")
-    max_upload_mb: int = Field(1024, ge=1, description="The same for a request that uploads a file.")
     max_connections: int = Field(
         1000, ge=1, description="Connections at the same time; beyond it a new one is answered with status 503."
     )

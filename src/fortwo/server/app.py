@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from fortwo.server import docs, errors, health, models, native, openai, page, vllm
-from fortwo.server.request_body import UPLOAD_PATHS, RequestBodyMiddleware
+from fortwo.server.request_body import RequestBodyMiddleware
 from fortwo.server.security import SecurityMiddleware
 from fortwo.server.state import AppState, ShutdownMiddleware
 
@@ -22,13 +22,8 @@ def create_app(state: AppState) -> FastAPI:
     )
     app.state.fortwo = state
     errors.install(app)
-    mebibytes = 1 << 20
-    app.add_middleware(  # the one that is added last sees a request first
-        RequestBodyMiddleware,
-        max_bytes=state.settings.max_body_mb * mebibytes,
-        max_upload_bytes=state.settings.max_upload_mb * mebibytes,
-        uploads=UPLOAD_PATHS,
-    )
+    # The middleware that is added last sees a request first.
+    app.add_middleware(RequestBodyMiddleware, max_bytes=state.settings.max_body_mb << 20)
     app.add_middleware(ShutdownMiddleware, state=state)
     app.add_middleware(SecurityMiddleware, api_key=api_key)
     app.add_middleware(errors.UnexpectedErrorMiddleware)

@@ -31,8 +31,6 @@ MOST_ITEMS = 10_000  # objects of a list that is validated by a model
 PATIENCE_SECONDS = 30.0  # in which a body must arrive, and BYTES_PER_SECOND more for each second beyond it
 BYTES_PER_SECOND = 16 << 10
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS", "TRACE")
-UPLOAD = "multipart/form-data"
-UPLOAD_PATHS: tuple[str, ...] = ()  # the paths that take files as forms
 
 
 class BodyTooLarge(InvalidRequest):
@@ -53,28 +51,22 @@ class UnsupportedMediaType(InvalidRequest):
 class RequestBodyMiddleware:
     """ASGI middleware: answers 413, 408 or 415 for a body that is too large, too slow or of a type that no route reads.
 
-    max_bytes: of a JSON body; max_upload_bytes: of a body with files, which the paths `uploads` take."""
+    max_bytes: of a body."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int, uploads: tuple[str, ...] = ()) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
-        self._max_upload_bytes = max_upload_bytes
-        self._uploads = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        upload = scope["path"] in self._uploads
-        limit, setting = (
-            (self._max_upload_bytes, "FORTWO_MAX_UPLOAD_MB") if upload else (self._max_bytes, "FORTWO_MAX_BODY_MB")
-        )
+        headers, limit = Headers(scope=scope), self._max_bytes
         too_large = BodyTooLarge(
             f"The body of {scope['method']} {scope['path']} has more than {limit >> 20} MiB.",
-            hint=f"Send less, put a dataset into a file and name its path, or raise {setting}.",
+            hint="Send less, put a dataset into a file and name its path, or raise FORTWO_MAX_BODY_MB.",
         )
-        refused: InvalidRequest | None = check_content_type(scope["method"], headers, upload)
+        refused: InvalidRequest | None = check_content_type(scope["method"], headers)
         declared = headers.get("content-length", "")
         if refused is None and declared.isdecimal() and int(declared) > limit:
             refused = too_large
@@ -138,9 +130,9 @@ class _Body:
             await self._send(message)
 
 
-def check_content_type(method: str, headers: Headers, upload: bool) -> UnsupportedMediaType | None:
-    """The refusal of a body that is neither JSON nor, where files are uploaded, a form with files. Web pages of other
-    sites can send other types without asking the server first."""
+def check_content_type(method: str, headers: Headers) -> UnsupportedMediaType | None:
+    """The refusal of a body that is not JSON. Web pages of other sites can send other types without asking the server
+    first."""
     has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
     if method in SAFE_METHODS or not has_body:
         return None
@@ -148,11 +140,9 @@ def check_content_type(method: str, headers: Headers, upload: bool) -> Unsupport
     kind = given.partition(";")[0].strip().lower()
     if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
         return None
-    if upload and kind == UPLOAD:
-        return None
     return UnsupportedMediaType(
         f"The body has the Content-Type {given!r}." if given else "The body has no Content-Type.",
-        hint=f"Send {UPLOAD} or JSON." if upload else "Send JSON with the header Content-Type: application/json.",
+        hint="Send JSON with the header Content-Type: application/json.",
     )
 
 
