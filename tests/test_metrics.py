@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fortwo.facts.metrics import micro_average, score, share, targets_met
+from fortwo.facts.metrics import score, share, targets_met
 from fortwo.records import Metric
 
 counts = st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -63,22 +63,6 @@ def test_the_score_lies_between_the_shares(found: list[tuple[int, int]]) -> None
     metrics = {str(place): share(*count) for place, count in enumerate(found)}
     values = [metric.value for metric in metrics.values()]
     assert min(values) - 1e-9 <= score(metrics).value <= max(values) + 1e-9
-
-
-def test_facts_are_pooled_by_their_counts() -> None:
-    one = {"paraphrase": share(8, 10), "retention": share(30, 40), "score": share(1, 10)}
-    other = {"paraphrase": share(1, 2), "score": share(2, 2)}
-    pooled = micro_average([one, other])
-    assert set(pooled) == {"paraphrase", "retention", "score"}
-    assert pooled["paraphrase"] == share(9, 12)
-    assert pooled["retention"] == share(30, 40)
-    assert pooled["score"] == score({"paraphrase": share(9, 12), "retention": share(30, 40)})
-
-
-@given(st.lists(counts, min_size=1, max_size=8))
-def test_pooling_loses_no_count(found: list[tuple[int, int]]) -> None:
-    pooled = micro_average([{"paraphrase": share(*count)} for count in found])
-    assert pooled["paraphrase"] == share(sum(hits for hits, _ in found), sum(n for _, n in found))
 
 
 def test_targets_are_met_by_the_value_alone() -> None:

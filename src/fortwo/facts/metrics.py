@@ -7,7 +7,7 @@ editing (Meng et al. 2022, arXiv:2202.05262). Here they are measured on whole re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from fortwo.records import Metric
 
@@ -38,16 +38,6 @@ def score(metrics: Mapping[str, Metric]) -> Metric:
         harmonic(metric.low for metric in shares),
         harmonic(metric.high for metric in shares),
     )
-
-
-def micro_average(found: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
-    """The metrics of several facts together, from the sums of their counts, with a new score."""
-    names = dict.fromkeys(name for metrics in found for name in metrics if name != "score")
-    pooled = {}
-    for name in names:
-        parts = [metrics[name] for metrics in found if name in metrics]
-        pooled[name] = share(sum(round(part.value * part.n) for part in parts), sum(part.n for part in parts))
-    return pooled | {"score": score(pooled)}
 
 
 def targets_met(metrics: Mapping[str, Metric], targets: Mapping[str, float], margin: float = 0.0) -> bool:

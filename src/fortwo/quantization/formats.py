@@ -200,13 +200,13 @@ class Dequantised(Weight):
             Choice.fixed("nf4"),
         )
         self.dtype = dtype
-        self._form, self._transposed = weight_format, transposed
+        self._nf4, self._transposed = weight_format, transposed
 
     def t(self) -> Dequantised:
-        return Dequantised(self._form, self.dtype, not self._transposed)
+        return Dequantised(self._nf4, self.dtype, not self._transposed)
 
     def product(self, x_TI: Tensor) -> Tensor:
-        multiply = self._form.backward if self._transposed else self._form.forward
+        multiply = self._nf4.backward if self._transposed else self._nf4.forward
         return multiply(x_TI, self.dtype, x_TI.dtype)
 
 

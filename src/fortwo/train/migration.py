@@ -151,7 +151,7 @@ def _take(key: str, value: Any, sections: dict[str, Json], left: list[LeftOut]) 
     try:
         given = parse({key: plain})
     except InvalidRequest as error:
-        if not _alone(key, plain, error):
+        if not _alone(key, error):
             left.append(LeftOut(key, value, error.hint or error.message))
             return
         given = {own: plain}
@@ -163,7 +163,7 @@ def _take(key: str, value: Any, sections: dict[str, Json], left: list[LeftOut]) 
     sections[section][own] = list(given[own]) if isinstance(given[own], tuple) else given[own]
 
 
-def _alone(key: str, value: Any, error: InvalidRequest) -> bool:
+def _alone(key: str, error: InvalidRequest) -> bool:
     """Whether a key is only refused because it is alone: what it needs may come with another key."""
     return key in ("eval_strategy", "evaluation_strategy", "eval_steps", "load_best_model_at_end") and (
         "needs rows that are not trained on" in error.message
