@@ -38,7 +38,7 @@ serve: $(INSTALLED) ## run the server in the foreground
 test: $(INSTALLED) $(TRITON) ## run all tests, those on the real model included
 	$(BIN)/python -m pytest
 
-test-fast: $(INSTALLED) ## run the tests that need neither the real model nor a server, in under two minutes
+test-fast: $(INSTALLED) ## run the tests that need neither the real model nor a server, in a few minutes
 	$(BIN)/python -m pytest -m "not real and not slow and not browser"
 
 $(TRITON): $(INSTALLED)
