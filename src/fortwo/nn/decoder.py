@@ -35,7 +35,7 @@ from fortwo.quantization.formats import (
     dense,
     head_format,
     quantize,
-    trained_on,
+    to_train,
 )
 from fortwo.quantization.matmul import frozen_product
 from fortwo.quantization.selection import Choice
@@ -123,11 +123,11 @@ class Decoder:
 
     def in_fp32(self) -> Decoder:
         """The same network with fp32 products, to train on; what is fp32 already is not copied, NF4 stays NF4."""
-        return self._to_train(torch.float32)
+        return self._with(to_train(torch.float32))
 
     def in_bf16(self) -> Decoder:
         """The same network with bf16 products, to train on; what is between the products stays fp32, NF4 stays NF4."""
-        return self._to_train(torch.bfloat16)
+        return self._with(to_train(torch.bfloat16))
 
     def bytes_to_train(self, bf16: bool) -> int:
         """Memory that in_bf16 or in_fp32 takes beside what is held."""
@@ -150,10 +150,6 @@ class Decoder:
     def in_formats(self, choice: Choice, exact: bool = False) -> Decoder:
         """The same network, to serve: weights as `formats_of` has them; the embedding in fp32."""
         return self._with(formats_of(choice, exact))
-
-    def _to_train(self, dtype: torch.dtype) -> Decoder:
-        arena = HugePageArena()
-        return self._with(lambda weight, is_head: trained_on(weight, arena, dtype))
 
     def _with(self, change: Hold) -> Decoder:
         other = copy(self)

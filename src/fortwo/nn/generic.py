@@ -32,7 +32,7 @@ from fortwo.nn.decoder import Angles, Attend, Hold, Operations
 from fortwo.nn.head import Head
 from fortwo.nn.lora import Seeds, Update, in_training, lora_product
 from fortwo.nn.packing import PackedAttention, pack
-from fortwo.quantization.formats import Frozen, HugePageArena, Weight, bytes_to_train, trained_on
+from fortwo.quantization.formats import Frozen, Weight, bytes_to_train, to_train
 from fortwo.quantization.matmul import frozen_product
 
 ATTENTION = "fortwo"  # the name of our attention function in transformers
@@ -280,10 +280,10 @@ class GenericDecoder:
         return self
 
     def in_fp32(self) -> GenericDecoder:
-        return self._to_train(torch.float32)
+        return self._with(to_train(torch.float32))
 
     def in_bf16(self) -> GenericDecoder:
-        return self._to_train(torch.bfloat16)
+        return self._with(to_train(torch.bfloat16))
 
     def bytes_to_train(self, bf16: bool) -> int:
         dtype = torch.bfloat16 if bf16 else torch.float32
@@ -352,10 +352,6 @@ class GenericDecoder:
     def _rest(self) -> int:
         """Numbers of the embedding, norms and whatever else stays in transformers' modules."""
         return sum(parameter.numel() for parameter in self._model.parameters())
-
-    def _to_train(self, dtype: torch.dtype) -> GenericDecoder:
-        arena = HugePageArena()
-        return self._with(lambda weight, is_head: trained_on(weight, arena, dtype))
 
     def _with(self, change: Hold) -> GenericDecoder:
         other = copy(self)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -231,6 +231,13 @@ def trained_on(weight_OI: Frozen, arena: HugePageArena, dtype: torch.dtype = tor
     if not _becomes_tiles(weight_OI, dtype):
         return dense(weight_OI, dtype)
     return Tiles.of(dense(weight_OI, dtype), arena) if tiles is None else tiles
+
+
+def to_train(dtype: torch.dtype) -> Callable[[Frozen, bool], Frozen]:
+    """`trained_on` for all weights of a network, which share an arena. The second argument, whether it is the head, has
+    no effect."""
+    arena = HugePageArena()
+    return lambda weight, is_head: trained_on(weight, arena, dtype)
 
 
 def bytes_to_train(weight_OI: Frozen, dtype: torch.dtype) -> int:
