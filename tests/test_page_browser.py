@@ -239,6 +239,21 @@ def test_replies_are_shown_as_harmless_html(tab: Tab) -> None:
     assert prose.locator("img, script, a[href]").count() == 0
 
 
+def test_enter_right_after_typing_sends_what_was_typed(tab: Tab) -> None:
+    page = tab.view("chat")
+    expect(page.locator("#model-0")).to_have_value("tiny")
+    page.evaluate(
+        """() => {
+            const box = document.querySelector("#prompt");
+            box.value = "hello";
+            box.dispatchEvent(new InputEvent("input", {bubbles: true}));
+            box.dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", bubbles: true, cancelable: true}));
+        }"""
+    )
+    expect(page.locator(".turn .prompt")).to_contain_text("hello")
+    expect(page.locator("#prompt")).to_have_value("")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_view_is_accessible_and_fits_a_phone(chromium: Any, site: Served, scheme: str) -> None:
     job = train(site, "seen")["job_id"]

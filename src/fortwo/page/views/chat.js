@@ -273,10 +273,13 @@ function Reply({reply, prompt}) {
 
 function Composer({busy, ready, again}) {
   const [prompt, setPrompt] = useState('');
+  const box = useRef(null);
   const send = (event) => {
     event.preventDefault();
-    if (busy || !ready || !prompt.trim()) return;
-    ask(prompt.trim());
+    const typed = box.current.value.trim(); // the state is a render behind a key that follows at once
+    if (busy || !ready || !typed) return;
+    ask(typed);
+    box.current.value = '';
     setPrompt('');
   };
   const keys = (event) => {
@@ -285,7 +288,7 @@ function Composer({busy, ready, again}) {
   return html`
     <form class="composer card" onSubmit=${send}>
       <label class="hidden" for="prompt">${text.chat.prompt}</label>
-      <textarea id="prompt" rows="2" placeholder=${text.chat.promptExample} aria-describedby="prompt-help" value=${prompt}
+      <textarea id="prompt" ref=${box} rows="2" placeholder=${text.chat.promptExample} aria-describedby="prompt-help" value=${prompt}
         onInput=${(event) => setPrompt(event.target.value)} onKeyDown=${keys} />
       <div class="row">
         <span class="help grow" id="prompt-help">${text.chat.promptHelp}</span>
