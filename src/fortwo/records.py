@@ -39,11 +39,24 @@ class Message:
 class Example:
     """One training conversation, or plain `text` without messages. In a conversation, every assistant message of weight
     1 is trained on, and there is at least one. In plain text, every token is. `line` is the 1-based line in the
-    source."""
+    source.
+
+    rejected: of a preference, the same conversation with the answer that is rejected, while `messages` has the chosen
+    one. label: of an answer by itself, whether it is desirable. In both only the answers have weight 1.
+    """
 
     messages: tuple[Message, ...]
     line: int = 0
     text: str | None = None
+    rejected: tuple[Message, ...] = ()
+    label: bool | None = None
+
+    @property
+    def sides(self) -> tuple[Example, ...]:
+        """The answers of a preference as examples of their own, the chosen one first; else the example itself."""
+        if not self.rejected:
+            return (self,)
+        return Example(self.messages, self.line, label=True), Example(self.rejected, self.line, label=False)
 
     @property
     def prompt_messages(self) -> tuple[Message, ...]:
