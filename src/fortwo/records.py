@@ -129,6 +129,7 @@ class Dataset:
 
 # ---------------------------------------------------------------- plan (filled by train.plan)
 
+ObjectiveName = Literal["sft", "override", "dpo", "kto", "orpo"]
 Origin = Literal["user", "parent", "effort", "auto", "default"]
 
 
@@ -167,7 +168,7 @@ class Plan:
 
     model: str
     adapter_name: str
-    objective: Literal["sft", "override"]
+    objective: ObjectiveName
     targets: dict[str, float]
     settings: tuple[Setting, ...]
     computed: dict[str, Any]
@@ -216,7 +217,8 @@ class Transcript:
 
 @dataclass(frozen=True)
 class EvalLoss:
-    """Mean cross-entropy over the supervised tokens of the validation rows, after `step` steps."""
+    """Mean cross-entropy over the supervised tokens of the validation rows, or the mean loss of their preferences, after
+    `step` steps."""
 
     step: int
     loss: float
@@ -249,7 +251,7 @@ class FactReport:
 class Report:
     """The results of the final evaluation of the served adapter. metrics: efficacy, paraphrase, specificity, retention
     and score over all facts, kept_efficacy and so on over the facts of the parent, and portability if a fact has such
-    questions. prompted_metrics: those of the base when its system prompt states the facts; empty if there are none.
+    questions. With preferences, accuracy instead of efficacy. prompted_metrics: those of the base when its system prompt states the facts; empty if there are none.
     facts: the metrics of each fact. eval_losses: on the validation rows, the base's first (step 0); empty if
     there are no such rows."""
 
@@ -283,7 +285,9 @@ class MicroStepped:
 
 @dataclass(frozen=True)
 class Stepped:
-    """One optimizer step is done. loss: the sum of its terms, each a mean over supervised tokens; parts: the terms."""
+    """One optimizer step is done. loss: the sum of its terms, each a mean over supervised tokens; parts: the terms.
+    With preferences the loss is a mean over pairs or answers; metrics: of them, under TRL's names (rewards/chosen, ...).
+    """
 
     step: int
     steps: int
@@ -293,6 +297,7 @@ class Stepped:
     tokens: int
     seconds: float
     parts: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ def _turns(role: Literal["user", "assistant"]) -> BeforeValidator:
 def _label(given: Any) -> Any:
     if not isinstance(given, bool):
         raise wrong(
-            "the label is neither true nor false", "Write true where the answer is desirable, and false where it is not."
+            "the label is neither true nor false",
+            "Write true where the answer is desirable, and false where it is not.",
         )
     return given
 
@@ -176,7 +177,9 @@ def _check_pair(prompt: list[ChatMessage], chosen: list[ChatMessage], rejected: 
     """Raises for answers that do not follow the prompt, or that are the same."""
     _check_answer("chosen", prompt, chosen)
     _check_answer("rejected", prompt, rejected)
-    one, other = ([(turn.role, turn.content.strip(), turn.tool_calls) for turn in turns] for turns in (chosen, rejected))
+    one, other = (
+        [(turn.role, turn.content.strip(), turn.tool_calls) for turn in turns] for turns in (chosen, rejected)
+    )
     if one == other:
         raise wrong("the chosen answer and the rejected one are the same", "Change one of them, or leave the row out.")
 

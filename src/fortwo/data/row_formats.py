@@ -31,15 +31,7 @@ class RowFormat:
     content: str
     keys: frozenset[str]
     model: type[
-        InstructionRow
-        | CompletionRow
-        | ChatRow
-        | ShareRow
-        | TextRow
-        | FactRow
-        | PairRow
-        | PreferredRow
-        | LabelledRow
+        InstructionRow | CompletionRow | ChatRow | ShareRow | TextRow | FactRow | PairRow | PreferredRow | LabelledRow
     ]
     example: str
     needs: frozenset[str] = frozenset()

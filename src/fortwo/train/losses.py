@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from fortwo.quantization.tiles import Tiles
 from fortwo.records import MicroStepped, TrainEvent
 from fortwo.train.estimate import HEAD_BYTES
 
+T = TypeVar("T")
 PREPARE_TOKENS = 1024
 OPENING_TOKENS = 2  # first tokens of an answer, which `Row.opening_weight` applies to
 
@@ -169,14 +170,19 @@ def head_loss(hidden_ND: Tensor, head_VD: Head, target: Tensor, weights_N: Tenso
 
 def micro_batches(rows: Iterable[Row], prefix: int, budget: int) -> Iterator[list[Row]]:
     """The rows in order, in groups of at most `budget` tokens beyond the prefix. A longer row is a group of its own."""
-    group: list[Row] = []
-    tokens = 0
-    for row in rows:
-        if group and tokens + len(row.tokens) - prefix > budget:
+    return batches_within(rows, budget, lambda row: len(row.tokens) - prefix)
+
+
+def batches_within(items: Iterable[T], budget: int, size: Callable[[T], int]) -> Iterator[list[T]]:
+    """The items in order, in groups whose sizes add up to at most `budget`. A larger item is a group of its own."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        if group and total + size(item) > budget:
             yield group
-            group, tokens = [], 0
-        group.append(row)
-        tokens += len(row.tokens) - prefix
+            group, total = [], 0
+        group.append(item)
+        total += size(item)
     if group:
         yield group
 
