@@ -217,8 +217,8 @@ class Transcript:
 
 @dataclass(frozen=True)
 class EvalLoss:
-    """Mean cross-entropy over the supervised tokens of the validation rows, or the mean loss of their preferences, after
-    `step` steps."""
+    """Mean cross-entropy over the supervised tokens of the validation rows, or the mean loss of their preferences,
+    after `step` steps."""
 
     step: int
     loss: float
@@ -251,7 +251,8 @@ class FactReport:
 class Report:
     """The results of the final evaluation of the served adapter. metrics: efficacy, paraphrase, specificity, retention
     and score over all facts, kept_efficacy and so on over the facts of the parent, and portability if a fact has such
-    questions. With preferences, accuracy instead of efficacy. prompted_metrics: those of the base when its system prompt states the facts; empty if there are none.
+    questions; with preferences, accuracy instead of efficacy. prompted_metrics: those of the base when its system prompt
+    states the facts; empty if there are none.
     facts: the metrics of each fact. eval_losses: on the validation rows, the base's first (step 0); empty if
     there are no such rows."""
 
@@ -286,8 +287,8 @@ class MicroStepped:
 @dataclass(frozen=True)
 class Stepped:
     """One optimizer step is done. loss: the sum of its terms, each a mean over supervised tokens; parts: the terms.
-    With preferences the loss is a mean over pairs or answers; metrics: of them, under TRL's names (rewards/chosen, ...).
-    """
+    With preferences the loss is a mean over pairs or answers; metrics: of them, under TRL's names such as
+    rewards/chosen."""
 
     step: int
     steps: int

@@ -151,8 +151,8 @@ class ChatTemplateRenderer:
 
         Every answer of weight 1 follows exactly the prompt that serving would give it. One row is enough when the
         template writes the beginning of a conversation the same way whatever follows. When it does not (some templates
-        drop the reasoning of earlier turns), an answer that cannot share a row gets its own. A preference has the row of
-        its chosen answer and that of its rejected one. Raises InvalidRequest if an answer that is judged as a whole
+        drop the reasoning of earlier turns), an answer that cannot share a row gets its own. A preference has the row
+        of its chosen answer and that of its rejected one. Raises InvalidRequest if an answer that is judged as a whole
         cannot be one row.
         """
         if example.text is not None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from fortwo.data.messages import Tools, wrong

@@ -117,8 +117,8 @@ class Validated:
 class PreparedObjective:
     """prefix: number of tokens that all rows begin with. mix: the plan's. validate: measures the adapter on the
     validation rows; None if there are none. accumulate: adds the gradient of a step's rows to the adapter's in
-    micro-steps; None for cross-entropy and KL. judge: the accuracy that the report has, if it has one. reference_N: what
-    the reference of preferences gives to all answers, for checkpoints.
+    micro-steps; None for cross-entropy and KL. judge: the accuracy that the report has, if it has one. reference_N:
+    what the reference of preferences gives to all answers, for checkpoints.
     sample_rows: the rows of the next optimizer step, in the given mix. refresh_on_policy: lets the adapter that is
     served under a key (None: the base) answer hard negatives. Replies that differ from the base's are among the rows
     from then on. It returns the replies; if they are given, none are asked. evaluator: asked during training, None if

@@ -191,7 +191,7 @@ def resolve(
         },
     )
     of_parent = () if parent is None else parent_warnings(plan, parent)
-    of_labels = ()
+    of_labels: tuple[PlanWarning, ...] = ()
     if objective == "kto":
         of_labels = label_warnings(dataset.examples, builder["desirable_weight"], builder["undesirable_weight"])
     found = plan_warnings(plan, machine, dataset_warnings, base.generic)

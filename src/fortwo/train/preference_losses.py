@@ -49,8 +49,8 @@ def dpo_losses(
 
 
 def odds_ratio_losses(chosen_N: Tensor, rejected_N: Tensor, beta: float) -> Tensor:
-    """ORPO's loss of each pair (N,) beside the cross-entropy (Hong et al. 2024, arXiv:2403.07691). chosen_N, rejected_N:
-    mean log probability of a token of each answer."""
+    """ORPO's loss of each pair (N,) beside the cross-entropy (Hong et al. 2024, arXiv:2403.07691). chosen_N,
+    rejected_N: mean log probability of a token of each answer."""
     odds_N = (chosen_N - rejected_N) - (_log1mexp(chosen_N) - _log1mexp(rejected_N))
     return -beta * F.logsigmoid(odds_N)
 

@@ -1,4 +1,4 @@
-"""The settings of training on preferences: which rows each objective learns from, and TRL's options of its loss. Pure."""
+"""The settings of training on preferences: which rows an objective learns from, and TRL's options of its loss. Pure."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _KEYS = {
 }  # the objectives that know each key of training_config
 _NEUTRAL: Mapping[str, Any] = {"label_smoothing": 0, "reference_free": False, "precompute_ref_log_probs": False}
 _ASKED = {
-    "beta": "TRL's default. It says how far the adapter may move from the reference; a smaller one lets it move further.",
+    "beta": "TRL's default. A smaller beta lets the adapter move further from the reference.",
     "orpo": "TRL's default. It is the weight of the odds ratio beside the cross-entropy on the chosen answer.",
     "loss_type": "This is the objective's own loss.",
     "label_smoothing": "No label is taken to be wrong.",
@@ -69,7 +69,7 @@ def choose_objective(wanted: str, dataset: Dataset) -> tuple[Preference, str] | 
         )
     fitting: dict[str, tuple[str, ...]] = {"pairs": PREFERENCES, "labelled": ("kto",)}
     if wanted in (fitting.get(rows) or ("auto", "sft", "override")):
-        return (wanted, "given") if wanted in PREFERENCES else None  # type: ignore[return-value]
+        return (wanted, "given") if wanted in PREFERENCES else None
     fits = fitting.get(rows, ("sft",) if rows == "other" else ("override",))
     needed = "pairs" if wanted in ("dpo", "orpo") else "labelled" if wanted == "kto" else "other"
     raise InvalidRequest(
@@ -182,7 +182,7 @@ def check_units(objective: Preference, rows: int, batch: int) -> None:
 def label_warnings(
     examples: Collection[Example], desirable_weight: float, undesirable_weight: float
 ) -> tuple[PlanWarning, ...]:
-    """Warnings about the labels of KTO: all alike, or far from the balance of 1:1 to 4:3 that its authors found best."""
+    """Warnings about the labels of KTO: all alike, or far from the balance that its authors found best."""
     sides = [side.label for example in examples for side in example.sides]
     good = sum(label is True for label in sides)
     bad = len(sides) - good

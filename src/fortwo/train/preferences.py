@@ -78,7 +78,7 @@ def prepare_preferences(
     adapter off, the reference. parent: the adapter from which the run starts; then the reference has it. reference_N:
     the log probabilities that a checkpoint of this run has. Raises InvalidRequest as `prepare_sft` does."""
     training, validation = yield from _render(served, dataset, plan)
-    learned = _Preferences(backend, plan, () if parent is None else (Segment(parent),))
+    learned = Preferences(backend, plan, () if parent is None else (Segment(parent),))
     if learned.has_reference:
         if reference_N is None:
             for rows in (training, validation):
@@ -100,6 +100,7 @@ def prepare_preferences(
         every = max(1, len(judged) // JUDGED)
         chosen = range(0, len(judged), every) if judged is training else range(len(judged))
         found = yield from learned.measure(lora, [judged.unit(number) for number in chosen])
+        assert found.accuracy is not None
         return found.accuracy
 
     def validate(lora: Lora) -> TrainEvents[Validated]:
@@ -145,7 +146,7 @@ def _units(example: Example, size: int) -> Iterator[Sequence[Example]]:
 
 
 @dataclass(frozen=True)
-class _Preferences:
+class Preferences:
     """How a run with this plan learns. reference: the adapters of the reference."""
 
     backend: Backend
@@ -164,7 +165,7 @@ class _Preferences:
         """Compute what the reference gives to each answer."""
         for first in range(0, len(rows), RENDER_BATCH):
             units = [rows.unit(number) for number in range(first, min(first + RENDER_BATCH, len(rows)))]
-            rows.reference.extend((yield from self._read(units, self.reference)))
+            rows.reference.extend((yield from self.log_probs(units, self.reference)))
 
     def mismatched(self, drawn: Sequence[Unit]) -> list[Unit]:
         """For KTO's estimate of the divergence, each prompt of a step with the answer to the one before it. A prompt
@@ -228,11 +229,11 @@ class _Preferences:
         """KTO's estimate: the mean log ratio of mismatched answers, at least 0."""
         if not others:
             return 0.0
-        ours = yield from self._read(others, [Segment(lora)], found)
-        theirs = yield from self._read(others, self.reference, found)
+        ours = yield from self.log_probs(others, [Segment(lora)], found)
+        theirs = yield from self.log_probs(others, self.reference, found)
         return max(0.0, sum(our - their for our, their in zip(ours, theirs, strict=True)) / len(others))
 
-    def _read(
+    def log_probs(
         self, units: Sequence[Unit], segments: Sequence[Segment], counted: _Sums | None = None
     ) -> TrainEvents[list[float]]:
         """The log probability of each answer with these adapters, without a gradient. Tokens and time are counted."""
@@ -265,7 +266,8 @@ class _Preferences:
         wanted = [row.tokens[place] for row, of_row in zip(rows, positions, strict=True) for place in of_row]
         wanted_N = torch.tensor(wanted, device=final_TD.device)
         losses_N = head_losses(final_TD[places], self.backend.decoder.head_VD, wanted_N)
-        return (-losses_N).split([len(of_row) for of_row in positions])
+        found: tuple[Tensor, ...] = (-losses_N).split([len(of_row) for of_row in positions])
+        return found
 
     def _loss(
         self,
