@@ -251,8 +251,8 @@ class FactReport:
 class Report:
     """The results of the final evaluation of the served adapter. metrics: efficacy, paraphrase, specificity, retention
     and score over all facts, kept_efficacy and so on over the facts of the parent, and portability if a fact has such
-    questions; with preferences, accuracy instead of efficacy. prompted_metrics: those of the base when its system prompt
-    states the facts; empty if there are none.
+    questions; with preferences, accuracy instead of efficacy. prompted_metrics: those of the base when its system
+    prompt states the facts; empty if there are none.
     facts: the metrics of each fact. eval_losses: on the validation rows, the base's first (step 0); empty if
     there are no such rows."""
 

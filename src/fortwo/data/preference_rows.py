@@ -56,8 +56,8 @@ Label = Annotated[bool, BeforeValidator(_label)]
 class PairRow(Row):
     """TRL's row of a preference. The prompt may be given by itself, or as what both answers begin with."""
 
-    tools: Tools = []
-    prompt: Prompt = []
+    tools: Tools = Field(default_factory=list)
+    prompt: Prompt = Field(default_factory=list)
     chosen: Answer
     rejected: Answer
 
@@ -88,7 +88,7 @@ class PairRow(Row):
 
 class _Input(Row):
     messages: Prompt
-    tools: Tools = []
+    tools: Tools = Field(default_factory=list)
     parallel_tool_calls: Flag = None
 
 
@@ -111,7 +111,7 @@ class PreferredRow(Row):
 class LabelledRow(Row):
     """TRL's row of one answer that is desirable or not, as KTO learns from."""
 
-    tools: Tools = []
+    tools: Tools = Field(default_factory=list)
     prompt: Prompt
     completion: Answer
     label: Label

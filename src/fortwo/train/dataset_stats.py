@@ -54,9 +54,9 @@ class AffectedLines:
 @dataclass(frozen=True)
 class DatasetWarnings:
     """Rows that probably contain mistakes. duplicates: rows with the same text as an earlier row. contradictions: rows
-    with the prompt of an earlier row and another answer; of preferences, with its answers and another choice. foreign_templates: rows that contain the control text of a
-    chat template; template: the first such text. truncated: rows whose answers end within a word, at the same length as
-    several others."""
+    with the prompt of an earlier row and another answer; of preferences, with its answers and another choice.
+    foreign_templates: rows that contain the control text of a chat template; template: the first such text. truncated:
+    rows whose answers end within a word, at the same length as several others."""
 
     duplicates: AffectedLines = AffectedLines()
     contradictions: AffectedLines = AffectedLines()

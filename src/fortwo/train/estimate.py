@@ -249,8 +249,8 @@ def preference_cost(
     counts: TokenCounts, trained: float, validated: float, reference: float, estimated: float, units: int
 ) -> RunCost:
     """The cost of a run on preferences. trained, validated: as in `sft_cost`; reference: tokens that the reference
-    reads before the first step; estimated: tokens that are read in the steps for KTO's estimate of the divergence; units:
-    pairs or answers that the report's accuracy is measured on."""
+    reads before the first step; estimated: tokens that are read in the steps for KTO's estimate of the divergence;
+    units: pairs or answers that the report's accuracy is measured on."""
     prompt, reply = _prompt_tokens(counts), REPLY_TOKENS
     mean = sum(row.prompt + row.answer for row in counts.rows) / len(counts.rows)
     judged = units * mean

@@ -77,8 +77,8 @@ def parent_warnings(plan: Plan, parent: Parent) -> Iterator[PlanWarning]:
     if plan.objective != "override" and plan["kept"]:
         yield PlanWarning(
             "facts_not_kept",
-            f"{plan.objective} trains only on the given rows: the report measures what {parent.id} knows ({', '.join(plan['kept'])})"
-            ", but nothing preserves it",
+            f"{plan.objective} trains only on the given rows: the report measures what {parent.id} knows "
+            f"({', '.join(plan['kept'])}), but nothing preserves it",
             'Give the new facts as {"facts": [...]}, or add the old ones\' questions to the rows.',
         )
     if parent.objective != "override":

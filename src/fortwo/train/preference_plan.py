@@ -82,6 +82,14 @@ def choose_objective(wanted: str, dataset: Dataset) -> tuple[Preference, str] | 
 
 def check_keys(given: Mapping[str, Any], objective: str) -> None:
     """Raises InvalidRequest with all given keys that mean nothing to the objective and would be lost."""
+    if errors := key_errors(given, objective):
+        raise all_of(errors)
+
+
+def key_errors(given: Mapping[str, Any], objective: str) -> list[InvalidRequest]:
+    """What is wrong with given keys for the objective; none with "auto", which is not decided yet."""
+    if objective == "auto":
+        return []
     errors = []
     for key, knowing in _KEYS.items():
         if key not in given or objective in knowing or (key in _NEUTRAL and given[key] == _NEUTRAL[key]):
@@ -95,9 +103,7 @@ def check_keys(given: Mapping[str, Any], objective: str) -> None:
                 hint=f"Leave it out, or give objective {' or '.join(map(repr, knowing))}.",
             )
         )
-    errors += _contradictions(given, objective)
-    if errors:
-        raise all_of(errors)
+    return [*errors, *_contradictions(given, objective)]
 
 
 def _contradictions(given: Mapping[str, Any], objective: str) -> Sequence[InvalidRequest]:
