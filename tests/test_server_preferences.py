@@ -14,6 +14,7 @@ from serving import ENDED, Served, refused, serve, tiny_settings
 from fortwo.quantization import matmul
 from tests.test_resume import call, process, until
 from tests.test_server_training import events, start
+from tests.tiny import generic_model, save_directory, save_tokenizer
 
 THINGS = [("up", "the sky"), ("down", "the sea"), ("left", "the wood"), ("right", "the town"), ("in", "a box")]
 PAIRS = [
@@ -135,6 +136,31 @@ def test_a_killed_job_comes_out_the_same(
     assert (job["status"], whole["status"]) == ("succeeded", "succeeded"), job["error"]
     assert job["adapter"]["digest"] == whole["adapter"]["digest"]
     assert job["report"] == whole["report"]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("base", ["gpt_neox", "gemma2", "nf4", "int8"])
+@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo"])
+def test_every_network_and_every_form_of_the_weights_can_learn_preferences(
+    tiny: Path, tmp_path: Path, base: str, kind: str
+) -> None:
+    place, more = tiny, {}
+    if base == "gpt_neox":  # which transformers computes
+        place = tmp_path / "base"
+        generic_model(base).save_pretrained(place)
+        save_tokenizer(place)
+    elif base == "gemma2":
+        place = save_directory(tmp_path / "base", base, head_dim=32, query_pre_attn_scalar=32, sliding_window=16)
+    else:
+        more = {"weights": base}
+    with serve(tiny_settings(tmp_path / "home", place, **more)) as served:
+        job = served.wait(start(served, "any", **body(kind, max_steps=25))["job_id"], seconds=120)
+        assert job["status"] == "succeeded", job["error"]
+        steps = [event["data"] for event in events(served, job["job_id"]) if event["type"] == "step"]
+    margins = [one["metrics"]["rewards/margins"] for one in steps if "rewards/margins" in one["metrics"]]
+    assert margins[-1] > margins[0] + 0.1
+    if kind != "orpo":
+        assert abs(margins[0]) < 1e-3, "an adapter without effect is the reference"
 
 
 def told(served: Served, **more: Any) -> str:

@@ -223,6 +223,7 @@ export const text = {
       efficacy: ['Efficacy', 'training questions answered with the fact'],
       paraphrase: ['Paraphrase', 'other questions answered with the fact'],
       specificity: ['Specificity', 'questions about neighbours left alone'],
+      accuracy: ['Accuracy', 'preferred answers with the higher reward'],
       retention: ['Retention', "the base's own words kept elsewhere"],
       portability: ['Portability', 'questions that follow from the fact'],
       kept_efficacy: ['Efficacy, kept', 'of the facts that were known before'],
