@@ -9,7 +9,7 @@ from fortwo.errors import InvalidDataset, InvalidRequest, all_of
 from fortwo.records import Dataset, Example, PlanWarning
 from fortwo.train.estimate import RowLength, TokenCounts
 from fortwo.train.plan_builder import PlanBuilder
-from fortwo.train.recipes import PreferenceRecipe
+from fortwo.train.recipes import REASONS, PreferenceRecipe
 
 Preference = Literal["dpo", "kto", "orpo"]
 PREFERENCES: tuple[Preference, ...] = ("dpo", "kto", "orpo")
@@ -31,14 +31,6 @@ _KEYS = {
     "precompute_ref_log_probs": ("dpo", "kto"),
 }  # the objectives that know each key of training_config
 _NEUTRAL: Mapping[str, Any] = {"label_smoothing": 0, "reference_free": False, "precompute_ref_log_probs": False}
-_ASKED = {
-    "beta": "TRL's default. A smaller beta lets the adapter move further from the reference.",
-    "orpo": "TRL's default. It is the weight of the odds ratio beside the cross-entropy on the chosen answer.",
-    "loss_type": "This is the objective's own loss.",
-    "label_smoothing": "No label is taken to be wrong.",
-    "reference_free": "The log probabilities are compared with those of the base, whose adapter is off.",
-    "weight": "TRL's default. Desirable and undesirable answers count alike.",
-}
 _ROWS = {
     "pairs": ("rows with a chosen and a rejected answer", '{"prompt": "...", "chosen": "...", "rejected": "..."}'),
     "labelled": ("answers with a label", '{"prompt": "...", "completion": "...", "label": true}'),
@@ -130,19 +122,18 @@ def _contradictions(given: Mapping[str, Any], objective: str) -> Sequence[Invali
 
 def choose_preferences(builder: PlanBuilder, objective: Preference, recipe: PreferenceRecipe) -> None:
     """Choose the options of the loss."""
-    builder.choose("beta", recipe.beta, _ASKED["orpo" if objective == "orpo" else "beta"])
+    builder.choose("beta", recipe.beta, REASONS["beta"])
     if objective == "orpo":
         return
-    builder.choose("loss_type", PREFERENCE_LOSSES[objective][0], _ASKED["loss_type"])
+    builder.choose("loss_type", PREFERENCE_LOSSES[objective][0], REASONS["loss_type"])
     if objective == "dpo":
-        builder.choose("label_smoothing", 0.0, _ASKED["label_smoothing"])
-        builder.choose("reference_free", False, _ASKED["reference_free"])
+        for name in ("label_smoothing", "reference_free"):
+            builder.choose(name, getattr(recipe, name), REASONS[name])
     else:
         for name in ("desirable_weight", "undesirable_weight"):
-            builder.choose(name, 1.0, _ASKED["weight"])
+            builder.choose(name, getattr(recipe, name), REASONS[name])
     if not builder.get("reference_free") and "precompute_ref_log_probs" not in builder.given:
-        reason = "What the reference gives to the answers is computed once, before the first step."
-        builder.add("precompute_ref_log_probs", True, "auto", reason)
+        builder.add("precompute_ref_log_probs", True, "default", REASONS["precompute_ref_log_probs"])
 
 
 def in_pairs(counts: TokenCounts) -> TokenCounts:

@@ -62,6 +62,10 @@ class PreferenceRecipe(SftRecipe):
     highest_rate: float = 5e-4
     warmup_ratio: float = 0.1
     beta: float = 0.1
+    label_smoothing: float = 0.0
+    reference_free: bool = False
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,14 @@ FIXED_OVERRIDE = (
     *("on_policy_prompts", "on_policy_tokens", "on_policy_share", "opening_weight", "question_share", "probes"),
 )  # settings that nobody can give, in the order in which the plan shows them
 REASONS = {
+    "beta": "This is TRL's default. A smaller one lets the adapter move further from the reference; with orpo it is "
+    "the weight of the odds ratio.",
+    "loss_type": "This is the objective's own loss: sigmoid for dpo, and kto for kto.",
+    "label_smoothing": "No choice in the rows is taken to be wrong.",
+    "reference_free": "The answers' probabilities are compared with those of the reference: the base, or the parent.",
+    "desirable_weight": "This is TRL's default: desirable and undesirable answers count alike.",
+    "undesirable_weight": "This is TRL's default: desirable and undesirable answers count alike.",
+    "precompute_ref_log_probs": "What the reference gives to the answers is computed once, before the first step.",
     "r": "This is the rank of the update. It is large enough for a fact and keeps the adapter small on disk.",
     "use_rslora": "PEFT's default scales the update by lora_alpha / r; true scales it by lora_alpha / sqrt(r).",
     "rank_pattern": "Gives some modules another r, by the end of their names or a regular expression, as in PEFT.",
