@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fortwo.adapters.store import check_name
+from fortwo.adapters.refs import check_name
 from fortwo.data import datasets
 from fortwo.data.preview import check_row_length
 from fortwo.errors import InvalidRequest
