@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from serving import ENDED, Served, refused, serve, tiny_settings
 
+from fortwo.data import datasets
 from fortwo.quantization import matmul
 from tests.test_resume import call, process, until
 from tests.test_server_training import events, start
@@ -292,6 +294,44 @@ def test_choices_that_contradict_each_other_are_warned_of(served: Served) -> Non
     assert "contradicting_answers" in codes
     assert "contradicting_answers" not in {one["code"] for one in planned(served, [*PAIRS, other])["warnings"]}
     assert "duplicate_rows" in {one["code"] for one in planned(served, [*PAIRS, PAIRS[0]])["warnings"]}
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_large_file_or_a_table_of_preferences_is_read(
+    served: Served, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = served.state.settings.home / "data"
+    folder.mkdir(exist_ok=True)
+    rows: list[dict[str, Any]] = PAIRS if kind == "dpo" else LABELLED
+    (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (folder / f"{kind}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    as_messages = [
+        {
+            name: value if name == "label" else json.dumps([{"role": role, "content": value}])
+            for (name, value), role in zip(row.items(), ("user", "assistant", "assistant"), strict=True)
+        }
+        for row in rows
+    ]
+    with (folder / f"{kind}-messages.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, as_messages[0])
+        writer.writeheader()
+        writer.writerows(as_messages)
+    digests = set()
+    for name, large in (
+        (f"{kind}.jsonl", 0),
+        (f"{kind}.jsonl", 1 << 20),
+        (f"{kind}.csv", 0),
+        (f"{kind}-messages.csv", 0),
+    ):
+        monkeypatch.setattr(datasets, "LARGE_BYTES", large)
+        asked = {"dataset": {"path": name}, "objective": "auto", "training_config": RUN | {"max_steps": 3}}
+        job = served.wait(start(served, f"file-{kind}", **asked)["job_id"])
+        assert (job["status"], job["plan"]["objective"]) == ("succeeded", kind), job["error"]
+        digests.add(job["adapter"]["digest"])
+    assert len(digests) == 1
 
 
 def test_both_answers_are_previewed(served: Served) -> None:

@@ -29,7 +29,6 @@ from fortwo.records import (
     EvalLoss,
     Evaluated,
     Metric,
-    MicroStepped,
     Phase,
     Plan,
     Report,
@@ -43,12 +42,12 @@ from fortwo.train.adamw import AdamW, AdamW8bit
 from fortwo.train.adapter import lora_config
 from fortwo.train.checkpoints import Clock, RunState
 from fortwo.train.evaluation import ServedBase, divergence_error
-from fortwo.train.losses import Row, compute_losses, micro_batches
-from fortwo.train.objectives import Accumulated, PreparedObjective
+from fortwo.train.losses import accumulate_gradients
+from fortwo.train.objectives import PreparedObjective
 from fortwo.train.options import EIGHT_BIT_OPTIMIZERS
-from fortwo.train.preferences import prepare_preferences
+from fortwo.train.preferences import prepare_preferences, with_accuracy
 from fortwo.train.recipes import EVALUATION_QUESTIONS
-from fortwo.train.retry_policy import LEVER_DESCRIPTIONS, RowMix, escalation_records, mix_at_step, next_round
+from fortwo.train.retry_policy import LEVER_DESCRIPTIONS, escalation_records, mix_at_step, next_round
 from fortwo.train.schedule import learning_rate, rate_at
 from fortwo.train.validation import patience_exhausted
 
@@ -147,7 +146,7 @@ def train(
         evaluated = objective.final_evaluator is objective.evaluator and actual["best_step"] == actual["steps"]
         report = yield from objective.final_evaluator.report(served, key, lora, changed=not evaluated)
         if objective.judge is not None:
-            report = _with_accuracy(report, (yield from objective.judge(lora)))
+            report = with_accuracy(report, (yield from objective.judge(lora)))
         escalations = escalation_records(run.retry_rounds, run.best.metrics)
         report = replace(report, eval_losses=tuple(run.eval_losses), escalations=escalations)
     finally:
@@ -187,14 +186,6 @@ def _prepare(
     start = None if parent is None else Lora.from_state(lora_config(plan), decoder.config, parent, decoder.device)
     known = None if resumed is None else checkpoints.reference_log_probs(resumed)
     return (yield from prepare_preferences(served, backend, dataset, plan, start, known))
-
-
-def _with_accuracy(report: Report, accuracy: Metric) -> Report:
-    """The report of a run on preferences. A score would compare it with a base that has no rewards of its own."""
-    found, base = (
-        {name: one for name, one in of.items() if name != "score"} for of in (report.metrics, report.base_metrics)
-    )
-    return replace(report, metrics={"accuracy": accuracy, **found}, base_metrics=base)
 
 
 def _optimizer(flat_N: Tensor, plan: Plan) -> AdamW:
@@ -368,7 +359,7 @@ def _step(
     run.record_rows(rows)
     accumulate = objective.accumulate
     found = yield from (
-        _accumulate(backend, lora, objective.prefix, rows, mix, plan)
+        accumulate_gradients(backend, lora, objective.prefix, rows, mix.kl_weight, plan)
         if accumulate is None
         else accumulate(lora, rows, mix)
     )
@@ -396,29 +387,6 @@ def _step(
         parts=found.parts,
         metrics=found.metrics,
     )
-
-
-def _accumulate(
-    backend: Backend, lora: Lora, prefix: int, rows: list[Row], mix: RowMix, plan: Plan
-) -> TrainEvents[Accumulated]:
-    """Add the gradient of cross-entropy and KL rows to the adapter's."""
-    ce_weight = sum(sum(row.token_weights) for row in rows if not row.kl)
-    kl_tokens = sum(row.supervised for row in rows if row.kl)
-    ce = kl = 0.0
-    tokens, seconds = 0, 0.0
-    for batch in micro_batches(rows, prefix, plan["micro_step_tokens"]):
-        if tokens:
-            yield MicroStepped(tokens)
-        began = time.perf_counter()
-        found = compute_losses(backend, lora, prefix, batch, plan["gradient_checkpointing"])
-        total = found.ce / max(1, ce_weight) + mix.kl_weight * found.kl / max(1, kl_tokens)
-        total.backward()
-        ce += float(found.ce.detach()) / max(1, ce_weight)
-        kl += float(found.kl.detach()) / max(1, kl_tokens)
-        tokens += found.tokens
-        seconds += time.perf_counter() - began
-    supervised = sum(row.supervised for row in rows)
-    return Accumulated(ce + mix.kl_weight * kl, {"learn": ce, "keep": kl}, tokens, seconds, supervised)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -7,8 +7,9 @@ costs no more than its head.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from fortwo.nn.lora import Lora
 from fortwo.nn.packing import Pack, pack
 from fortwo.quantization.matmul import product
 from fortwo.quantization.tiles import Tiles
-from fortwo.records import MicroStepped, TrainEvent
+from fortwo.records import MicroStepped, Plan, TrainEvent
 from fortwo.train.estimate import HEAD_BYTES
 
 T = TypeVar("T")
@@ -80,6 +81,19 @@ class Losses:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Accumulated:
+    """What the gradient of a step was made of. loss: the step's; parts, metrics: as in records.Stepped; supervised:
+    tokens that were trained on; seconds: without those of other work in between."""
+
+    loss: float
+    parts: dict[str, float]
+    tokens: int
+    seconds: float
+    supervised: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
 def with_teacher_states(backend: Backend, rows: Sequence[Row], prefix: int) -> Generator[TrainEvent, None, list[Row]]:
     """Copies of KL rows with `teacher_ND`, computed in passes of PREPARE_TOKENS. prefix: as in `compute_losses`."""
     taught = []
@@ -116,6 +130,29 @@ def compute_losses(
         teacher_ND = torch.cat([row.teacher_ND for row in rows if row.teacher_ND is not None])
         kl = head_loss(final_TD[kl_positions], decoder.head_VD, teacher_ND)
     return Losses(ce, kl, len(ce_positions), len(kl_positions), len(packed.tokens_T))
+
+
+def accumulate_gradients(
+    backend: Backend, lora: Lora, prefix: int, rows: Sequence[Row], kl_weight: float, plan: Plan
+) -> Generator[TrainEvent, None, Accumulated]:
+    """Add the gradient of cross-entropy and KL rows to the adapter's."""
+    ce_weight = sum(sum(row.token_weights) for row in rows if not row.kl)
+    kl_tokens = sum(row.supervised for row in rows if row.kl)
+    ce = kl = 0.0
+    tokens, seconds = 0, 0.0
+    for batch in micro_batches(rows, prefix, plan["micro_step_tokens"]):
+        if tokens:
+            yield MicroStepped(tokens)
+        began = time.perf_counter()
+        found = compute_losses(backend, lora, prefix, batch, plan["gradient_checkpointing"])
+        total = found.ce / max(1, ce_weight) + kl_weight * found.kl / max(1, kl_tokens)
+        total.backward()
+        ce += float(found.ce.detach()) / max(1, ce_weight)
+        kl += float(found.kl.detach()) / max(1, kl_tokens)
+        tokens += found.tokens
+        seconds += time.perf_counter() - began
+    supervised = sum(row.supervised for row in rows)
+    return Accumulated(ce + kl_weight * kl, {"learn": ce, "keep": kl}, tokens, seconds, supervised)
 
 
 class _HeadLoss(torch.autograd.Function):

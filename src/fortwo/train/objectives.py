@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from random import Random
 from typing import Generic, TypeVar
@@ -41,7 +41,7 @@ from fortwo.train.evaluation import (
     single_turn,
     validation_loss,
 )
-from fortwo.train.losses import Row, with_teacher_states
+from fortwo.train.losses import Accumulated, Row, with_teacher_states
 from fortwo.train.plan import training_rows
 from fortwo.train.recipes import REPLY_MARGIN, REPLY_TOKENS, RETENTION_PROBES, SFT_QUESTIONS, SFT_TOKENS
 from fortwo.train.retry_policy import RowMix, planned_mix
@@ -90,19 +90,6 @@ class RoundRobinSampler(Generic[T]):
             drawn += self._samplers[0].sample(1)
             self._samplers.rotate(-1)
         return drawn
-
-
-@dataclass(frozen=True)
-class Accumulated:
-    """What the gradient of a step was made of. loss: the step's; parts, metrics: as in records.Stepped; supervised:
-    tokens that were trained on; seconds: without those of other work in between."""
-
-    loss: float
-    parts: dict[str, float]
-    tokens: int
-    seconds: float
-    supervised: int
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

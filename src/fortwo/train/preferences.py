@@ -20,12 +20,11 @@ from fortwo.execution.backend import Backend
 from fortwo.facts import metrics
 from fortwo.nn.lora import Lora, Segment
 from fortwo.nn.packing import Pack, pack
-from fortwo.records import Dataset, Example, Metric, MicroStepped, Plan, TrainEvents
+from fortwo.records import Dataset, Example, Metric, MicroStepped, Plan, Report, TrainEvents
 from fortwo.train.evaluation import Evaluator, ServedBase
-from fortwo.train.losses import PREPARE_TOKENS, Row, batches_within, head_losses
+from fortwo.train.losses import PREPARE_TOKENS, Accumulated, Row, batches_within, head_losses
 from fortwo.train.objectives import (
     RENDER_BATCH,
-    Accumulated,
     PreparedObjective,
     Validated,
     changed_rendering,
@@ -118,6 +117,14 @@ def prepare_preferences(
         judge=judge,
         reference_N=torch.tensor([*training.reference, *validation.reference]) if learned.has_reference else None,
     )
+
+
+def with_accuracy(report: Report, accuracy: Metric) -> Report:
+    """The report of a run on preferences. A score would compare it with a base that has no rewards of its own."""
+    found, base = (
+        {name: one for name, one in of.items() if name != "score"} for of in (report.metrics, report.base_metrics)
+    )
+    return replace(report, metrics={"accuracy": accuracy, **found}, base_metrics=base)
 
 
 def _render(served: ServedBase, dataset: Dataset, plan: Plan) -> TrainEvents[tuple[_Rows, _Rows]]:
