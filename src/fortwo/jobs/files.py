@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import Select, and_, or_, select, update
 from sqlalchemy.orm import Session
 
 from fortwo import disk
@@ -182,8 +182,8 @@ class FileStore:
         return path
 
     def source(self, spec: object, folders: Sequence[Path]) -> tuple[object, tuple[Path, ...]]:
-        """A dataset's source, and the folders in which its path may lie. {"file_id"} becomes the path of the file. Raises
-        InvalidDataset for a file that does not exist."""
+        """A dataset's source, and the folders in which its path may lie. {"file_id"} becomes the path of the file.
+        Raises InvalidDataset for a file that does not exist."""
         file_id = spec.get("file_id") if isinstance(spec, dict) and len(spec) == 1 else None
         if not isinstance(file_id, str):
             return spec, tuple(folders)
@@ -195,7 +195,7 @@ class FileStore:
             ) from None
         return {"path": str(path)}, (path.parent,)
 
-    def _present(self):  # type: ignore[no-untyped-def]
+    def _present(self) -> Select[FileRow]:
         alive = or_(FileRow.expires_at.is_(None), FileRow.expires_at > time.time())
         return select(FileRow).where(FileRow.owner == self._store.owner, FileRow.deleted_at.is_(None), alive)
 

@@ -38,7 +38,7 @@ def adapter_ref(model: str, store: JobStore) -> str:
                 return f"{job.adapter_name}@{job.id[:8]}-{step}"
             if job.adapter is None:
                 raise NotFound(
-                    f"Model {model!r} does not exist yet: the job has published no adapter; its status is {job.status}.",
+                    f"Model {model!r} does not exist: its job has published no adapter; its status is {job.status}.",
                     param="model",
                     hint="Wait until the job has succeeded, or use one of its checkpoints.",
                 )

@@ -1,9 +1,9 @@
 """The database of jobs and their events.
 
 This module owns every SQL statement about them; the schema is in `jobs.schema`, and is migrated when a store is opened.
-It knows nothing of training: a job's plan, report and error are JSON to it. All methods may be called from any thread. A
-write transaction begins with its write and never with a read, so that two writers of SQLite wait for each other instead
-of failing.
+It knows nothing of training: a job's plan, report and error are JSON to it. All methods may be called from any thread.
+A write transaction begins with its write and never with a read, so that two writers of SQLite wait for each other
+instead of failing.
 
 Several servers, each with its own home, may share a database. A job belongs to the server that took it (`owner`), whose
 home has its files; no other server runs it. While it runs, its server renews the lease (`lease_until`). When the lease
@@ -209,6 +209,12 @@ class JobStore:
         with self.reading() as session:
             return [_job(row) for row in session.scalars(query)]
 
+    def fine_tuned(self) -> list[Job]:
+        """The jobs that OpenAI's API was asked for and that have published an adapter."""
+        query = select(JobRow).where(JobRow.fine_tuning.is_not(None), JobRow.adapter.is_not(None))
+        with self.reading() as session:
+            return [_job(row) for row in session.scalars(query)]
+
     def next_queued(self) -> Job | None:
         """The job at the head of this server's queue, or None when the queue is empty."""
         mine = select(JobRow).where(JobRow.status == "queued", JobRow.owner == self.owner)
@@ -254,9 +260,7 @@ class JobStore:
             session.add(_event_row(job_id, event))
         self._changed(job_id)
 
-    def events(
-        self, job_id: str, after: int = 0, limit: int = 1000, types: Sequence[str] | None = None
-    ) -> list[Event]:
+    def events(self, job_id: str, after: int = 0, limit: int = 1000, types: Sequence[str] | None = None) -> list[Event]:
         """At most `limit` events of a job whose ids are greater than `after`, oldest first. types: of these alone."""
         query = select(EventRow).where(EventRow.job_id == job_id, EventRow.id > after).order_by(EventRow.id)
         if types is not None:

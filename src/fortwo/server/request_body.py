@@ -136,8 +136,8 @@ class _Body:
 
 
 def check_content_type(method: str, headers: Headers, uploads: bool = False) -> UnsupportedMediaType | None:
-    """The refusal of a body that is not JSON, or not a form where a file is uploaded. Web pages of other sites can send other types without asking the server
-    first."""
+    """The refusal of a body that is not JSON, or not a form where a file is uploaded. Web pages of other sites can send
+    other types, and forms, without asking the server first; SecurityMiddleware refuses theirs."""
     has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
     if method in SAFE_METHODS or not has_body:
         return None

@@ -13,8 +13,8 @@ from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fortwo.jobs import fine_tuned_models
 from fortwo.home import home_id, lock_home
+from fortwo.jobs import fine_tuned_models
 from fortwo.kernels import isa
 from fortwo.prompts import MAX_RUNNING
 from fortwo.server.admission import Admission, shutting_down
