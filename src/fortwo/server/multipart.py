@@ -10,9 +10,10 @@ from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect
 
 from fortwo import disk
-from fortwo.errors import InvalidRequest
+from fortwo.errors import InvalidRequest, Unavailable
 
 MOST_FIELDS = 50
 FIELD_BYTES = 64 << 10  # of all fields together that are not the file
@@ -39,6 +40,8 @@ async def read_form(request: Request, path: Path) -> Form:
             reader = _FormReader(boundary, file)
             async for chunk in request.stream():
                 await run_in_threadpool(reader.write, chunk)
+    except ClientDisconnect:
+        raise Unavailable("The client disconnected.", hint="Send the file again.") from None
     except OSError as error:
         raise disk.storage_failed(path, error) from error
     return reader.finish()

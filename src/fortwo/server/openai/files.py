@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from fastapi.concurrency import run_in_threadpool
+from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.responses import FileResponse
 
 from fortwo.data import datasets
@@ -57,15 +57,11 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"])
 async def upload(request: Request, state: AppStateDep) -> Json:
     """The rows are checked; a file with a row that is wrong is refused with all findings and is not kept."""
     given_key(request)
-    drafts = state.files.draft()
-    draft = await run_in_threadpool(drafts.__enter__)
-    try:
+    async with contextmanager_in_threadpool(state.files.draft()) as draft:
         received = draft / ".received"
         form = await read_form(request, received)
         lifetime = checked_form(form)
         return await state.planning.run(request, lambda check: _add(state, request, form, received, lifetime, check))
-    finally:
-        await run_in_threadpool(drafts.__exit__, None, None, None)
 
 
 def _add(

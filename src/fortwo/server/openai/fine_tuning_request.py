@@ -70,7 +70,7 @@ class JobRequest(Strict):
 
     model: str = Field(min_length=1, description="A base model, or a fine-tuned model to go on from.")
     training_file: str | None = Field(None, min_length=1, description="Id of an uploaded file; or give facts.")
-    validation_file: Annotated[Any, only()] = Field(None, description="Use training_config.validation_split instead.")
+    validation_file: str | None = Field(None, description="Refused; use training_config.validation_split.")
     suffix: str | None = Field(None, min_length=1, max_length=SUFFIX)
     seed: int | None = Field(None, ge=0, le=2**32 - 1)
     metadata: Annotated[dict[Text64, Text512], at_most(METADATA)] | None = None
@@ -92,6 +92,13 @@ class JobRequest(Strict):
                 f"{both}.",
                 param="training_file",
                 hint="Give the id of an uploaded file, or facts; exactly one of them.",
+            )
+        if self.validation_file is not None:
+            raise InvalidRequest(
+                f"validation_file = {self.validation_file!r} is not supported.",
+                param="validation_file",
+                hint="Leave it out; training_config.validation_split holds back some rows of training_file.",
+                code="unsupported_parameter",
             )
         if self.suffix is not None and not slug(self.suffix):
             raise InvalidRequest(
