@@ -1,4 +1,4 @@
-"""OpenAI's files and fine-tuning jobs with the official client: whole lives of jobs on a tiny model, and bad requests."""
+"""OpenAI's files and fine-tuning jobs with the official client: lives of jobs on a tiny model, and bad requests."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_an_upload_may_be_larger_than_a_body_but_has_its_own_limit(tiny: Path, t
         ({"hyperparameters": {"n_epochs": 0}}, None, "0"),
         ({"hyperparameters": {"beta": 1}}, "hyperparameters.beta", "beta"),
         (
-            {"hyperparameters": {"learning_rate_multiplier": 1000.0, "n_epochs": "auto"}},
+            {"hyperparameters": {"learning_rate_multiplier": 100_000.0, "n_epochs": "auto"}},
             "hyperparameters.learning_rate_multiplier",
             "above 1",
         ),
@@ -326,6 +326,7 @@ def test_a_file_is_a_dataset_of_the_native_api_and_survives_its_deletion(
     with serve(tiny_settings(tmp_path, tiny)) as served, connect(served) as client:
         file = upload(client)
         source = {"dataset": {"file_id": file.id}}
+        assert served.post("/api/training/plan", source | {"adapter_name": "late"}).json()["computed"]["rows"] == 4
         assert len(served.post("/api/data/preview", source).json()["rows"]) == 4
         first = {"adapter_name": "first", "dataset": {"examples": ROWS}, "training_config": {"max_steps": 100_000}}
         blocker = served.post("/api/training/start", first).json()["job_id"]

@@ -87,7 +87,7 @@ _TRAINING: dict[str, _Kind] = {
     "per_device_train_batch_size": _Number(1, 65536, "8", whole=True),
     "gradient_accumulation_steps": _Number(1, 65536, "1", whole=True),
     "learning_rate": _Number(0, 1, "2e-4"),
-    "learning_rate_multiplier": _Number(0, 1000, "2.0", above_low=True),
+    "learning_rate_multiplier": _Number(0, 1_000_000, "2.0", above_low=True),
     "lr_scheduler_type": _Word(SCHEDULES),
     "warmup_steps": _Number(0, 10_000_000, "3"),
     "warmup_ratio": _Number(0, 1, "0.03"),
