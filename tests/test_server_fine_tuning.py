@@ -243,6 +243,9 @@ def test_an_upload_may_be_larger_than_a_body_but_has_its_own_limit(tiny: Path, t
         ({"validation_file": "file-1"}, "validation_file", "file-1"),
         ({"method": {"type": "reinforcement"}}, "method.type", "reinforcement"),
         ({"method": {"type": "other"}}, "method.type", "other"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised", "dpo"),
+        ({"method": {"type": "dpo"}, "objective": "sft"}, "objective", "contradict"),
+        ({"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 1}}}}, None, "beta"),
         ({"hyperparameters": {"n_epochs": 0}}, None, "0"),
         ({"hyperparameters": {"beta": 1}}, "hyperparameters.beta", "beta"),
         (
@@ -286,6 +289,29 @@ def test_what_changes_nothing_is_accepted(client: openai.OpenAI, served: Served)
     job = served.post("/v1/fine_tuning/jobs", body | more).json()
     assert (job["suffix"], job["hyperparameters"]["learning_rate_multiplier"]) == ("My model!", 1.0)
     assert (wait(client, job["id"]).fine_tuned_model or "").startswith("ft:tiny:fortwo:My-model:")
+
+
+def test_the_method_dpo_trains_on_preferences(client: openai.OpenAI) -> None:
+    rows = [
+        {
+            "input": {"messages": [{"role": "user", "content": f"What is {one}?"}]},
+            "preferred_output": [{"role": "assistant", "content": answer}],
+            "non_preferred_output": [{"role": "assistant", "content": "nothing"}],
+        }
+        for one, answer in WORDS
+    ]
+    hyperparameters: Any = {"beta": 0.2, "n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 2.0}
+    method: Any = {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
+    job = client.fine_tuning.jobs.create(
+        model="tiny", training_file=upload(client, rows).id, suffix="prefers", method=method
+    )
+    done = wait(client, job.id)
+    assert done.method is not None
+    assert done.method.dpo is not None
+    assert done.method.dpo.hyperparameters is not None
+    assert done.method.dpo.hyperparameters.model_dump() == hyperparameters
+    assert done.status in ("succeeded", "failed")
+    assert done.error is None or done.error.code == "targets_missed"
 
 
 def test_fortwos_own_fields_come_by_extra_body(client: openai.OpenAI, served: Served) -> None:

@@ -33,6 +33,9 @@ def job_object(job: Job, files: Container[str]) -> Json:
         "batch_size": settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"],
         "learning_rate_multiplier": asked.get("hyperparameters", {}).get("learning_rate_multiplier", 1.0),
     }
+    method = asked.get("method", "supervised")
+    if method == "dpo":
+        hyperparameters["beta"] = settings["beta"]
     results, ended = result_file_id(job.id), job.ended
     running = job.started_at is not None and not job.ended_or_paused
     return {
@@ -50,7 +53,7 @@ def job_object(job: Job, files: Container[str]) -> Json:
         "result_files": [results] if results in files else [],
         "trained_tokens": job.actual["tokens"] if job.actual is not None and job.status == "succeeded" else None,
         "hyperparameters": hyperparameters,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "method": {"type": method, method: {"hyperparameters": hyperparameters}},
         "seed": settings["seed"],
         "suffix": asked.get("suffix"),
         "user_provided_suffix": asked.get("suffix"),

@@ -35,33 +35,48 @@ class Hyperparameters(Strict):
         return {name: value for name, value in self if value not in (None, "auto")}
 
 
-class Supervised(Strict):
-    hyperparameters: Hyperparameters = Field(default_factory=lambda: Hyperparameters.model_validate({}))
+class DpoHyperparameters(Hyperparameters):
+    beta: Auto | Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
-        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+class Supervised(Strict):
+    hyperparameters: Hyperparameters | None = None
+
+
+class Dpo(Strict):
+    hyperparameters: DpoHyperparameters | None = None
 
 
 class Method(Strict):
-    """How the model is trained. Only "supervised" is supported."""
+    """How the model is trained: "supervised", or "dpo" on rows of preferences."""
 
     type: Literal["supervised", "dpo", "reinforcement"]
     supervised: Supervised | None = None
-    dpo: Annotated[Any, only()] = None
+    dpo: Dpo | None = None
     reinforcement: Annotated[Any, only()] = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.type != "supervised":  # the place for method.type == "dpo"
+        other = {"supervised": "dpo", "dpo": "supervised"}.get(self.type)
+        if other is None:
             raise InvalidRequest(
                 f"method.type = {self.type!r} is not supported.",
                 param="method.type",
-                hint='Give the method "supervised", or leave it out.',
+                hint='Give the method "supervised" or "dpo", or leave it out.',
                 code="unsupported_parameter",
             )
+        if getattr(self, other) is not None:
+            raise InvalidRequest(
+                f"method.{other} is given, but method.type is {self.type!r}.",
+                param=f"method.{other}",
+                hint=f"Leave it out, or give the type {other!r}.",
+            )
         return self
+
+    def given(self) -> Json:
+        """The numbers that are given, under their names."""
+        options = self.dpo if self.type == "dpo" else self.supervised
+        return {} if options is None or options.hyperparameters is None else options.hyperparameters.given()
 
 
 class JobRequest(Strict):
@@ -117,8 +132,7 @@ class JobRequest(Strict):
         return self
 
     def _of_method(self) -> Json:
-        supervised = None if self.method is None else self.method.supervised
-        return {} if supervised is None else supervised.hyperparameters.given()
+        return {} if self.method is None else self.method.given()
 
     def hyperparameters_given(self) -> Json:
         older = {} if self.hyperparameters is None else self.hyperparameters.given()
@@ -127,7 +141,9 @@ class JobRequest(Strict):
     def record(self) -> Json:
         """What is stored with the job: what its object repeats."""
         fields = ("model", "training_file", "suffix", "seed", "metadata")
-        return {name: getattr(self, name) for name in fields} | {"hyperparameters": self.hyperparameters_given()}
+        method = "supervised" if self.method is None else self.method.type
+        given = {"method": method, "hyperparameters": self.hyperparameters_given()}
+        return {name: getattr(self, name) for name in fields} | given
 
 
 _TRAINING_KEYS = {"n_epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
@@ -151,6 +167,15 @@ def training_request(asked: JobRequest, parent: str | None) -> TrainingRequest:
                 hint="Give only one of them.",
             )
         config[key] = value
+    objective = asked.objective
+    if asked.method is not None and asked.method.type == "dpo":
+        if objective not in (None, "dpo"):
+            raise InvalidRequest(
+                f"method.type = 'dpo' and objective = {objective!r} contradict each other.",
+                param="objective",
+                hint="Give only one of them.",
+            )
+        objective = "dpo"
     name = asked.adapter_name or slug(asked.suffix or "") or f"ft-{slug(asked.model.partition('@')[0])}"
     given = {
         "model": asked.model if parent is None else None,
@@ -159,7 +184,7 @@ def training_request(asked: JobRequest, parent: str | None) -> TrainingRequest:
         "dataset": {"facts": asked.facts} if asked.training_file is None else {"file_id": asked.training_file},
         "lora_config": asked.lora_config,
         "training_config": config,
-        "objective": asked.objective,
+        "objective": objective,
     }
     return TrainingRequest.model_validate(given)
 
