@@ -120,12 +120,12 @@ class ChatTemplateRenderer:
         """Tokens of the conversation and of the generation prompt. Raises InvalidRequest when the template refuses."""
         return self._encode(self._render(messages, generation=True))
 
-    def encode_text(self, text: str) -> list[int]:
+    def encode_text(self, text: str, *, specials: bool = True) -> list[int]:
         """Tokens of a raw prompt without a template. Control tokens in the text are read as such, because callers write
-        the template themselves. The tokenizer's BOS is added unless the text begins with it."""
+        the template themselves. With `specials` the tokenizer's BOS is added unless the text begins with it."""
         plain = _encode(self._backend, text)
         has_bos = plain[:1] == [self._tokenizer.bos_token_id]
-        return plain if has_bos else _encode(self._backend, text, specials=True)
+        return plain if has_bos or not specials else _encode(self._backend, text, specials=True)
 
     def encode_conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation that ends with the assistant's answer, and for each whether it has loss.
@@ -208,6 +208,11 @@ class ChatTemplateRenderer:
     def stream(self, context: Sequence[int] = ()) -> Detokenizer:
         """A detokenizer for one reply. context: tokens whose text the reply continues."""
         return Detokenizer(self.decode, context)
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of bos_token, eos_token and the tokenizer's others, by name."""
+        return dict(self._tokenizer.special_tokens_map)
 
     @cached_property
     def longest_token(self) -> int:

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from fortwo.server import docs, errors, health, models, native, openai, page, versions, vllm
+from fortwo.server import (
+    docs,
+    errors,
+    health,
+    llama_cpp,
+    models,
+    native,
+    ollama,
+    ollama_models,
+    openai,
+    page,
+    versions,
+    vllm,
+)
 from fortwo.server.request_body import RequestBodyMiddleware
 from fortwo.server.security import SecurityMiddleware
 from fortwo.server.state import AppState, ShutdownMiddleware
@@ -31,9 +44,11 @@ def create_app(state: AppState) -> FastAPI:
     app.add_middleware(ShutdownMiddleware, state=state)
     app.add_middleware(SecurityMiddleware, api_key=api_key)
     app.add_middleware(errors.UnexpectedErrorMiddleware)
-    for router in (models.router, native.router, versions.router, *openai.routers, vllm.router):
-        keyed = [] if api_key is None else [docs.API_KEY]
+    keyed = [] if api_key is None else [docs.API_KEY]
+    for router in (models.router, native.router, versions.router, *openai.routers, vllm.router, llama_cpp.router):
         app.include_router(router, dependencies=keyed, responses=docs.ERRORS)
+    for router in (ollama.router, ollama_models.router):
+        app.include_router(router, dependencies=keyed, responses=docs.PLAIN_ERRORS)
     app.include_router(health.router)
     docs.install(app)
     page.install(app)

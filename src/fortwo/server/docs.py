@@ -45,13 +45,16 @@ _STATUSES = {
     504: "The reply took longer than the time limit.",
     507: "The disk or the database cannot be written.",
 }
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": text,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
-    }
-    for status, text in _STATUSES.items()
-}
+_PLAIN_ERROR_BODY = {"type": "object", "properties": {"error": _TEXT}, "required": ["error"]}
+
+
+def _errors(schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    content = {"application/json": {"schema": schema}}
+    return {status: {"description": text, "content": content} for status, text in _STATUSES.items()}
+
+
+ERRORS = _errors({"$ref": "#/components/schemas/ErrorBody"})
+PLAIN_ERRORS = _errors(_PLAIN_ERROR_BODY)  # of Ollama's paths
 
 
 def install(app: FastAPI) -> None:

@@ -1,4 +1,4 @@
-"""HTTP responses of errors, all of one shape: {"error": {message, type, code, param, hint}}.
+"""HTTP responses of errors, of one shape: {"error": {message, type, code, param, hint}}, or {"error": text} for Ollama.
 
 Validation errors of pydantic, unknown routes and unexpected exceptions become fortwo's own errors.
 """
@@ -12,16 +12,22 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fortwo.errors import FortwoError, InvalidRequest, NotFound, all_of
+from fortwo.records import Json
 
 log = logging.getLogger(__name__)
 FINDINGS_SHOWN = 10
 METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+# Paths of Ollama's API, whose clients expect {"error": "..."}.
+PLAIN_PATHS = frozenset(
+    f"/api/{name}"
+    for name in "chat copy create delete embed embeddings generate ps pull push show tags version".split()
+)
 MAX_VALUE = 80  # characters of an offending value that a message repeats
 
 
@@ -59,10 +65,29 @@ class UnexpectedErrorMiddleware:
             await respond(unexpected(error))(scope, receive, send)
 
 
-def respond(error: FortwoError, headers: dict[str, str] | None = None) -> JSONResponse:
+class ErrorResponse(Response):
+    """The response for an error, with a Retry-After header if it has retry_after. The path decides on the shape."""
+
+    def __init__(self, error: FortwoError, headers: dict[str, str]) -> None:
+        retry = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+        super().__init__(status_code=error.status)
+        self._error = error
+        self._more = retry | headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = plain_body(self._error) if scope["path"] in PLAIN_PATHS else self._error.body()
+        await JSONResponse(body, self.status_code, self._more)(scope, receive, send)
+
+
+def respond(error: FortwoError, headers: dict[str, str] | None = None) -> Response:
     """The response for an error, with a Retry-After header if it has retry_after."""
-    retry = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return JSONResponse(error.body(), error.status, retry | (headers or {}))
+    return ErrorResponse(error, headers or {})
+
+
+def plain_body(error: FortwoError) -> Json:
+    """The HTTP body of Ollama's API: {"error": text}, with message and hint in one text."""
+    told = error.body()["error"]
+    return {"error": " ".join(text for text in (told["message"], told["hint"]) if text)}
 
 
 def unexpected(error: BaseException) -> FortwoError:
@@ -164,7 +189,7 @@ def _methods(request: Request) -> list[str]:
     return [name for name in METHODS if any(one.matches(scopes[name])[0] == Match.FULL for one in request.app.routes)]
 
 
-def _no_route(request: Request, error: HTTPException) -> JSONResponse:
+def _no_route(request: Request, error: HTTPException) -> Response:
     request_line = f"{request.method} {request.url.path}"
     headers = dict(error.headers or {})
     if error.status_code == 404:

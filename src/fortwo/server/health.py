@@ -22,6 +22,7 @@ router = APIRouter(tags=["server"])
 
 
 @router.get("/healthz", summary="Whether the server is up; needs no key")
+@router.get("/health", summary="The same, under the name that llama.cpp's and vLLM's clients ask for")
 async def healthz() -> Json:
     return {"status": "ok"}
 

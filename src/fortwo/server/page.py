@@ -29,7 +29,7 @@ class _Files(StaticFiles):
 
 
 def install(app: FastAPI) -> None:
-    @app.get(PAGE, include_in_schema=False)
+    @app.api_route(PAGE, methods=["GET", "HEAD"], include_in_schema=False)  # Ollama's clients ask for HEAD / first
     async def page() -> FileResponse:
         return FileResponse(FOLDER / "index.html", headers=HEADERS)
 

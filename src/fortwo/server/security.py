@@ -20,7 +20,7 @@ from fortwo.server.errors import respond
 from fortwo.server.request_body import SAFE_METHODS
 
 # They are the same on every server, and a browser must be able to open the page that asks for the key.
-OPEN_PATHS = ("/healthz", "/readyz", docs.PAGE_PATH, docs.OPENAPI_PATH, page.PAGE)
+OPEN_PATHS = ("/healthz", "/health", "/readyz", docs.PAGE_PATH, docs.OPENAPI_PATH, page.PAGE)
 OPEN_FOLDERS = (f"{docs.FILES_PATH}/", f"{page.FILES}/")
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 
 from pydantic_core import to_json
-from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
+
+from fortwo.server.streams import ClosingStream
 
 KEEP_ALIVE_SECONDS = 15  # the longest silence of a stream, because proxies close silent connections
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -20,27 +20,20 @@ def encode(data: object, *, id: int | None = None, event: str | None = None) -> 
     return fields + b"data: " + to_json(data, ensure_ascii=True) + b"\n\n"
 
 
-class EventStream(StreamingResponse):
-    """Sends encoded events as they come, and KEEP_ALIVE between them, until the client disconnects. deadline: on the
-    event loop's clock, when the connection is closed; on_close: called at the end, whatever the reason."""
+class EventStream(ClosingStream):
+    """A ClosingStream of encoded events, with KEEP_ALIVE between them."""
 
     def __init__(
         self, events: AsyncIterator[bytes], deadline: float | None = None, on_close: Callable[[], None] = lambda: None
     ) -> None:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._deadline = deadline
-        self._on_close = on_close
+        super().__init__(events, "text/event-stream", deadline, on_close)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         keep_alive = asyncio.create_task(self._keep_alive(send))
         try:
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(self._deadline):
-                    await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send)
         finally:
             keep_alive.cancel()
-            self._on_close()
 
     async def _keep_alive(self, send: Send) -> None:
         while True:

@@ -162,13 +162,16 @@ async def chat(request: Request, state: AppStateDep, body: ChatRequest) -> Respo
     return JSONResponse(frame | {"object": "chat.completion", "choices": choices, "usage": replies.usage()})
 
 
-def prompts_of(target: Target, body: ChatRequest) -> tuple[list[Prompt], Bytes | None]:
-    """The prompts, and what gives the bytes of a token if logprobs are wanted."""
+def prompts_of(
+    target: Target, body: ChatRequest, *, param: str = "messages", default: int = REPLY_TOKENS
+) -> tuple[list[Prompt], Bytes | None]:
+    """The prompts, and what gives the bytes of a token if logprobs are wanted. param: the name of the messages in
+    errors; default: the limit of the reply's tokens if the request sets none."""
     messages = [message.message() for message in body.messages]
-    check_length(target, sum(len(message.content.strip()) for message in messages), "messages")
+    check_length(target, sum(len(message.content.strip()) for message in messages), param)
     tokens = target.model.renderer.encode_prompt(messages)
     top = (body.top_logprobs or 0) if body.logprobs else None
-    prompts = body.prompts(target, tokens, param="messages", default=REPLY_TOKENS, logprobs=top)
+    prompts = body.prompts(target, tokens, param=param, default=default, logprobs=top)
     if texts := target.model.renderer.stop_texts:
         ends = [replace(prompt.sampling, stop=(*prompt.sampling.stop, *texts)) for prompt in prompts]
         prompts = [replace(prompt, sampling=sampling) for prompt, sampling in zip(prompts, ends, strict=True)]

@@ -21,7 +21,7 @@ from fortwo.records import Json
 from fortwo.server.openai.parameters import Model, Strict, Texts, check_length, context_left, only
 from fortwo.server.openai.replies import Replies
 from fortwo.server.request_body import JsonRoute
-from fortwo.server.state import AppStateDep
+from fortwo.server.state import AppState, AppStateDep
 
 if TYPE_CHECKING:
     from fortwo.engine.registry import Target
@@ -47,6 +47,12 @@ class EmbeddingRequest(Strict):
 
 @router.post("/embeddings", response_model=None, summary="Texts as vectors, by a base model or an adapter")
 async def embeddings(request: Request, state: AppStateDep, body: EmbeddingRequest) -> JSONResponse:
+    vectors, tokens = await vectors_of(request, state, body)
+    return await run_in_threadpool(_response, body, vectors, tokens)  # encoding may take a second
+
+
+async def vectors_of(request: Request, state: AppState, body: EmbeddingRequest) -> tuple[list[tuple[float, ...]], int]:
+    """The vector of each input, and how many tokens the inputs have together. Raises what Replies raises."""
     replies = Replies(state, request, min(len(body.input), BATCH_INPUTS))
     vectors: list[tuple[float, ...]] = []
     async with replies.target(body.model) as target:
@@ -57,8 +63,7 @@ async def embeddings(request: Request, state: AppStateDep, body: EmbeddingReques
             await replies.submit(batch)
             await replies.collect()
             vectors += replies.embeddings()
-    tokens = sum(len(prompt.tokens) for prompt in prompts)
-    return await run_in_threadpool(_response, target, body, vectors, tokens)  # encoding may take a second
+    return vectors, sum(len(prompt.tokens) for prompt in prompts)
 
 
 def _prompts(target: Target, body: EmbeddingRequest) -> list[Prompt]:
@@ -85,7 +90,7 @@ def _batches(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
     yield batch
 
 
-def _response(target: Target, body: EmbeddingRequest, vectors: list[tuple[float, ...]], tokens: int) -> JSONResponse:
+def _response(body: EmbeddingRequest, vectors: list[tuple[float, ...]], tokens: int) -> JSONResponse:
     def entry(index: int, vector: tuple[float, ...]) -> Json:
         as_base64 = body.encoding_format == "base64"
         encoded = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if as_base64 else vector
@@ -95,7 +100,7 @@ def _response(target: Target, body: EmbeddingRequest, vectors: list[tuple[float,
         {
             "object": "list",
             "data": [entry(index, vector) for index, vector in enumerate(vectors)],
-            "model": target.name,
+            "model": body.model,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
 
 from fortwo.errors import Conflict, NotFound
 from fortwo.jobs import fine_tuned_models
-from fortwo.records import Json
+from fortwo.records import AdapterVersion, Json
 from fortwo.server.state import AppState, AppStateDep
 
 OWNER = "fortwo"
@@ -18,15 +19,15 @@ router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
 @router.get("/models", summary="Base models on disk, adapters, their versions, checkpoints")
 def models(state: AppStateDep) -> Json:
-    return {"object": "list", "data": list(_models(state))}
+    return {"object": "list", "data": [_body(served) for served in served_models(state)]}
 
 
 @router.get("/models/{model}", summary="One model, adapter, version or checkpoint")
 def model(state: AppStateDep, model: str) -> Json:
-    found = {one["id"]: one for one in _models(state)}
+    found = {served.id: served for served in served_models(state)}
     if model not in found:
         raise NotFound(f"There is no model {model!r}.", param="model", hint=f"Known: {', '.join(found)}.")
-    return found[model]
+    return _body(found[model])
 
 
 @router.delete("/models/{model}", summary="Delete an adapter, one of its versions, or a fine-tuned model")
@@ -44,12 +45,21 @@ def _delete(state: AppState, model: str) -> None:
     state.registry.delete_adapter(fine_tuned_models.adapter_ref(model, state.jobs) if fine_tuned else model)
 
 
-def _models(state: AppState) -> Iterator[Json]:
-    """root: the base model; parent: that of an adapter, None for a base model."""
+@dataclass(frozen=True)
+class ServedModel:
+    """A name that `model` may have. base: the id of the base model; version: None for a base model itself."""
+
+    id: str
+    base: str
+    version: AdapterVersion | None
+
+
+def served_models(state: AppState) -> Iterator[ServedModel]:
+    """Base models on disk, adapters, their versions, fine-tuned models and checkpoints."""
     for entry in state.catalog.entries():
         info = state.catalog.model_info(entry.id)
         if info is not None or entry.id == state.settings.default_model:
-            yield _model(entry.id, 0.0, root=entry.id, parent=None)
+            yield ServedModel(entry.id, entry.id, None)
     fine_tuned = {
         f"{job.adapter['name']}@{job.adapter['version']}": fine_tuned_models.model_name(job)
         for job in state.jobs.fine_tuned()
@@ -61,11 +71,19 @@ def _models(state: AppState) -> Iterator[Json]:
             if version.id in fine_tuned:
                 ids.append(fine_tuned[version.id])
             for id in ids:
-                yield _model(id, version.created_at, root=version.base_model, parent=version.base_model)
+                yield ServedModel(id, version.base_model, version)
     for job_id in state.checkpoints.job_ids():
         for version in state.checkpoints.of_job(job_id):
-            yield _model(version.id, version.created_at, root=version.base_model, parent=version.base_model)
+            yield ServedModel(version.id, version.base_model, version)
 
 
-def _model(id: str, created: float, *, root: str, parent: str | None) -> Json:
-    return {"id": id, "object": "model", "created": int(created), "owned_by": OWNER, "root": root, "parent": parent}
+def _body(served: ServedModel) -> Json:
+    """root: the base model; parent: that of an adapter, None for a base model."""
+    return {
+        "id": served.id,
+        "object": "model",
+        "created": 0 if served.version is None else int(served.version.created_at),
+        "owned_by": OWNER,
+        "root": served.base,
+        "parent": None if served.version is None else served.base,
+    }

@@ -222,7 +222,7 @@ class Parameters(Strict):
 
         Raises InvalidRequest when prompt and reply do not fit the context, or a token does not exist.
         """
-        _check_known(target, [int(id) for id in self.logit_bias or ()], "logit_bias")
+        check_known(target, [int(id) for id in self.logit_bias or ()], "logit_bias")
         limit = self.limit()
         left = context_left(target, tokens, param=param, least=1 if limit is None else min(1, limit[1]))
         if limit is not None and limit[1] > left:
@@ -272,7 +272,7 @@ def check_length(target: Target, characters: int, param: str) -> None:
 def context_left(target: Target, tokens: list[int], *, param: str, least: int) -> int:
     """How many more tokens the context has room for after `tokens`. Raises InvalidRequest when they are fewer than
     `least`, or when one of `tokens` does not exist."""
-    _check_known(target, tokens, param)
+    check_known(target, tokens, param)
     context = target.model.runner.cache.longest  # less than the model's if FORTWO_CACHE_MB is small
     left = context - len(tokens)
     if left < least:
@@ -285,7 +285,8 @@ def context_left(target: Target, tokens: list[int], *, param: str, least: int) -
     return left
 
 
-def _check_known(target: Target, tokens: list[int], param: str) -> None:
+def check_known(target: Target, tokens: list[int], param: str) -> None:
+    """Raises InvalidRequest for a token that the model does not have."""
     vocabulary = target.model.decoder.config.vocabulary
     if (foreign := max(tokens, default=0)) >= vocabulary:
         raise InvalidRequest(
