@@ -211,6 +211,7 @@ class GenerateRequest(Generating):
         question = ChatMessage(role="user", content=self.prompt or "")
         system = [ChatMessage(role="system", content=self.system)] if self.system else []
         asked, default = self.chat_request([*system, question]), self.settings.default_limit()
+        token_bytes: Bytes | None
         if self.raw:
             check_length(target, len(question.content), "prompt")
             tokens = target.model.renderer.encode_text(question.content)

@@ -18,12 +18,12 @@ from fastapi.params import Form
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fortwo import strict_json
 from fortwo.errors import FortwoError, InvalidRequest
-from fortwo.server.errors import respond
+from fortwo.server.errors import PLAIN_PATHS, respond
 
 LARGE_BYTES = 64 << 10  # from here on a body is parsed on a worker thread
 MOST_CONTAINERS = 1_000_000  # lists and objects of a body
@@ -63,6 +63,8 @@ class RequestBodyMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["path"] in PLAIN_PATHS:  # many of Ollama's clients, curl among them, name another type or none
+            MutableHeaders(scope=scope)["Content-Type"] = "application/json"
         headers, uploads = Headers(scope=scope), scope["path"] in UPLOADS
         limit = self._max_upload_bytes if uploads else self._max_bytes
         too_large = BodyTooLarge(
