@@ -71,7 +71,7 @@ def generate(served: Served, **more: Any) -> httpx.Response:
 def test_the_client_gets_what_openais_api_answers(two: Served, client: ollama.Client, model: str) -> None:
     for name in (model, f"{model}:latest"):
         reply = client.chat(name, HELLO, options=GREEDY)
-        assert reply.message.role == "assistant"
+        assert (reply.model, reply.message.role) == (name, "assistant")
         assert reply.message.content == openai_reply(two, model)
         assert reply.done
         assert reply.done_reason in ("stop", "length")
@@ -330,6 +330,18 @@ def test_lists_name_what_chat_takes(two: Served, client: ollama.Client) -> None:
     loaded = {one.model: one for one in client.ps().models}
     assert {"tiny:latest", "taught@1:latest"} <= set(loaded)
     assert loaded["tiny:latest"].context_length == 1024
+
+
+def test_adapters_whose_base_was_removed_are_listed(tiny: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, tiny)
+    with serve(settings) as served, ollama.Client(served.url) as client:
+        publish(served, "orphan")
+        publish(served, "orphan", base_model="gone", base_digest="0" * 64)
+        assert "orphan@2:latest" in {one.model for one in client.list().models}
+        shown = client.show("orphan@2")
+        assert shown.details
+        assert shown.details.parent_model == "gone"
+        assert "orphan@2:latest" not in {one.model for one in client.ps().models}
 
 
 def test_show_describes_a_base_and_an_adapter(two: Served, client: ollama.Client) -> None:

@@ -50,7 +50,6 @@ Write = Callable[[str], Json]  # the part of an answer that holds text
 
 Name = Annotated[
     str,
-    AfterValidator(lambda given: given.removesuffix(LATEST)),
     Field(
         description="A base model, an adapter (for its current version) or adapter@version; :latest changes nothing."
     ),
@@ -244,7 +243,7 @@ async def _answer(request: Request, state: AppState, body: Generating, asked: As
     if asked is None:
         body.check_unload()
     replies = Replies(state, request, 1, streamed=True)
-    async with replies.target(body.model) as target:
+    async with replies.target(without_tag(body.model)) as target:
         loaded = time.perf_counter_ns()
         prompts, bytes_of = ([], None) if asked is None else await run_in_threadpool(asked, target)
         await replies.submit(prompts)
@@ -327,6 +326,11 @@ def _line(body: Json) -> bytes:
     return to_json(body, ensure_ascii=True) + b"\n"
 
 
+def without_tag(model: str) -> str:
+    """The name as the rest of the server knows it."""
+    return model.removesuffix(LATEST)
+
+
 def timestamp(seconds: float) -> str:
     """A time since the epoch as Ollama writes it."""
     return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
@@ -354,7 +358,7 @@ async def embed(request: Request, state: AppStateDep, body: EmbedRequest) -> Jso
     """load_duration is part of total_duration and not measured on its own."""
     began = time.perf_counter_ns()
     vectors, tokens = await vectors_of(
-        request, state, EmbeddingRequest.model_validate({"model": body.model, "input": body.input})
+        request, state, EmbeddingRequest.model_validate({"model": without_tag(body.model), "input": body.input})
     )
     return {
         "model": body.model,
@@ -368,6 +372,6 @@ async def embed(request: Request, state: AppStateDep, body: EmbedRequest) -> Jso
 @router.post("/embeddings", summary="A text as a vector, in Ollama's older form")
 async def embeddings(request: Request, state: AppStateDep, body: OlderEmbedRequest) -> Json:
     vectors, _ = await vectors_of(
-        request, state, EmbeddingRequest.model_validate({"model": body.model, "input": [body.prompt]})
+        request, state, EmbeddingRequest.model_validate({"model": without_tag(body.model), "input": [body.prompt]})
     )
     return {"embedding": vectors[0]}

@@ -15,9 +15,10 @@ from pydantic import Field
 from fortwo.adapters.version_files import TENSORS
 from fortwo.errors import InvalidRequest, NotFound
 from fortwo.hub import prepared
+from fortwo.hub.prepared import ModelInfo
 from fortwo.hub.template_files import choose_template
 from fortwo.records import Json
-from fortwo.server.ollama import LATEST, Name, timestamp
+from fortwo.server.ollama import LATEST, Name, timestamp, without_tag
 from fortwo.server.openai.models import ServedModel, served_models
 from fortwo.server.openai.parameters import Strict
 from fortwo.server.request_body import JsonRoute
@@ -50,16 +51,18 @@ class ShowRequest(Strict):
 
 @router.post("/show", summary="One model, as Ollama shows it")
 def show(state: AppStateDep, body: ShowRequest) -> Json:
-    if (name := body.model or body.name) is None:
+    given = body.name if body.model is None else body.model
+    if given is None:
         raise InvalidRequest("model is missing.", param="model", hint="Add model.", code="missing_parameter")
-    found = {served.id: served for served in served_models(state)}
+    name, found = without_tag(given), {served.id: served for served in served_models(state)}
     if (served := found.get(name)) is None:
         raise NotFound(f"There is no model {name!r}.", param="model", hint=f"Known: {', '.join(found)}.")
-    info, config = state.catalog.model_info(served.base), state.catalog.config(served.base)
+    info, config = _base(state, served.base)
+    licence = None if not config else state.catalog.get(served.base).licence
     adapter = "" if served.version is None else f"ADAPTER {served.version.id}\n"
     shown = _body(state, served)
     return {
-        "license": state.catalog.get(served.base).licence or "",
+        "license": licence or "",
         "modelfile": f"FROM {served.base}\n{adapter}",
         "parameters": "",
         "template": "" if info is None else choose_template(info.directory).text or "",
@@ -95,10 +98,12 @@ def ps(state: AppStateDep) -> Json:
     running = []
     for served in served_models(state):
         if served.version is None:
-            size = loaded.models[served.id].bytes if served.id in loaded.models else None
+            base = loaded.models.get(served.id)
+            target, size = state.registry.find(served.id), 0 if base is None else base.bytes
+        elif adapter := loaded.adapters.get(served.version.digest):
+            target, size = state.registry.find(adapter.base), adapter.bytes
         else:
-            size = loaded.adapters[served.version.digest].bytes if served.version.digest in loaded.adapters else None
-        target = None if size is None else state.registry.find(served.base)
+            target, size = None, 0
         if target is not None:
             more = {
                 "size": size,
@@ -110,10 +115,18 @@ def ps(state: AppStateDep) -> Json:
     return {"models": running}
 
 
+def _base(state: AppState, id: str) -> tuple[ModelInfo | None, Json]:
+    """A prepared base and its dimensions; nothing for one that was removed while its adapters stayed."""
+    try:
+        return state.catalog.model_info(id), state.catalog.config(id)
+    except NotFound:
+        return None, {}
+
+
 def _body(state: AppState, served: ServedModel) -> Json:
     """A model in the lists. size: in bytes on disk."""
     name = served.id if ":" in served.id else f"{served.id}{LATEST}"
-    info = state.catalog.model_info(served.base)
+    info, config = _base(state, served.base)
     digest, size, modified = ("", 0, 0.0) if info is None else (info.digest, info.bytes, 0.0)
     with suppress(OSError):  # it was removed a moment ago
         if served.version is not None:
@@ -121,7 +134,7 @@ def _body(state: AppState, served: ServedModel) -> Json:
             size = (Path(served.version.path) / TENSORS).stat().st_size
         elif info is not None:
             modified = (info.directory / prepared.FILE).stat().st_mtime
-    family = state.catalog.config(served.base).get("model_type", "unknown")
+    family = config.get("model_type", "unknown")
     return {
         "name": name,
         "model": name,
