@@ -34,7 +34,7 @@ class Cache:
 
     @staticmethod
     def bytes_per_token(config: Shape, dtype: torch.dtype) -> int:
-        return 2 * dtype.itemsize * config.layers * config.kv_heads * config.head_size
+        return 2 * dtype.itemsize * config.kv_layers * config.kv_heads * config.head_size
 
     @property
     def longest(self) -> int:

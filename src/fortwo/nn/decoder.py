@@ -27,6 +27,7 @@ from fortwo.nn.head import CappedHead, Head, capped
 from fortwo.nn.layer import Layer, read_layer
 from fortwo.nn.lora import Seeds, Update, in_training, lora_product
 from fortwo.nn.rope import inverse_frequency
+from fortwo.nn.rows import Rows
 from fortwo.quantization.formats import (
     Frozen,
     HugePageArena,
@@ -139,6 +140,11 @@ class Decoder:
         other = copy(self)
         other.operations = operations
         return other
+
+    def with_rows(self, rows: Rows) -> Decoder:
+        """The network itself: its layers carry nothing besides keys and values."""
+        del rows
+        return self
 
     def beginning(self, layers: int) -> Decoder:
         """The network's first layers, and its head."""

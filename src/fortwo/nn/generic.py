@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -32,6 +34,8 @@ from fortwo.nn.decoder import Angles, Attend, Hold, Operations
 from fortwo.nn.head import Head
 from fortwo.nn.lora import Seeds, Update, in_training, lora_product
 from fortwo.nn.packing import PackedAttention, pack
+from fortwo.nn.recurrent import Narrowed, RecurrentMixer, recurrent_modules
+from fortwo.nn.rows import Rows
 from fortwo.quantization.formats import Frozen, Weight, bytes_to_train, to_train
 from fortwo.quantization.matmul import frozen_product
 
@@ -48,8 +52,9 @@ class GenericConfig:
     """What engine, trainer and plan ask of a network's shape, as `DecoderConfig` answers it.
 
     modules: (in, out) of each linear module that an adapter can change, by its name within a layer, such as
-    attention.dense; path: where the layers are, such as gpt_neox.layers. parameters: of the whole network. windows:
-    how many tokens each layer sees, None for all.
+    attention.dense; path: where the layers are, such as gpt_neox.layers; lacking: what some layers do not have, as
+    (layer, module). parameters: of the whole network. windows: how many tokens each layer with attention sees, None
+    for all.
     """
 
     architecture: str
@@ -65,11 +70,20 @@ class GenericConfig:
     tied: bool
     path: str
     modules: Mapping[str, tuple[int, int]]
+    lacking: frozenset[Key]
     windows: tuple[int | None, ...]
     attention_softcap: float | None
+    state_bytes: int
 
     def window_of(self, layer: int) -> int | None:
         return self.windows[layer]
+
+    @property
+    def kv_layers(self) -> int:
+        return len(self.windows)
+
+    def has(self, layer: int, target: str) -> bool:
+        return (layer, target) not in self.lacking
 
     @property
     def groups(self) -> Mapping[str, tuple[str, ...]]:
@@ -92,12 +106,33 @@ class _Pass:
     """What the modules read during a forward, and during the backward that follows it."""
 
     attend: Attend | None = None
+    attentions: Mapping[int, int] = field(default_factory=dict)  # the number of each layer among those with attention
+    rows: Rows | None = None
     segments: Sequence[Update] = ()
     seeds: Seeds = field(default_factory=dict)
     weights: Mapping[Key, Frozen] = field(default_factory=dict)
     head: Frozen | None = None
     hidden_TD: Tensor | None = None
     probe: Callable[..., tuple[Tensor, None]] | None = None  # in place of `attend`, while the network is probed
+
+    def known_rows(self) -> Rows:
+        assert self.rows is not None, "layers with a state have to know the rows of a pass (Network.with_rows)"
+        return self.rows
+
+    @contextmanager
+    def narrowed(self, places: Sequence[range]) -> Iterator[None]:
+        """Within it only the tokens of these places are computed, one place behind the other."""
+        rows, segments, seeds = self.known_rows(), self.segments, self.seeds
+        if sum(map(len, places)) == rows.tokens:
+            yield
+            return
+        places_S = torch.tensor([place for span in places for place in span])
+        self.segments = [Narrowed.of(segment, places_S, rows.tokens) for segment in segments]
+        self.seeds = {key: (seed + places[0].start) % 2**32 for key, seed in seeds.items()}
+        try:
+            yield
+        finally:
+            self.segments, self.seeds = segments, seeds
 
 
 class _Projection(nn.Module):
@@ -141,9 +176,13 @@ class _Output(BaseModelOutputWithPast):  # type: ignore[misc]
 class _Hidden(nn.Module):
     """Stands for the layers when only the head is to be computed."""
 
-    def __init__(self, current: _Pass) -> None:
+    def __init__(self, current: _Pass, backbone: nn.Module) -> None:
         super().__init__()
-        self._current = current
+        self._current, self._layers = current, (backbone,)  # in a tuple, so that its modules are not this one's
+
+    def __getattr__(self, name: str) -> Any:
+        """Numbers of the layers that some heads read."""
+        return super().__getattr__(name) if name.startswith("_") else getattr(self._layers[0], name)
 
     @property
     def decoder(self) -> nn.Module:
@@ -186,7 +225,7 @@ def _attention(
     if scaling is not None and scaling != E**-0.5:
         q_1HTE = q_1HTE * (scaling * E**0.5)
     qkv_TNE = torch.cat([q_1HTE[0], k_1KTE[0], v_1KTE[0]]).transpose(0, 1).contiguous()
-    return now.attend(module.layer_idx, qkv_TNE)[None], None  # type: ignore[arg-type]
+    return now.attend(now.attentions[module.layer_idx], qkv_TNE)[None], None  # type: ignore[index]
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
@@ -204,23 +243,26 @@ class GenericDecoder:
         self.device = torch.device(device)
         self._model = model.eval().requires_grad_(False).to(self.device)
         architecture = type(model).__name__
-        if not getattr(model, "_supports_attention_backend", False):
-            raise _unsupported(architecture, "its attention cannot be replaced (it has no attention interface)")
         with torch.no_grad():
             wanted_TV = torch.cat([_plain_logits(model, row) for row in PROBES])
         self._now = now = _Pass()
+        self._rows: Rows | None = None
         self._backbone = model.get_submodule(model.base_model_prefix)
         path, layers = _layers(model)
         self._layers, self._forwards = layers, [layer.forward for layer in layers]
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module.current_pass = now
+        self._recurrent = {number for number, layer in enumerate(layers) if _carry_state(layer, now)}
         model.set_attn_implementation(ATTENTION)
-        attention, rows = _probe(self, architecture)
-        modules = _uniform(layers, rows)
+        attention, rows, state_bytes = _probe(self, architecture)
+        now.attentions = {layer: place for place, layer in enumerate(sorted(attention))}
+        modules, lacking = _uniform(layers, rows)
         self.weights: dict[Key, Frozen] = {}
         for number, layer in enumerate(layers):
             for name in modules:
+                if (number, name) in lacking:
+                    continue
                 linear = layer.get_submodule(name)
                 assert isinstance(linear, nn.Linear | Conv1D)
                 weight_OI = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
@@ -236,10 +278,19 @@ class GenericDecoder:
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
         self._with_head = copy(model)
-        self._with_head._modules = {**model._modules, model.base_model_prefix: _Hidden(now)}
+        self._with_head._modules = {**model._modules, model.base_model_prefix: _Hidden(now, self._backbone)}
         self._embedding = embedding
         self._any_token = torch.tensor([PROBE[:1]], device=self.device)
-        self.config = _config(model, attention, modules, path, tied, self._rest() + _numel(self._multiplied(), tied))
+        self.config = _config(
+            model,
+            [attention[layer] for layer in sorted(attention)],
+            modules,
+            lacking,
+            path,
+            tied,
+            self._rest() + _numel(self._multiplied(), tied),
+            state_bytes,
+        )
         self._check(wanted_TV)
         if hold is not None:
             for key, weight in self.weights.items():
@@ -273,6 +324,11 @@ class GenericDecoder:
         """The network itself: transformers defines its small operations."""
         del operations
         return self
+
+    def with_rows(self, rows: Rows) -> GenericDecoder:
+        other = copy(self)
+        other._rows = rows
+        return other
 
     def beginning(self, layers: int) -> GenericDecoder:
         """The network itself: transformers' layers cannot be left out."""
@@ -330,6 +386,7 @@ class GenericDecoder:
         assert angles[0] is not None
         positions_T, _ = angles[0]
         now.attend, now.segments, now.seeds, now.weights = attend, segments, seeds, self.weights
+        now.rows = self._rows
         for layer, forward in zip(self._layers, self._forwards, strict=True):
             again = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
             vars(layer)["forward"] = again if checkpointing else forward
@@ -361,19 +418,45 @@ class GenericDecoder:
 
     @torch.no_grad()
     def _check(self, wanted_TV: Tensor) -> None:
-        """Compare packed rows with transformers' own logits of each row. Raises UnsupportedModel where they differ."""
+        """Compare packed rows, and of layers with a state the parts of one row, with transformers' own logits of each
+        row. Raises UnsupportedModel where they differ."""
         packed = pack(PROBES, self.device)
-        hidden_TD = self.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, self.config))
+        network = self.with_rows(Rows(packed.lengths, packed.prefix))
+        hidden_TD = network.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, self.config))
         places = [packed.place(row, position) for row, tokens in enumerate(PROBES) for position in range(len(tokens))]
         found_TV = self.logits(hidden_TD[places])
-        off = float((found_TV - wanted_TV).norm() / wanted_TV.norm())
-        if not off < CLOSE[self.dtype]:
+        if (off := _difference(found_TV, wanted_TV)) > CLOSE[self.dtype]:
             raise _unsupported(
                 self.config.architecture,
                 f"its attention is not plain causal attention (its logits are off by {off:.1e})",
             )
+        if self._recurrent:
+            found_PV = self.logits(self._in_parts(PROBE, (5, 7)))
+            if (off := _difference(found_PV, wanted_TV[: len(PROBE)])) > CLOSE[self.dtype]:
+                raise _unsupported(
+                    self.config.architecture,
+                    f"the state of its layers does not continue a sequence (its logits are off by {off:.1e})",
+                )
         product_TV = frozen_product(hidden_TD[places], self.head).float()
         self._plain_head = bool(torch.allclose(found_TV, product_TV, rtol=1e-4, atol=1e-4))
+
+
+    def _in_parts(self, tokens: list[int], cuts: Sequence[int]) -> Tensor:
+        """Hidden states of one row (T, D), computed in parts that end at `cuts` and at the last token."""
+        hidden, rows = [], Rows([0], states=[{}])
+        read: dict[int, list[Tensor]] = {}
+        for first, last in pairwise((0, *cuts, len(tokens))):
+            attention = PackedAttention(pack([tokens[:last]], self.device, prefix=0), self.config)
+
+            def attend(layer: int, qkv_TNE: Tensor, attention: PackedAttention = attention) -> Tensor:
+                read.setdefault(layer, []).append(qkv_TNE)
+                return attention(layer, torch.cat(read[layer]))[-len(qkv_TNE) :]
+
+            rows = Rows([last - first], states=rows.after)
+            positions_T = torch.arange(first, last, device=self.device)
+            tokens_T = torch.tensor(tokens[first:last], device=self.device)
+            hidden.append(self.with_rows(rows).forward(tokens_T, positions_T, attend))
+        return torch.cat(hidden)
 
 
 def load(directory: Path, device: torch.device | str, hold: Hold | None, dtype: torch.dtype) -> GenericDecoder:
@@ -418,6 +501,12 @@ def load(directory: Path, device: torch.device | str, hold: Hold | None, dtype: 
     return GenericDecoder(model, device, hold)
 
 
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    """The relative one; infinite where there are numbers that are none."""
+    off = float((found - wanted).norm() / wanted.norm())
+    return off if math.isfinite(off) else math.inf
+
+
 def _unsupported(architecture: str, why: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"{architecture} cannot be served: {why}",
@@ -458,12 +547,20 @@ class _Attention(NamedTuple):
     window: int | None
 
 
+def _carry_state(layer: nn.Module, current: _Pass) -> bool:
+    """Let the layer's recurrent modules know the rows of the pass. Whether it has any."""
+    modules = recurrent_modules(layer)
+    for module in modules:
+        vars(module)["forward"] = RecurrentMixer(module, current.known_rows, current.narrowed)
+    return bool(modules)
+
+
 @torch.no_grad()
-def _probe(decoder: GenericDecoder, architecture: str) -> tuple[list[_Attention], dict[Key, list[int]]]:
-    """One forward: what each layer asks of its attention, and how many rows each linear module was called with, call by
-    call."""
+def _probe(decoder: GenericDecoder, architecture: str) -> tuple[dict[int, _Attention], dict[Key, list[int]], int]:
+    """One forward: what each layer with attention asks of it, how many rows each linear module was called with, call by
+    call, and the bytes of the state that a sequence carries besides."""
     asked: dict[int, _Attention] = {}
-    rows: dict[Key, list[int]] = {}
+    calls: dict[Key, list[int]] = {}
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, None]:
         if options.get("s_aux") is not None:
@@ -473,7 +570,7 @@ def _probe(decoder: GenericDecoder, architecture: str) -> tuple[list[_Attention]
         return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2), None
 
     def counted(key: Key) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, given: rows.setdefault(key, []).append(given[0].shape[:-1].numel())
+        return lambda module, given: calls.setdefault(key, []).append(given[0].shape[:-1].numel())
 
     hooks = [
         linear.register_forward_pre_hook(counted((number, name)))
@@ -481,6 +578,7 @@ def _probe(decoder: GenericDecoder, architecture: str) -> tuple[list[_Attention]
         for name, linear in _linears(layer)
     ]
     decoder._now.probe = attention
+    decoder._now.rows = rows = Rows([len(PROBE)], states=[{}])
     try:
         embedded = decoder._model.get_input_embeddings()(torch.tensor(PROBE, device=decoder.device))
         positions = torch.arange(len(PROBE), device=decoder.device)
@@ -491,38 +589,49 @@ def _probe(decoder: GenericDecoder, architecture: str) -> tuple[list[_Attention]
         decoder._now.probe = None
         for hook in hooks:
             hook.remove()
-    if without := sorted(set(range(len(decoder._layers))) - set(asked)):
-        raise _unsupported(architecture, f"layers {without} have no attention, but a state of their own")
-    layers = [asked[number] for number in range(len(decoder._layers))]
-    if len({one[:5] for one in layers}) > 1 or layers[0].head_size != layers[0].value_size:
+    if not asked:
+        why = "it has no attention" if decoder._recurrent else "its attention cannot be replaced"
+        raise _unsupported(architecture, f"{why} (it calls no attention interface)")
+    if without := sorted(set(range(len(decoder._layers))) - set(asked) - decoder._recurrent):
+        raise _unsupported(architecture, f"layers {without} have neither attention nor a state that can be kept")
+    first = next(iter(asked.values()))
+    if len({one[:5] for one in asked.values()}) > 1 or first.head_size != first.value_size:
         raise _unsupported(architecture, "its heads differ in size, or its layers in the soft cap of their scores")
-    return layers, rows
+    return asked, calls, sum(state.nbytes for state in rows.after[0].values())
 
 
-def _uniform(layers: nn.ModuleList, rows: Mapping[Key, list[int]]) -> dict[str, tuple[int, int]]:
-    """(in, out) of the linear modules that every layer has in one shape, and that read every token once. Others, such
-    as a router's experts, which read a part of the tokens, are served as they are and cannot be adapted."""
+def _uniform(layers: nn.ModuleList, calls: Mapping[Key, list[int]]) -> tuple[dict[str, tuple[int, int]], frozenset[Key]]:
+    """(in, out) of the linear modules that have one shape in all layers that have them, and that read every token once;
+    and what some layers lack of them. Others, such as a router's experts, which read a part of the tokens, are served
+    as they are and cannot be adapted."""
+    named = [dict(_linears(layer)) for layer in layers]
     found: dict[str, tuple[int, int]] = {}
-    for name, linear in _linears(layers[0]):
-        try:
-            same = [layer.get_submodule(name) for layer in layers]
-        except AttributeError:
-            continue
-        weights = [one.weight.shape for one in same if isinstance(one, nn.Linear | Conv1D)]
-        once = all(rows.get((number, name)) == [len(PROBE)] for number in range(len(layers)))
-        if once and len(weights) == len(layers) and len(set(weights)) == 1:
-            O, I = weights[0] if isinstance(linear, nn.Linear) else weights[0][::-1]  # noqa: E741
-            found[name] = (I, O)
-    return found
+    for name in dict.fromkeys(name for linears in named for name in linears):
+        same = {number: linears[name] for number, linears in enumerate(named) if name in linears}
+        once = all(calls.get((number, name)) == [len(PROBE)] for number in same)
+        sizes = {_size(linear) for linear in same.values()}
+        if once and len(sizes) == 1:
+            (found[name],) = sizes
+    lacking = ((number, name) for number, linears in enumerate(named) for name in found if name not in linears)
+    return found, frozenset(lacking)
+
+
+def _size(linear: nn.Module) -> tuple[int, int]:
+    """Of a linear module, (in, out)."""
+    assert isinstance(linear, nn.Linear | Conv1D)
+    first, second = linear.weight.shape
+    return (first, second) if isinstance(linear, Conv1D) else (second, first)
 
 
 def _config(
     model: PreTrainedModel,
     attention: Sequence[_Attention],
     modules: Mapping[str, tuple[int, int]],
+    lacking: frozenset[Key],
     path: str,
     tied: bool,
     parameters: int,
+    state_bytes: int,
 ) -> GenericConfig:
     c, one = model.config.get_text_config(), attention[0]
     context = next((value for name in CONTEXT_NAMES if isinstance(value := getattr(c, name, None), int)), 2048)
@@ -547,8 +656,10 @@ def _config(
         tied=tied,
         path=path,
         modules=MappingProxyType(dict(modules)),
+        lacking=lacking,
         windows=tuple(layer.window for layer in attention),
         attention_softcap=one.softcap,
+        state_bytes=state_bytes,
     )
 
 

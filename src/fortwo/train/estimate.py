@@ -47,8 +47,8 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class LinearModule:
-    """A linear module of every layer. names: PEFT's, one for each layer; fused: outputs of the product that it is part
-    of."""
+    """A linear module of some layers. names: PEFT's, one for each layer that has it; fused: outputs of the product that
+    it is part of."""
 
     names: tuple[str, ...]
     inputs: int
@@ -63,7 +63,7 @@ def linear_modules(config: Shape) -> dict[str, LinearModule]:
         fused = max(config.columns(name)[1] for name in members)
         for name in members:
             first, last = config.columns(name)
-            names = tuple(config.module_name(layer, name) for layer in range(config.layers))
+            names = tuple(config.module_name(layer, name) for layer in range(config.layers) if config.has(layer, name))
             modules[name] = LinearModule(names, config.in_features(group), last - first, fused)
     return modules
 
@@ -81,6 +81,7 @@ class BaseFacts:
     context: int
     vocabulary: int
     layers: int
+    kv_layers: int
     hidden: int
     intermediate: int
     q: int  # width of all query heads together
@@ -101,6 +102,7 @@ class BaseFacts:
             context=config.context,
             vocabulary=config.vocabulary,
             layers=config.layers,
+            kv_layers=config.kv_layers,
             hidden=config.hidden,
             intermediate=config.intermediate,
             q=config.heads * config.head_size,
@@ -117,7 +119,7 @@ class BaseFacts:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of a token's keys and values."""
-        return 2 * self.kv_element * self.layers * self.kv
+        return 2 * self.kv_element * self.kv_layers * self.kv
 
 
 @dataclass(frozen=True)
@@ -284,13 +286,12 @@ def memory(
     activations of one layer are stored. best: the best adapter is kept. moments: the optimizer's, in copies of the
     adapter. replies: tokens whose keys and values are stored in an evaluation."""
     element = 2 if bf16 else FLOAT
-    adapter = base.layers * sum(
-        r * (base.targets[name].inputs + base.targets[name].outputs) for name, r in ranks.items()
-    )
+    targets = [(r, base.targets[name]) for name, r in ranks.items()]
+    adapter = sum(r * len(target.names) * (target.inputs + target.outputs) for r, target in targets)
     sums, inputs = 2 * base.hidden, 2 * base.hidden + 2 * base.q + 2 * base.kv + 3 * base.intermediate
     layer = micro_step * (FLOAT * sums + element * inputs)
     # the adapter's matrices as the products read them: each B has as many rows as the fused product has outputs
-    layer += element * sum(r * (base.targets[name].inputs + base.targets[name].fused) for name, r in ranks.items())
+    layer += element * sum(r * (target.inputs + target.fused) for r, target in targets)
     activations = base.layers * layer
     if checkpointing:
         activations = layer + base.layers * micro_step * (FLOAT + element) * base.hidden
