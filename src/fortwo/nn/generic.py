@@ -8,6 +8,7 @@ Packed rows, prefixes, mixed adapters and training therefore work as they do for
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
@@ -39,6 +40,7 @@ from fortwo.nn.rows import Rows
 from fortwo.quantization.formats import Frozen, Weight, bytes_to_train, to_train
 from fortwo.quantization.matmul import frozen_product
 
+log = logging.getLogger(__name__)
 ATTENTION = "fortwo"  # the name of our attention function in transformers
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # the largest relative difference to transformers' own logits
 PROBE = [3, 5, 7, 11, 13, 17, 19, 23]  # tokens
@@ -460,12 +462,16 @@ class GenericDecoder:
 
 
 def load(directory: Path, device: torch.device | str, hold: Hold | None, dtype: torch.dtype) -> GenericDecoder:
-    """Read a model directory in transformers' layout. dtype: in which the weights are read. No code of the directory
-    is run, and no pickle is read. Raises UnsupportedModel."""
+    """Read a model directory in transformers' layout. dtype: in which the weights are read. Of a model with a tower for
+    pictures the text part is read, where transformers has a class for it. No code of the directory is run, and no
+    pickle is read. Raises UnsupportedModel."""
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         towers = [name for name in ("vision_config", "audio_config") if getattr(config, name, None) is not None]
-        if towers:
+        text_alone = bool(towers) and _has_text_class(config)
+        if text_alone:
+            log.warning("The text part of %s is served; %s is left out.", type(config).__name__, " and ".join(towers))
+        elif towers:
             raise _unsupported(type(config).__name__, f"it has a tower that is not for text ({', '.join(towers)})")
         if (quantised := getattr(config, "quantization_config", None)) is not None:
             raise _unsupported(type(config).__name__, f"its weights are quantised ({quantised.get('quant_method')})")
@@ -488,7 +494,7 @@ def load(directory: Path, device: torch.device | str, hold: Hold | None, dtype: 
             hint="fortwo serves causal language models that transformers itself knows; it never runs a model's code.",
         ) from None
     architecture, named = type(model).__name__, config.architectures or ["?"]
-    if architecture not in named:
+    if architecture not in named and not text_alone:
         raise _unsupported(named[0], f"its model_type {config.model_type!r} means {architecture}")
     for what, names in (
         ("lacks", "missing_keys"),
@@ -499,6 +505,12 @@ def load(directory: Path, device: torch.device | str, hold: Hold | None, dtype: 
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise _unsupported(architecture, f"the file {what} tensor {wrong[0]}{more}")
     return GenericDecoder(model, device, hold)
+
+
+def _has_text_class(config: PreTrainedConfig) -> bool:
+    """Whether transformers computes the text part of this model by a class of its own, which knows what to leave out."""
+    text, mapping = config.sub_configs.get("text_config"), AutoModelForCausalLM._model_mapping
+    return text is not None and type(config) in mapping and mapping[type(config)].config_class is text
 
 
 def _difference(found: Tensor, wanted: Tensor) -> float:

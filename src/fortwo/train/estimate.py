@@ -74,14 +74,14 @@ class BaseFacts:
 
     bytes: the weights as they are stored; bf16_copy, fp32_copy: bytes of the additional copy for training in that type;
     targets: the modules of a layer that an adapter can change; cache: tokens whose keys and values fit, None for any
-    number; kv_element: bytes of one element of them; generic: whether transformers computes the layers.
+    number; kv_element: bytes of one element of them; generic: whether transformers computes the layers;
+    without_attention: layers that keep no keys and values; state_bytes: what a reply keeps besides them.
     """
 
     id: str
     context: int
     vocabulary: int
     layers: int
-    kv_layers: int
     hidden: int
     intermediate: int
     q: int  # width of all query heads together
@@ -93,6 +93,8 @@ class BaseFacts:
     cache: int | None = None
     kv_element: int = FLOAT
     generic: bool = False
+    without_attention: int = 0
+    state_bytes: int = 0
 
     @classmethod
     def of(cls, id: str, decoder: Network, cache: int | None = None, kv_element: int = FLOAT) -> BaseFacts:
@@ -102,7 +104,6 @@ class BaseFacts:
             context=config.context,
             vocabulary=config.vocabulary,
             layers=config.layers,
-            kv_layers=config.kv_layers,
             hidden=config.hidden,
             intermediate=config.intermediate,
             q=config.heads * config.head_size,
@@ -114,12 +115,14 @@ class BaseFacts:
             cache=cache,
             kv_element=kv_element,
             generic=not isinstance(config, DecoderConfig),
+            without_attention=config.layers - config.kv_layers,
+            state_bytes=config.state_bytes,
         )
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of a token's keys and values."""
-        return 2 * self.kv_element * self.kv_layers * self.kv
+        return 2 * self.kv_element * (self.layers - self.without_attention) * self.kv
 
 
 @dataclass(frozen=True)
@@ -298,9 +301,12 @@ def memory(
     # the gradient, and twice the adapter with its moments, since a checkpoint that is being written is a copy of them
     states = 1 + 2 * (1 + moments) + (BEST_COPIES if best else 0)
     constant = PROCESS + base.bytes + (base.bf16_copy if bf16 else base.fp32_copy) + states * FLOAT * adapter
-    keys_values = base.kv_bytes_per_token * (replies if base.cache is None else min(replies, base.cache))
+    at_once = min(MAX_RUNNING, replies // MIN_ROW_TOKENS)
+    kept = base.kv_bytes_per_token * replies + base.state_bytes * at_once
+    if base.cache is not None:
+        kept = min(kept, base.kv_bytes_per_token * base.cache)
     training = constant + FRAGMENTATION * (activations + HEAD_COPIES * HEAD_BYTES)
-    return Memory(round(training), round(constant + keys_values))
+    return Memory(round(training), round(constant + kept))
 
 
 def cache_tokens(counts: TokenCounts, sft: bool) -> int:
