@@ -31,8 +31,8 @@ CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_l
 class Shape(Protocol):
     """What the parts that serve and train ask of any network's shape.
 
-    kv_layers: layers with attention, the only ones that `attend` and `window_of` count; kv_heads, head_size: of the keys
-    and values; state_bytes: what a sequence carries besides them, of whatever length; context: the most tokens of a
+    kv_layers: layers with attention, the only ones that `attend` and `window_of` count; kv_heads, head_size: of the
+    keys and values; state_bytes: what a sequence of any length carries besides them; context: the most tokens of a
     sequence; attention_softcap: as in `DecoderConfig`.
     """
 

@@ -43,8 +43,13 @@ from fortwo.quantization.matmul import frozen_product
 log = logging.getLogger(__name__)
 ATTENTION = "fortwo"  # the name of our attention function in transformers
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # the largest relative difference to transformers' own logits
+STATE = 4  # bytes of a number of the state that a layer carries, in whatever format the weights are read
 PROBE = [3, 5, 7, 11, 13, 17, 19, 23]  # tokens
 PROBES = [PROBE, [*PROBE[:3], *PROBE[:4]]]  # rows of the comparison with transformers, which begin alike
+NOT_ADAPTED = {  # linear modules by model type: PEFT refuses the first, and takes the others for those of the experts
+    "falcon_h1": ("mamba.out_proj",),
+    "qwen3_next": tuple(f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")),
+}
 
 Key = tuple[int, str]  # the number of a layer, and the name of a linear module within it
 
@@ -259,7 +264,7 @@ class GenericDecoder:
         model.set_attn_implementation(ATTENTION)
         attention, rows, state_bytes = _probe(self, architecture)
         now.attentions = {layer: place for place, layer in enumerate(sorted(attention))}
-        modules, lacking = _uniform(layers, rows)
+        modules, lacking = _uniform(layers, rows, NOT_ADAPTED.get(model.config.model_type, ()))
         self.weights: dict[Key, Frozen] = {}
         for number, layer in enumerate(layers):
             for name in modules:
@@ -442,7 +447,6 @@ class GenericDecoder:
         product_TV = frozen_product(hidden_TD[places], self.head).float()
         self._plain_head = bool(torch.allclose(found_TV, product_TV, rtol=1e-4, atol=1e-4))
 
-
     def _in_parts(self, tokens: list[int], cuts: Sequence[int]) -> Tensor:
         """Hidden states of one row (T, D), computed in parts that end at `cuts` and at the last token."""
         hidden, rows = [], Rows([0], states=[{}])
@@ -508,7 +512,7 @@ def load(directory: Path, device: torch.device | str, hold: Hold | None, dtype: 
 
 
 def _has_text_class(config: PreTrainedConfig) -> bool:
-    """Whether transformers computes the text part of this model by a class of its own, which knows what to leave out."""
+    """Whether transformers has a class for the text part of this model, which knows what to leave out."""
     text, mapping = config.sub_configs.get("text_config"), AutoModelForCausalLM._model_mapping
     return text is not None and type(config) in mapping and mapping[type(config)].config_class is text
 
@@ -609,20 +613,22 @@ def _probe(decoder: GenericDecoder, architecture: str) -> tuple[dict[int, _Atten
     first = next(iter(asked.values()))
     if len({one[:5] for one in asked.values()}) > 1 or first.head_size != first.value_size:
         raise _unsupported(architecture, "its heads differ in size, or its layers in the soft cap of their scores")
-    return asked, calls, sum(state.nbytes for state in rows.after[0].values())
+    return asked, calls, STATE * sum(state.numel for state in rows.after[0].values())
 
 
-def _uniform(layers: nn.ModuleList, calls: Mapping[Key, list[int]]) -> tuple[dict[str, tuple[int, int]], frozenset[Key]]:
+def _uniform(
+    layers: nn.ModuleList, calls: Mapping[Key, list[int]], others: Sequence[str]
+) -> tuple[dict[str, tuple[int, int]], frozenset[Key]]:
     """(in, out) of the linear modules that have one shape in all layers that have them, and that read every token once;
-    and what some layers lack of them. Others, such as a router's experts, which read a part of the tokens, are served
-    as they are and cannot be adapted."""
+    and what some layers lack of them. The `others`, and those of a router's experts, which read a part of the tokens,
+    are served as they are and cannot be adapted."""
     named = [dict(_linears(layer)) for layer in layers]
     found: dict[str, tuple[int, int]] = {}
     for name in dict.fromkeys(name for linears in named for name in linears):
         same = {number: linears[name] for number, linears in enumerate(named) if name in linears}
         once = all(calls.get((number, name)) == [len(PROBE)] for number in same)
         sizes = {_size(linear) for linear in same.values()}
-        if once and len(sizes) == 1:
+        if once and len(sizes) == 1 and name not in others:
             (found[name],) = sizes
     lacking = ((number, name) for number, linears in enumerate(named) for name in found if name not in linears)
     return found, frozenset(lacking)

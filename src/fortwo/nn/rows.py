@@ -21,8 +21,8 @@ class LayerState(NamedTuple):
     matrices: Tensor | None
 
     @property
-    def nbytes(self) -> int:
-        return self.inputs.nbytes + (0 if self.matrices is None else self.matrices.nbytes)
+    def numel(self) -> int:
+        return self.inputs.numel() + (0 if self.matrices is None else self.matrices.numel())
 
     def rows(self) -> list[LayerState]:
         """That of each sequence."""
