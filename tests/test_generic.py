@@ -215,7 +215,14 @@ def gpt_oss() -> PreTrainedModel:
     return generic_model("gpt_oss", head_dim=16, num_local_experts=4, num_experts_per_tok=2)
 
 
-@pytest.mark.parametrize(("build", "reason"), [(bloom, "no attention interface"), (gpt_oss, "attention sinks")])
+def mamba() -> PreTrainedModel:
+    return generic_model("mamba2", num_heads=4, head_dim=32, state_size=16, n_groups=1)
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [(bloom, "no attention interface"), (gpt_oss, "attention sinks"), (mamba, "it has no attention")],
+)
 def test_what_cannot_be_computed_is_refused(build: Callable[[], PreTrainedModel], reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=reason) as refusal:
         GenericDecoder(build())
