@@ -69,6 +69,20 @@ FAMILIES = {
         "shared_expert_intermediate_size": 32,
     },
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},  # a convolution alone has a state
+    "lfm2_moe": {
+        **EXPERTS,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+    },
+    "olmo_hybrid": {**DELTA_NET, "linear_num_key_heads": 4, "linear_value_head_dim": 16},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mamba"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 16,
+        "n_groups": 1,
+        "head_dim": 16,
+    },
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 128, "head_dim": 16},  # a state beside attention, in every layer
     "granitemoehybrid": {
         **MAMBA,

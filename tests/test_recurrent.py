@@ -110,6 +110,30 @@ def test_the_places_of_an_update_are_those_of_the_whole_pass() -> None:
 # ---------------------------------------------------------------- sequences
 
 
+@torch.no_grad()
+def test_prompts_that_begin_alike_are_read_together_and_go_on_apart(models: dict[str | None, Any]) -> None:
+    runner = Runner(backend_for(network(QWEN)))
+    runner.attach("1", lora("1"), frozen=True)
+    rows = [Running(row, "1") for row in make_rows([5, 7, 5], range(70))]
+    for found in (runner.prefill(rows), None):
+        if found is None:
+            for row in rows:
+                row.tokens.append(9)
+                assert runner.extend(row)
+            found = runner.step(rows)
+        for row, logits_V in zip(rows, found, strict=True):
+            wanted_V = models["1"](torch.tensor([row.tokens])).logits[0, -1]
+            torch.testing.assert_close(logits_V, wanted_V, atol=2e-4, rtol=2e-4)
+
+
+def test_a_slot_holds_no_more_than_the_state_of_its_sequence() -> None:
+    home = network(QWEN)
+    row = Running(make_rows([100])[0], None)
+    Runner(backend_for(home)).prefill([row])
+    held = [tensor for state in row.slot.state.values() for tensor in state if tensor is not None]  # type: ignore[union-attr]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) == home.config.state_bytes
+
+
 def test_sequences_that_come_and_go_are_transformers_generate(models: dict[str | None, Any]) -> None:
     """Prompts are read in parts of any length, steps take whoever is there in any order, and some are interrupted and
     computed again."""

@@ -46,7 +46,8 @@ class RecurrentMixer:
         told = self._signature.bind(*given, **options).arguments
         told.update(told.pop("kwargs", {}))
         x_TD = told.pop("hidden_states")[0]
-        told = {**told, "attention_mask": None}
+        if "attention_mask" in told:
+            told["attention_mask"] = None  # of padding, and there is none
         rows, places = self._rows(), _places(self._rows())
         starts: list[LayerState | None] = [None] * len(rows.lengths)
         if rows.states is not None:
@@ -109,7 +110,7 @@ class _Carried(LinearAttentionLayer):  # type: ignore[misc]
             conv_states = nn.functional.pad(conv_states, (max(0, kernel - conv_states.shape[-1]), 0))
             self.conv_kernel_size[state_idx], self.has_previous_state[state_idx] = kernel, True
             self.is_conv_states_initialized[state_idx] = True
-        self.conv_states[state_idx] = conv_states[..., -self.conv_kernel_size[state_idx] :]
+        self.conv_states[state_idx] = conv_states[..., -self.conv_kernel_size[state_idx] :].clone()  # not all of them
         return conv_states
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
