@@ -23,16 +23,20 @@ from fortwo.engine.generation import Reply
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence as Running
 from fortwo.execution.backend import backend_for
-from fortwo.nn.generic import load
+from fortwo.kernels import cpu
+from fortwo.nn.decoder import formats_of
+from fortwo.nn.generic import GenericDecoder, load
 from fortwo.nn.lora import Lora, Segment
 from fortwo.nn.packing import pack
 from fortwo.nn.recurrent import Narrowed
 from fortwo.nn.rows import LayerState
 from fortwo.prompts import Prompt, Sampling
+from fortwo.quantization.formats import dense
+from fortwo.quantization.selection import Choice
 from tests.parts import make_rows
 from tests.serving import Served, chunks, serve
 from tests.test_engine import Ascii
-from tests.test_generic import FAMILIES, config_for, fresh, network, peft_model, random_lora
+from tests.test_generic import FAMILIES, config_for, copy_of, fresh, network, peft_model, random_lora
 from tests.test_server_training import tiny_settings
 from tests.tiny import generic_model, save_tokenizer
 
@@ -241,6 +245,28 @@ def test_only_layers_with_attention_have_keys_and_values() -> None:
     runner.prefill([row])
     (pool,) = runner.cache.pools.values()
     assert (runner.decoder.config.layers, pool.kv.shape[1]) == (3, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "nf4"])
+def test_weights_of_both_kinds_of_layers_in_other_formats(weight_format: str) -> None:
+    if weight_format == "int8" and not cpu.usable(torch.empty(0)):
+        pytest.skip("int8 needs kernels, which this level has not")
+    held = GenericDecoder(copy_of(QWEN), hold=formats_of(Choice.fixed(weight_format)))
+    assert held.bytes < network(QWEN).bytes
+    theirs: Any = copy_of(QWEN)
+    for (layer, name), weight in held.weights.items():
+        theirs.model.layers[layer].get_submodule(name).weight.data = dense(weight, torch.float32)
+    theirs.lm_head.weight = torch.nn.Parameter(dense(held.head, torch.float32))
+    row = Running(make_rows([30])[0], None)
+    runner = Runner(backend_for(held))
+    for found_V in (runner.prefill([row])[0], None):
+        if found_V is None:
+            row.tokens.append(7)
+            assert runner.extend(row)
+            found_V = runner.step([row])[0]
+        wanted_V = theirs(torch.tensor([row.tokens])).logits[0, -1]
+        assert float((found_V - wanted_V).norm() / wanted_V.norm()) < 0.05
 
 
 # ---------------------------------------------------------------- the text part of a model that sees
