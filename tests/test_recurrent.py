@@ -13,7 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
@@ -279,9 +279,14 @@ def test_of_a_model_with_a_vision_tower_the_text_part_is_read(tmp_path: Path, ca
     whole = Qwen3_5ForConditionalGeneration(config).eval()
     whole.model.language_model.load_state_dict(text.model.state_dict())
     whole.lm_head.load_state_dict(text.lm_head.state_dict())
-    whole.save_pretrained(tmp_path)
-    assert any("visual" in name for name in load_file(tmp_path / "model.safetensors"))
-    home = load(tmp_path, "cpu", None, torch.float32)
+    model = tmp_path / "model"
+    whole.save_pretrained(model)
+    save_tokenizer(model)
+    tensors = load_file(model / "model.safetensors")
+    assert any("visual" in name for name in tensors)
+    extra = {"mtp.norm.weight": torch.ones(64)}  # of the layers that predict several tokens
+    save_file({**tensors, **extra}, model / "model.safetensors", {"format": "pt"})
+    home = load(model, "cpu", None, torch.float32)
     assert home.config.architecture == "Qwen3_5ForCausalLM"
     assert "vision_config is left out" in caplog.text
     row = make_rows([9])[0]
@@ -289,6 +294,10 @@ def test_of_a_model_with_a_vision_tower_the_text_part_is_read(tmp_path: Path, ca
     with torch.no_grad():
         wanted = whole(input_ids=torch.tensor([row])).logits[0, -1]
     torch.testing.assert_close(runner.prefill([Running(row, None)])[0], wanted, atol=2e-4, rtol=2e-4)
+    with serve(tiny_settings(tmp_path / "home", model)) as served:
+        told = {"model": "tiny", "prompt": row, "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+        found = served.post("/v1/completions", told).json()["choices"][0]["text"]
+        assert found == AutoTokenizer.from_pretrained(model).decode(greedy(whole, row, 5))
 
 
 # ---------------------------------------------------------------- through the server
