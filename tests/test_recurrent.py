@@ -22,6 +22,7 @@ from fortwo.engine.engine import Engine
 from fortwo.engine.generation import Reply
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence as Running
+from fortwo.errors import InvalidAdapter
 from fortwo.execution.backend import backend_for
 from fortwo.kernels import cpu
 from fortwo.nn.decoder import formats_of
@@ -237,6 +238,16 @@ def test_states_are_joined_and_parted() -> None:
         assert all(torch.equal(one, two) for one, two in zip(row, again, strict=True))
     alone = LayerState.of([LayerState(torch.zeros(1, 2, 3), None)] * 2)
     assert (alone.inputs.shape, [row.matrices for row in alone.rows()]) == ((2, 2, 3), [None, None])
+
+
+def test_a_tensor_for_a_module_that_the_layer_lacks_is_refused_by_name() -> None:
+    config, tensors = lora("1").config, lora("1").state()
+    name = "base_model.model.model.layers.{}.self_attn.k_proj.lora_A.weight"
+    assert name.format(2) in tensors
+    assert name.format(0) not in tensors
+    wrong = {**tensors, name.format(0): tensors[name.format(2)]}
+    with pytest.raises(InvalidAdapter, match=r"layers\.0\.self_attn\.k_proj.*has no place"):
+        Lora.from_state(config, network(QWEN).config, wrong)
 
 
 def test_only_layers_with_attention_have_keys_and_values() -> None:
