@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fortwo.errors import UnsupportedModel
 from fortwo.export.source import Source
-from fortwo.hub.gguf_networks import STORED
+from fortwo.hub.gguf_networks import STORED, WIDE_QUERIES
 from fortwo.records import Json
 
 if TYPE_CHECKING:
@@ -36,6 +36,24 @@ class Layout:
         self.decoder = source.decoder
         self._stored = STORED[self.architecture]
         self._inner = {ours: theirs for theirs, ours in self._stored.layer.items()}
+
+        self._check_query_scale()
+
+    def _check_query_scale(self) -> None:
+        """llama.cpp's files do not hold by what queries are divided in Gemma's networks: it is fixed for each size."""
+        if self.architecture not in WIDE_QUERIES:
+            return
+        network = self.decoder
+        wide = network.layers == WIDE_QUERIES[self.architecture]
+        supposed = network.hidden // network.heads if wide else network.head_size
+        scalar = self._config.get("query_pre_attn_scalar", 256)
+        if scalar != supposed:
+            raise UnsupportedModel(
+                f"The base {self._base!r} has query_pre_attn_scalar = {scalar}, but llama.cpp takes {supposed} for a "
+                f"{self.architecture} of this size.",
+                param="to",
+                hint="Export it as merged.",
+            )
 
     def name(self, name: str) -> str:
         """llama.cpp's name of a tensor such as model.layers.0.mlp.up_proj.weight. Raises UnsupportedModel for one that
