@@ -16,7 +16,8 @@ from sqlalchemy.exc import StatementError
 
 from fortwo.errors import InvalidRequest, NotFound
 from fortwo.jobs.database import DatabaseFailed, DatabaseLocked, connect, migrations
-from fortwo.jobs.store import LEASE_SECONDS, Job, JobStore, NewEvent, TableBase
+from fortwo.jobs.schema import TableBase
+from fortwo.jobs.store import LEASE_SECONDS, Job, JobStore, NewEvent
 
 
 @pytest.fixture

@@ -11,8 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
+import peft
 import pytest
 import torch
+import transformers
+import trl
 
 from fortwo.execution.backend import backend_for
 from fortwo.nn.lora import Lora
@@ -22,11 +26,6 @@ from fortwo.train.retry_policy import RowMix
 from tests.parts import as_decoder
 from tests.test_preferences import compared, finished, learning
 from tests.tiny import save_tokenizer, tiny_model
-
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and its libraries
 LOSS = {"atol": 1e-5, "rtol": 1e-5}

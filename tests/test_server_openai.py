@@ -282,9 +282,9 @@ def test_a_key_that_a_body_has_twice_is_refused(served: Served) -> None:
         refused(served.http.post(path, content=text, headers=json_type), 400, "repeated_key", param)
 
 
-def test_a_newer_path_of_openai_is_told_what_answers_here(served: Served) -> None:
-    said = refused(served.post("/v1/responses", {"model": "tiny", "input": "hi"}), 404, "unknown_path")
-    assert "/v1/chat/completions" in said
+def test_an_older_path_of_openai_is_told_what_answers_here(served: Served) -> None:
+    said = refused(served.post("/v1/fine-tunes", {"model": "tiny"}), 404, "unknown_path")
+    assert "/v1/fine_tuning/jobs" in said
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ class Settings(BaseSettings):
         600.0, gt=0, description="Seconds that a reply may take, including its wait; then it ends with an error."
     )
     max_body_mb: int = Field(16, ge=1, description="MiB that the body of a request may have; beyond it: status 413.")
+    max_upload_mb: int = Field(512, ge=1, description="The same for an uploaded file.")
     max_connections: int = Field(
         1000, ge=1, description="Connections at the same time; beyond it a new one is answered with status 503."
     )
@@ -108,6 +109,10 @@ class Settings(BaseSettings):
     @property
     def jobs_dir(self) -> Path:
         return self.home / "jobs"
+
+    @property
+    def files_dir(self) -> Path:
+        return self.home / "files"
 
     @property
     def allowed_data_dirs(self) -> tuple[Path, ...]:

@@ -88,9 +88,9 @@ def parse_source(spec: object) -> tuple[str, object]:
     ((kind, value),) = spec.items()
     if kind == "file_id":
         raise InvalidDataset(
-            f"dataset.file_id = {value!r}: uploaded files are not supported yet",
+            f"dataset.file_id = {reprlib.repr(value)} is not the id of an uploaded file",
             param="dataset.file_id",
-            hint='Name a file in an allowed folder with {"path": ...}, or send the rows with {"examples": [...]}.',
+            hint='Upload the file with POST /v1/files and give the id from its answer, or use {"path": ...}.',
         )
     return kind, value
 

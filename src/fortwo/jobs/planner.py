@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fortwo.engine.engine import Engine
     from fortwo.engine.registry import LoadedModel, ModelRegistry
     from fortwo.hub.catalog import Catalog
+    from fortwo.jobs.files import FileStore
     from fortwo.jobs.store import JobStore
 
 
@@ -39,6 +40,7 @@ class JobPlanner:
         engine: Engine,
         registry: ModelRegistry,
         store: JobStore,
+        files: FileStore,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
@@ -46,6 +48,7 @@ class JobPlanner:
         self._engine = engine
         self._registry = registry
         self._store = store
+        self._files = files
         self._trials = Trials()
 
     def plan(self, request: TrainingRequest, check: Callable[[], None]) -> tuple[Dataset, Plan]:
@@ -53,7 +56,8 @@ class JobPlanner:
         between rows; it may raise to end the planning."""
         check_name_available(request.adapter_name, self._catalog)
         self._adapters.check_publishable(request.adapter_name)
-        dataset = datasets.load(request.dataset, self._settings.allowed_data_dirs, check)
+        source, folders = self._files.source(request.dataset, self._settings.allowed_data_dirs)
+        dataset = datasets.load(source, folders, check)
         parent, resident = self._parent_and_base(request)
         if parent is not None:
             dataset = replace(dataset, parent_facts=parent.facts_to_keep(facts_of(dataset)))

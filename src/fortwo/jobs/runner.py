@@ -17,13 +17,16 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.orm import Session
+
 from fortwo.data import datasets
-from fortwo.errors import Conflict, FortwoError, NotFound, TrainingFailed, Unavailable
+from fortwo.errors import Conflict, FortwoError, NotFound, StorageFailed, TrainingFailed, Unavailable
 from fortwo.jobs.checkpoints import CheckpointStore
 from fortwo.jobs.database import DATABASE_ERRORS
 from fortwo.jobs.executor import POLL_SECONDS, JobExecutor, JobRun, RunResult, published_result
 from fortwo.jobs.planner import JobPlanner
 from fortwo.jobs.progress import initial_progress
+from fortwo.jobs.results import RESULTS, result_file_id, step_metrics_csv
 from fortwo.jobs.store import ACTIVE, INTERRUPTED, LEASE_SECONDS, Job, JobStore, NewEvent, Status
 from fortwo.records import Json, Plan
 from fortwo.settings import Settings
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from fortwo.engine.engine import Engine
     from fortwo.engine.registry import ModelRegistry
     from fortwo.hub.catalog import Catalog
+    from fortwo.jobs.files import FileStore
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +57,16 @@ class JobRunner:
         registry: ModelRegistry,
         store: JobStore,
         checkpoints: CheckpointStore,
+        files: FileStore,
     ) -> None:
         self._settings = settings
         self._registry = registry
         self._store = store
         self._checkpoints = checkpoints
         self._adapters = adapters
+        self._files = files
         self._lock = threading.Lock()
-        self._planner = JobPlanner(settings, catalog, adapters, engine, registry, store)
+        self._planner = JobPlanner(settings, catalog, adapters, engine, registry, store, files)
         self._executor = JobExecutor(adapters, engine, registry, store, checkpoints, self._lock)
         self._active: JobRun | None = None
         self._wake = threading.Event()
@@ -106,8 +112,16 @@ class JobRunner:
         called between rows; it may raise to end the planning."""
         return self._planner.plan(request, check)[1]
 
-    def submit(self, request: TrainingRequest, check: Callable[[], None] = lambda: None) -> Job:
-        """Plan the request and queue it as a job. Raises as `plan` does, and Unavailable during shutdown."""
+    def submit(
+        self,
+        request: TrainingRequest,
+        check: Callable[[], None] = lambda: None,
+        *,
+        fine_tuning: Json | None = None,
+        also: Callable[[Session, Job], None] = lambda _session, _job: None,
+    ) -> Job:
+        """Plan the request and queue it as a job. fine_tuning: as in Job; also: called in the transaction that stores
+        the job. Raises as `plan` does, and Unavailable during shutdown."""
         dataset, plan = self._planner.plan(request, check)
         check()
         if self._closing:
@@ -118,6 +132,9 @@ class JobRunner:
             dataset=datasets.to_json(dataset),
             plan=plans.to_json(plan),
             progress=initial_progress(plan.computed["steps"]),
+            fine_tuning=fine_tuning,
+            file_ids=[request.dataset["file_id"]] if "file_id" in request.dataset else [],
+            also=also,
         )
         self._wake.set()
         return job
@@ -364,6 +381,18 @@ class JobRunner:
         ended = {"status": status, "finished_at": time.time(), **changes}
 
         def store() -> bool:
-            return (recorder is None or recorder.flush()) and self._store.update(job.id, event, **ended)
+            if recorder is not None and not recorder.flush():
+                return False
+            if job.fine_tuning is not None and changes.get("adapter") is not None:
+                self._store_results(job)
+            return self._store.update(job.id, event, **ended)
 
         self._until_stored(job, store)
+
+    def _store_results(self, job: Job) -> None:
+        """Write the file of step metrics that OpenAI's API promises. When the disk refuses, the job ends without it."""
+        try:
+            content = step_metrics_csv(self._store, job.id)
+            self._files.put(result_file_id(job.id), "step_metrics.csv", RESULTS, content)
+        except StorageFailed as error:
+            log.warning("The step metrics of job %s were not written: %s", job.id, error.message)

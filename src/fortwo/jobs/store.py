@@ -1,8 +1,9 @@
 """The database of jobs and their events.
 
-This module owns the schema, which is migrated when a store is opened, and every SQL statement. It knows nothing of
-training: a job's plan, report and error are JSON to it. All methods may be called from any thread. A write transaction
-begins with its write and never with a read, so that two writers of SQLite wait for each other instead of failing.
+This module owns every SQL statement about them; the schema is in `jobs.schema`, and is migrated when a store is opened.
+It knows nothing of training: a job's plan, report and error are JSON to it. All methods may be called from any thread.
+A write transaction begins with its write and never with a read, so that two writers of SQLite wait for each other
+instead of failing.
 
 Several servers, each with its own home, may share a database. A job belongs to the server that took it (`owner`), whose
 home has its files; no other server runs it. While it runs, its server renews the lease (`lease_until`). When the lease
@@ -13,16 +14,17 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from sqlalchemy import JSON, ColumnElement, Double, ForeignKey, Index, String, Text, case, or_, select, update
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import ColumnElement, and_, case, or_, select, update
+from sqlalchemy.orm import Session
 
-from fortwo.errors import NotFound
+from fortwo.errors import InvalidDataset, NotFound
 from fortwo.jobs.database import connect, errors_of, upgrade
+from fortwo.jobs.schema import EventRow, FileRow, JobRow
 from fortwo.records import Json
 
 Status = Literal["queued", "preparing", "running", "evaluating", "paused", "succeeded", "failed", "cancelled"]
@@ -41,52 +43,10 @@ INTERRUPTED: Json = {
 }
 
 
-class TableBase(DeclarativeBase):
-    type_annotation_map: ClassVar = {Json: JSON(none_as_null=True), float: Double}
-
-
-class JobRow(TableBase):
-    __tablename__ = "jobs"
-
-    id: Mapped[str] = mapped_column(String(36), primary_key=True)
-    status: Mapped[str] = mapped_column(String(16))
-    model: Mapped[str] = mapped_column(Text)
-    adapter_name: Mapped[str] = mapped_column(Text)
-    created_at: Mapped[float]
-    queued_at: Mapped[float]
-    started_at: Mapped[float | None]
-    finished_at: Mapped[float | None]
-    dataset: Mapped[Json] = mapped_column(deferred=True)
-    plan: Mapped[Json]
-    progress: Mapped[Json]
-    actual: Mapped[Json | None]
-    report: Mapped[Json | None]
-    adapter: Mapped[Json | None]
-    error: Mapped[Json | None]
-    owner: Mapped[str | None] = mapped_column(String(32))
-    lease_until: Mapped[float | None]
-
-    __table_args__ = (Index("jobs_by_status", "status", "queued_at"),)
-
-
-class EventRow(TableBase):
-    __tablename__ = "events"
-
-    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
-    created_at: Mapped[float]
-    level: Mapped[str] = mapped_column(String(8))
-    type: Mapped[str] = mapped_column(String(32))
-    message: Mapped[str] = mapped_column(Text)
-    data: Mapped[Json]
-
-    __table_args__ = (Index("events_by_job", "job_id", "id"), {"sqlite_autoincrement": True})
-
-
 @dataclass(frozen=True)
 class Job:
     """One training job. Times are Unix seconds. queued_at, which changes when the job is resumed, orders the queue.
-    owner: the id of the home whose server runs it."""
+    owner: the id of the home whose server runs it. fine_tuning: what OpenAI's API was asked for, if it made the job."""
 
     id: str
     status: Status
@@ -103,6 +63,7 @@ class Job:
     adapter: Json | None
     error: Json | None
     owner: str | None
+    fine_tuning: Json | None
 
     @property
     def ended(self) -> bool:
@@ -146,7 +107,7 @@ class JobStore:
         self.owner = owner
         self._listeners: list[Callable[[str], None]] = []
         upgrade(self._engine, database_url)
-        with self._transaction() as session:  # jobs of before there were owners
+        with self.transaction() as session:  # jobs of before there were owners
             session.execute(update(JobRow).where(JobRow.owner.is_(None)).values(owner=owner))
 
     def close(self) -> None:
@@ -162,17 +123,29 @@ class JobStore:
             listener(job_id)
 
     @contextmanager
-    def _reading(self) -> Iterator[Session]:
+    def reading(self) -> Iterator[Session]:
         with errors_of(self._engine), Session(self._engine) as session:
             yield session
 
     @contextmanager
-    def _transaction(self) -> Iterator[Session]:
+    def transaction(self) -> Iterator[Session]:
         with errors_of(self._engine), Session(self._engine) as session, session.begin():
             yield session
 
-    def create(self, *, model: str, adapter_name: str, dataset: Json, plan: Json, progress: Json) -> Job:
-        """Store a new job at the end of the queue."""
+    def create(
+        self,
+        *,
+        model: str,
+        adapter_name: str,
+        dataset: Json,
+        plan: Json,
+        progress: Json,
+        fine_tuning: Json | None = None,
+        file_ids: Sequence[str] = (),
+        also: Callable[[Session, Job], None] = lambda _session, _job: None,
+    ) -> Job:
+        """Store a new job at the end of the queue. file_ids: the uploaded files that it reads; also: called in the same
+        transaction. Raises InvalidDataset when one of the files has just been deleted."""
         now = time.time()
         row = JobRow(
             id=str(uuid.uuid4()),
@@ -185,17 +158,28 @@ class JobStore:
             plan=plan,
             progress=progress,
             owner=self.owner,
+            fine_tuning=fine_tuning,
+            file_ids=list(file_ids) or None,
         )
-        with self._transaction() as session:
+        with self.transaction() as session:
             session.add(row)
             session.flush()
             session.add(_event_row(row.id, NewEvent("queued", f"Queued: {adapter_name} on {model}.")))
+            for file_id in file_ids:
+                file = session.get(FileRow, file_id)
+                if file is None or file.deleted_at is not None:
+                    raise InvalidDataset(
+                        f"dataset.file_id = {file_id!r} was deleted while the job was planned",
+                        param="dataset.file_id",
+                        hint="Upload the file again.",
+                    )
             job = _job(row)
+            also(session, job)
         self._changed(job.id)
         return job
 
     def get(self, job_id: str) -> Job:
-        with self._reading() as session:
+        with self.reading() as session:
             row = session.get(JobRow, job_id)
             if row is None:
                 raise _unknown(job_id)
@@ -203,30 +187,46 @@ class JobStore:
 
     def dataset(self, job_id: str) -> Json:
         """The dataset of a job (datasets.to_json). It is not part of Job because it may be large."""
-        with self._reading() as session:
+        with self.reading() as session:
             dataset = session.execute(select(JobRow.dataset).where(JobRow.id == job_id)).scalar_one_or_none()
             if dataset is None:
                 raise _unknown(job_id)
             return dataset
 
-    def jobs(self, limit: int = 100) -> list[Job]:
-        """At most `limit` jobs, the newest first."""
+    def jobs(self, limit: int = 100, after: str | None = None) -> list[Job]:
+        """At most `limit` jobs, the newest first. after: the id of the job behind which they begin."""
         query = select(JobRow).order_by(JobRow.created_at.desc(), JobRow.id).limit(limit)
-        with self._reading() as session:
+        if after is not None:
+            last = self.get(after)
+            earlier = JobRow.created_at < last.created_at
+            query = query.where(or_(earlier, and_(JobRow.created_at == last.created_at, JobRow.id > after)))
+        with self.reading() as session:
+            return [_job(row) for row in session.scalars(query)]
+
+    def beginning_with(self, prefix: str) -> list[Job]:
+        """The jobs whose ids begin with these hexadecimal digits."""
+        query = select(JobRow).where(JobRow.id.startswith(prefix, autoescape=True))
+        with self.reading() as session:
+            return [_job(row) for row in session.scalars(query)]
+
+    def fine_tuned(self) -> list[Job]:
+        """The jobs that OpenAI's API was asked for and that have published an adapter."""
+        query = select(JobRow).where(JobRow.fine_tuning.is_not(None), JobRow.adapter.is_not(None))
+        with self.reading() as session:
             return [_job(row) for row in session.scalars(query)]
 
     def next_queued(self) -> Job | None:
         """The job at the head of this server's queue, or None when the queue is empty."""
         mine = select(JobRow).where(JobRow.status == "queued", JobRow.owner == self.owner)
         query = mine.order_by(JobRow.queued_at, JobRow.id).limit(1)
-        with self._reading() as session:
+        with self.reading() as session:
             row = session.scalars(query).first()
             return None if row is None else _job(row)
 
     def last_actual(self, model: str) -> Json | None:
         """The measurements of the newest run on this base, or None when there is none."""
         query = select(JobRow.actual).where(JobRow.model == model, JobRow.actual.is_not(None))
-        with self._reading() as session:
+        with self.reading() as session:
             return session.scalars(query.order_by(JobRow.started_at.desc()).limit(1)).first()
 
     def update(
@@ -245,7 +245,7 @@ class JobStore:
         query = update(JobRow).where(JobRow.id == job_id).values(**changes)
         if allowed:
             query = query.where(JobRow.status.in_(allowed))
-        with self._transaction() as session:
+        with self.transaction() as session:
             changed = session.execute(query.returning(JobRow.id)).scalar_one_or_none()
             if changed is not None and event is not None:
                 session.add(_event_row(job_id, event))
@@ -256,18 +256,25 @@ class JobStore:
         return True
 
     def append_event(self, job_id: str, event: NewEvent) -> None:
-        with self._transaction() as session:
+        with self.transaction() as session:
             session.add(_event_row(job_id, event))
         self._changed(job_id)
 
-    def events(self, job_id: str, after: int = 0, limit: int = 1000) -> list[Event]:
-        """At most `limit` events of a job whose ids are greater than `after`, oldest first."""
+    def events(self, job_id: str, after: int = 0, limit: int = 1000, types: Sequence[str] | None = None) -> list[Event]:
+        """At most `limit` events of a job whose ids are greater than `after`, oldest first. types: of these alone."""
         query = select(EventRow).where(EventRow.job_id == job_id, EventRow.id > after).order_by(EventRow.id)
-        with self._reading() as session:
-            return [
-                Event(row.id, row.job_id, row.created_at, row.level, row.type, row.message, row.data)  # type: ignore[arg-type]
-                for row in session.scalars(query.limit(limit))
-            ]
+        if types is not None:
+            query = query.where(EventRow.type.in_(types))
+        with self.reading() as session:
+            return [_event(row) for row in session.scalars(query.limit(limit))]
+
+    def newest_events(self, job_id: str, before: int | None, limit: int) -> list[Event]:
+        """At most `limit` events of a job, newest first. before: only those with smaller ids."""
+        query = select(EventRow).where(EventRow.job_id == job_id).order_by(EventRow.id.desc())
+        if before is not None:
+            query = query.where(EventRow.id < before)
+        with self.reading() as session:
+            return [_event(row) for row in session.scalars(query.limit(limit))]
 
     def news(self, job_id: str, after: int) -> tuple[Job, list[Event]]:
         """A job, and its events after `after` as `events` gives them. The job is read first, because its last event is
@@ -277,19 +284,19 @@ class JobStore:
     def renew(self) -> None:
         """Extend the leases of this server's active jobs."""
         mine = update(JobRow).where(JobRow.status.in_(ACTIVE), JobRow.owner == self.owner)
-        with self._transaction() as session:
+        with self.transaction() as session:
             session.execute(mine.values(lease_until=time.time() + LEASE_SECONDS))
 
     def abandoned(self) -> list[Job]:
         """The active jobs that nobody runs, if this server runs none: its own, and those of servers that are gone."""
         expired = or_(JobRow.lease_until.is_(None), JobRow.lease_until < time.time())
         query = select(JobRow).where(JobRow.status.in_(ACTIVE), or_(JobRow.owner == self.owner, expired))
-        with self._reading() as session:
+        with self.reading() as session:
             return [_job(row) for row in session.scalars(query.order_by(JobRow.queued_at, JobRow.id))]
 
     def ping(self) -> None:
         """Raises DatabaseLocked or DatabaseFailed when the database cannot be read."""
-        with self._reading() as session:
+        with self.reading() as session:
             session.execute(select(1))
 
 
@@ -304,6 +311,10 @@ def _unknown(job_id: str) -> NotFound:
 
 def _event_row(job_id: str, event: NewEvent) -> EventRow:
     return EventRow(job_id=job_id, created_at=time.time(), **vars(event))
+
+
+def _event(row: EventRow) -> Event:
+    return Event(row.id, row.job_id, row.created_at, row.level, row.type, row.message, row.data)  # type: ignore[arg-type]
 
 
 def _job(row: JobRow) -> Job:

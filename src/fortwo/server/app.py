@@ -23,7 +23,11 @@ def create_app(state: AppState) -> FastAPI:
     app.state.fortwo = state
     errors.install(app)
     # The middleware that is added last sees a request first.
-    app.add_middleware(RequestBodyMiddleware, max_bytes=state.settings.max_body_mb << 20)
+    app.add_middleware(
+        RequestBodyMiddleware,
+        max_bytes=state.settings.max_body_mb << 20,
+        max_upload_bytes=state.settings.max_upload_mb << 20,
+    )
     app.add_middleware(ShutdownMiddleware, state=state)
     app.add_middleware(SecurityMiddleware, api_key=api_key)
     app.add_middleware(errors.UnexpectedErrorMiddleware)

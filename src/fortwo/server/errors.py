@@ -153,9 +153,8 @@ def _path(loc: Sequence[str | int]) -> str | None:
 
 # Paths of OpenAI's API that clients ask for by themselves, and what answers the same here.
 _INSTEAD = {
-    "/v1/responses": "Use POST /v1/chat/completions: most clients have a setting for the older chat API.",
     "/v1/engines": "Use GET /v1/models.",
-    "/v1/fine-tunes": "Train with POST /api/training/start, which /docs describes.",
+    "/v1/fine-tunes": "Train with POST /v1/fine_tuning/jobs.",
 }
 
 

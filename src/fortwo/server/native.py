@@ -15,8 +15,10 @@ from fortwo.errors import InvalidAdapter, NotFound
 from fortwo.jobs.store import Job
 from fortwo.records import AdapterVersion, Json
 from fortwo.server import sse
+from fortwo.server.idempotency import key_of
 from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppState, AppStateDep
+from fortwo.server.workers import Check
 from fortwo.train.plan import to_json
 from fortwo.train.request import TrainingRequest
 
@@ -114,7 +116,15 @@ async def plan(request: Request, state: AppStateDep, body: TrainingRequest) -> J
 
 @router.post("/training/start", tags=["training"], status_code=202, summary="Plan and queue a training job")
 async def start(request: Request, state: AppStateDep, body: TrainingRequest) -> Json:
-    job = await state.planning.run(request, lambda check: state.runner.submit(body, check))
+    key = key_of(request, await request.body())
+
+    def submit(check: Check) -> Json:
+        return state.answers.once(key, lambda also: state.runner.submit(body, check, also=also), _started)
+
+    return await state.planning.run(request, submit)
+
+
+def _started(job: Job) -> Json:
     return {"job_id": job.id, "status": job.status, "plan": job.plan}
 
 
@@ -132,8 +142,12 @@ class PreviewRequest(BaseModel):
 async def preview_data(request: Request, state: AppStateDep, body: PreviewRequest) -> Json:
     """Rows as segments with role, supervised, tokens and text. No model is loaded."""
     model = state.settings.default_model if body.model is None else body.model
-    arguments = (body.dataset, state.settings.allowed_data_dirs, state.catalog, model, body.rows)
-    return await state.planning.run(request, lambda check: asdict(preview(*arguments, check)))
+
+    def work(check: Check) -> Json:
+        source, folders = state.files.source(body.dataset, state.settings.allowed_data_dirs)
+        return asdict(preview(source, folders, state.catalog, model, body.rows, check))
+
+    return await state.planning.run(request, work)
 
 
 @router.get("/training/jobs", tags=["training"], summary="Jobs, newest first")

@@ -30,6 +30,7 @@ MOST_CONTAINERS = 1_000_000  # lists and objects of a body
 MOST_ITEMS = 10_000  # objects of a list that is validated by a model
 PATIENCE_SECONDS = 30.0  # in which a body must arrive, and BYTES_PER_SECOND more for each second beyond it
 BYTES_PER_SECOND = 16 << 10
+UPLOADS = ("/v1/files",)  # paths whose POST takes multipart/form-data
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS", "TRACE")
 
 
@@ -51,22 +52,26 @@ class UnsupportedMediaType(InvalidRequest):
 class RequestBodyMiddleware:
     """ASGI middleware: answers 413, 408 or 415 for a body that is too large, too slow or of a type that no route reads.
 
-    max_bytes: of a body."""
+    max_bytes: of a body; max_upload_bytes: of one that uploads a file."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_upload_bytes = max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, limit = Headers(scope=scope), self._max_bytes
+        headers, uploads = Headers(scope=scope), scope["path"] in UPLOADS
+        limit = self._max_upload_bytes if uploads else self._max_bytes
         too_large = BodyTooLarge(
             f"The body of {scope['method']} {scope['path']} has more than {limit >> 20} MiB.",
-            hint="Send less, put a dataset into a file and name its path, or raise FORTWO_MAX_BODY_MB.",
+            hint="Send less, or raise FORTWO_MAX_UPLOAD_MB."
+            if uploads
+            else "Send less, put a dataset into a file and name its path, or raise FORTWO_MAX_BODY_MB.",
         )
-        refused: InvalidRequest | None = check_content_type(scope["method"], headers)
+        refused: InvalidRequest | None = check_content_type(scope["method"], headers, uploads)
         declared = headers.get("content-length", "")
         if refused is None and declared.isdecimal() and int(declared) > limit:
             refused = too_large
@@ -130,14 +135,21 @@ class _Body:
             await self._send(message)
 
 
-def check_content_type(method: str, headers: Headers) -> UnsupportedMediaType | None:
-    """The refusal of a body that is not JSON. Web pages of other sites can send other types without asking the server
-    first."""
+def check_content_type(method: str, headers: Headers, uploads: bool = False) -> UnsupportedMediaType | None:
+    """The refusal of a body that is not JSON, or not a form where a file is uploaded. Web pages of other sites can send
+    other types, and forms, without asking the server first; SecurityMiddleware refuses theirs."""
     has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
     if method in SAFE_METHODS or not has_body:
         return None
     given = headers.get("content-type", "")
     kind = given.partition(";")[0].strip().lower()
+    if uploads and kind == "multipart/form-data":
+        return None
+    if uploads:
+        return UnsupportedMediaType(
+            f"The body has the Content-Type {given!r}.",
+            hint="Send the file as multipart/form-data, with the fields file and purpose.",
+        )
     if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
         return None
     return UnsupportedMediaType(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from anyio import CapacityLimiter, to_thread
@@ -13,6 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fortwo.home import home_id, lock_home
+from fortwo.jobs import fine_tuned_models
 from fortwo.kernels import isa
 from fortwo.prompts import MAX_RUNNING
 from fortwo.server.admission import Admission, shutting_down
@@ -41,6 +43,8 @@ class AppState:
         from fortwo.engine.registry import ModelRegistry
         from fortwo.hub.catalog import Catalog
         from fortwo.jobs.checkpoints import CheckpointStore
+        from fortwo.jobs.files import FileStore
+        from fortwo.jobs.idempotency import AnswerStore
         from fortwo.jobs.runner import JobRunner
         from fortwo.jobs.store import JobStore
         from fortwo.kernels import cpu
@@ -84,8 +88,18 @@ class AppState:
             self.jobs = JobStore(settings.database, home_id(settings.home))
             built.callback(self.jobs.close)
             self.job_events = JobEvents(self.jobs, settings.max_streams)
+            self.files = FileStore(self.jobs, settings.files_dir)
+            self.files.clean()
+            self.answers = AnswerStore(self.jobs)
             self.runner = JobRunner(
-                settings, self.catalog, self.adapters, self.engine, self.registry, self.jobs, self.checkpoints
+                settings,
+                self.catalog,
+                self.adapters,
+                self.engine,
+                self.registry,
+                self.jobs,
+                self.checkpoints,
+                self.files,
             )
             self.runner.start()
             built.callback(self.runner.close)
@@ -94,8 +108,13 @@ class AppState:
     async def resolve(self, model: str) -> Target:
         """The weights that a model name means, loaded if necessary. Waiting for the load takes no thread that other
         requests need, and may be cancelled. Raises what ModelRegistry.resolve raises."""
-        target = await run_in_threadpool(self.registry.find, model)
-        return target if target is not None else await asyncio.shield(self._load(model))
+        ref = model
+        if model.startswith(fine_tuned_models.PREFIX):
+            ref = await run_in_threadpool(fine_tuned_models.adapter_ref, model, self.jobs)
+        target = await run_in_threadpool(self.registry.find, ref)
+        if target is None:
+            target = await asyncio.shield(self._load(ref))
+        return replace(target, name=model)
 
     def _load(self, model: str) -> asyncio.Future[Target]:
         """The load that all requests for this name share."""

@@ -91,6 +91,7 @@ _TRAINING: dict[str, _Kind] = {
     "per_device_train_batch_size": _Number(1, 65536, "8", whole=True),
     "gradient_accumulation_steps": _Number(1, 65536, "1", whole=True),
     "learning_rate": _Number(0, 1, "2e-4"),
+    "learning_rate_multiplier": _Number(0, 1_000_000, "2.0", above_low=True),
     "lr_scheduler_type": _Word(SCHEDULES),
     "warmup_steps": _Number(0, 10_000_000, "3"),
     "warmup_ratio": _Number(0, 1, "0.03"),
@@ -257,6 +258,8 @@ def _contradictions(given: Mapping[str, Any]) -> Iterator[InvalidRequest]:
     if given.get("max_steps") == 0:
         remedy = "Give at least 1, or -1 to let num_train_epochs decide."
         yield _refusal("training_config.max_steps", 0, "would train nothing", remedy)
+    if "learning_rate" in given and given.get("learning_rate_multiplier", 1) != 1:
+        yield _contradiction(given, "learning_rate_multiplier", "learning_rate", "Give one of the two.")
     warmup, ratio = given.get("warmup_steps", 0), given.get("warmup_ratio", 0)
     for key in ("warmup_steps", "save_steps"):
         if given.get(key, 0) > 1 and given[key] != int(given[key]):

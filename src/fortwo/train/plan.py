@@ -128,7 +128,7 @@ def resolve(
         reason = (
             f"This rate works for LoRA with the override objective at a width of {base.hidden}: it falls as 1 / width."
         )
-    rate = builder.choose("learning_rate", recipe.learning_rate, reason)
+    rate = plan_builder.choose_rate(builder, recipe.learning_rate, reason)
     schedule = plan_builder.choose_schedule(builder, recipe)
     plan_builder.choose_escalation(builder, recipe, facts)
     warmup = plan_builder.choose_warmup(builder, recipe, schedule, steps)

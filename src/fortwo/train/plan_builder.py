@@ -170,6 +170,24 @@ def choose_steps(builder: PlanBuilder, recipe: OverrideRecipe | SftRecipe, rows:
     return max_steps, steps_per_epoch
 
 
+def choose_rate(builder: PlanBuilder, rate: float, reason: str) -> float:
+    """The learning rate: as given, or the recipe's `rate` times learning_rate_multiplier. Raises InvalidRequest for a
+    product above 1."""
+    factor = builder.given.get("learning_rate_multiplier", 1)
+    if factor == 1:
+        return float(builder.choose("learning_rate", rate, reason))
+    builder.add("learning_rate_multiplier", factor, "user", "given")
+    if rate * factor > 1:
+        raise InvalidRequest(
+            f"training_config.learning_rate_multiplier = {factor} makes the rate {rate * factor:g}, which is above 1",
+            param="training_config.learning_rate_multiplier",
+            hint=f"The rate without it is {rate:g}; give a smaller one.",
+        )
+    return float(
+        builder.add("learning_rate", rate * factor, "user", f"{rate:g} times learning_rate_multiplier. {reason}")
+    )
+
+
 def choose_schedule(builder: PlanBuilder, recipe: OverrideRecipe | SftRecipe) -> str:
     """The name of the schedule. A run that may stop early restarts it after each evaluation, when it is at 0."""
     if isinstance(recipe, OverrideRecipe) and builder.settings["max_steps"].origin in ("auto", "effort"):

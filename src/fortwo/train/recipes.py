@@ -211,6 +211,7 @@ REASONS = {
     "max_grad_norm": "This is transformers' default. It limits the effect of a single unusual row.",
     "seed": "This is transformers' default. The same request gives the same run.",
     "optim": "AdamW keeps its moments in fp32; adamw_8bit keeps them in 8 bits, in a quarter of the memory.",
+    "learning_rate_multiplier": "Multiplies the rate that the plan would choose.",
     "validation_split": "The share of rows that are held back for validation, drawn with `seed`; none by default.",
     "eval_strategy": "When validation rows are evaluated: every epoch unless eval_steps is given, and at the end.",
     "eval_steps": "The number of steps from one evaluation on validation rows to the next.",

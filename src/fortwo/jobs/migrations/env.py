@@ -6,7 +6,7 @@ from alembic import context
 from sqlalchemy import Connection
 
 from fortwo.jobs.database import connect
-from fortwo.jobs.store import TableBase
+from fortwo.jobs.schema import TableBase
 
 
 def run(connection: Connection) -> None:

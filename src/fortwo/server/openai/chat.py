@@ -143,7 +143,7 @@ class ChatRequest(Parameters):
 async def chat(request: Request, state: AppStateDep, body: ChatRequest) -> Response:
     replies = Replies(state, request, body.choices, streamed=bool(body.stream))
     async with replies.target(body.model) as target:
-        prompts, bytes_of = await run_in_threadpool(_prompts, target, body)
+        prompts, bytes_of = await run_in_threadpool(prompts_of, target, body)
         await replies.submit(prompts, body.choices)
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": target.name}
     if body.stream:
@@ -162,7 +162,7 @@ async def chat(request: Request, state: AppStateDep, body: ChatRequest) -> Respo
     return JSONResponse(frame | {"object": "chat.completion", "choices": choices, "usage": replies.usage()})
 
 
-def _prompts(target: Target, body: ChatRequest) -> tuple[list[Prompt], Bytes | None]:
+def prompts_of(target: Target, body: ChatRequest) -> tuple[list[Prompt], Bytes | None]:
     """The prompts, and what gives the bytes of a token if logprobs are wanted."""
     messages = [message.message() for message in body.messages]
     check_length(target, sum(len(message.content.strip()) for message in messages), "messages")

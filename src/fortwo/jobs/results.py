@@ -1,0 +1,35 @@
+"""The result file of a job: its step metrics as a table, from the events that the database has."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+from fortwo.jobs.store import JobStore
+
+RESULTS = "fine-tune-results"  # the purpose of such a file
+COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")  # OpenAI's
+BATCH = 1000
+
+
+def result_file_id(job_id: str) -> str:
+    return f"file-{job_id.replace('-', '')}-results"
+
+
+def step_metrics_csv(store: JobStore, job_id: str) -> bytes:
+    """A line for each step; what is not measured is empty. Of a step that was repeated after a resume, the last
+    counts."""
+    rows: dict[int, dict[str, Any]] = {}
+    last = 0
+    while events := store.events(job_id, last, BATCH, types=("step", "metrics")):
+        for event in events:
+            row = rows.setdefault(event.data["step"], {"step": event.data["step"]})
+            key = "train_loss" if event.type == "step" else "valid_loss"
+            row[key] = event.data["loss" if event.type == "step" else "eval_loss"]
+        last = events[-1].id
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows[step] for step in sorted(rows))
+    return text.getvalue().encode()
