@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fortwo.nn.decoder import formats_of
-from fortwo.quantization.formats import FORMATS, GROUP, Grouped, HugePageArena, Weight, fits, quantize
+from fortwo.quantization.formats import FORMATS, HugePageArena, Weight, fits, quantize
+from fortwo.quantization.grouped import GROUP, Grouped
 from fortwo.quantization.matmul import frozen_product, product
 from fortwo.quantization.selection import Choice
 

@@ -17,7 +17,8 @@ from fortwo.kernels import cpu
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Update
-from fortwo.quantization.formats import Grouped, Weight, WeightFormat
+from fortwo.quantization.formats import Weight, WeightFormat
+from fortwo.quantization.grouped import Grouped, Parts
 from fortwo.quantization.tiles import Tiles
 
 WHOLE_STEP = ("int8", "int4")  # formats that there is a kernel for
