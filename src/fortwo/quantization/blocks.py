@@ -1,4 +1,4 @@
-"""Weights as a quantised GGUF file has them, and as what the kernels multiply with (`grouped`) without a second rounding.
+"""Weights as a quantised GGUF file has them, and as the kernels multiply with them (`grouped`), not rounded again.
 
 The layouts of ggml's types: a block of 32 numbers (Q4_0 to Q8_0) or 256 (K-quants) has its scales and its codes. A
 scale of a K-quant is a product of two numbers, which is rounded to fp16 here (a relative 2^-11 at most).
@@ -51,6 +51,22 @@ class Blocks:
             raise ValueError(f"parts of {[len(raw) for _, raw in self.parts]} outputs do not lie in whole tiles")
         held = tuple(_grouped(kind, raw, arena) for kind, raw in self.parts)
         return held[0] if len(held) == 1 else Parts(held)
+
+
+Read = Tensor | Blocks
+"""A weight as a file has it."""
+
+
+def dense(weight: Read) -> Tensor:
+    """The weight as a tensor, of blocks in fp32."""
+    return weight.grouped(Plain()).dense() if isinstance(weight, Blocks) else weight
+
+
+class Plain:
+    """A `Memory` of torch's own."""
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        return tensor
 
 
 def _grouped(kind: str, raw: Tensor, arena: Memory) -> Grouped:

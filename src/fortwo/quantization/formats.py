@@ -1,7 +1,8 @@
 """Frozen weights in several formats, and which of them multiplies how many rows.
 
 A format holds one weight (O, I) and multiplies with it: fp32 exactly, bf16, int8 and int4 in groups of 32 inputs (see
-`grouped`), NF4 (see `nf4`), and the numbers of a quantised GGUF file (see `blocks`). A `Weight` holds one or more of them and takes, for each number of rows, the one its `Choice` names.
+`grouped`), NF4 (see `nf4`), and gguf, the numbers of a quantised file (see `blocks`). A `Weight` holds one or more of
+them and takes, for each number of rows, the one its `Choice` names.
 """
 
 from __future__ import annotations
@@ -141,7 +142,11 @@ class Dequantised(Weight):
 
 
 Frozen = Tensor | Tiles | Weight
-Read = Tensor | Blocks  # a weight as a file has it
+
+
+def as_in_file(weight: Blocks, arena: HugePageArena) -> Weight:
+    """A weight of a quantised GGUF file in the file's numbers."""
+    return Weight(weight.shape, {"gguf": weight.grouped(arena)}, Choice.fixed("gguf"))
 
 
 def dense(weight_OI: Frozen, dtype: torch.dtype) -> Tensor:
@@ -225,13 +230,15 @@ def quantize(name: str, weight_OI: Tensor, arena: HugePageArena) -> WeightFormat
 
 
 def head_format(name: str) -> str:
-    """How the head is held where the rest has the format `name`: of what 4 bits lose it would lose most, so GGUF's
-    files and QLoRA have it wider, too."""
-    return {"int4": "int8", "nf4": "bf16"}.get(name, name)
+    """How a head that is a tensor is held where the rest has the format `name`: of what 4 bits lose it would lose most,
+    so GGUF's files and QLoRA have it wider, too."""
+    return {"int4": "int8", "nf4": "bf16", "gguf": "bf16"}.get(name, name)
 
 
 def fits(name: str, weights: Iterable[Tensor]) -> bool:
     """Whether every weight can have this format here."""
     if name in ("int8", "int4"):
         return all(Grouped.fits(weight_OI) for weight_OI in weights)
+    if name == "gguf":  # what only blocks of a file become (`as_in_file`)
+        return False
     return name != "nf4" or all(Nf4.fits(weight_OI) for weight_OI in weights)

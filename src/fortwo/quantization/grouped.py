@@ -1,4 +1,4 @@
-"""Weights in groups of 32 inputs, in 4, 5, 6 or 8 bits, for the kernels in quantized_gemm.c, which describes the layout.
+"""Weights in groups of 32 inputs, in 4, 5, 6 or 8 bits, for the kernels in quantized_gemm.c, which has the layout.
 
 They hold what GGUF's types can express: see `blocks`. Shape suffixes: O out, I in, T rows, G groups.
 """
@@ -27,7 +27,8 @@ MIDDLE = {6: 32, 8: 128}  # the code of zero, where a group has no minimum
 @dataclass(frozen=True)
 class Grouped:
     """Codes and, for each group of 32 inputs of an output, fp16 scale and minimum: w = scale * q + minimum, q of 4 or 5
-    bits; or w = scale * (q - 128), q in 1..255. With 6 bits w = scale * (q - 32), with a scale for each half of a group.
+    bits; or w = scale * (q - 128), q of 8 bits; or w = scale * (q - 32), q of 6 bits, with a scale for each half of a
+    group.
 
     x is rounded to 16 bits in the same groups, sums are exact whole numbers; of WIDE rows and more both are rounded to
     bf16 where there are tiles for that. Without kernels it is made dense for each product.
@@ -121,7 +122,7 @@ class Grouped:
         tiles, G = self.q.shape[:2]
         tile_T, at_T = numbers_T // TILE, numbers_T % TILE
         packed = self.q.view(tiles, G, self.bits, TILE, 4)[tile_T, :, :, at_T]  # (T, G, bits, 4)
-        codes = _unpacked(packed.reshape(len(packed), G, -1), self.bits).view(len(packed), -1)
+        codes = _unpacked(packed.flatten(2), self.bits).view(len(packed), self.shape[1])
         minimum_TG = None if self.minimum_OG is None else self.minimum_OG[tile_T, :, at_T]
         return _values(self.bits, codes, self.scale_OG[tile_T, :, at_T], minimum_TG)
 
@@ -209,8 +210,8 @@ def _packed(quads: Tensor, bits: int) -> Tensor:
 def _unpacked(q: Tensor, bits: int) -> Tensor:
     """Codes (tiles, G, 8, N) of what `_packed` made."""
     if bits == 8:
-        return q.view(*q.shape[:2], QUADS, -1)
-    rows = q.view(*q.shape[:2], bits, -1)
+        return q.unflatten(2, (QUADS, q.shape[2] // QUADS))
+    rows = q.unflatten(2, (bits, q.shape[2] // bits))
     halves = rows[:, :, : QUADS // 2]
     codes = torch.stack([halves & 15, halves >> 4], 3).flatten(2, 3)
     if bits > 4:
@@ -225,6 +226,6 @@ def _unpacked(q: Tensor, bits: int) -> Tensor:
 def _values(bits: int, codes_OI: Tensor, scale_OG: Tensor, minimum_OG: Tensor | None) -> Tensor:
     """The reference of the format: fp32 numbers of codes (O, I), scales and minima (O, G)."""
     O, G = scale_OG.shape  # noqa: E741
-    codes, scale_OG1 = codes_OI.reshape(O, G, -1), scale_OG.float()[:, :, None]
+    codes, scale_OG1 = codes_OI.reshape(O, G, codes_OI.shape[1] // G), scale_OG.float()[:, :, None]
     start_OG1 = scale_OG1 * -MIDDLE[bits] if minimum_OG is None else minimum_OG.float()[:, :, None]
-    return (codes * scale_OG1 + start_OG1).view(O, -1)
+    return (codes * scale_OG1 + start_OG1).flatten(1)
