@@ -228,4 +228,5 @@ def _values(bits: int, codes_OI: Tensor, scale_OG: Tensor, minimum_OG: Tensor | 
     O, G = scale_OG.shape  # noqa: E741
     codes, scale_OG1 = codes_OI.reshape(O, G, codes_OI.shape[1] // G), scale_OG.float()[:, :, None]
     start_OG1 = scale_OG1 * -MIDDLE[bits] if minimum_OG is None else minimum_OG.float()[:, :, None]
-    return (codes * scale_OG1 + start_OG1).flatten(1)
+    values: Tensor = codes * scale_OG1 + start_OG1
+    return values.flatten(1)
