@@ -21,6 +21,7 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
+from fortwo.adapters.comparison import compare
 from fortwo.adapters.peft_files import read_directory
 from fortwo.adapters.store import AdapterStore
 from fortwo.adapters.version_files import CONFIG, MANIFEST, TENSORS
@@ -138,7 +139,7 @@ def test_bad_names_are_refused(store: AdapterStore, tmp_path: Path, name: str) -
     assert not (tmp_path / "adapters").exists()
 
 
-@pytest.mark.parametrize("ref", ["a@", "a@0", "a@-1", "a@x", "a@1@2", "a@01", "../a@1", "a@9999999999"])
+@pytest.mark.parametrize("ref", ["a@", "a@0", "a@-1", "a@x y", "a@1@2", "a@01", "../a@1", "a@9999999999"])
 def test_bad_refs_are_refused(store: AdapterStore, ref: str) -> None:
     publish(store)
     for ask in (store.get, store.read, store.delete):
@@ -170,6 +171,151 @@ def test_deleting_the_current_version_returns_to_the_one_before(store: AdapterSt
     with pytest.raises(NotFound, match="no current version"):
         store.get("a")
     assert not drafts(folder(store))
+
+
+def test_what_was_deleted_comes_back_as_it_was(store: AdapterStore) -> None:
+    for _ in range(3):
+        publish(store)
+    before = store.versions("a")
+    store.delete("a@3")
+    assert store.get("a").id == "a@2"
+    assert [one["version"] for one in store.deleted()] == [3]
+    assert store.restore("a@3")[0].current
+    store.delete("a")
+    assert store.names() == ()
+    assert [version.id for version in store.restore("a")] == ["a@1", "a@2", "a@3"]
+    assert store.versions("a") == before
+    assert store.read("a")[2].keys() == tensors().keys()
+    with pytest.raises(NotFound, match="no deleted version 'a@3'") as caught:
+        store.restore("a@3")
+    assert "7 days" in str(caught.value.hint)
+    store.delete("a@1")
+    store.delete("a@2", permanently=True)
+    with pytest.raises(NotFound, match="no deleted version 'a@2'") as caught:
+        store.restore("a@2")
+    assert "a@1" in str(caught.value.hint)
+
+
+def test_a_deleted_version_keeps_its_number(store: AdapterStore) -> None:
+    publish(store)
+    publish(store)
+    store.delete("a@2")
+    (folder(store) / "versions.json").unlink()
+    assert publish(store) == 3
+    assert store.restore("a@2")[0].id == "a@2"
+
+
+def test_a_protected_version_is_not_deleted(store: AdapterStore) -> None:
+    publish(store)
+    publish(store)
+    assert store.protect("a@1", True).protected
+    for ref in ("a@1", "a"):
+        with pytest.raises(Conflict, match="a@1 is protected") as caught:
+            store.delete(ref)
+        assert "unprotect a@1" in str(caught.value.hint)
+    assert [version.id for version in store.versions("a")] == ["a@1", "a@2"]
+    assert not store.protect("a@1", False).protected
+    store.delete("a")
+    assert store.names() == ()
+
+
+def test_a_tag_means_a_version_until_it_means_another(store: AdapterStore) -> None:
+    publish(store)
+    publish(store)
+    assert store.tag("a@1", "stable").tags == ("stable",)
+    assert store.get("a@stable").id == "a@1"
+    assert store.read("a@stable")[0].id == "a@1"
+    store.tag("a@2", "stable")
+    assert [version.tags for version in store.versions("a")] == [(), ("stable",)]
+    publish(store)
+    assert store.get("a@stable").id == "a@2", "a new version leaves tags as they are"
+    with pytest.raises(NotFound, match="no tag 'x'") as caught:
+        store.get("a@x")
+    assert "stable" in str(caught.value.hint)
+    with pytest.raises(InvalidRequest, match=r"tag = .1\.0. is not allowed"):
+        store.tag("a@1", "1.0")
+    for ask in (store.promote, lambda ref: store.protect(ref, True), lambda ref: store.tag(ref, "t")):
+        with pytest.raises(InvalidRequest, match="does not say which version"):
+            ask("a")
+    store.delete("a@stable")
+    with pytest.raises(NotFound, match="no version 2"):
+        store.get("a@stable")
+    store.restore("a@2")
+    assert store.get("a@stable").id == "a@2"
+    store.untag("a", "stable")
+    with pytest.raises(NotFound, match="no tag 'stable'"):
+        store.untag("a", "stable")
+
+
+def test_any_version_can_be_made_current(store: AdapterStore) -> None:
+    for _ in range(3):
+        publish(store)
+    assert store.promote("a@1").current
+    assert store.get("a").id == "a@1"
+    assert store.promote("a@1").id == "a@1"
+    assert store.rollback("a").id == "a@3", "promoting what is current leaves no trace"
+
+
+def test_prune_lists_first_and_removes_what_nothing_needs(store: AdapterStore) -> None:
+    for _ in range(7):
+        publish(store)  # 7 is current, and 6 was before
+    store.tag("a@1", "first")
+    store.protect("a@2", True)
+    child = {**MANIFEST_IN, "parent": "a@3"}
+    store.publish("b", tensors(), LORA.to_peft("tiny"), child, current=True)
+    listed = store.prune(1, apply=False)
+    assert [one["id"] for one in listed] == ["a@4", "a@5"]
+    assert all(one["bytes"] > 1000 for one in listed)
+    assert len(store.versions("a")) == 7
+    assert store.prune(1, apply=True) == listed
+    assert [version.version for version in store.versions("a")] == [1, 2, 3, 6, 7]
+    assert store.prune(1, apply=False) == []
+    assert store.deleted() == [], "they are removed for good"
+
+    store.delete("a@3")
+    aside = folder(store) / ".deleted-3"
+    assert store.prune(0, apply=False) == []
+    eight_days_ago = aside.stat().st_mtime - 8 * 86400
+    os.utime(aside, (eight_days_ago, eight_days_ago))
+    assert [one["id"] for one in store.prune(0, apply=True)] == ["a@3"]
+    assert not aside.exists()
+    assert not drafts(folder(store))
+
+
+def test_two_versions_are_compared(store: AdapterStore) -> None:
+    def report(value: float, passed: bool) -> dict[str, Any]:
+        probe = {"kind": "efficacy", "prompt": "?", "base": "no", "adapter": f"{passed}", "passed": passed}
+        same = probe | {"prompt": "!", "passed": True}
+        return {"metrics": {"efficacy": {"value": value}}, "transcripts": [probe, same]}
+
+    def plan(rate: float) -> dict[str, Any]:
+        return {"settings": [{"name": "r", "value": 4}, {"name": "learning_rate", "value": rate}]}
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"A": (4, 64), "B": (32, 4)}
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    one, other = (
+        {f"{module}.lora_{part}.weight": torch.randn(*shape, generator=generator) for part, shape in shapes.items()}
+        for _ in range(2)
+    )
+    config = LoraConfig(r=4, alpha=8, target_modules=("q_proj",)).to_peft("tiny")
+    for parts, value, passed, rate in ((one, 0.5, False, 1e-3), (other, 1.0, True, 2e-3)):
+        manifest = {**MANIFEST_IN, "plan": plan(rate), "report": report(value, passed)}
+        store.publish("a", parts, config, manifest, current=True)
+    found = compare(store, "a@1", "a@2")
+    assert found["metrics"] == {"efficacy": {"left": 0.5, "right": 1.0, "difference": 0.5}}
+    assert found["settings"] == [{"name": "learning_rate", "left": 1e-3, "right": 2e-3}]
+    assert found["probes"] == [{"kind": "efficacy", "prompt": "?", "left": "False", "right": "True", "passed": True}]
+    added = [2 * parts[f"{module}.lora_B.weight"] @ parts[f"{module}.lora_A.weight"] for parts in (one, other)]
+    apart = float((added[1] - added[0]).norm() / added[0].norm())
+    assert found["weights"]["relative"] == pytest.approx(apart, rel=1e-4)
+    assert found["weights"]["left"] == pytest.approx(float(added[0].norm()), rel=1e-4)
+    alike = compare(store, "a@1", "a@1")
+    assert alike["weights"]["relative"] == pytest.approx(0, abs=1e-6)
+    assert (alike["settings"], alike["probes"]) == ([], [])
+    foreign = {**MANIFEST_IN, "base_digest": "c" * 64}
+    store.publish("b", one, config, foreign, current=True)
+    assert compare(store, "a@1", "b")["weights"] is None
 
 
 def test_rollback_keeps_both_versions(store: AdapterStore) -> None:

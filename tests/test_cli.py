@@ -77,7 +77,7 @@ def script(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
             self.end_headers()
             self.wfile.write(payload)
 
-        do_GET = do_POST = do_DELETE = _any
+        do_GET = do_POST = do_PUT = do_DELETE = _any
 
         def log_message(self, *_: Any) -> None: ...
 
@@ -188,6 +188,31 @@ def test_a_failed_job_is_exit_status_1_and_names_the_version(script: Script) -> 
     assert result.exit_code == 1
     assert "paraphrase 0.2 missed 0.9\nMore." in result.output
     assert "chat --model a@2" in result.output
+
+
+def test_versions_are_handled_by_commands(script: Script) -> None:
+    version = {"name": "a", "version": 1}
+    script.on("POST", "/api/adapters/a@1/promote", (200, version))
+    assert run("adapters", "promote", "a@1").output == "a is now a@1.\n"
+    script.on("PUT", "/api/adapters/a@1/tags/stable", (200, version))
+    assert run("adapters", "tag", "a@1", "stable").output == "a@stable is now a@1.\n"
+    script.on("DELETE", "/api/adapters/a@1", (200, {}))
+    assert run("adapters", "delete", "a@1").output == "a@1 is deleted. Undo: fortwo adapters restore a@1\n"
+    script.on("POST", "/api/adapters/a@1/restore", (200, {"restored": [version]}))
+    assert run("adapters", "restore", "a@1").output == "Restored: a@1.\n"
+    removed = [{"id": "a@1", "bytes": 2048, "why": "a has 3 newer versions"}]
+    script.on("POST", "/api/adapters/prune", (200, {"versions": removed}))
+    output = run("adapters", "prune").output
+    assert "2 KiB" in output
+    assert "Nothing was removed." in output
+    assert "Nothing was removed." not in run("adapters", "prune", "--apply").output
+    metrics = {"efficacy": {"left": 0.5, "right": 1.0, "difference": 0.5}}
+    probe = {"kind": "efficacy", "prompt": "why?", "left": "no", "right": "yes", "passed": True}
+    body = {"left": "a@1", "right": "a@2", "metrics": metrics, "settings": [], "probes": [probe], "weights": None}
+    script.on("GET", "/api/adapters/a@1/compare?other=a@2", (200, body))
+    output = run("adapters", "compare", "a@1", "a@2").output
+    assert "why?" in output
+    assert "two bases" in output
 
 
 def test_a_rollback_says_what_is_current_now(script: Script) -> None:

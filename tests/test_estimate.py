@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +14,7 @@ from fortwo.execution import autotuning
 from fortwo.execution.backend import backend_for
 from fortwo.execution.calibration import Trial
 from fortwo.facts.prompt_builder import training_replay_prompts
-from fortwo.jobs.machine import ROWS, machine_of, reply_rate, try_out
+from fortwo.jobs.machine import REPEAT, ROWS, Trials, machine_of, reply_rate, try_out
 from fortwo.train.estimate import (
     HEAD_BYTES,
     MICRO_TOKENS,
@@ -173,6 +177,34 @@ def test_a_machine_is_as_its_trial_and_its_newest_job_say() -> None:
     assert shown.reply_tokens_per_second == 45
     older = machine_of(TRIAL, {"tokens_per_second": 150.0})
     assert replace(older, bf16=True).tokens_per_second == 200, "a job of an older version does not say its type"
+
+
+def test_a_trial_that_other_programs_slowed_is_repeated_and_only_then() -> None:
+    now = 0.0
+    slow = replace(TRIAL, micro_step={"fp32": 9.0, "bf16": 1.0}, token=3.0, waiting=1.5)
+    quick = replace(TRIAL, micro_step={"fp32": 4.0, "bf16": 2.0}, token=2.0, waiting=0.01)
+    trials, measured = Trials(lambda: now), [slow, quick]
+    assert trials.of("base", lambda: measured.pop(0)) == slow
+    assert trials.of("base", lambda: measured.pop(0)) == slow, "a plan a moment later does not measure again"
+    now = REPEAT
+    of_both = replace(TRIAL, micro_step={"fp32": 4.0, "bf16": 1.0}, token=2.0, waiting=0.01)
+    assert trials.of("base", lambda: measured.pop(0)) == of_both
+    now = 2 * REPEAT
+    assert trials.of("base", lambda: measured.pop(0)) == of_both, "what nothing has slowed stands"
+    assert trials.of("another", lambda: TRIAL) == TRIAL
+    now = 3 * REPEAT
+    assert trials.of("another", lambda: slow) == TRIAL, "where the system does not tell, the first trial stands"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the operating system does not tell who waits")
+def test_a_trial_notices_busy_processors() -> None:
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        assert try_out(backend_for(decoder())).disturbed
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,11 @@ def test_a_version_is_rolled_back_and_all_are_deleted(tab: Tab, site: Served) ->
     expect(page.locator(".done")).to_have_text("twice is deleted.")
     expect(card).to_have_count(0)
     assert site.http.get("/api/adapters/twice").status_code == 404
+    page.get_by_role("button", name="Bring twice back").click()
+    expect(page.locator(".done")).to_have_text("twice is back.")
+    expect(card.locator(".heading")).to_contain_text("current twice@1")
+    page.get_by_role("button", name="Make current twice@2").click()
+    expect(card.locator(".heading")).to_contain_text("current twice@2")
 
 
 def test_wrong_input_shows_what_the_server_says(tab: Tab) -> None:

@@ -317,7 +317,8 @@ TrainEvents = Generator[TrainEvent, None, Result]  # of a part of a run, which r
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """One published version of an adapter. digest: SHA-256 of adapter_config.json and adapter_model.safetensors."""
+    """One published version of an adapter. digest: SHA-256 of adapter_config.json and adapter_model.safetensors.
+    protected: it cannot be deleted."""
 
     name: str
     version: int
@@ -328,6 +329,8 @@ class AdapterVersion:
     created_at: float
     current: bool
     manifest: Json
+    tags: tuple[str, ...] = ()
+    protected: bool = False
 
     @property
     def id(self) -> str:

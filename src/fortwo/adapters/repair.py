@@ -1,7 +1,8 @@
 """Finds and repairs what crashes and faulty disks leave in the folder of adapters. Tensors are never changed.
 
 Which version was current is rebuilt from the manifests: each says whether its version was made current when it was
-published. A rollback is not in them, so after a repair the newest such version is current.
+published. A rollback is not in them, so after a repair the newest such version is current. Tags and
+protection are lost.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fortwo import disk
+from fortwo.adapters import deletion
 from fortwo.adapters.store import AdapterStore
 from fortwo.adapters.version_files import CONFIG, STATE, TENSORS, version_numbers
 from fortwo.errors import InvalidAdapter
@@ -35,7 +37,7 @@ def repairs(root: Path) -> Iterator[Repair]:
         if state is None and numbers and not (folder / STATE).exists():
             state = f"{folder / STATE} is missing"
         if state is not None:
-            rebuilt = _state(store, folder.name, numbers)
+            rebuilt = _state(store, folder, numbers)
             named = f"{folder.name}@{rebuilt['current'][-1]}" if rebuilt["current"] else "no version"
             action = f"Write it anew from the manifests; then {named} is the current version."
             yield Repair(state, action, _writing(folder / STATE, rebuilt))
@@ -57,13 +59,14 @@ def unfinished(folder: Path) -> Iterator[Repair]:
             yield Repair(f"{path} was never finished", "Remove it.", path.unlink)
 
 
-def _state(store: AdapterStore, name: str, numbers: list[int]) -> Json:
+def _state(store: AdapterStore, folder: Path, numbers: list[int]) -> Json:
     current = []
     for number in numbers:
         with suppress(InvalidAdapter):
-            if _was_made_current(store.get(f"{name}@{number}").manifest):
+            if _was_made_current(store.get(f"{folder.name}@{number}").manifest):
                 current.append(number)
-    return {"last": max(numbers, default=0), "current": current}
+    last = max([*numbers, *deletion.set_aside_numbers(folder)], default=0)
+    return {"last": last, "current": current, "tags": {}, "protected": []}
 
 
 def _was_made_current(manifest: Json) -> bool:

@@ -2,7 +2,9 @@
 
     <root>/<name>/<version>/adapter_config.json, adapter_model.safetensors   in PEFT's format
                             manifest.json     where the version came from, and the sha256 of the other two files
-    <root>/<name>/versions.json               the highest number ever used, and which versions are or were current
+    <root>/<name>/versions.json               the highest number ever used, which versions are or were current, their
+                                              tags, and which are protected
+    <root>/<name>/.deleted-<version>/         a deleted version, which can be restored until it is removed
 
 A version is written into a draft folder beside the others, synced, and renamed. The rename makes it exist and, where
 that is wanted, makes it current. `versions.json` may therefore name versions that do not exist, because they were never
@@ -16,34 +18,32 @@ This module does not know what the tensors mean. torch is imported only to read 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fortwo import disk
+from fortwo.adapters import deletion
 from fortwo.adapters.peft_files import PeftFiles
+from fortwo.adapters.reader import AdapterReader
+from fortwo.adapters.refs import check_name, parse_ref
 from fortwo.adapters.version_files import (
     CONFIG,
     MANIFEST,
-    NUMBER,
     STATE,
+    TAG,
     TENSORS,
-    check_manifest,
     is_readable,
-    parse_object,
-    parse_tensors,
-    read_file,
     read_state,
     shas_of,
     version_numbers,
 )
-from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound
+from fortwo.errors import Conflict, InvalidRequest, NotFound
 from fortwo.hub import weights
 from fortwo.records import AdapterVersion, Json
 
@@ -51,13 +51,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class AdapterStore:
-    """The adapters under `root`. A ref is "name", which means its current version, or "name@3"."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    # ---------------------------------------------------------------- writing
+class AdapterStore(AdapterReader):
+    """The adapters under `root`, to read and to change."""
 
     def publish(
         self, name: str, tensors: Mapping[str, Tensor], peft_config: Json, manifest: Json, *, current: bool
@@ -77,9 +72,8 @@ class AdapterStore:
         return self._commit(name, files, manifest, current)
 
     def _make_current(self, version: AdapterVersion) -> AdapterVersion:
-        with self._locked_folder(version.name) as folder:
-            state = read_state(folder)
-            disk.replace(folder / STATE, disk.dump({**state, "current": [*state["current"], version.version]}))
+        with self._changed_state(version.name) as state:
+            state["current"].append(version.version)
         return self.get(version.id)
 
     def import_peft(self, name: str, adapter: PeftFiles, manifest: Json) -> AdapterVersion:
@@ -103,27 +97,105 @@ class AdapterStore:
             disk.replace(folder / STATE, disk.dump({**state, "current": history[:-1]}))
         return self.get(name)
 
-    def delete(self, ref: str) -> None:
+    def promote(self, ref: str) -> AdapterVersion:
+        """Make a version current, and return it. Raises NotFound, and InvalidRequest for a bare name."""
+        version = self._named_version(ref)
+        return version if version.current else self._make_current(version)
+
+    def tag(self, ref: str, tag: str) -> AdapterVersion:
+        """Let `tag` mean this version, also if it meant another one. Raises NotFound, and InvalidRequest for a bare
+        name or a bad tag."""
+        version = self._named_version(ref)
+        if not TAG.fullmatch(tag):
+            raise InvalidRequest(
+                f"tag = {tag!r} is not allowed",
+                param="tag",
+                hint="Use 1 to 64 letters, digits, '.' or '_'; begin with a letter.",
+            )
+        with self._changed_state(version.name) as state:
+            state["tags"][tag] = version.version
+        return self.get(version.id)
+
+    def untag(self, name: str, tag: str) -> None:
+        """Forget a tag. Raises NotFound."""
+        self._existing_numbers(name)
+        with self._changed_state(name) as state:
+            if state["tags"].pop(tag, None) is None:
+                raise self._no_tag(name, tag, state["tags"])
+
+    def protect(self, ref: str, protected: bool) -> AdapterVersion:
+        """Let a version be deleted no longer, or again. Raises NotFound, and InvalidRequest for a bare name."""
+        version = self._named_version(ref)
+        with self._changed_state(version.name) as state:
+            others = [number for number in state["protected"] if number != version.version]
+            state["protected"] = [*others, version.version] if protected else others
+        return self.get(version.id)
+
+    def delete(self, ref: str, *, permanently: bool = False) -> None:
         """Delete one version, or all versions when `ref` is a bare name. When the current version is deleted, the one
-        that was current before becomes current again. Raises NotFound."""
-        name, number = _parse_ref(ref)
+        that was current before becomes current again. `restore` brings them back, unless permanently. Raises NotFound,
+        and Conflict for a protected version; then nothing is deleted."""
+        name, number = self._resolve(ref)
         existing = self._existing_numbers(name, number)
         with self._locked_folder(name) as folder:
             if number is None and not is_readable(folder):  # nothing is left that it could describe
                 disk.replace(folder / STATE, disk.dump({"last": max(existing), "current": []}))
-            for version in existing if number is None else [number]:
-                draft = _new_draft(folder)
-                os.rename(folder / str(version), draft)
-                disk.sync(folder)
-                shutil.rmtree(draft, ignore_errors=True)
+            deleted = existing if number is None else [number]
+            if is_readable(folder) and (kept := sorted({*read_state(folder)["protected"]} & {*deleted})):
+                raise Conflict(
+                    f"{name}@{kept[0]} is protected from deletion",
+                    param="adapter_name",
+                    hint=f"Run `fortwo adapters unprotect {name}@{kept[0]}` first.",
+                )
+            for version in deleted:
+                deletion.remove(folder / str(version)) if permanently else deletion.set_aside(folder, version)
+
+    def restore(self, ref: str) -> tuple[AdapterVersion, ...]:
+        """Bring back a deleted version, or with a bare name all that were deleted, as they were. Raises NotFound."""
+        name, number = parse_ref(ref)
+        deleted = deletion.set_aside_numbers(self._root / name)
+        wanted = deleted if number is None else [one for one in deleted if one == number]
+        if not wanted:
+            others = ", ".join(f"{name}@{one}" for one in deleted)
+            raise NotFound(
+                f"no deleted version {ref!r} can be restored",
+                param="adapter_name",
+                hint=f"These can: {others}." if others else f"Deleted versions are kept for {deletion.DAYS} days.",
+            )
+        with self._locked_folder(name) as folder:
+            for one in wanted:
+                deletion.bring_back(folder, one)
+        return tuple(self.get(f"{name}@{one}") for one in wanted)
+
+    def prune(self, keep: int, *, apply: bool) -> list[Json]:
+        """Which versions are more than so many newest ones of their adapter and serve nothing (see
+        `deletion.superfluous`), and deleted versions whose time to be restored is over: each as {id, bytes, why}.
+        apply: they are removed for good."""
+        versions = {name: self.versions(name) for name in self.names()}
+        parents = {version.manifest.get("parent") for of in versions.values() for version in of}
+        found = []
+        for name in self._folders():
+            state = read_state(self._root / name) if is_readable(self._root / name) else None
+            for number in [] if state is None else deletion.superfluous(versions.get(name, ()), state, parents, keep):
+                path = self._root / name / str(number)
+                found.append((f"{name}@{number}", path, f"{name} has {keep} newer versions"))
+            found += [
+                (f"{name}@{deletion.number_of(path)}", path, f"deleted over {deletion.DAYS} days ago")
+                for path in deletion.expired(self._root / name, time.time())
+            ]
+        listed = [{"id": id, "bytes": deletion.size(path), "why": why} for id, path, why in found]
+        for id, path, _ in found if apply else []:
+            with self._locked_folder(id.partition("@")[0]):
+                deletion.remove(path)
+        return listed
 
     def _commit(self, name: str, files: dict[str, bytes], manifest: Json, current: bool) -> AdapterVersion:
         with self._locked_folder(name) as folder:
             _remove_abandoned_drafts(folder)
             state = read_state(folder)
-            number = 1 + max([state["last"], *version_numbers(folder)])
+            number = 1 + max([state["last"], *version_numbers(folder), *deletion.set_aside_numbers(folder)])
             history = [*state["current"], number] if current else state["current"]
-            disk.replace(folder / STATE, disk.dump({"last": number, "current": history}))
+            disk.replace(folder / STATE, disk.dump({**state, "last": number, "current": history}))
             draft = version_folder = _new_draft(folder)
             lock = _lock(draft)
         identity = {"name": name, "version": number, "created_at": time.time(), "made_current": current}
@@ -145,6 +217,14 @@ class AdapterStore:
         return self.get(f"{name}@{number}")
 
     @contextmanager
+    def _changed_state(self, name: str) -> Iterator[Json]:
+        """versions.json of `name`, to be changed: it is written at the end unless an error is raised."""
+        with self._locked_folder(name) as folder:
+            state = read_state(folder)
+            yield state
+            disk.replace(folder / STATE, disk.dump(state))
+
+    @contextmanager
     def _locked_folder(self, name: str) -> Iterator[Path]:
         """The folder of `name`, locked against other writers."""
         check_name(name)
@@ -159,171 +239,6 @@ class AdapterStore:
                 os.close(lock)
         except OSError as error:
             raise disk.storage_failed(folder, error) from error
-
-    # ---------------------------------------------------------------- reading
-
-    def names(self) -> tuple[str, ...]:
-        """The names of all adapters that have a version, sorted."""
-        if not self._root.is_dir():
-            return ()
-        names = sorted(path.name for path in self._root.iterdir() if disk.NAME.fullmatch(path.name) and path.is_dir())
-        return tuple(name for name in names if version_numbers(self._root / name))
-
-    def versions(self, ref: str) -> tuple[AdapterVersion, ...]:
-        """The versions that `ref` means, oldest first: a bare name means all. Damaged versions are left out; `get` and
-        `damage` say what is wrong with them. If versions.json is damaged, none of them is the current one. Raises
-        NotFound when there is no version."""
-        name, only = _parse_ref(ref)
-        existing = self._existing_numbers(name, only)
-        current = self._current_number(name) if is_readable(self._root / name) else None
-        versions = []
-        for number in existing if only is None else [only]:
-            with suppress(InvalidAdapter):
-                versions.append(self._version(name, number, current))
-        return tuple(versions)
-
-    def damage(self, name: str) -> list[tuple[int | None, InvalidAdapter]]:
-        """What is wrong with the files that describe an adapter's versions: the number of the version, or None for
-        versions.json, and the error with its remedy. Tensors are not read."""
-        found: list[tuple[int | None, InvalidAdapter]] = []
-        try:
-            read_state(self._root / name)
-        except InvalidAdapter as error:
-            found.append((None, error))
-        for number in version_numbers(self._root / name):
-            try:
-                self._version(name, number, None)
-            except InvalidAdapter as error:
-                found.append((number, error))
-        return found
-
-    def check_publishable(self, name: str) -> None:
-        """Raises InvalidAdapter when no version of `name` could be published, because versions.json is damaged."""
-        check_name(name)
-        read_state(self._root / name)
-
-    def get(self, ref: str) -> AdapterVersion:
-        """One version. Raises NotFound, and InvalidAdapter when its manifest is damaged, or when a bare name cannot be
-        resolved because versions.json is damaged."""
-        name, number = _parse_ref(ref)
-        self._existing_numbers(name, number)
-        readable = number is None or is_readable(self._root / name)
-        current = self._current_number(name) if readable else None
-        if number is None:
-            number = current
-        if number is None:
-            raise NotFound(
-                f"adapter {name!r} has no current version",
-                param="adapter_name",
-                hint=f"No training of it has succeeded yet. Use the name of a version: {self._version_refs(name)}.",
-            )
-        return self._version(name, number, current)
-
-    def published_by(self, name: str, job_id: str) -> AdapterVersion | None:
-        """The newest version of `name` that this job published; None if there is none."""
-        numbers = version_numbers(self._root / name) if disk.NAME.fullmatch(name) else []
-        for number in reversed(numbers):
-            with suppress(InvalidAdapter, NotFound):
-                version = self.get(f"{name}@{number}")
-                if version.manifest.get("job_id") == job_id:
-                    return version
-        return None
-
-    def read(self, ref: str) -> tuple[AdapterVersion, Json, dict[str, Tensor]]:
-        """A version, its PEFT configuration and its tensors, with the files checked against the manifest.
-
-        Raises NotFound, and InvalidAdapter naming the file that is missing, changed or unexpected.
-        """
-        version = self.get(ref)
-        directory = Path(version.path)
-        for path in directory.iterdir():
-            if path.name not in (CONFIG, TENSORS, MANIFEST) and not path.name.startswith("."):
-                raise InvalidAdapter(
-                    f"{path} does not belong to {version.id}, which was published without it", hint="Move it elsewhere."
-                )
-        files = {}
-        for file in (CONFIG, TENSORS):
-            files[file] = read_file(directory / file)
-            if hashlib.sha256(files[file]).hexdigest() != version.manifest["files"][file]:
-                raise InvalidAdapter(
-                    f"{directory / file} ({len(files[file])} bytes) is not what was published: truncated or changed",
-                    hint=f"Restore the file from a backup, or delete {version.id} and train again.",
-                )
-        config = parse_object(files[CONFIG], directory / CONFIG)
-        return version, config, parse_tensors(files[TENSORS], directory / TENSORS)
-
-    def _version(self, name: str, number: int, current: int | None) -> AdapterVersion:
-        directory = self._root / name / str(number)
-        hint = f"Restore the file from a backup, or delete {name}@{number}."
-        manifest = parse_object(read_file(directory / MANIFEST), directory / MANIFEST, hint)
-        try:
-            check_manifest(manifest)
-            shas = "".join(f"{file} {manifest['files'][file]}\n" for file in (CONFIG, TENSORS))
-            return AdapterVersion(
-                name=name,
-                version=number,
-                digest=hashlib.sha256(shas.encode()).hexdigest(),
-                path=str(directory),
-                base_model=manifest["base_model"],
-                base_digest=manifest["base_digest"],
-                created_at=manifest["created_at"],
-                current=number == current,
-                manifest=manifest,
-            )
-        except (KeyError, TypeError) as error:
-            raise InvalidAdapter(f"{directory / MANIFEST} is not a manifest: {error}", hint=hint) from None
-
-    def _current_number(self, name: str) -> int | None:
-        """The version that was made current last, among those that still exist."""
-        folder = self._root / name
-        history: list[int] = read_state(folder)["current"]
-        return next((number for number in reversed(history) if (folder / str(number)).is_dir()), None)
-
-    def _version_refs(self, name: str) -> str:
-        return ", ".join(f"{name}@{number}" for number in version_numbers(self._root / name))
-
-    def _existing_numbers(self, name: str, number: int | None = None) -> list[int]:
-        """The version numbers of `name`. Raises NotFound when there are none, or when `number` is not among them."""
-        numbers = version_numbers(self._root / name)
-        if not numbers:
-            others = ", ".join(self.names())
-            raise NotFound(
-                f"adapter {name!r} does not exist",
-                param="adapter_name",
-                hint=f"Adapters: {others}." if others else "There is none yet: train one, or load one that PEFT saved.",
-            )
-        if number is not None and number not in numbers:
-            raise NotFound(
-                f"adapter {name!r} has no version {number}",
-                param="adapter_name",
-                hint=f"Versions: {self._version_refs(name)}.",
-            )
-        return numbers
-
-
-# ---------------------------------------------------------------- names
-
-
-def check_name(name: str) -> None:
-    """Raises InvalidRequest when an adapter cannot have this name."""
-    if not disk.NAME.fullmatch(name):
-        raise InvalidRequest(
-            f"adapter_name = {name!r} is not allowed",
-            param="adapter_name",
-            hint="Use 1 to 128 letters, digits, '.', '_' or '-'; begin with a letter or digit; no '..', '/' or '@'.",
-        )
-
-
-def _parse_ref(ref: str) -> tuple[str, int | None]:
-    name, at, number = ref.partition("@")
-    check_name(name)
-    if at and not NUMBER.fullmatch(number):
-        raise InvalidRequest(
-            f"adapter_name = {ref!r}: {number!r} is not a version",
-            param="adapter_name",
-            hint=f"Write {name} for the current version, or {name}@1.",
-        )
-    return name, int(number) if at else None
 
 
 def _lock(directory: Path, *, wait: bool = True) -> int:

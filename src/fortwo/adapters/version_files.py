@@ -23,6 +23,7 @@ TENSORS = "adapter_model.safetensors"
 MANIFEST = "manifest.json"
 STATE = "versions.json"
 NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+TAG = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,63}")
 
 REBUILD = "Stop the server and run `fortwo doctor --repair`, which rebuilds the file; versions are served by name@1."
 
@@ -35,18 +36,26 @@ def version_numbers(folder: Path) -> list[int]:
 
 
 def read_state(folder: Path) -> Json:
-    """versions.json. last: the highest number ever used; current: the numbers that were made current, oldest first."""
+    """versions.json. last: the highest number ever used; current: the numbers that were made current, oldest first;
+    tags: numbers by tag; protected: numbers that cannot be deleted."""
     path = folder / STATE
     try:
         state = parse_object(path.read_bytes(), path, REBUILD)
     except (FileNotFoundError, NotADirectoryError):
-        return {"last": 0, "current": []}
+        return {"last": 0, "current": [], "tags": {}, "protected": []}
     except OSError as error:
         raise InvalidAdapter(f"{path} cannot be read: {error.strerror}", hint=REBUILD) from None
     last, current = state.get("last"), state.get("current")
-    if type(last) is not int or not isinstance(current, list) or not all(type(number) is int for number in current):
+    if type(last) is not int or not _are_numbers(current):
         raise InvalidAdapter(f"{path} lacks 'last' or 'current', or they are no version numbers", hint=REBUILD)
+    tags, protected = state.setdefault("tags", {}), state.setdefault("protected", [])
+    if not isinstance(tags, dict) or not _are_numbers([*tags.values()]) or not _are_numbers(protected):
+        raise InvalidAdapter(f"{path}: its 'tags' or 'protected' are no version numbers", hint=REBUILD)
     return state
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(number) is int for number in value)
 
 
 def is_readable(folder: Path) -> bool:

@@ -45,6 +45,9 @@ class Client:
     def post(self, path: str, body: Json | None = None) -> Any:
         return self._call("POST", path, body)
 
+    def put(self, path: str) -> Any:
+        return self._call("PUT", path)
+
     def delete(self, path: str) -> Any:
         return self._call("DELETE", path)
 

@@ -180,11 +180,13 @@ def unload_model(id: str) -> None:
 @adapters.command("list")
 def list_adapters() -> None:
     """List all adapters and their versions."""
-    rows = views.table("adapter", "current", "state", "base", "made", "digest")
+    rows = views.table("adapter", "current", "tags", "state", "base", "parent", "made", "digest")
     for one in connect().get("/api/adapters")["adapters"]:
         made = views.moment(one["created_at"])
         id = f"{one['name']}@{one['version']}"
-        rows.add_row(id, "✓" if one["current"] else "", one["state"], one["base_model"], made, one["digest"][:12])
+        current, parent = "✓" if one["current"] else "", one["parent"] or ""
+        tags = ", ".join([*one["tags"], *(["protected"] if one["protected"] else [])])
+        rows.add_row(id, current, tags, one["state"], one["base_model"], parent, made, one["digest"][:12])
     screen.print(rows)
 
 
@@ -231,10 +233,77 @@ def unload_adapter(name: str) -> None:
 
 
 @adapters.command("delete")
-def delete_adapter(name: str) -> None:
-    """Delete an adapter, or one version as NAME@VERSION."""
-    connect().delete(f"/api/adapters/{name}")
-    screen.print(f"{name} is deleted.")
+def delete_adapter(
+    name: str,
+    permanently: Annotated[bool, typer.Option("--permanently", help="It cannot be restored afterwards.")] = False,
+) -> None:
+    """Delete an adapter, or one version as NAME@VERSION. For 7 days it can be restored."""
+    connect().delete(f"/api/adapters/{name}" + ("?permanently=true" if permanently else ""))
+    screen.print(f"{name} is deleted." if permanently else f"{name} is deleted. Undo: fortwo adapters restore {name}")
+
+
+@adapters.command("restore")
+def restore_adapter(name: str) -> None:
+    """Bring back a deleted version as NAME@VERSION, or all deleted versions of NAME."""
+    restored = connect().post(f"/api/adapters/{name}/restore")["restored"]
+    ids = [f"{one['name']}@{one['version']}" for one in restored]
+    screen.print(f"Restored: {', '.join(ids)}.")
+
+
+@adapters.command("promote")
+def promote_adapter(version: str) -> None:
+    """Make a version, as NAME@VERSION, the current one."""
+    current = connect().post(f"/api/adapters/{version}/promote")
+    screen.print(f"{current['name']} is now {current['name']}@{current['version']}.")
+
+
+@adapters.command("tag")
+def tag_adapter(version: str, tag: str) -> None:
+    """Let NAME@TAG mean a version, which is given as NAME@VERSION."""
+    tagged = connect().put(f"/api/adapters/{version}/tags/{tag}")
+    screen.print(f"{tagged['name']}@{tag} is now {tagged['name']}@{tagged['version']}.")
+
+
+@adapters.command("untag")
+def untag_adapter(name: str, tag: str) -> None:
+    """Forget a tag of an adapter."""
+    connect().delete(f"/api/adapters/{name}/tags/{tag}")
+    screen.print(f"{name} has no tag {tag} any more.")
+
+
+@adapters.command("protect")
+def protect_adapter(version: str) -> None:
+    """Protect a version, as NAME@VERSION, from deletion."""
+    connect().put(f"/api/adapters/{version}/protection")
+    screen.print(f"{version} is protected.")
+
+
+@adapters.command("unprotect")
+def unprotect_adapter(version: str) -> None:
+    """Allow that a version, as NAME@VERSION, is deleted."""
+    connect().delete(f"/api/adapters/{version}/protection")
+    screen.print(f"{version} is no longer protected.")
+
+
+@adapters.command("prune")
+def prune_adapters(
+    keep: Annotated[int, typer.Option("--keep", min=0, help="How many newest versions of each adapter stay.")] = 3,
+    apply: Annotated[bool, typer.Option("--apply", help="Remove them. Without it they are only listed.")] = False,
+) -> None:
+    """Remove versions that nothing needs: neither current, tagged nor protected, nor a parent of another one."""
+    found = connect().post("/api/adapters/prune", {"keep": keep, "dry_run": not apply})["versions"]
+    rows = views.table("version", "bytes", "why")
+    for one in found:
+        rows.add_row(one["id"], views.size(one["bytes"]), one["why"])
+    screen.print(rows if found else "There is nothing to remove.")
+    if found and not apply:
+        screen.print("Nothing was removed. To remove these: fortwo adapters prune --apply")
+
+
+@adapters.command("compare")
+def compare_adapters(left: str, right: str) -> None:
+    """Compare two versions, each as NAME@VERSION: metrics, settings, probes and weights."""
+    screen.print(views.comparison(connect().get(f"/api/adapters/{left}/compare?other={right}")))
 
 
 @adapters.command("rollback")

@@ -62,6 +62,27 @@ def moment(stamp: float | None) -> str:
     return "-" if stamp is None else datetime.fromtimestamp(stamp).strftime("%Y-%m-%d %H:%M:%S")
 
 
+def comparison(body: Json) -> RenderableType:
+    """Two versions side by side: metrics, settings that differ, probes that changed, the distance of the weights."""
+    left, right = body["left"], body["right"]
+    metrics = table("metric", left, right, "difference")
+    for name, one in body["metrics"].items():
+        metrics.add_row(name, value(one["left"]), value(one["right"]), value(one["difference"]))
+    settings = table("setting", left, right, wrapped=(left, right))
+    for one in body["settings"]:
+        settings.add_row(one["name"], value(one["left"]), value(one["right"]))
+    probes = table("kind", "prompt", left, right, "passed by", wrapped=("prompt", left, right))
+    for one in body["probes"]:
+        probes.add_row(one["kind"], one["prompt"], one["left"], one["right"], right if one["passed"] else left)
+    apart = body["weights"]
+    weights = "The versions belong to two bases, so their weights cannot be compared."
+    if apart is not None:
+        relative, cosine = value(apart["relative"]), value(apart["cosine"])
+        weights = f"The updates of the weights are {relative} of the first one's norm apart (cosine {cosine})."
+    parts = [part for part in (metrics, settings, probes) if part.row_count]
+    return Group(*(item for part in parts for item in (part, "")), weights)
+
+
 def status(word: str) -> Text:
     return Text(word, style=STATUS_STYLES.get(word, ""))
 

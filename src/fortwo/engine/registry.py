@@ -12,6 +12,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -377,14 +378,25 @@ class ModelRegistry:
                     hint="Try again when they are done.",
                 )
 
-    def delete_adapter(self, ref: str) -> None:
+    def delete_adapter(self, ref: str, *, permanently: bool = False) -> None:
         """Delete a version, or with a bare name all versions, from memory and disk. Raises Conflict while requests use
-        one of them; then nothing is deleted from disk."""
+        one of them, or one is protected; then nothing is deleted from disk."""
         with self._lock:
             for version in self._store.versions(ref):
                 if version.digest in self._adapters:
                     self.unload_adapter(version.id)
-            self._store.delete(ref)
+            self._store.delete(ref, permanently=permanently)
+
+    def prune_adapters(self, keep: int, *, apply: bool) -> list[Json]:
+        """`AdapterStore.prune`, with what is removed unloaded first. Raises Conflict while requests use one of them;
+        then nothing is removed."""
+        with self._lock:
+            for one in self._store.prune(keep, apply=False) if apply else []:
+                with suppress(NotFound):  # it was deleted before
+                    version = self._store.get(one["id"])
+                    if version.digest in self._adapters:
+                        self.unload_adapter(version.id)
+            return self._store.prune(keep, apply=apply)
 
     def publish(self, version: AdapterVersion, lora: Lora) -> None:
         """Serve a version that was just trained and written, from its tensors in memory. If its base is no longer

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from fortwo.quantization.matmul import multiplies_bf16
 
 LAYERS = 2  # of a trial; the others take as long
 REPEATS = 3
+DISTURBED = 0.2  # threads that waited for a processor on average: from there on, other programs have slowed a trial
 
 HeadLoss = Callable[[Tensor, Head, Tensor], Tensor]
 
@@ -31,11 +33,23 @@ HeadLoss = Callable[[Tensor, Head, Tensor], Tensor]
 @dataclass(frozen=True)
 class Trial:
     """What a trial of a few layers found: seconds of a micro-step by the type of its products, and seconds of one token
-    for each of many replies. memory: bytes of the device."""
+    for each of many replies. memory: bytes of the device. waiting: threads of this process that waited for a processor
+    meanwhile, on average; None where the operating system does not tell."""
 
     micro_step: Mapping[str, float]
     token: float
     memory: int | None = None
+    waiting: float | None = None
+
+    @property
+    def disturbed(self) -> bool:
+        return self.waiting is not None and self.waiting > DISTURBED
+
+    def with_repeat(self, other: Trial) -> Trial:
+        """Of both trials the faster figures, since other load can only make one slower, and the smaller disturbance."""
+        faster = {name: min(seconds, other.micro_step[name]) for name, seconds in self.micro_step.items()}
+        waiting = None if self.waiting is None or other.waiting is None else min(self.waiting, other.waiting)
+        return Trial(faster, min(self.token, other.token), other.memory, waiting)
 
 
 def measure_throughput(backend: Backend, tokens: int, rows: int, length: int, head_loss: HeadLoss) -> Trial:
@@ -50,8 +64,23 @@ def measure_throughput(backend: Backend, tokens: int, rows: int, length: int, he
     types = ["fp32"] if decoder.config.parameters < autotuning.SMALL else ["fp32", "bf16"]
     if decoder.device.type != "cpu":
         types = ["bf16" if multiplies_bf16(decoder.device) else "fp32"]
+    began, waited = time.perf_counter(), _waited()
     seconds = {name: _micro_step_seconds(backend, name == "bf16", tokens, rows, head_loss) for name in types}
-    return Trial(seconds, _token_seconds(backend, rows, length), autotuning.memory(decoder.device))
+    token = _token_seconds(backend, rows, length)
+    waiting = None if waited is None else ((_waited() or waited) - waited) / (time.perf_counter() - began)
+    return Trial(seconds, token, autotuning.memory(decoder.device), waiting)
+
+
+def _waited() -> float | None:
+    """Seconds that the threads of this process have waited for a processor so far. None where the operating system does
+    not tell."""
+    nanoseconds = []
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            nanoseconds.append(int(file.read_text().split()[1]))
+        except OSError:  # the thread has ended
+            continue
+    return sum(nanoseconds) / 1e9 if nanoseconds else None
 
 
 def _micro_step_seconds(backend: Backend, bf16: bool, tokens: int, rows: int, head_loss: HeadLoss) -> float:

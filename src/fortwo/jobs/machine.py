@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fortwo.train.estimate import MICRO_TOKENS, PASSES, Machine
@@ -13,6 +15,25 @@ if TYPE_CHECKING:
 
 ROWS = 48  # replies of a trial, and rows of its micro-step
 REPLY, ASKED = 20, 30  # tokens of a reply, and of its prompt beyond what prompts share
+REPEAT = 60.0  # seconds after which a trial that other programs have slowed is repeated
+
+
+class Trials:
+    """The trial of each base. One that other programs have slowed is repeated at the next plan after REPEAT seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._known: dict[str, tuple[Trial, float]] = {}  # the trial and its time, by the digest of the base
+
+    def of(self, digest: str, measure: Callable[[], Trial]) -> Trial:
+        """The trial of a base; measure: makes one, if there is none that stands."""
+        trial, at = self._known.get(digest, (None, 0.0))
+        if trial is not None and (not trial.disturbed or self._clock() - at < REPEAT):
+            return trial
+        again = measure()
+        trial = again if trial is None else trial.with_repeat(again)
+        self._known[digest] = trial, self._clock()
+        return trial
 
 
 def try_out(backend: Backend) -> Trial:

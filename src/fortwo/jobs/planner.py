@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fortwo.adapters.store import check_name
+from fortwo.adapters.refs import check_name
 from fortwo.data import datasets
 from fortwo.data.preview import check_row_length
 from fortwo.errors import InvalidRequest
 from fortwo.facts.subject import facts_of
 from fortwo.jobs import parents
-from fortwo.jobs.machine import machine_of, try_out
+from fortwo.jobs.machine import Trials, machine_of, try_out
 from fortwo.records import Dataset, Example, Plan
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from fortwo.adapters.store import AdapterStore
     from fortwo.engine.engine import Engine
     from fortwo.engine.registry import LoadedModel, ModelRegistry
-    from fortwo.execution.calibration import Trial
     from fortwo.hub.catalog import Catalog
     from fortwo.jobs.store import JobStore
 
@@ -47,7 +46,7 @@ class JobPlanner:
         self._engine = engine
         self._registry = registry
         self._store = store
-        self._trials: dict[str, Trial] = {}  # by the digest of the base
+        self._trials = Trials()
 
     def plan(self, request: TrainingRequest, check: Callable[[], None]) -> tuple[Dataset, Plan]:
         """The dataset and the plan of a request. Raises InvalidRequest naming field, value and remedy. check: called
@@ -60,9 +59,7 @@ class JobPlanner:
             dataset = replace(dataset, parent_facts=parent.facts_to_keep(facts_of(dataset)))
         cache = resident.runner.cache
         base = plans.BaseFacts.of(resident.id, resident.decoder, cache.bound, cache.dtype.itemsize)
-        trial = self._trials.get(resident.digest)
-        if trial is None:
-            trial = self._trials[resident.digest] = self._engine.call(lambda: try_out(resident.backend)).result()
+        trial = self._trials.of(resident.digest, lambda: self._engine.call(lambda: try_out(resident.backend)).result())
         machine = machine_of(trial, self._store.last_actual(resident.id))
 
         def rows() -> Iterator[Example]:

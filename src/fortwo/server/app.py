@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from fortwo.server import docs, errors, health, models, native, openai, page, vllm
+from fortwo.server import docs, errors, health, models, native, openai, page, versions, vllm
 from fortwo.server.request_body import RequestBodyMiddleware
 from fortwo.server.security import SecurityMiddleware
 from fortwo.server.state import AppState, ShutdownMiddleware
@@ -27,7 +27,7 @@ def create_app(state: AppState) -> FastAPI:
     app.add_middleware(ShutdownMiddleware, state=state)
     app.add_middleware(SecurityMiddleware, api_key=api_key)
     app.add_middleware(errors.UnexpectedErrorMiddleware)
-    for router in (models.router, native.router, *openai.routers, vllm.router):
+    for router in (models.router, native.router, versions.router, *openai.routers, vllm.router):
         keyed = [] if api_key is None else [docs.API_KEY]
         app.include_router(router, dependencies=keyed, responses=docs.ERRORS)
     app.include_router(health.router)

@@ -27,11 +27,12 @@ router = APIRouter(prefix="/api", route_class=JsonRoute)
 
 @router.get("/adapters", tags=["adapters"], summary="All versions of all adapters")
 def adapters(state: AppStateDep) -> Json:
-    """`damaged` lists files of adapters that cannot be read, each with a remedy."""
+    """`damaged` lists files of adapters that cannot be read, each with a remedy; `deleted` what can be restored."""
     names = state.adapters.names()
     return {
         "adapters": [version_body(state, version) for name in names for version in state.adapters.versions(name)],
         "damaged": [damage for name in names for damage in _damage(state, name)],
+        "deleted": state.adapters.deleted(),
     }
 
 
@@ -61,8 +62,9 @@ def _damage(state: AppState, name: str) -> list[Json]:
 
 
 @router.delete("/adapters/{name}", tags=["adapters"], summary="Delete an adapter, or one version as name@version")
-async def delete_adapter(request: Request, state: AppStateDep, name: str) -> Json:
-    await state.control.run(request, lambda _: state.registry.delete_adapter(name))
+async def delete_adapter(request: Request, state: AppStateDep, name: str, permanently: bool = False) -> Json:
+    """A deleted version can be restored for some days, unless it is deleted permanently."""
+    await state.control.run(request, lambda _: state.registry.delete_adapter(name, permanently=permanently))
     return {"name": name, "deleted": True}
 
 
@@ -190,6 +192,9 @@ def version_body(state: AppState, version: AdapterVersion) -> Json:
         "name": version.name,
         "version": version.version,
         "current": version.current,
+        "tags": version.tags,
+        "protected": version.protected,
+        "parent": version.manifest.get("parent"),
         "state": "on disk" if loaded is None else "loaded",
         "base_model": version.base_model,
         "base_digest": version.base_digest,

@@ -12,16 +12,25 @@ const SHOWN = ['efficacy', 'paraphrase', 'specificity', 'retention'];
 export function Adapters({id}) {
   const {data, error, reload} = useData('/api/adapters');
   const [done, setDone] = useState('');
+  const [undo, setUndo] = useState(null); // what was deleted last
+  const undoing = useAction();
   const names = [...new Set(data?.adapters.map((one) => one.name))];
-  const changed = (told = '') => {
+  const changed = (told = '', deleted = null) => {
     setDone(told);
+    setUndo(deleted);
     reload();
   };
+  const restore = () =>
+    undoing.run(async () => {
+      await post(`/api/adapters/${undo}/restore`);
+      changed(text.adapters.restored(undo));
+    });
   return html`
     <h1>${text.adapters.title}</h1>
     <p class="lead">${text.adapters.lead}</p>
     <p class="done" role="status">${done}</p>
-    <${Problem} error=${error} />
+    ${undo && html`<button type="button" class="small" disabled=${undoing.busy} onClick=${restore}>${text.adapters.undo(undo)}</button>`}
+    <${Problem} error=${error ?? undoing.error} />
     ${!data && !error && html`<${Loading} />`}
     ${data && names.length === 0 && html`<${Empty} href="#/teach" next=${text.adapters.emptyNext}>${text.adapters.empty}<//>`}
     ${names.map(
@@ -48,7 +57,12 @@ function Adapter({name, versions, open, changed}) {
   const drop = (ref) =>
     act(async () => {
       await remove(`/api/adapters/${ref}`);
-      changed(text.adapters.removed(ref));
+      changed(text.adapters.removed(ref), ref);
+    });
+  const promote = (version) =>
+    act(async () => {
+      const now = await post(`/api/adapters/${name}@${version.version}/promote`);
+      changed(text.adapters.rolledBack(`${now.name}@${now.version}`));
     });
   const turn = (version) =>
     act(async () => {
@@ -68,7 +82,7 @@ function Adapter({name, versions, open, changed}) {
       </div>
       <${Problem} error=${action.error} />
       ${isOpen && html`
-        <${Versions} ...${{versions, busy: action.busy, turn, ask: setAsking}} />
+        <${Versions} ...${{versions, busy: action.busy, turn, promote, ask: setAsking}} />
         <div class="row">
           ${current && html`
             <a class="button" href=${`#/chat?models=${encodeURIComponent(current.base_model)},${encodeURIComponent(name)}`}>${text.adapters.compare}</a>
@@ -117,7 +131,7 @@ function useReports(versions) {
   return reports;
 }
 
-function Versions({versions, busy, turn, ask}) {
+function Versions({versions, busy, turn, promote, ask}) {
   const found = useReports(versions);
   const [open, setOpen] = useState(null);
   const shown = versions.find((one) => identity(one) === open);
@@ -141,7 +155,9 @@ function Versions({versions, busy, turn, ask}) {
             const ref = `${one.name}@${one.version}`;
             return html`
               <tr key=${id}>
-                <th scope="row">${ref} ${one.current && html`<span class="chip succeeded">${text.adapters.current}</span>`}</th>
+                <th scope="row">${ref} ${one.current && html`<span class="chip succeeded">${text.adapters.current}</span>`}
+                  ${one.tags.map((tag) => html` <span class="chip" key=${tag}>${tag}</span>`)}
+                  ${one.protected && html` <span class="chip">${text.adapters.protected}</span>`}</th>
                 <td>${moment(one.created_at)}</td>
                 ${SHOWN.map((name) => html`<td class="figure" key=${name} data-label=${metricName(name)}>${share(body?.report.metrics[name]?.value)}</td>`)}
                 <td>${text.adapters.states[one.state] ?? one.state}${one.bytes ? `, ${size(one.bytes)}` : ''}</td>
@@ -155,6 +171,11 @@ function Versions({versions, busy, turn, ask}) {
                     <a class="button small" href=${`#/chat?models=${encodeURIComponent(ref)}`}>
                       ${text.adapters.chat}<span class="hidden"> ${ref}</span>
                     </a>
+                    ${!one.current && html`
+                      <button type="button" class="small" disabled=${busy} onClick=${() => promote(one)}>
+                        ${text.adapters.promote}<span class="hidden"> ${ref}</span>
+                      </button>
+                    `}
                     <button type="button" class="small" disabled=${busy} onClick=${() => turn(one)}>
                       ${one.state === 'loaded' ? text.adapters.unload : text.adapters.load}<span class="hidden"> ${ref}</span>
                     </button>
