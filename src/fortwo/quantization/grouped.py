@@ -210,7 +210,8 @@ def _packed(quads: Tensor, bits: int) -> Tensor:
 def _unpacked(q: Tensor, bits: int) -> Tensor:
     """Codes (tiles, G, 8, N) of what `_packed` made."""
     if bits == 8:
-        return q.unflatten(2, (QUADS, q.shape[2] // QUADS))
+        whole: Tensor = q.unflatten(2, (QUADS, q.shape[2] // QUADS))
+        return whole
     rows = q.unflatten(2, (bits, q.shape[2] // bits))
     halves = rows[:, :, : QUADS // 2]
     codes = torch.stack([halves & 15, halves >> 4], 3).flatten(2, 3)
