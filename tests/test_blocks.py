@@ -109,7 +109,7 @@ def test_parts_multiply_as_the_dense_weight_does(kinds: list[str], outputs: list
 def test_without_kernels_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "lib", lambda: None)
     held, x = below(["Q4_K", "Q6_K"], [16, 32], 256), random(3, 256)
-    torch.testing.assert_close(held.product(x), x @ held.dense().t())
+    assert relative(held.product(x), x @ held.dense().t()) < 1e-6
 
 
 def test_neighbours_of_one_type_are_one_part_and_parts_are_whole_tiles() -> None:
