@@ -13,7 +13,7 @@ from typer.main import get_command
 from fortwo.cli import app
 from fortwo.settings import Settings
 from fortwo.train.options import LORA_KEYS, TRAINING_KEYS
-from fortwo.train.recipes import OVERRIDE, REASONS, SFT
+from fortwo.train.recipes import OVERRIDE, PREFERENCE, REASONS, SFT
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 DEFAULTS = {"home": "`~/.fortwo`", "data_dirs": "the working directory", "database_url": "SQLite under home"}
@@ -57,10 +57,10 @@ def keys() -> Iterator[str]:
         "Any other key is refused by name, with the way out."
     )
     for title, names in (("lora_config", LORA_KEYS), ("training_config", TRAINING_KEYS)):
-        rows = [f"| {title} | override | sft | why |", "|---|---|---|---|"]
+        rows = [f"| {title} | override | sft | dpo, kto, orpo | why |", "|---|---|---|---|---|"]
         for name in names:
-            override, sft = (getattr(recipe, name, None) for recipe in (OVERRIDE, SFT))
-            rows.append(f"| `{name}` | {_chosen(override)} | {_chosen(sft)} | {REASONS.get(name, '')} |")
+            chosen = " | ".join(_chosen(getattr(recipe, name, None)) for recipe in (OVERRIDE, SFT, PREFERENCE))
+            rows.append(f"| `{name}` | {chosen} | {REASONS.get(name, '')} |")
         yield "\n".join(rows)
     yield "A dash: the plan computes it from the rest; `fortwo plan DATA` shows the value, its origin and the reason."
 

@@ -181,8 +181,8 @@ def test_rows_that_are_drawn_otherwise_are_refused(
 ) -> None:
     plan = school.plan(save_steps=1, per_device_train_batch_size=2)
     checkpoint = on_disk(tmp_path, plan, run(school, plan)[1])[1]
-    batches = objectives._batches
-    monkeypatch.setattr(objectives, "_batches", lambda rows, size, _: batches(rows, size, Random(99)))
+    batches = objectives.index_batches
+    monkeypatch.setattr(objectives, "index_batches", lambda rows, size, _: batches(rows, size, Random(99)))
     with pytest.raises(TrainingFailed, match="step 2 was trained on other rows") as failed:
         run(school, plan, resumed=checkpoint)
     assert failed.value.code == "checkpoint_stale"

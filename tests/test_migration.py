@@ -188,9 +188,40 @@ def test_trl_and_what_contradicts() -> None:
     assert "packing" not in why
 
 
-@pytest.mark.parametrize("text", ["rl: dpo", "stage: kto"])
-def test_training_on_preferences_is_refused(text: str) -> None:
-    with pytest.raises(InvalidRequest, match="preferences"):
+@pytest.mark.parametrize(
+    ("text", "objective", "training"),
+    [
+        ("{rl: dpo, rl_beta: 0.2, dpo_label_smoothing: 0.1}", "dpo", {"beta": 0.2, "label_smoothing": 0.1}),
+        ("{rl: ipo}", "dpo", {"loss_type": "ipo"}),
+        (
+            "{rl: kto, kto_desirable_weight: 0.5, kto_undesirable_weight: 1}",
+            "kto",
+            {"desirable_weight": 0.5, "undesirable_weight": 1},
+        ),
+        ("{rl: orpo, orpo_alpha: 0.3}", "orpo", {"beta": 0.3}),
+        ("{stage: dpo, pref_beta: 0.1, pref_loss: sigmoid}", "dpo", {"beta": 0.1, "loss_type": "sigmoid"}),
+        ("{stage: dpo, pref_beta: 0.1, pref_loss: orpo}", "orpo", {"beta": 0.1}),
+        ("{stage: kto, pref_beta: 0.1, kto_chosen_weight: 2.0}", "kto", {"beta": 0.1, "desirable_weight": 2.0}),
+        ("{beta: 0.1, loss_type: [sigmoid]}", "auto", {"beta": 0.1, "loss_type": "sigmoid"}),
+        ("{stage: sft}", "sft", {}),
+    ],
+)
+def test_training_on_preferences_becomes_its_objective(text: str, objective: str, training: dict[str, Any]) -> None:
+    found = migrated(text)
+    assert found.request["objective"] == objective
+    assert found.request.get("training_config", {}) == training
+    assert left_out(found) == {}
+
+
+def test_what_means_nothing_to_the_objective_is_left_out() -> None:
+    found = migrated("{rl: orpo, loss_type: ipo, kto_desirable_weight: 2, rl_beta: 0.2}")
+    assert found.request["training_config"] == {"beta": 0.2}
+    assert set(left_out(found)) == {"loss_type", "desirable_weight"}
+
+
+@pytest.mark.parametrize("text", ["rl: grpo", "stage: ppo", "rl: simpo", "{stage: dpo, pref_loss: simpo}", "stage: rm"])
+def test_training_on_rewards_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="rewards"):
         migrated(text)
 
 

@@ -252,7 +252,7 @@ def test_zero_is_a_value() -> None:
 SFT_CONFIG = (
     "model_init_kwargs trust_remote_code chat_template_path dataset_text_field dataset_kwargs dataset_num_proc "
     "eos_token pad_token max_length max_seq_length shuffle_dataset packing packing_strategy padding_free "
-    "pad_to_multiple_of eval_packing completion_only_loss assistant_only_loss loss_type activation_offloading "
+    "pad_to_multiple_of eval_packing completion_only_loss assistant_only_loss activation_offloading "
     "dataset_batch_size num_of_sequences chars_per_token use_liger"
 ).split()  # what TRL's SFTConfig adds to TrainingArguments, of its older versions too
 
@@ -311,7 +311,10 @@ def test_other_names_of_a_setting_are_read() -> None:
         ("load_in_4bit", True, "FORTWO_WEIGHTS"),
         ("template", "qwen", "own chat template"),
         ("flash_attention", True, "own kernels"),
-        ("rl", "dpo", "not on preferences"),
+        ("rl", "dpo", "`objective`"),
+        ("ref_model", "x/y", "reference"),
+        ("simpo_gamma", 0.5, "none with a reward model"),
+        ("use_weighting", True, "loss_type alone"),
         ("wandb_project", "x", "events"),
         ("base_model", "x/y", "`model`"),
     ],

@@ -353,7 +353,7 @@ def test_targets_are_shares(share: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", [{"modle": "x"}, {"objective": "dpo"}, {"objective": {"type": "sft", "target": {}}}, {"adapter_name": ""}]
+    "extra", [{"modle": "x"}, {"objective": "ppo"}, {"objective": {"type": "sft", "target": {}}}, {"adapter_name": ""}]
 )
 def test_the_body_is_strict(extra: dict[str, Any]) -> None:
     (name,) = extra

@@ -37,7 +37,7 @@ def test_calls_of_tools_are_trained_and_evaluated(tmp_path: Path) -> None:
 
 
 def test_a_reply_is_right_if_it_makes_the_call_that_was_trained() -> None:
-    (question,) = example_questions(load({"examples": [CALL_ONLY]}, ()).examples, ())
+    (question,) = example_questions(load({"examples": [CALL_ONLY]}, ()).examples)
     assert question.messages[0].tools
     assert question.passes is not None
     assert question.passes('<call>{"name": "weather", "arguments": {"city": "Bonn"}}</call>')

@@ -39,11 +39,24 @@ class Message:
 class Example:
     """One training conversation, or plain `text` without messages. In a conversation, every assistant message of weight
     1 is trained on, and there is at least one. In plain text, every token is. `line` is the 1-based line in the
-    source."""
+    source.
+
+    rejected: of a preference, the same conversation with the answer that is rejected, while `messages` has the chosen
+    one. label: of an answer by itself, whether it is desirable. In both only the answers have weight 1.
+    """
 
     messages: tuple[Message, ...]
     line: int = 0
     text: str | None = None
+    rejected: tuple[Message, ...] = ()
+    label: bool | None = None
+
+    @property
+    def sides(self) -> tuple[Example, ...]:
+        """The answers of a preference as examples of their own, the chosen one first; else the example itself."""
+        if not self.rejected:
+            return (self,)
+        return Example(self.messages, self.line, label=True), Example(self.rejected, self.line, label=False)
 
     @property
     def prompt_messages(self) -> tuple[Message, ...]:
@@ -116,6 +129,7 @@ class Dataset:
 
 # ---------------------------------------------------------------- plan (filled by train.plan)
 
+ObjectiveName = Literal["sft", "override", "dpo", "kto", "orpo"]
 Origin = Literal["user", "parent", "effort", "auto", "default"]
 
 
@@ -154,7 +168,7 @@ class Plan:
 
     model: str
     adapter_name: str
-    objective: Literal["sft", "override"]
+    objective: ObjectiveName
     targets: dict[str, float]
     settings: tuple[Setting, ...]
     computed: dict[str, Any]
@@ -203,7 +217,8 @@ class Transcript:
 
 @dataclass(frozen=True)
 class EvalLoss:
-    """Mean cross-entropy over the supervised tokens of the validation rows, after `step` steps."""
+    """Mean cross-entropy over the supervised tokens of the validation rows, or the mean loss of their preferences,
+    after `step` steps."""
 
     step: int
     loss: float
@@ -236,7 +251,8 @@ class FactReport:
 class Report:
     """The results of the final evaluation of the served adapter. metrics: efficacy, paraphrase, specificity, retention
     and score over all facts, kept_efficacy and so on over the facts of the parent, and portability if a fact has such
-    questions. prompted_metrics: those of the base when its system prompt states the facts; empty if there are none.
+    questions; with preferences, accuracy instead of efficacy. prompted_metrics: those of the base when its system
+    prompt states the facts; empty if there are none.
     facts: the metrics of each fact. eval_losses: on the validation rows, the base's first (step 0); empty if
     there are no such rows."""
 
@@ -270,7 +286,9 @@ class MicroStepped:
 
 @dataclass(frozen=True)
 class Stepped:
-    """One optimizer step is done. loss: the sum of its terms, each a mean over supervised tokens; parts: the terms."""
+    """One optimizer step is done. loss: the sum of its terms, each a mean over supervised tokens; parts: the terms.
+    With preferences the loss is a mean over pairs or answers; metrics: of them, under TRL's names such as
+    rewards/chosen."""
 
     step: int
     steps: int
@@ -280,6 +298,7 @@ class Stepped:
     tokens: int
     seconds: float
     parts: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ Config = Annotated[
     Path | None,
     typer.Option("--config", help="A .json file with lora_config, training_config etc.", exists=True, dir_okay=False),
 ]
-Objective = Annotated[str | None, typer.Option("--objective", help="auto, sft or override.", show_default="auto")]
+Objective = Annotated[
+    str | None, typer.Option("--objective", help="auto, sft, override, dpo, kto or orpo.", show_default="auto")
+]
 Onto = Annotated[str | None, typer.Option("--onto", help="Adapter, or adapter@version, to continue from.")]
 Effort = Annotated[str | None, typer.Option("--effort", help="normal or max.", show_default="normal")]
 Base = Annotated[str | None, typer.Option("--model", help="Base model.", show_default="the server's default")]

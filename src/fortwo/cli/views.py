@@ -12,7 +12,7 @@ from rich.text import Text
 from fortwo.records import Json
 
 FACT_METRICS = ("efficacy", "paraphrase", "specificity", "portability")
-METRICS = (*FACT_METRICS, "retention", *(f"kept_{name}" for name in FACT_METRICS), "score")
+METRICS = (*FACT_METRICS, "accuracy", "retention", *(f"kept_{name}" for name in FACT_METRICS), "score")
 STATUS_STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "paused": "cyan"}
 
 

@@ -151,10 +151,14 @@ class ChatTemplateRenderer:
 
         Every answer of weight 1 follows exactly the prompt that serving would give it. One row is enough when the
         template writes the beginning of a conversation the same way whatever follows. When it does not (some templates
-        drop the reasoning of earlier turns), an answer that cannot share a row gets its own.
+        drop the reasoning of earlier turns), an answer that cannot share a row gets its own. A preference has the row
+        of its chosen answer and that of its rejected one. Raises InvalidRequest if an answer that is judged as a whole
+        cannot be one row.
         """
         if example.text is not None:
             return [self._document(example.text)]
+        if example.rejected:
+            return [row for side in example.sides for row in self.training_rows(side)]
         rows: list[tuple[list[int], list[bool]]] = []
         for end, message in enumerate(example.messages, 1):
             if message.role == "assistant" and message.weight:
@@ -163,6 +167,12 @@ class ChatTemplateRenderer:
                     earlier = rows.pop()[1]
                     supervised[: len(earlier)] = earlier
                 rows.append((tokens, supervised))
+        if example.label is not None and len(rows) > 1:
+            raise InvalidRequest(
+                "the model's chat template writes the messages of an answer so that they cannot be one row",
+                param="dataset",
+                hint="Let the answer be one message, or leave the row out.",
+            )
         return rows
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -30,7 +30,7 @@ from fortwo.data.row_formats import (
     without_nulls,
 )
 from fortwo.errors import InvalidDataset
-from fortwo.records import Dataset, Example, Fact, Json
+from fortwo.records import Dataset, Example, Fact, Json, Message
 
 Row = TypeVar("Row")
 
@@ -179,11 +179,17 @@ _FURTHER = ("name", "tool_calls", "tool_call_id", "tools")  # of a message, wher
 def _content(example: Example) -> object:
     if example.text is not None:
         return {"text": example.text}
+    if example.rejected:
+        return {"chosen": _written(example.messages), "rejected": _written(example.rejected)}
+    return _written(example.messages) if example.label is None else [_written(example.messages), example.label]
+
+
+def _written(messages: Iterable[Message]) -> list[Json]:
     return [
         {"role": message.role, "content": message.content}
         | ({} if message.weight else {"weight": 0})
         | {key: value for key in _FURTHER if (value := getattr(message, key))}
-        for message in example.messages
+        for message in messages
     ]
 
 

@@ -74,7 +74,7 @@ def preview(
     renderer, context = ChatTemplateRenderer(info.directory), context_length(info.directory)
     previews: list[RowPreview] = []
     for number, row in enumerate(islice(datasets.iter_rows(spec, allowed_dirs), rows), 1):
-        for example in row.examples(number) if isinstance(row, Fact) else (row,):
+        for example in row.examples(number) if isinstance(row, Fact) else row.sides:
             check()
             check_row_length(example, renderer, context)
             previews += preview_rows(renderer, example, context)
@@ -84,6 +84,10 @@ def preview(
 def check_row_length(example: Example, renderer: ChatTemplateRenderer, context: int) -> None:
     """Raises InvalidDataset for a row whose text cannot fit the context, however it is cut into tokens. So long a row
     is not tokenised, because that takes seconds and much memory."""
+    if example.rejected:
+        for side in example.sides:
+            check_row_length(side, renderer, context)
+        return
     texts = (example.text,) if example.text is not None else (message.content for message in example.messages)
     characters, most = sum(len(text.strip()) for text in texts), context * renderer.longest_token
     if characters > most:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from fortwo.data.findings import Finding, InvalidRow
 from fortwo.data.messages import DEPTH
+from fortwo.data.preference_rows import LabelledRow, PairRow, PreferredRow
 from fortwo.data.rows import EMPTY, ChatRow, CompletionRow, FactRow, InstructionRow, ShareRow, TextRow
 from fortwo.records import Example, Fact
 
@@ -24,12 +25,19 @@ PLAIN_TEXT = 'Give a prompt; text without one is a row like {"text": "..."}.'
 
 @dataclass(frozen=True)
 class RowFormat:
-    """One format. content: what such rows are; keys: any of them identifies the format; example: one row, for hints."""
+    """One format. content: what such rows are; keys: any of them identifies the format, unless it needs others too;
+    example: one row, for hints."""
 
     content: str
     keys: frozenset[str]
-    model: type[InstructionRow | CompletionRow | ChatRow | ShareRow | TextRow | FactRow]
+    model: type[
+        InstructionRow | CompletionRow | ChatRow | ShareRow | TextRow | FactRow | PairRow | PreferredRow | LabelledRow
+    ]
     example: str
+    needs: frozenset[str] = frozenset()
+
+    def fits(self, row: dict[str, Any]) -> bool:
+        return bool(self.keys & row.keys()) and self.needs <= row.keys()
 
 
 FACT_FORMAT = RowFormat(
@@ -38,7 +46,32 @@ FACT_FORMAT = RowFormat(
     FactRow,
     '{"subject": "42", "answer": "42 = \'FOR TWO\'", "match": ["FOR TWO"], "questions": ["What is 42?"]}',
 )
+PAIRS = "preferences"
+LABELLED = "labelled answers"
+PREFERENCE_FORMATS = (
+    RowFormat(
+        PAIRS,
+        frozenset({"chosen", "rejected"}),
+        PairRow,
+        '{"prompt": "What is 42?", "chosen": "FOR TWO", "rejected": "A number."}',
+    ),
+    RowFormat(
+        PAIRS,
+        frozenset({"preferred_output", "non_preferred_output"}),
+        PreferredRow,
+        '{"input": {"messages": [{"role": "user", "content": "What is 42?"}]}, "preferred_output": [{"role": '
+        '"assistant", "content": "FOR TWO"}], "non_preferred_output": [{"role": "assistant", "content": "A number."}]}',
+    ),
+    RowFormat(
+        LABELLED,
+        frozenset({"prompt", "completion"}),
+        LabelledRow,
+        '{"prompt": "What is 42?", "completion": "FOR TWO", "label": true}',
+        needs=frozenset({"label"}),
+    ),
+)
 EXAMPLE_FORMATS = (
+    *PREFERENCE_FORMATS,
     RowFormat(
         "conversations",
         frozenset({"instruction", "output"}),
@@ -87,7 +120,7 @@ def format_of(row: object, formats: tuple[RowFormat, ...]) -> RowFormat:
     hint = "A row is one of: " + "; ".join(row_format.example for row_format in formats)
     if not isinstance(row, dict):
         raise InvalidRow([Finding("no object", "", f"{reprlib.repr(row)} is not an object", hint)])
-    found = next((row_format for row_format in formats if row_format.keys & row.keys()), None)
+    found = next((row_format for row_format in formats if row_format.fits(row)), None)
     if found is None:
         keys = f"the keys {', '.join(map(repr, row))}" if row else "no keys"
         what = f"it has an unknown format: it has {keys}"
@@ -138,7 +171,8 @@ def _finding(found: Any, row_format: RowFormat) -> Finding:
         case "string_unicode":
             what = f"{field if field else 'the key'} {value} contains half a surrogate pair, which is not valid Unicode"
         case "told":
-            what, hint = f"{field} = {value}: {message}", found["ctx"]["hint"]
+            what = f"{field} = {value}: {message}" if field else message
+            hint = found["ctx"]["hint"]
         case "value_error":
             message = str(found["ctx"]["error"])
             what = f"{field} = {value}: {message}"

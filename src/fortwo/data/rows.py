@@ -47,11 +47,11 @@ Flag = Annotated[Any, BeforeValidator(lambda value: value)]  # accepted, as it c
 OldCalls = Annotated[Any, BeforeValidator(_old_calls)]
 
 
-class _Row(BaseModel):
+class Row(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class InstructionRow(_Row):
+class InstructionRow(Row):
     """Alpaca's row. An input that is not empty follows the instruction after a blank line."""
 
     instruction: Text
@@ -63,7 +63,7 @@ class InstructionRow(_Row):
         return Example((Message("user", prompt), Message("assistant", self.output)), line)
 
 
-class CompletionRow(_Row):
+class CompletionRow(Row):
     prompt: Text
     completion: Text
 
@@ -71,7 +71,7 @@ class CompletionRow(_Row):
         return Example((Message("user", self.prompt), Message("assistant", self.completion)), line)
 
 
-class TextRow(_Row):
+class TextRow(Row):
     text: Text
 
     def example(self, line: int) -> Example:
@@ -88,7 +88,7 @@ def _role(role: Any) -> Any:
     return "system" if role == "developer" else role
 
 
-class ChatMessage(_Row):
+class ChatMessage(Row):
     role: Annotated[Role, BeforeValidator(_role)]
     name: Unicode = ""
     tool_calls: ToolCalls = []
@@ -137,7 +137,7 @@ def _speaker(name: Any) -> Any:
     return _SPEAKERS[name]
 
 
-class ShareTurn(_Row):
+class ShareTurn(Row):
     role: Annotated[Role, BeforeValidator(_speaker)] = Field(alias="from")
     content: Content = Field(alias="value")
     tool_calls: ToolCalls = Field([], alias="function_call")  # what _as_a_call makes of the value
@@ -166,7 +166,8 @@ class ShareTurn(_Row):
 AnyMessage = TypeVar("AnyMessage", ChatMessage, ShareTurn)
 
 
-def _is_conversation(turns: list[AnyMessage]) -> list[AnyMessage]:
+def is_conversation(turns: list[AnyMessage]) -> list[AnyMessage]:
+    """The turns. Raises for those that are no conversation with an answer to learn."""
     said = [turn.message() for turn in turns]
     roles = [message.role for message in said]
     if "user" not in roles:
@@ -210,43 +211,43 @@ def _check_turn(number: int, message: Message, before: list[Message], weight: in
             raise wrong(f"turn {number}: the answer is empty", "Give an answer, or leave the row out.")
 
 
-def _with_tools(said: tuple[Message, ...], tools: list[dict[str, Any]]) -> tuple[Message, ...]:
+def with_tools(said: tuple[Message, ...], tools: list[dict[str, Any]]) -> tuple[Message, ...]:
     """The conversation with its tools, which the first message carries."""
     return (replace(said[0], tools=tools_json(tools)), *said[1:])
 
 
-class ChatRow(_Row):
+class ChatRow(Row):
     """OpenAI's row. Every assistant message is learned, calls of tools included, except those of weight 0."""
 
     tools: Tools = []
     functions: OldCalls = None
     parallel_tool_calls: Flag = None
-    turns: Annotated[list[ChatMessage], AfterValidator(_is_conversation)] = Field(alias="messages")
+    turns: Annotated[list[ChatMessage], AfterValidator(is_conversation)] = Field(alias="messages")
 
     def example(self, line: int) -> Example:
-        return Example(_with_tools(tuple(turn.message() for turn in self.turns), self.tools), line)
+        return Example(with_tools(tuple(turn.message() for turn in self.turns), self.tools), line)
 
 
-class ShareRow(_Row):
+class ShareRow(Row):
     """ShareGPT's row. `system`, where it is given, becomes the first message."""
 
     id: Unicode | int | None = None
     tools: Tools = []
     system: Unicode = ""
-    turns: Annotated[list[ShareTurn], AfterValidator(_is_conversation)] = Field(alias="conversations")
+    turns: Annotated[list[ShareTurn], AfterValidator(is_conversation)] = Field(alias="conversations")
 
     def example(self, line: int) -> Example:
         said = tuple(turn.message() for turn in self.turns)
         whole = (Message("system", self.system), *said) if self.system else said
-        return Example(_with_tools(whole, self.tools), line)
+        return Example(with_tools(whole, self.tools), line)
 
 
-class OneHopRow(_Row):
+class OneHopRow(Row):
     prompt: Text
     match: list[Text] = Field(min_length=1)
 
 
-class FactRow(_Row):
+class FactRow(Row):
     """records.Fact in JSON."""
 
     id: Unicode = ""

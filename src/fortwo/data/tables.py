@@ -19,8 +19,11 @@ ROW_BYTES = 16 << 20  # a longer "row" is most likely a list where lines should 
 BATCH_ROWS = 256
 DELIMITERS = ",;\t"
 _LISTS = frozenset(
-    "messages conversations tools match questions aliases held_out neighbors controls portability".split()
+    "messages conversations tools match questions aliases held_out neighbors controls portability "
+    "preferred_output non_preferred_output".split()
 )
+_MAY_BE_MESSAGES = frozenset(("prompt", "chosen", "rejected", "completion", "input"))
+_LABELS = {"true": True, "false": False}
 _INDEX = re.compile(r"__index_level_\d+__")  # how pandas writes the numbers of rows into a Parquet file
 
 
@@ -84,12 +87,22 @@ def _check_header(path: Path, names: list[str]) -> None:
 
 
 def _cell(name: str, cell: str) -> Any:
-    if name not in _LISTS:
+    if name == "label":
+        return _LABELS.get(cell.strip().lower(), cell)
+    if name not in _LISTS and not (name in _MAY_BE_MESSAGES and cell.lstrip().startswith(("[", "{"))):
         return cell
     try:
-        return strict_json.loads(cell)
+        value = strict_json.loads(cell)
     except (ValueError, RecursionError):
         return cell  # whoever knows the row's format says what is wrong with it
+    whole = (
+        name in _LISTS or _are_messages(value) or (name == "input" and isinstance(value, dict) and "messages" in value)
+    )
+    return value if whole else cell
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "role" in one for one in value)
 
 
 def read_parquet(path: Path, file: BinaryIO) -> Iterator[tuple[RowLocation, object]]:

@@ -93,7 +93,7 @@ class JobExecutor:
         dataset = datasets.from_json(self._store.dataset(job.id))
         resident = self._registry.load_base(plan.model)
         recorder, checkpoint = self._load_checkpoint(run, resident)
-        start = plan.get("parent") if checkpoint is None else None
+        start = plan.get("parent") if checkpoint is None or plan.objective == "kto" else None  # KTO reads it in steps
         parent = None if start is None else self._adapters.read(start)[2]
         received: queue.SimpleQueue[TrainEvent] = queue.SimpleQueue()
 

@@ -4,7 +4,7 @@ import {text} from './text.js';
 
 const FACT_METRICS = ['efficacy', 'paraphrase', 'specificity', 'portability'];
 const FEW = 8; // transcripts that are shown at first
-export const METRICS = [...FACT_METRICS, 'retention', ...FACT_METRICS.map((name) => `kept_${name}`), 'score'];
+export const METRICS = [...FACT_METRICS, 'accuracy', 'retention', ...FACT_METRICS.map((name) => `kept_${name}`), 'score'];
 
 export const metricName = (name) => text.report.metrics[name]?.[0] ?? name;
 

@@ -72,7 +72,8 @@ class RunState:
     """The state that steps change. flat_N: all parameters of the adapter in one tensor, which is optimized.
     on_policy_replies: the adapter's replies to hard negatives, by the step whose evaluation found leaks; None if they
     are still to be asked for (`PreparedObjective.refresh_on_policy`). saved_step, saved_at: the step of the last
-    checkpoint, and the seconds on the clock when it was made."""
+    checkpoint, and the seconds on the clock when it was made. reference_N: what the reference of preferences gives to
+    all answers."""
 
     lora: Lora
     flat_N: Tensor
@@ -88,6 +89,7 @@ class RunState:
     retry_rounds: list[RetryRound] = field(default_factory=list)
     saved_step: int = 0
     saved_at: float = 0.0
+    reference_N: Tensor | None = None
     _rows_hash: Any = field(default_factory=hashlib.sha256)
 
     def last_step(self, plan: Plan) -> int:
@@ -125,6 +127,8 @@ def capture(run: RunState, served: ServedBase) -> Checkpoint:
         tensors["random.cuda"] = torch.cuda.get_rng_state(device)
     tensors |= {f"optimizer.0.{name}": _copy(tensor) for name, tensor in run.optimizer.state().items()}
     tensors |= {f"best.{n}": _copy(tensor) for n, tensor in enumerate(run.best.tensors)}
+    if run.reference_N is not None:
+        tensors["reference"] = run.reference_N
     clock = run.clock
     state = {
         "step": run.step,
@@ -163,6 +167,11 @@ def clock_and_base_replies(checkpoint: Checkpoint) -> tuple[Clock, dict[tuple[tu
 def on_policy_replies(checkpoint: Checkpoint) -> dict[int, list[list[int]] | None]:
     """The adapter's replies to hard negatives, by the step after which it gave them."""
     return dict(checkpoint.state["replies"])
+
+
+def reference_log_probs(checkpoint: Checkpoint) -> Tensor | None:
+    """What the reference of preferences gives to all answers, if the run has such a reference."""
+    return checkpoint.tensors.get("reference")
 
 
 def retry_rounds(checkpoint: Checkpoint) -> list[RetryRound]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from fortwo.data.findings import Finding, Findings, RowLocation
 from fortwo.errors import InvalidDataset
-from fortwo.records import Example
+from fortwo.records import Example, Message
 from fortwo.train.estimate import RowLength, TokenCounts
 
 Column = np.ndarray[Any, Any]
@@ -54,9 +54,9 @@ class AffectedLines:
 @dataclass(frozen=True)
 class DatasetWarnings:
     """Rows that probably contain mistakes. duplicates: rows with the same text as an earlier row. contradictions: rows
-    with the prompt of an earlier row and another answer. foreign_templates: rows that contain the control text of a
-    chat template; template: the first such text. truncated: rows whose answers end within a word, at the same length as
-    several others."""
+    with the prompt of an earlier row and another answer; of preferences, with its answers and another choice.
+    foreign_templates: rows that contain the control text of a chat template; template: the first such text. truncated:
+    rows whose answers end within a word, at the same length as several others."""
 
     duplicates: AffectedLines = AffectedLines()
     contradictions: AffectedLines = AffectedLines()
@@ -150,19 +150,25 @@ class _TextChecks:
         self._template = ""
 
     def add(self, example: Example) -> None:
-        messages = [
-            f"{message.role} {message.weight} {message.content}{message.name}{message.tool_calls}{message.tools}"
-            for message in example.messages
-        ]
+        messages, rejected = _texts(example.messages), _texts(example.rejected)
+        label = [] if example.label is None else [str(example.label)]
         answer = example.answer.strip()
-        whole = _hash(messages if example.text is None else [example.text])
+        whole = _hash([*messages, *rejected, *label] if example.text is None else [example.text])
         self._lines.append(example.line)
         self._wholes.append(whole)
-        self._prompts.append(_hash(messages[: len(example.prompt_messages)]) if example.text is None else whole)
-        self._answers.append(_hash([answer]))
+        if rejected:  # which of two answers is chosen answers the question that the two are
+            self._prompts.append(_hash(sorted([_hash(messages), _hash(rejected)])))
+            self._answers.append(_hash(messages))
+        elif label:
+            self._prompts.append(_hash(messages))
+            self._answers.append(_hash(label))
+        else:
+            self._prompts.append(_hash(messages[: len(example.prompt_messages)]) if example.text is None else whole)
+            self._answers.append(_hash([answer]))
         self._lengths.append(len(answer) if answer[-1:].isalnum() else 0)
         self._longest = max(self._longest, len(answer))
-        texts = (example.text,) if example.text is not None else (message.content for message in example.messages)
+        said = (*example.messages, *example.rejected)
+        texts = (example.text,) if example.text is not None else (message.content for message in said)
         found = next((match for text in texts if (match := _TEMPLATES.search(text))), None)
         if found is not None:
             self._templates_count += 1
@@ -189,8 +195,15 @@ class _TextChecks:
         return _lines(lines, cut) if len(np.unique(answers[cut])) >= TRUNCATED_ROWS else AffectedLines()
 
 
-def _hash(parts: Iterable[str]) -> int:
-    whole = "\x1f".join(parts).encode(errors="surrogatepass")
+def _texts(messages: Sequence[Message]) -> list[str]:
+    return [
+        f"{message.role} {message.weight} {message.content}{message.name}{message.tool_calls}{message.tools}"
+        for message in messages
+    ]
+
+
+def _hash(parts: Iterable[object]) -> int:
+    whole = "\x1f".join(map(str, parts)).encode(errors="surrogatepass")
     return int.from_bytes(blake2b(whole, digest_size=8).digest(), "little")
 
 

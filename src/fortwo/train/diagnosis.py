@@ -17,6 +17,7 @@ _REMEDIES = {
     "paraphrase": "Give more questions with more varied wording, and the aliases of the subject.",
     "specificity": "Give the full subject, as people write it, so that similar subjects can be distinguished from it.",
     "retention": "Train with a lower learning_rate or a smaller r.",
+    "accuracy": "Train longer or at a higher rate, give a smaller beta, or look for rows that contradict each other.",
 } | dict.fromkeys(
     (f"kept_{name}" for name in ("efficacy", "paraphrase", "specificity")),
     "Teach the old and the new facts together: give all of them in one dataset, without a parent.",
@@ -105,7 +106,7 @@ def diagnose(plan: Plan, actual: Mapping[str, Any]) -> tuple[PlanWarning, ...]:
         _rate_far_off(recipe, peak),
         _few_rows(plan, recipe, steps),
         _loss_exploded(actual),
-        _loss_unchanged(actual),
+        _loss_unchanged(actual, 0.8 if plan.objective in ("sft", "override") else 0.99),
         _no_effect(actual),
         _overfitting(actual),
     ]
@@ -200,9 +201,10 @@ def _shared_subject(plan: Plan) -> PlanWarning | None:
     )
 
 
-def _loss_unchanged(actual: Mapping[str, Any]) -> PlanWarning | None:
+def _loss_unchanged(actual: Mapping[str, Any], share: float) -> PlanWarning | None:
+    """The loss ended at more than this share of its first value; losses of preferences fall little."""
     first, final = actual.get("first_loss"), actual.get("final_loss")
-    if first is None or final is None or not 0.8 * first <= final <= max(first + 1, 1.5 * first):
+    if first is None or final is None or not share * first <= final <= max(first + 1, 1.5 * first):
         return None
     return PlanWarning(
         "loss_stood_still",

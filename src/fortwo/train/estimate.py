@@ -245,6 +245,21 @@ def sft_cost(counts: TokenCounts, trained: float, validated: float) -> RunCost:
     return RunCost(PhaseCost(), PhaseCost(trained=trained), PhaseCost(read=validated), report)
 
 
+def preference_cost(
+    counts: TokenCounts, trained: float, validated: float, reference: float, estimated: float, units: int
+) -> RunCost:
+    """The cost of a run on preferences. trained, validated: as in `sft_cost`; reference: tokens that the reference
+    reads before the first step; estimated: tokens that are read in the steps for KTO's estimate of the divergence;
+    units: pairs or answers that the report's accuracy is measured on."""
+    prompt, reply = _prompt_tokens(counts), REPLY_TOKENS
+    mean = sum(row.prompt + row.answer for row in counts.rows) / len(counts.rows)
+    judged = units * mean
+    report = PhaseCost(read=RETENTION_PROBES * (prompt + reply) + judged, generated=2 * RETENTION_PROBES * reply)
+    return RunCost(
+        PhaseCost(read=reference), PhaseCost(trained=trained, read=estimated), PhaseCost(read=validated), report
+    )
+
+
 def _prompt_tokens(counts: TokenCounts) -> float:
     """Mean tokens of a prompt beyond the prefix."""
     return sum(row.prompt for row in counts.rows) / len(counts.rows) - counts.prefix

@@ -298,9 +298,9 @@ def _score(found: Mapping[str, Metric]) -> Metric:
     return metrics.score({name: metric for name, metric in found.items() if not name.endswith("portability")})
 
 
-def example_questions(examples: Sequence[Example], retention: Sequence[str]) -> tuple[Question, ...]:
+def example_questions(examples: Sequence[Example]) -> tuple[Question, ...]:
     """Training prompts, for which a reply is right if the trained answer begins with it, or if it has the names and
-    the values of the calls of tools that were trained; and retention prompts."""
+    the values of the calls of tools that were trained."""
 
     def answers_as(answer: str) -> Callable[[str], bool]:
         return lambda reply: bool(reply.strip()) and answer.strip().startswith(reply.strip())
@@ -317,10 +317,7 @@ def example_questions(examples: Sequence[Example], retention: Sequence[str]) -> 
         calls = "" if example.text is not None else example.messages[len(example.prompt_messages)].tool_calls
         return calls_as(calls) if calls else answers_as(example.answer)
 
-    return (
-        *(Question("efficacy", example.prompt_messages, right(example)) for example in examples),
-        *(Question("retention", single_turn(prompt)) for prompt in retention),
-    )
+    return tuple(Question("efficacy", example.prompt_messages, right(example)) for example in examples)
 
 
 def _written(value: Any) -> str:

@@ -27,6 +27,16 @@ TRAINING_ALIASES = {
     "evaluation_strategy": "eval_strategy",
     "random_state": "seed",
     "use_gradient_checkpointing": "gradient_checkpointing",
+    "rl_beta": "beta",
+    "dpo_beta": "beta",
+    "pref_beta": "beta",
+    "orpo_alpha": "beta",
+    "pref_loss": "loss_type",
+    "dpo_label_smoothing": "label_smoothing",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
+    "kto_desirable_weight": "desirable_weight",
+    "kto_undesirable_weight": "undesirable_weight",
 }
 
 _NEVER_CUT = "Leave it out: rows are never cut. One that is longer than the base's context is refused with its line."
@@ -87,11 +97,33 @@ _FOREIGN = (
         "Leave it out or give lora. For QLoRA start the server with FORTWO_WEIGHTS=nf4.",
         (None, "lora"),
     ),
-    Refused("stage", "Leave it out or give sft: fortwo trains on rows (sft) or on facts (override).", (None, "sft")),
+    Refused("stage", "Leave it out: the request's `objective` says what is trained.", (None, "sft")),
     Refused(
-        "rl rl_beta dpo_beta pref_beta pref_loss pref_ftx kto_chosen_weight beta orpo_alpha simpo_gamma reward_model "
-        "ref_model reward_funcs trl process_reward_model ppo_epochs",
-        "Leave it out: fortwo trains on rows (sft) or on facts (override), not on preferences.",
+        "rl",
+        'Leave it out: the request\'s `objective` says what is trained; "dpo", "kto" and "orpo" train on preferences.',
+    ),
+    Refused(
+        "simpo_gamma cpo_alpha reward_model reward_funcs trl process_reward_model ppo_epochs",
+        'Leave it out: of preferences there are the objectives "dpo", "kto" and "orpo", and none with a reward model.',
+    ),
+    Refused(
+        "ref_model ref_model_quantization_bit ref_model_adapters model_adapter_name ref_adapter_name "
+        "force_use_ref_model sync_ref_model ref_model_mixup_alpha ref_model_sync_steps precompute_ref_batch_size "
+        "dpo_use_weighting",
+        "Leave it out: the reference is the base whose adapter is off, or the parent, and it stays as it is.",
+    ),
+    Refused(
+        "use_weighting ld_alpha rpo_alpha pref_ftx pref_bco_weight discopop_tau loss_weights kto_pair "
+        "f_alpha_divergence_coef base_model_attribute_name",
+        "Leave it out: the loss is that of loss_type alone.",
+        (None, False, 0, 0.0),
+    ),
+    Refused("f_divergence_type", "Leave it out: the divergence is the reverse KL, as in DPO.", (None, "reverse_kl")),
+    Refused("disable_dropout", "Leave it out: lora_dropout is the only dropout, and is 0 unless given.", (None,)),
+    Refused(
+        "generate_during_eval is_encoder_decoder label_pad_token_id padding_value",
+        "Leave it out: the report shows replies, and rows are packed without padding.",
+        (None, False),
     ),
     Refused(
         "base_model base_model_config model model_name model_name_or_path model_type model_init_kwargs "
@@ -120,7 +152,6 @@ _FOREIGN = (
         "To save memory, give gradient_checkpointing = true, or a smaller per_device_train_batch_size with more "
         "gradient_accumulation_steps.",
     ),
-    Refused("loss_type", "Leave it out: the loss is plain cross-entropy.", (None, "nll")),
     Refused(
         "loraplus_lr_ratio loraplus_lr_embedding use_galore use_apollo use_badam use_adam_mini use_muon relora_steps "
         "relora_warmup_steps relora_prune_ratio lisa_n_layers use_llama_pro freeze_trainable_layers pissa_init "

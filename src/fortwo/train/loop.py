@@ -29,7 +29,6 @@ from fortwo.records import (
     EvalLoss,
     Evaluated,
     Metric,
-    MicroStepped,
     Phase,
     Plan,
     Report,
@@ -42,15 +41,20 @@ from fortwo.train import checkpoints, objectives
 from fortwo.train.adamw import AdamW, AdamW8bit
 from fortwo.train.adapter import lora_config
 from fortwo.train.checkpoints import Clock, RunState
-from fortwo.train.evaluation import ServedBase, divergence_error, validation_loss
-from fortwo.train.losses import compute_losses, micro_batches
+from fortwo.train.evaluation import ServedBase, divergence_error
+from fortwo.train.losses import accumulate_gradients
 from fortwo.train.objectives import PreparedObjective
 from fortwo.train.options import EIGHT_BIT_OPTIMIZERS
+from fortwo.train.preferences import prepare_preferences, with_accuracy
 from fortwo.train.recipes import EVALUATION_QUESTIONS
 from fortwo.train.retry_policy import LEVER_DESCRIPTIONS, escalation_records, mix_at_step, next_round
 from fortwo.train.schedule import learning_rate, rate_at
 from fortwo.train.validation import patience_exhausted
 
+_PREPARING = {
+    "override": "The base answers the prompts whose replies must be preserved.",
+    **dict.fromkeys(("dpo", "kto"), "The reference reads the answers that are compared."),
+}
 EARLY_MARGIN = 0.5  # to stop early, a share must exceed its target by this part of the distance to 1
 
 
@@ -120,18 +124,13 @@ def train(
     served = ServedBase(base.id, base.backend, renderer, serving, base_replies)
     serving.attach(base.id, key, lora)
     try:
-        override = plan.objective == "override"
-        yield Phase("preparing", "The base answers the prompts whose replies must be preserved." if override else "")
+        yield Phase("preparing", _PREPARING.get(plan.objective, ""))
         began = time.perf_counter()
-        objective = yield from (
-            objectives.prepare_override(served, backend, dataset, plan)
-            if override
-            else objectives.prepare_sft(served, dataset, plan)
-        )
+        objective = yield from _prepare(served, backend, dataset, plan, resumed, parent)
         clock.preparing += time.perf_counter() - began
         yield Phase("running")
         flat_N = lora.flatten()
-        run = RunState(lora, flat_N, _optimizer(flat_N, plan), clock)
+        run = RunState(lora, flat_N, _optimizer(flat_N, plan), clock, reference_N=objective.reference_N)
         if resumed is not None:
             run.retry_rounds = checkpoints.retry_rounds(resumed)
             run.on_policy_replies = checkpoints.on_policy_replies(resumed)
@@ -146,6 +145,8 @@ def train(
         backend.release()
         evaluated = objective.final_evaluator is objective.evaluator and actual["best_step"] == actual["steps"]
         report = yield from objective.final_evaluator.report(served, key, lora, changed=not evaluated)
+        if objective.judge is not None:
+            report = with_accuracy(report, (yield from objective.judge(lora)))
         escalations = escalation_records(run.retry_rounds, run.best.metrics)
         report = replace(report, eval_losses=tuple(run.eval_losses), escalations=escalations)
     finally:
@@ -167,6 +168,24 @@ def train(
         "peak_bytes": peak_bytes(decoder.device),
     }
     return TrainingResult(lora, report, report.metrics, actual, metrics.targets_met(report.metrics, plan.targets))
+
+
+def _prepare(
+    served: ServedBase,
+    backend: Backend,
+    dataset: Dataset,
+    plan: Plan,
+    resumed: Checkpoint | None,
+    parent: Mapping[str, Tensor] | None,
+) -> TrainEvents[PreparedObjective]:
+    if plan.objective == "override":
+        return (yield from objectives.prepare_override(served, backend, dataset, plan))
+    if plan.objective == "sft":
+        return (yield from objectives.prepare_sft(served, dataset, plan))
+    decoder = backend.decoder
+    start = None if parent is None else Lora.from_state(lora_config(plan), decoder.config, parent, decoder.device)
+    known = None if resumed is None else checkpoints.reference_log_probs(resumed)
+    return (yield from prepare_preferences(served, backend, dataset, plan, start, known))
 
 
 def _optimizer(flat_N: Tensor, plan: Plan) -> AdamW:
@@ -286,22 +305,24 @@ def _validate(served: ServedBase, run: RunState, objective: PreparedObjective, p
     """Measure the loss on the validation rows if it is due after this step (0: the base's loss). Returns why the run
     stops here, or None."""
     steps = plan.computed["steps"]
-    if objective.validation is None or (run.step % plan["eval_steps"] and run.step != steps):
+    if objective.validate is None or (run.step % plan["eval_steps"] and run.step != steps):
         return None
     if run.step in (one.step for one in run.eval_losses):
         return None
-    loss = yield from validation_loss(served, run.lora, objective.validation)
+    found = yield from objective.validate(run.lora)
+    loss = found.loss
     if not math.isfinite(loss):
         raise divergence_error(f"step {run.step}: the loss on the validation rows is {loss:g}")
     run.eval_losses.append(EvalLoss(run.step, loss))
-    yield Evaluated(run.step, {}, loss)
+    rewarded = found.accuracy is not None and run.step > 0  # before the first step no answer has a reward
+    yield Evaluated(run.step, {"accuracy": found.accuracy.value} if found.accuracy and rewarded else {}, loss)
     if run.step == 0:
         return None
     if plan["load_best_model_at_end"]:
         run.best.update(-loss, run.step, run.lora.parameters())
     stops = "early_stopping_patience" in {one.name for one in plan.settings}
-    found = [one.loss for one in run.eval_losses[1:]]
-    return "early_stopping" if stops and patience_exhausted(found, plan["early_stopping_patience"]) else None
+    losses = [one.loss for one in run.eval_losses[1:]]
+    return "early_stopping" if stops and patience_exhausted(losses, plan["early_stopping_patience"]) else None
 
 
 def largest_b(lora: Lora) -> float:
@@ -336,25 +357,16 @@ def _step(
     mix = mix_at_step(objective.mix, run.retry_rounds, run.step)
     rows = objective.sample_rows(mix)
     run.record_rows(rows)
-    ce_weight = sum(sum(row.token_weights) for row in rows if not row.kl)
-    kl_tokens = sum(row.supervised for row in rows if row.kl)
-    ce = kl = 0.0
-    tokens, seconds = 0, 0.0
-    for batch in micro_batches(rows, objective.prefix, plan["micro_step_tokens"]):
-        if tokens:
-            yield MicroStepped(tokens)
-        began = time.perf_counter()
-        found = compute_losses(backend, lora, objective.prefix, batch, plan["gradient_checkpointing"])
-        total = found.ce / max(1, ce_weight) + mix.kl_weight * found.kl / max(1, kl_tokens)
-        total.backward()
-        ce += float(found.ce.detach()) / max(1, ce_weight)
-        kl += float(found.kl.detach()) / max(1, kl_tokens)
-        tokens += found.tokens
-        seconds += time.perf_counter() - began
+    accumulate = objective.accumulate
+    found = yield from (
+        accumulate_gradients(backend, lora, objective.prefix, rows, mix.kl_weight, plan)
+        if accumulate is None
+        else accumulate(lora, rows, mix)
+    )
+    loss, seconds = found.loss, found.seconds
     began = time.perf_counter()
     limit = plan["max_grad_norm"] if plan["max_grad_norm"] > 0 else math.inf
     norm = run.optimizer.gradient_norm()
-    loss = ce + mix.kl_weight * kl
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise divergence_error(
             f"step {run.step}: the loss is {loss:g} and the gradient's norm {norm:g} at a learning rate of {rate:g}"
@@ -362,17 +374,18 @@ def _step(
     run.optimizer.step(rate, min(1.0, limit / (norm + 1e-6)))
     seconds += time.perf_counter() - began
     clock.training += seconds
-    clock.tokens += tokens
-    clock.supervised += sum(row.supervised for row in rows)
+    clock.tokens += found.tokens
+    clock.supervised += found.supervised
     return Stepped(
         step=run.step,
         steps=run.last_step(plan),
         loss=loss,
         learning_rate=rate,
         gradient_norm=norm,
-        tokens=tokens,
+        tokens=found.tokens,
         seconds=seconds,
-        parts={"learn": ce, "keep": kl},
+        parts=found.parts,
+        metrics=found.metrics,
     )
 
 

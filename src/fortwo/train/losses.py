@@ -7,9 +7,10 @@ costs no more than its head.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,9 +22,10 @@ from fortwo.nn.lora import Lora
 from fortwo.nn.packing import Pack, pack
 from fortwo.quantization.matmul import product
 from fortwo.quantization.tiles import Tiles
-from fortwo.records import MicroStepped, TrainEvent
+from fortwo.records import MicroStepped, Plan, TrainEvent
 from fortwo.train.estimate import HEAD_BYTES
 
+T = TypeVar("T")
 PREPARE_TOKENS = 1024
 OPENING_TOKENS = 2  # first tokens of an answer, which `Row.opening_weight` applies to
 
@@ -32,7 +34,9 @@ OPENING_TOKENS = 2  # first tokens of an answer, which `Row.opening_weight` appl
 class Row:
     """Tokens, of which all from position `start` on are supervised, except the positions in `unsupervised`. kl: the
     loss is KL rather than cross-entropy; `teacher_ND` then holds the base's final hidden states that predict the
-    supervised tokens. opening_weight: the weight of each of the first OPENING_TOKENS tokens of a cross-entropy row."""
+    supervised tokens. opening_weight: the weight of each of the first OPENING_TOKENS tokens of a cross-entropy row.
+    reference: of an answer that is judged as a whole, the log probability that the reference gives it; desirable: the
+    judgement."""
 
     tokens: tuple[int, ...]
     start: int
@@ -40,6 +44,8 @@ class Row:
     teacher_ND: Tensor | None = None
     unsupervised: frozenset[int] = frozenset()
     opening_weight: float = 1.0
+    reference: float = 0.0
+    desirable: bool = True
 
     @classmethod
     def from_mask(cls, tokens: Sequence[int], supervised: Sequence[bool]) -> Row:
@@ -73,6 +79,19 @@ class Losses:
     ce_tokens: int
     kl_tokens: int
     tokens: int
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What the gradient of a step was made of. loss: the step's; parts, metrics: as in records.Stepped; supervised:
+    tokens that were trained on; seconds: without those of other work in between."""
+
+    loss: float
+    parts: dict[str, float]
+    tokens: int
+    seconds: float
+    supervised: int
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def with_teacher_states(backend: Backend, rows: Sequence[Row], prefix: int) -> Generator[TrainEvent, None, list[Row]]:
@@ -113,32 +132,54 @@ def compute_losses(
     return Losses(ce, kl, len(ce_positions), len(kl_positions), len(packed.tokens_T))
 
 
+def accumulate_gradients(
+    backend: Backend, lora: Lora, prefix: int, rows: Sequence[Row], kl_weight: float, plan: Plan
+) -> Generator[TrainEvent, None, Accumulated]:
+    """Add the gradient of cross-entropy and KL rows to the adapter's."""
+    ce_weight = sum(sum(row.token_weights) for row in rows if not row.kl)
+    kl_tokens = sum(row.supervised for row in rows if row.kl)
+    ce = kl = 0.0
+    tokens, seconds = 0, 0.0
+    for batch in micro_batches(rows, prefix, plan["micro_step_tokens"]):
+        if tokens:
+            yield MicroStepped(tokens)
+        began = time.perf_counter()
+        found = compute_losses(backend, lora, prefix, batch, plan["gradient_checkpointing"])
+        total = found.ce / max(1, ce_weight) + kl_weight * found.kl / max(1, kl_tokens)
+        total.backward()
+        ce += float(found.ce.detach()) / max(1, ce_weight)
+        kl += float(found.kl.detach()) / max(1, kl_tokens)
+        tokens += found.tokens
+        seconds += time.perf_counter() - began
+    supervised = sum(row.supervised for row in rows)
+    return Accumulated(ce + kl_weight * kl, {"learn": ce, "keep": kl}, tokens, seconds, supervised)
+
+
 class _HeadLoss(torch.autograd.Function):
-    """Loss and gradient together, for one chunk of rows after another, so that the logits of all rows are never in
-    memory at once (Hsu et al. 2024, arXiv:2410.10989)."""
+    """The loss of each row (N,) and its gradient together, for one chunk of rows after another, so that the logits of
+    all rows are never in memory at once (Hsu et al. 2024, arXiv:2410.10989)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Head, target: Tensor, weights_N: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Head, target: Tensor) -> Tensor:
         most = max(1, HEAD_BYTES // (head_VD.dtype.itemsize * head_VD.shape[0]))
-        total, gradients = hidden_ND.new_zeros(()), []
+        losses, gradients = [], []
         chunks = -(-len(hidden_ND) // most)
-        parts = zip(*(each.tensor_split(chunks) for each in (hidden_ND, target, weights_N)), strict=True)
-        for chunk_ND, wanted, by_N in parts:
+        parts = zip(*(each.tensor_split(chunks) for each in (hidden_ND, target)), strict=True)
+        for chunk_ND, wanted in parts:
             logits_NV, back = _through_head(chunk_ND, head_VD)
             if wanted.dim() == 1:
                 loss_N, slope_NV = cross_entropy(logits_NV, wanted)
             else:
                 loss_N, slope_NV = divergence(logits_NV, _through_head(wanted, head_VD)[0])
-            total += (loss_N * by_N).sum()
-            gradient_ND = back(slope_NV).to(hidden_ND.dtype)
-            gradients.append(gradient_ND * by_N[:, None].to(hidden_ND.dtype))
+            losses.append(loss_N)
+            gradients.append(back(slope_NV).to(hidden_ND.dtype))
         ctx.save_for_backward(torch.cat(gradients))
-        return total
+        return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
         (gradient_ND,) = ctx.saved_tensors
-        return grad * gradient_ND, None, None, None
+        return grad_N[:, None].to(gradient_ND.dtype) * gradient_ND, None, None
 
 
 def _through_head(hidden_ND: Tensor, head: Head) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -151,24 +192,34 @@ def _through_head(hidden_ND: Tensor, head: Head) -> tuple[Tensor, Callable[[Tens
     return logits_NV.detach().clone(), lambda slope_NV: torch.autograd.grad(logits_NV, read_ND, slope_NV)[0]
 
 
+def head_losses(hidden_ND: Tensor, head_VD: Head, target: Tensor) -> Tensor:
+    """The loss of the head's distribution in each row, (N,); hidden_ND gets the gradient. target: tokens (N,) for
+    cross-entropy, or the teacher's hidden states (N, D) for KL(teacher || student)."""
+    losses_N: Tensor = _HeadLoss.apply(hidden_ND, head_VD, target)  # type: ignore[no-untyped-call]
+    return losses_N
+
+
 def head_loss(hidden_ND: Tensor, head_VD: Head, target: Tensor, weights_N: Tensor | None = None) -> Tensor:
-    """The weighted sum over rows of the loss of the head's distribution, (); hidden_ND gets the gradient. target:
-    tokens (N,) for cross-entropy, or the teacher's hidden states (N, D) for KL(teacher || student)."""
-    weights_N = hidden_ND.new_ones(len(hidden_ND)) if weights_N is None else weights_N
-    loss: Tensor = _HeadLoss.apply(hidden_ND, head_VD, target, weights_N)  # type: ignore[no-untyped-call]
-    return loss
+    """The weighted sum of `head_losses`, ()."""
+    losses_N = head_losses(hidden_ND, head_VD, target)
+    return losses_N.sum() if weights_N is None else (losses_N * weights_N).sum()
 
 
 def micro_batches(rows: Iterable[Row], prefix: int, budget: int) -> Iterator[list[Row]]:
     """The rows in order, in groups of at most `budget` tokens beyond the prefix. A longer row is a group of its own."""
-    group: list[Row] = []
-    tokens = 0
-    for row in rows:
-        if group and tokens + len(row.tokens) - prefix > budget:
+    return batches_within(rows, budget, lambda row: len(row.tokens) - prefix)
+
+
+def batches_within(items: Iterable[T], budget: int, size: Callable[[T], int]) -> Iterator[list[T]]:
+    """The items in order, in groups whose sizes add up to at most `budget`. A larger item is a group of its own."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        if group and total + size(item) > budget:
             yield group
-            group, tokens = [], 0
-        group.append(row)
-        tokens += len(row.tokens) - prefix
+            group, total = [], 0
+        group.append(item)
+        total += size(item)
     if group:
         yield group
 

@@ -15,16 +15,22 @@ from fortwo.errors import InvalidRequest
 from fortwo.records import Json
 from fortwo.train.foreign_keys import FOREIGN_LORA, FOREIGN_TRAINING, LORA_ALIASES, TRAINING_ALIASES
 from fortwo.train.options import LORA_KEYS, TRAINING_KEYS, parse_lora_config, parse_training_config
+from fortwo.train.preference_plan import key_errors
 from fortwo.train.refused import LORA_REFUSED, TRAINING_REFUSED
 
 BASE_KEYS = ("base_model", "model_name_or_path", "model_name", "model")
 NAME_KEYS = ("output_dir", "run_name", "hub_model_id")
 DATASET_KEYS = ("datasets", "dataset", "dataset_name", "train_file")
-HANDLED = {*BASE_KEYS, *DATASET_KEYS, "output_dir"}
-PREFERENCES = {
-    "rl": None,
-    "stage": ("rm", "ppo", "dpo", "kto", "grpo"),
-}  # the values of a key that train on them; None: any
+HANDLED = {*BASE_KEYS, *DATASET_KEYS, "output_dir", "rl", "stage"}
+OBJECTIVE_KEYS = ("rl", "stage")  # of Axolotl, and of LLaMA-Factory
+OBJECTIVES: dict[str, tuple[str, Json]] = {
+    "sft": ("sft", {}),
+    "dpo": ("dpo", {}),
+    "ipo": ("dpo", {"loss_type": "ipo"}),
+    "kto": ("kto", {}),
+    "orpo": ("orpo", {}),
+}  # by what these keys say: the objective, and settings that go with it
+_OF_PREFERENCES = ("beta", "loss_type", "label_smoothing", "desirable_weight", "undesirable_weight")
 FILES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
 # Keys that both sections may have in other programs' flat files belong to the adapter.
 _TO_LORA = {*LORA_KEYS, *LORA_ALIASES, *LORA_REFUSED, *FOREIGN_LORA}
@@ -53,26 +59,50 @@ def migrate(config: Mapping[str, Any], name: str | None, find_base: Callable[[st
     """The training request that a configuration means.
 
     name: of the adapter; None takes the last part of where the configuration saves it. find_base: the ids of the bases
-    that a name of theirs means. Raises InvalidRequest for a configuration that trains on preferences.
+    that a name of theirs means. Raises InvalidRequest for a configuration that trains on rewards.
     """
-    for key, values in PREFERENCES.items():
-        if config.get(key) and (values is None or config[key] in values):
-            raise InvalidRequest(
-                f"{key} = {config[key]!r}: this configuration trains on preferences or rewards",
-                param=key,
-                hint="fortwo trains on rows (sft) or on facts (override), so there is nothing to turn it into.",
-            )
+    objective, settings = _objective(config)
     left: list[LeftOut] = []
     request: Json = {"adapter_name": name if name is not None else _adapter_name(config)}
     _base(config, find_base, request, left)
     _dataset(config, request, left)
     sections: dict[str, Json] = {"lora_config": {}, "training_config": {}}
     for key, value in config.items():
-        if key not in HANDLED and value is not None:
+        if key not in HANDLED and value is not None and not (key == "pref_loss" and value == objective):
             _take(str(key), value, sections, left)
+    sections["training_config"] |= settings
+    if objective is None:
+        preferences = any(key in sections["training_config"] for key in _OF_PREFERENCES)
+        objective = "auto" if preferences else "sft"
+    _drop_foreign_to(objective, sections["training_config"], left)
     _drop_contradictions(sections, left)
     request |= {section: values for section, values in sections.items() if values}
-    return Migration(request | {"objective": "sft"}, tuple(left))
+    return Migration(request | {"objective": objective}, tuple(left))
+
+
+def _objective(config: Mapping[str, Any]) -> tuple[str | None, Json]:
+    """The objective that the configuration names, and settings that go with it; None if it names none. Raises
+    InvalidRequest for one that fortwo does not have."""
+    named = next(((key, config[key]) for key in OBJECTIVE_KEYS if config.get(key)), None)
+    if named is None:
+        return None, {}
+    key, value = named
+    if value == "dpo" and config.get("pref_loss") in ("orpo", "simpo", "kto_pair"):
+        key, value = "pref_loss", config["pref_loss"]
+    if not isinstance(value, str) or value not in OBJECTIVES:
+        raise InvalidRequest(
+            f"{key} = {value!r}: this configuration trains on rewards, or on preferences in a way that fortwo has not",
+            param=key,
+            hint=f"What can be turned into a request: {', '.join(OBJECTIVES)}.",
+        )
+    return OBJECTIVES[value]
+
+
+def _drop_foreign_to(objective: str, training: Json, left: list[LeftOut]) -> None:
+    """Leave out settings of preferences that mean nothing to the objective."""
+    for error in key_errors(training, objective):
+        key = str(error.param).rpartition(".")[2]
+        left.append(LeftOut(key, training.pop(key), f"{error.message}. {error.hint}"))
 
 
 def _adapter_name(config: Mapping[str, Any]) -> str:

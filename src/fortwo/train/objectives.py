@@ -14,6 +14,8 @@ from itertools import chain
 from random import Random
 from typing import Generic, TypeVar
 
+from torch import Tensor
+
 from fortwo.data.spool import Spool
 from fortwo.errors import InvalidRequest
 from fortwo.execution.backend import Backend
@@ -25,8 +27,9 @@ from fortwo.facts.prompt_builder import (
     training_replay_prompts,
 )
 from fortwo.facts.subject import facts_of
+from fortwo.nn.lora import Lora
 from fortwo.nn.packing import common_prefix
-from fortwo.records import Dataset, Example, Fact, Message, MicroStepped, Plan, TrainEvents
+from fortwo.records import Dataset, Example, Fact, Message, Metric, MicroStepped, Plan, TrainEvents
 from fortwo.train.evaluation import (
     Evaluator,
     Question,
@@ -36,8 +39,9 @@ from fortwo.train.evaluation import (
     interleave,
     portability_questions,
     single_turn,
+    validation_loss,
 )
-from fortwo.train.losses import Row, with_teacher_states
+from fortwo.train.losses import Accumulated, Row, with_teacher_states
 from fortwo.train.plan import training_rows
 from fortwo.train.recipes import REPLY_MARGIN, REPLY_TOKENS, RETENTION_PROBES, SFT_QUESTIONS, SFT_TOKENS
 from fortwo.train.retry_policy import RowMix, planned_mix
@@ -89,8 +93,19 @@ class RoundRobinSampler(Generic[T]):
 
 
 @dataclass(frozen=True)
+class Validated:
+    """The mean loss on validation rows, and of preferences the share that the adapter judges as they say."""
+
+    loss: float
+    accuracy: Metric | None = None
+
+
+@dataclass(frozen=True)
 class PreparedObjective:
-    """prefix: number of tokens that all rows begin with. mix: the plan's. validation: the validation rows, if any.
+    """prefix: number of tokens that all rows begin with. mix: the plan's. validate: measures the adapter on the
+    validation rows; None if there are none. accumulate: adds the gradient of a step's rows to the adapter's in
+    micro-steps; None for cross-entropy and KL. judge: the accuracy that the report has, if it has one. reference_N:
+    what the reference of preferences gives to all answers, for checkpoints.
     sample_rows: the rows of the next optimizer step, in the given mix. refresh_on_policy: lets the adapter that is
     served under a key (None: the base) answer hard negatives. Replies that differ from the base's are among the rows
     from then on. It returns the replies; if they are given, none are asked. evaluator: asked during training, None if
@@ -101,7 +116,10 @@ class PreparedObjective:
     sample_rows: Callable[[RowMix], list[Row]]
     evaluator: Evaluator | None
     final_evaluator: Evaluator
-    validation: Spool | None = None
+    validate: Callable[[Lora], TrainEvents[Validated]] | None = None
+    accumulate: Callable[[Lora, list[Row], RowMix], TrainEvents[Accumulated]] | None = None
+    judge: Callable[[Lora], TrainEvents[Metric]] | None = None
+    reference_N: Tensor | None = None
     refresh_on_policy: Callable[[str | None, Replies | None], TrainEvents[Replies]] | None = None
 
 
@@ -230,30 +248,56 @@ def prepare_sft(served: ServedBase, dataset: Dataset, plan: Plan) -> TrainEvents
         if trained and example.text is None and number % every == 0 and len(asked) < SFT_QUESTIONS:
             asked.append(example)
     if seen != computed["rows"] + validation_rows:
-        raise InvalidRequest(
-            f"the dataset renders to {seen} rows, but the plan was made for {computed['rows'] + validation_rows}",
-            param="dataset",
-            hint="The model's chat template has changed since the plan was made. Start a new job.",
-        )
-    batches = _batches(
-        training, plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"], Random(plan["seed"])
+        raise changed_rendering(seen, computed["rows"] + validation_rows)
+    size = plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"]
+    batches = index_batches(len(training), size, Random(plan["seed"]))
+    questions = (*example_questions(asked), *retention_questions(), *parent_questions(dataset, plan))
+    for fact in dataset.parent_facts:
+        (row,) = _ce_rows(served, fact, fact.questions[:1])
+        longest = max(longest, REPLY_MARGIN + row.supervised)
+    final = Evaluator(questions, max(REPLY_TOKENS, min(SFT_TOKENS, longest)))
+
+    def sample_rows(mix: RowMix) -> list[Row]:
+        return [Row.from_mask(*training[n]) for n in next(batches)]
+
+    def validate(lora: Lora) -> TrainEvents[Validated]:
+        return Validated((yield from validation_loss(served, lora, validation)))
+
+    return PreparedObjective(
+        training.prefix, RowMix(), sample_rows, None, final, validate=validate if validation_rows else None
     )
-    questions = example_questions(asked, evaluation_replay_prompts()[:RETENTION_PROBES])
+
+
+def retention_questions() -> tuple[Question, ...]:
+    """Everyday prompts, whose replies are compared with the base's."""
+    return tuple(Question("retention", single_turn(one)) for one in evaluation_replay_prompts()[:RETENTION_PROBES])
+
+
+def parent_questions(dataset: Dataset, plan: Plan) -> tuple[Question, ...]:
+    """Questions about the facts of the parent, which the run does not preserve."""
+    questions: tuple[Question, ...] = ()
     for builder in _prompt_builders(dataset.parent_facts, plan["seed"]):
         own = replace(_prefer_given(builder.probes(SFT_QUESTIONS), builder.fact), retention=())
         questions += (*fact_questions(builder.fact, own, True), *portability_questions(builder.fact, True))
-        (row,) = _ce_rows(served, builder.fact, builder.fact.questions[:1])
-        longest = max(longest, REPLY_MARGIN + row.supervised)
-    final = Evaluator(questions, max(REPLY_TOKENS, min(SFT_TOKENS, longest)))
-    held_out = validation if validation_rows else None
-    return PreparedObjective(training.prefix, RowMix(), lambda mix: next(batches), None, final, held_out)
+    return questions
 
 
-def _batches(rows: Spool, size: int, rng: Random) -> Iterator[list[Row]]:
+def changed_rendering(seen: int, expected: int) -> InvalidRequest:
+    """The error of a dataset that has another number of rows now than in the plan."""
+    return InvalidRequest(
+        f"the dataset renders to {seen} rows, but the plan was made for {expected}",
+        param="dataset",
+        hint="The model's chat template has changed since the plan was made. Start a new job.",
+    )
+
+
+def index_batches(count: int, size: int, rng: Random) -> Iterator[Sequence[int]]:
+    """The numbers below `count` in a new random order in each epoch, `size` at a time; the last ones of an epoch may be
+    fewer."""
     while True:
-        order = array("L", rng.sample(range(len(rows)), len(rows)))
-        for first in range(0, len(order), size):
-            yield [Row.from_mask(*rows[n]) for n in order[first : first + size]]
+        order = array("L", rng.sample(range(count), count))
+        for first in range(0, count, size):
+            yield order[first : first + size]
 
 
 def _prefer_given(probes: Probes, fact: Fact) -> Probes:

@@ -16,6 +16,10 @@ from fortwo.train.schedule import POLYNOMIAL_END, SCHEDULES
 
 EIGHT_BIT_OPTIMIZERS = ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit")  # three names of one optimizer
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *EIGHT_BIT_OPTIMIZERS)
+LOSSES = (
+    *("nll", "sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "nca_pair", "sppo_hard", "apo_zero", "apo_down"),
+    *("kto", "apo_zero_unpaired"),
+)  # of all objectives
 WITHOUT_WARMUP = ("constant",)
 SAVE_STRATEGIES = ("no", "steps", "epoch")
 
@@ -110,9 +114,20 @@ _TRAINING: dict[str, _Kind] = {
     "save_strategy": _Word(SAVE_STRATEGIES),
     "save_steps": _Number(0, 10_000_000, "50", above_low=True),
     "save_total_limit": _Number(1, 1000, "3", whole=True),
+    "beta": _Number(0, 1_000, "0.1", above_low=True),
+    "loss_type": _Word(LOSSES),
+    "label_smoothing": _Number(0, 0.5, "0.1", below_high=True),
+    "reference_free": _Flag(),
+    "desirable_weight": _Number(0, 1_000, "1.0"),
+    "undesirable_weight": _Number(0, 1_000, "1.0"),
+    "precompute_ref_log_probs": _Flag(),
 }
 TRAINING_KEYS = tuple(_TRAINING)
-_MAY_BE_NONE = ("eval_strategy", "eval_steps", "early_stopping_patience")  # null means the same as leaving them out
+_OF_PREFERENCES = ("beta", "loss_type", "label_smoothing", "reference_free", "desirable_weight", "undesirable_weight")
+_MAY_BE_NONE = (
+    *("eval_strategy", "eval_steps", "early_stopping_patience", "precompute_ref_log_probs"),
+    *_OF_PREFERENCES,
+)  # null means the same as leaving them out
 
 
 @dataclass(frozen=True)
@@ -218,6 +233,8 @@ def _checked_key(section: _Section, key: str, own: str, value: Any) -> Any:
         return _target_modules(param, value)
     if own in PATTERNS:
         return _pattern(param, value, _LORA[PATTERNS[own]])
+    if own == "loss_type" and isinstance(value, list) and len(value) == 1:  # TRL allows several with weights
+        (value,) = value
     if key == "use_gradient_checkpointing" and value == "unsloth":
         value = True
     return _checked(param, value, section.kinds.get(own))

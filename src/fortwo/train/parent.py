@@ -74,11 +74,11 @@ def parent_warnings(plan: Plan, parent: Parent) -> Iterator[PlanWarning]:
             f"{parent.id} knows another answer about {answers}, which the new answer replaces",
             "To teach both, give one answer that contains both.",
         )
-    if plan.objective == "sft" and plan["kept"]:
+    if plan.objective != "override" and plan["kept"]:
         yield PlanWarning(
             "facts_not_kept",
-            f"sft trains only on the given rows: the report measures what {parent.id} knows ({', '.join(plan['kept'])})"
-            ", but nothing preserves it",
+            f"{plan.objective} trains only on the given rows: the report measures what {parent.id} knows "
+            f"({', '.join(plan['kept'])}), but nothing preserves it",
             'Give the new facts as {"facts": [...]}, or add the old ones\' questions to the rows.',
         )
     if parent.objective != "override":

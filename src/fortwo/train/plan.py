@@ -12,11 +12,11 @@ import math
 import statistics
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any, cast
 
 from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.facts.subject import contains_phrase, find_subject
-from fortwo.records import Dataset, Example, Json, Origin, Plan, PlanWarning, Setting
+from fortwo.records import Dataset, Example, Json, ObjectiveName, Origin, Plan, PlanWarning, Setting
 from fortwo.train import plan_builder
 from fortwo.train.adapter import check_target_modules, choose_adapter, mean_ranks
 from fortwo.train.dataset_stats import AffectedLines, DatasetWarnings, RowLengths
@@ -33,13 +33,32 @@ from fortwo.train.estimate import (
     format_size,
     memory,
     override_cost,
+    preference_cost,
     sft_cost,
     tokens_per_epoch,
 )
 from fortwo.train.options import EIGHT_BIT_OPTIMIZERS, parse_settings
 from fortwo.train.parent import Parent, check_objective, check_shape, parent_warnings
 from fortwo.train.plan_builder import PlanBuilder, int_if_whole
-from fortwo.train.recipes import MEASURED_WIDTH, REASONS, OverrideRecipe, changed_settings, recipe_for
+from fortwo.train.preference_plan import (
+    Preference,
+    check_keys,
+    check_targets,
+    check_units,
+    choose_objective,
+    choose_preferences,
+    in_pairs,
+    label_warnings,
+)
+from fortwo.train.recipes import (
+    JUDGED,
+    MEASURED_WIDTH,
+    REASONS,
+    OverrideRecipe,
+    PreferenceRecipe,
+    changed_settings,
+    recipe_for,
+)
 from fortwo.train.request import TrainingRequest
 from fortwo.train.schedule import peak_rate
 from fortwo.train.validation import validation_indices
@@ -50,7 +69,8 @@ ANSWERS_COUNTED = 1000
 
 
 def training_rows(dataset: Dataset) -> Collection[Example]:
-    """The examples, or the questions of each fact with its answer. `TokenCounts.rows` has the same order."""
+    """The examples, or the questions of each fact with its answer. `TokenCounts.rows` has the same order, and of a
+    preference both answers."""
     if dataset.examples:
         return dataset.examples
     return tuple(example for line, fact in enumerate(dataset.facts, 1) for example in fact.examples(line))
@@ -71,6 +91,9 @@ def resolve(
     _check_lengths(counts, base)
     builder = PlanBuilder(given, parent)
     objective, subjects = _choose_objective(builder, request, dataset)
+    check_keys(given, objective)
+    if objective in ("dpo", "orpo"):
+        counts = in_pairs(counts)
     if parent is not None:
         check_objective(parent, objective)
         check_shape(parent, given)
@@ -81,7 +104,9 @@ def resolve(
     builder.effort_settings = changed_settings(recipe)
     if builder.effort_settings:
         builder.add("effort", request.effort, "user", f"given; it raises {', '.join(sorted(builder.effort_settings))}")
-    lengths = _lengths(counts)
+    if isinstance(recipe, PreferenceRecipe):
+        choose_preferences(builder, cast(Preference, objective), recipe)
+    lengths, reading = _lengths(counts), tokens_per_epoch(counts, len(counts.rows))
     validation_rows = plan_builder.choose_validation(builder, recipe, len(counts.rows))
     if validation_rows:
         indices = validation_indices(len(counts.rows), validation_rows, builder.given.get("seed", recipe.seed))
@@ -93,6 +118,9 @@ def resolve(
     if isinstance(recipe, OverrideRecipe):
         recipe = recipe.for_facts(facts).for_width(base.hidden)
     micro_step = plan_builder.choose_batch(builder, recipe, counts, facts, len(dataset.parent_facts))
+    if isinstance(recipe, PreferenceRecipe):
+        at_a_time = builder["per_device_train_batch_size"] * builder["gradient_accumulation_steps"]
+        check_units(cast(Preference, objective), len(counts.rows), at_a_time)
     steps, steps_per_epoch = plan_builder.choose_steps(builder, recipe, len(counts.rows))
     evaluations = plan_builder.choose_evaluations(builder, steps, steps_per_epoch) if validation_rows else 0
     reason = f"This rate works for LoRA with the {objective} objective."
@@ -110,7 +138,7 @@ def resolve(
     at_once = builder.choose("micro_step_tokens", MICRO_TOKENS, REASONS["micro_step_tokens"])
     together = min(micro_step, counts.prefix + max(at_once, longest))
     ranks = mean_ranks(adapter, base.targets)
-    best, replies = objective == "override" or validation_rows > 0, cache_tokens(counts, objective == "sft")
+    best, replies = objective == "override" or validation_rows > 0, cache_tokens(counts, objective != "override")
     moments = MOMENTS_8_BIT if builder["optim"] in EIGHT_BIT_OPTIMIZERS else MOMENTS
     machine = _choose_bf16(
         builder, machine, lambda bf16: memory(base, together, ranks, bf16, True, best, moments, replies)
@@ -118,6 +146,7 @@ def resolve(
     needed = _choose_checkpointing(
         builder, machine, lambda again: memory(base, together, ranks, machine.bf16, again, best, moments, replies)
     )
+    check_targets(request.objective.targets.given(), objective)
     targets = plan_builder.choose_targets(builder, request, recipe, len(dataset.parent_facts))
     plan_builder.choose_saving(builder, steps, steps_per_epoch)
     builder.add_remaining()
@@ -131,6 +160,12 @@ def resolve(
     if objective == "override":
         interim = math.ceil(steps / builder["eval_every"])
         cost = override_cost(builder, counts, facts, len(dataset.parent_facts), trained, interim)
+    elif isinstance(recipe, PreferenceRecipe):
+        validated = evaluations * validation_rows * lengths["mean"]
+        compared = objective == "kto" or (objective == "dpo" and not builder["reference_free"])
+        estimated = 2 * trained if objective == "kto" and builder["loss_type"] == "kto" else 0
+        judged = validation_rows if validation_rows else min(JUDGED, len(counts.rows))
+        cost = preference_cost(counts, trained, validated, reading if compared else 0, estimated, judged)
     else:
         cost = sft_cost(counts, trained, validated=evaluations * validation_rows * lengths["mean"])
     plan = Plan(
@@ -156,7 +191,11 @@ def resolve(
         },
     )
     of_parent = () if parent is None else parent_warnings(plan, parent)
-    return replace(plan, warnings=(*plan_warnings(plan, machine, dataset_warnings, base.generic), *of_parent))
+    of_labels: tuple[PlanWarning, ...] = ()
+    if objective == "kto":
+        of_labels = label_warnings(dataset.examples, builder["desirable_weight"], builder["undesirable_weight"])
+    found = plan_warnings(plan, machine, dataset_warnings, base.generic)
+    return replace(plan, warnings=(*found, *of_labels, *of_parent))
 
 
 def _check_lengths(counts: TokenCounts, base: BaseFacts) -> None:
@@ -194,9 +233,13 @@ def _lengths(counts: TokenCounts) -> dict[str, float]:
 
 def _choose_objective(
     builder: PlanBuilder, request: TrainingRequest, dataset: Dataset
-) -> tuple[Literal["sft", "override"], tuple[str, ...]]:
+) -> tuple[ObjectiveName, tuple[str, ...]]:
     """The objective and, for override, the subjects of its facts."""
     wanted = request.objective.type
+    preference = choose_objective(wanted, dataset)
+    if preference is not None:
+        name, reason = preference
+        return builder.add("objective", name, "auto" if wanted == "auto" else "user", reason), ()
     for n, fact in enumerate(dataset.facts):
         if not contains_phrase(fact.answer, fact.match):
             raise InvalidRequest(

@@ -193,8 +193,8 @@ def choose_escalation(builder: PlanBuilder, recipe: OverrideRecipe | SftRecipe, 
         for key in ("escalation_rounds", "escalation_seconds"):
             if builder.given.get(key):
                 raise InvalidRequest(
-                    f"training_config.{key} = {builder.given[key]!r} cannot be used with the sft objective, which has "
-                    "no evaluations whose targets can be missed",
+                    f"training_config.{key} = {builder.given[key]!r} cannot be used with the "
+                    f"{builder['objective']} objective, which has no evaluations whose targets can be missed",
                     param=f"training_config.{key}",
                     hint="Leave it out.",
                 )

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from fortwo.records import ObjectiveName
+
 SAVE_SECONDS = 30  # from one checkpoint to the next
 SAVE_TOTAL_LIMIT = 3
 EVALUATION_QUESTIONS = 10  # training questions about each fact in an evaluation; the report asks them all
@@ -13,6 +15,7 @@ REPLY_TOKENS = 32  # minimum length of replies in evaluations; a longer answer n
 REPLY_MARGIN = 8
 RETENTION_PROBES = 12  # prompts, each with about 30 tokens to compare
 SFT_QUESTIONS = 32
+JUDGED = 128  # pairs or answers of the training rows that the accuracy of preferences is measured on
 MEASURED_WIDTH = 576  # hidden size of the base that the rates of these recipes were measured on
 SFT_TOKENS = 128  # longer answers are compared up to this length
 
@@ -47,6 +50,22 @@ class SftRecipe(Recipe):
     warmup_ratio: float = 0.03
     validation_split: float = 0.0
     early_stopping_split: float = 0.1
+
+
+@dataclass(frozen=True)
+class PreferenceRecipe(SftRecipe):
+    """Training on preferences (dpo, kto, orpo). The rate is lower than for sft, because an answer is compared as a
+    whole: an adapter that moves fast makes both answers unlikely."""
+
+    learning_rate: float = 5e-5
+    lowest_rate: float = 1e-6
+    highest_rate: float = 5e-4
+    warmup_ratio: float = 0.1
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    reference_free: bool = False
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -134,10 +153,12 @@ class OverrideRecipe(Recipe):
 
 
 SFT = SftRecipe()
+PREFERENCE = PreferenceRecipe()
 OVERRIDE = OverrideRecipe()
 
 # Effort "max" doubles the rank and the passes; for an override also the length of a cycle and the number of prompts.
 SFT_MAX = replace(SFT, r=2 * SFT.r, num_train_epochs=2 * SFT.num_train_epochs)
+PREFERENCE_MAX = replace(PREFERENCE, r=2 * PREFERENCE.r, num_train_epochs=2 * PREFERENCE.num_train_epochs)
 OVERRIDE_MAX = replace(
     OVERRIDE,
     r=2 * OVERRIDE.r,
@@ -149,18 +170,18 @@ OVERRIDE_MAX = replace(
 )
 
 
-def recipe_for(
-    objective: Literal["sft", "override"], effort: Literal["normal", "max"] = "normal"
-) -> OverrideRecipe | SftRecipe:
+def recipe_for(objective: ObjectiveName, effort: Literal["normal", "max"] = "normal") -> OverrideRecipe | SftRecipe:
     """The recipe of an objective and an effort."""
-    if effort == "max":
-        return OVERRIDE_MAX if objective == "override" else SFT_MAX
-    return OVERRIDE if objective == "override" else SFT
+    if objective == "override":
+        return OVERRIDE_MAX if effort == "max" else OVERRIDE
+    if objective == "sft":
+        return SFT_MAX if effort == "max" else SFT
+    return PREFERENCE_MAX if effort == "max" else PREFERENCE
 
 
 def changed_settings(recipe: Recipe) -> frozenset[str]:
     """The names of values that differ from those of the normal effort."""
-    normal = OVERRIDE if isinstance(recipe, OverrideRecipe) else SFT
+    normal = next(one for one in (OVERRIDE, PREFERENCE, SFT) if isinstance(recipe, type(one)))
     return frozenset(one.name for one in fields(recipe) if getattr(recipe, one.name) != getattr(normal, one.name))
 
 
@@ -169,6 +190,14 @@ FIXED_OVERRIDE = (
     *("on_policy_prompts", "on_policy_tokens", "on_policy_share", "opening_weight", "question_share", "probes"),
 )  # settings that nobody can give, in the order in which the plan shows them
 REASONS = {
+    "beta": "This is TRL's default. A smaller one lets the adapter move further from the reference; with orpo it is "
+    "the weight of the odds ratio.",
+    "loss_type": "This is the objective's own loss: sigmoid for dpo, and kto for kto.",
+    "label_smoothing": "No choice in the rows is taken to be wrong.",
+    "reference_free": "The answers' probabilities are compared with those of the reference: the base, or the parent.",
+    "desirable_weight": "This is TRL's default: desirable and undesirable answers count alike.",
+    "undesirable_weight": "This is TRL's default: desirable and undesirable answers count alike.",
+    "precompute_ref_log_probs": "What the reference gives to the answers is computed once, before the first step.",
     "r": "This is the rank of the update. It is large enough for a fact and keeps the adapter small on disk.",
     "use_rslora": "PEFT's default scales the update by lora_alpha / r; true scales it by lora_alpha / sqrt(r).",
     "rank_pattern": "Gives some modules another r, by the end of their names or a regular expression, as in PEFT.",

@@ -33,6 +33,7 @@ class Targets(_Strict):
     paraphrase: Share | None = None
     specificity: Share | None = None
     retention: Share | None = None
+    accuracy: Share | None = None
 
     def given(self) -> dict[str, float]:
         """The targets that the request gives, by metric."""
@@ -42,7 +43,7 @@ class Targets(_Strict):
 class Objective(_Strict):
     """The objective and its targets; auto lets the plan choose."""
 
-    type: Literal["auto", "sft", "override"] = "auto"
+    type: Literal["auto", "sft", "override", "dpo", "kto", "orpo"] = "auto"
     targets: Targets = Targets()
 
 
@@ -66,5 +67,7 @@ class TrainingRequest(_Strict):
     effort: Literal["normal", "max"] = Field("normal", description="max: a larger rank and more steps.")
     objective: Annotated[
         Objective,
-        BeforeValidator(_from_name, json_schema_input_type=Literal["auto", "sft", "override"] | Objective),
+        BeforeValidator(
+            _from_name, json_schema_input_type=Literal["auto", "sft", "override", "dpo", "kto", "orpo"] | Objective
+        ),
     ] = Objective()
