@@ -133,8 +133,8 @@ def plan(
 
 
 def _request(data: Path, name: str, config: Path | None, validation: Path | None, **options: str | None) -> Json:
-    """The body of /api/training/start. It contains the rows of the files, so that the server need not read them; a large
-    file is sent as a path instead, which must be in a folder that the server allows."""
+    """The body of /api/training/start. It contains the rows of the files, so that the server need not read them; a
+    large file is sent as a path instead, which must be in a folder that the server allows."""
     given = {"adapter_name": name, **options}
     body = {key: value for key, value in given.items() if value is not None} | _datasets(data, validation)
     try:
@@ -154,9 +154,8 @@ def _datasets(data: Path, validation: Path | None) -> Json:
     """The fields of the request that give rows. Raises InvalidRequest with what is wrong with either file."""
     from fortwo.data.findings import in_each
 
-    return in_each(
-        {"dataset": data} if validation is None else {"dataset": data, "validation_dataset": validation}, _dataset
-    )
+    files = {"dataset": data} if validation is None else {"dataset": data, "validation_dataset": validation}
+    return in_each(files, _dataset)
 
 
 def _dataset(data: Path) -> Json:
