@@ -76,10 +76,8 @@ class JobPlanner:
         stats = in_each(read, lambda one: collect_stats(resident.renderer, rows(one)))
         validation = None
         if dataset.validation is not None:
-            trained = shared_rows(
-                *(datasets.checked(plans.training_rows(one), check) for one in (dataset.validation, dataset))
-            )
-            validation = ValidationStats(*stats["validation_dataset"], trained)
+            own, trained = (datasets.checked(plans.training_rows(one), check) for one in (dataset.validation, dataset))
+            validation = ValidationStats(*stats["validation_dataset"], shared_rows(own, trained))
         counts, dataset_warnings = stats["dataset"]
         plan = plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent, validation)
         return dataset, replace(plan, warnings=(*resident.renderer.warnings, *plan.warnings))
