@@ -256,6 +256,27 @@ def report(name: Annotated[str, typer.Argument(help="Adapter, or adapter@version
 
 
 @app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help="Adapter, or adapter@version.")],
+    url: Annotated[
+        str | None, typer.Option("--url", help="An OpenAI-compatible server.", show_default="fortwo's own")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The model's name there.", show_default="the adapter")
+    ] = None,
+    key_env: Annotated[
+        str | None, typer.Option("--key-env", help="The environment variable that holds the API key.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run an adapter's exam again, here or on another server. Exits with 0 if it holds, 1 if it does not, and 2 if it
+    could not be run."""
+    from fortwo.cli.verify import verify as run
+
+    raise typer.Exit(run(name, url, model, key_env, as_json))
+
+
+@app.command()
 def doctor(
     repair: Annotated[
         bool, typer.Option("--repair", help="Look for what crashes left in the home, and show what would be done.")
