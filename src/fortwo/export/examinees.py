@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,7 @@ def opened(source: Source, to: str, folder: Path) -> Iterator[Examinee]:
             with _llama_cpp(folder / gguf.MODEL, None, source) as examinee:
                 yield examinee
         case _:
-            raise NotHere("The exam was not run: MLX runs on Apple's processors alone. Names and shapes were checked.")
+            raise NotHere("The exam was not run: MLX runs on Apple's processors alone.")
 
 
 def _without_adapter(source: Source) -> Source:
@@ -63,7 +64,9 @@ def _without_adapter(source: Source) -> Source:
 def _model(folder: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # the command has its own
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.eval()
 
@@ -73,7 +76,10 @@ def _with_peft(source: Source, folder: Path, base: Path) -> Examinee:
         raise NotHere("The exam was not run: PEFT is not installed. Install it with: pip install 'fortwo[export]'")
     from peft import PeftModel
 
-    return _Transformers(PeftModel.from_pretrained(_model(base), folder).eval(), ChatTemplateRenderer(base))
+    model = _model(base)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # between PEFT and transformers
+        model = PeftModel.from_pretrained(model, folder).eval()
+    return _Transformers(model, ChatTemplateRenderer(base))
 
 
 class _Transformers:
