@@ -118,13 +118,15 @@ class Fact:
 class Dataset:
     """The validated input of a job: examples or facts, never both. `digest` is the SHA-256 of the canonical JSON. The
     examples of a large file are read from the file on each iteration. parent_facts: the facts of the parent adapter
-    that the run must preserve; they are stored under the key "kept"."""
+    that the run must preserve; they are stored under the key "kept". validation: the request's `validation_dataset`,
+    whose rows are evaluated and never trained on."""
 
     digest: str
     examples: Collection[Example] = ()
     facts: tuple[Fact, ...] = ()
     source: str = "inline"
     parent_facts: tuple[Fact, ...] = ()
+    validation: Dataset | None = None
 
 
 # ---------------------------------------------------------------- plan (filled by train.plan)
@@ -163,7 +165,7 @@ class PlanValues(Protocol):
 class Plan:
     """Everything that a run will do, decided before it starts. settings: every value that the run uses, under the names
     of PEFT and transformers. computed: steps, epochs, steps_per_epoch, warmup_steps, peak_learning_rate (the highest
-    rate the run reaches), rows, validation_rows (where some are held back), row_tokens (min, median, mean, max),
+    rate the run reaches), rows, validation_rows (where there are some), row_tokens (min, median, mean, max),
     supervised_tokens, tokens_per_step, seconds, bytes."""
 
     model: str
