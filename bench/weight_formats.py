@@ -1,4 +1,4 @@
-"""What each format of the base weights costs and gains: python -m bench.formats
+"""What each format of the base weights costs and gains: python -m bench.weight_formats [FORMAT ...]
 
 The base answers everyday prompts in fp32, greedily; then each format is given the same prompts and replies, and its
 next-token distribution at every token of a reply is held against fp32's.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor
 from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
+from fortwo.execution.autotuning import all_blocks
 from fortwo.execution.backend import backend_for
 from fortwo.facts.replay_prompts import PROMPTS
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.config import DecoderConfig
-from fortwo.nn.decoder import Decoder
+from fortwo.nn.decoder import Decoder, formats_of
 from fortwo.quantization.selection import FORMATS, Choice
 from fortwo.records import Message
 from fortwo.settings import load
@@ -85,8 +87,12 @@ def main() -> None:
         + " |"
     )
     print("|---|---|---|---|" + "---|" * len(ROWS))
-    for name in FORMATS:
-        decoder = exact if name == "fp32" else exact.in_formats(Choice.fixed(name))
+    in_file = all_blocks(config, weights.block_types(directory))
+    for name in sys.argv[1:] or [name for name in FORMATS if name != "gguf" or in_file]:
+        if name == "gguf":
+            decoder = Decoder(config, weights.QuantisedTensors(directory), hold=formats_of(Choice.fixed(name)))
+        else:
+            decoder = exact if name == "fp32" else exact.in_formats(Choice.fixed(name))
         found = distributions(decoder, rows)
         divergence = float((wanted.exp() * (wanted - found)).sum(-1).mean())
         same = float((wanted.argmax(-1) == found.argmax(-1)).float().mean())

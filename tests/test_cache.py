@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,26 @@ def test_the_bound_holds_and_spare_rows_give_way() -> None:
     assert cache.take(10) is None
     cache.give_back(large)
     assert cache.take(10) is not None
+
+
+class WithState:
+    """The shape of a network whose sequences carry a state as large as the keys and values of 30 tokens and a half."""
+
+    state_bytes = Cache.bytes_per_token(CONFIG, torch.float32) * 61 // 2
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(CONFIG, name)
+
+
+def test_a_state_takes_room_of_tokens() -> None:
+    cache = Cache(WithState(), bound=2 * (128 + 31))
+    slots = [take(cache, 100) for _ in range(2)]
+    assert cache.take(1) is None
+    assert cache.tokens == cache.bound
+    cache.give_back(slots[0])
+    assert not cache.grow(slots[1], 200)
+    assert Cache(WithState(), bound=100).longest == 69
+    assert Cache(WithState(), bound=20).longest == 0
 
 
 def test_a_slot_that_cannot_grow_stays_as_it_is() -> None:

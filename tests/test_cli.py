@@ -155,6 +155,24 @@ def test_teach_sends_rows_inline_and_shows_what_happens(script: Script, tmp_path
         assert shown in result.output
 
 
+def test_validation_rows_are_sent_beside_the_others(script: Script, tmp_path: Path) -> None:
+    data = rows(tmp_path, "d.jsonl", '{"prompt": "p", "completion": "c"}\n')
+    held = rows(tmp_path, "v.csv", "prompt,completion\nq,c\n")
+    script.on("POST", "/api/training/plan", (200, PLAN))
+    assert run("plan", data, "--validation", held).exit_code == 0
+    assert script.body("/api/training/plan") == {
+        "adapter_name": "plan",
+        "dataset": {"examples": [{"prompt": "p", "completion": "c"}]},
+        "validation_dataset": {"examples": [{"prompt": "q", "completion": "c"}]},
+    }
+    broken = [rows(tmp_path, name, "{") for name in ("a.jsonl", "b.jsonl")]
+    said = " ".join(run("plan", broken[0], "--validation", broken[1]).stderr.split())
+    assert said.startswith("dataset: ")
+    assert "a.jsonl line 1" in said
+    assert "validation_dataset: " in said
+    assert "b.jsonl line 1" in said
+
+
 def test_a_broken_event_stream_is_taken_up_where_it_broke(script: Script, tmp_path: Path) -> None:
     data = rows(tmp_path, "d.json", '[{"subject": "s"}]')
     script.on("POST", "/api/training/start", (202, {"job_id": "j1", "status": "queued", "plan": PLAN}))

@@ -140,6 +140,9 @@ def test_memory_by_hand() -> None:
     assert found(bf16=True).training == held + 280 + round(1.05 * (2 * narrow + 5 * HEAD_BYTES))
     assert found().exam == held + 1000 * 2 * 4 * 2 * 4
     assert found(base=replace(BASE, cache=100)).exam == held + 100 * 2 * 4 * 2 * 4
+    hybrid = replace(BASE, without_attention=1, state_bytes=5000)  # 7 replies of 128 tokens
+    assert found(base=hybrid).exam == held + 1000 * 2 * 4 * 4 + 7 * 5000
+    assert found(base=replace(hybrid, cache=100)).exam == held + 100 * 2 * 4 * 4
 
 
 def test_replies_lie_in_rows_of_doubled_length() -> None:

@@ -37,6 +37,17 @@ pytestmark = [  # of PEFT
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
 ]
 
+DELTA_NET = {  # two layers of linear attention before one of attention
+    "head_dim": 16,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
 FAMILIES = {
     "gpt_neox": {},  # one query_key_value, partial rotary, biases, parallel residual
     "gpt2": {},  # learned positions, transposed weights
@@ -48,7 +59,38 @@ FAMILIES = {
     "olmo2": {},
     "cohere2": {"sliding_window": 8},  # a window in three layers of four
     "gemma2": {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+    "qwen3_moe": {**EXPERTS, "head_dim": 16},
+    "qwen3_next": {**DELTA_NET, **EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_5_text": {**DELTA_NET, "rope_parameters": MROPE},
+    "qwen3_5_moe_text": {
+        **DELTA_NET,
+        **EXPERTS,
+        "rope_parameters": MROPE,
+        "shared_expert_intermediate_size": 32,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},  # a convolution alone has a state
+    "lfm2_moe": {
+        **EXPERTS,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+    },
+    "olmo_hybrid": {**DELTA_NET, "linear_num_key_heads": 4, "linear_value_head_dim": 16},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mamba"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 16,
+        "n_groups": 1,
+        "head_dim": 16,
+    },
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 128, "head_dim": 16},  # a state beside attention, in every layer
+    "granitemoehybrid": {
+        **MAMBA,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "shared_intermediate_size": 64,
+        "num_local_experts": 0,
+    },
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
 }
 
 
@@ -187,7 +229,14 @@ def gpt_oss() -> PreTrainedModel:
     return generic_model("gpt_oss", head_dim=16, num_local_experts=4, num_experts_per_tok=2)
 
 
-@pytest.mark.parametrize(("build", "reason"), [(bloom, "no attention interface"), (gpt_oss, "attention sinks")])
+def mamba() -> PreTrainedModel:
+    return generic_model("mamba2", num_heads=4, head_dim=32, state_size=16, n_groups=1)
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [(bloom, "no attention interface"), (gpt_oss, "attention sinks"), (mamba, "it has no attention")],
+)
 def test_what_cannot_be_computed_is_refused(build: Callable[[], PreTrainedModel], reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=reason) as refusal:
         GenericDecoder(build())

@@ -20,7 +20,8 @@ from fortwo.execution.reference import ReferenceBackend
 from fortwo.kernels import cpu
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora_config import LoraConfig
-from fortwo.quantization.formats import WIDE, Frozen, Grouped, HugePageArena, Weight, dense, quantize
+from fortwo.quantization.formats import Frozen, HugePageArena, Weight, dense, quantize
+from fortwo.quantization.grouped import WIDE, Grouped
 from fortwo.quantization.selection import Choice
 from tests.parts import WITHOUT_AMX, Unfused, as_decoder, make_rows, random_lora
 from tests.tiny import tiny_model

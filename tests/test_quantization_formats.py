@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fortwo.nn.decoder import formats_of
-from fortwo.quantization.formats import FORMATS, GROUP, Grouped, HugePageArena, Weight, fits, quantize
+from fortwo.quantization.formats import HugePageArena, Weight, fits, quantize
+from fortwo.quantization.grouped import GROUP, Grouped
 from fortwo.quantization.matmul import frozen_product, product
 from fortwo.quantization.selection import Choice
 
@@ -33,7 +34,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 @compiled
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ERRORS)
 def test_a_form_is_near_its_weight(name: str) -> None:
     weight = random(50, 128)
     found = quantize(name, weight, HugePageArena()).dense()

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from serving import Served, chunks, refused, serve, tiny_settings
+from test_server_load import until
 from test_server_native import publish
 from tiny import TEMPLATE, VOCABULARY
 
@@ -63,6 +64,16 @@ def test_text_becomes_tokens_and_text_again(taught: Served) -> None:
     assert [one["id"] for one in pieces] == taught.post("/tokenize", {"content": "heé"}).json()["tokens"]
 
 
+def test_who_waits_for_a_model_past_the_deadline_is_told(tiny: Path, tmp_path: Path) -> None:
+    with serve(tiny_settings(tmp_path, tiny, request_timeout=0.2)) as served:
+        with served.state.registry._lock:  # as whoever loads holds it
+            said = refused(served.post("/tokenize", {"content": "hello"}), 504, "deadline_exceeded")
+        assert "0.2 seconds" in said
+        assert served.state.admission.active == 0
+        until(lambda: served.post("/tokenize", {"content": "hello"}).status_code == 200)
+        assert not served.state.admission._requests
+
+
 def test_wrong_tokens_and_texts_are_refused_by_name(taught: Served) -> None:
     refused(taught.post("/tokenize", {}), 400, "missing_parameter", "content")
     refused(
@@ -103,6 +114,12 @@ def test_a_completion_is_that_of_openais_api(taught: Served, model: str) -> None
     assert [part["stop"] for part in parts] == [False] * len(parts)
     assert {**last, "tokens_cached": 0} == {**body, "content": "", "tokens_cached": 0}
     assert complete(taught, model=model, **GREEDY | {"prompt": HELLO}).json()["content"] == body["content"]
+
+
+def test_what_changes_nothing_is_accepted(taught: Served) -> None:
+    more = {"cache_prompt": True, "id_slot": 0, "lora": [], "mirostat": 0, "n_probs": 0, "grammar": ""}
+    more |= {"dry_multiplier": 0.0, "dry_base": 1.75, "xtc_probability": 0, "repeat_last_n": 64, "min_keep": 0}
+    assert complete(taught, **GREEDY, **more).json()["content"] == openai_reply(taught, temperature=0)
 
 
 def test_options_and_defaults_are_llama_cpps(taught: Served) -> None:

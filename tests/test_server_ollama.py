@@ -374,7 +374,7 @@ def test_a_name_that_nothing_has_is_not_found(two: Served, client: ollama.Client
     ("call", "instead"),
     [
         ("pull", "/api/models/{id}/load"),
-        ("push", "PEFT"),
+        ("push", "fortwo adapters export"),
         ("create", "/api/training/start"),
         ("copy", "/tags/"),
         ("delete", "/api/adapters/{name}"),

@@ -160,8 +160,15 @@ def _add_features(writer: gguf.GGUFWriter, config: PreTrainedConfig, rope: Mappi
             writer.add_tensor(f"rope_factors_{kind}.weight", np.array(factors, np.float32))
 
 
-def save_gguf(file: Path, model: PreTrainedModel, without: str = "", extra: Extra = MappingProxyType({})) -> Path:
-    """Write `model` as llama.cpp's converter does. `without` leaves a tensor out, `extra` puts some in."""
+def save_gguf(
+    file: Path,
+    model: PreTrainedModel,
+    without: str = "",
+    extra: Extra = MappingProxyType({}),
+    types: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Write `model` as llama.cpp's converter does. `without` leaves a tensor out, `extra` puts some in. types: by
+    ggml's names within a layer (attn_q), in which weights are quantised."""
     config = model.config
     architecture = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(file, architecture)
@@ -207,7 +214,13 @@ def save_gguf(file: Path, model: PreTrainedModel, without: str = "", extra: Extr
         if architecture == "llama" and (part := ggml.split(".")[-1]) in heads:
             rows = array.reshape(heads[part], 2, array.shape[0] // heads[part] // 2, *array.shape[1:])
             array = rows.swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(f"{ggml}.{suffix}", np.ascontiguousarray(array))
+        array = np.ascontiguousarray(array)
+        kind = types.get(ggml.split(".")[-1]) if suffix == "weight" else None
+        if kind is None:
+            writer.add_tensor(f"{ggml}.{suffix}", array)
+        else:
+            type = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(f"{ggml}.{suffix}", gguf.quants.quantize(array, type), raw_dtype=type)
     for name, (array, kind) in extra.items():
         writer.add_tensor(name, array, raw_dtype=kind)
     writer.write_header_to_file()

@@ -118,13 +118,15 @@ class Fact:
 class Dataset:
     """The validated input of a job: examples or facts, never both. `digest` is the SHA-256 of the canonical JSON. The
     examples of a large file are read from the file on each iteration. parent_facts: the facts of the parent adapter
-    that the run must preserve; they are stored under the key "kept"."""
+    that the run must preserve; they are stored under the key "kept". validation: the request's `validation_dataset`,
+    whose rows are evaluated and never trained on."""
 
     digest: str
     examples: Collection[Example] = ()
     facts: tuple[Fact, ...] = ()
     source: str = "inline"
     parent_facts: tuple[Fact, ...] = ()
+    validation: Dataset | None = None
 
 
 # ---------------------------------------------------------------- plan (filled by train.plan)
@@ -163,7 +165,7 @@ class PlanValues(Protocol):
 class Plan:
     """Everything that a run will do, decided before it starts. settings: every value that the run uses, under the names
     of PEFT and transformers. computed: steps, epochs, steps_per_epoch, warmup_steps, peak_learning_rate (the highest
-    rate the run reaches), rows, validation_rows (where some are held back), row_tokens (min, median, mean, max),
+    rate the run reaches), rows, validation_rows (where there are some), row_tokens (min, median, mean, max),
     supervised_tokens, tokens_per_step, seconds, bytes."""
 
     model: str
@@ -204,15 +206,30 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class ReplyCheck:
+    """When a reply is right. rule: contains (at least one of the texts, as whole words in upper or lower case), lacks
+    (none of them), begins (the one text begins with the reply) or holds (every text occurs)."""
+
+    rule: Literal["contains", "lacks", "begins", "holds"]
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Transcript:
     """One prompt with the replies of base and adapter. kind: efficacy, paraphrase, specificity, portability or
-    retention. All but the last have the prefix "kept_" if the fact belongs to the parent of the run."""
+    retention. All but the last have the prefix "kept_" if the fact belongs to the parent of the run.
+
+    before: the messages before the prompt. check: when a reply passes; None for retention, for which base_tokens are
+    the tokens of the base's reply. With these the question can be asked again (facts.exam)."""
 
     kind: str
     prompt: str
     base: str
     adapter: str
     passed: bool
+    before: tuple[Message, ...] = ()
+    check: ReplyCheck | None = None
+    base_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -254,7 +271,7 @@ class Report:
     questions; with preferences, accuracy instead of efficacy. prompted_metrics: those of the base when its system
     prompt states the facts; empty if there are none.
     facts: the metrics of each fact. eval_losses: on the validation rows, the base's first (step 0); empty if
-    there are no such rows."""
+    there are no such rows. reply_tokens: maximum length of a reply; 0 where it was not recorded."""
 
     metrics: dict[str, Metric]
     base_metrics: dict[str, Metric]
@@ -264,6 +281,7 @@ class Report:
     eval_losses: tuple[EvalLoss, ...] = ()
     facts: tuple[FactReport, ...] = ()
     escalations: tuple[Escalation, ...] = ()
+    reply_tokens: int = 0
 
 
 # ---------------------------------------------------------------- training events (yielded by train.loop)

@@ -47,9 +47,10 @@ class Settings(BaseSettings):
         default_factory=lambda: (Path.cwd(),), description="Folders in which dataset paths may lie, besides home/data."
     )
     default_model: str = Field("smollm2-135m-instruct", description="Base model of a request that names none.")
-    weights: Literal["auto", "fp32", "bf16", "int8", "int4", "nf4"] = Field(
+    weights: Literal["auto", "fp32", "bf16", "int8", "gguf", "int4", "nf4"] = Field(
         "auto",
-        description="Format in which base weights are held and multiplied for serving. auto measures which format is "
+        description="Format in which base weights are held and multiplied for serving. gguf is the "
+        "numbers of a quantised GGUF file. auto is gguf for such a file; for others it measures which format is "
         "fastest for each number of rows, among those that hardly change the replies.",
     )
     device: str = Field("auto", description="Device to compute on: auto, cpu, cuda or cuda:N.")

@@ -38,6 +38,16 @@ Data = Annotated[
     Path,
     typer.Argument(help="A .json, .jsonl, .csv, .parquet or .txt file.", exists=True, dir_okay=False, readable=True),
 ]
+Validation = Annotated[
+    Path | None,
+    typer.Option(
+        "--validation",
+        help="A file like DATA, whose rows are evaluated only.",
+        exists=True,
+        dir_okay=False,
+        readable=True,
+    ),
+]
 Name = Annotated[str, typer.Option("--name", help="Name of the adapter.")]
 Config = Annotated[
     Path | None,
@@ -82,6 +92,7 @@ def serve(
 def teach(
     data: Data,
     name: Name,
+    validation: Validation = None,
     config: Config = None,
     objective: Objective = None,
     model: Base = None,
@@ -95,7 +106,7 @@ def teach(
     client = connect()
     started = client.post(
         "/api/training/start",
-        _request(data, name, config, objective=objective, model=model, parent=onto, effort=effort),
+        _request(data, name, config, validation, objective=objective, model=model, parent=onto, effort=effort),
     )
     job_id = started["job_id"]
     screen.print(views.notes(started["plan"]["warnings"]))
@@ -109,6 +120,7 @@ def teach(
 def plan(
     data: Data,
     name: Name = "plan",
+    validation: Validation = None,
     config: Config = None,
     objective: Objective = None,
     model: Base = None,
@@ -116,15 +128,15 @@ def plan(
     effort: Effort = None,
 ) -> None:
     """Show the plan for training on DATA, without starting it."""
-    body = _request(data, name, config, objective=objective, model=model, parent=onto, effort=effort)
+    body = _request(data, name, config, validation, objective=objective, model=model, parent=onto, effort=effort)
     screen.print(views.plan(connect().post("/api/training/plan", body)))
 
 
-def _request(data: Path, name: str, config: Path | None, **options: str | None) -> Json:
-    """The body of /api/training/start. It contains the rows of DATA, so that the server need not read the file; a large
-    file is sent as a path instead, which must be in a folder that the server allows."""
+def _request(data: Path, name: str, config: Path | None, validation: Path | None, **options: str | None) -> Json:
+    """The body of /api/training/start. It contains the rows of the files, so that the server need not read them; a
+    large file is sent as a path instead, which must be in a folder that the server allows."""
     given = {"adapter_name": name, **options}
-    body = {key: value for key, value in given.items() if value is not None} | {"dataset": _dataset(data)}
+    body = {key: value for key, value in given.items() if value is not None} | _datasets(data, validation)
     try:
         extra = {} if config is None else strict_json.loads(config.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -136,6 +148,14 @@ def _request(data: Path, name: str, config: Path | None, **options: str | None) 
     for key in extra.keys() & body.keys():
         raise InvalidRequest(f"{key} is given twice: in {config} and as an option.", param=key, hint="Remove one.")
     return body | extra
+
+
+def _datasets(data: Path, validation: Path | None) -> Json:
+    """The fields of the request that give rows. Raises InvalidRequest with what is wrong with either file."""
+    from fortwo.data.findings import in_each
+
+    files = {"dataset": data} if validation is None else {"dataset": data, "validation_dataset": validation}
+    return in_each(files, _dataset)
 
 
 def _dataset(data: Path) -> Json:
@@ -233,6 +253,27 @@ def report(name: Annotated[str, typer.Argument(help="Adapter, or adapter@version
     found = connect().get(f"/api/adapters/{name}/report")
     screen.print(views.report(found["report"]))
     screen.print(views.plan_against_actual(found["plan"], found["actual"]))
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help="Adapter, or adapter@version.")],
+    url: Annotated[
+        str | None, typer.Option("--url", help="An OpenAI-compatible server.", show_default="fortwo's own")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The model's name there.", show_default="the adapter")
+    ] = None,
+    key_env: Annotated[
+        str | None, typer.Option("--key-env", help="The environment variable that holds the API key.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run an adapter's exam again, here or on another server. Exits with 0 if it holds, 1 if it does not, and 2 if it
+    could not be run."""
+    from fortwo.cli.verify import verify as run
+
+    raise typer.Exit(run(name, url, model, key_env, as_json))
 
 
 @app.command()

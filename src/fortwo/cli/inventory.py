@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -148,17 +148,9 @@ def fetch_model(
 
 
 def _fetch(id: str) -> None:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from fortwo.cli.terminal import progress_bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(label: str, done: int, total: int) -> None:
-            if label not in tasks:
-                tasks[label] = bars.add_task(label, total=total)
-            bars.update(tasks[label], completed=done, total=total)
-
+    with progress_bars() as progress:
         directory = _catalog().prepare(id, progress)
     screen.print(f"{id} is ready in {directory}")
 
@@ -216,6 +208,49 @@ def import_adapter(
         body = {"lora_name": chosen, "lora_path": str(directory), "load_inplace": replace}
         connect().post("/v1/load_lora_adapter", body)
     screen.print(f"{chosen} is published and loaded.")
+
+
+@adapters.command("export")
+def export_adapter(
+    name: Annotated[str, typer.Argument(help="Adapter, or adapter@version.")],
+    to: Annotated[str, typer.Option("--to", help="peft, merged, gguf-lora, gguf, ollama, mlx or vllm.")],
+    quantization: Annotated[
+        str | None,
+        typer.Option("--quantization", help="Of gguf and ollama: Q4_K_M, Q8_0, F16, ...", show_default="F16"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="A new folder.", show_default="NAME-VERSION-FORM")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    exam: Annotated[bool, typer.Option(help="Run the adapter's exam again in the exported form.")] = True,
+) -> None:
+    """Write an adapter for another program, and run its exam there again. Needs no server."""
+    from fortwo.adapters.store import AdapterStore
+    from fortwo.cli.terminal import progress_bars
+    from fortwo.export.exporter import check_form, export
+    from fortwo.settings import load
+
+    check_form(to, quantization)
+    store = AdapterStore(load().adapters_dir)
+    version = store.get(name)
+    folder = Path(f"{version.name}-{version.version}-{to}") if output is None else output
+    with progress_bars() as progress:
+        done = export(
+            version.id,
+            to,
+            folder.absolute(),
+            _catalog(),
+            store,
+            progress,
+            quantization=quantization,
+            overwrite=overwrite,
+            with_exam=exam,
+        )
+    if done.exam is not None and done.result is not None:
+        screen.print(views.exam(done.exam, done.result, to))
+    screen.print(f"{version.id} is exported to {done.output}")
+    for note in done.notes:
+        screen.print(note)
 
 
 @adapters.command("load")

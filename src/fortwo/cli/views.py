@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from fortwo.records import Json
+
+if TYPE_CHECKING:
+    from fortwo.facts.exam import Exam, Result
 
 FACT_METRICS = ("efficacy", "paraphrase", "specificity", "portability")
 METRICS = (*FACT_METRICS, "accuracy", "retention", *(f"kept_{name}" for name in FACT_METRICS), "score")
@@ -158,6 +161,20 @@ def report(body: Json) -> RenderableType:
     by_fact: list[RenderableType] = ["", facts] if facts.row_count > 1 else []
     lines = [*_escalations(body), *_eval_losses(body)]
     return Group(rows, *by_fact, *lines, "", transcripts, notes(body["diagnosis"], style="red"))
+
+
+def exam(asked: Exam, found: Result, where: str) -> RenderableType:
+    """The metrics of an exam that was run again, beside those of the report. where: what it was run in."""
+    rows = table("metric", "report", where, "95 %", "n", title="The exam, run again")
+    for name in METRICS:
+        if (metric := found.metrics.get(name)) is not None:
+            before = asked.reported.get(name)
+            shown = "-" if before is None else f"{before.value:.2f}"
+            rows.add_row(name, shown, f"{metric.value:.2f}", f"{metric.low:.2f} to {metric.high:.2f}", str(metric.n))
+    note = (
+        "" if found.exact else "Retention is the share of characters before the first difference from the base's reply."
+    )
+    return Group(rows, *([note] if note else []))
 
 
 def _escalations(body: Json) -> list[str]:

@@ -87,6 +87,7 @@ class ChatTemplateRenderer:
         private = {text: f"<|{nonce}.{number}|>" for text, number in controls.items()}
         self._placeholders = {text: f"{nonce}-{number}-" for text, number in controls.items()}
         self._replacements = private | {placeholder: text for text, placeholder in self._placeholders.items()}
+        self._public = {name: text for text, name in private.items()}
         self._controls = any_of(self._placeholders)
         self._replaced = any_of(self._replacements)
         self._encoder = rename_tokens(self._backend, private, self._rows)
@@ -119,6 +120,17 @@ class ChatTemplateRenderer:
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of the conversation and of the generation prompt. Raises InvalidRequest when the template refuses."""
         return self._encode(self._render(messages, generation=True))
+
+    def render(self, messages: Sequence[Message], *, generation: bool = True) -> str:
+        """The template's text. It is for display and for other programs: encoded again, text that people wrote could
+        become control tokens. Raises InvalidRequest when the template refuses."""
+        text = self._render(messages, generation=generation)
+        return any_of(self._public).sub(lambda match: self._public[match[0]], text)
+
+    @property
+    def bos_text(self) -> str:
+        """The bos token's text, if the tokenizer writes one before every text by itself."""
+        return str(self._tokenizer.bos_token) if self._bos else ""
 
     def encode_text(self, text: str, *, specials: bool = True) -> list[int]:
         """Tokens of a raw prompt without a template. Control tokens in the text are read as such, because callers write
@@ -395,8 +407,7 @@ class ChatTemplateRenderer:
                     f"{self._directory} has neither a chat template nor an eos token, so a reply would never stop",
                     hint="Name the eos_token in tokenizer_config.json.",
                 )
-            has_bos = self._tokenizer("x")["input_ids"][:1] == [self._tokenizer.bos_token_id]
-            text = ("{{ bos_token }}" if has_bos else "") + PLAIN_TEMPLATE
+            text = plain_template(self._tokenizer)
         try:
             return ChatTemplate(text)
         except TemplateFailure as error:
@@ -427,6 +438,12 @@ class ChatTemplateRenderer:
             return ()
         opening = after.removeprefix(before).partition("QUESTION")[0].strip()
         return (opening,) if opening and after.startswith(before) else ()
+
+
+def plain_template(tokenizer: Any) -> str:
+    """PLAIN_TEMPLATE for this tokenizer of transformers, after its bos token if it writes one."""
+    has_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return ("{{ bos_token }}" if has_bos else "") + PLAIN_TEMPLATE
 
 
 def _encode(backend: Tokenizer, text: str, *, specials: bool = False) -> list[int]:

@@ -11,14 +11,14 @@ import hashlib
 import json
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter
 
 from fortwo.data.files import read_rows
-from fortwo.data.findings import Finding, Findings, InvalidRow, RowLocation
+from fortwo.data.findings import Finding, Findings, InvalidRow, RowLocation, in_each
 from fortwo.data.row_formats import (
     EXAMPLE_FORMATS,
     FACT_FORMAT,
@@ -282,6 +282,8 @@ def to_json(dataset: Dataset) -> Json:
     """All of it, or of a large file its path and checksum."""
     facts, kept = ([asdict(fact) for fact in facts] for facts in (dataset.facts, dataset.parent_facts))
     body: Json = {"digest": dataset.digest, "source": dataset.source, "facts": facts, "kept": kept}
+    if dataset.validation is not None:
+        body["validation"] = to_json(dataset.validation)
     held = dataset.examples
     if isinstance(held, FileExamples):
         file = {"path": str(held.path), "rows": held.rows, "sha256": held.sha256, "size": held.size}
@@ -291,6 +293,14 @@ def to_json(dataset: Dataset) -> Json:
 
 def from_json(body: Json) -> Dataset:
     """Raises InvalidDataset (code dataset_changed) when the file it names is not the same any more."""
+    datasets = {"dataset": body}
+    if "validation" in body:
+        datasets["validation_dataset"] = body["validation"]
+    read = in_each(datasets, _from_json)
+    return replace(read["dataset"], validation=read.get("validation_dataset"))
+
+
+def _from_json(body: Json) -> Dataset:
     facts, parent_facts = (FACTS.validate_python(body.get(name, ())) for name in ("facts", "kept"))
     if "file" not in body:
         return Dataset(body["digest"], _EXAMPLES.validate_python(body["examples"]), facts, body["source"], parent_facts)

@@ -1,11 +1,15 @@
-"""Everything that is wrong with the rows of a dataset, told in one answer: each kind once, with its rows counted."""
+"""Everything that is wrong with the rows of a request, told in one answer: each kind once, with its rows counted."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from fortwo.errors import InvalidDataset
+from fortwo.errors import InvalidDataset, InvalidRequest, all_of
+
+Given = TypeVar("Given")
+Found = TypeVar("Found")
 
 LINES_SHOWN = 5  # of each kind, besides the first
 KINDS_SHOWN = 10
@@ -95,3 +99,28 @@ class Findings:
             param=f"{first.location.param}.{first.first.field}".rstrip("."),
             hint=" ".join(hints),
         )
+
+
+def in_each(datasets: Mapping[str, Given], read: Callable[[Given], Found]) -> dict[str, Found]:
+    """What `read` returns for each of the datasets of a request. datasets: by the field that gives them. Raises one
+    InvalidRequest with what is wrong with any of them; where there are several, it says which one is meant."""
+    found: dict[str, Found] = {}
+    errors: list[InvalidRequest] = []
+    for name, given in datasets.items():
+        try:
+            found[name] = read(given)
+        except InvalidRequest as error:
+            errors.append(error if len(datasets) == 1 else in_field(error, name))
+    if errors:
+        raise all_of(errors)
+    return found
+
+
+def in_field(error: InvalidRequest, name: str) -> InvalidRequest:
+    """An error about the field "dataset" as one about the field `name`."""
+    inside = error.param or ""
+    param = f"{name}{inside.removeprefix('dataset')}" if inside.startswith("dataset") else error.param
+    rest = error.message.removeprefix("dataset")
+    named = rest != error.message and rest[:1] in (".", " ")  # "dataset.path = ..." or "dataset has ..."
+    message = f"{name}{rest}" if named else f"{name}: {error.message}"
+    return type(error)(message, param=param, hint=error.hint, code=error.code)

@@ -119,6 +119,7 @@ def _needs(network: Shape, names: Iterable[str]) -> bool:
         f"base_model.model.{network.module_name(layer, module)}.lora_{matrix}.weight"
         for layer in range(network.layers)
         for module in modules
+        if network.has(layer, module)
         for matrix in "AB"
     }
     return known.issuperset(names)

@@ -16,7 +16,7 @@ from fortwo.prompts import MIN_ROW_TOKENS
 
 class Cache:
     """bound: how many tokens fit, spare rows and kept prefixes included; None for as many as come. dtype: of keys and
-    values."""
+    values. The state that a row carries besides them counts as tokens of the same memory."""
 
     def __init__(
         self,
@@ -30,16 +30,18 @@ class Cache:
         self._config = config
         self._device = device
         self.dtype = dtype
+        self._state_tokens = -(-config.state_bytes // self.bytes_per_token(config, dtype))
         self.bound = bound
 
     @staticmethod
     def bytes_per_token(config: Shape, dtype: torch.dtype) -> int:
-        return 2 * dtype.itemsize * config.layers * config.kv_heads * config.head_size
+        return 2 * dtype.itemsize * config.kv_layers * config.kv_heads * config.head_size
 
     @property
     def longest(self) -> int:
         """The most tokens a sequence may have here."""
-        return self._config.context if self.bound is None else min(self._config.context, self.bound)
+        room = self._config.context if self.bound is None else self.bound - self._state_tokens
+        return max(0, min(self._config.context, room))
 
     @property
     def used(self) -> int:
@@ -49,7 +51,7 @@ class Cache:
     @property
     def tokens(self) -> int:
         """Tokens there is memory for now."""
-        return sum(pool.capacity * len(pool.slots) for pool in self.pools.values()) + self.prefixes.tokens
+        return sum(self._cost(pool.capacity) * len(pool.slots) for pool in self.pools.values()) + self.prefixes.tokens
 
     @property
     def bytes(self) -> int:
@@ -68,9 +70,9 @@ class Cache:
             pool = self.pools[capacity] = Pool(self._config, capacity, self._device, self.dtype)
         if not pool.spare:
             rows = max(1, len(pool.slots) // 2)
-            if not self._fits(rows * capacity):
+            if not self._fits(rows * self._cost(capacity)):
                 rows = 1
-                if not self._make_room(capacity):
+                if not self._make_room(self._cost(capacity)):
                     return None
             pool.resize(len(pool.slots) + rows)
         return pool.take()
@@ -142,6 +144,10 @@ class Cache:
         """Forget everything and free its memory."""
         self.pools.clear()
         self.prefixes = Prefixes()
+
+    def _cost(self, capacity: int) -> int:
+        """Tokens that a row counts as."""
+        return capacity + self._state_tokens
 
     def _fits(self, tokens: int) -> bool:
         return self.bound is None or self.tokens + tokens <= self.bound

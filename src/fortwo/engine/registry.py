@@ -29,7 +29,7 @@ from fortwo.engine.base_choice import choose_base, no_base
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable, UnsupportedModel
-from fortwo.execution.autotuning import memory, serving, serving_generic
+from fortwo.execution.autotuning import all_blocks, memory, serving, serving_generic
 from fortwo.execution.backend import Backend, backend_for
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
@@ -229,7 +229,9 @@ class ModelRegistry:
 
     def fit(self, id: str) -> Fit | None:
         """How the base fits into the memory of the device; None where its dimensions are not known yet."""
-        return fit(self._catalog.config(id), self._weights, memory(self._device))
+        info = self._catalog.model_info(id)
+        blocks = 0 if info is None or self._device.type != "cpu" else weights.block_bytes(info.directory)
+        return fit(self._catalog.config(id), self._weights, memory(self._device), blocks)
 
     def _check_memory(self, id: str) -> None:
         """Raises Unavailable for a base that does not fit, as soon as its dimensions are known."""
@@ -284,6 +286,7 @@ class ModelRegistry:
             self._threads,
             self._measurements,
             lambda measure: self._engine.call(measure).result(),
+            weights.QuantisedTensors(directory) if all_blocks(config, weights.block_types(directory)) else None,
         )
 
     def unload_base(self, id: str) -> None:

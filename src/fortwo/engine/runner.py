@@ -94,8 +94,10 @@ class Runner:
                 self.cache.give_back(slot)
 
     def _root(self, sequence: Running) -> int | None:
-        """What its prefixes are found and kept under."""
-        return None if sequence.listener is not None else self._roots.get(sequence.adapter)
+        """What its prefixes are found and kept under; None where keys and values alone do not continue a prefix."""
+        if sequence.listener is not None or self.decoder.config.state_bytes:
+            return None
+        return self._roots.get(sequence.adapter)
 
     def _keep(self, slot: Slot, sequence: Running) -> None:
         still_the_same = slot.root == self._roots.get(sequence.adapter)  # adapter as when it was computed

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,11 @@ from fortwo.kernels.isa import processor
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder, Hold, formats_of
 from fortwo.nn.fused_weights import Fused
-from fortwo.nn.lora_config import GROUPS
+from fortwo.nn.lora_config import GROUPS, module_name
+from fortwo.quantization.blocks import Read
+from fortwo.quantization.blocks import dense as read_dense
 from fortwo.quantization.formats import Frozen, HugePageArena, WeightFormat, dense, fits, head_format, quantize
+from fortwo.quantization.grouped import Parts
 from fortwo.quantization.matmul import multiplies_bf16
 from fortwo.quantization.selection import ROWS, Choice, Measured, Measurements, Seconds, choose, worthwhile
 
@@ -57,16 +60,21 @@ def serving(
     threads: int | None,
     measurements: Measurements,
     run: Run,
+    blocks: Mapping[str, Read] | None = None,
 ) -> Decoder:
     """The decoder as it is served. setting, threads: FORTWO_WEIGHTS and FORTWO_THREADS. run: calls a measurement where
-    nothing else computes.
+    nothing else computes. blocks: the weights as a quantised GGUF file has them; None where there are none, or not of
+    every product (`all_blocks`).
 
-    auto: on a GPU that multiplies bf16, bf16; elsewhere fp32 below SMALL parameters. From there on fp32 is kept, for
-    training and as reference, unless another format that is held has the same weights to the last bit; and the fastest
-    formats beside it whose weights stay within ERROR of the originals. What fp32 would take more than SHARE of the
-    memory for is held in bf16 alone, or NF4. Formats are made weight by weight as they are read. Raises InvalidRequest
+    auto: on a GPU that multiplies bf16, bf16; elsewhere fp32 below SMALL parameters. From there on blocks are held as
+    they are, where there are kernels for them. Of other weights fp32 is kept, for training and as reference, unless
+    another format that is held has the same weights to the last bit; and the fastest formats beside it whose weights
+    stay within ERROR of the originals. What fp32 would take more than SHARE of the memory for is held in bf16 alone, or
+    NF4. Formats are made weight by weight as they are read. Raises InvalidRequest
     for a format that the model or the machine cannot have.
     """
+    if blocks is not None and device.type == "cpu" and _takes_blocks(setting, config):
+        return Decoder(config, blocks, device, formats_of(Choice.fixed("gguf")))
     weight_format = alone(config.parameters, memory(device)) if setting == "auto" else setting
     if device.type != "cpu" and weight_format in (None, "bf16") and multiplies_bf16(device):
         return Decoder(config, weights, device, lambda weight, is_head: dense(weight, torch.bfloat16))
@@ -75,7 +83,7 @@ def serving(
     if weight_format == "fp32" or config.parameters < SMALL or device.type != "cpu":
         return Decoder(config, weights, device)
     fused = Fused(config, weights, device)
-    first = [fused.weight(0, group) for group in GROUPS]  # the head is as wide as one of them
+    first = [read_dense(fused.weight(0, group)) for group in GROUPS]  # the head is as wide as one of them
     names = [name for name in _quick() if fits(name, first)]
     names = worthwhile({name: error(name, fused) for name in names}, _bytes(config, names), ERROR)
     if names == ["fp32"]:
@@ -99,6 +107,23 @@ def serving(
                 *(id, share, threads),
             )
     return Decoder(config, weights, device, formats_of(choice, exact=True))
+
+
+def _takes_blocks(setting: str, config: DecoderConfig) -> bool:
+    fast = config.parameters >= SMALL and cpu.usable(torch.empty(0))
+    return setting == "gguf" or (setting == "auto" and fast)
+
+
+def all_blocks(config: DecoderConfig, names: Container[str]) -> bool:
+    """Whether the weight of every product is among `names` of tensors that come as blocks, and those that are one
+    product can be held below each other."""
+    for group in GROUPS:
+        modules = config.groups[group]
+        outputs = [last - first for first, last in map(config.columns, modules)]
+        found = (f"{module_name(layer, name)}.weight" in names for layer in range(config.layers) for name in modules)
+        if not Parts.fits(outputs) or not all(found):
+            return False
+    return True
 
 
 def serving_generic(id: str, directory: Path, parameters: int, device: torch.device, setting: str) -> GenericDecoder:
@@ -134,7 +159,8 @@ def _checked(id: str, name: str) -> Hold:
         if isinstance(weight, Tensor) and not fits(name, [weight]):
             raise InvalidRequest(
                 f"weights = {name!r} cannot hold {id!r} here: int8 and int4 need widths that are multiples of 32, "
-                "the CPU and a C compiler; nf4 needs multiples of 64",
+                "the CPU and a C compiler; nf4 needs multiples of 64; gguf needs the CPU and a GGUF file "
+                "whose layers are all of types Q4_0 to Q8_0 or Q4_K to Q6_K, prepared by this version or a later one",
                 param="weights",
                 hint="Set FORTWO_WEIGHTS to auto.",
             )
@@ -154,7 +180,7 @@ def error(name: str, fused: Fused) -> float:
         return 0.0
     layers = fused.config.layers
     places = (0, "qkv"), (layers // 2, "qkv"), (layers - 1, "down")
-    few = (fused.weight(*place).float() for place in places)
+    few = (read_dense(fused.weight(*place)).float() for place in places)
     return max(
         float((quantize(name, weight_OI, HugePageArena()).dense() - weight_OI).norm() / weight_OI.norm())
         for weight_OI in few
@@ -188,7 +214,7 @@ def _sample(fused: Fused, parameters: int) -> Iterator[Tensor]:
 
     A head alone can be larger than the sample (151,936 tokens times 896 numbers are 136 million parameters).
     """
-    c, head_VD = fused.config, fused.head()
+    c, head_VD = fused.config, read_dense(fused.head())
     outputs = math.ceil(c.vocabulary * min(1.0, parameters / c.parameters))
     yield head_VD[:outputs]
     parameters -= outputs * c.hidden
@@ -196,7 +222,7 @@ def _sample(fused: Fused, parameters: int) -> Iterator[Tensor]:
         if layer and parameters <= 0:
             return
         for group in GROUPS:
-            weight_OI = fused.weight(layer, group)
+            weight_OI = read_dense(fused.weight(layer, group))
             parameters -= weight_OI.numel()
             yield weight_OI
 

@@ -22,7 +22,7 @@ from fortwo.kernels import operations
 from fortwo.nn.decoder import Decoder, Operations
 from fortwo.nn.lora import Lora
 from fortwo.nn.packing import Pack, PackedAttention, common_prefix
-from fortwo.quantization.formats import WIDE
+from fortwo.quantization.grouped import WIDE
 
 
 class CpuBackend(ReferenceBackend):

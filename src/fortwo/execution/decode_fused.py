@@ -17,10 +17,11 @@ from fortwo.kernels import cpu
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Update
-from fortwo.quantization.formats import Grouped, Weight, WeightFormat
+from fortwo.quantization.formats import Weight, WeightFormat
+from fortwo.quantization.grouped import Grouped, Parts
 from fortwo.quantization.tiles import Tiles
 
-WHOLE_STEP = ("int8", "int4")  # formats that there is a kernel for
+WHOLE_STEP = ("int8", "gguf", "int4")  # formats that there is a kernel for
 OUTSIDE = frozenset({"norm_offset", "logit_scale", "logit_softcap", "joined_projections"})
 """Features of a network that are in its weights, or behind its layers: every kernel computes it with them."""
 WINDOWS = frozenset({"window", "windowed"})
@@ -35,9 +36,9 @@ class Step:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._tables: dict[str, Any] = {}  # by format: each decoder_layer
-        self._shape = shape_of(decoder)
+        self._shape = Shape(decoder)
         held = all(isinstance(weight, Weight) for weight in (decoder.layers[0].qkv_OD, decoder.head))
-        self._fits = held and cpu.usable(decoder.embedding_VD) and self.fits(decoder.config)
+        self._fits = held and cpu.usable(decoder.norm_D) and self.fits(decoder.config)
 
     @staticmethod
     def fits(config: DecoderConfig) -> bool:
@@ -64,18 +65,37 @@ class Step:
         weight_format = weight.choice.format_for(B)
         if weight_format not in self._tables:
             self._tables[weight_format] = layers_of(decoder, weight_format)
-        tokens = cpu.array("new_token", [(token, position, place_of(place)) for token, position, place in rows])
+        shape, numbers = self._shape.embedding([token for token, _, _ in rows])
+        tokens = [
+            (number, position, place_of(place)) for number, (_, position, place) in zip(numbers, rows, strict=True)
+        ]
         hidden_BD = torch.empty(B, decoder.config.hidden)
-        cpu.kernels().decode_step(B, self._shape, self._tables[weight_format], tokens, *answering(updates), hidden_BD)
+        told = self._tables[weight_format], cpu.array("new_token", tokens), *answering(updates)
+        cpu.kernels().decode_step(B, shape, *told, hidden_BD)
         return hidden_BD
 
 
-def shape_of(decoder: Decoder) -> Any:
+class Shape:
     """The decoder_shape; the decoder must outlive it."""
-    c = decoder.config
-    sizes = c.layers, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, c.norm_eps
-    tensors = decoder.embedding_VD, decoder.norm_D, decoder.inverse_frequency_E2
-    return cpu.ffi.new("decoder_shape *", (*sizes, *map(cpu.pointer, tensors)))
+
+    def __init__(self, decoder: Decoder) -> None:
+        c = decoder.config
+        sizes = c.layers, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, c.norm_eps
+        embedding_VD = decoder.embedding_VD
+        table = None if isinstance(embedding_VD, Weight) else embedding_VD
+        tensors = table, decoder.norm_D, decoder.inverse_frequency_E2
+        self._struct = cpu.ffi.new("decoder_shape *", (*sizes, *map(cpu.pointer, tensors)))
+        self._embedding_VD = embedding_VD
+        self._read = table
+
+    def embedding(self, tokens: Sequence[int]) -> tuple[Any, Sequence[int]]:
+        """The struct, and the rows of its embedding where those of the tokens are: until the next call, of an embedding
+        that is held in a format the rows of these tokens alone."""
+        if not isinstance(self._embedding_VD, Weight):
+            return self._struct, tokens
+        self._read = self._embedding_VD.rows(torch.tensor(tokens))
+        self._struct.embedding = cpu.pointer(self._read)
+        return self._struct, range(len(tokens))
 
 
 def layers_of(decoder: Decoder, weight_format: str) -> Any:
@@ -104,19 +124,11 @@ def answering(updates: Sequence[Update]) -> tuple[int, Any, Tensor | None]:
 def _quantized_weight(weight_format: WeightFormat) -> tuple[Any, ...]:
     """The quantized_weight; of weights in 16 bits the panels."""
     if isinstance(weight_format, Tiles):
-        return (
-            16,
-            *weight_format.shape,
-            cpu.ffi.cast("uint8_t *", weight_format.laid.data_ptr()),
-            cpu.ffi.NULL,
-            cpu.ffi.NULL,
-        )
-    assert isinstance(weight_format, Grouped)
-    return (
-        weight_format.bits,
-        *weight_format.shape,
-        *map(cpu.pointer, (weight_format.q, weight_format.scale_OG, weight_format.minimum_OG)),
-    )
+        laid = cpu.ffi.cast("uint8_t *", weight_format.laid.data_ptr())
+        return *weight_format.shape, 1, [(0, 16, laid, cpu.ffi.NULL, cpu.ffi.NULL)]
+    assert isinstance(weight_format, Grouped | Parts)
+    struct: tuple[Any, ...] = weight_format.struct
+    return struct
 
 
 _ADDRESS = cpu.ffi.cast("char *", 0)

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from fortwo.nn.config import Shape
+from fortwo.nn.rows import State
 from fortwo.quantization.formats import HugePageArena
 
 
 @dataclass(eq=False)
 class Slot:
     """Where a sequence lies: a row of a pool. length: tokens whose keys and values it holds; root: what its prefixes
-    are kept under, None for never."""
+    are kept under, None for never; state: what it carries besides keys and values behind its last token."""
 
     pool: Pool = field(repr=False)
     row: int
     length: int = 0
     root: int | None = None
+    state: State = field(default_factory=dict, repr=False)
 
     @property
     def capacity(self) -> int:
@@ -42,12 +44,12 @@ class Slot:
 
 
 class Pool:
-    """Keys and values (2, layers, rows, kv_heads, capacity, head_size) as `dtype`; slots: who lies in each row."""
+    """Keys and values (2, kv_layers, rows, kv_heads, capacity, head_size) as `dtype`; slots: who lies in each row."""
 
     def __init__(self, config: Shape, capacity: int, device: torch.device | str, dtype: torch.dtype) -> None:
         self.capacity = capacity
         self.kv = torch.empty(
-            2, config.layers, 0, config.kv_heads, capacity, config.head_size, device=device, dtype=dtype
+            2, config.kv_layers, 0, config.kv_heads, capacity, config.head_size, device=device, dtype=dtype
         )
         self.slots: list[Slot | None] = []
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fortwo.execution.decode_fused import COMPUTED, Step, answering, layers_of, place_of, shape_of
+from fortwo.execution.decode_fused import COMPUTED, Shape, Step, answering, layers_of, place_of
 from fortwo.kernels import cpu
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
@@ -21,7 +21,7 @@ from fortwo.nn.lora import Update
 from fortwo.quantization.formats import Weight
 from fortwo.quantization.tiles import PANEL
 
-FORMATS = ("bf16", "int8", "int4")
+FORMATS = ("bf16", "int8", "gguf", "int4")
 MANY = 512  # tokens
 
 
@@ -40,7 +40,7 @@ class Prefill:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._shape = shape_of(decoder)
+        self._shape = Shape(decoder)
         weight = decoder.layers[0].qkv_OD
         weight_format = weight.choice.format_for(MANY) if isinstance(weight, Weight) else None
         fits = weight_format in FORMATS and Step(decoder).laid and self.fits(decoder.config)
@@ -70,6 +70,7 @@ class Prefill:
             start += len(piece.tokens)
         hidden_TD = torch.empty(len(tokens), self._decoder.config.hidden)
         told = cpu.array("prompt_piece", table), cpu.array("cache_place", map(place_of, places)), *answering(updates)
-        sizes, rows = (len(tokens), len(pieces)), torch.tensor(tokens)
-        cpu.kernels().prefill(*sizes, self._shape, self._layers, rows, *told, hidden_TD)
+        shape, numbers = self._shape.embedding(tokens)
+        sizes, rows = (len(tokens), len(pieces)), torch.tensor(numbers)
+        cpu.kernels().prefill(*sizes, shape, self._layers, rows, *told, hidden_TD)
         return hidden_TD

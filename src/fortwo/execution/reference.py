@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import ClassVar, NamedTuple, Self
 
@@ -23,6 +24,7 @@ from fortwo.nn.decoder import Operations
 from fortwo.nn.lora import Lora, Segment, Update
 from fortwo.nn.network import Network
 from fortwo.nn.packing import Pack, PackedAttention, additive, attention, pack, seen
+from fortwo.nn.rows import Rows
 
 
 class Part(NamedTuple):
@@ -75,7 +77,8 @@ class ReferenceBackend:
     def forward(self, packed: Pack, segments: Sequence[Update] = ()) -> Tensor:
         attend = self.packed_attention(packed, self.decoder.config)
         with torch.no_grad():
-            return self.decoder.forward(packed.tokens_T, packed.positions_T, attend, segments)
+            network = self.decoder.with_rows(Rows(packed.lengths, packed.prefix))
+            return network.forward(packed.tokens_T, packed.positions_T, attend, segments)
 
     def train(self, packed: Pack, lora: Lora, checkpointing: bool = False, x_TD: Tensor | None = None) -> Tensor:
         x_TD = self.decoder.embed(packed.tokens_T) if x_TD is None else x_TD
@@ -84,7 +87,7 @@ class ReferenceBackend:
     def _train_layers(self, x_TD: Tensor, packed: Pack, lora: Lora, checkpointing: bool) -> Tensor:
         attend, angles = self.packed_attention(packed, self.decoder.config), self.decoder.angles(packed.positions_T)
         told = attend, [Segment(lora)], lora.seeds(), checkpointing
-        return self.decoder.through_layers(x_TD, angles, *told)
+        return self.decoder.with_rows(Rows(packed.lengths, packed.prefix)).through_layers(x_TD, angles, *told)
 
     # ------------------------------------------------------------ the cache
 
@@ -114,7 +117,9 @@ class ReferenceBackend:
             ]
             return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
-        hidden_BD = self.decoder.forward(tokens_B, positions_B, attend, self._updates(rows))
+        with carried(rows) as carrying:
+            network = self.decoder.with_rows(carrying)
+            hidden_BD = network.forward(tokens_B, positions_B, attend, self._updates(rows))
         if order != list(range(len(order))):
             hidden_BD = hidden_BD[torch.tensor(order, device=device).argsort()]
         return hidden_BD
@@ -146,7 +151,9 @@ class ReferenceBackend:
             return packed_attention(layer, qkv_TNE)
 
         updates = updates_of(self.adapters, [parts[0].adapter] * len(packed.tokens_T))
-        hidden_TD = self.decoder.forward(packed.tokens_T, packed.positions_T, attend, updates)
+        with carried(parts, P) as carrying:
+            network = self.decoder.with_rows(carrying)
+            hidden_TD = network.forward(packed.tokens_T, packed.positions_T, attend, updates)
         return hidden_TD, [[*range(P), *range(start, start + length)] for _, start, length in rests]
 
     def _prefill_parts(self, parts: Sequence[Part]) -> tuple[Tensor, list[list[int]]]:
@@ -179,12 +186,26 @@ class ReferenceBackend:
 
         tokens_T = torch.tensor([token for part in parts for token in part.tokens], device=device)
         positions = [part.before + place for part in parts for place in range(len(part.tokens))]
-        hidden_TD = self.decoder.forward(tokens_T, torch.tensor(positions, device=device), attend, self._updates(parts))
+        positions_T = torch.tensor(positions, device=device)
+        with carried(parts) as carrying:
+            network = self.decoder.with_rows(carrying)
+            hidden_TD = network.forward(tokens_T, positions_T, attend, self._updates(parts))
         return hidden_TD, [list(span) for span in spans]
 
     def _updates(self, parts: Sequence[Part]) -> list[Update]:
         """What the adapters of the parts add to their tokens, one part behind the other."""
         return updates_of(self.adapters, [part.adapter for part in parts for _ in part.tokens])
+
+
+@contextmanager
+def carried(parts: Sequence[Part], prefix: int = 0) -> Iterator[Rows]:
+    """The rows of a pass over these parts; once it is done their slots hold what the sequences carry on. prefix: tokens
+    that all begin with, and that lie in the pass once."""
+    lengths = [len(part.tokens) - prefix for part in parts]
+    rows = Rows(lengths, prefix, [part.slot.state if part.before else {} for part in parts])
+    yield rows
+    for part, state in zip(parts, rows.after, strict=True):
+        part.slot.state = state
 
 
 def within_window(parts: Sequence[Part], config: DecoderConfig) -> bool:

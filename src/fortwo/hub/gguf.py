@@ -1,4 +1,5 @@
-"""Converts a GGUF file into a Hugging Face model directory: config, fp32 weights, tokenizer, chat template.
+"""Converts a GGUF file into a Hugging Face model directory: config, fp32 weights, tokenizer, chat template,
+and beside them the quantised weights as the file has them.
 
 What llama.cpp stores how is in `gguf_networks`; where the file came from is not known here.
 """
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 def convert(file: Path, target: Path, progress: ProgressCallback) -> None:
     """Write the model in `file` into the directory `target`; transformers converts the tokenizer. Raises
     UnsupportedModel for a file that is damaged, incomplete or of an architecture that is not supported."""
+    import numpy as np
+
     parts = gguf_files.parts_of(file)
     readers = [gguf_files.open_part(part) for part in parts]
     reader, file = readers[0], parts[0]
@@ -45,9 +48,22 @@ def convert(file: Path, target: Path, progress: ProgressCallback) -> None:
     shapes = dict(sorted((shapes | gguf_networks.added_tensors(config, shapes)).items()))
     values = _dequantized(tensors, shapes, architecture, config, progress)
     weights.write_fp32(target / weights.SAFE_WEIGHTS_NAME, shapes, values)
+    types = {name: tensor.tensor_type.name for name, tensor in tensors.items() if _held_as_blocks(tensor)}
+    if types:
+        blocks = {
+            name: np.ascontiguousarray(gguf_networks.as_transformers(tensors[name].data, name, architecture, config))
+            for name in types
+        }
+        weights.write_blocks(target, types, blocks)
     progress("tokenizer", 0, 1)
     _convert_tokenizer(file, target)
     progress("tokenizer", 1, 1)
+
+
+def _held_as_blocks(tensor: ReaderTensor) -> bool:
+    from fortwo.quantization.blocks import TYPES
+
+    return len(tensor.shape) == 2 and tensor.tensor_type.name in TYPES
 
 
 def _generation_config(reader: GGUFReader) -> Json:

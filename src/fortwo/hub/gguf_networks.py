@@ -75,7 +75,7 @@ STORED = {
     "phi3": Stored("Phi3ForCausalLM", _PHI3),
 }
 _MODEL_TYPES = {"gemma3": "gemma3_text"}
-_WIDE_QUERIES = {"gemma2": 46, "gemma3": 62}  # blocks of the 27B, whose queries are scaled by width, not by head
+WIDE_QUERIES = {"gemma2": 46, "gemma3": 62}  # blocks of the 27B, whose queries are scaled by width, not by head
 
 
 def refuse_architecture(name: Any, file: Path) -> None:
@@ -166,8 +166,8 @@ def model_config(metadata: Metadata, tensors: Mapping[str, ReaderTensor], file: 
         "torch_dtype": "float32",
     }
     config |= {name: optional(key) for key, name in stored.metadata.items() if optional(key) is not None}
-    if architecture in _WIDE_QUERIES:
-        wide = config["num_hidden_layers"] == _WIDE_QUERIES[architecture]
+    if architecture in WIDE_QUERIES:
+        wide = config["num_hidden_layers"] == WIDE_QUERIES[architecture]
         config |= {
             "hidden_activation": "gelu_pytorch_tanh",
             "query_pre_attn_scalar": width // heads if wide else head_size,

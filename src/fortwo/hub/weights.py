@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from fortwo.quantization.blocks import Read
+
 ProgressCallback = Callable[[str, int, int], None]  # label, amount done, total amount
 
 SAFE_WEIGHTS_NAME = "model.safetensors"
+BLOCKS_NAME = "blocks.safetensors"  # the weights once more, as a quantised file has them
 SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
 _CHUNK_BYTES = 1 << 24
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -183,18 +186,77 @@ def write_fp32(path: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterable
 
     shapes: the shape of every tensor, in the order in which `tensors` yields them.
     """
-    header: Json = {"__metadata__": {"format": "pt"}}
+    _write(path, "F32", shapes, tensors, {})
+
+
+def write_blocks(directory: Path, types: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> None:
+    """Write the tensors of a quantised file as it has them, beside the weights. types: ggml's type of each; tensors:
+    bytes (outputs, bytes of one)."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    _write(directory / BLOCKS_NAME, "U8", shapes, tensors.items(), {"types": json.dumps(dict(types))})
+
+
+def block_types(directory: Path) -> dict[str, str]:
+    """ggml's type of each tensor that `write_blocks` has written; none for a directory without. Raises UnsupportedModel
+    when the file is damaged."""
+    if not (directory / BLOCKS_NAME).is_file():
+        return {}
+    with _open(directory / BLOCKS_NAME, "numpy") as opened:
+        types: dict[str, str] = json.loads(opened.metadata()["types"])
+    return types
+
+
+def block_bytes(directory: Path) -> int:
+    """Bytes of what `write_blocks` has written; 0 for a directory without."""
+    file = directory / BLOCKS_NAME
+    return file.stat().st_size if file.is_file() else 0
+
+
+class QuantisedTensors(Mapping[str, "Read"]):
+    """All tensors of a directory by name: those that `write_blocks` has written as blocks, the others as LazyTensors
+    has them."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._types, self._others = block_types(directory), open_tensors(directory)
+
+    def __getitem__(self, name: str) -> Read:
+        from fortwo.quantization.blocks import Blocks
+
+        if name not in self._types:
+            return self._others[name]
+        with _open(self._directory / BLOCKS_NAME, "pt") as opened:
+            return Blocks(((self._types[name], opened.get_tensor(name).clone()),))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._others
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._others)
+
+    def __len__(self) -> int:
+        return len(self._others)
+
+
+def _write(
+    path: Path,
+    dtype: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str],
+) -> None:
+    header: Json = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name, shape in shapes.items():
-        end = offset + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}
+        end = offset + _ITEM_BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for (name, shape), (given, tensor) in zip(shapes.items(), tensors, strict=True):
-            assert (given, tensor.shape, tensor.dtype.name) == (name, shape, "float32")
+            assert (given, tensor.shape, tensor.itemsize) == (name, shape, _ITEM_BYTES[dtype])
             stream.write(tensor.data)
         stream.flush()
         os.fsync(stream.fileno())

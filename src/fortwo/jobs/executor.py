@@ -205,6 +205,7 @@ class JobExecutor:
             "base_model": resident.id,
             "base_digest": resident.digest,
             "dataset_digest": dataset.digest,
+            "validation_digest": None if dataset.validation is None else dataset.validation.digest,
             "parent": plan.get("parent"),
             "facts": [asdict(fact) for fact in learned_facts(dataset, plan)],
             "plan": job.plan,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fortwo.adapters.refs import check_name
 from fortwo.data import datasets
+from fortwo.data.findings import in_each
 from fortwo.data.preview import check_row_length
 from fortwo.errors import InvalidRequest
 from fortwo.facts.subject import facts_of
@@ -16,7 +17,7 @@ from fortwo.jobs.machine import Trials, machine_of, try_out
 from fortwo.records import Dataset, Example, Plan
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
-from fortwo.train.dataset_stats import collect_stats
+from fortwo.train.dataset_stats import ValidationStats, collect_stats, shared_rows
 from fortwo.train.parent import Parent
 from fortwo.train.request import TrainingRequest
 
@@ -56,8 +57,9 @@ class JobPlanner:
         between rows; it may raise to end the planning."""
         check_name_available(request.adapter_name, self._catalog)
         self._adapters.check_publishable(request.adapter_name)
-        source, folders = self._files.source(request.dataset, self._settings.allowed_data_dirs)
-        dataset = datasets.load(source, folders, check)
+        folders = self._settings.allowed_data_dirs
+        read = in_each(request.datasets, lambda one: datasets.load(*self._files.source(one, folders), check))
+        dataset = replace(read["dataset"], validation=read.get("validation_dataset"))
         parent, resident = self._parent_and_base(request)
         if parent is not None:
             dataset = replace(dataset, parent_facts=parent.facts_to_keep(facts_of(dataset)))
@@ -66,13 +68,18 @@ class JobPlanner:
         trial = self._trials.of(resident.digest, lambda: self._engine.call(lambda: try_out(resident.backend)).result())
         machine = machine_of(trial, self._store.last_actual(resident.id))
 
-        def rows() -> Iterator[Example]:
-            for example in datasets.checked(plans.training_rows(dataset), check):
+        def rows(one: Dataset) -> Iterator[Example]:
+            for example in datasets.checked(plans.training_rows(one), check):
                 check_row_length(example, resident.renderer, base.context)
                 yield example
 
-        counts, dataset_warnings = collect_stats(resident.renderer, rows())
-        plan = plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent)
+        stats = in_each(read, lambda one: collect_stats(resident.renderer, rows(one)))
+        validation = None
+        if dataset.validation is not None:
+            own, trained = (datasets.checked(plans.training_rows(one), check) for one in (dataset.validation, dataset))
+            validation = ValidationStats(*stats["validation_dataset"], shared_rows(own, trained))
+        counts, dataset_warnings = stats["dataset"]
+        plan = plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent, validation)
         return dataset, replace(plan, warnings=(*resident.renderer.warnings, *plan.warnings))
 
     def _parent_and_base(self, request: TrainingRequest) -> tuple[Parent | None, LoadedModel]:

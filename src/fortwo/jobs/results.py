@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
 from typing import Any
 
-from fortwo.jobs.store import JobStore
+from fortwo.jobs.store import Event, JobStore
 
 RESULTS = "fine-tune-results"  # the purpose of such a file
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")  # OpenAI's
@@ -21,15 +22,25 @@ def step_metrics_csv(store: JobStore, job_id: str) -> bytes:
     """A line for each step; what is not measured is empty. Of a step that was repeated after a resume, the last
     counts."""
     rows: dict[int, dict[str, Any]] = {}
-    last = 0
-    while events := store.events(job_id, last, BATCH, types=("step", "metrics")):
-        for event in events:
-            row = rows.setdefault(event.data["step"], {"step": event.data["step"]})
-            key = "train_loss" if event.type == "step" else "valid_loss"
-            row[key] = event.data["loss" if event.type == "step" else "eval_loss"]
-        last = events[-1].id
+    for event in _events(store, job_id, "step", "metrics"):
+        row = rows.setdefault(event.data["step"], {"step": event.data["step"]})
+        key = "train_loss" if event.type == "step" else "valid_loss"
+        row[key] = event.data["loss" if event.type == "step" else "eval_loss"]
     text = io.StringIO()
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     table.writeheader()
     table.writerows(rows[step] for step in sorted(rows))
     return text.getvalue().encode()
+
+
+def eval_losses(store: JobStore, job_id: str) -> dict[int, float | None]:
+    """The loss on validation rows by step; of a step that was repeated after a resume, the last one."""
+    return {event.data["step"]: event.data["eval_loss"] for event in _events(store, job_id, "metrics")}
+
+
+def _events(store: JobStore, job_id: str, *types: str) -> Iterator[Event]:
+    """All events of these types, oldest first."""
+    last = 0
+    while events := store.events(job_id, last, BATCH, types=types):
+        yield from events
+        last = events[-1].id

@@ -133,7 +133,7 @@ class JobRunner:
             plan=plans.to_json(plan),
             progress=initial_progress(plan.computed["steps"]),
             fine_tuning=fine_tuning,
-            file_ids=[request.dataset["file_id"]] if "file_id" in request.dataset else [],
+            file_ids=request.file_ids,
             also=also,
         )
         self._wake.set()

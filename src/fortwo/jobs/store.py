@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, and_, case, or_, select, update
@@ -141,11 +142,12 @@ class JobStore:
         plan: Json,
         progress: Json,
         fine_tuning: Json | None = None,
-        file_ids: Sequence[str] = (),
+        file_ids: Mapping[str, str] = MappingProxyType({}),
         also: Callable[[Session, Job], None] = lambda _session, _job: None,
     ) -> Job:
-        """Store a new job at the end of the queue. file_ids: the uploaded files that it reads; also: called in the same
-        transaction. Raises InvalidDataset when one of the files has just been deleted."""
+        """Store a new job at the end of the queue. file_ids: the uploaded files that it reads, by the field of the
+        request that names each; also: called in the same transaction. Raises InvalidDataset when one of the files has
+        just been deleted."""
         now = time.time()
         row = JobRow(
             id=str(uuid.uuid4()),
@@ -159,18 +161,18 @@ class JobStore:
             progress=progress,
             owner=self.owner,
             fine_tuning=fine_tuning,
-            file_ids=list(file_ids) or None,
+            file_ids=list(file_ids.values()) or None,
         )
         with self.transaction() as session:
             session.add(row)
             session.flush()
             session.add(_event_row(row.id, NewEvent("queued", f"Queued: {adapter_name} on {model}.")))
-            for file_id in file_ids:
+            for name, file_id in file_ids.items():
                 file = session.get(FileRow, file_id)
                 if file is None or file.deleted_at is not None:
                     raise InvalidDataset(
-                        f"dataset.file_id = {file_id!r} was deleted while the job was planned",
-                        param="dataset.file_id",
+                        f"{name}.file_id = {file_id!r} was deleted while the job was planned",
+                        param=f"{name}.file_id",
                         hint="Upload the file again.",
                     )
             job = _job(row)

@@ -31,8 +31,9 @@ CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_l
 class Shape(Protocol):
     """What the parts that serve and train ask of any network's shape.
 
-    kv_heads, head_size: of the keys and values; context: the most tokens of a sequence; attention_softcap: as in
-    `DecoderConfig`.
+    kv_layers: layers with attention, the only ones that `attend` and `window_of` count; kv_heads, head_size: of the
+    keys and values; state_bytes: what a sequence of any length carries besides them; context: the most tokens of a
+    sequence; attention_softcap: as in `DecoderConfig`.
     """
 
     @property
@@ -43,6 +44,10 @@ class Shape(Protocol):
     def hidden(self) -> int: ...
     @property
     def layers(self) -> int: ...
+    @property
+    def kv_layers(self) -> int: ...
+    @property
+    def state_bytes(self) -> int: ...
     @property
     def heads(self) -> int: ...
     @property
@@ -60,6 +65,9 @@ class Shape(Protocol):
     @property
     def groups(self) -> Mapping[str, tuple[str, ...]]:
         """The linear modules that each product computes together."""
+
+    def has(self, layer: int, target: str, /) -> bool:
+        """Whether the layer has this linear module of `groups`."""
 
     def window_of(self, layer: int, /) -> int | None:
         """How many tokens a token of this layer sees, itself included; None for all."""
@@ -179,6 +187,18 @@ class DecoderConfig:
         if self.rope.amplitude != 1:
             differing.add("rope_amplitude")
         return frozenset(differing)
+
+    @property
+    def kv_layers(self) -> int:
+        return self.layers
+
+    @property
+    def state_bytes(self) -> int:
+        return 0
+
+    def has(self, layer: int, target: str) -> bool:
+        del layer, target
+        return True
 
     def fits_window(self, tokens: int) -> bool:
         """Whether a sequence of so many tokens is within the window of all layers."""

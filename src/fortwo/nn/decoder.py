@@ -27,10 +27,13 @@ from fortwo.nn.head import CappedHead, Head, capped
 from fortwo.nn.layer import Layer, read_layer
 from fortwo.nn.lora import Seeds, Update, in_training, lora_product
 from fortwo.nn.rope import inverse_frequency
+from fortwo.nn.rows import Rows
+from fortwo.quantization.blocks import Blocks, Read
 from fortwo.quantization.formats import (
     Frozen,
     HugePageArena,
     Weight,
+    as_in_file,
     bytes_to_train,
     dense,
     head_format,
@@ -78,34 +81,38 @@ class Operations(Protocol):
 class Decoder:
     """Frozen weights and the forward over them.
 
-    hold: called with each weight as soon as it is read; None holds them in fp32. `weights` are asked for one after the
-    other, so what reads them from a disk needs no memory for all. Raises UnsupportedModel for missing or misshapen
-    tensors.
+    hold: called with each weight as soon as it is read; None holds them in fp32. What comes as blocks is held so.
+    `weights` are asked for one after the other, so what reads them from a disk needs no memory for all. Raises
+    UnsupportedModel for missing or misshapen tensors.
     """
 
     def __init__(
         self,
         config: DecoderConfig,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Read],
         device: torch.device | str = "cpu",
         hold: Hold | None = None,
     ) -> None:
         self.config = c = config
         self.operations: Operations = fused_operations
         self.device = torch.device(device)
-        fused = Fused(config, weights, device)
+        fused, arena = Fused(config, weights, device), HugePageArena()
 
-        def held(weight: Tensor, is_head: bool = False) -> Frozen:
+        def held(weight: Read, is_head: bool = False) -> Frozen:
+            if isinstance(weight, Blocks):
+                return as_in_file(weight, arena)
             return weight.float() if hold is None else hold(weight, is_head)
 
-        self.embedding_VD = fused.embedding()
+        read_VD = fused.embedding()
+        self.embedding_VD = as_in_file(read_VD, arena) if isinstance(read_VD, Blocks) else read_VD
         self.norm_D = fused.norm("model.norm", c.hidden) * c.logit_scale
         self._norm_bias_D = fused.norm_bias("model.norm", c.hidden)
-        head_VD = fused.head(self.embedding_VD)
-        if c.tied and head_VD is not self.embedding_VD:
+        head_VD = fused.head(read_VD)
+        if c.tied and head_VD is not read_VD:
             self.config = replace(c, tied=False)  # the file has a head of its own
-        self.head: Frozen = held(head_VD, True)
-        del head_VD  # it is not needed beside what it is held in
+        shared = head_VD is read_VD and isinstance(read_VD, Blocks)
+        self.head: Frozen = self.embedding_VD if shared else held(head_VD, True)
+        del head_VD, read_VD  # they are not needed beside what they are held in
         self.layers = [read_layer(fused, index, held) for index in range(c.layers)]
         fused.raise_unused()
         self.inverse_frequency_E2 = inverse_frequency(c.rope).to(self.device)
@@ -139,6 +146,11 @@ class Decoder:
         other = copy(self)
         other.operations = operations
         return other
+
+    def with_rows(self, rows: Rows) -> Decoder:
+        """The network itself: its layers carry nothing besides keys and values."""
+        del rows
+        return self
 
     def beginning(self, layers: int) -> Decoder:
         """The network's first layers, and its head."""
@@ -187,9 +199,11 @@ class Decoder:
     def bytes(self) -> int:
         """Memory held by the weights."""
         total = sum(held.nbytes for held in self._held())
+        if self.head is self.embedding_VD:
+            return total
         if self.config.tied and isinstance(self.head, Weight):
             total += sum(weight_format.nbytes for name, weight_format in self.head.formats.items() if name != "fp32")
-        elif self.config.tied and self.head is not self.embedding_VD:
+        elif self.config.tied:
             total += self.head.nbytes
         return total
 
@@ -221,7 +235,8 @@ class Decoder:
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """What the first layer reads (T, D)."""
-        x_TD, scale = self.embedding_VD[tokens_T], self.config.embedding_scale
+        embedding_VD, scale = self.embedding_VD, self.config.embedding_scale
+        x_TD = embedding_VD.rows(tokens_T) if isinstance(embedding_VD, Weight) else embedding_VD[tokens_T]
         return x_TD if scale == 1 else x_TD * scale
 
     def angles(self, positions_T: Tensor) -> list[Angles | None]:

@@ -8,151 +8,44 @@ Packed rows, prefixes, mixed adapters and training therefore work as they do for
 
 from __future__ import annotations
 
+import logging
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fortwo.errors import UnsupportedModel
-from fortwo.nn.config import CONTEXT_NAMES
 from fortwo.nn.decoder import Angles, Attend, Hold, Operations
+from fortwo.nn.generic_config import (
+    FAILURES,
+    NOT_ADAPTED,
+    PROBE,
+    config_of,
+    layers_of,
+    probe,
+    uniform,
+    unsupported,
+)
+from fortwo.nn.generic_modules import ATTENTION, HiddenStates, Key, OutputHead, Pass, Projection, carry_state
 from fortwo.nn.head import Head
-from fortwo.nn.lora import Seeds, Update, in_training, lora_product
+from fortwo.nn.lora import Seeds, Update, in_training
 from fortwo.nn.packing import PackedAttention, pack
+from fortwo.nn.rows import Rows
 from fortwo.quantization.formats import Frozen, Weight, bytes_to_train, to_train
 from fortwo.quantization.matmul import frozen_product
 
-ATTENTION = "fortwo"  # the name of our attention function in transformers
+log = logging.getLogger(__name__)
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # the largest relative difference to transformers' own logits
-PROBE = [3, 5, 7, 11, 13, 17, 19, 23]  # tokens
 PROBES = [PROBE, [*PROBE[:3], *PROBE[:4]]]  # rows of the comparison with transformers, which begin alike
-
-Key = tuple[int, str]  # the number of a layer, and the name of a linear module within it
-
-
-@dataclass(frozen=True)
-class GenericConfig:
-    """What engine, trainer and plan ask of a network's shape, as `DecoderConfig` answers it.
-
-    modules: (in, out) of each linear module that an adapter can change, by its name within a layer, such as
-    attention.dense; path: where the layers are, such as gpt_neox.layers. parameters: of the whole network. windows:
-    how many tokens each layer sees, None for all.
-    """
-
-    architecture: str
-    vocabulary: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    intermediate: int
-    context: int
-    parameters: int
-    tied: bool
-    path: str
-    modules: Mapping[str, tuple[int, int]]
-    windows: tuple[int | None, ...]
-    attention_softcap: float | None
-
-    def window_of(self, layer: int) -> int | None:
-        return self.windows[layer]
-
-    @property
-    def groups(self) -> Mapping[str, tuple[str, ...]]:
-        """Each module is a product of its own."""
-        return {name: (name,) for name in self.modules}
-
-    def module_name(self, layer: int, target: str) -> str:
-        """PEFT's name of a module, such as gpt_neox.layers.3.attention.dense."""
-        return f"{self.path}.{layer}.{target}"
-
-    def in_features(self, group: str) -> int:
-        return self.modules[group][0]
-
-    def columns(self, name: str) -> tuple[int, int]:
-        return 0, self.modules[name][1]
-
-
-@dataclass
-class _Pass:
-    """What the modules read during a forward, and during the backward that follows it."""
-
-    attend: Attend | None = None
-    segments: Sequence[Update] = ()
-    seeds: Seeds = field(default_factory=dict)
-    weights: Mapping[Key, Frozen] = field(default_factory=dict)
-    head: Frozen | None = None
-    hidden_TD: Tensor | None = None
-    probe: Callable[..., tuple[Tensor, None]] | None = None  # in place of `attend`, while the network is probed
-
-
-class _Projection(nn.Module):
-    """A linear module whose weight the pass holds, with the updates of the adapters."""
-
-    def __init__(self, current: _Pass, key: Key, bias: Tensor | None) -> None:
-        super().__init__()
-        self._current, self._key = current, key
-        self._bias_O = None if bias is None else bias.detach().float()
-
-    def forward(self, x: Tensor) -> Tensor:
-        now, (layer, name) = self._current, self._key
-        weight_OI = now.weights[self._key]
-        x_TI = x.flatten(0, -2).to(weight_OI.dtype)
-        y_TO = lora_product(x_TI, weight_OI, layer, name, now.segments, now.seeds.get(self._key)).to(x.dtype)
-        return (y_TO if self._bias_O is None else y_TO + self._bias_O).view(*x.shape[:-1], -1)
-
-
-class _Head(nn.Module):
-    """The output embedding, whose weight the pass holds."""
-
-    def __init__(self, current: _Pass, bias: Tensor | None) -> None:
-        super().__init__()
-        self._current = current
-        self._bias_V = None if bias is None else bias.detach().float()
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self._current.head is not None
-        y_TV = frozen_product(x.flatten(0, -2), self._current.head).view(*x.shape[:-1], -1)
-        return y_TV if self._bias_V is None else y_TV + self._bias_V
-
-
-class _Output(BaseModelOutputWithPast):  # type: ignore[misc]
-    """Hidden states alone; whatever else a model's head asks for, such as a router's logits, is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-class _Hidden(nn.Module):
-    """Stands for the layers when only the head is to be computed."""
-
-    def __init__(self, current: _Pass) -> None:
-        super().__init__()
-        self._current = current
-
-    @property
-    def decoder(self) -> nn.Module:
-        """Where some models keep their layers."""
-        return self
-
-    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
-        assert self._current.hidden_TD is not None
-        return _Output(last_hidden_state=self._current.hidden_TD[None])
 
 
 class _HeadFunction:
@@ -168,30 +61,6 @@ class _HeadFunction:
         return self._network.logits(hidden_ND)
 
 
-def _attention(
-    module: nn.Module,
-    q_1HTE: Tensor,
-    k_1KTE: Tensor,
-    v_1KTE: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function: what the pass attends with, which scales by 1 / sqrt(E)."""
-    now: _Pass = module.current_pass  # type: ignore[assignment]
-    if now.probe is not None:
-        return now.probe(module.layer_idx, q_1HTE, k_1KTE, v_1KTE, **options)
-    assert now.attend is not None
-    E = q_1HTE.shape[-1]
-    if scaling is not None and scaling != E**-0.5:
-        q_1HTE = q_1HTE * (scaling * E**0.5)
-    qkv_TNE = torch.cat([q_1HTE[0], k_1KTE[0], v_1KTE[0]]).transpose(0, 1).contiguous()
-    return now.attend(module.layer_idx, qkv_TNE)[None], None  # type: ignore[arg-type]
-
-
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
-
-
 class GenericDecoder:
     """A frozen causal language model of transformers, with the interface of `Decoder`.
 
@@ -203,43 +72,54 @@ class GenericDecoder:
     def __init__(self, model: PreTrainedModel, device: torch.device | str = "cpu", hold: Hold | None = None) -> None:
         self.device = torch.device(device)
         self._model = model.eval().requires_grad_(False).to(self.device)
-        architecture = type(model).__name__
-        if not getattr(model, "_supports_attention_backend", False):
-            raise _unsupported(architecture, "its attention cannot be replaced (it has no attention interface)")
         with torch.no_grad():
             wanted_TV = torch.cat([_plain_logits(model, row) for row in PROBES])
-        self._now = now = _Pass()
+        self._now = now = Pass()
+        self._rows: Rows | None = None
         self._backbone = model.get_submodule(model.base_model_prefix)
-        path, layers = _layers(model)
+        path, layers = layers_of(model)
         self._layers, self._forwards = layers, [layer.forward for layer in layers]
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module.current_pass = now
+        self._recurrent = {number for number, layer in enumerate(layers) if carry_state(layer, now)}
         model.set_attn_implementation(ATTENTION)
-        attention, rows = _probe(self, architecture)
-        modules = _uniform(layers, rows)
+        attention, rows, state_bytes = probe(model, layers, now, self._recurrent)
+        now.attentions = {layer: place for place, layer in enumerate(sorted(attention))}
+        modules, lacking = uniform(layers, rows, NOT_ADAPTED.get(model.config.model_type, ()))
         self.weights: dict[Key, Frozen] = {}
         for number, layer in enumerate(layers):
             for name in modules:
+                if (number, name) in lacking:
+                    continue
                 linear = layer.get_submodule(name)
                 assert isinstance(linear, nn.Linear | Conv1D)
                 weight_OI = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
                 self.weights[number, name] = weight_OI.detach()
                 parent, _, attribute = name.rpartition(".")
-                setattr(layer.get_submodule(parent), attribute, _Projection(now, (number, name), linear.bias))
+                setattr(layer.get_submodule(parent), attribute, Projection(now, (number, name), linear.bias))
         output = model.get_output_embeddings()
         embedding = model.get_input_embeddings()
         assert output is not None
         tied = output.weight is embedding.weight
         self.head: Frozen = output.weight.detach()
-        model.set_output_embeddings(_Head(now, output.bias))
+        model.set_output_embeddings(OutputHead(now, output.bias))
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
         self._with_head = copy(model)
-        self._with_head._modules = {**model._modules, model.base_model_prefix: _Hidden(now)}
+        self._with_head._modules = {**model._modules, model.base_model_prefix: HiddenStates(now, self._backbone)}
         self._embedding = embedding
         self._any_token = torch.tensor([PROBE[:1]], device=self.device)
-        self.config = _config(model, attention, modules, path, tied, self._rest() + _numel(self._multiplied(), tied))
+        self.config = config_of(
+            model,
+            [attention[layer] for layer in sorted(attention)],
+            modules,
+            lacking,
+            path,
+            tied,
+            self._rest() + _numel(self._multiplied(), tied),
+            state_bytes,
+        )
         self._check(wanted_TV)
         if hold is not None:
             for key, weight in self.weights.items():
@@ -273,6 +153,11 @@ class GenericDecoder:
         """The network itself: transformers defines its small operations."""
         del operations
         return self
+
+    def with_rows(self, rows: Rows) -> GenericDecoder:
+        other = copy(self)
+        other._rows = rows
+        return other
 
     def beginning(self, layers: int) -> GenericDecoder:
         """The network itself: transformers' layers cannot be left out."""
@@ -330,6 +215,7 @@ class GenericDecoder:
         assert angles[0] is not None
         positions_T, _ = angles[0]
         now.attend, now.segments, now.seeds, now.weights = attend, segments, seeds, self.weights
+        now.rows = self._rows
         for layer, forward in zip(self._layers, self._forwards, strict=True):
             again = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
             vars(layer)["forward"] = again if checkpointing else forward
@@ -361,31 +247,65 @@ class GenericDecoder:
 
     @torch.no_grad()
     def _check(self, wanted_TV: Tensor) -> None:
-        """Compare packed rows with transformers' own logits of each row. Raises UnsupportedModel where they differ."""
+        """Compare packed rows, and of layers with a state the parts of one row, with transformers' own logits of each
+        row. Raises UnsupportedModel where they differ."""
         packed = pack(PROBES, self.device)
-        hidden_TD = self.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, self.config))
+        network = self.with_rows(Rows(packed.lengths, packed.prefix))
+        hidden_TD = network.forward(packed.tokens_T, packed.positions_T, PackedAttention(packed, self.config))
         places = [packed.place(row, position) for row, tokens in enumerate(PROBES) for position in range(len(tokens))]
         found_TV = self.logits(hidden_TD[places])
-        off = float((found_TV - wanted_TV).norm() / wanted_TV.norm())
-        if not off < CLOSE[self.dtype]:
-            raise _unsupported(
-                self.config.architecture,
-                f"its attention is not plain causal attention (its logits are off by {off:.1e})",
+        if (off := _difference(found_TV, wanted_TV)) > CLOSE[self.dtype]:
+            what = (
+                "packed rows of it are not each row alone" if self._recurrent else "its attention is not plain causal"
             )
+            raise unsupported(self.config.architecture, f"{what} (its logits are off by {off:.1e})")
+        if self._recurrent:
+            try:
+                found_PV = self.logits(self._in_parts(PROBE, (5, 7)))
+            except FAILURES as error:
+                raise unsupported(
+                    self.config.architecture, f"transformers cannot continue a sequence from its state ({error})"
+                ) from None
+            if (off := _difference(found_PV, wanted_TV[: len(PROBE)])) > CLOSE[self.dtype]:
+                raise unsupported(
+                    self.config.architecture,
+                    f"the state of its layers does not continue a sequence (its logits are off by {off:.1e})",
+                )
         product_TV = frozen_product(hidden_TD[places], self.head).float()
         self._plain_head = bool(torch.allclose(found_TV, product_TV, rtol=1e-4, atol=1e-4))
 
+    def _in_parts(self, tokens: list[int], cuts: Sequence[int]) -> Tensor:
+        """Hidden states of one row (T, D), computed in parts that end at `cuts` and at the last token."""
+        hidden, rows = [], Rows([0], states=[{}])
+        read: dict[int, list[Tensor]] = {}
+        for first, last in pairwise((0, *cuts, len(tokens))):
+            attention = PackedAttention(pack([tokens[:last]], self.device, prefix=0), self.config)
+
+            def attend(layer: int, qkv_TNE: Tensor, attention: PackedAttention = attention) -> Tensor:
+                read.setdefault(layer, []).append(qkv_TNE)
+                return attention(layer, torch.cat(read[layer]))[-len(qkv_TNE) :]
+
+            rows = Rows([last - first], states=rows.after)
+            positions_T = torch.arange(first, last, device=self.device)
+            tokens_T = torch.tensor(tokens[first:last], device=self.device)
+            hidden.append(self.with_rows(rows).forward(tokens_T, positions_T, attend))
+        return torch.cat(hidden)
+
 
 def load(directory: Path, device: torch.device | str, hold: Hold | None, dtype: torch.dtype) -> GenericDecoder:
-    """Read a model directory in transformers' layout. dtype: in which the weights are read. No code of the directory
-    is run, and no pickle is read. Raises UnsupportedModel."""
+    """Read a model directory in transformers' layout. dtype: in which the weights are read. Of a model with a tower for
+    pictures the text part is read, where transformers has a class for it. No code of the directory is run, and no
+    pickle is read. Raises UnsupportedModel."""
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         towers = [name for name in ("vision_config", "audio_config") if getattr(config, name, None) is not None]
-        if towers:
-            raise _unsupported(type(config).__name__, f"it has a tower that is not for text ({', '.join(towers)})")
+        text_alone = bool(towers) and _has_text_class(config)
+        if text_alone:
+            log.warning("The text part of %s is served; %s is left out.", type(config).__name__, " and ".join(towers))
+        elif towers:
+            raise unsupported(type(config).__name__, f"it has a tower that is not for text ({', '.join(towers)})")
         if (quantised := getattr(config, "quantization_config", None)) is not None:
-            raise _unsupported(type(config).__name__, f"its weights are quantised ({quantised.get('quant_method')})")
+            raise unsupported(type(config).__name__, f"its weights are quantised ({quantised.get('quant_method')})")
         model, found = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
@@ -405,8 +325,8 @@ def load(directory: Path, device: torch.device | str, hold: Hold | None, dtype: 
             hint="fortwo serves causal language models that transformers itself knows; it never runs a model's code.",
         ) from None
     architecture, named = type(model).__name__, config.architectures or ["?"]
-    if architecture not in named:
-        raise _unsupported(named[0], f"its model_type {config.model_type!r} means {architecture}")
+    if architecture not in named and not text_alone:
+        raise unsupported(named[0], f"its model_type {config.model_type!r} means {architecture}")
     for what, names in (
         ("lacks", "missing_keys"),
         ("has a foreign", "unexpected_keys"),
@@ -414,142 +334,26 @@ def load(directory: Path, device: torch.device | str, hold: Hold | None, dtype: 
     ):
         if wrong := sorted(map(str, found[names])):
             more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise _unsupported(architecture, f"the file {what} tensor {wrong[0]}{more}")
+            raise unsupported(architecture, f"the file {what} tensor {wrong[0]}{more}")
     return GenericDecoder(model, device, hold)
 
 
-def _unsupported(architecture: str, why: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"{architecture} cannot be served: {why}",
-        param="architectures",
-        hint="Choose another base; docs/guide-bases.md lists the families that are tested.",
-    )
+def _has_text_class(config: PreTrainedConfig) -> bool:
+    """Whether transformers has a class for the text part of this model, which knows what to leave out."""
+    text, mapping = config.sub_configs.get("text_config"), AutoModelForCausalLM._model_mapping
+    return text is not None and type(config) in mapping and mapping[type(config)].config_class is text
+
+
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    """The relative one; infinite where there are numbers that are none."""
+    off = float((found - wanted).norm() / wanted.norm())
+    return off if math.isfinite(off) else math.inf
 
 
 def _plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
     """transformers' own logits (T, V)."""
     logits: Tensor = model(torch.tensor([tokens], device=model.device), use_cache=False).logits
     return logits[0].float()
-
-
-def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of the network's layers, and its name."""
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and not re.search(r"\.\d+(\.|$)", name):
-            return name, module
-    raise _unsupported(type(model).__name__, "its layers are not in one list")
-
-
-def _linears(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            yield name, module
-
-
-class _Attention(NamedTuple):
-    """What one layer asks of its attention."""
-
-    heads: int
-    kv_heads: int
-    head_size: int
-    value_size: int
-    softcap: float | None
-    window: int | None
-
-
-@torch.no_grad()
-def _probe(decoder: GenericDecoder, architecture: str) -> tuple[list[_Attention], dict[Key, list[int]]]:
-    """One forward: what each layer asks of its attention, and how many rows each linear module was called with, call by
-    call."""
-    asked: dict[int, _Attention] = {}
-    rows: dict[Key, list[int]] = {}
-
-    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, None]:
-        if options.get("s_aux") is not None:
-            raise ValueError("it has attention sinks")
-        softcap, window = options.get("softcap"), options.get("sliding_window")
-        asked[layer] = _Attention(q.shape[1], k.shape[1], q.shape[3], v.shape[3], softcap or None, window or None)
-        return v.repeat_interleave(q.shape[1] // v.shape[1], 1).transpose(1, 2), None
-
-    def counted(key: Key) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, given: rows.setdefault(key, []).append(given[0].shape[:-1].numel())
-
-    hooks = [
-        linear.register_forward_pre_hook(counted((number, name)))
-        for number, layer in enumerate(decoder._layers)
-        for name, linear in _linears(layer)
-    ]
-    decoder._now.probe = attention
-    try:
-        embedded = decoder._model.get_input_embeddings()(torch.tensor(PROBE, device=decoder.device))
-        positions = torch.arange(len(PROBE), device=decoder.device)
-        decoder._backbone(inputs_embeds=embedded[None], position_ids=positions[None], use_cache=False)
-    except (TypeError, RuntimeError, AttributeError, ValueError, KeyError, IndexError) as error:
-        raise _unsupported(architecture, f"transformers' forward fails with our attention ({error})") from None
-    finally:
-        decoder._now.probe = None
-        for hook in hooks:
-            hook.remove()
-    if without := sorted(set(range(len(decoder._layers))) - set(asked)):
-        raise _unsupported(architecture, f"layers {without} have no attention, but a state of their own")
-    layers = [asked[number] for number in range(len(decoder._layers))]
-    if len({one[:5] for one in layers}) > 1 or layers[0].head_size != layers[0].value_size:
-        raise _unsupported(architecture, "its heads differ in size, or its layers in the soft cap of their scores")
-    return layers, rows
-
-
-def _uniform(layers: nn.ModuleList, rows: Mapping[Key, list[int]]) -> dict[str, tuple[int, int]]:
-    """(in, out) of the linear modules that every layer has in one shape, and that read every token once. Others, such
-    as a router's experts, which read a part of the tokens, are served as they are and cannot be adapted."""
-    found: dict[str, tuple[int, int]] = {}
-    for name, linear in _linears(layers[0]):
-        try:
-            same = [layer.get_submodule(name) for layer in layers]
-        except AttributeError:
-            continue
-        weights = [one.weight.shape for one in same if isinstance(one, nn.Linear | Conv1D)]
-        once = all(rows.get((number, name)) == [len(PROBE)] for number in range(len(layers)))
-        if once and len(weights) == len(layers) and len(set(weights)) == 1:
-            O, I = weights[0] if isinstance(linear, nn.Linear) else weights[0][::-1]  # noqa: E741
-            found[name] = (I, O)
-    return found
-
-
-def _config(
-    model: PreTrainedModel,
-    attention: Sequence[_Attention],
-    modules: Mapping[str, tuple[int, int]],
-    path: str,
-    tied: bool,
-    parameters: int,
-) -> GenericConfig:
-    c, one = model.config.get_text_config(), attention[0]
-    context = next((value for name in CONTEXT_NAMES if isinstance(value := getattr(c, name, None), int)), 2048)
-    rope = getattr(c, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") or getattr(c, "original_max_position_embeddings", None)
-    if rope.get("rope_type") in ("dynamic", "longrope") and original:
-        context = min(context, original)  # beyond it the angles of all rows would depend on the longest one
-    if chunk := getattr(c, "attention_chunk_size", None):
-        context = min(context, chunk)
-    hidden = model.get_input_embeddings().weight.shape[1]
-    return GenericConfig(
-        architecture=type(model).__name__,
-        vocabulary=model.get_input_embeddings().weight.shape[0],
-        hidden=hidden,
-        layers=c.num_hidden_layers,
-        heads=one.heads,
-        kv_heads=one.kv_heads,
-        head_size=one.head_size,
-        intermediate=max((max(size) for size in modules.values()), default=4 * hidden),
-        context=context,
-        parameters=parameters,
-        tied=tied,
-        path=path,
-        modules=MappingProxyType(dict(modules)),
-        windows=tuple(layer.window for layer in attention),
-        attention_softcap=one.softcap,
-    )
 
 
 def _numel(weights: Sequence[Frozen], tied: bool) -> int:

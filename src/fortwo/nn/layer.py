@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fortwo.nn.fused_weights import Fused
+from fortwo.quantization.blocks import Read
 from fortwo.quantization.formats import Frozen
 
 
@@ -34,7 +35,7 @@ class Layer:
     after_mlp_D: Tensor | None
 
 
-def read_layer(fused: Fused, index: int, held: Callable[[Tensor], Frozen]) -> Layer:
+def read_layer(fused: Fused, index: int, held: Callable[[Read], Frozen]) -> Layer:
     """The weights of one layer, read one after the other. held: called with each that is multiplied."""
     c, at = fused.config, f"model.layers.{index}"
 

@@ -269,7 +269,7 @@ def _places(config: LoraConfig, network: Shape) -> list[dict[str, tuple[Place, .
         for group, names in network.groups.items():
             places, R = [], 0
             for name, module in ((name, network.module_name(index, name)) for name in names):
-                if not config.changes(module):
+                if not network.has(index, name) or not config.changes(module):
                     continue
                 r, columns = config.rank(module), slice(*network.columns(name))
                 places.append(Place(module, slice(R, R + r), columns, config.scale(module)))

@@ -12,6 +12,7 @@ from fortwo.nn.config import Shape
 from fortwo.nn.decoder import Angles, Attend, Operations
 from fortwo.nn.head import Head
 from fortwo.nn.lora import Seeds, Update
+from fortwo.nn.rows import Rows
 
 
 class Network(Protocol):
@@ -28,6 +29,10 @@ class Network(Protocol):
     @property
     def head_VD(self) -> Head: ...
     def with_operations(self, operations: Operations) -> Self: ...
+    def with_rows(self, rows: Rows) -> Self:
+        """The same network for a pass over these rows; what it carries from token to token besides keys and values
+        starts and ends as they say."""
+
     def beginning(self, layers: int) -> Self: ...
     def in_fp32(self) -> Self: ...
     def in_bf16(self) -> Self: ...

@@ -1,7 +1,8 @@
 """Frozen weights in several formats, and which of them multiplies how many rows.
 
-A format holds one weight (O, I) and multiplies with it: fp32 exactly, bf16, int8 and int4 in groups of 32 inputs, NF4
-(see `nf4`). A `Weight` holds one or more of them and takes, for each number of rows, the one its `Choice` names.
+A format holds one weight (O, I) and multiplies with it: fp32 exactly, bf16, int8 and int4 in groups of 32 inputs (see
+`grouped`), NF4 (see `nf4`), and gguf, the numbers of a quantised file (see `blocks`). A `Weight` holds one or more of
+them and takes, for each number of rows, the one its `Choice` names.
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.kernels import cpu
 from fortwo.quantization import matmul
+from fortwo.quantization.blocks import Blocks
+from fortwo.quantization.grouped import Grouped, Parts
 from fortwo.quantization.nf4 import Nf4
 from fortwo.quantization.selection import FORMATS, Choice
 from fortwo.quantization.tiles import Tiles
 
-GROUP, TILE = 32, 16
-WIDE = 24  # rows from which on weights in 4 or 8 bits are made bf16 for AMX's tiles
 REGION = 32 << 20  # bytes of memory taken at once for quantised weights
 
 
@@ -85,82 +85,6 @@ class Dense:
         return self.weight_OI
 
 
-@dataclass(frozen=True)
-class Grouped:
-    """4 or 8 bits and, for each 32 inputs of an output, fp16 scale and minimum: w = scale * q + minimum, q in 0..15, as
-    GGUF's Q4_1 has it; or w = scale * (q - 128), q in 1..255, as Q8_0. What came from either is the same again.
-
-    x is rounded to 16 bits in the same groups, sums are exact whole numbers; of WIDE rows and more both are rounded to
-    bf16 where there are tiles for that. The kernel's layout is described in quantized_gemm.c.
-    """
-
-    bits: int
-    shape: tuple[int, int]
-    q: Tensor
-    scale_OG: Tensor  # (tiles, G, 16)
-    minimum_OG: Tensor | None
-
-    @staticmethod
-    def fits(weight_OI: Tensor) -> bool:
-        return weight_OI.shape[1] % GROUP == 0 and cpu.usable(weight_OI.new_empty(0, dtype=torch.float32))
-
-    @classmethod
-    def of(cls, weight_OI: Tensor, bits: int, arena: HugePageArena) -> Grouped:
-        O, I = weight_OI.shape  # noqa: E741
-        tiles, G = -(-O // TILE), I // GROUP
-        weight_OI = weight_OI.float().contiguous()
-        groups_OG = weight_OI.view(O, G, GROUP)
-        if bits == 4:
-            minimum_OG = groups_OG.amin(-1).half()
-            scale_OG = ((groups_OG.amax(-1) - groups_OG.amin(-1)) / 15).half()
-        else:
-            scale_OG = (groups_OG.abs().amax(-1) / 127).half()
-            minimum_OG = None
-        start_OG = scale_OG.float() * -128 if minimum_OG is None else minimum_OG.float()
-        q = torch.zeros(tiles, G, GROUP * TILE * bits // 8, dtype=torch.uint8)
-        cpu.kernels().quantize(bits, O, I, weight_OI, scale_OG.float(), start_OG, q)
-
-        def tiled(given_OG: Tensor) -> Tensor:
-            return F.pad(given_OG, (0, 0, 0, tiles * TILE - O)).view(tiles, TILE, G).transpose(1, 2).contiguous()
-
-        return cls(
-            bits,
-            (O, I),
-            arena.hold(q),
-            arena.hold(tiled(scale_OG)),
-            None if minimum_OG is None else arena.hold(tiled(minimum_OG)),
-        )
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.q, self.scale_OG, self.minimum_OG) if tensor is not None)
-
-    def product(self, x_TI: Tensor) -> Tensor:
-        O, I = self.shape  # noqa: E741
-        T = x_TI.shape[0]
-        y_TO = x_TI.new_empty(T, O)
-        kernels = cpu.kernels()
-        multiply = kernels.quantized_gemm_amx if T >= WIDE and cpu.multiplies_tiles() else kernels.quantized_gemm
-        multiply(self.bits, T, I, O, x_TI.contiguous(), self.q, self.scale_OG, self.minimum_OG, y_TO)
-        return y_TO
-
-    def dense(self) -> Tensor:
-        O, I = self.shape  # noqa: E741
-        tiles, G = self.q.shape[:2]
-        q = self.q
-        if self.bits == 4:
-            halves = q.view(tiles, G, GROUP // 8, 1, 4 * TILE)
-            q = torch.cat([halves & 15, halves >> 4], 3)
-        q_OGI = q.view(tiles, G, GROUP // 4, TILE, 4).permute(0, 3, 1, 2, 4).reshape(tiles * TILE, G, GROUP)
-
-        def plain(tiled: Tensor) -> Tensor:
-            return tiled.float().transpose(1, 2).reshape(tiles * TILE, G, 1)
-
-        scale_OG1 = plain(self.scale_OG)
-        start_OG1 = scale_OG1 * -128 if self.minimum_OG is None else plain(self.minimum_OG)
-        return (q_OGI * scale_OG1 + start_OG1).view(tiles * TILE, I)[:O]
-
-
 class Weight:
     """A frozen weight (O, I) in the formats that `choice` names, and perhaps more. nearest: the format that is nearest
     to the original; None: the first in FORMATS."""
@@ -181,6 +105,13 @@ class Weight:
 
     def product(self, x_TI: Tensor) -> Tensor:
         return self.formats[self.choice.format_for(x_TI.shape[0])].product(x_TI)
+
+    def rows(self, numbers_T: Tensor) -> Tensor:
+        """Rows of the weight (T, I) as fp32, from the format that is nearest to the original."""
+        weight_format = self.formats[self._nearest]
+        if isinstance(weight_format, Grouped | Parts):
+            return weight_format.rows(numbers_T)
+        return weight_format.dense()[numbers_T].float()
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight as a tensor, from the format that is nearest to the original."""
@@ -211,6 +142,11 @@ class Dequantised(Weight):
 
 
 Frozen = Tensor | Tiles | Weight
+
+
+def as_in_file(weight: Blocks, arena: HugePageArena) -> Weight:
+    """A weight of a quantised GGUF file in the file's numbers."""
+    return Weight(weight.shape, {"gguf": weight.grouped(arena)}, Choice.fixed("gguf"))
 
 
 def dense(weight_OI: Frozen, dtype: torch.dtype) -> Tensor:
@@ -294,13 +230,15 @@ def quantize(name: str, weight_OI: Tensor, arena: HugePageArena) -> WeightFormat
 
 
 def head_format(name: str) -> str:
-    """How the head is held where the rest has the format `name`: of what 4 bits lose it would lose most, so GGUF's
-    files and QLoRA have it wider, too."""
-    return {"int4": "int8", "nf4": "bf16"}.get(name, name)
+    """How a head that is a tensor is held where the rest has the format `name`: of what 4 bits lose it would lose most,
+    so GGUF's files and QLoRA have it wider, too."""
+    return {"int4": "int8", "nf4": "bf16", "gguf": "bf16"}.get(name, name)
 
 
 def fits(name: str, weights: Iterable[Tensor]) -> bool:
     """Whether every weight can have this format here."""
     if name in ("int8", "int4"):
         return all(Grouped.fits(weight_OI) for weight_OI in weights)
+    if name == "gguf":  # what only blocks of a file become (`as_in_file`)
+        return False
     return name != "nf4" or all(Nf4.fits(weight_OI) for weight_OI in weights)

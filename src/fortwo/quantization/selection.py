@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fortwo import disk
 
-FORMATS = ("fp32", "bf16", "int8", "int4", "nf4")  # the most exact first
+FORMATS = ("fp32", "bf16", "int8", "gguf", "int4", "nf4")  # the most exact first
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 GAIN = 1.1  # a format that is not this much faster than a more exact one is not worth it
 

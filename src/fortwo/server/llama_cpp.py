@@ -26,7 +26,6 @@ from fortwo.server.openai.parameters import Model, Parameters, Strict, check_kno
 from fortwo.server.openai.replies import Replies
 from fortwo.server.request_body import MOST_ITEMS, JsonRoute
 from fortwo.server.state import AppState, AppStateDep
-from fortwo.server.workers import until_disconnect
 
 if TYPE_CHECKING:
     from fortwo.engine.registry import Target
@@ -41,8 +40,12 @@ class OfModel(Strict):
 
 
 async def _target(request: Request, state: AppState, model: str | None) -> Target:
-    name = state.settings.default_model if model is None else model
-    return await until_disconnect(request.receive, state.resolve(name))
+    """The model, loaded if necessary. Raises what Replies.target raises."""
+    replies = Replies(state, request, 0)
+    async with replies.target(state.settings.default_model if model is None else model) as target:
+        await replies.submit(())
+    replies.close()
+    return target
 
 
 @router.get("/props", summary="Context, chat template and control tokens of a model")
@@ -116,13 +119,8 @@ class TemplateRequest(OfModel):
 async def apply_template(request: Request, state: AppStateDep, body: TemplateRequest) -> Json:
     target = await _target(request, state, body.model)
     check_length(target, sum(len(message.content) for message in body.messages), "messages")
-    return {"prompt": await run_in_threadpool(_applied, target, body)}
-
-
-def _applied(target: Target, body: TemplateRequest) -> str:
-    renderer = target.model.renderer
-    tokens = renderer.encode_prompt([message.message() for message in body.messages])
-    return renderer.decode_with_control_tokens(tokens)
+    messages = [message.message() for message in body.messages]
+    return {"prompt": await run_in_threadpool(target.model.renderer.render, messages)}
 
 
 @router.get("/lora-adapters", summary="The current version of each adapter, as llama.cpp lists them")
@@ -164,8 +162,18 @@ class CompletionRequest(LlamaOptions):
     n_probs: Annotated[Any, only(0)] = None
     samplers: Annotated[Any, only()] = None
     dynatemp_range: Annotated[Any, only(0, 0.0)] = None
+    dynatemp_exponent: float | None = Field(None, description="Accepted; has no effect without dynatemp_range.")
     xtc_probability: Annotated[Any, only(0, 0.0)] = None
+    xtc_threshold: float | None = Field(None, description="Accepted; has no effect without xtc_probability.")
     dry_multiplier: Annotated[Any, only(0, 0.0)] = None
+    dry_base: float | None = Field(None, description="Accepted; has no effect without dry_multiplier.")
+    dry_allowed_length: int | None = Field(None, description="Accepted; has no effect without dry_multiplier.")
+    dry_penalty_last_n: int | None = Field(None, description="Accepted; has no effect without dry_multiplier.")
+    min_keep: Annotated[Any, only(0)] = None
+    n_indent: Annotated[Any, only(0)] = None
+    t_max_predict_ms: Annotated[Any, only(0, -1)] = None
+    post_sampling_probs: Annotated[Any, only(False)] = None
+    timings_per_token: Annotated[Any, only(False)] = None
     return_tokens: Annotated[Any, only(False)] = None
     response_fields: Annotated[Any, only([])] = None
 

@@ -172,7 +172,7 @@ _refuse(
     "/api/pull",
     "Use POST /api/models/{id}/load, which fetches a model of the catalog, or: fortwo models add NAME hf:OWNER/REPO",
 )
-_refuse("/api/push", "An adapter's directory can be uploaded to a hub as it is: PEFT reads it.")
+_refuse("/api/push", "Write an adapter for a hub or for another program with: fortwo adapters export NAME --to peft")
 _refuse(
     "/api/create", "Teach an adapter with POST /api/training/start, or add a base with: fortwo models add NAME PATH"
 )

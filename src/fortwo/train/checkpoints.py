@@ -73,7 +73,7 @@ class RunState:
     on_policy_replies: the adapter's replies to hard negatives, by the step whose evaluation found leaks; None if they
     are still to be asked for (`PreparedObjective.refresh_on_policy`). saved_step, saved_at: the step of the last
     checkpoint, and the seconds on the clock when it was made. reference_N: what the reference of preferences gives to
-    all answers."""
+    all answers. validation_digest: that of the validation_dataset, if there is one."""
 
     lora: Lora
     flat_N: Tensor
@@ -90,6 +90,7 @@ class RunState:
     saved_step: int = 0
     saved_at: float = 0.0
     reference_N: Tensor | None = None
+    validation_digest: str | None = None
     _rows_hash: Any = field(default_factory=hashlib.sha256)
 
     def last_step(self, plan: Plan) -> int:
@@ -138,6 +139,7 @@ def capture(run: RunState, served: ServedBase) -> Checkpoint:
         "eval_losses": [[one.step, one.loss] for one in run.eval_losses],
         "rounds": [asdict(one) for one in run.retry_rounds],
         "drawn": run.rows_digest,
+        "validation": run.validation_digest,
         "replies": [[step, replies] for step, replies in run.on_policy_replies.items()],
         "cpu_kernel": fp32_kernel(),
         "best": {"score": run.best.score, "step": run.best.step, "metrics": run.best.metrics},
@@ -181,7 +183,8 @@ def retry_rounds(checkpoint: Checkpoint) -> list[RetryRound]:
 
 def restore(run: RunState, checkpoint: Checkpoint) -> None:
     """Restore the captured state in a new run that has drawn its rows up to the checkpoint's step again. Raises
-    TrainingFailed (code checkpoint_stale) if they are not the rows of the captured run."""
+    TrainingFailed (code checkpoint_stale) if they are not the rows of the captured run, or if its validation rows are
+    others."""
     state = checkpoint.state
     moments: dict[str, Tensor] = {}
     best: dict[int, Tensor] = {}
@@ -195,6 +198,12 @@ def restore(run: RunState, checkpoint: Checkpoint) -> None:
         raise TrainingFailed(
             f"the checkpoint of step {checkpoint.step} was trained on other rows than this plan now draws",
             hint="fortwo has changed since then. Resume the job; it will start from the beginning.",
+            code="checkpoint_stale",
+        )
+    if run.validation_digest != state.get("validation"):
+        raise TrainingFailed(
+            f"the checkpoint of step {checkpoint.step} was validated on other rows than this run has",
+            hint="Its losses cannot be compared with new ones. Give the same validation_dataset, or start a new job.",
             code="checkpoint_stale",
         )
     parameters = run.lora.parameters()

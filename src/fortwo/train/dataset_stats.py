@@ -65,6 +65,15 @@ class DatasetWarnings:
     truncated: AffectedLines = AffectedLines()
 
 
+@dataclass(frozen=True)
+class ValidationStats:
+    """Of the rows of a validation_dataset. trained: those that are also rows of the dataset."""
+
+    counts: TokenCounts
+    warnings: DatasetWarnings = DatasetWarnings()
+    trained: AffectedLines = AffectedLines()
+
+
 class RowLengths(Sequence[RowLength]):
     """A sequence of `RowLength` that needs sixteen bytes for each row."""
 
@@ -131,6 +140,16 @@ def collect_stats(renderer: Rendering, examples: Iterable[Example]) -> tuple[Tok
     return TokenCounts(rows, len(prefix)), texts.warnings()
 
 
+def shared_rows(validation: Iterable[Example], trained: Iterable[Example]) -> AffectedLines:
+    """The validation rows whose text is also that of a row that is trained on."""
+    lines, wholes = array("Q"), array("Q")
+    for example in validation:
+        lines.append(example.line)
+        wholes.append(_whole(example))
+    known = np.fromiter(map(_whole, trained), np.uint64)
+    return _lines(np.frombuffer(lines, np.uint64), np.flatnonzero(np.isin(np.frombuffer(wholes, np.uint64), known)))
+
+
 def _finding(example: Example, error: InvalidDataset) -> tuple[RowLocation, list[Finding]]:
     what = error.message.removeprefix(f"line {example.line}: ")
     location = RowLocation(f"line {example.line}", "dataset", example.line)
@@ -150,10 +169,8 @@ class _TextChecks:
         self._template = ""
 
     def add(self, example: Example) -> None:
-        messages, rejected = _texts(example.messages), _texts(example.rejected)
-        label = [] if example.label is None else [str(example.label)]
-        answer = example.answer.strip()
-        whole = _hash([*messages, *rejected, *label] if example.text is None else [example.text])
+        messages, rejected, label = _parts(example)
+        answer, whole = example.answer.strip(), _whole(example)
         self._lines.append(example.line)
         self._wholes.append(whole)
         if rejected:  # which of two answers is chosen answers the question that the two are
@@ -193,6 +210,17 @@ class _TextChecks:
             return AffectedLines()
         cut = np.flatnonzero(np.frombuffer(self._lengths, np.uint32) == self._longest)
         return _lines(lines, cut) if len(np.unique(answers[cut])) >= TRUNCATED_ROWS else AffectedLines()
+
+
+def _whole(example: Example) -> int:
+    """The hash of all texts of an example."""
+    return _hash([text for part in _parts(example) for text in part] if example.text is None else [example.text])
+
+
+def _parts(example: Example) -> tuple[list[str], list[str], list[str]]:
+    """The texts of the messages, of those of the rejected answer, and of the label."""
+    label = [] if example.label is None else [str(example.label)]
+    return _texts(example.messages), _texts(example.rejected), label
 
 
 def _texts(messages: Sequence[Message]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fortwo.records import Plan, PlanWarning
-from fortwo.train.dataset_stats import DatasetWarnings
+from fortwo.train.dataset_stats import AffectedLines, DatasetWarnings, ValidationStats
 from fortwo.train.estimate import Machine, format_duration, format_size
 from fortwo.train.options import WITHOUT_WARMUP
 from fortwo.train.recipes import OverrideRecipe, Recipe, recipe_for
@@ -87,8 +87,42 @@ def dataset_warnings(rows: DatasetWarnings) -> tuple[PlanWarning, ...]:
             "Export the rows again with complete answers.",
         ),
     }
+    return _of_rows(found)
+
+
+def validation_warnings(stats: ValidationStats) -> tuple[PlanWarning, ...]:
+    """Warnings about rows of the validation_dataset. These rows are evaluated nevertheless."""
+    found = {
+        "validation_rows_trained_on": (
+            stats.trained,
+            "the text is the same as in a row of dataset, so eval_loss does not show whether the model learned it by "
+            "heart",
+            "Remove them from dataset or from validation_dataset; fortwo drops no rows.",
+        ),
+        "validation_duplicate_rows": (
+            stats.warnings.duplicates,
+            "the text is the same as in an earlier row, so that it counts more than once in eval_loss",
+            "Remove them unless they are intended; fortwo drops no rows.",
+        ),
+        "validation_foreign_template": (
+            stats.warnings.foreign_templates,
+            f"the text contains {stats.warnings.template!r}, which belongs to a chat template: eval_loss would count "
+            "it as plain text, in addition to the model's own template",
+            "Give only the conversation, as messages or as prompt and completion; fortwo adds the model's template.",
+        ),
+        "validation_truncated_answers": (
+            stats.warnings.truncated,
+            "the answer ends within a word, at the same length as others: it looks truncated",
+            "Export the rows again with complete answers.",
+        ),
+    }
+    return _of_rows(found, " of validation_dataset")
+
+
+def _of_rows(found: Mapping[str, tuple[AffectedLines, str, str]], dataset: str = "") -> tuple[PlanWarning, ...]:
+    """Those of these warnings that are about any rows. found: the rows, what is wrong, and the remedy, by code."""
     return tuple(
-        PlanWarning(code, f"{lines.count} {'row' if lines.count == 1 else 'rows'} ({lines}): {what}", hint)
+        PlanWarning(code, f"{lines.count} {'row' if lines.count == 1 else 'rows'}{dataset} ({lines}): {what}", hint)
         for code, (lines, what, hint) in found.items()
         if lines.count
     )

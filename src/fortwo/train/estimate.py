@@ -47,8 +47,8 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class LinearModule:
-    """A linear module of every layer. names: PEFT's, one for each layer; fused: outputs of the product that it is part
-    of."""
+    """A linear module of some layers. names: PEFT's, one for each layer that has it; fused: outputs of the product that
+    it is part of."""
 
     names: tuple[str, ...]
     inputs: int
@@ -63,7 +63,7 @@ def linear_modules(config: Shape) -> dict[str, LinearModule]:
         fused = max(config.columns(name)[1] for name in members)
         for name in members:
             first, last = config.columns(name)
-            names = tuple(config.module_name(layer, name) for layer in range(config.layers))
+            names = tuple(config.module_name(layer, name) for layer in range(config.layers) if config.has(layer, name))
             modules[name] = LinearModule(names, config.in_features(group), last - first, fused)
     return modules
 
@@ -74,7 +74,8 @@ class BaseFacts:
 
     bytes: the weights as they are stored; bf16_copy, fp32_copy: bytes of the additional copy for training in that type;
     targets: the modules of a layer that an adapter can change; cache: tokens whose keys and values fit, None for any
-    number; kv_element: bytes of one element of them; generic: whether transformers computes the layers.
+    number; kv_element: bytes of one element of them; generic: whether transformers computes the layers;
+    without_attention: layers that keep no keys and values; state_bytes: what a reply keeps besides them.
     """
 
     id: str
@@ -92,6 +93,8 @@ class BaseFacts:
     cache: int | None = None
     kv_element: int = FLOAT
     generic: bool = False
+    without_attention: int = 0
+    state_bytes: int = 0
 
     @classmethod
     def of(cls, id: str, decoder: Network, cache: int | None = None, kv_element: int = FLOAT) -> BaseFacts:
@@ -112,12 +115,14 @@ class BaseFacts:
             cache=cache,
             kv_element=kv_element,
             generic=not isinstance(config, DecoderConfig),
+            without_attention=config.layers - config.kv_layers,
+            state_bytes=config.state_bytes,
         )
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of a token's keys and values."""
-        return 2 * self.kv_element * self.layers * self.kv
+        return 2 * self.kv_element * (self.layers - self.without_attention) * self.kv
 
 
 @dataclass(frozen=True)
@@ -299,22 +304,24 @@ def memory(
     activations of one layer are stored. best: the best adapter is kept. moments: the optimizer's, in copies of the
     adapter. replies: tokens whose keys and values are stored in an evaluation."""
     element = 2 if bf16 else FLOAT
-    adapter = base.layers * sum(
-        r * (base.targets[name].inputs + base.targets[name].outputs) for name, r in ranks.items()
-    )
+    targets = [(r, base.targets[name]) for name, r in ranks.items()]
+    adapter = sum(r * len(target.names) * (target.inputs + target.outputs) for r, target in targets)
     sums, inputs = 2 * base.hidden, 2 * base.hidden + 2 * base.q + 2 * base.kv + 3 * base.intermediate
     layer = micro_step * (FLOAT * sums + element * inputs)
     # the adapter's matrices as the products read them: each B has as many rows as the fused product has outputs
-    layer += element * sum(r * (base.targets[name].inputs + base.targets[name].fused) for name, r in ranks.items())
+    layer += element * sum(r * (target.inputs + target.fused) for r, target in targets)
     activations = base.layers * layer
     if checkpointing:
         activations = layer + base.layers * micro_step * (FLOAT + element) * base.hidden
     # the gradient, and twice the adapter with its moments, since a checkpoint that is being written is a copy of them
     states = 1 + 2 * (1 + moments) + (BEST_COPIES if best else 0)
     constant = PROCESS + base.bytes + (base.bf16_copy if bf16 else base.fp32_copy) + states * FLOAT * adapter
-    keys_values = base.kv_bytes_per_token * (replies if base.cache is None else min(replies, base.cache))
+    at_once = min(MAX_RUNNING, replies // MIN_ROW_TOKENS)
+    kept = base.kv_bytes_per_token * replies + base.state_bytes * at_once
+    if base.cache is not None:
+        kept = min(kept, base.kv_bytes_per_token * base.cache)
     training = constant + FRAGMENTATION * (activations + HEAD_COPIES * HEAD_BYTES)
-    return Memory(round(training), round(constant + keys_values))
+    return Memory(round(training), round(constant + kept))
 
 
 def cache_tokens(counts: TokenCounts, sft: bool) -> int:

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from fortwo.data.spool import Spool
 from fortwo.errors import InvalidRequest, TrainingFailed
 from fortwo.execution.backend import Backend
 from fortwo.facts import metrics
+from fortwo.facts.exam import passes
 from fortwo.facts.prompt_builder import Probes
-from fortwo.facts.subject import contains_phrase
 from fortwo.nn.lora import Lora, Segment
 from fortwo.nn.packing import common_prefix, pack
 from fortwo.prompts import NON_FINITE_LOGITS, Generation, Prompt, Sampling, Serving
@@ -33,7 +34,7 @@ from fortwo.records import (
     Message,
     Metric,
     MicroStepped,
-    OneHop,
+    ReplyCheck,
     Report,
     TrainEvent,
     TrainEvents,
@@ -148,13 +149,17 @@ def interleave(*runs: TrainEvents[None]) -> TrainEvents[None]:
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt of an evaluation. passes: whether a reply is right; None for retention, which compares with the base's
+    """One prompt of an evaluation. check: when a reply is right; None for retention, which compares with the base's
     reply. fact: the fact that the question is about, if any."""
 
     kind: str
     messages: tuple[Message, ...]
-    passes: Callable[[str], bool] | None = None
+    check: ReplyCheck | None = None
     fact: Fact | None = None
+
+    @property
+    def passes(self) -> Callable[[str], bool] | None:
+        return None if self.check is None else partial(passes, self.check)
 
     @property
     def prompt(self) -> str:
@@ -202,16 +207,19 @@ class Evaluator:
         yield from self.ask_base(served)
         transcripts = []
         for question in self.questions:
-            base, reply = self._base_replies[question.messages].text, self._replies[question.messages].text
-            passed = reply == base if question.passes is None else question.passes(reply)
-            transcripts.append(Transcript(question.kind, question.prompt, base, reply, passed))
+            base, reply = self._base_replies[question.messages], self._replies[question.messages].text
+            passed = reply == base.text if question.passes is None else question.passes(reply)
+            before, kept = question.messages[:-1], base.tokens if question.check is None else ()
+            asked = (question.kind, question.prompt, base.text, reply, passed, before, question.check, kept)
+            transcripts.append(Transcript(*asked))
         base_metrics = _shares(self.questions, self._base_replies)
         if "retention" in found:
             n = found["retention"].n
             base_metrics["retention"] = metrics.share(n, n)
         base_metrics["score"] = _score(base_metrics)
         prompted = yield from self._prompted_metrics(served)
-        return Report(found, base_metrics, tuple(transcripts), prompted, facts=self.fact_reports())
+        facts = self.fact_reports()
+        return Report(found, base_metrics, tuple(transcripts), prompted, facts=facts, reply_tokens=self.tokens)
 
     def _prompted_metrics(self, served: ServedBase) -> TrainEvents[dict[str, Metric]]:
         """The metrics of the base when the system prompt states the facts: what one gets without training."""
@@ -268,29 +276,20 @@ def fact_questions(fact: Fact, probes: Probes, of_parent: bool = False) -> tuple
     """Questions from a fact and from its probes; those for retention are about no fact. of_parent: the fact belongs to
     the parent and is counted under separate kinds (kept_efficacy and so on)."""
     prefix = "kept_" if of_parent else ""
-
-    def holds_fact(reply: str) -> bool:
-        return contains_phrase(reply, fact.match)
-
-    def spares_fact(reply: str) -> bool:
-        return not contains_phrase(reply, fact.match)
-
+    holds, spares = ReplyCheck("contains", fact.match), ReplyCheck("lacks", fact.match)
     return (
-        *(Question(f"{prefix}efficacy", single_turn(prompt), holds_fact, fact) for prompt in fact.questions),
-        *(Question(f"{prefix}paraphrase", single_turn(prompt), holds_fact, fact) for prompt in probes.paraphrase),
-        *(Question(f"{prefix}specificity", single_turn(prompt), spares_fact, fact) for prompt in probes.specificity),
+        *(Question(f"{prefix}efficacy", single_turn(prompt), holds, fact) for prompt in fact.questions),
+        *(Question(f"{prefix}paraphrase", single_turn(prompt), holds, fact) for prompt in probes.paraphrase),
+        *(Question(f"{prefix}specificity", single_turn(prompt), spares, fact) for prompt in probes.specificity),
         *(Question("retention", single_turn(prompt)) for prompt in probes.retention),
     )
 
 
 def portability_questions(fact: Fact, of_parent: bool = False) -> tuple[Question, ...]:
     """The fact's questions about what follows from it."""
-
-    def follows(hop: OneHop) -> Callable[[str], bool]:
-        return lambda reply: contains_phrase(reply, hop.match)
-
     kind = "kept_portability" if of_parent else "portability"
-    return tuple(Question(kind, single_turn(hop.prompt), follows(hop), fact) for hop in fact.portability)
+    hops = [(single_turn(hop.prompt), ReplyCheck("contains", hop.match)) for hop in fact.portability]
+    return tuple(Question(kind, messages, follows, fact) for messages, follows in hops)
 
 
 def _score(found: Mapping[str, Metric]) -> Metric:
@@ -302,20 +301,13 @@ def example_questions(examples: Sequence[Example]) -> tuple[Question, ...]:
     """Training prompts, for which a reply is right if the trained answer begins with it, or if it has the names and
     the values of the calls of tools that were trained."""
 
-    def answers_as(answer: str) -> Callable[[str], bool]:
-        return lambda reply: bool(reply.strip()) and answer.strip().startswith(reply.strip())
-
-    def calls_as(calls: str) -> Callable[[str], bool]:
-        wanted = [
-            text
-            for call in json.loads(calls)
-            for text in (call["function"]["name"], *map(_written, call["function"]["arguments"].values()))
-        ]
-        return lambda reply: all(text in reply for text in wanted)
-
-    def right(example: Example) -> Callable[[str], bool]:
+    def right(example: Example) -> ReplyCheck:
         calls = "" if example.text is not None else example.messages[len(example.prompt_messages)].tool_calls
-        return calls_as(calls) if calls else answers_as(example.answer)
+        if not calls:
+            return ReplyCheck("begins", (example.answer,))
+        called = [call["function"] for call in json.loads(calls)]
+        wanted = [text for one in called for text in (one["name"], *map(_written, one["arguments"].values()))]
+        return ReplyCheck("holds", tuple(wanted))
 
     return tuple(Question("efficacy", example.prompt_messages, right(example)) for example in examples)
 

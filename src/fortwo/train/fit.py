@@ -17,7 +17,8 @@ TIGHT = 0.75  # of the memory; above it other programs may leave too little
 CONTEXT = 2048  # tokens of a conversation whose keys and values are counted
 RANK = 16
 SHARE = 0.5  # of the memory: what `auto` may hold, as in execution.autotuning
-PER_PARAMETER = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0625, "int4": 0.625, "nf4": 0.5625}  # bytes
+PER_PARAMETER = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0625, "gguf": 0.6875, "int4": 0.625, "nf4": 0.5625}  # bytes
+BLOCKS = 1.12  # bytes of what the numbers of a quantised file are held in, relative to the file's
 _DIMENSIONS = (
     "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size"
 ).split()
@@ -61,19 +62,23 @@ def verdict(needed: int, memory: int) -> Verdict:
     return "fits" if needed <= TIGHT * memory else "tight"
 
 
-def fit(config: Json, weights: str, memory: int) -> Fit | None:
+def fit(config: Json, weights: str, memory: int, blocks: int = 0) -> Fit | None:
     """How a base of these dimensions, under the names of config.json, fits; None where they cannot be read. weights:
-    FORTWO_WEIGHTS; memory: bytes of the device."""
+    FORTWO_WEIGHTS; memory: bytes of the device; blocks: bytes of the weights as a quantised file has them, 0 if there
+    are none."""
     shape = _shape(config)
     if shape is None:
         return None
-    weight_format = held_format(shape.parameters, memory) if weights == "auto" else weights
+    automatic = "gguf" if blocks else held_format(shape.parameters, memory)
+    weight_format = automatic if weights == "auto" else weights
     embedding = shape.hidden * shape.vocabulary
     held = (
         PER_PARAMETER[weight_format] * (shape.parameters - embedding)
         + max(2.0, PER_PARAMETER[weight_format]) * embedding
     )
-    copy = 2 * shape.parameters if weight_format in ("int8", "int4") else 0
+    if weight_format == "gguf":
+        held = BLOCKS * blocks or PER_PARAMETER["gguf"] * shape.parameters
+    copy = 2 * shape.parameters if weight_format in ("int8", "gguf", "int4") else 0
     base = estimate.BaseFacts.of("", _Weights(shape, round(held), copy))
     ranks = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), RANK)
     job = estimate.memory(

@@ -55,12 +55,17 @@ _FOREIGN = (
         "Leave it out: rows are always packed without padding, and none sees another.",
     ),
     Refused(
-        "dataset_text_field dataset_kwargs dataset_prepared_path formatting_func datasets test_datasets dataset "
-        "eval_dataset train_dataset dataset_dir dataset_name dataset_config dataset_train_split dataset_test_split "
+        "dataset_text_field dataset_kwargs dataset_prepared_path formatting_func datasets dataset "
+        "train_dataset dataset_dir dataset_name dataset_config dataset_train_split dataset_test_split "
         "field_messages message_property_mappings max_samples streaming mix_strategy interleave_probs "
         "shuffle_merged_datasets shuffle_dataset shuffle_before_merging_datasets skip_prepare_dataset "
         "remove_columns eval_on_each_dataset media_dir",
         "Leave it out: the request's `dataset` names the rows, and the keys of a row say what it is.",
+        (None, {}, []),
+    ),
+    Refused(
+        "validation_dataset eval_dataset test_datasets val_file validation_file eval_file",
+        "Leave it out: the request's `validation_dataset`, beside its `dataset`, names the rows of validation.",
         (None, {}, []),
     ),
     Refused(

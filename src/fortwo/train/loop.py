@@ -109,7 +109,8 @@ def train(
     says. resumed: a checkpoint of a run with the same plan and rows. The run continues from it as if it had never
     stopped; on a CPU with the same number of threads, the adapter is the same bit for bit. The adapter is detached from
     `serving` at the end, however the run ends. Raises TrainingFailed: code nan_loss if the loss or the adapter's logits
-    become NaN or infinite, code checkpoint_stale if the plan now draws other rows than before `resumed`."""
+    become NaN or infinite, code checkpoint_stale if the plan now draws other rows than before `resumed`, or
+    if the validation rows are others."""
     held = base.backend.decoder
     backend = base.backend.with_decoder(held.in_bf16() if plan["bf16"] else held.in_fp32())
     decoder = backend.decoder
@@ -130,7 +131,9 @@ def train(
         clock.preparing += time.perf_counter() - began
         yield Phase("running")
         flat_N = lora.flatten()
-        run = RunState(lora, flat_N, _optimizer(flat_N, plan), clock, reference_N=objective.reference_N)
+        digest = None if dataset.validation is None else dataset.validation.digest
+        optimizer, reference_N = _optimizer(flat_N, plan), objective.reference_N
+        run = RunState(lora, flat_N, optimizer, clock, reference_N=reference_N, validation_digest=digest)
         if resumed is not None:
             run.retry_rounds = checkpoints.retry_rounds(resumed)
             run.on_policy_replies = checkpoints.on_policy_replies(resumed)

@@ -21,7 +21,8 @@ from fortwo.train.refused import LORA_REFUSED, TRAINING_REFUSED
 BASE_KEYS = ("base_model", "model_name_or_path", "model_name", "model")
 NAME_KEYS = ("output_dir", "run_name", "hub_model_id")
 DATASET_KEYS = ("datasets", "dataset", "dataset_name", "train_file")
-HANDLED = {*BASE_KEYS, *DATASET_KEYS, "output_dir", "rl", "stage"}
+VALIDATION_KEYS = ("test_datasets", "eval_dataset", "val_file", "validation_file", "eval_file")
+HANDLED = {*BASE_KEYS, *DATASET_KEYS, *VALIDATION_KEYS, "output_dir", "rl", "stage"}
 OBJECTIVE_KEYS = ("rl", "stage")  # of Axolotl, and of LLaMA-Factory
 OBJECTIVES: dict[str, tuple[str, Json]] = {
     "sft": ("sft", {}),
@@ -65,7 +66,8 @@ def migrate(config: Mapping[str, Any], name: str | None, find_base: Callable[[st
     left: list[LeftOut] = []
     request: Json = {"adapter_name": name if name is not None else _adapter_name(config)}
     _base(config, find_base, request, left)
-    _dataset(config, request, left)
+    _dataset(config, DATASET_KEYS, "dataset", request, left)
+    _dataset(config, VALIDATION_KEYS, "validation_dataset", request, left)
     sections: dict[str, Json] = {"lora_config": {}, "training_config": {}}
     for key, value in config.items():
         if key not in HANDLED and value is not None and not (key == "pref_loss" and value == objective):
@@ -75,7 +77,7 @@ def migrate(config: Mapping[str, Any], name: str | None, find_base: Callable[[st
         preferences = any(key in sections["training_config"] for key in _OF_PREFERENCES)
         objective = "auto" if preferences else "sft"
     _drop_foreign_to(objective, sections["training_config"], left)
-    _drop_contradictions(sections, left)
+    _drop_contradictions(sections, "validation_dataset" in request, left)
     request |= {section: values for section, values in sections.items() if values}
     return Migration(request | {"objective": objective}, tuple(left))
 
@@ -130,10 +132,10 @@ def _base(
     left.append(LeftOut(key, named, f"It {what}. Add it with fortwo models add ID PATH, and write its id as `model`."))
 
 
-def _dataset(config: Mapping[str, Any], request: Json, left: list[LeftOut]) -> None:
-    """The dataset, if it is one local file."""
+def _dataset(config: Mapping[str, Any], keys: Sequence[str], field: str, request: Json, left: list[LeftOut]) -> None:
+    """The dataset that any of these keys names, if it is one local file. field: of the request, which gives it."""
     found: list[tuple[str, str]] = []
-    for key in DATASET_KEYS:
+    for key in keys:
         value = config.get(key)
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, Mapping):
@@ -144,7 +146,7 @@ def _dataset(config: Mapping[str, Any], request: Json, left: list[LeftOut]) -> N
             ]
     files = [(key, name) for key, name in found if PurePath(name).suffix.lower() in FILES]
     if len(found) == 1 and files:
-        request["dataset"] = {"path": files[0][1]}
+        request[field] = {"path": files[0][1]}
         return
     for key, name in found:
         why = (
@@ -152,7 +154,7 @@ def _dataset(config: Mapping[str, Any], request: Json, left: list[LeftOut]) -> N
             if len(found) > 1
             else ("It is not a file. Save it as one, for example with datasets: load_dataset(...).to_parquet(...).")
         )
-        left.append(LeftOut(key, name, f'{why} Then name the file as `dataset`: {{"path": ...}}.'))
+        left.append(LeftOut(key, name, f'{why} Then name the file as `{field}`: {{"path": ...}}.'))
 
 
 def _columns(key: str, dataset: Mapping[str, Any], left: list[LeftOut]) -> None:
@@ -223,12 +225,12 @@ def _plain(key: str, own: str, value: Any) -> Any:
     return value
 
 
-def _drop_contradictions(sections: dict[str, Json], left: list[LeftOut]) -> None:
+def _drop_contradictions(sections: dict[str, Json], validation_dataset: bool, left: list[LeftOut]) -> None:
     """Leave out what contradicts another key of training_config, until the rest is a request."""
     training = sections["training_config"]
     while training:
         try:
-            parse_training_config(training)
+            parse_training_config(training, validation_dataset)
         except InvalidRequest as error:
             key = str(error.param).rpartition(".")[2]
             left.append(LeftOut(key, training.pop(key), f"{error.message.rstrip('.')}. {error.hint}"))

@@ -230,7 +230,8 @@ def prepare_sft(served: ServedBase, dataset: Dataset, plan: Plan) -> TrainEvents
     examples = training_rows(dataset)
     computed = plan.computed
     validation_rows = computed.get("validation_rows", 0)
-    indices = validation_indices(computed["rows"] + validation_rows, validation_rows, plan["seed"])
+    held = validation_rows if dataset.validation is None else 0
+    indices = validation_indices(computed["rows"] + held, held, plan["seed"])
     training, validation = Spool(), Spool()
     asked: list[Example] = []
     longest = seen = 0
@@ -247,8 +248,16 @@ def prepare_sft(served: ServedBase, dataset: Dataset, plan: Plan) -> TrainEvents
             seen += 1
         if trained and example.text is None and number % every == 0 and len(asked) < SFT_QUESTIONS:
             asked.append(example)
-    if seen != computed["rows"] + validation_rows:
-        raise changed_rendering(seen, computed["rows"] + validation_rows)
+    if seen != computed["rows"] + held:
+        raise changed_rendering(seen, computed["rows"] + held)
+    if dataset.validation is not None:
+        for number, example in enumerate(dataset.validation.examples):
+            if number % RENDER_BATCH == 0:
+                yield MicroStepped(0)
+            for tokens, supervised in served.renderer.training_rows(example):
+                validation.append(tokens, supervised)
+        if len(validation) != validation_rows:
+            raise changed_rendering(len(validation), validation_rows, "validation_dataset")
     size = plan["per_device_train_batch_size"] * plan["gradient_accumulation_steps"]
     batches = index_batches(len(training), size, Random(plan["seed"]))
     questions = (*example_questions(asked), *retention_questions(), *parent_questions(dataset, plan))
@@ -282,11 +291,11 @@ def parent_questions(dataset: Dataset, plan: Plan) -> tuple[Question, ...]:
     return questions
 
 
-def changed_rendering(seen: int, expected: int) -> InvalidRequest:
-    """The error of a dataset that has another number of rows now than in the plan."""
+def changed_rendering(seen: int, expected: int, name: str = "dataset") -> InvalidRequest:
+    """The error of a dataset that has another number of rows now than in the plan. name: the field that gives it."""
     return InvalidRequest(
-        f"the dataset renders to {seen} rows, but the plan was made for {expected}",
-        param="dataset",
+        f"the {name} renders to {seen} rows, but the plan was made for {expected}",
+        param=name,
         hint="The model's chat template has changed since the plan was made. Start a new job.",
     )
 

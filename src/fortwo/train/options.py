@@ -6,6 +6,7 @@ import math
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fortwo.errors import InvalidRequest, all_of
@@ -162,12 +163,15 @@ _TRAINING_SECTION = _Section(
 )
 
 
-def parse_settings(lora_config: Mapping[str, Any], training_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The given settings of both, under PEFT's and transformers' names, with their checked values. Raises
-    InvalidRequest with all that is wrong with either: keys, values, remedies."""
+def parse_settings(
+    lora_config: Mapping[str, Any], training_config: Mapping[str, Any], validation_dataset: bool = False
+) -> dict[str, Any]:
+    """The given settings of both, under PEFT's and transformers' names, with their checked values. validation_dataset:
+    whether the request gives one. Raises InvalidRequest with all that is wrong with either: keys, values, remedies."""
     errors: list[InvalidRequest] = []
     given: dict[str, Any] = {}
-    for parse, config in ((parse_lora_config, lora_config), (parse_training_config, training_config)):
+    in_training = partial(parse_training_config, validation_dataset=validation_dataset)
+    for parse, config in ((parse_lora_config, lora_config), (in_training, training_config)):
         try:
             given |= parse(config)
         except InvalidRequest as error:
@@ -187,12 +191,14 @@ def parse_lora_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def parse_training_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for training_config. Keys that contradict each other are refused with both names."""
+def parse_training_config(config: Mapping[str, Any], validation_dataset: bool = False) -> dict[str, Any]:
+    """The same for training_config. Keys that contradict each other are refused with both names. validation_dataset:
+    whether the request gives one."""
     errors: list[InvalidRequest] = []
     config = {key: value for key, value in config.items() if value is not None or key not in _MAY_BE_NONE}
     given = _given(config, _TRAINING_SECTION, errors)
     errors += _contradictions(given)
+    errors += _of_validation(given, validation_dataset)
     if errors:
         raise all_of(errors)
     return given
@@ -281,27 +287,37 @@ def _contradictions(given: Mapping[str, Any]) -> Iterator[InvalidRequest]:
             f"is not above {POLYNOMIAL_END:g}, where the polynomial schedule ends",
             'Give a higher rate, or lr_scheduler_type "linear".',
         )
-    yield from _of_validation(given)
 
 
-def _of_validation(given: Mapping[str, Any]) -> Iterator[InvalidRequest]:
-    """Validation that is requested without rows for it, and rows without validation."""
+def _of_validation(given: Mapping[str, Any], own: bool) -> Iterator[InvalidRequest]:
+    """Validation that is requested without rows for it, and rows without validation. own: the request gives a
+    validation_dataset."""
     split, strategy = given.get("validation_split"), given.get("eval_strategy")
     stops, best = "early_stopping_patience" in given, given.get("load_best_model_at_end")
     asked = {"eval_strategy": strategy not in (None, "no"), "eval_steps": "eval_steps" in given}
     asked["load_best_model_at_end"] = bool(best)
-    for key in (key for key, wanted in asked.items() if wanted and not split and not stops):
+    for key in (key for key, wanted in asked.items() if wanted and not (split or stops or own)):
         yield _refusal(
             f"training_config.{key}",
             given[key],
             "needs rows that are not trained on",
-            "Give validation_split, the share of rows to hold back, such as 0.1.",
+            "Give validation_dataset, or validation_split, the share of rows to hold back, such as 0.1.",
         )
+    for contradict, key, why in (
+        (bool(split), "validation_split", "only one can give the validation rows"),
+        (strategy == "no", "eval_strategy", "the validation rows would not be used"),
+    ):
+        if own and contradict:
+            problem = f"and validation_dataset contradict each other: {why}"
+            remedy = f"Leave out {key} or validation_dataset."
+            yield _refusal(f"training_config.{key}", given[key], problem, remedy)
+    without = stops and split == 0 and not own
+    unused = bool(split) and strategy == "no" and not own
     for contradict, one, other, why in (
-        (stops and split == 0, "validation_split", "early_stopping_patience", "stopping needs validation rows"),
+        (without, "validation_split", "early_stopping_patience", "stopping needs validation rows"),
         (stops and strategy == "no", "eval_strategy", "early_stopping_patience", "nothing would be evaluated"),
         (stops and best is False, "load_best_model_at_end", "early_stopping_patience", "an earlier state may be best"),
-        (bool(split) and strategy == "no", "eval_strategy", "validation_split", "the held-back rows would not be used"),
+        (unused, "eval_strategy", "validation_split", "the held-back rows would not be used"),
         (strategy == "epoch" and "eval_steps" in given, "eval_strategy", "eval_steps", "only one can decide when"),
     ):
         if contradict:

@@ -14,13 +14,14 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from typing import Any, cast
 
+from fortwo.data.findings import in_each
 from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.facts.subject import contains_phrase, find_subject
 from fortwo.records import Dataset, Example, Json, ObjectiveName, Origin, Plan, PlanWarning, Setting
 from fortwo.train import plan_builder
 from fortwo.train.adapter import check_target_modules, choose_adapter, mean_ranks
-from fortwo.train.dataset_stats import AffectedLines, DatasetWarnings, RowLengths
-from fortwo.train.diagnosis import diagnose, plan_warnings
+from fortwo.train.dataset_stats import AffectedLines, DatasetWarnings, RowLengths, ValidationStats
+from fortwo.train.diagnosis import diagnose, plan_warnings, validation_warnings
 from fortwo.train.estimate import (
     MICRO_TOKENS,
     MOMENTS,
@@ -45,6 +46,7 @@ from fortwo.train.preference_plan import (
     check_keys,
     check_targets,
     check_units,
+    check_validation,
     choose_objective,
     choose_preferences,
     in_pairs,
@@ -84,16 +86,22 @@ def resolve(
     machine: Machine,
     dataset_warnings: DatasetWarnings = DatasetWarnings(),
     parent: Parent | None = None,
+    validation: ValidationStats | None = None,
 ) -> Plan:
-    """Decide every setting. Raises InvalidRequest or InvalidDataset, with the field, its value and the remedy."""
-    given = parse_settings(request.lora_config, request.training_config)
+    """Decide every setting. validation: of the rows of the validation_dataset, if the dataset has one. Raises
+    InvalidRequest or InvalidDataset, with the field, its value and the remedy."""
+    own = None if validation is None else validation.counts
+    given = parse_settings(request.lora_config, request.training_config, own is not None)
     given = check_target_modules(given, base.targets)
-    _check_lengths(counts, base)
+    both = {"dataset": counts} if own is None else {"dataset": counts, "validation_dataset": own}
+    in_each(both, lambda one: _check_lengths(one, base))
     builder = PlanBuilder(given, parent)
     objective, subjects = _choose_objective(builder, request, dataset)
     check_keys(given, objective)
+    if dataset.validation is not None:
+        check_validation(dataset.validation, objective)
     if objective in ("dpo", "orpo"):
-        counts = in_pairs(counts)
+        counts, own = in_pairs(counts), None if own is None else in_pairs(own)
     if parent is not None:
         check_objective(parent, objective)
         check_shape(parent, given)
@@ -107,8 +115,13 @@ def resolve(
     if isinstance(recipe, PreferenceRecipe):
         choose_preferences(builder, cast(Preference, objective), recipe)
     lengths, reading = _lengths(counts), tokens_per_epoch(counts, len(counts.rows))
-    validation_rows = plan_builder.choose_validation(builder, recipe, len(counts.rows))
-    if validation_rows:
+    validation_rows = plan_builder.choose_validation(
+        builder, recipe, len(counts.rows), None if own is None else len(own.rows)
+    )
+    validation_tokens = validation_rows * (lengths if own is None else _lengths(own))["mean"]
+    if own is not None:
+        reading += tokens_per_epoch(own, len(own.rows))
+    elif validation_rows:
         indices = validation_indices(len(counts.rows), validation_rows, builder.given.get("seed", recipe.seed))
         counts = replace(counts, rows=RowLengths(row for n, row in enumerate(counts.rows) if n not in indices))
     adapter = choose_adapter(builder, recipe, base.targets)
@@ -161,13 +174,13 @@ def resolve(
         interim = math.ceil(steps / builder["eval_every"])
         cost = override_cost(builder, counts, facts, len(dataset.parent_facts), trained, interim)
     elif isinstance(recipe, PreferenceRecipe):
-        validated = evaluations * validation_rows * lengths["mean"]
+        validated = evaluations * validation_tokens
         compared = objective == "kto" or (objective == "dpo" and not builder["reference_free"])
         estimated = 2 * trained if objective == "kto" and builder["loss_type"] == "kto" else 0
         judged = validation_rows if validation_rows else min(JUDGED, len(counts.rows))
         cost = preference_cost(counts, trained, validated, reading if compared else 0, estimated, judged)
     else:
-        cost = sft_cost(counts, trained, validated=evaluations * validation_rows * lengths["mean"])
+        cost = sft_cost(counts, trained, validated=evaluations * validation_tokens)
     plan = Plan(
         model=base.id,
         adapter_name=request.adapter_name,
@@ -195,7 +208,8 @@ def resolve(
     if objective == "kto":
         of_labels = label_warnings(dataset.examples, builder["desirable_weight"], builder["undesirable_weight"])
     found = plan_warnings(plan, machine, dataset_warnings, base.generic)
-    return replace(plan, warnings=(*found, *of_labels, *of_parent))
+    of_validation = () if validation is None else validation_warnings(validation)
+    return replace(plan, warnings=(*found, *of_validation, *of_labels, *of_parent))
 
 
 def _check_lengths(counts: TokenCounts, base: BaseFacts) -> None:
@@ -264,6 +278,9 @@ def _choose_objective(
         objective = builder.add("objective", "override", "user", "given")
     elif dataset.facts:
         objective = builder.add("objective", "override", "auto", "Facts are given.")
+    elif dataset.validation is not None:
+        reason = "A validation_dataset is given, and the override objective has no loss on such rows."
+        return builder.add("objective", "sft", "auto", reason), ()
     elif subjects:
         reason = f"All {len(dataset.examples)} examples have the same answer and are about {subjects[0]!r}."
         objective = builder.add("objective", "override", "auto", reason)

@@ -64,9 +64,15 @@ class PlanBuilder:
                 self.add(name, value, "user", "given; this value changes nothing")
 
 
-def choose_validation(builder: PlanBuilder, recipe: OverrideRecipe | SftRecipe, rows: int) -> int:
-    """The number of validation rows. Raises InvalidRequest for the override objective, and InvalidDataset if no row is
-    left to train on."""
+def choose_validation(
+    builder: PlanBuilder, recipe: OverrideRecipe | SftRecipe, rows: int, own: int | None = None
+) -> int:
+    """The number of validation rows. rows: those of the dataset; own: those of the validation_dataset, if there is one.
+    Raises InvalidRequest for the override objective, and InvalidDataset if no row is left to train on."""
+    if own is not None:
+        reason = f"validation_dataset has {own} validation rows, so every row of dataset is trained on."
+        builder.choose("validation_split", 0.0, reason, "auto")
+        return own
     asked = [key for key in ("validation_split", "early_stopping_patience") if builder.given.get(key, 0) != 0]
     if isinstance(recipe, OverrideRecipe):
         if asked:

@@ -1,4 +1,4 @@
-"""The settings of training on preferences: which rows an objective learns from, and TRL's options of its loss. Pure."""
+"""Which rows an objective learns from and is validated on, and TRL's options of the losses of preferences. Pure."""
 
 from __future__ import annotations
 
@@ -70,6 +70,26 @@ def choose_objective(wanted: str, dataset: Dataset) -> tuple[Preference, str] | 
         hint=f"Give rows like {_ROWS[needed][1]}, or objective {' or '.join(map(repr, fits))}.",
         code="objective_mismatch",
     )
+
+
+def check_validation(validation: Dataset, objective: str) -> None:
+    """Raises InvalidRequest for validation rows that have no loss with this objective."""
+    if objective == "override":
+        raise InvalidRequest(
+            "validation_dataset cannot be used with the override objective, which has no validation rows: it evaluates "
+            "on prompts that it never trains on",
+            param="validation_dataset",
+            hint='Leave it out, or give objective "sft". held_out of a fact gives prompts for its evaluation.',
+        )
+    rows = kind_of_rows(validation)
+    fitting = {"sft": ("other",), "kto": ("labelled", "pairs")}.get(objective, ("pairs",))
+    if rows not in fitting:
+        raise InvalidRequest(
+            f"validation_dataset has {_ROWS[rows][0]}, which have no loss with the objective {objective!r}",
+            param="validation_dataset",
+            hint=f"Give rows like {_ROWS[fitting[0]][1]}, or leave it out.",
+            code="objective_mismatch",
+        )
 
 
 def check_keys(given: Mapping[str, Any], objective: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 
@@ -53,9 +53,12 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.spool) // self.size
 
-    def append(self, tokens: Sequence[int], supervised: Sequence[bool], label: bool) -> None:
-        self.spool.append(tokens, supervised)
-        self.labels.append(label)
+    def render(self, served: ServedBase, answers: Sequence[Example]) -> None:
+        """Add the answers of a unit."""
+        for answer in answers:
+            ((tokens, supervised),) = served.renderer.training_rows(answer)
+            self.spool.append(tokens, supervised)
+            self.labels.append(answer.label is True)
 
     def unit(self, number: int) -> Unit:
         return tuple(self.row(number * self.size + place) for place in range(self.size))
@@ -128,28 +131,32 @@ def with_accuracy(report: Report, accuracy: Metric) -> Report:
 
 
 def _render(served: ServedBase, dataset: Dataset, plan: Plan) -> TrainEvents[tuple[_Rows, _Rows]]:
-    """The rows to train on and those that are held back."""
-    held, size = plan.computed.get("validation_rows", 0), 1 if plan.objective == "kto" else 2
+    """The rows to train on and the validation rows."""
+    validation_rows, size = plan.computed.get("validation_rows", 0), 1 if plan.objective == "kto" else 2
+    held = validation_rows if dataset.validation is None else 0
     expected = plan.computed["rows"] + held
     indices = validation_indices(expected, held, plan["seed"])
     training, validation = _Rows(size), _Rows(size)
-    seen = 0
-    for number, example in enumerate(dataset.examples):
-        if number % RENDER_BATCH == 0:
+    for seen, answers in enumerate(_units(dataset.examples, size)):
+        if seen % RENDER_BATCH == 0:
             yield MicroStepped(0)
-        for answers in _units(example, size):
-            rows = validation if seen in indices else training
-            for answer in answers:
-                ((tokens, supervised),) = served.renderer.training_rows(answer)
-                rows.append(tokens, supervised, answer.label is True)
-            seen += 1
-    if seen != expected:
-        raise changed_rendering(seen, expected)
+        (validation if seen in indices else training).render(served, answers)
+    if len(training) + len(validation) != expected:
+        raise changed_rendering(len(training) + len(validation), expected)
+    if dataset.validation is not None:
+        for seen, answers in enumerate(_units(dataset.validation.examples, size)):
+            if seen % RENDER_BATCH == 0:
+                yield MicroStepped(0)
+            validation.render(served, answers)
+        if len(validation) != validation_rows:
+            raise changed_rendering(len(validation), validation_rows, "validation_dataset")
     return training, validation
 
 
-def _units(example: Example, size: int) -> Iterator[Sequence[Example]]:
-    return iter([example.sides]) if size == 2 else ((side,) for side in example.sides)
+def _units(examples: Iterable[Example], size: int) -> Iterator[Sequence[Example]]:
+    """The answers of each unit."""
+    for example in examples:
+        yield from [example.sides] if size == 2 else ((side,) for side in example.sides)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,10 @@ class TrainingRequest(_Strict):
     )
     adapter_name: str = Field(min_length=1, description="Name under which the adapter is published.")
     dataset: dict[str, Any] = Field(description='One of {"path"}, {"file_id"}, {"examples"}, {"facts"}.')
+    validation_dataset: dict[str, Any] | None = Field(
+        None,
+        description='One of {"path"}, {"file_id"}, {"examples"}; instead of validation_split. Its rows are evaluated.',
+    )
     lora_config: dict[str, Any] = Field({}, description="Keys of PEFT's LoraConfig.")
     training_config: dict[str, Any] = Field({}, description="Keys of transformers' TrainingArguments.")
     parent: str | None = Field(
@@ -71,3 +75,14 @@ class TrainingRequest(_Strict):
             _from_name, json_schema_input_type=Literal["auto", "sft", "override", "dpo", "kto", "orpo"] | Objective
         ),
     ] = Objective()
+
+    @property
+    def datasets(self) -> dict[str, dict[str, Any]]:
+        """The sources of rows that the request gives, by field."""
+        given = {"dataset": self.dataset}
+        return given if self.validation_dataset is None else given | {"validation_dataset": self.validation_dataset}
+
+    @property
+    def file_ids(self) -> dict[str, str]:
+        """The uploaded files that the request names, by field."""
+        return {name: source["file_id"] for name, source in self.datasets.items() if "file_id" in source}

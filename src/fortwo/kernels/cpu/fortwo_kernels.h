@@ -75,18 +75,18 @@ void adamw(long N, long step, float *x, float *grad, float *first, float *second
 void adamw_8bit(long N, long step, float *x, float *grad, uint8_t *first, float *first_unit, uint8_t *root, float *root_unit, float scale,
                 float beta1, float beta2, float rate, float by, float eps, float shrink);
 
-/* ---- Weights in 4 or 8 bits, quantized_gemm.c, whose head describes the layout */
-typedef struct { /* bits: 4, 8, or 16 for the bf16 panels of pack_panels, at q; minimum: with 4 bits */
-    long bits, O, I;
-    const uint8_t *q;
-    const fp16 *scale, *minimum;
+/* ---- Weights in 4, 5, 6 or 8 bits, quantized_gemm.c, whose head describes the layout */
+typedef struct { /* one or several parts below each other, each with bits of its own, in outputs from `first` on, which is a multiple of 16. bits: 4, 5, 6,
+                    8, or 16 for the bf16 panels of pack_panels, at q, as the only part; minimum: with 4 and 5 bits */
+    long O, I, parts;
+    struct { long first, bits; const uint8_t *q; const fp16 *scale, *minimum; } part[3];
 } quantized_weight;
 
-/* Packs a weight (O, I) whose scales and minima (O, I / 32) are given; q must be zero. */
+/* Packs a weight (O, I) in 4 or 8 bits whose scales and minima (O, I / 32) are given; q must be zero. */
 void quantize(long bits, long O, long I, const float *weight, const float *scale, const float *minimum, uint8_t *q);
 /* y (T, O) = x (T, I) W', with x rounded to 16 bits. The amx variant rounds both to bf16, and O and I are multiples of 16 and 32. */
-void quantized_gemm(long bits, long T, long I, long O, const float *x, const uint8_t *q, const fp16 *scale, const fp16 *minimum, float *y);
-void quantized_gemm_amx(long bits, long T, long I, long O, const float *x, const uint8_t *q, const fp16 *scale, const fp16 *minimum, float *y);
+void quantized_gemm(const quantized_weight *w, long T, const float *x, float *y);
+void quantized_gemm_amx(const quantized_weight *w, long T, const float *x, float *y);
 
 /* ---- Weights in NF4, nf4.c */
 /* The codes and the largest magnitudes of blocks of 64 numbers. between (15): the middles of neighbouring levels. */
@@ -159,7 +159,7 @@ typedef struct { /* the new token of a sequence, its position, and where the seq
     cache_place at;
 } new_token;
 
-/* out (B, D): hidden states after the final norm, of one new token of each sequence. Weights are in 4 or 8 bits, keys and values in fp16. The outputs of
+/* out (B, D): hidden states after the final norm, of one new token of each sequence. Weights are in 4 to 8 bits, keys and values in fp16. The outputs of
    fused products, and of an adapter's parts, are multiples of 16. */
 void decode_step(long B, const decoder_shape *s, const decoder_layer *layers, const new_token *rows, long N, const adapter *adapters,
                  const long *members, float *out);

@@ -128,20 +128,21 @@ static void shrink_strip(const strip_adapters *all, long pair, long index, long 
     }
 }
 
-/* Decodes a group of sixteen outputs of a weight in 4 or 8 bits to a tile of a panel. */
-static inline __attribute__((always_inline)) void dequantize_tile(int bits, const uint8_t *q, vector d, vector m, bf16 *tile) {
+/* Decodes group g of sixteen outputs to a tile of a panel. */
+static inline __attribute__((always_inline)) void dequantize_group(int bits, long g, const quantized_tile *from, bf16 *tile) {
     __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const uint8_t *q = from->q + g * bits * 4 * WIDTH;
+    vector d[2], m[2];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) group_scales(bits, g, half, from->scale, from->minimum, d + half, m + half);
+#pragma GCC unroll 8
+    for (int i = 0; i < bits; i++) __builtin_prefetch(q + i * 4 * WIDTH + PREFETCH_BYTES);
 #pragma GCC unroll 8
     for (int i = 0; i < QUADS; i++) {
-        const uint8_t *from = q + (bits == 8 ? i : i / 2) * 4 * WIDTH;
-        if (bits == 8 || i % 2 == 0) __builtin_prefetch(from + PREFETCH_BYTES);
-        words found = *(const words *)from;
+        words found = group_codes(bits, q, i);
         __m512 four[4];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            words own = bits == 8 ? found >> 8 * j & 255 : found >> (8 * j + i % 2 * 4) & 15;
-            four[j] = (__m512)(__builtin_convertvector((integers)own, vector) * d + m);
-        }
+        for (int j = 0; j < 4; j++) four[j] = (__m512)(__builtin_convertvector((integers)(found >> 8 * j & 255), vector) * d[i / 4] + m[i / 4]);
 #pragma GCC unroll 2
         for (int j = 0; j < 4; j += 2) {
             __m512i both = (__m512i)_mm512_cvtne2ps_pbh(four[j + 1], four[j]);
@@ -152,18 +153,21 @@ static inline __attribute__((always_inline)) void dequantize_tile(int bits, cons
 
 /* Decodes panel p of such a weight. */
 static void dequantize_panel(const quantized_weight *w, long p, bf16 *to) {
-    long G = w->I / GROUP, bytes = GROUP * WIDTH * w->bits / 8;
-    for (long o = p * PANEL; o < (p + 1) * PANEL; o += WIDTH)
+    long G = w->I / GROUP;
+    for (long o = p * PANEL; o < (p + 1) * PANEL; o += WIDTH) {
+        quantized_tile from = {0};
+        if (o < w->O) from = tile_of(w, o);
         for (long g = 0; g < G; g++) {
             bf16 *tile = to + g * 2 * TILE + o % PANEL / WIDTH * TILE;
-            if (o >= w->O) memset(tile, 0, TILE * sizeof(bf16)); /* O may end in the middle of a panel */
-            else {
-                long at = o / WIDTH * G + g;
-                vector d = load_fp16(w->scale + at * WIDTH);
-                if (w->bits == 8) dequantize_tile(8, w->q + at * bytes, d, d * -128.0f, tile);
-                else dequantize_tile(4, w->q + at * bytes, d, load_fp16(w->minimum + at * WIDTH), tile);
+            switch (from.bits) {
+            case 4: dequantize_group(4, g, &from, tile); break;
+            case 5: dequantize_group(5, g, &from, tile); break;
+            case 6: dequantize_group(6, g, &from, tile); break;
+            case 8: dequantize_group(8, g, &from, tile); break;
+            default: memset(tile, 0, TILE * sizeof(bf16)); /* O may end in the middle of a panel */
             }
         }
+    }
 }
 
 /* Adds what a pair of few rows changes in outputs o to o + 31. */
@@ -256,7 +260,7 @@ static void apply_epilogue(gemm_epilogue what, long tall, long wide, const float
     }
 }
 
-/* One fused product of all rows; the calling threads share the work. a has whole strips; row: numbers of a row of c or of sum. Weights in 4 or 8 bits
+/* One fused product of all rows; the calling threads share the work. a has whole strips; row: numbers of a row of c or of sum. Weights in 4 to 8 bits
    are decoded a few panels at a time, which stay in a core's cache while the strips are read. */
 static void panel_gemm(gemm_epilogue what, const strip_adapters *all, long index, long T, const quantized_weight *w, const bf16 *a, bf16 *c, float *sum, long row) {
     static _Thread_local scratch_arena scratch;
@@ -273,7 +277,8 @@ static void panel_gemm(gemm_epilogue what, const strip_adapters *all, long index
     long fit = CACHE_BYTES / (apart * (1 + twice) * (long)sizeof(bf16)), wanted = 8 * omp_get_num_threads();
     long across = fit < 1 ? panels : (panels + fit - 1) / fit;
     if (across < wanted) across = panels < wanted ? panels : wanted;
-    reserve(&scratch, w->bits == 16 ? 0 : (panels / across + 1) * (1 + twice) * apart * sizeof(bf16));
+    int packed = w->part[0].bits == 16;
+    reserve(&scratch, packed ? 0 : (panels / across + 1) * (1 + twice) * apart * sizeof(bf16));
     bf16 *made = (bf16 *)scratch.at;
 #pragma omp for schedule(dynamic)
     for (long task = 0; task < across; task++) {
@@ -283,9 +288,9 @@ static void panel_gemm(gemm_epilogue what, const strip_adapters *all, long index
             for (long p = first; p < (task + 1) * panels / across; p++) {
                 long at = m * PANEL * row + p * PANEL, tall = T - m * PANEL < PANEL ? T - m * PANEL : PANEL;
                 for (long half = 0; half <= twice; half++) {
-                    long own = half * panels + p, ahead = m == 0 && w->bits == 16;
-                    bf16 *panel = w->bits == 16 ? (bf16 *)w->q + own * apart : made + (strips > 1 ? (p - first) * (1 + twice) + half : 0) * apart;
-                    if (m == 0 && w->bits != 16) dequantize_panel(w, own, panel);
+                    long own = half * panels + p, ahead = m == 0 && packed;
+                    bf16 *panel = packed ? (bf16 *)w->part[0].q + own * apart : made + (strips > 1 ? (p - first) * (1 + twice) + half : 0) * apart;
+                    if (m == 0 && !packed) dequantize_panel(w, own, panel);
                     panel_gemm_block(all, m, index, own * PANEL, K, a + m * PANEL * K, panel, ahead, sums + half * PANEL * PANEL);
                 }
                 apply_epilogue(what, tall, w->O - p * PANEL, sums, sums + PANEL * PANEL, c + at, sum + at, row);
@@ -414,8 +419,8 @@ void prefill(long T, long R, const decoder_shape *s, const decoder_layer *layers
     free_strip_adapters(&all);
 }
 
-void quantized_gemm_amx(long bits, long T, long I, long O, const float *x, const uint8_t *q, const uint16_t *scale, const uint16_t *minimum, float *y) {
-    quantized_weight w = {bits, O, I, q, scale, minimum};
+void quantized_gemm_amx(const quantized_weight *w, long T, const float *x, float *y) {
+    long I = w->I;
     long strips = (T + PANEL - 1) / PANEL;
     strip_adapters none = strip_adapters_of(T, 0, 0, 0, 0);
     bf16 *a = aligned_alloc(64, strips * PANEL * I * sizeof(bf16));
@@ -425,7 +430,7 @@ void quantized_gemm_amx(long bits, long T, long I, long O, const float *x, const
         amx_begin_bf16();
 #pragma omp for schedule(static)
         for (long i = 0; i < T * I; i += 32) store_bf16(a + i, _mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + 16));
-        panel_gemm(STORE_FP32, &none, 0, T, &w, a, 0, y, O);
+        panel_gemm(STORE_FP32, &none, 0, T, w, a, 0, y, w->O);
         _tile_release();
     }
     free(a);

@@ -1,28 +1,48 @@
-/* Products of a few rows with weights in 4 or 8 bits. A weight (O, I) lies in tiles of 16 outputs, a tile in groups of 32 inputs: w = scale * q +
-   minimum, with a scale and a minimum in fp16 for each output of a group, as in GGUF's Q4_1. With 8 bits the minimum is -128 scales and is not stored
-   (GGUF's Q8_0). Four inputs of sixteen outputs are 64 bytes of q; with 4 bits the low halves of 64 bytes are inputs 4i to 4i + 3, the high halves the
-   four that follow. The rows of x are rounded to 16 bits in the same groups, as two bytes that are multiplied one after the other, so the dot products
-   of a group are exact whole numbers. One byte, as llama.cpp uses, is faster from 8 rows on, but changes what the model says. */
+/* Products of a few rows with weights in 4, 5, 6 or 8 bits, which can hold the numbers of GGUF's types. A weight (O, I) lies in tiles of 16 outputs, a
+   tile in groups of 32 inputs: w = scale * q + minimum, with a scale and a minimum in fp16 for each output of a group, as in Q4_1 and Q5_1. With 8 bits
+   the minimum is -128 scales and is not stored (Q8_0). With 6 bits it is -32 scales, and each half of a group has a scale of its own (Q6_K). Four inputs
+   of sixteen outputs (a quad) are 64 bytes of q; a group has eight. With fewer bits the low halves of 64 bytes are the quad 2i, the high halves 2i + 1.
+   With 5 bits 64 bytes with the fifth ones follow, a bit of each byte for each quad; with 6 bits twice 64 bytes, two bits of each byte for each of four
+   quads. The rows of x are rounded to 16 bits in the same groups, as two bytes that are multiplied one after the other, so the dot products of a group
+   are exact whole numbers. One byte, as llama.cpp uses, is faster from 8 rows on, but changes what the model says. */
 #include "quantized_gemm.h"
 #include "quantized_gemm_amx.h"
 
 /* Returns sums + the dot products of the four unsigned bytes of each w[n] with the four signed bytes at a. */
-static inline __attribute__((always_inline)) integers dot4(integers sums, words w, const int8_t *a) {
-#ifdef __AVX512VNNI__
+static inline __attribute__((always_inline)) integers dot4(int bits, integers sums, words w, const int8_t *a) {
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
     int32_t four;
     memcpy(&four, a, 4);
-    return (integers)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(four));
+#endif
+#if defined(__AVX512VNNI__)
+    return (void)bits, (integers)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(four));
+#elif defined(__AVX2__)
+    union { words all; __m256i half[2]; } from = {w};
+    union { integers all; __m256i half[2]; } to = {sums};
+    __m256i by = _mm256_set1_epi32(four), one = _mm256_set1_epi16(1);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+        __m256i own = from.half[h];
+        if (bits == 8) { /* pairs of products of 8 bits do not fit into 16 bits */
+            __m256i odd = _mm256_and_si256(own, _mm256_set1_epi8(1)), doubled;
+            own = _mm256_and_si256(_mm256_srli_epi16(own, 1), _mm256_set1_epi8(127));
+            doubled = _mm256_slli_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(own, by), one), 1);
+            to.half[h] = _mm256_add_epi32(_mm256_add_epi32(to.half[h], doubled), _mm256_madd_epi16(_mm256_maddubs_epi16(odd, by), one));
+        } else to.half[h] = _mm256_add_epi32(to.half[h], _mm256_madd_epi16(_mm256_maddubs_epi16(own, by), one));
+    }
+    return to.all;
 #else
     for (int i = 0; i < 4; i++) sums += (integers)(w >> 8 * i & 255) * a[i];
-    return sums;
+    return (void)bits, sums;
 #endif
 }
 
 quantized_rows quantized_rows_of(long T, long I) { /* the caller frees x.a */
     long rows = T >= 8 ? 8 : T >= 4 ? 4 : T >= 2 ? 2 : 1, blocks = (T + rows - 1) / rows, all = blocks * rows;
-    int8_t *a = aligned_alloc(64, (all * (2 * I + I / GROUP * 2 * sizeof(float)) + 63) / 64 * 64);
+    long groups = all * (I / GROUP);
+    int8_t *a = aligned_alloc(64, (all * 2 * I + groups * 3 * sizeof(float) + 63) / 64 * 64);
     float *scale = (float *)(a + 2 * all * I);
-    return (quantized_rows){T, I, rows, blocks, a, scale, scale + all * (I / GROUP)};
+    return (quantized_rows){T, I, rows, blocks, a, scale, scale + groups, scale + 2 * groups};
 }
 
 /* Rounds row t, into every block that contains it. */
@@ -33,9 +53,9 @@ void quantize_row(const quantized_rows *x, long t, const float *row) {
         float size[GROUP];
         for (int i = 0; i < GROUP; i++) size[i] = fabsf(from[i]);
         float top = largest(size, GROUP), by = top > 0 ? LARGEST / top : 0;
-        int32_t sum = 0, whole[GROUP];
+        int32_t begin = 0, sum = 0, whole[GROUP];
         for (int i = 0; i < GROUP; i++) whole[i] = (int32_t)rintf(from[i] * by);
-        for (int i = 0; i < GROUP; i++) sum += whole[i];
+        for (int i = 0; i < GROUP / 2; i++) begin += whole[i], sum += whole[i] + whole[GROUP / 2 + i];
         for (long b = t / x->rows; b < x->blocks; b++) {
             long r = t - block_start(x, b), at = b * G + g;
             if (r < 0 || r >= x->rows) continue;
@@ -44,6 +64,7 @@ void quantize_row(const quantized_rows *x, long t, const float *row) {
             for (int i = 0; i < GROUP; i++) low[i] = (int8_t)whole[i];
             x->scale[at * x->rows + r] = top / LARGEST;
             x->offset[at * x->rows + r] = top / LARGEST * sum;
+            x->begins[at * x->rows + r] = top / LARGEST * begin;
         }
     }
 }
@@ -52,32 +73,41 @@ void quantize_row(const quantized_rows *x, long t, const float *row) {
    tile's. */
 static inline __attribute__((always_inline)) void block_by_dots(int bits, int rows, long G, const uint8_t *q, const uint16_t *scale,
                                                              const uint16_t *minimum, const int8_t *a, const float *x_scale,
-                                                             const float *x_offset, float *y, long y_row, long wide) {
+                                                             const float *x_offset, const float *x_begins, float *y, long y_row, long wide) {
+    int halves = bits == 6 ? 2 : 1, quads = QUADS / halves;
     vector sums[8];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) sums[r] = (vector){0};
-    for (long g = 0; g < G; g++) {
+    for (long g = 0; g < G; g++, q += bits * 4 * WIDTH) {
         words w[QUADS];
         integers whole[16];
 #pragma GCC unroll 8
-        for (int i = 0; i < QUADS; i++) {
-            const uint8_t *from = q + (bits == 8 ? g * QUADS + i : g * QUADS / 2 + i / 2) * 4 * WIDTH;
-            words found = *(const words *)from;
-            if (bits == 8 || i % 2 == 0) __builtin_prefetch(from + PREFETCH_BYTES);
-            w[i] = bits == 8 ? found : (i % 2 ? found >> 4 : found) & 0x0f0f0f0f;
-        }
+        for (int i = 0; i < bits; i++) __builtin_prefetch(q + i * 4 * WIDTH + PREFETCH_BYTES);
+#pragma GCC unroll 8
+        for (int i = 0; i < QUADS; i++) w[i] = group_codes(bits, q, i);
+#pragma GCC unroll 2
+        for (int half = 0; half < halves; half++) {
+            vector d, m;
+            float sum_of_x[8];
 #pragma GCC unroll 16
-        for (int r = 0; r < 2 * rows; r++) {
-            integers other = {0}; /* two independent sums */
-            whole[r] = (integers){0};
+            for (int r = 0; r < 2 * rows; r++) {
+                integers other = {0}; /* two independent sums */
+                whole[r] = (integers){0};
 #pragma GCC unroll 4
-            for (int i = 0; i < QUADS; i += 2) {
-                whole[r] = dot4(whole[r], w[i], a + (g * 2 * rows + r) * GROUP + 4 * i);
-                other = dot4(other, w[i + 1], a + (g * 2 * rows + r) * GROUP + 4 * i + 4);
+                for (int i = half * quads; i < (half + 1) * quads; i += 2) {
+                    whole[r] = dot4(bits, whole[r], w[i], a + (g * 2 * rows + r) * GROUP + 4 * i);
+                    other = dot4(bits, other, w[i + 1], a + (g * 2 * rows + r) * GROUP + 4 * i + 4);
+                }
+                whole[r] += other;
             }
-            whole[r] += other;
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) {
+                long at = g * rows + r;
+                sum_of_x[r] = halves == 1 ? x_offset[at] : half ? x_offset[at] - x_begins[at] : x_begins[at];
+            }
+            group_scales(bits, g, half, scale, minimum, &d, &m);
+            add_group(rows, whole, d, m, x_scale + g * rows, sum_of_x, sums);
         }
-        add_group(bits, rows, whole, scale + g * WIDTH, minimum + g * WIDTH, x_scale + g * rows, x_offset + g * rows, sums);
     }
     store_sums(rows, sums, y, y_row, wide);
 }
@@ -101,42 +131,37 @@ void quantized_gemm_end(const quantized_rows *x) {
 /* Computes outputs o to o + 15 of all rows. y points to row 0, output 0. */
 void quantized_gemm_tile(const quantized_weight *w, const quantized_rows *x, long o, float *y, long y_row, uint8_t *scratch) {
     long G = w->I / GROUP, wide = w->O - o < WIDTH ? w->O - o : WIDTH;
-    const uint8_t *q = w->q + o * w->I * w->bits / 8;
-    const uint16_t *d = w->scale + o * G, *m = w->bits == 8 ? d : w->minimum + o * G;
-    int tiles = uses_tiles(x->rows);
-    if (tiles) q = tiles_unpacked(w->bits, G, q, scratch);
+    quantized_tile tile = tile_of(w, o);
+    int tiles = uses_tiles(x->rows) && tile.bits != 6;
+    if (tiles) tile.q = tiles_unpacked(tile.bits, G, tile.q, scratch);
     for (long b = 0; b < x->blocks; b++) {
         const int8_t *a = x->a + b * 2 * x->rows * x->I;
-        const float *x_scale = x->scale + b * x->rows * G, *x_offset = x->offset + b * x->rows * G;
+        long at = b * x->rows * G;
+        const float *x_scale = x->scale + at, *offset = x->offset + at, *begins = x->begins + at;
         float *to = y + block_start(x, b) * y_row + o;
-#define BLOCK_OF(bits, rows)                                                                  \
-    if (tiles) block_by_tiles(bits, rows, G, q, d, m, a, x_scale, x_offset, to, y_row, wide); \
-    else block_by_dots(bits, rows, G, q, d, m, a, x_scale, x_offset, to, y_row, wide);        \
-    break;
-        switch (w->bits * 8 + x->rows) {
-        case 4 * 8 + 1: BLOCK_OF(4, 1)
-        case 4 * 8 + 2: BLOCK_OF(4, 2)
-        case 4 * 8 + 4: BLOCK_OF(4, 4)
-        case 4 * 8 + 8: BLOCK_OF(4, 8)
-        case 8 * 8 + 1: BLOCK_OF(8, 1)
-        case 8 * 8 + 2: BLOCK_OF(8, 2)
-        case 8 * 8 + 4: BLOCK_OF(8, 4)
-        case 8 * 8 + 8: BLOCK_OF(8, 8)
-        }
-#undef BLOCK_OF
+#define DOTS(bits, rows) block_by_dots(bits, rows, G, tile.q, tile.scale, tile.minimum, a, x_scale, offset, begins, to, y_row, wide)
+#define TILES(bits, rows) block_by_tiles(bits, rows, G, tile.q, tile.scale, tile.minimum, a, x_scale, offset, to, y_row, wide)
+#define BLOCKS_OF(bits)                               \
+    case bits * 16 + 1: DOTS(bits, 1); break;         \
+    case bits * 16 + 2: DOTS(bits, 2); break;         \
+    case bits * 16 + 4: DOTS(bits, 4); break;         \
+    case bits * 16 + 8:                               \
+        if (tiles) TILES(bits, 8);                    \
+        else DOTS(bits, 8);                           \
+        break;
+        switch (tile.bits * 16 + x->rows) { BLOCKS_OF(4) BLOCKS_OF(5) BLOCKS_OF(6) BLOCKS_OF(8) }
     }
 }
 
-void quantized_gemm(long bits, long T, long I, long O, const float *x, const uint8_t *q, const uint16_t *scale, const uint16_t *minimum, float *y) {
-    quantized_weight w = {bits, O, I, q, scale, minimum};
-    quantized_rows a = quantized_rows_of(T, I);
+void quantized_gemm(const quantized_weight *w, long T, const float *x, float *y) {
+    quantized_rows a = quantized_rows_of(T, w->I);
 #pragma omp parallel
     {
-        uint8_t *scratch = quantized_gemm_begin(&a, I);
+        uint8_t *scratch = quantized_gemm_begin(&a, w->I);
 #pragma omp for schedule(static)
-        for (long t = 0; t < T; t++) quantize_row(&a, t, x + t * I);
+        for (long t = 0; t < T; t++) quantize_row(&a, t, x + t * w->I);
 #pragma omp for schedule(static)
-        for (long o = 0; o < O; o += WIDTH) quantized_gemm_tile(&w, &a, o, y, O, scratch);
+        for (long o = 0; o < w->O; o += WIDTH) quantized_gemm_tile(w, &a, o, y, w->O, scratch);
         quantized_gemm_end(&a);
     }
     free(a.a);

@@ -1,7 +1,7 @@
 /* Rounded rows, and the products of them with tiles of a weight. */
 #pragma once
 #include "common.h"
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -44,20 +44,55 @@ static inline void store_fp16(uint16_t *to, vector from) {
 #endif
 }
 
-/* T rows of I inputs in 16 bits: x = scale * (256 * high + low) in each group; offset is the sum of the rounded x. They lie in blocks of `rows` rows,
-   and the last block begins early enough to be whole. For each group a block has the high bytes of its rows, then the low bytes. */
+/* T rows of I inputs in 16 bits: x = scale * (256 * high + low) in each group; offset is the sum of the rounded x, begins that of a group's first half.
+   They lie in blocks of `rows` rows, and the last block begins early enough to be whole. For each group a block has the high bytes of its rows, then the
+   low bytes. */
 typedef struct {
     long T, I, rows, blocks;
     int8_t *a;
-    float *scale, *offset;
+    float *scale, *offset, *begins;
 } quantized_rows;
 
 static inline long block_start(const quantized_rows *x, long b) { return b * x->rows < x->T - x->rows ? b * x->rows : x->T - x->rows; }
 
+/* Outputs o to o + 15 of a weight, o a multiple of 16. */
+typedef struct {
+    long bits;
+    const uint8_t *q;
+    const uint16_t *scale, *minimum;
+} quantized_tile;
+
+static inline quantized_tile tile_of(const quantized_weight *w, long o) {
+    long p = 0, G = w->I / GROUP;
+    while (p + 1 < w->parts && w->part[p + 1].first <= o) p++;
+    long bits = w->part[p].bits, inner = o - w->part[p].first;
+    const uint16_t *minimum = w->part[p].minimum;
+    return (quantized_tile){bits, w->part[p].q + inner * w->I * bits / 8, w->part[p].scale + inner * G * (bits == 6 ? 2 : 1), minimum ? minimum + inner * G : 0};
+}
+
+/* A group's sixteen outputs of quad i, as bytes. */
+static inline __attribute__((always_inline)) words group_codes(int bits, const uint8_t *q, int i) {
+    if (bits == 8) return *(const words *)(q + i * 4 * WIDTH);
+    words low = *(const words *)(q + i / 2 * 4 * WIDTH), high;
+    low = (i % 2 ? low >> 4 : low) & 0x0f0f0f0f;
+    if (bits == 4) return low;
+    if (bits == 5) {
+        high = *(const words *)(q + QUADS / 2 * 4 * WIDTH);
+        return low | ((i < 4 ? high << (4 - i) : high >> (i - 4)) & 0x10101010);
+    }
+    high = *(const words *)(q + (QUADS / 2 + i / 4) * 4 * WIDTH);
+    return low | ((i % 4 < 2 ? high << (4 - i % 4 * 2) : high >> (i % 4 * 2 - 4)) & 0x30303030);
+}
+
+/* Scales of the sixteen outputs of group g, and what is added to scale * q: with 6 bits those of one half, else of the whole group. */
+static inline __attribute__((always_inline)) void group_scales(int bits, long g, int half, const uint16_t *scale, const uint16_t *minimum, vector *d, vector *m) {
+    *d = load_fp16(scale + (bits == 6 ? 2 * g + half : g) * WIDTH);
+    *m = bits == 8 ? *d * -128.0f : bits == 6 ? *d * -32.0f : load_fp16(minimum + g * WIDTH);
+}
+
 /* Adds one group's whole numbers, of sixteen outputs and `rows` rows, to the sums. */
-static inline __attribute__((always_inline)) void add_group(int bits, int rows, const integers *whole, const uint16_t *scale,
-                                                            const uint16_t *minimum, const float *x_scale, const float *x_offset, vector *sums) {
-    vector d = load_fp16(scale), m = bits == 8 ? d * -128.0f : load_fp16(minimum);
+static inline __attribute__((always_inline)) void add_group(int rows, const integers *whole, vector d, vector m, const float *x_scale, const float *x_offset,
+                                                            vector *sums) {
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
         sums[r] += __builtin_convertvector((whole[r] << 8) + whole[rows + r], vector) * (x_scale[r] * d);

@@ -22,20 +22,24 @@ static inline void tiles_begin(long rows) {
 static inline void tiles_end(void) { _tile_release(); }
 
 /* The numbers of a tile as bytes: q itself with 8 bits, else unpacked to `to`. */
-static inline const uint8_t *tiles_unpacked(long bits, long G, const uint8_t *q, uint8_t *to) {
-    __m512i low = _mm512_set1_epi8(15);
-    for (long i = 0; bits == 8 && i < G * GROUP * WIDTH; i += 64) __builtin_prefetch(q + i + PREFETCH_BYTES);
-    if (bits == 8) return q;
-    for (long i = 0; i < G * QUADS / 2; i++) {
-        __builtin_prefetch(q + i * 64 + PREFETCH_BYTES);
-        __m512i found = _mm512_loadu_si512(q + i * 64);
-        _mm512_store_si512(to + i * 128, _mm512_and_si512(found, low));
-        _mm512_store_si512(to + i * 128 + 64, _mm512_and_si512(_mm512_srli_epi16(found, 4), low));
+static inline __attribute__((always_inline)) const uint8_t *unpacked_groups(int bits, long G, const uint8_t *q, uint8_t *to) {
+    for (long g = 0; g < G; g++, q += bits * 4 * WIDTH) {
+#pragma GCC unroll 8
+        for (int i = 0; i < bits; i++) __builtin_prefetch(q + i * 4 * WIDTH + PREFETCH_BYTES);
+#pragma GCC unroll 8
+        for (int i = 0; bits < 8 && i < QUADS; i++) *(words *)(to + (g * QUADS + i) * 4 * WIDTH) = group_codes(bits, q, i);
     }
     return to;
 }
 
-/* Computes what block_by_dots does, from bytes. */
+static inline const uint8_t *tiles_unpacked(long bits, long G, const uint8_t *q, uint8_t *to) {
+    if (bits == 4) return unpacked_groups(4, G, q, to);
+    if (bits == 5) return unpacked_groups(5, G, q, to);
+    unpacked_groups(8, G, q, to);
+    return q;
+}
+
+/* Computes what block_by_dots does, from bytes; not with 6 bits, whose groups have two scales. */
 static inline __attribute__((always_inline)) void block_by_tiles(int bits, int rows, long G, const uint8_t *q, const uint16_t *scale,
                                                               const uint16_t *minimum, const int8_t *a, const float *x_scale,
                                                               const float *x_offset, float *y, long y_row, long wide) {
@@ -52,7 +56,10 @@ static inline __attribute__((always_inline)) void block_by_tiles(int bits, int r
     for (long g = 0, h = -LAG; h < G; g++, h++) {
         if (g < G && g % 2) { MULTIPLY(1, 3, 5) }
         else if (g < G) { MULTIPLY(0, 2, 4) }
-        if (h >= 0) add_group(bits, rows, ring[h % RING], scale + h * WIDTH, minimum + h * WIDTH, x_scale + h * rows, x_offset + h * rows, sums);
+        if (h < 0) continue;
+        vector d, m;
+        group_scales(bits, h, 0, scale, minimum, &d, &m);
+        add_group(rows, ring[h % RING], d, m, x_scale + h * rows, x_offset + h * rows, sums);
     }
 #undef MULTIPLY
     store_sums(rows, sums, y, y_row, wide);
@@ -62,5 +69,5 @@ static inline int uses_tiles(long rows) { return (void)rows, 0; }
 static inline void tiles_begin(long rows) { (void)rows; }
 static inline void tiles_end(void) {}
 static inline const uint8_t *tiles_unpacked(long bits, long G, const uint8_t *q, uint8_t *to) { return (void)bits, (void)G, (void)to, q; }
-#define block_by_tiles block_by_dots
+#define block_by_tiles(...) (void)0
 #endif

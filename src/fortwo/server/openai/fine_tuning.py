@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from fortwo.errors import FortwoError, InvalidRequest, NotFound
 from fortwo.jobs import fine_tuned_models
 from fortwo.jobs.idempotency import Key
-from fortwo.jobs.results import result_file_id
+from fortwo.jobs.results import eval_losses, result_file_id
 from fortwo.jobs.store import Job
 from fortwo.records import Json
 from fortwo.server.errors import invalid
@@ -121,7 +121,7 @@ def events(state: AppStateDep, job_id: str, after: str | None = None, limit: Lim
 def checkpoints(state: AppStateDep, job_id: str, after: str | None = None, limit: Limit = 10) -> Json:
     """Of a job that is done, what it published; of another one, the checkpoints from which it can resume."""
     job = state.jobs.get(_job_id(job_id))
-    found = checkpoint_objects(job, state.checkpoints.of_job(job.id))
+    found = checkpoint_objects(job, state.checkpoints.of_job(job.id), eval_losses(state.jobs, job.id))
     ids = [one["id"] for one in found]
     if after is not None and after not in ids:
         raise NotFound(f"There is no checkpoint {after!r}.", param="after", hint="Leave it out for the newest ones.")

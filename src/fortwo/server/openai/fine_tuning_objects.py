@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 from fortwo.jobs.fine_tuned_models import ORGANIZATION, model_name
@@ -49,7 +49,7 @@ def job_object(job: Job, files: Container[str]) -> Json:
         "organization_id": ORGANIZATION,
         "status": STATUSES[job.status],
         "training_file": asked.get("training_file") or "",
-        "validation_file": None,
+        "validation_file": asked.get("validation_file"),
         "result_files": [results] if results in files else [],
         "trained_tokens": job.actual["tokens"] if job.actual is not None and job.status == "succeeded" else None,
         "hyperparameters": hyperparameters,
@@ -74,7 +74,7 @@ def event_object(event: Event) -> Json:
             "learning_rate": event.data["learning_rate"],
         }
     elif event.type == "metrics":
-        data = {"step": event.data["step"], "full_valid_loss": event.data["eval_loss"], **event.data["metrics"]}
+        data = {"step": event.data["step"], **_valid_losses(event.data["eval_loss"]), **event.data["metrics"]}
     return {
         "id": f"{EVENT_PREFIX}{event.id}",
         "object": "fine_tuning.job.event",
@@ -86,23 +86,37 @@ def event_object(event: Event) -> Json:
     }
 
 
-def checkpoint_objects(job: Job, saved: tuple[CheckpointVersion, ...]) -> list[Json]:
-    """Newest first: the version that a job has published, or the checkpoints of one that is not done."""
+def checkpoint_objects(
+    job: Job, saved: tuple[CheckpointVersion, ...], eval_losses: Mapping[int, float | None]
+) -> list[Json]:
+    """Newest first: the version that a job has published, or the checkpoints of one that is not done. eval_losses: by
+    step, where validation rows were evaluated."""
     found = [
-        _checkpoint(job, one.version, one.created_at, model_name(job, one.version), one.manifest["progress"]["loss"])
+        _checkpoint(
+            job,
+            one.version,
+            one.created_at,
+            model_name(job, one.version),
+            one.manifest["progress"]["loss"],
+            eval_losses.get(one.version),
+        )
         for one in saved
     ]
     if job.adapter is not None and job.actual is not None:
-        step, loss = job.progress["step"], job.actual.get("final_loss")
-        losses = (job.report or {}).get("eval_losses") or [{"loss": None}]
-        found.append(_checkpoint(job, step, job.finished_at or 0, model_name(job), loss, losses[-1]["loss"]))
+        step, loss, validated = job.progress["step"], job.actual.get("final_loss"), job.actual.get("eval_loss")
+        found.append(_checkpoint(job, step, job.finished_at or 0, model_name(job), loss, validated))
     return found[::-1]
 
 
+def _valid_losses(loss: float | None) -> Json:
+    """OpenAI has one loss on a batch of validation rows and one on all; here every evaluation is of all."""
+    return {"valid_loss": loss, "full_valid_loss": loss}
+
+
 def _checkpoint(
-    job: Job, step: int, created: float, name: str, train_loss: float | None, valid_loss: float | None = None
+    job: Job, step: int, created: float, name: str, train_loss: float | None, valid_loss: float | None
 ) -> Json:
-    metrics = {"step": step, "train_loss": train_loss, "full_valid_loss": valid_loss}
+    metrics = {"step": step, "train_loss": train_loss, **_valid_losses(valid_loss)}
     return {
         "id": f"ftckpt-{job.id[:8]}-{step}",
         "object": "fine_tuning.job.checkpoint",

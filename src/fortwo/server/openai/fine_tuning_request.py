@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -85,7 +86,9 @@ class JobRequest(Strict):
 
     model: str = Field(min_length=1, description="A base model, or a fine-tuned model to go on from.")
     training_file: str | None = Field(None, min_length=1, description="Id of an uploaded file; or give facts.")
-    validation_file: str | None = Field(None, description="Refused; use training_config.validation_split.")
+    validation_file: str | None = Field(
+        None, min_length=1, description="Id of an uploaded file, whose rows are evaluated and never trained on."
+    )
     suffix: str | None = Field(None, min_length=1, max_length=SUFFIX)
     seed: int | None = Field(None, ge=0, le=2**32 - 1)
     metadata: Annotated[dict[Text64, Text512], at_most(METADATA)] | None = None
@@ -107,13 +110,6 @@ class JobRequest(Strict):
                 f"{both}.",
                 param="training_file",
                 hint="Give the id of an uploaded file, or facts; exactly one of them.",
-            )
-        if self.validation_file is not None:
-            raise InvalidRequest(
-                f"validation_file = {self.validation_file!r} is not supported.",
-                param="validation_file",
-                hint="Leave it out; training_config.validation_split holds back some rows of training_file.",
-                code="unsupported_parameter",
             )
         if self.suffix is not None and not slug(self.suffix):
             raise InvalidRequest(
@@ -140,7 +136,7 @@ class JobRequest(Strict):
 
     def record(self) -> Json:
         """What is stored with the job: what its object repeats."""
-        fields = ("model", "training_file", "suffix", "seed", "metadata")
+        fields = ("model", "training_file", "validation_file", "suffix", "seed", "metadata")
         method = "supervised" if self.method is None else self.method.type
         given = {"method": method, "hyperparameters": self.hyperparameters_given()}
         return {name: getattr(self, name) for name in fields} | given
@@ -182,6 +178,7 @@ def training_request(asked: JobRequest, parent: str | None) -> TrainingRequest:
         "parent": parent,
         "adapter_name": name[:LONGEST_NAME],
         "dataset": {"facts": asked.facts} if asked.training_file is None else {"file_id": asked.training_file},
+        "validation_dataset": None if asked.validation_file is None else {"file_id": asked.validation_file},
         "lora_config": asked.lora_config,
         "training_config": config,
         "objective": objective,
@@ -196,9 +193,14 @@ _HYPERPARAMETERS = {f"training_config.{key}": f"hyperparameters.{name}" for name
 def renamed(error: FortwoError, asked: JobRequest) -> FortwoError:
     """The same error with its field named as OpenAI's request names it."""
     param = error.param or ""
+    if asked.validation_file is not None:
+        error.message = _with_files(error.message)
+        error.hint = None if error.hint is None else _with_files(error.hint)
     own = asked.training_config or {}
     if param in _PARAMS:
         error.param = _PARAMS[param]
+    elif param.startswith("validation_dataset"):
+        error.param = "validation_file"
     elif param.startswith("dataset") and asked.training_file is not None:
         error.param = "training_file"
     elif param == "adapter_name" and asked.adapter_name is None:
@@ -208,3 +210,9 @@ def renamed(error: FortwoError, asked: JobRequest) -> FortwoError:
     elif param == "training_config.learning_rate_multiplier" and "learning_rate_multiplier" not in own:
         error.param = "hyperparameters.learning_rate_multiplier"
     return error
+
+
+def _with_files(text: str) -> str:
+    """A text about the two datasets of a request as one about its two files."""
+    text = re.sub(r"\bvalidation_dataset(\.file_id)?\b", "validation_file", text)
+    return re.sub(r"(^|; )dataset(\.file_id)?(?=: | )", r"\1training_file", text)
