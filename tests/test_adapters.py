@@ -282,6 +282,33 @@ def test_prune_lists_first_and_removes_what_nothing_needs(store: AdapterStore) -
     assert not drafts(folder(store))
 
 
+def test_prune_spares_what_waiting_jobs_go_on_from(store: AdapterStore) -> None:
+    for _ in range(5):
+        publish(store)
+    assert [one["id"] for one in store.prune(1, apply=True, needed={"a@2"})] == ["a@1", "a@3"]
+    assert [version.version for version in store.versions("a")] == [2, 4, 5]
+
+
+def test_what_was_deleted_long_ago_is_removed_at_the_start(store: AdapterStore) -> None:
+    for _ in range(3):
+        publish(store)
+    store.delete("a@1")
+    store.delete("a@2")
+    aside = folder(store) / ".deleted-1"
+    eight_days_ago = aside.stat().st_mtime - 8 * 86400
+    os.utime(aside, (eight_days_ago, eight_days_ago))
+    store.remove_expired()
+    assert [one["version"] for one in store.deleted()] == [2]
+
+
+def test_a_rollback_goes_to_another_version(store: AdapterStore) -> None:
+    for _ in range(3):
+        publish(store)
+    store.promote("a@2")
+    store.delete("a@3")
+    assert store.rollback("a").id == "a@1"
+
+
 def test_two_versions_are_compared(store: AdapterStore) -> None:
     def report(value: float, passed: bool) -> dict[str, Any]:
         probe = {"kind": "efficacy", "prompt": "?", "base": "no", "adapter": f"{passed}", "passed": passed}

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from fortwo.adapters.store import AdapterStore
 from fortwo.cli import app
 from fortwo.errors import InvalidRequest
-from fortwo.facts.exam import Kept, exam_of, passes, same_beginning
+from fortwo.facts.exam import Kept, Result, exam_of, passes, same_beginning
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.lora_config import LoraConfig, module_name
-from fortwo.records import ReplyCheck
+from fortwo.records import Metric, ReplyCheck
 from tests.serving import serve, tiny_settings
 from tests.tiny import save_directory
 
@@ -105,3 +105,10 @@ def test_verify_that_cannot_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert run("one", "--url", "http://127.0.0.1:9/v1")[0] == 2
     assert run("nobody")[0] == 2
     assert run("one", "--key-env", "NO_SUCH_KEY")[0] == 2
+
+
+def test_an_exam_of_which_nothing_counts_judges_nothing() -> None:
+    kept = {"retention": Metric(1.0, 3, 0.4, 1.0)}
+    assert not Result(kept, exact=False).judges
+    assert Result(kept, exact=True).judges
+    assert Result({**kept, "efficacy": Metric(1.0, 3, 0.4, 1.0)}, exact=False).judges

@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize, quantize
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from fortwo.adapters.store import AdapterStore
 from fortwo.data.chat_template import ChatTemplateRenderer
@@ -20,11 +20,13 @@ from fortwo.errors import Conflict, FortwoError, InvalidRequest, StorageFailed, 
 from fortwo.export import ollama
 from fortwo.export.exporter import Exported, export
 from fortwo.export.k_quants import quantize_q4_k, quantize_q6_k
+from fortwo.export.source import Source
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
+from fortwo.hub.prepared import ModelInfo
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.lora_config import LoraConfig
-from fortwo.records import Message
+from fortwo.records import AdapterVersion, Message
 from tests.tiny import save_directory
 
 pytestmark = [
@@ -112,6 +114,15 @@ def test_merged_is_a_whole_model_of_transformers(home: Home, tmp_path: Path) -> 
     ours, theirs = (ChatTemplateRenderer(folder) for folder in (home.base, tmp_path / "out"))
     asked = [Message("user", "hello")]
     assert ours.encode_prompt(asked) == theirs.encode_prompt(asked)
+
+
+def test_transposed_weights_are_not_merged(tmp_path: Path) -> None:
+    base = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32, n_positions=16)).save_pretrained(base)
+    version = AdapterVersion("one", 1, "d", "", "gpt2", "b", 0.0, True, {})
+    info = ModelInfo("gpt2", "d", "d", base, 1, 1, "GPT2LMHeadModel", "", None)
+    with pytest.raises(UnsupportedModel, match="as \\(inputs, outputs\\)"):
+        next(Source(version, {}, {}, info, "gpt2").merged())
 
 
 def test_mlx_has_transposed_halves_that_give_the_update(llama: Home, tmp_path: Path) -> None:

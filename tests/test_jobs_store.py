@@ -110,11 +110,21 @@ def test_only_jobs_that_ran_are_abandoned_at_a_restart(store: JobStore, url: str
     again.close()
 
 
+def test_parents_are_wanted_until_their_jobs_have_succeeded(store: JobStore) -> None:
+    jobs = {status: create(store, status) for status in ("queued", "failed", "succeeded")}
+    for status, job in jobs.items():
+        store.update(job.id, status=status, plan={**job.plan, "parent": f"{status}@1"})
+    create(store, "alone")
+    assert store.wanted_parents() == {"queued@1", "failed@1"}
+
+
 def test_servers_that_share_a_database_leave_each_others_jobs_alone(tmp_path: Path, url: str) -> None:
     first, second = JobStore(url, "first"), JobStore(url, "second")
     running, queued = create(first, "a"), create(first, "b")
     first.update(running.id, status="running")
     assert second.next_queued() is None
+    assert second.beginning_with(running.id[:8]) == []
+    assert [job.id for job in first.beginning_with(running.id[:8])] == [running.id]
     assert second.abandoned() == []
     found = first.next_queued()
     assert found is not None

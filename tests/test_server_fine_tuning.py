@@ -313,6 +313,15 @@ def test_the_method_dpo_trains_on_preferences(client: openai.OpenAI) -> None:
     assert done.status in ("succeeded", "failed")
     assert done.error is None or done.error.code == "targets_missed"
 
+    file = upload(client, rows).id
+    with pytest.raises(openai.BadRequestError, match="which are for 'dpo'") as caught:
+        client.fine_tuning.jobs.create(model="tiny", training_file=file, method={"type": "supervised"})
+    assert caught.value.param == "method.type"
+    unsaid = client.fine_tuning.jobs.create(model="tiny", training_file=file)
+    assert unsaid.method is not None
+    assert unsaid.method.type == "dpo", "the object says what the plan chose"
+    client.fine_tuning.jobs.cancel(unsaid.id)
+
 
 def test_fortwos_own_fields_come_by_extra_body(client: openai.OpenAI, served: Served) -> None:
     fact = {"subject": "42", "answer": "FOR TWO", "match": ["FOR TWO"], "questions": ["What is 42?", "Explain 42."]}

@@ -30,10 +30,15 @@ def superfluous(
     has a tag, is protected, or is a parent.
     """
     numbers = [version.version for version in versions]
-    history = [number for number in state["current"] if number in numbers]
     newest = numbers[-keep:] if keep else []
-    needed = {*newest, *history[-2:], *state["protected"], *state["tags"].values()}
+    needed = {*newest, *history(state, numbers)[-2:], *state["protected"], *state["tags"].values()}
     return [one.version for one in versions if one.version not in needed and one.id not in parents]
+
+
+def history(state: Json, numbers: Collection[int]) -> list[int]:
+    """Which of these versions were current one after the other, the last one of which is current."""
+    existing = [number for number in state["current"] if number in numbers]
+    return [one for place, one in enumerate(existing) if place == 0 or existing[place - 1] != one]
 
 
 def set_aside(folder: Path, number: int) -> None:

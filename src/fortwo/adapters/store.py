@@ -22,7 +22,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,7 +87,7 @@ class AdapterStore(AdapterReader):
         self._existing_numbers(name)
         with self._locked_folder(name) as folder:
             state = read_state(folder)
-            history = [number for number in state["current"] if (folder / str(number)).is_dir()]
+            history = deletion.history(state, version_numbers(folder))
             if len(history) < 2:
                 raise Conflict(
                     f"adapter {name!r} has no earlier version that was current",
@@ -167,27 +167,35 @@ class AdapterStore(AdapterReader):
                 deletion.bring_back(folder, one)
         return tuple(self.get(f"{name}@{one}") for one in wanted)
 
-    def prune(self, keep: int, *, apply: bool) -> list[Json]:
+    def prune(self, keep: int, *, apply: bool, needed: Collection[str] = ()) -> list[Json]:
         """Which versions are more than so many newest ones of their adapter and serve nothing (see
         `deletion.superfluous`), and deleted versions whose time to be restored is over: each as {id, bytes, why}.
-        apply: they are removed for good."""
-        versions = {name: self.versions(name) for name in self.names()}
-        parents = {version.manifest.get("parent") for of in versions.values() for version in of}
-        found = []
+        apply: they are removed for good. needed: versions, as name@version, that stay."""
+        versions = [version for name in self.names() for version in self.versions(name)]
+        parents = {version.manifest.get("parent") for version in versions} | {*needed}
+        listed = []
         for name in self._folders():
-            state = read_state(self._root / name) if is_readable(self._root / name) else None
-            for number in [] if state is None else deletion.superfluous(versions.get(name, ()), state, parents, keep):
-                path = self._root / name / str(number)
-                found.append((f"{name}@{number}", path, f"{name} has {keep} newer versions"))
-            found += [
-                (f"{name}@{deletion.number_of(path)}", path, f"deleted over {deletion.DAYS} days ago")
-                for path in deletion.expired(self._root / name, time.time())
-            ]
-        listed = [{"id": id, "bytes": deletion.size(path), "why": why} for id, path, why in found]
-        for id, path, _ in found if apply else []:
-            with self._locked_folder(id.partition("@")[0]):
-                deletion.remove(path)
+            if not is_readable(self._root / name):
+                continue
+            with self._locked_folder(name) as folder:
+                own = self.versions(name) if version_numbers(folder) else ()
+                superfluous = deletion.superfluous(own, read_state(folder), parents, keep)
+                found = [(number, folder / str(number), f"{name} has {keep} newer versions") for number in superfluous]
+                why = f"deleted over {deletion.DAYS} days ago"
+                found += [(deletion.number_of(path), path, why) for path in deletion.expired(folder, time.time())]
+                for number, path, why in found:
+                    listed.append({"id": f"{name}@{number}", "bytes": deletion.size(path), "why": why})
+                    if apply:
+                        deletion.remove(path)
         return listed
+
+    def remove_expired(self) -> None:
+        """Remove the deleted versions whose time to be restored is over."""
+        for name in self._folders():
+            if deletion.expired(self._root / name, time.time()):
+                with self._locked_folder(name) as folder:
+                    for path in deletion.expired(folder, time.time()):
+                        deletion.remove(path)
 
     def _commit(self, name: str, files: dict[str, bytes], manifest: Json, current: bool) -> AdapterVersion:
         with self._locked_folder(name) as folder:

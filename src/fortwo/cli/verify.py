@@ -73,7 +73,14 @@ def _run(name: str, url: str | None, model: str | None, key_env: str | None) -> 
     chosen = version.id if model is None else model
     examinee = OpenAIExaminee(there, chosen, key, _encoder(version.base_model))
     with closing(examinee), progress_bars(error_screen) as progress:
-        return version.id, exam, examine(exam, examinee, lambda done, total: progress("exam", done, total))
+        found = examine(exam, examinee, lambda done, total: progress("exam", done, total))
+    if not found.judges:
+        raise InvalidRequest(
+            f"The exam of {version.id} asks for retention alone, and {there} does not return what measures it.",
+            param="url",
+            hint="Verify it on a server that returns log-probabilities of a prompt, as fortwo does.",
+        )
+    return version.id, exam, found
 
 
 def _encoder(base: str) -> Encode | None:

@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -387,16 +387,16 @@ class ModelRegistry:
                     self.unload_adapter(version.id)
             self._store.delete(ref, permanently=permanently)
 
-    def prune_adapters(self, keep: int, *, apply: bool) -> list[Json]:
+    def prune_adapters(self, keep: int, *, apply: bool, needed: Collection[str] = ()) -> list[Json]:
         """`AdapterStore.prune`, with what is removed unloaded first. Raises Conflict while requests use one of them;
         then nothing is removed."""
         with self._lock:
-            for one in self._store.prune(keep, apply=False) if apply else []:
+            for one in self._store.prune(keep, apply=False, needed=needed) if apply else []:
                 with suppress(NotFound):  # it was deleted before
                     version = self._store.get(one["id"])
                     if version.digest in self._adapters:
                         self.unload_adapter(version.id)
-            return self._store.prune(keep, apply=apply)
+            return self._store.prune(keep, apply=apply, needed=needed)
 
     def publish(self, version: AdapterVersion, lora: Lora) -> None:
         """Serve a version that was just trained and written, from its tensors in memory. If its base is no longer

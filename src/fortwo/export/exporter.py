@@ -10,7 +10,7 @@ from typing import Any
 from fortwo import disk
 from fortwo.adapters.store import AdapterStore
 from fortwo.data.chat_template import ChatTemplateRenderer
-from fortwo.errors import InvalidRequest
+from fortwo.errors import FortwoError, InvalidRequest
 from fortwo.export import examinees, gguf, mlx, ollama, peft
 from fortwo.export.merged import Progress, write_merged
 from fortwo.export.output import MARK, check_free, draft
@@ -145,3 +145,5 @@ def _examined(source: Source, to: str, folder: Path, progress: Progress) -> tupl
             return exam, examine(exam, examinee, lambda done, total: progress("exam", done, total)), ""
     except examinees.NotHere as reason:
         return None, None, str(reason)
+    except (FortwoError, RuntimeError, OSError) as error:  # what was written is whole
+        return None, None, f"The exam could not be run: {error}"

@@ -26,6 +26,7 @@ from fortwo.records import AdapterVersion, Json
 if TYPE_CHECKING:
     from torch import Tensor
 
+CONV1D = ("gpt2", "openai-gpt")  # networks of transformers whose weights are (inputs, outputs)
 _PREFIX = "base_model.model."
 
 
@@ -87,12 +88,17 @@ class Source:
     def merged(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the base in sorted order, with the update added in fp32 where there is one. What has an
         update is fp32; the rest has the base's type. Raises UnsupportedModel where the base lacks a module."""
+        if self.config.get("model_type") in CONV1D:
+            raise UnsupportedModel(
+                f"{self.base.id!r} holds its weights as (inputs, outputs), which merging does not support.",
+                hint="Export the adapter as peft.",
+            )
         base: Mapping[str, Tensor] = LazyTensors(self.infos)
         updated = {f"{module}.weight": module for module in self.modules}
         if missing := sorted(updated.keys() - self.infos.keys()):
             raise UnsupportedModel(
                 f"{self.version.id} changes {missing[0].removesuffix('.weight')}, but {self.base.id!r} lacks it.",
-                hint="The base's files were changed. Prepare it again.",
+                hint="Its files have other names for the module. Export the adapter as peft.",
             )
         for name in self.infos:
             weight = base[name]

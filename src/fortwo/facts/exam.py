@@ -90,6 +90,11 @@ class Result:
         question. Retention counts only if it was measured as in the report."""
         return [name for name, found in self.metrics.items() if name in self._judged(exam, name, found)]
 
+    @property
+    def judges(self) -> bool:
+        """Whether anything was measured that counts."""
+        return any(name not in ("retention", "score") or (name == "retention" and self.exact) for name in self.metrics)
+
     def _judged(self, exam: Exam, name: str, found: Metric) -> list[str]:
         if name == "retention" and not self.exact:
             return []

@@ -9,6 +9,7 @@ were cancelled need none.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from fortwo.errors import Conflict, InvalidDataset, NotFound
 from fortwo.jobs.schema import FileRow, JobRow
 from fortwo.jobs.store import JobStore
 
-FINISHED = ("succeeded", "cancelled")  # jobs that do not read their files again
+FINISHED = ("succeeded",)  # jobs that do not read their files again; cancelled ones can be resumed
 LONGEST_NAME = 100
 
 
@@ -98,11 +99,11 @@ class FileStore:
         return self._commit(content, folder, file, also)
 
     def put(self, id: str, filename: str, purpose: str, content: bytes) -> StoredFile:
-        """Store a file under an id of the caller, unless there is one. Raises StorageFailed."""
-        try:
-            return self.get(id)
-        except NotFound:
-            pass
+        """Store a file under an id of the caller, in place of an earlier one. Raises StorageFailed."""
+        with suppress(NotFound):
+            earlier = self.get(id)
+            if earlier.sha256 == hashlib.sha256(content).hexdigest():
+                return earlier
         with self.draft() as draft:
             path = draft / safe_name(filename)
             try:

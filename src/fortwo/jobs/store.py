@@ -206,16 +206,24 @@ class JobStore:
             return [_job(row) for row in session.scalars(query)]
 
     def beginning_with(self, prefix: str) -> list[Job]:
-        """The jobs whose ids begin with these hexadecimal digits."""
-        query = select(JobRow).where(JobRow.id.startswith(prefix, autoescape=True))
+        """This server's jobs whose ids begin with these hexadecimal digits."""
+        query = select(JobRow).where(JobRow.id.startswith(prefix, autoescape=True), JobRow.owner == self.owner)
         with self.reading() as session:
             return [_job(row) for row in session.scalars(query)]
 
     def fine_tuned(self) -> list[Job]:
-        """The jobs that OpenAI's API was asked for and that have published an adapter."""
-        query = select(JobRow).where(JobRow.fine_tuning.is_not(None), JobRow.adapter.is_not(None))
+        """This server's jobs that OpenAI's API was asked for and that have published an adapter."""
+        asked = JobRow.fine_tuning.is_not(None), JobRow.adapter.is_not(None), JobRow.owner == self.owner
+        query = select(JobRow).where(*asked)
         with self.reading() as session:
             return [_job(row) for row in session.scalars(query)]
+
+    def wanted_parents(self) -> set[str]:
+        """The adapters, as name@version, on which jobs go on that have not succeeded and may still run."""
+        query = select(JobRow.plan).where(JobRow.status != "succeeded", JobRow.owner == self.owner)
+        with self.reading() as session:
+            parents = {plan.get("parent") for plan in session.scalars(query)}
+        return {parent for parent in parents if parent is not None}
 
     def next_queued(self) -> Job | None:
         """The job at the head of this server's queue, or None when the queue is empty."""

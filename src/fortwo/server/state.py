@@ -69,6 +69,7 @@ class AppState:
             remember_fp32_kernel(settings.home / "fp32_kernel.json")
             self.catalog = Catalog(settings.models_dir)
             self.adapters = AdapterStore(settings.adapters_dir)
+            self.adapters.remove_expired()
             self.engine = Engine(settings.threads, self.bridge.flush)
             self.engine.start()
             built.callback(self.engine.close)

@@ -72,6 +72,10 @@ class PruneRequest(BaseModel):
 )
 async def prune(request: Request, state: AppStateDep, body: PruneRequest) -> Json:
     """What is current, tagged, protected or a parent of others stays, and what a rollback would make current."""
-    run = state.registry.prune_adapters
-    removed = await state.control.run(request, lambda _: run(body.keep, apply=not body.dry_run))
+
+    def run() -> list[Json]:
+        needed = state.jobs.wanted_parents()
+        return state.registry.prune_adapters(body.keep, apply=not body.dry_run, needed=needed)
+
+    removed = await state.control.run(request, lambda _: run())
     return {"dry_run": body.dry_run, "versions": removed}

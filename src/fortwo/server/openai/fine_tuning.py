@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
+from sqlalchemy.orm import Session
 
 from fortwo.errors import FortwoError, InvalidRequest, NotFound
 from fortwo.jobs import fine_tuned_models
@@ -26,7 +27,7 @@ from fortwo.server.openai.fine_tuning_objects import (
     event_object,
     job_object,
 )
-from fortwo.server.openai.fine_tuning_request import JobRequest, renamed, training_request
+from fortwo.server.openai.fine_tuning_request import JobRequest, check_method, renamed, training_request
 from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppState, AppStateDep
 
@@ -48,7 +49,9 @@ def _create(state: AppState, body: JobRequest, key: Key | None, check: Callable[
         asked = training_request(body, _parent(state, body.model))
         return state.answers.once(
             key,
-            lambda also: state.runner.submit(asked, check, fine_tuning=body.record(), also=also),
+            lambda also: state.runner.submit(
+                asked, check, fine_tuning=body.record(), also=lambda session, job: _checked(body, session, job, also)
+            ),
             lambda job: job_object(job, ()),
         )
     except ValidationError as error:
@@ -56,6 +59,11 @@ def _create(state: AppState, body: JobRequest, key: Key | None, check: Callable[
         raise invalid(RequestValidationError(found).errors()) from None
     except FortwoError as error:
         raise renamed(error, body) from None
+
+
+def _checked(body: JobRequest, session: Session, job: Job, also: Callable[[Session, Job], None]) -> None:
+    check_method(body, job.plan["objective"])
+    also(session, job)
 
 
 def _parent(state: AppState, model: str) -> str | None:

@@ -33,7 +33,7 @@ def job_object(job: Job, files: Container[str]) -> Json:
         "batch_size": settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"],
         "learning_rate_multiplier": asked.get("hyperparameters", {}).get("learning_rate_multiplier", 1.0),
     }
-    method = asked.get("method", "supervised")
+    method = "dpo" if job.plan["objective"] == "dpo" else "supervised"
     if method == "dpo":
         hyperparameters["beta"] = settings["beta"]
     results, ended = result_file_id(job.id), job.ended

@@ -186,6 +186,16 @@ def training_request(asked: JobRequest, parent: str | None) -> TrainingRequest:
     return TrainingRequest.model_validate(given)
 
 
+def check_method(asked: JobRequest, objective: str) -> None:
+    """Raises InvalidRequest if the rows want another objective than an explicit method of supervised training."""
+    if asked.method is not None and asked.method.type == "supervised" and objective in ("dpo", "kto", "orpo"):
+        raise InvalidRequest(
+            f"method.type = 'supervised', but training_file has rows of preferences, which are for {objective!r}.",
+            param="method.type",
+            hint='Give the method "dpo", or rows of messages.',
+        )
+
+
 _PARAMS = {"dataset.file_id": "training_file", "parent": "model"}
 _HYPERPARAMETERS = {f"training_config.{key}": f"hyperparameters.{name}" for name, key in _TRAINING_KEYS.items()}
 
