@@ -156,9 +156,13 @@ def test_defaults_are_ollamas(two: Served) -> None:
 
 
 def test_num_predict_below_zero_goes_to_the_end_of_the_context(two: Served) -> None:
-    prompt = "he" * 900
-    body = generate(two, prompt=prompt, options={"num_predict": -1, "seed": 1}, raw=True).json()
-    assert body["done_reason"] == "stop" or body["prompt_eval_count"] + body["eval_count"] == 1024
+    """Without it a reply has at most as many tokens as one of OpenAI's API. The array is longer than the context."""
+    long = {"type": "array", "items": {"type": "integer"}, "minItems": 1000}
+    for num_predict in (-1, -2):
+        body = generate(two, format=long, options={"num_predict": num_predict, "seed": 1}).json()
+        assert body["done_reason"] == "length"
+        assert body["prompt_eval_count"] + body["eval_count"] == 1024
+    assert generate(two, format=long, options={"seed": 1}).json()["eval_count"] == 512
 
 
 ACCEPTED = {
