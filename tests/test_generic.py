@@ -25,6 +25,7 @@ from fortwo.nn.decoder import formats_of
 from fortwo.nn.generic import GenericDecoder, load
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
+from fortwo.nn.packing import trained_prefix
 from fortwo.quantization.selection import Choice
 from fortwo.train.losses import Row, compute_losses
 from tests.parts import make_rows
@@ -190,6 +191,27 @@ def test_a_training_step_is_pefts(family: str, checkpointing: bool, tmp_path: Pa
     for name, gradient in own.items():
         error = (gradient - gradients[name]).norm() / gradients[name].norm()
         assert error < 1e-3, name
+
+
+@pytest.mark.parametrize("family", ["bamba", "falcon_h1"])
+def test_a_row_that_is_another_ones_beginning_is_trained_on(family: str) -> None:
+    """The rest of the shorter row could be one token, from which no gradient flows into a state."""
+    home = network(family)
+    lora = random_lora(home, 3, config_for(home))
+    long = make_rows([12], range(5, 12))[0]
+    rows = [tuple(long[:-3]), tuple(long)]
+    prefix = trained_prefix(rows, home.config)
+    assert prefix == len(rows[0]) - 2
+    apart = []
+    for shared in (prefix, 0):
+        lora.flatten()
+        losses = compute_losses(backend_for(home.in_fp32()), lora, shared, [Row(row, prefix + 1) for row in rows])
+        losses.ce.backward()
+        apart.append(gradients_by_name(lora))
+        for parameter in lora.parameters():
+            parameter.grad = None
+    for name, gradient in apart[0].items():
+        torch.testing.assert_close(gradient, apart[1][name], atol=1e-4, rtol=1e-3)
 
 
 def gradients_by_name(lora: Lora) -> dict[str, Tensor]:

@@ -112,6 +112,10 @@ def left_out(found: Migration) -> dict[str, str]:
     return {one.key: one.why for one in found.left_out}
 
 
+def test_pretraining_of_llama_factory_is_sft() -> None:
+    assert migrate({"stage": "pt"}, "one", lambda _: []).request["objective"] == "sft"
+
+
 def test_axolotl() -> None:
     found = migrated(AXOLOTL)
     assert found.request == {
@@ -221,7 +225,7 @@ def test_what_means_nothing_to_the_objective_is_left_out() -> None:
 
 @pytest.mark.parametrize("text", ["rl: grpo", "stage: ppo", "rl: simpo", "{stage: dpo, pref_loss: simpo}", "stage: rm"])
 def test_training_on_rewards_is_refused(text: str) -> None:
-    with pytest.raises(InvalidRequest, match="rewards"):
+    with pytest.raises(InvalidRequest, match="does not support"):
         migrated(text)
 
 

@@ -280,6 +280,7 @@ def test_labels_that_are_alike_or_unbalanced_are_warned_of(served: Served) -> No
         return {one["code"] for one in planned(served, rows, "kto", **training)["warnings"]}
 
     assert not {"one_label", "unbalanced_labels"} & codes(LABELLED)
+    assert "unbalanced_labels" in codes(LABELLED, desirable_weight=10.0)
     assert "one_label" in codes([row for row in LABELLED if row["label"]])
     mostly = [*LABELLED[:8], *[row for row in LABELLED[8:] if row["label"]]][::-1]
     mostly = [row for row in mostly if row["label"]] + [row for row in mostly if not row["label"]][:2]

@@ -162,7 +162,7 @@ def _with_conversations(prompt: Any, chosen: list[Any], rejected: list[Any]) -> 
     if len(first) < 2 or not all(begins):
         return {}
     found = _apart(chosen, rejected)
-    same = prompt == found["prompt"]
+    same = ([prompt] if isinstance(prompt, dict) else prompt) == found["prompt"]
     if isinstance(prompt, str):
         same = any(isinstance(one, dict) and one.get("content") == prompt for one in found["prompt"])
     if not same:

@@ -29,7 +29,7 @@ from fortwo.engine.base_choice import choose_base, no_base
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable, UnsupportedModel
-from fortwo.execution.autotuning import all_blocks, memory, serving, serving_generic
+from fortwo.execution.autotuning import all_blocks, memory, prefers_blocks, serving, serving_generic
 from fortwo.execution.backend import Backend, backend_for
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
@@ -229,9 +229,19 @@ class ModelRegistry:
 
     def fit(self, id: str) -> Fit | None:
         """How the base fits into the memory of the device; None where its dimensions are not known yet."""
+        return fit(self._catalog.config(id), self._weights, memory(self._device), self._blocks(id))
+
+    def _blocks(self, id: str) -> int:
+        """Bytes of the blocks that `auto` would hold of a base; 0 where it holds none, or that is not known yet."""
         info = self._catalog.model_info(id)
-        blocks = 0 if info is None or self._device.type != "cpu" else weights.block_bytes(info.directory)
-        return fit(self._catalog.config(id), self._weights, memory(self._device), blocks)
+        if info is None or self._device.type != "cpu" or not weights.block_bytes(info.directory):
+            return 0
+        try:
+            config = DecoderConfig.from_hf(self._catalog.config(id))
+        except UnsupportedModel:
+            return 0
+        held = prefers_blocks(config) and all_blocks(config, weights.block_types(info.directory))
+        return weights.block_bytes(info.directory) if held else 0
 
     def _check_memory(self, id: str) -> None:
         """Raises Unavailable for a base that does not fit, as soon as its dimensions are known."""

@@ -110,8 +110,12 @@ def serving(
 
 
 def _takes_blocks(setting: str, config: DecoderConfig) -> bool:
-    fast = config.parameters >= SMALL and cpu.usable(torch.empty(0))
-    return setting == "gguf" or (setting == "auto" and fast)
+    return setting == "gguf" or (setting == "auto" and prefers_blocks(config))
+
+
+def prefers_blocks(config: DecoderConfig) -> bool:
+    """Whether `auto` holds the blocks of a quantised file on the CPU, where there are blocks of every product."""
+    return config.parameters >= SMALL and cpu.usable(torch.empty(0))
 
 
 def all_blocks(config: DecoderConfig, names: Container[str]) -> bool:

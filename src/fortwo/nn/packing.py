@@ -16,9 +16,10 @@ from torch import Tensor
 from fortwo.nn.config import Shape
 
 
-def common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows share at their beginning; at least one token of each row is left over."""
-    limit = min(len(row) for row in rows) - 1
+def common_prefix(rows: Sequence[Sequence[int]], left: int = 1) -> int:
+    """How many tokens all rows share at their beginning; at least `left` tokens of each row are left over, if it has
+    more."""
+    limit = min(len(row) for row in rows) - left
     for place in range(limit):
         if any(row[place] != rows[0][place] for row in rows):
             return place
@@ -68,6 +69,12 @@ def pack(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", pref
         starts=tuple(accumulate(lengths[:-1], initial=shared)),
         padded_index=torch.tensor(padded, device=device),
     )
+
+
+def trained_prefix(rows: Sequence[Sequence[int]], network: Shape) -> int:
+    """`common_prefix` for a pass with gradients. Some of transformers' layers with a state write over the state when
+    one token goes on from it, through which no gradient flows; two tokens are computed in another way."""
+    return common_prefix(rows, left=2 if network.state_bytes else 1)
 
 
 class PackedAttention:

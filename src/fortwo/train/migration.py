@@ -26,6 +26,7 @@ HANDLED = {*BASE_KEYS, *DATASET_KEYS, *VALIDATION_KEYS, "output_dir", "rl", "sta
 OBJECTIVE_KEYS = ("rl", "stage")  # of Axolotl, and of LLaMA-Factory
 OBJECTIVES: dict[str, tuple[str, Json]] = {
     "sft": ("sft", {}),
+    "pt": ("sft", {}),
     "dpo": ("dpo", {}),
     "ipo": ("dpo", {"loss_type": "ipo"}),
     "kto": ("kto", {}),
@@ -93,7 +94,7 @@ def _objective(config: Mapping[str, Any]) -> tuple[str | None, Json]:
         key, value = "pref_loss", config["pref_loss"]
     if not isinstance(value, str) or value not in OBJECTIVES:
         raise InvalidRequest(
-            f"{key} = {value!r}: this configuration trains on rewards, or on preferences in a way that fortwo has not",
+            f"{key} = {value!r}: this configuration trains in a way that fortwo does not support",
             param=key,
             hint=f"What can be turned into a request: {', '.join(OBJECTIVES)}.",
         )

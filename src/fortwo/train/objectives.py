@@ -28,7 +28,7 @@ from fortwo.facts.prompt_builder import (
 )
 from fortwo.facts.subject import facts_of
 from fortwo.nn.lora import Lora
-from fortwo.nn.packing import common_prefix
+from fortwo.nn.packing import trained_prefix
 from fortwo.records import Dataset, Example, Fact, Message, Metric, MicroStepped, Plan, TrainEvents
 from fortwo.train.evaluation import (
     Evaluator,
@@ -157,7 +157,7 @@ def prepare_override(
         final_evaluator.ask_base(served),
     )
     rows = chain(*given, *edits, *parent, contrast, rehearsal)
-    prefix = common_prefix([row.tokens for row in rows])
+    prefix = trained_prefix([row.tokens for row in rows], backend.decoder.config)
     own = [row for row, one in zip(contrast, contrasts, strict=False) if one.reply_prefix is None]
     asked = rng.sample(own, min(plan["on_policy_prompts"], len(own)))
     contrast = yield from with_teacher_states(backend, contrast, prefix)

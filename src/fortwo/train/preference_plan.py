@@ -213,7 +213,7 @@ def label_warnings(
             ),
         )
     ratio = (desirable_weight * good) / (undesirable_weight * bad) if undesirable_weight else float("inf")
-    if good == bad or 0.99 <= ratio <= 1.34 or not undesirable_weight:
+    if 0.99 <= ratio <= 1.34 or not undesirable_weight:
         return ()
     wanted = round(undesirable_weight * bad / good, 2)
     return (

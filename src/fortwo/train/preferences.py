@@ -19,7 +19,7 @@ from fortwo.data.spool import Spool
 from fortwo.execution.backend import Backend
 from fortwo.facts import metrics
 from fortwo.nn.lora import Lora, Segment
-from fortwo.nn.packing import Pack, pack
+from fortwo.nn.packing import Pack, pack, trained_prefix
 from fortwo.records import Dataset, Example, Metric, MicroStepped, Plan, Report, TrainEvents
 from fortwo.train.evaluation import Evaluator, ServedBase
 from fortwo.train.losses import PREPARE_TOKENS, Accumulated, Row, batches_within, head_losses
@@ -99,7 +99,7 @@ def prepare_preferences(
     judged = validation if len(validation) else training
 
     def judge(lora: Lora) -> TrainEvents[Metric]:
-        every = max(1, len(judged) // JUDGED)
+        every = max(1, -(-len(judged) // JUDGED))
         chosen = range(0, len(judged), every) if judged is training else range(len(judged))
         found = yield from learned.measure(lora, [judged.unit(number) for number in chosen])
         assert found.accuracy is not None
@@ -270,7 +270,8 @@ class Preferences:
         return batches_within(units, most, lambda unit: sum(len(row.tokens) for row in unit))
 
     def _pack(self, batch: Sequence[Unit]) -> Pack:
-        return pack([row.tokens for unit in batch for row in unit], self.backend.decoder.device)
+        decoder, rows = self.backend.decoder, [row.tokens for unit in batch for row in unit]
+        return pack(rows, decoder.device, trained_prefix(rows, decoder.config))
 
     def _token_log_probs(
         self, final_TD: Tensor, packed: Pack, rows: Sequence[Row], positions: Sequence[Sequence[int]]
