@@ -309,7 +309,7 @@ def test_killed_at_any_moment_a_job_comes_out_the_same(
             if job_id:
                 job = http.get(f"/api/training/jobs/{job_id}").json()
                 assert (job["status"], job["error"]["code"]) == ("failed", "interrupted")
-                assert http.get("/api/adapters").json() == {"adapters": [], "damaged": []}
+                assert http.get("/api/adapters").json() == {"adapters": [], "damaged": [], "deleted": []}
                 assert http.post(f"/api/training/jobs/{job_id}/resume").status_code == 200
                 steps.append(max([one["step"] for one in job["checkpoints"]], default=0))
             else:
