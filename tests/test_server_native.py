@@ -102,38 +102,39 @@ def _rows(served: Served, name: str) -> list[Any]:
     return [one for one in served.http.get("/api/adapters").json()["adapters"] if one["name"] == name]
 
 
-def test_versions_are_tagged_promoted_protected_restored_and_compared(served: Served) -> None:
-    publish(served, "many", 1)
-    publish(served, "many", 2)
-    assert served.http.put("/api/adapters/many@1/tags/first").json()["tags"] == ["first"]
-    assert say(served, "many@first") == say(served, "many@1") != say(served, "many@2")
-    assert served.post("/api/adapters/many@1/promote").json()["current"] is True
-    assert say(served, "many") == say(served, "many@1")
-    assert served.http.put("/api/adapters/many@1/protection").json()["protected"] is True
-    refused(served.http.delete("/api/adapters/many"), 409, "conflict", "adapter_name")
-    assert served.http.delete("/api/adapters/many@1/protection").json()["protected"] is False
-    weights = served.http.get("/api/adapters/many@1/compare", params={"other": "many@2"}).json()["weights"]
-    assert weights["relative"] > 0.1
-    said = say(served, "many@2")
-    assert served.http.delete("/api/adapters/many@2").status_code == 200
-    refused(served.chat(model="many@2"), 404, "not_found", "model")
-    assert served.http.get("/api/adapters").json()["deleted"][-1]["name"] == "many"
-    assert served.post("/api/adapters/many@2/restore").json()["restored"][0]["version"] == 2
-    assert say(served, "many@2") == said
-    refused(served.post("/api/adapters/many@2/restore"), 404, "not_found", "adapter_name")
-    assert served.http.delete("/api/adapters/many/tags/first").status_code == 200
-    refused(served.chat(model="many@first"), 404, "not_found", "model")
-    for seed in (3, 4, 5):
-        publish(served, "many", seed)
-    listed = served.post("/api/adapters/prune", {"keep": 1}).json()
-    assert (listed["dry_run"], [one["id"] for one in listed["versions"] if one["id"].startswith("many@")]) == (
-        True,
-        ["many@1", "many@2", "many@3"],
-    )
-    say(served, "many@3")
-    served.post("/api/adapters/prune", {"keep": 1, "dry_run": False})
-    assert [row["version"] for row in _rows(served, "many")] == [4, 5]
-    refused(served.chat(model="many@3"), 404, "not_found", "model")
+def test_versions_are_tagged_promoted_protected_restored_and_compared(tiny: Path, tmp_path: Path) -> None:
+    with serve(tiny_settings(tmp_path, tiny)) as served:
+        publish(served, "many", 1)
+        publish(served, "many", 2)
+        assert served.http.put("/api/adapters/many@1/tags/first").json()["tags"] == ["first"]
+        assert say(served, "many@first") == say(served, "many@1") != say(served, "many@2")
+        assert served.post("/api/adapters/many@1/promote").json()["current"] is True
+        assert say(served, "many") == say(served, "many@1")
+        assert served.http.put("/api/adapters/many@1/protection").json()["protected"] is True
+        refused(served.http.delete("/api/adapters/many"), 409, "conflict", "adapter_name")
+        assert served.http.delete("/api/adapters/many@1/protection").json()["protected"] is False
+        weights = served.http.get("/api/adapters/many@1/compare", params={"other": "many@2"}).json()["weights"]
+        assert weights["relative"] > 0.1
+        said = say(served, "many@2")
+        assert served.http.delete("/api/adapters/many@2").status_code == 200
+        refused(served.chat(model="many@2"), 404, "not_found", "model")
+        assert served.http.get("/api/adapters").json()["deleted"][-1]["name"] == "many"
+        assert served.post("/api/adapters/many@2/restore").json()["restored"][0]["version"] == 2
+        assert say(served, "many@2") == said
+        refused(served.post("/api/adapters/many@2/restore"), 404, "not_found", "adapter_name")
+        assert served.http.delete("/api/adapters/many/tags/first").status_code == 200
+        refused(served.chat(model="many@first"), 404, "not_found", "model")
+        for seed in (3, 4, 5):
+            publish(served, "many", seed)
+        listed = served.post("/api/adapters/prune", {"keep": 1}).json()
+        assert (listed["dry_run"], [one["id"] for one in listed["versions"] if one["id"].startswith("many@")]) == (
+            True,
+            ["many@1", "many@2", "many@3"],
+        )
+        say(served, "many@3")
+        served.post("/api/adapters/prune", {"keep": 1, "dry_run": False})
+        assert [row["version"] for row in _rows(served, "many")] == [4, 5]
+        refused(served.chat(model="many@3"), 404, "not_found", "model")
 
 
 def test_an_adapter_is_loaded_and_unloaded(served: Served) -> None:
