@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import save_directory, tiny_model
+from tiny import save_directory, save_gguf, tiny_model
 
 from fortwo.adapters.store import AdapterStore
 from fortwo.engine import registry as module
@@ -33,6 +33,7 @@ from fortwo.quantization.selection import FORMATS, Measurements
 from fortwo.quantization.tiles import Tiles
 from fortwo.records import AdapterVersion, Json, Message, Phase
 from fortwo.settings import Settings, load
+from tests.test_blocks import MIXED
 
 CONFIG = LoraConfig(r=2, alpha=4)
 
@@ -182,11 +183,16 @@ def test_a_base_stays_while_a_request_or_a_job_needs_it(setup: Setup) -> None:
 
 @pytest.mark.parametrize("weights", FORMATS)
 def test_every_form_of_the_weights_serves_adapters_and_can_be_trained_on(
-    home: Path, directories: dict[str, Path], weights: str
+    home: Path, directories: dict[str, Path], weights: str, tmp_path: Path
 ) -> None:
     setup = Setup(home, weights=weights)
     try:
-        setup.catalog.add("tiny", directories["tiny"])
+        source = directories["tiny"]
+        if weights == "gguf":
+            source = save_gguf(
+                tmp_path / "tiny.gguf", tiny_model("llama", hidden_size=64, intermediate_size=96), types=MIXED
+            )
+        setup.catalog.add("tiny", source)
         decoder = setup.registry.load_base("tiny").decoder
         held = decoder.layers[0].qkv_OD
         if weights == "fp32":
