@@ -141,6 +141,7 @@ def _llama_cpp(model: Path, adapter: Path | None, source: Source) -> Iterator[Ex
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
     params.port, params.n_parallel, params.n_ctx = 0, 1, 4096
     params.n_gpu_layers = 0
+    params.verbosity = 1  # errors alone
     server = xllamacpp.Server(params)
     try:
         renderer = ChatTemplateRenderer(source.base.directory)
