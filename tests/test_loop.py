@@ -424,7 +424,7 @@ def test_a_run_on_packed_rows_that_share_a_prefix_is_the_run_on_rows_alone(
     plan = school.plan(dataset, max_steps=3, learning_rate=1e-3, warmup_steps=0)
     plan = changed(plan, **(SMALL if dataset is FACT else {}))
     _, packed = school.run(plan, dataset)
-    monkeypatch.setattr(objectives, "common_prefix", lambda rows: 0)
+    monkeypatch.setattr(objectives, "trained_prefix", lambda rows, network: 0)
     _, plain = school.run(changed(plan, micro_step_tokens=1), dataset)
     for ours, theirs in zip(steps(packed), steps(plain), strict=True):
         assert ours.tokens < theirs.tokens
