@@ -354,7 +354,7 @@ def test_a_detached_job_is_not_followed(script: Script, tmp_path: Path) -> None:
     script.on("POST", "/api/training/start", (202, {"job_id": "j1", "status": "queued", "plan": PLAN}))
     result = run("teach", rows(tmp_path, "d.json", "[]"), "--name", "a", "--detach")
     assert result.exit_code == 0
-    assert "fortwo jobs show j1" in result.output
+    assert "fortwo jobs watch j1" in result.output
     assert len(script.asked) == 1
 
 
