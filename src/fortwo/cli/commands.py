@@ -17,7 +17,7 @@ from rich.console import Group
 from fortwo.cli import inventory, views
 from fortwo.cli.jobs import jobs
 from fortwo.cli.teaching import teaching
-from fortwo.cli.terminal import AsJson, CommandGroup, answer, connect, print_json_line, screen
+from fortwo.cli.terminal import AsJson, CommandGroup, connect, print_json_line, respond, screen
 from fortwo.cli.versions import versions
 from fortwo.errors import InvalidRequest, NotFound
 
@@ -67,6 +67,16 @@ def serve(
 
 
 @app.command()
+def quickstart(as_json: AsJson = False) -> None:
+    """Fetch the default base, start a server if none runs, ask what 42 is, teach it, ask again and show the report. The
+    server goes on running. With --json only the report is printed."""
+    from fortwo.cli.quickstart import quickstart as run
+    from fortwo.settings import load
+
+    run(connect(), load(), as_json)
+
+
+@app.command()
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="A single question. Without it you have a conversation.")] = None,
     model: Annotated[
@@ -111,7 +121,7 @@ def report(
     files = {kind: file for kind, file in (("html", html), ("png", png), ("pdf", pdf)) if file is not None}
     if files:
         written = write_files(client, name, files)
-        answer({"files": written}, "\n".join(f"The report is in {file}" for file in written), as_json)
+        respond({"files": written}, "\n".join(f"The report is in {file}" for file in written), as_json)
         return
     found = client.get(f"/api/training/jobs/{name}" if is_job_id(name) else f"/api/adapters/{name}/report")
     if found["report"] is None:
@@ -119,7 +129,7 @@ def report(
             f"Job {name} has no report.", param="name", hint=f"Show what there is with: fortwo jobs show {name}"
         )
     shown = Group(views.report(found["report"]), views.plan_against_actual(found["plan"], found["actual"]))
-    answer(found, shown, as_json)
+    respond(found, shown, as_json)
 
 
 @app.command()
@@ -166,4 +176,4 @@ def doctor(
     from fortwo.cli.doctor import examine, shown
 
     found = examine(settings.home, settings.weights, settings.isa)
-    answer(asdict(found), shown(found), as_json)
+    respond(asdict(found), shown(found), as_json)

@@ -14,7 +14,7 @@ import typer
 from rich.console import Group
 
 from fortwo.cli import views
-from fortwo.cli.terminal import AsJson, answer, connect, error_screen, screen
+from fortwo.cli.terminal import AsJson, connect, error_screen, respond, screen
 from fortwo.errors import Conflict
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def list_models(as_json: AsJson = False) -> None:
         )
     damaged = [one["error"] for one in found if one["error"] is not None]
     shown = Group(rows, *(views.error(one["message"], one["hint"]) for one in damaged))
-    answer({"models": found}, shown, as_json)
+    respond({"models": found}, shown, as_json)
 
 
 def _models_on_disk() -> list[Json]:
@@ -106,13 +106,13 @@ def show_catalog(as_json: AsJson = False) -> None:
         verdicts = {"serving": found.serving, "teaching": found.teaching}
         bases.append({"id": id, "bytes_on_disk": disk, "licence": base.licence, **asdict(found), **verdicts})
     note = f"This machine has {views.size(memory)} of memory. To download one: fortwo models fetch ID"
-    answer({"memory": memory, "models": bases}, Group(rows, note), as_json)
+    respond({"memory": memory, "models": bases}, Group(rows, note), as_json)
 
 
 @models.command("show")
 def show_model(id: str, as_json: AsJson = False) -> None:
     """Show a base model and the adapters that were trained on it, as JSON. Needs a server."""
-    answer(connect().get(f"/api/models/{id}"), None, as_json)
+    respond(connect().get(f"/api/models/{id}"), None, as_json)
 
 
 @models.command("remove")
@@ -125,7 +125,7 @@ def remove_model(id: str, as_json: AsJson = False) -> None:
     else:
         _catalog().remove(id)
     kept = f"\nThese adapters stay on disk and can be used when it is added again: {', '.join(left)}" if left else ""
-    answer({"id": id, "deleted": True, "adapters": left}, f"{id} is removed.{kept}", as_json)
+    respond({"id": id, "deleted": True, "adapters": left}, f"{id} is removed.{kept}", as_json)
 
 
 @models.command("add")
@@ -144,7 +144,7 @@ def add_model(
     if not path.startswith(PREFIX):
         entry = _catalog().add(id, Path(path).resolve())
         told = f"{entry.id} was added to the catalog. Its source is {entry.source}"
-        answer({"id": entry.id, "source": entry.source, "directory": None}, told, as_json)
+        respond({"id": entry.id, "source": entry.source, "directory": None}, told, as_json)
         return
     source = HubSource.parse(path, id)
     found = source.repository()
@@ -154,7 +154,7 @@ def add_model(
     entry = _catalog().add(id, HubSource(found.repo_id, id, found.revision))
     directory = _fetch(id)
     body = {"id": id, "source": entry.source, "directory": str(directory)}
-    answer(body, f"{id} is ready in {directory}", as_json)
+    respond(body, f"{id} is ready in {directory}", as_json)
 
 
 @models.command("fetch")
@@ -167,7 +167,7 @@ def fetch_model(
 
     chosen = load().default_model if id is None else id
     directory = _fetch(chosen)
-    answer({"id": chosen, "directory": str(directory)}, f"{chosen} is ready in {directory}", as_json)
+    respond({"id": chosen, "directory": str(directory)}, f"{chosen} is ready in {directory}", as_json)
 
 
 def _fetch(id: str) -> Path:
@@ -180,13 +180,13 @@ def _fetch(id: str) -> Path:
 @models.command("load")
 def load_model(id: str, as_json: AsJson = False) -> None:
     """Load a base model into the server."""
-    answer(connect().post(f"/api/models/{id}/load"), f"{id} is loaded.", as_json)
+    respond(connect().post(f"/api/models/{id}/load"), f"{id} is loaded.", as_json)
 
 
 @models.command("unload")
 def unload_model(id: str, as_json: AsJson = False) -> None:
     """Unload a base model and the adapters on it from the server."""
-    answer(connect().post(f"/api/models/{id}/unload"), f"{id} is unloaded.", as_json)
+    respond(connect().post(f"/api/models/{id}/unload"), f"{id} is unloaded.", as_json)
 
 
 @adapters.command("list")
@@ -201,13 +201,13 @@ def list_adapters(as_json: AsJson = False) -> None:
         current, parent = "✓" if one["current"] else "", one["parent"] or ""
         tags = ", ".join([*one["tags"], *(["protected"] if one["protected"] else [])])
         rows.add_row(id, current, tags, one["state"], one["base_model"], parent, made, one["digest"][:12])
-    answer(found, rows, as_json)
+    respond(found, rows, as_json)
 
 
 @adapters.command("show")
 def show_adapter(name: str, as_json: AsJson = False) -> None:
     """Show an adapter's versions and the manifest of the current one, as JSON."""
-    answer(connect().get(f"/api/adapters/{name}"), None, as_json)
+    respond(connect().get(f"/api/adapters/{name}"), None, as_json)
 
 
 @adapters.command("import")
@@ -230,7 +230,7 @@ def import_adapter(
     with staged(folder, load()) as directory:
         body = {"lora_name": chosen, "lora_path": str(directory), "load_inplace": replace}
         connect().post("/v1/load_lora_adapter", body)
-    answer({"name": chosen}, f"{chosen} is published and loaded.", as_json)
+    respond({"name": chosen}, f"{chosen} is published and loaded.", as_json)
 
 
 @adapters.command("export")
@@ -276,19 +276,19 @@ def export_adapter(
         told = Group(views.exam(done.exam, done.result, to), told)
         metrics = {name: asdict(metric) for name, metric in done.result.metrics.items()}
     body = {"adapter": version.id, "output": str(done.output), "notes": list(done.notes), "metrics": metrics}
-    answer(body, told, as_json)
+    respond(body, told, as_json)
 
 
 @adapters.command("load")
 def load_adapter(name: str, as_json: AsJson = False) -> None:
     """Load an adapter, and its base if necessary, into the server."""
-    answer(connect().post(f"/api/adapters/{name}/load"), f"{name} is loaded.", as_json)
+    respond(connect().post(f"/api/adapters/{name}/load"), f"{name} is loaded.", as_json)
 
 
 @adapters.command("unload")
 def unload_adapter(name: str, as_json: AsJson = False) -> None:
     """Unload an adapter from the server; it stays on disk."""
-    answer(connect().post(f"/api/adapters/{name}/unload"), f"{name} is unloaded.", as_json)
+    respond(connect().post(f"/api/adapters/{name}/unload"), f"{name} is unloaded.", as_json)
 
 
 @adapters.command("delete")
@@ -300,7 +300,7 @@ def delete_adapter(
     """Delete an adapter, or one version as NAME@VERSION. For 7 days it can be restored."""
     body = connect().delete(f"/api/adapters/{name}" + ("?permanently=true" if permanently else ""))
     undo = "" if permanently else f" Undo: fortwo adapters restore {name}"
-    answer(body, f"{name} is deleted.{undo}", as_json)
+    respond(body, f"{name} is deleted.{undo}", as_json)
 
 
 @data.command("show")
@@ -327,4 +327,4 @@ def show_data(
     chosen = load().default_model if model is None else model
     path = file.resolve()
     found = asdict(preview({"path": str(path)}, (path.parent,), _catalog(), chosen, rows))
-    answer(found, views.preview(found), as_json)
+    respond(found, views.preview(found), as_json)

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.text import Text
 
 from fortwo.cli import views
-from fortwo.cli.terminal import AsJson, answer, connect
+from fortwo.cli.terminal import AsJson, connect, respond
 from fortwo.errors import NotFound
 
 jobs = typer.Typer(help="List, show, watch, cancel, pause and resume training jobs.", no_args_is_help=True)
@@ -26,7 +26,7 @@ def list_jobs(as_json: AsJson = False) -> None:
         rows.add_row(
             job["job_id"], views.status(job["status"]), job["adapter_name"], step, views.moment(job["created_at"])
         )
-    answer(found, rows, as_json)
+    respond(found, rows, as_json)
 
 
 @jobs.command("show")
@@ -41,7 +41,7 @@ def show_job(job_id: str, as_json: AsJson = False) -> None:
         return
     title = Text.assemble(f"{job['adapter_name']} on {job['model']}: ", views.status(job["status"]))
     parts = [] if job["actual"] is None else [views.plan_against_actual(job["plan"], job["actual"])]
-    answer(job, Group(title, *parts, views.outcome(job)), as_json)
+    respond(job, Group(title, *parts, views.outcome(job)), as_json)
 
 
 @jobs.command("watch")
@@ -72,14 +72,14 @@ def watch_job(
 def cancel_job(job_id: str, as_json: AsJson = False) -> None:
     """Cancel a job and delete its checkpoints."""
     job = connect().post(f"/api/training/jobs/{job_id}/cancel")
-    answer(job, f"Job {job_id} is {job['status']}.", as_json)
+    respond(job, f"Job {job_id} is {job['status']}.", as_json)
 
 
 @jobs.command("pause")
 def pause_job(job_id: str, as_json: AsJson = False) -> None:
     """Pause a job with a checkpoint; the next one in the queue begins."""
     job = connect().post(f"/api/training/jobs/{job_id}/pause")
-    answer(job, f"Job {job_id} is {job['status']}.", as_json)
+    respond(job, f"Job {job_id} is {job['status']}.", as_json)
 
 
 @jobs.command("resume")

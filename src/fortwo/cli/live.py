@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from fortwo.cli import views
 from fortwo.cli.client import Client
-from fortwo.cli.terminal import answer, error_screen, is_interactive, print_json_line, screen
+from fortwo.cli.terminal import error_screen, is_interactive, print_json_line, respond, screen
 from fortwo.records import Json
 
 
@@ -28,7 +28,7 @@ def start(client: Client, body: Json, *, ask: bool, detach: bool, as_json: bool)
     job_id = started["job_id"]
     if not detach:
         return follow(client, job_id, as_json)
-    answer(started, f"Job {job_id} is {started['status']}. Follow it with: fortwo jobs watch {job_id}", as_json)
+    respond(started, f"Job {job_id} is {started['status']}. Follow it with: fortwo jobs watch {job_id}", as_json)
     return started
 
 

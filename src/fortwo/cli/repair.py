@@ -10,7 +10,7 @@ from rich.text import Text
 
 from fortwo.adapters import repair as adapters
 from fortwo.adapters.store import AdapterStore
-from fortwo.cli.terminal import answer
+from fortwo.cli.terminal import respond
 from fortwo.errors import FortwoError
 from fortwo.home import lock_home
 from fortwo.jobs import repair as jobs
@@ -40,7 +40,7 @@ def repair(settings: Settings, apply: bool, as_json: bool) -> bool:
         lines.append("Nothing is wrong in the home.")
     elif not apply and not done:
         lines.append("Nothing was changed. Stop the server, then: fortwo doctor --repair --apply")
-    answer({"findings": [asdict(one) for one in found], "done": done}, Group(*lines), as_json)
+    respond({"findings": [asdict(one) for one in found], "done": done}, Group(*lines), as_json)
     return done
 
 

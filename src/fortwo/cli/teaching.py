@@ -18,7 +18,7 @@ from fortwo.cli.requests import (
     file_datasets,
     training_request,
 )
-from fortwo.cli.terminal import AsJson, answer, connect, error_screen
+from fortwo.cli.terminal import AsJson, connect, error_screen, respond
 from fortwo.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ Detach = Annotated[bool, typer.Option("--detach", help="Do not wait for the job 
 @teaching.command()
 def teach(
     data: Data,
-    text: Answer = None,
+    answer: Answer = None,
     question: Questions = None,
     match: Match = None,
     alias: Aliases = None,
@@ -109,16 +109,16 @@ def teach(
     from fortwo.cli.live import start
 
     of_fact = {"questions": question, "match": match, "aliases": alias, "held_out": held_out, "neighbors": neighbor}
-    datasets = _datasets(data, text, of_fact | {"controls": control}, validation)
+    datasets = _datasets(data, answer, of_fact | {"controls": control}, validation)
     options = {"objective": objective, "model": model, "parent": onto, "effort": effort}
-    body = training_request(datasets, _name(data, text, name), config, **options)
+    body = training_request(datasets, _name(data, answer, name), config, **options)
     start(connect(), body, ask=not yes, detach=detach, as_json=as_json)
 
 
 @teaching.command()
 def plan(
     data: Data,
-    text: Answer = None,
+    answer: Answer = None,
     question: Questions = None,
     match: Match = None,
     alias: Aliases = None,
@@ -136,27 +136,27 @@ def plan(
 ) -> None:
     """Show the plan for training on DATA, without starting it."""
     of_fact = {"questions": question, "match": match, "aliases": alias, "held_out": held_out, "neighbors": neighbor}
-    datasets = _datasets(data, text, of_fact | {"controls": control}, validation)
+    datasets = _datasets(data, answer, of_fact | {"controls": control}, validation)
     options = {"objective": objective, "model": model, "parent": onto, "effort": effort}
     found = connect().post("/api/training/plan", training_request(datasets, name, config, **options))
-    answer(found, views.plan(found), as_json)
+    respond(found, views.plan(found), as_json)
 
 
-def _datasets(data: str, text: str | None, of_fact: dict[str, list[str] | None], validation: Path | None) -> Json:
-    """The fields of a request that give rows: a fact in words if there is a text, else those of the file `data`."""
+def _datasets(data: str, answer: str | None, of_fact: dict[str, list[str] | None], validation: Path | None) -> Json:
+    """The fields of a request that give rows: a fact in words if there is an answer, else those of the file `data`."""
     given = {name: texts for name, texts in of_fact.items() if texts}
     file = Path(data)
-    if text is None:
+    if answer is None:
         _check_file(file, list(given))
         return file_datasets(file, validation)
     if file.is_file() and file.suffix.lower() in (*TABLES, *DOCUMENTS):
         raise InvalidRequest(
-            f"{data} is a file, and {text!r} is given as the answer of a fact.",
+            f"{data} is a file, and {answer!r} is given as the answer of a fact.",
             param="data",
             hint="Give the file alone, with --name for the adapter, or the subject of a fact and its answer.",
         )
     questions, phrases = given.pop("questions", []), given.pop("match", [])
-    datasets: Json = {"dataset": {"facts": [fact(data, text, questions, phrases, **given)]}}
+    datasets: Json = {"dataset": {"facts": [fact(data, answer, questions, phrases, **given)]}}
     return datasets if validation is None else datasets | {"validation_dataset": file_dataset(validation)}
 
 
@@ -177,11 +177,11 @@ def _check_file(file: Path, of_fact: list[str]) -> None:
         raise InvalidRequest(f"{told[0].upper()}{told[1:]}.", param="data", hint=" ".join(hints))
 
 
-def _name(data: str, text: str | None, name: str | None) -> str:
+def _name(data: str, answer: str | None, name: str | None) -> str:
     """The name of the adapter. Raises InvalidRequest if there is none for a file of rows."""
     if name is not None:
         return name
-    if text is None:
+    if answer is None:
         raise InvalidRequest(
             "The adapter has no name.", param="name", hint=f"Give one: fortwo teach {data} --name NAME"
         )
@@ -208,11 +208,11 @@ def migrate(
     entries = Catalog(load().models_dir).entries()
     found = migrated(_yaml(config), name, lambda named: bases_named(named, entries))
     if as_json:
-        answer({"request": found.request, "left_out": [asdict(one) for one in found.left_out]}, None, as_json)
+        respond({"request": found.request, "left_out": [asdict(one) for one in found.left_out]}, None, as_json)
         return
     for one in found.left_out:
         error_screen.print(f"left out {one.key} = {one.value!r}: {one.why}", soft_wrap=True)
-    answer(found.request, None, as_json)
+    respond(found.request, None, as_json)
 
 
 def _yaml(file: Path) -> Json:

@@ -56,7 +56,7 @@ def print_json_line(body: Any) -> None:
     print(json.dumps(body, ensure_ascii=False), file=screen.file, flush=True)
 
 
-def answer(body: Any, shown: RenderableType | None, as_json: bool) -> None:
+def respond(body: Any, shown: RenderableType | None, as_json: bool) -> None:
     """Print the answer of a command: what is `shown` to people, or `body` as JSON; shown: None if that is JSON too."""
     if as_json or shown is None:
         print_json(body)

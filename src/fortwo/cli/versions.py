@@ -11,7 +11,7 @@ import typer
 from rich.console import Group
 
 from fortwo.cli import views
-from fortwo.cli.terminal import AsJson, answer, connect
+from fortwo.cli.terminal import AsJson, connect, respond
 
 versions = typer.Typer()
 
@@ -21,41 +21,41 @@ def restore_adapter(name: str, as_json: AsJson = False) -> None:
     """Bring back a deleted version as NAME@VERSION, or all deleted versions of NAME."""
     body = connect().post(f"/api/adapters/{name}/restore")
     ids = [f"{one['name']}@{one['version']}" for one in body["restored"]]
-    answer(body, f"Restored: {', '.join(ids)}.", as_json)
+    respond(body, f"Restored: {', '.join(ids)}.", as_json)
 
 
 @versions.command("promote")
 def promote_adapter(version: str, as_json: AsJson = False) -> None:
     """Make a version, as NAME@VERSION, the current one."""
     current = connect().post(f"/api/adapters/{version}/promote")
-    answer(current, f"{current['name']} is now {current['name']}@{current['version']}.", as_json)
+    respond(current, f"{current['name']} is now {current['name']}@{current['version']}.", as_json)
 
 
 @versions.command("tag")
 def tag_adapter(version: str, tag: str, as_json: AsJson = False) -> None:
     """Let NAME@TAG mean a version, which is given as NAME@VERSION."""
     tagged = connect().put(f"/api/adapters/{version}/tags/{tag}")
-    answer(tagged, f"{tagged['name']}@{tag} is now {tagged['name']}@{tagged['version']}.", as_json)
+    respond(tagged, f"{tagged['name']}@{tag} is now {tagged['name']}@{tagged['version']}.", as_json)
 
 
 @versions.command("untag")
 def untag_adapter(name: str, tag: str, as_json: AsJson = False) -> None:
     """Forget a tag of an adapter."""
     body = connect().delete(f"/api/adapters/{name}/tags/{tag}")
-    answer(body, f"{name} has no tag {tag} any more.", as_json)
+    respond(body, f"{name} has no tag {tag} any more.", as_json)
 
 
 @versions.command("protect")
 def protect_adapter(version: str, as_json: AsJson = False) -> None:
     """Protect a version, as NAME@VERSION, from deletion."""
-    answer(connect().put(f"/api/adapters/{version}/protection"), f"{version} is protected.", as_json)
+    respond(connect().put(f"/api/adapters/{version}/protection"), f"{version} is protected.", as_json)
 
 
 @versions.command("unprotect")
 def unprotect_adapter(version: str, as_json: AsJson = False) -> None:
     """Allow that a version, as NAME@VERSION, is deleted."""
     body = connect().delete(f"/api/adapters/{version}/protection")
-    answer(body, f"{version} is no longer protected.", as_json)
+    respond(body, f"{version} is no longer protected.", as_json)
 
 
 @versions.command("prune")
@@ -70,18 +70,18 @@ def prune_adapters(
     for one in body["versions"]:
         rows.add_row(one["id"], views.size(one["bytes"]), one["why"])
     note = [] if apply else ["Nothing was removed. To remove these: fortwo adapters prune --apply"]
-    answer(body, Group(rows, *note) if rows.row_count else "There is nothing to remove.", as_json)
+    respond(body, Group(rows, *note) if rows.row_count else "There is nothing to remove.", as_json)
 
 
 @versions.command("compare")
 def compare_adapters(left: str, right: str, as_json: AsJson = False) -> None:
     """Compare two versions, each as NAME@VERSION: metrics, settings, probes and weights."""
     body = connect().get(f"/api/adapters/{left}/compare?other={right}")
-    answer(body, views.comparison(body), as_json)
+    respond(body, views.comparison(body), as_json)
 
 
 @versions.command("rollback")
 def rollback_adapter(name: str, as_json: AsJson = False) -> None:
     """Make the previous version of an adapter current again."""
     current = connect().post(f"/api/adapters/{name}/rollback")
-    answer(current, f"{name} is now {current['name']}@{current['version']}.", as_json)
+    respond(current, f"{name} is now {current['name']}@{current['version']}.", as_json)
