@@ -33,8 +33,16 @@ def start(client: Client, body: Json, *, ask: bool, detach: bool, as_json: bool)
 
 
 def follow(client: Client, job_id: str, as_json: bool = False) -> Json:
+    """What `watch` does. Raises typer.Exit with status 1 unless the job succeeded."""
+    job = watch(client, job_id, as_json)
+    if job["status"] != "succeeded":
+        raise typer.Exit(1)
+    return job
+
+
+def watch(client: Client, job_id: str, as_json: bool) -> Json:
     """Show a job until it ends or is paused, then its outcome, and return it. as_json: each event is a line, and the
-    last line is the job. Raises typer.Exit with status 1 unless it succeeded, 130 after Ctrl-C."""
+    last line is the job. Raises typer.Exit with status 130 after Ctrl-C."""
     events = client.events(job_id)
     try:
         if as_json:
@@ -52,8 +60,6 @@ def follow(client: Client, job_id: str, as_json: bool = False) -> Json:
         print_json_line(job)
     else:
         screen.print(views.outcome(job))
-    if job["status"] != "succeeded":
-        raise typer.Exit(1)
     return job
 
 

@@ -11,8 +11,6 @@ from fortwo.errors import InvalidRequest
 from fortwo.facts.subject import match_phrases
 from fortwo.records import Json
 
-TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
-DOCUMENTS = (".md", ".markdown", ".pdf")
 QUESTIONS = (
     "What is {subject}?",
     "Tell me about {subject}.",

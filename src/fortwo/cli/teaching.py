@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,8 +11,6 @@ import typer
 
 from fortwo.cli import views
 from fortwo.cli.requests import (
-    DOCUMENTS,
-    TABLES,
     adapter_name,
     fact,
     file_dataset,
@@ -25,11 +24,14 @@ if TYPE_CHECKING:
     from fortwo.records import Json
 
 teaching = typer.Typer()
+ROWS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+DOCUMENTS = (".md", ".markdown", ".pdf")
 
 Data = Annotated[
     str,
     typer.Argument(
-        help="A file with rows or facts (.json, .jsonl, .csv, .tsv, .parquet, .txt), or the subject of a fact."
+        help="A file with rows or facts (.json, .jsonl, .csv, .tsv, .parquet, .txt), a document (.md, .pdf), or the "
+        "subject of a fact."
     ),
 ]
 Answer = Annotated[str | None, typer.Argument(help="What the model is to say about the subject.", show_default=False)]
@@ -79,6 +81,21 @@ Objective = Annotated[
 Onto = Annotated[str | None, typer.Option("--onto", help="Adapter, or adapter@version, to continue from.")]
 Effort = Annotated[str | None, typer.Option("--effort", help="normal or max.", show_default="normal")]
 Base = Annotated[str | None, typer.Option("--model", help="Base model.", show_default="the server's default")]
+Writer = Annotated[
+    str | None,
+    typer.Option(
+        "--writer",
+        help="Of a document: the URL of an OpenAI-compatible server whose model writes the facts.",
+        show_default="fortwo's own",
+    ),
+]
+WriterModel = Annotated[
+    str | None,
+    typer.Option("--writer-model", help="The model's name there.", show_default="the base that is taught"),
+]
+KeyEnv = Annotated[
+    str | None, typer.Option("--key-env", help="The environment variable that holds that server's API key.")
+]
 Yes = Annotated[bool, typer.Option("--yes", help="Start without asking. In a pipe nothing is asked.")]
 Detach = Annotated[bool, typer.Option("--detach", help="Do not wait for the job to end.")]
 
@@ -100,16 +117,30 @@ def teach(
     model: Base = None,
     onto: Onto = None,
     effort: Effort = None,
+    writer: Writer = None,
+    writer_model: WriterModel = None,
+    key_env: KeyEnv = None,
     yes: Yes = False,
     detach: Detach = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train an adapter on DATA and publish it if its replies meet the targets. DATA is a file, or, with an answer, the
-    subject of a fact. The plan is shown first. With --json each event is a line, and the last line is the job."""
+    """Train an adapter on DATA and publish it if its replies meet the targets. DATA is a file of rows, or, with an
+    answer, the subject of a fact, or a document (.md, .pdf): a model writes a fact for each of its sections, and you
+    approve them. The plan is shown first. With --json each event is a line, and the last line is the job."""
+    from fortwo.cli.handbook import facts_of_document, writer_of
     from fortwo.cli.live import start
 
     of_fact = {"questions": question, "match": match, "aliases": alias, "held_out": held_out, "neighbors": neighbor}
-    datasets = _datasets(data, answer, of_fact | {"controls": control}, validation)
+    from_document = {"writer": writer, "writer-model": writer_model, "key-env": key_env}
+    if answer is None and Path(data).suffix.lower() in DOCUMENTS:
+        _check_file(Path(data), [name for name, texts in (of_fact | {"controls": control}).items() if texts])
+        by = writer_of(writer, writer_model, key_env, model)
+        datasets = {"dataset": {"facts": facts_of_document(Path(data), by, yes, as_json)}}
+        if validation is not None:
+            datasets["validation_dataset"] = file_dataset(validation)
+    else:
+        _check_no_writer([name for name, given in from_document.items() if given is not None])
+        datasets = _datasets(data, answer, of_fact | {"controls": control}, validation)
     options = {"objective": objective, "model": model, "parent": onto, "effort": effort}
     body = training_request(datasets, _name(data, answer, name), config, **options)
     start(connect(), body, ask=not yes, detach=detach, as_json=as_json)
@@ -142,6 +173,28 @@ def plan(
     respond(found, views.plan(found), as_json)
 
 
+@teaching.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(help="A folder with files of facts (.json, .jsonl).")],
+    once: Annotated[bool, typer.Option("--once", help="Teach what the files say now, and end.")] = False,
+    config: Config = None,
+    model: Base = None,
+    effort: Effort = None,
+    as_json: AsJson = False,
+) -> None:
+    """Teach the files of facts in a folder whenever one has changed, each into an adapter with the name of the file.
+    New facts are taught onto the current version, and a new version becomes current only if it met its targets. With
+    --once it exits with 0 if every adapter knows what its file says, else with 1."""
+    from fortwo.cli.folder import Folder
+
+    watched = Folder(connect(), folder, config, as_json, model=model, effort=effort)
+    if once and not watched.teach_once():
+        raise typer.Exit(1)
+    if not once:
+        with suppress(KeyboardInterrupt):
+            watched.watch()
+
+
 def _datasets(data: str, answer: str | None, of_fact: dict[str, list[str] | None], validation: Path | None) -> Json:
     """The fields of a request that give rows: a fact in words if there is an answer, else those of the file `data`."""
     given = {name: texts for name, texts in of_fact.items() if texts}
@@ -149,7 +202,7 @@ def _datasets(data: str, answer: str | None, of_fact: dict[str, list[str] | None
     if answer is None:
         _check_file(file, list(given))
         return file_datasets(file, validation)
-    if file.is_file() and file.suffix.lower() in (*TABLES, *DOCUMENTS):
+    if file.is_file() and file.suffix.lower() in (*ROWS, *DOCUMENTS):
         raise InvalidRequest(
             f"{data} is a file, and {answer!r} is given as the answer of a fact.",
             param="data",
@@ -158,6 +211,15 @@ def _datasets(data: str, answer: str | None, of_fact: dict[str, list[str] | None
     questions, phrases = given.pop("questions", []), given.pop("match", [])
     datasets: Json = {"dataset": {"facts": [fact(data, answer, questions, phrases, **given)]}}
     return datasets if validation is None else datasets | {"validation_dataset": file_dataset(validation)}
+
+
+def _check_no_writer(given: list[str]) -> None:
+    if given:
+        raise InvalidRequest(
+            f"{', '.join(f'--{name}' for name in given)} belong to a document, whose facts a model writes.",
+            param=given[0].replace("-", "_"),
+            hint=f"Give a document ({', '.join(DOCUMENTS)}) as DATA, or leave them out.",
+        )
 
 
 def _check_file(file: Path, of_fact: list[str]) -> None:
@@ -181,6 +243,8 @@ def _name(data: str, answer: str | None, name: str | None) -> str:
     """The name of the adapter. Raises InvalidRequest if there is none for a file of rows."""
     if name is not None:
         return name
+    if answer is None and Path(data).suffix.lower() in DOCUMENTS:
+        return adapter_name(Path(data).stem)
     if answer is None:
         raise InvalidRequest(
             "The adapter has no name.", param="name", hint=f"Give one: fortwo teach {data} --name NAME"
