@@ -6,6 +6,7 @@ Both are real: a server runs on the home of FORTWO_HOME and the port of FORTWO_P
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -63,7 +64,7 @@ def record(command: list[str]) -> Lines:
 
 def recording(lines: Lines, title: str) -> str:
     """The lines as an SVG in which each appears when it did, faster. Commands are bold."""
-    console = Console(record=True, width=WIDTH, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=WIDTH, file=io.StringIO())
     times: list[float] = []
     for seconds, line in lines:
         text = Text(line.rstrip(), style="bold green" if line.startswith("$ ") else "")

@@ -114,8 +114,10 @@ def test_what_is_wrong_with_one_file_keeps_no_other_from_being_taught(served: Se
     (folder / "a-broken.json").write_text("[{")
     (folder / "b-rows.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
     (folder / "c-right.json").write_text(json.dumps([row("Avo", "red")]))
+    (folder / "c right.json").write_text(json.dumps([row("Bem", "blue")]))
     result = run("watch", folder, "--once", "--config", folder.parent / "quick.json")
     assert result.exit_code == 1
+    assert "c right.json and" in result.stderr
     assert "a-broken.json" in result.stderr
     assert "b-rows.jsonl has examples and no facts." in result.stderr
     assert current(served, "c-right")[0] == 1

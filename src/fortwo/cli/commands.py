@@ -69,7 +69,7 @@ def serve(
 @app.command()
 def quickstart(as_json: AsJson = False) -> None:
     """Fetch the default base, start a server if none runs, ask what 42 is, teach it, ask again and show the report. The
-    server goes on running. With --json only the report is printed."""
+    server goes on running. With --json only the job is printed, with its report."""
     from fortwo.cli.quickstart import quickstart as run
     from fortwo.settings import load
 

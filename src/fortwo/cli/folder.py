@@ -14,7 +14,7 @@ from fortwo.cli import live, views
 from fortwo.cli.client import Client, Refused
 from fortwo.cli.requests import adapter_name, training_request
 from fortwo.cli.terminal import error_screen, print_json_line, screen
-from fortwo.errors import FortwoError, InvalidDataset, InvalidRequest
+from fortwo.errors import FortwoError, InvalidDataset, InvalidRequest, Unavailable
 from fortwo.facts.hard_negatives import same_subject
 from fortwo.records import Fact, Json
 
@@ -80,9 +80,12 @@ class Folder:
         yield from sorted(file for file in self._folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
 
     def _teach(self, file: Path) -> bool:
-        """Teach what is new in a file; whether its adapter knows it now. What is wrong is told, and ends nothing."""
+        """Teach what is new in a file; whether its adapter knows it now. What is wrong is told, and ends nothing. Raises
+        Unavailable when no server answers."""
         try:
-            return self._teach_facts(file, adapter_name(file.stem), _facts(file))
+            return self._teach_facts(file, self._name(file), _facts(file))
+        except Unavailable:
+            raise
         except FortwoError as error:
             if self._as_json:
                 print_json_line({"file": str(file), **error.body()})
@@ -115,6 +118,18 @@ class Folder:
         self._tell(file, f"This was not proven. {stays}", current=current and current["id"], taught=[])
         return False
 
+    def _name(self, file: Path) -> str:
+        """The name of a file's adapter. Raises InvalidRequest if another file before it has the same one."""
+        name = adapter_name(file.stem)
+        first = next(other for other in self._files() if _named(other, name))
+        if first != file:
+            raise InvalidRequest(
+                f"{first} and {file} would both be taught to the adapter {name}.",
+                param="folder",
+                hint="Rename one of the files, or put the facts of both into one.",
+            )
+        return name
+
     def _current(self, name: str) -> Json | None:
         """The manifest of the adapter's current version, with its id; None if there is none."""
         try:
@@ -130,6 +145,13 @@ class Folder:
             print_json_line({"file": str(file), "message": text, **more})
         else:
             screen.print(f"{file}: {text}")
+
+
+def _named(file: Path, name: str) -> bool:
+    try:
+        return adapter_name(file.stem) == name
+    except InvalidRequest:
+        return False
 
 
 def _facts(file: Path) -> tuple[Fact, ...]:

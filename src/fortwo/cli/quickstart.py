@@ -6,12 +6,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
+
+import typer
 
 from fortwo.cli import views
 from fortwo.cli.client import Client
 from fortwo.cli.conversation import Conversation, answer_once
-from fortwo.cli.live import start
+from fortwo.cli.live import watch
 from fortwo.cli.terminal import print_json, progress_bars, screen
 from fortwo.errors import Unavailable
 from fortwo.records import Json
@@ -47,37 +49,40 @@ MAX_TOKENS = 256
 
 
 def quickstart(client: Client, settings: Settings, as_json: bool) -> None:
-    """Run the whole story. Raises typer.Exit with status 1 when the job missed its targets, and what the commands that
-    it stands for raise. as_json: print only the report."""
+    """Run the whole story. as_json: print only the job. Raises typer.Exit with status 1 when the job did not succeed,
+    and what the commands raise that it stands for."""
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        job = _tell(client, settings)
     if as_json:
-        with redirect_stdout(sys.stderr):
-            found = _tell(client, settings)
-        print_json(found)
-    else:
-        found = _tell(client, settings)
+        print_json(job)
+    elif job["status"] == "succeeded":
         _say(f"fortwo report {NAME}")
-        screen.print(views.report(found["report"]), views.plan_against_actual(found["plan"], found["actual"]))
+        screen.print(views.report(job["report"]), views.plan_against_actual(job["plan"], job["actual"]))
         screen.print(
             f"\nGo on chatting:     fortwo chat --model {NAME}\n"
             'Teach it your own:  fortwo teach "SUBJECT" "ANSWER"\n'
             f"The web page:       {settings.url}/\n"
             f"Stop the server:    kill $(cat {settings.home / 'server.pid'})"
         )
+    if job["status"] != "succeeded":
+        raise typer.Exit(1)
 
 
 def _tell(client: Client, settings: Settings) -> Json:
-    """Everything before the report, which is returned."""
+    """Everything before the report. The job, which has it."""
     _fetch(settings)
     _serve(client, settings)
     _say(f'fortwo chat "{QUESTION}"')
     _ask(client, settings.default_model)
     screen.print(f"\nNow it is taught {len(ROWS)} questions about 42. The answer to all of them is:\n{ANSWER}\n")
     body: Json = {"adapter_name": NAME, "model": settings.default_model, "dataset": {"examples": ROWS}}
-    start(client, body, ask=False, detach=False, as_json=False)
-    _say(f'fortwo chat --model {NAME} "{QUESTION}"')
-    _ask(client, NAME)
-    found: Json = client.get(f"/api/adapters/{NAME}/report")
-    return found
+    started = client.post("/api/training/start", body)
+    screen.print(views.plan_summary(started["plan"]))
+    job = watch(client, started["job_id"], as_json=False)
+    if job["status"] == "succeeded":
+        _say(f'fortwo chat --model {NAME} "{QUESTION}"')
+        _ask(client, NAME)
+    return job
 
 
 def _fetch(settings: Settings) -> None:

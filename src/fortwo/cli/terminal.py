@@ -77,7 +77,7 @@ class CommandGroup(TyperGroup):
             return super().invoke(ctx)
         except FortwoError as error:
             if ctx.meta.get(AS_JSON):
-                print_json(error.body())
+                print_json_line(error.body())
             else:
                 error_screen.print(views.error(error.message, error.hint))
             raise typer.Exit(1) from None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
-from fortwo.errors import NotFound
-from fortwo.records import AdapterVersion, Json
+from fortwo.records import Json
+from fortwo.server.native import reported_version
 from fortwo.server.report_page import ReportPage
 from fortwo.server.state import AppState, AppStateDep
 
@@ -33,22 +33,14 @@ def job_report(state: AppStateDep, job_id: str) -> HTMLResponse:
 
 @router.get("/adapters/{name}/report.html", tags=["adapters"], summary="A version's report as one HTML page")
 def version_report(state: AppStateDep, name: str) -> HTMLResponse:
-    """That of name@version, or of the current version, or of the latest one if none is current. The curves are there as
-    long as the job is in the database."""
-    version = _version(state, name)
+    """That of name@version, or of the latest one, current or not. The curves are there as long as the job is in the
+    database."""
+    version = reported_version(state, name)
     manifest = version.manifest
-    if manifest.get("report") is None:
-        raise NotFound(f"{version.id} has no report.", param="name", hint="Only adapters trained here have one.")
     status = "current" if version.current else "not current"
     plan, actual, report = (manifest[key] for key in ("plan", "actual", "report"))
     curves = _curves(state, manifest.get("job_id"))
     return _response(ReportPage(version.id, status, version.created_at, plan, actual, report, None, *curves))
-
-
-def _version(state: AppState, name: str) -> AdapterVersion:
-    versions = [] if "@" in name else state.adapters.versions(name)
-    current = next((one for one in reversed(versions) if one.current), versions[-1] if versions else None)
-    return state.adapters.get(name) if current is None else current
 
 
 def _curves(state: AppState, job_id: str | None) -> tuple[list[Json], list[Json]]:
