@@ -80,8 +80,8 @@ class Folder:
         yield from sorted(file for file in self._folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
 
     def _teach(self, file: Path) -> bool:
-        """Teach what is new in a file; whether its adapter knows it now. What is wrong is told, and ends nothing. Raises
-        Unavailable when no server answers."""
+        """Teach what is new in a file; whether its adapter knows it now. What is wrong is told, and ends nothing.
+        Raises Unavailable when no server answers."""
         try:
             return self._teach_facts(file, self._name(file), _facts(file))
         except Unavailable:
