@@ -5,7 +5,6 @@ The catalog of models and datasets can be read without a server; everything else
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Group
 
+from fortwo import hardware
 from fortwo.cli import views
 from fortwo.cli.terminal import AsJson, connect, error_screen, respond, screen
 from fortwo.errors import Conflict
@@ -93,7 +93,7 @@ def show_catalog(as_json: AsJson = False) -> None:
     from fortwo.settings import load
     from fortwo.train.fit import fit
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = hardware.memory_bytes()
     rows = views.table("model", "parameters", "on disk", "to serve", "to teach", "licence", wrapped=("licence",))
     bases = []
     for id, base in BUNDLED.items():
