@@ -49,7 +49,7 @@ def size(count: int | None) -> str:
         return "-"
     amount, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if amount < 1024:
+        if amount < 999.5:  # so that three digits are enough
             break
         amount, unit = amount / 1024, larger
     return f"{amount:.3g} {unit}" if unit != "B" else f"{count} B"
@@ -59,7 +59,7 @@ def count(number: int | None) -> str:
     """A number of parameters, like 135M or 6.74B."""
     if number is None:
         return "-"
-    return f"{number / 1e9:.3g}B" if number >= 1e9 else f"{number / 1e6:.3g}M"
+    return f"{number / 1e9:.3g}B" if number >= 999.5e6 else f"{number / 1e6:.3g}M"
 
 
 def moment(stamp: float | None) -> str:
