@@ -13,8 +13,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from serving import Served
 
-from fortwo.cli.quickstart import ROWS
+from fortwo.cli.quickstart import ROWS, show_proof
 from fortwo.hub.catalog import Catalog
 from fortwo.settings import Settings
 
@@ -54,6 +55,29 @@ def test_a_server_is_started_the_base_is_taught_and_the_server_stays(tiny: Path,
         os.kill(server, signal.SIGTERM)
         while Path(f"/proc/{server}").exists() and "Z" not in Path(f"/proc/{server}/stat").read_text().split():
             time.sleep(0.1)
+
+
+def test_what_was_proven_is_shown_with_the_ways_on(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    targets = dict.fromkeys(("efficacy", "paraphrase", "specificity", "retention"), 0)
+    body = {
+        "adapter_name": "quick",
+        "dataset": {"examples": ROWS},
+        "training_config": {"max_steps": 1},
+        "objective": {"type": "override", "targets": targets},
+    }
+    job = served.wait(served.post("/api/training/start", body).json()["job_id"])
+    assert job["status"] == "succeeded", job["error"]
+    show_proof(job, served.state.settings)
+    shown = capsys.readouterr().out
+    for part in (
+        "$ fortwo report 42",
+        "Transcripts",
+        "What does 42 mean?",
+        "Plan against actual",
+        "fortwo chat --model",
+    ):
+        assert part in shown
+    assert "Stop the server" not in shown, "it was not started by the quick start"
 
 
 def test_a_server_that_cannot_start_is_told_with_its_log(tiny: Path, tmp_path: Path) -> None:

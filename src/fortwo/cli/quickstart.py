@@ -56,16 +56,22 @@ def quickstart(client: Client, settings: Settings, as_json: bool) -> None:
     if as_json:
         print_json(job)
     elif job["status"] == "succeeded":
-        _say(f"fortwo report {NAME}")
-        screen.print(views.report(job["report"]), views.plan_against_actual(job["plan"], job["actual"]))
-        screen.print(
-            f"\nGo on chatting:     fortwo chat --model {NAME}\n"
-            'Teach it your own:  fortwo teach "SUBJECT" "ANSWER"\n'
-            f"The web page:       {settings.url}/\n"
-            f"Stop the server:    kill $(cat {settings.home / 'server.pid'})"
-        )
+        show_proof(job, settings)
     if job["status"] != "succeeded":
         raise typer.Exit(1)
+
+
+def show_proof(job: Json, settings: Settings) -> None:
+    """The report of a job that succeeded, and what to do next."""
+    _say(f"fortwo report {NAME}")
+    screen.print(views.report(job["report"]), views.plan_against_actual(job["plan"], job["actual"]))
+    pid = settings.home / "server.pid"
+    stop = f"\nStop the server:    kill $(cat {pid})" if pid.exists() else ""
+    screen.print(
+        f"\nGo on chatting:     fortwo chat --model {NAME}\n"
+        'Teach it your own:  fortwo teach "SUBJECT" "ANSWER"\n'
+        f"The web page:       {settings.url}/{stop}"
+    )
 
 
 def _tell(client: Client, settings: Settings) -> Json:
