@@ -13,6 +13,7 @@ import pytest
 from serving import Served, refused
 from terminals import run
 
+from fortwo.cli import report_files
 from fortwo.facts.metrics import share
 from fortwo.facts.verdict import percent, verdict
 from fortwo.server.charts import MOST_POINTS, chart, thinned
@@ -160,6 +161,11 @@ def test_chromium_draws_the_whole_page(
     content = pdf.read_bytes()
     assert content.startswith(b"%PDF")
     assert len(re.findall(rb"/Type\s*/Page\b", content)) >= 2
+    monkeypatch.setattr(report_files, "TALLEST", height - 1)
+    too_tall = run("report", "reported", "--png", tmp_path / "b.png")
+    assert too_tall.exit_code == 1
+    assert "Write it with --pdf or --html." in too_tall.stderr
+    assert not (tmp_path / "b.png").exists()
 
 
 def test_curves_fit_their_chart() -> None:

@@ -32,7 +32,8 @@ def is_job_id(name: str) -> bool:
 
 def write_files(client: Client, name: str, files: Mapping[str, Path]) -> list[str]:
     """Write the report of an adapter, a version or a job. files: by html, png and pdf. The paths that were written.
-    Raises InvalidRequest for a folder that does not exist, Unavailable without a browser, StorageFailed."""
+    Raises InvalidRequest for a folder that does not exist and for a report that is too tall for a picture, Unavailable
+    without a browser, StorageFailed."""
     missing = [str(file.parent) for file in files.values() if not file.parent.is_dir()]
     if missing:
         raise InvalidRequest(
@@ -79,7 +80,13 @@ def _draw(browser: str, page: str, kind: str) -> bytes:
             measured.write_text(page.replace("</body>", f"{_MEASURE}</body>"), "utf-8")
             size = f"--window-size={WIDTH},1000"
             found = re.search(r'data-size="(\d+),(\d+)"', _run(browser, folder, size, "--dump-dom", measured.as_uri()))
-            height = min(TALLEST, int(found[1]) + int(found[2])) if found else TALLEST
+            height = int(found[1]) + int(found[2]) if found else TALLEST + 1
+            if height > TALLEST:
+                raise InvalidRequest(
+                    f"The report is taller than the {TALLEST:,} pixels that one picture can have.",
+                    param="png",
+                    hint="Write it with --pdf or --html.",
+                )
             _run(browser, folder, f"--window-size={WIDTH},{height}", f"--screenshot={target}", source.as_uri())
         try:
             return target.read_bytes()
