@@ -331,7 +331,8 @@ def test_a_pattern_that_backtracks_without_end_elsewhere_is_matched_at_once(key:
     [
         {"peft_type": "IA3"},
         {"use_rslora": "yes"},
-        {"use_dora": True},
+        {"use_dora": 1},
+        {"use_qalora": True},
         {"lora_bias": True},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
@@ -402,8 +403,8 @@ def test_what_says_nothing_is_accepted_and_pefts_defaults_hold() -> None:
 
 
 def test_all_options_that_cannot_be_served_are_named_at_once() -> None:
-    with pytest.raises(InvalidAdapter, match=r"use_dora.*lora_bias.*made_up") as error:
-        LoraConfig.from_peft(FULL.to_peft("tiny") | {"made_up": 3, "lora_bias": True, "use_dora": True})
+    with pytest.raises(InvalidAdapter, match=r"use_bdlora.*lora_bias.*made_up") as error:
+        LoraConfig.from_peft(FULL.to_peft("tiny") | {"made_up": 3, "lora_bias": True, "use_bdlora": True})
     assert "Merge" in str(error.value.hint)
 
 

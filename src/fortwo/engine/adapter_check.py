@@ -18,7 +18,8 @@ PROBE_TOKENS = 2  # more than one, so that attention takes part; few, because re
 
 
 def check_tensors(id: str, lora: Lora) -> None:
-    """Raises InvalidAdapter for tensors that have no effect (lora_B all zero) or a harmful one (nan, infinite)."""
+    """Raises InvalidAdapter for tensors that have no effect (lora_B all zero, unless DoRA's magnitudes have one) or a
+    harmful one (nan, infinite)."""
     tensors = lora.parameters()
     if not tensors:
         raise InvalidAdapter(
@@ -32,7 +33,8 @@ def check_tensors(id: str, lora: Lora) -> None:
                     f"Tensor {name!r} of adapter {id!r} holds nan or infinite values.",
                     hint="Its training diverged. Train it again with a lower learning rate.",
                 )
-    if not any(B_Or.any() for groups in lora.layers for group in groups.values() for B_Or in group.Bs):
+    updated = any(B_Or.any() for groups in lora.layers for group in groups.values() for B_Or in group.Bs)
+    if not updated and not lora.config.use_dora:
         raise InvalidAdapter(
             f"Adapter {id!r} changes nothing: lora_B is zero everywhere.", hint="It was never trained."
         )

@@ -17,7 +17,7 @@ from fortwo.errors import InvalidAdapter, UnsupportedModel
 from fortwo.hub.base_names import bases_named
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.config import DecoderConfig, Shape
-from fortwo.nn.lora import check_shapes
+from fortwo.nn.lora import MAGNITUDE, check_shapes
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.records import AdapterVersion, Json
 
@@ -116,11 +116,11 @@ def _needs(network: Shape, names: Iterable[str]) -> bool:
     """Whether all these names are PEFT's names of tensors for modules of the network."""
     modules = [name for names in network.groups.values() for name in names]
     known = {
-        f"base_model.model.{network.module_name(layer, module)}.lora_{matrix}.weight"
+        f"base_model.model.{network.module_name(layer, module)}.{tensor}"
         for layer in range(network.layers)
         for module in modules
         if network.has(layer, module)
-        for matrix in "AB"
+        for tensor in ("lora_A.weight", "lora_B.weight", MAGNITUDE)
     }
     return known.issuperset(names)
 

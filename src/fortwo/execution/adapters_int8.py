@@ -17,7 +17,7 @@ from torch import Tensor
 from fortwo.kernels import cpu
 from fortwo.nn.lora import Lora, Update
 from fortwo.nn.lora_config import GROUPS
-from fortwo.quantization.formats import HugePageArena
+from fortwo.quantization.formats import Frozen, HugePageArena
 
 SIXTEEN = 16  # outputs that the kernel computes together
 OVER = 512  # bytes behind the last: a tile reads on where a rank does not fill it
@@ -90,7 +90,8 @@ class Rows:
     def changes(self, layer: int, group: str) -> bool:
         return any(group in laid.groups[layer] for laid in self._laid)
 
-    def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
+    def apply(self, y_TO: Tensor, x_TI: Tensor, weight_OI: Frozen, layer: int, group: str) -> None:
+        del weight_OI
         index = layer * len(GROUPS) + list(GROUPS).index(group)
         sizes = len(x_TI), x_TI.shape[1], y_TO.shape[1]
         told = len(self.adapters), self.adapters, self.members

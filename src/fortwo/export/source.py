@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CONV1D = ("gpt2", "openai-gpt")  # networks of transformers whose weights are (inputs, outputs)
 _PREFIX = "base_model.model."
+_MAGNITUDE = ".lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Source:
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
-        """The full names of the modules with an update. Raises InvalidAdapter where a half of an update is missing, or
+        """The full names of the modules with an update. Raises InvalidAdapter where a part of an update is missing, or
         for a tensor that is none."""
-        ends = (".lora_A.weight", ".lora_B.weight")
+        ends = (".lora_A.weight", ".lora_B.weight", *([_MAGNITUDE] if self.peft.get("use_dora") else []))
         halves = {name: next((end for end in ends if name.endswith(end)), None) for name in self.tensors}
         if wrong := [name for name, end in halves.items() if end is None or not name.startswith(_PREFIX)]:
             raise InvalidAdapter(
@@ -86,8 +87,9 @@ class Source:
         return a.float(), b.float()
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the base in sorted order, with the update added in fp32 where there is one. What has an
-        update is fp32; the rest has the base's type. Raises UnsupportedModel where the base lacks a module."""
+        """Every tensor of the base in sorted order, with the update added in fp32 where there is one, and with DoRA
+        the sum scaled. What has an update is fp32; the rest has the base's type. Raises UnsupportedModel where the base
+        lacks a module."""
         if self.config.get("model_type") in CONV1D:
             raise UnsupportedModel(
                 f"{self.base.id!r} holds its weights as (inputs, outputs), which merging does not support.",
@@ -105,7 +107,16 @@ class Source:
             if (module := updated.get(name)) is not None:
                 a, b = self.halves(module)
                 weight = weight.float().add_(b @ a, alpha=self.lora.scale(module))
+                if self.lora.use_dora:
+                    weight *= self._output_scale(module, weight)[:, None]
             yield name, weight
+
+    def _output_scale(self, module: str, updated_OI: Tensor) -> Tensor:
+        """What DoRA multiplies the outputs of a module with (O,): its magnitudes by the norms of the updated weight; 1
+        where a row is zero."""
+        norm_O = updated_OI.norm(dim=1)
+        magnitude_O: Tensor = self.tensors[f"{_PREFIX}{module}{_MAGNITUDE}"].float()
+        return (magnitude_O / norm_O).where(norm_O > 0, 1)
 
     @property
     def decoder(self) -> DecoderConfig:
