@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from fortwo.hub.base_names import bases_named
 from fortwo.hub.catalog import ModelEntry
+from fortwo.nn.lora import MAGNITUDE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks for it
@@ -42,6 +43,8 @@ def save(tiny: Path, directory: Path, **options: Any) -> peft.PeftModel:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.2)
+            if MAGNITUDE in name:
+                parameter.mul_(torch.rand(parameter.shape) + 0.5)
     model.save_pretrained(directory)
     edit(directory, base_model_name_or_path="tiny")
     return model
@@ -142,6 +145,43 @@ def test_what_peft_can_choose_is_served(served: Served, tiny: Path, name: str, o
     equals_peft(served, name, theirs)
 
 
+@pytest.mark.parametrize(
+    ("name", "end"), [("dora", ""), ("dora-of-a-name", ".default"), ("dora-weight", ".weight"), ("d", ".me.weight")]
+)
+def test_dora_is_served_by_any_name_of_its_magnitudes(served: Served, tiny: Path, name: str, end: str) -> None:
+    theirs = save(tiny, folder(served, name), use_dora=True, rank_pattern={"down_proj": 2})
+    change_tensors(
+        folder(served, name),
+        lambda tensors: {key + (end if key.endswith(MAGNITUDE) else ""): one for key, one in tensors.items()},
+    )
+    assert load(served, name).status_code == 200
+    equals_peft(served, name, theirs)
+    stored = Path(served.state.adapters.get(name).path)
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), stored)
+    equals_peft(served, name, again.eval())
+
+
+def test_dora_whose_magnitudes_alone_were_trained_is_served(served: Served, tiny: Path) -> None:
+    theirs = save(tiny, folder(served, "magnitudes"), use_dora=True)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "lora_B" in key:
+                parameter.zero_()
+    theirs.save_pretrained(folder(served, "magnitudes"))
+    edit(folder(served, "magnitudes"), base_model_name_or_path="tiny")
+    assert load(served, "magnitudes").status_code == 200
+    equals_peft(served, "magnitudes", theirs)
+
+
+def test_dora_that_nothing_trained_is_refused(served: Served, tiny: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    peft.get_peft_model(base, peft.LoraConfig(use_dora=True, target_modules=["q_proj"])).save_pretrained(
+        folder(served, "fresh")
+    )
+    edit(folder(served, "fresh"), base_model_name_or_path="tiny", task_type="CAUSAL_LM")
+    assert "changes nothing" in refused(load(served, "fresh"), 400, "invalid_adapter")
+
+
 def drop_alpha(directory: Path) -> None:
     config = json.loads((directory / "adapter_config.json").read_text())
     del config["lora_alpha"]
@@ -175,13 +215,19 @@ def twice(directory: Path) -> None:
     path.write_text('{"r": 64, ' + path.read_text().lstrip()[1:])
 
 
+def magnitudes(directory: Path) -> None:
+    change_tensors(directory, lambda t: put(t, f"{PREFIX}layers.0.self_attn.q_proj.{MAGNITUDE}", torch.ones(64)))
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str | None, str]] = {
     "layers-of-text": (lambda d: edit(d, layers_to_transform=[0, "1"]), "layers_to_transform", "'1'"),
     "dropout-of-text": (lambda d: edit(d, lora_dropout="x"), "lora_dropout", "'x'"),
     "huge-alpha": (lambda d: edit(d, lora_alpha=1e308), "lora_alpha", "1e+308"),
     "nan-alpha": (lambda d: edit(d, lora_alpha=float("nan")), "lora_alpha", "nan"),
     "true-r": (lambda d: edit(d, r=True), "r", "True"),
-    "dora": (lambda d: edit(d, use_dora=True), "use_dora", "Merge"),
+    "dora-without-magnitudes": (lambda d: edit(d, use_dora=True), None, "set use_dora to false"),
+    "magnitudes-without-dora": (magnitudes, "use_dora", "Set use_dora to true"),
+    "qalora": (lambda d: edit(d, use_qalora=True), "use_qalora", "Merge"),
     "unknown": (lambda d: edit(d, made_up_scaling=True), "made_up_scaling", "made_up_scaling"),
     "repeated": (twice, "r", "given twice"),
     "linked": (link, None, "is a link"),
@@ -354,5 +400,5 @@ def test_the_command_imports_from_anywhere(
 def test_the_command_says_what_is_wrong(tiny: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
     assert "adapter_config.json" in command(tmp_path).stderr
     save(tiny, tmp_path / "wrong")
-    edit(tmp_path / "wrong", use_dora=True)
-    assert "use_dora" in command(tmp_path / "wrong").stderr
+    edit(tmp_path / "wrong", use_qalora=True)
+    assert "use_qalora" in command(tmp_path / "wrong").stderr

@@ -325,8 +325,9 @@ def check_shapes(config: LoraConfig, network: Shape, tensors: Mapping[str, Tenso
         raise _foreign(foreign[0], next(iter(wanted)), config.use_dora)
     for name, shape in wanted.items():
         if name not in tensors:
+            plain = " If it was trained without DoRA, set use_dora to false." if name.endswith(MAGNITUDE) else ""
             raise InvalidAdapter(
-                f"tensor {name!r} is missing from the adapter", hint="Save the adapter again with PEFT."
+                f"tensor {name!r} is missing from the adapter", hint=f"Save the adapter again with PEFT.{plain}"
             )
         if tensors[name].shape != shape:
             raise InvalidAdapter(
