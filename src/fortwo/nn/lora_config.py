@@ -77,9 +77,13 @@ _UNSERVED = ("lm_head", "model.embed_tokens", "model.norm")  # modules of the ne
 
 MERGE = "Merge the adapter into its base with PEFT (merge_and_unload) and add the result as a base model"
 _REMEDY = "Merge the adapter into its base with PEFT, or train it again without this option."
+_CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")  # values of init_lora_weights begin so
+_CONVERT = (
+    "This initialisation changed the weights of the base, and the adapter belongs to the changed ones. Convert it to "
+    "a plain LoRA with PEFT: save_pretrained(DIR, path_initial_model_for_weight_conversion=INITIAL), where INITIAL is "
+    "the adapter as it was saved before the training."
+)
 _REMEDIES = {
-    "init_lora_weights": "It was trained on a changed base. Save it as a plain LoRA with PEFT: "
-    "save_pretrained(..., path_initial_model_for_weight_conversion=...).",
     "modules_to_save": f"Whole embeddings or heads travel with this adapter. {MERGE}.",
     "trainable_token_indices": f"Rows of the embedding travel with this adapter. {MERGE}.",
 }
@@ -244,10 +248,19 @@ def _check_options(config: Mapping[str, Any]) -> None:
         return
     unknown = " (fortwo does not know this option, which may change what is computed)"
     said = [f"{name} = {_shown(config[name])} is not supported{'' if name in _NEUTRAL else unknown}" for name in wrong]
-    raise InvalidAdapter("; ".join(said), param=wrong[0], hint=_REMEDIES.get(wrong[0], _REMEDY))
+    raise InvalidAdapter("; ".join(said), param=wrong[0], hint=_remedy(wrong[0], config[wrong[0]]))
+
+
+def _remedy(option: str, value: Any) -> str:
+    if option != "init_lora_weights":
+        return _REMEDIES.get(option, _REMEDY)
+    if isinstance(value, str) and value.lower().startswith(_CONVERTIBLE):
+        return _CONVERT
+    return f"The adapter may belong to weights that this initialisation changed. {MERGE}."
 
 
 def _among(value: Any, neutral: tuple[Any, ...]) -> bool:
+    value = value.lower() if isinstance(value, str) and value not in neutral else value
     return any(type(value) is type(one) and value == one for one in neutral)
 
 
