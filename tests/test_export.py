@@ -311,6 +311,37 @@ def test_an_interrupted_export_leaves_nothing(llama: Home, tmp_path: Path) -> No
     assert list((tmp_path / "there").iterdir()) == []
 
 
+def test_a_replacement_that_fails_leaves_the_earlier_export_in_its_place(
+    llama: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, rename = tmp_path / "there/out", Path.rename
+    llama.export("peft", output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name.startswith(".draft-") and target == output:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageFailed, match="Input/output error"):
+        llama.export("mlx", output, overwrite=True)
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_a_replacement_that_was_killed_is_undone_by_the_next_export(llama: Home, tmp_path: Path) -> None:
+    """A kill between the two renames leaves the earlier export aside."""
+    output = tmp_path / "there/out"
+    llama.export("peft", output)
+    output.rename(output.with_name(".earlier-out"))
+    with pytest.raises(Conflict, match="exists already"):
+        llama.export("mlx", output)
+    assert (output / "adapter_model.safetensors").is_file()
+    llama.export("mlx", output, overwrite=True)
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
 def test_a_full_disk_is_told_before_anything_is_written(
     llama: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,18 @@ _WITHOUT_DORA = {"gguf-lora": "llama.cpp", "vllm": "vLLM", "mlx": "fortwo's form
 
 
 @dataclass(frozen=True)
+class ExportPlan:
+    """adapter: the version, as name@version. bytes: the size on disk, at most. exam: why the exam cannot be run in the
+    exported form, as a sentence; None if it can."""
+
+    adapter: str
+    to: str
+    quantization: str | None
+    bytes: int
+    exam: str | None
+
+
+@dataclass(frozen=True)
 class Exported:
     """output: the folder. notes: what the user should know, one sentence each. exam, result: how the exported form did
     in the adapter's exam; None where it was not run, and a note says why."""
@@ -68,6 +80,17 @@ def check_form(to: str, quantization: str | None) -> str | None:
     return gguf.check_quantization(DEFAULT_QUANTIZATION if quantization is None else quantization)
 
 
+def plan_export(ref: str, to: str, quantization: str | None, catalog: Catalog, store: AdapterStore) -> ExportPlan:
+    """What `export` would write for the version that `ref` means. Raises what `export` raises before it writes."""
+    chosen = check_form(to, quantization)
+    source = open_source(ref, catalog, store)
+    version = source.version
+    why = examinees.missing(to)
+    if why is None:
+        _, why = _exam(source)
+    return ExportPlan(version.id, to, chosen, _need(source, to, chosen), why)
+
+
 def export(
     ref: str,
     to: str,
@@ -100,7 +123,7 @@ def export(
         notes = _write(source, to, folder, chosen, report)
         mark = {"adapter": source.version.id, "digest": source.version.digest, "base_digest": source.base.digest}
         (folder / MARK).write_bytes(disk.dump({**mark, "to": to, "quantization": chosen}))
-        exam, result, why = _examined(source, to, folder, report) if with_exam else (None, None, "")
+        exam, result, why = _examined(source, to, folder, report) if with_exam else (None, None, None)
     return Exported(output, (*notes, *([why] if why else [])), exam, result)
 
 
@@ -146,15 +169,24 @@ def _write(source: Source, to: str, folder: Path, quantization: str | None, prog
             return ollama.write_modelfile(source.version.id, frames, renderer, folder)
 
 
-def _examined(source: Source, to: str, folder: Path, progress: Progress) -> tuple[Exam | None, Result | None, str]:
-    """The exam, how the exported form did, and why it was not run, if it was not."""
+def _exam(source: Source) -> tuple[Exam | None, str | None]:
+    """The version's exam, or None and why there is none."""
     try:
-        exam = exam_of(source.version.id, source.version.manifest)
+        return exam_of(source.version.id, source.version.manifest), None
     except InvalidRequest as error:
-        return None, None, f"The exam was not run: {error.message}"
+        return None, f"The exam is not run: {error.message}"
+
+
+def _examined(
+    source: Source, to: str, folder: Path, progress: Progress
+) -> tuple[Exam | None, Result | None, str | None]:
+    """The exam, how the exported form did, and why it was not run, if it was not."""
+    exam, why = _exam(source)
+    if exam is None:
+        return None, None, why
     try:
         with examinees.opened(source, to, folder) as examinee:
-            return exam, examine(exam, examinee, lambda done, total: progress("exam", done, total)), ""
+            return exam, examine(exam, examinee, lambda done, total: progress("exam", done, total)), None
     except examinees.NotHere as reason:
         return None, None, str(reason)
     except (FortwoError, RuntimeError, OSError) as error:  # what was written is whole
