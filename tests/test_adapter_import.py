@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from hub import Hub, serve
 from safetensors.torch import load_file, save_file
 from serving import Served, refused
 from tiny import save_directory
@@ -379,8 +381,9 @@ def command(served: Served) -> Callable[..., subprocess.CompletedProcess[str]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FORTWO_")}
     environment |= {"FORTWO_HOME": str(served.state.settings.home), "FORTWO_PORT": served.url.rpartition(":")[2]}
     start = [sys.executable, "-m", "fortwo", "adapters", "import"]
-    return lambda *arguments: subprocess.run(
-        [*start, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
+    environment |= {"COLUMNS": "300", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
+    return lambda *arguments, **more: subprocess.run(
+        [*start, *map(str, arguments)], capture_output=True, text=True, env={**environment, **more}, timeout=120
     )
 
 
@@ -397,8 +400,107 @@ def test_the_command_imports_from_anywhere(
     assert not list((served.state.settings.home / "data").glob("import-*"))
 
 
-def test_the_command_says_what_is_wrong(tiny: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
-    assert "adapter_config.json" in command(tmp_path).stderr
-    save(tiny, tmp_path / "wrong")
-    edit(tmp_path / "wrong", use_qalora=True)
-    assert "use_qalora" in command(tmp_path / "wrong").stderr
+def left_over(served: Served) -> list[Path]:
+    return list((served.state.settings.home / "data").glob("import-*"))
+
+
+def test_the_command_shows_how_far_it_is(tiny: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    save(tiny, tmp_path / "with-progress")
+    done = command(tmp_path / "with-progress")
+    assert done.returncode == 0, done.stderr
+    for label in ("copy", "load"):
+        assert re.search(rf"{label} .*100%", done.stderr)
+    assert done.stdout == "with-progress is published and loaded.\n"
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "option": (lambda d: edit(d, use_qalora=True), "use_qalora"),
+    "twice": (twice, "'r' is given twice"),
+    "json": (lambda d: (d / "adapter_config.json").write_text("{"), "is not a JSON object"),
+    "tensors": (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x" * 40), "adapter_model.safetensors"),
+    "no-tensors": (lambda d: (d / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+    "base": (lambda d: edit(d, base_model_name_or_path="acme/other"), "which is not a base model here"),
+    "digest": (
+        lambda d: (d / "manifest.json").write_text(json.dumps({"base_model": "far", "base_digest": "0" * 64})),
+        "which no base model here has",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_command_says_what_is_wrong_with_the_users_own_path(
+    served: Served, tiny: Path, tmp_path: Path, command: Callable[..., Any], wrong: str
+) -> None:
+    """Nothing of an import that is refused stays, and the folder of the copy is not named."""
+    damage, said = WRONG[wrong]
+    directory = tmp_path / f"wrong-{wrong}"
+    save(tiny, directory)
+    damage(directory)
+    done = command(directory)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "import-" not in done.stderr
+    if wrong != "option":
+        assert str(directory) in done.stderr
+    assert not left_over(served)
+    assert directory.name not in served.state.adapters.names()
+
+
+def test_the_command_needs_an_adapter(tmp_path: Path, command: Callable[..., Any]) -> None:
+    assert f"{tmp_path} has no adapter_config.json" in command(tmp_path).stderr
+    assert f"{tmp_path / 'nothing'} does not exist" in command(tmp_path / "nothing").stderr
+
+
+def test_the_command_imports_from_the_hub(
+    served: Served, tiny: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    first, second = (tmp_path / commit for commit in ("1" * 40, "2" * 40))
+    older, newer = save(tiny, first, r=2), save(tiny, second, r=3)
+    with serve(Hub({first.name: first, second.name: second}, second.name)) as hub:
+        for arguments, theirs in (
+            (("hf:acme/tiny", "--name", "hub"), newer),
+            ((f"hf:acme/tiny@{first.name}", "--name", "hub", "--replace"), older),
+        ):
+            done = command(*arguments, HF_ENDPOINT=hub.url)
+            assert done.returncode == 0, done.stderr
+            assert re.search(r"download .*100%", done.stderr)
+            equals_peft(served, "hub", theirs)
+        edit(first, use_qalora=True)
+        refused_by_the_server = command(f"hf:acme/tiny@{first.name}", "--name", "bad", HF_ENDPOINT=hub.url)
+        assert "use_qalora" in refused_by_the_server.stderr
+        twice(second)
+        assert (
+            "hf:acme/tiny/adapter_config.json: the key 'r' is given twice"
+            in command("hf:acme/tiny", "--name", "bad", HF_ENDPOINT=hub.url).stderr
+        )
+        assert "has no such revision" in command("hf:acme/tiny@no", "--name", "bad", HF_ENDPOINT=hub.url).stderr
+        assert "does not exist on the" in command("hf:acme/other", HF_ENDPOINT=hub.url).stderr
+        assert "Write hf:OWNER/REPO" in command("hf:acme", HF_ENDPOINT=hub.url).stderr
+        hub.sha256 = "0" * 64
+        assert "checksum" in command("hf:acme/tiny", "--name", "bad", HF_ENDPOINT=hub.url).stderr
+    assert served.state.adapters.names().count("hub") == 1
+    assert not {"bad", "other", "tiny"} & set(served.state.adapters.names())
+    assert not left_over(served)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["config.json", "model.safetensors"], "fortwo models add"),
+        (["adapter_config.json", "adapter_model.bin"], "adapter_model.bin"),
+        (["adapter_config.json"], "has no adapter_model.safetensors"),
+        (["one/adapter_config.json", "two/adapter_config.json"], "in folders: one, two"),
+    ],
+)
+def test_a_repository_without_an_adapter_is_refused_before_anything_is_downloaded(
+    tmp_path: Path, command: Callable[..., Any], files: list[str], said: str
+) -> None:
+    folder = tmp_path / ("3" * 40)
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("{}")
+    with serve(Hub({folder.name: folder}, folder.name)) as hub:
+        done = command("hf:acme/tiny", HF_ENDPOINT=hub.url)
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert not hub.asked

@@ -84,6 +84,7 @@ def plan_export(ref: str, to: str, quantization: str | None, catalog: Catalog, s
     """What `export` would write for the version that `ref` means. Raises what `export` raises before it writes."""
     chosen = check_form(to, quantization)
     source = open_source(ref, catalog, store)
+    _check_dora(source, to)
     version = source.version
     why = examinees.missing(to)
     if why is None:

@@ -116,7 +116,8 @@ class Source:
         where a row is zero."""
         norm_O = updated_OI.norm(dim=1)
         magnitude_O: Tensor = self.tensors[f"{_PREFIX}{module}{_MAGNITUDE}"].float()
-        return (magnitude_O / norm_O).where(norm_O > 0, 1)
+        scale_O: Tensor = (magnitude_O / norm_O).where(norm_O > 0, 1)
+        return scale_O
 
     @property
     def decoder(self) -> DecoderConfig:
