@@ -193,7 +193,7 @@ def import_adapter(
     path: Annotated[
         str,
         typer.Argument(
-            help="A directory that PEFT saved, its adapter_model.safetensors, or hf:OWNER/REPO or hf:OWNER/REPO@REVISION."
+            help="A directory that PEFT saved, its adapter_model.safetensors, or hf:OWNER/REPO@REVISION."
         ),
     ],
     name: Annotated[
