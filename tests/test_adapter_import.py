@@ -245,6 +245,15 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str | None, str]] = {
         None,
         "Merge",
     ),
+    "bias": (
+        lambda d: change_tensors(d, lambda t: put(t, f"{PREFIX}layers.0.self_attn.q_proj.lora_B.bias", torch.ones(64))),
+        None,
+        "Merge",
+    ),
+    "norm": (lambda d: change_tensors(d, lambda t: put(t, f"{PREFIX}norm.weight", torch.ones(64))), None, "Merge"),
+    "no-layer": (lambda d: edit(d, layers_to_transform=[98, 99]), "layers_to_transform", "are 0 to 1"),
+    "all-excluded": (lambda d: edit(d, exclude_modules=["q_proj", "down_proj"]), "exclude_modules", "excludes all"),
+    "adalora": (lambda d: edit(d, peft_type="ADALORA"), "peft_type", "Merge"),
     "vision": (
         lambda d: change_tensors(d, named("base_model.model.vision_tower.")),
         None,
@@ -282,6 +291,19 @@ def test_an_import_that_fails_publishes_nothing(served: Served, tiny: Path, brok
     assert broken not in served.state.adapters.names()
     assert [version.version for version in served.state.adapters.versions(good)] == [1]
     assert logprobs(served, good, [40, 41, 42, 43]) == before
+
+
+def test_a_base_that_computes_no_numbers_is_blamed_itself(served: Served, tiny: Path, tmp_path: Path) -> None:
+    path = save_directory(tmp_path / "poisoned", num_hidden_layers=2)
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    served.state.catalog.add("poisoned", path)
+    save(tiny, folder(served, "on-poisoned"))
+    edit(folder(served, "on-poisoned"), base_model_name_or_path="poisoned")
+    said = refused(load(served, "on-poisoned"), 400, "invalid_adapter")
+    assert "'poisoned' computes logits that are no numbers without it" in said
+    assert served.chat(model="tiny", max_tokens=1).status_code == 200
 
 
 def test_a_load_that_fails_unexpectedly_takes_its_version_along(

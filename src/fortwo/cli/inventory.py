@@ -192,9 +192,7 @@ def show_adapter(name: str) -> None:
 def import_adapter(
     path: Annotated[
         str,
-        typer.Argument(
-            help="A directory that PEFT saved, its adapter_model.safetensors, or hf:OWNER/REPO@REVISION."
-        ),
+        typer.Argument(help="A directory that PEFT saved, its adapter_model.safetensors, or hf:OWNER/REPO@REVISION."),
     ],
     name: Annotated[
         str | None, typer.Option("--name", help="Name of the adapter.", show_default="the folder's or repository's")

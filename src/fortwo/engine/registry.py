@@ -357,6 +357,11 @@ class ModelRegistry:
         lora = Lora.from_state(LoraConfig.from_peft(config, modules), decoder.config, tensors, decoder.device)
         check_tensors(name, lora)
         effect = self._engine.call(lambda: measure_effect(base.backend, base.renderer, lora)).result()
+        if math.isnan(effect):
+            raise InvalidAdapter(
+                f"Adapter {name!r} cannot be checked: {base.id!r} computes logits that are no numbers without it, too.",
+                hint="The base's weights hold nan or infinite values. Prepare the base again from intact files.",
+            )
         if not math.isfinite(effect):
             raise InvalidAdapter(
                 f"Adapter {name!r} makes the logits of {base.id!r} infinite or no numbers at all.",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -314,13 +314,7 @@ def check_shapes(config: LoraConfig, network: Shape, tensors: Mapping[str, Tenso
                 if config.use_dora:
                     wanted[magnitude] = (place.outputs,)
     if not wanted:
-        names = [name for names in network.groups.values() for name in names]
-        known, example = dict.fromkeys(name.rpartition(".")[2] for name in names), network.module_name(0, names[0])
-        raise InvalidAdapter(
-            f"target_modules = {config.target_modules!r} names no module of this base",
-            param="target_modules",
-            hint=f"Known modules: {', '.join(known)}, by these names or in full, such as {example}.",
-        )
+        raise _no_module(config, network)
     if foreign := sorted(set(tensors) - set(wanted)):
         raise _foreign(foreign[0], next(iter(wanted)), config.use_dora)
     for name, shape in wanted.items():
@@ -336,11 +330,37 @@ def check_shapes(config: LoraConfig, network: Shape, tensors: Mapping[str, Tenso
             )
 
 
+def _no_module(config: LoraConfig, network: Shape) -> InvalidAdapter:
+    """What is wrong with a configuration that chooses no module of the base: the option that leaves none."""
+    everywhere = replace(config, layers=None)
+    if any(_places(everywhere, network)):
+        return InvalidAdapter(
+            f"layers_to_transform = {list(config.layers or ())} names no layer of this base with such a module",
+            param="layers_to_transform",
+            hint=f"The layers of this base are 0 to {network.layers - 1}.",
+        )
+    if any(_places(replace(everywhere, exclude_modules=()), network)):
+        return InvalidAdapter(
+            f"exclude_modules = {config.exclude_modules!r} excludes all that target_modules names",
+            param="exclude_modules",
+            hint="Name fewer modules there.",
+        )
+    names = [name for names in network.groups.values() for name in names]
+    known, example = dict.fromkeys(name.rpartition(".")[2] for name in names), network.module_name(0, names[0])
+    return InvalidAdapter(
+        f"target_modules = {config.target_modules!r} names no module of this base",
+        param="target_modules",
+        hint=f"Known modules: {', '.join(known)}, by these names or in full, such as {example}.",
+    )
+
+
 def _foreign(name: str, expected: str, use_dora: bool) -> InvalidAdapter:
     """What is wrong with a tensor that the base has no place for. expected: the name of one that it needs."""
-    if "embed_tokens" in name or "lm_head" in name or ".base_layer." in name or ".modules_to_save." in name:
+    whole = "embed_tokens" in name or "lm_head" in name or ".base_layer." in name or ".modules_to_save." in name
+    if whole or ".lora_" not in name or name.endswith(".bias"):
         return InvalidAdapter(
-            f"tensor {name!r} is a whole embedding, head or frozen weight that travels with the adapter",
+            f"tensor {name!r} is no part of a LoRA update, but an embedding, head, bias or other weight that travels "
+            "with the adapter",
             hint=f"{MERGE}.",
         )
     if name.endswith(f".{MAGNITUDE}") and not use_dora:

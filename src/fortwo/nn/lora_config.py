@@ -156,7 +156,9 @@ class LoraConfig:
         known = tuple(dict.fromkeys(name.rpartition(".")[2] for name in modules))
         if config.get("peft_type") != "LORA":
             raise InvalidAdapter(
-                f"peft_type {config.get('peft_type')!r} is not LORA", param="peft_type", hint="Only LoRA is served."
+                f"peft_type {config.get('peft_type')!r} is not LORA",
+                param="peft_type",
+                hint=f"Only LoRA is served. {MERGE}.",
             )
         _check_options(config)
         layers, pattern = _layers(config), _names(config, "layers_pattern")
