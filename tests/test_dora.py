@@ -6,8 +6,8 @@ Tolerance: logits within 1e-4, gradients within 1e-4 of PEFT's (fp32, sums in an
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from torch import Tensor
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence as Running
 from fortwo.errors import InvalidAdapter
+from fortwo.execution.adapters_dora import decode_apart, prefill_apart
 from fortwo.execution.backend import Backend, backend_for
 from fortwo.execution.cpu import CpuBackend
 from fortwo.execution.cuda import CudaBackend
+from fortwo.execution.parts import Computed, Part
 from fortwo.execution.reference import ReferenceBackend
 from fortwo.kernels import cpu
 from fortwo.kernels.operations import dropout as drop
@@ -133,7 +135,7 @@ def test_mixed_rows_are_pefts(kind: type[ReferenceBackend], family: str, tmp_pat
 @torch.no_grad()
 @pytest.mark.parametrize("weight_format", ["bf16", "int8", "int4", "nf4"])
 def test_weights_in_other_formats(weight_format: str) -> None:
-    """The scale is of the weights as they are held, whatever multiplies them; plain rows still have their kernel."""
+    """The scale is of the weights as they are held, whatever multiplies them; steps and prompts, few rows and many."""
     if weight_format in ("int8", "int4") and not cpu.usable(torch.empty(0)):
         pytest.skip("there is no C compiler")
     held = as_decoder(tiny_model("llama", head_dim=32)).in_formats(Choice.fixed(weight_format))
@@ -147,10 +149,13 @@ def test_weights_in_other_formats(weight_format: str) -> None:
             generator = torch.Generator().manual_seed(2)
             for tensor in lora.parameters():
                 tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
+            for group in (group for groups in lora.layers for group in groups.values()):
+                for magnitude in group.magnitudes:
+                    magnitude *= torch.rand(magnitude.shape, generator=generator) + 0.5
             runner.attach(key, lora, frozen=True)
         rows = [
             Running(row, key)
-            for row, key in zip(make_rows([3, 70, 12, 5]), ("dora", None, "plain", "dora"), strict=True)
+            for row, key in zip(make_rows([3, 70, 12, 5, 60]), ("dora", None, "plain", "dora", "dora"), strict=True)
         ]
         found = [runner.prefill(rows)]
         for token in range(4):
@@ -161,7 +166,7 @@ def test_weights_in_other_formats(weight_format: str) -> None:
         return torch.stack(found)
 
     wanted, found = served(ReferenceBackend(held.in_fp32())), served(CpuBackend(held))
-    for row in range(4):
+    for row in range(5):
         assert (found[:, row] - wanted[:, row]).norm() / wanted[:, row].norm() < 2e-2, row
 
 
@@ -179,6 +184,12 @@ def test_an_adapter_in_training_is_served_as_it_is_now() -> None:
         wanted_TD = ReferenceBackend(home).forward(packed, [Segment(lora)])
         found_1V = runner.prefill([Running(list(row), "job")])
         torch.testing.assert_close(found_1V[0], home.logits(wanted_TD)[-1], atol=1e-4, rtol=1e-4)
+        held = runner.backend.adapters.whole("job", 1)
+        runner.prefill([Running(list(row), "job")])  # nothing has changed, so the copy of before stays
+        again = runner.backend.adapters.whole("job", 1)
+        assert isinstance(held, Segment)
+        assert isinstance(again, Segment)
+        assert again.lora is held.lora
 
 
 @torch.no_grad()
@@ -195,32 +206,46 @@ def test_a_row_of_zeros_stays_one(tmp_path: Path) -> None:
     assert not y_TO[:, 3].any()
 
 
-def test_a_step_beside_dora_keeps_the_kernel_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel computes the rows of the base and of plain adapters, and those alone."""
-    if not cpu.usable(torch.empty(0)):
+@torch.no_grad()
+@pytest.mark.parametrize("weight_format", ["fp32", "int8"])
+def test_parts_computed_apart_are_those_computed_together(weight_format: str) -> None:
+    """A backend whose kernels do not scale leaves the parts of DoRA adapters to another pass: the tokens of the step
+    survive the moves of the cache that it makes."""
+    if weight_format == "int8" and not cpu.usable(torch.empty(0)):
         pytest.skip("there is no C compiler")
     home = decoder()
-    backend = CpuBackend(home.in_formats(Choice.fixed("int8")))
-    runner = Runner(backend)
-    runner.attach("plain", random_lora(home), frozen=True)
-    runner.attach("dora", random_lora(home, config=LoraConfig(r=4, use_dora=True)), frozen=True)
-    rows = [Running(row, key) for row, key in zip(make_rows([3, 4, 5]), ("dora", None, "plain"), strict=True)]
-    runner.prefill(rows)
-    taken: list[int] = []
-    step = backend._step.__class__.__call__
-    monkeypatch.setattr(
-        backend._step.__class__,
-        "__call__",
-        lambda self, rows, updates: taken.append(len(rows)) or step(self, rows, updates),
-    )
-    for row in rows:
-        row.tokens.append(5)
-        assert runner.extend(row)
-    runner.step(rows)
-    assert taken == [2]
-    runner.detach("dora")
-    assert not runner.has("dora")
-    assert runner.has("plain")
+    held = home if weight_format == "fp32" else home.in_formats(Choice.fixed(weight_format))
+    keys = ("dora", None, "dora", "plain", None, "dora")
+
+    def served(apart: bool) -> Tensor:
+        backend = CpuBackend(held)
+        runner = Runner(backend)
+        for key in ("dora", "plain"):
+            config = LoraConfig(r=4, alpha=2, use_dora=key == "dora")
+            runner.attach(key, random_lora(home, 1, config), frozen=True)
+        if apart:
+            plain = ReferenceBackend.decode, ReferenceBackend.prefill
+
+            def decode(parts: Sequence[Part]) -> Tensor:
+                ways = (partial(way, backend) for way in (CpuBackend.decode, plain[0]))
+                return decode_apart(parts, lambda part: part.adapter == "dora", *ways)
+
+            def prefill(parts: Sequence[Part]) -> Iterator[Computed]:
+                ways = (partial(way, backend) for way in (CpuBackend.prefill, plain[1]))
+                return prefill_apart(parts, lambda part: part.adapter == "dora", *ways)
+
+            backend.decode, backend.prefill = decode, prefill  # type: ignore[method-assign]
+        rows = [Running(row, key) for row, key in zip(make_rows([3, 40, 12, 5, 9, 20]), keys, strict=True)]
+        found = [runner.prefill(rows)]
+        for token in range(4):
+            for row in rows:
+                row.tokens.append(token)
+                assert runner.extend(row)
+            found.append(runner.step(rows))
+        return torch.stack(found)
+
+    wanted, found = served(False), served(True)
+    assert (found - wanted).norm() / wanted.norm() < (1e-5 if weight_format == "fp32" else 2e-2)
 
 
 # ---------------------------------------------------------------- trained

@@ -1,4 +1,4 @@
-"""DoRA adapters beside plain ones: their outputs are scaled row by row, which the kernels for plain adapters do not."""
+"""DoRA adapters beside plain ones: their outputs are scaled, too, which not all kernels for plain adapters do."""
 
 from __future__ import annotations
 
@@ -16,32 +16,39 @@ from fortwo.quantization.formats import dense
 
 
 class DoraAdapters:
-    """An `adapters.AdapterPool` that holds DoRA adapters itself, each with the scale of its outputs, and leaves the
-    others to `plain`. network: whose weights they change."""
+    """An `adapters.AdapterPool` that gives DoRA adapters the scale of their outputs and holds them itself, unless
+    `plain`, which holds the others, can multiply by it (scaling). network: whose weights they change."""
 
-    def __init__(self, plain: AdapterPool, network: Network) -> None:
+    def __init__(self, plain: AdapterPool, network: Network, *, scaling: bool = False) -> None:
         self._plain = plain
         self._network = network
+        self._scaling = scaling
         self._loras: dict[str, Lora] = {}
+        self._copied: dict[str, Lora] = {}  # adapters in training, as they were when they were taken last
 
     def __contains__(self, key: str) -> bool:
         return key in self._loras or key in self._plain
 
     def add(self, key: str, lora: Lora) -> None:
-        if not lora.config.use_dora:
+        if lora.config.use_dora:
+            self._add_scaled(key, self._with_scale(lora))
+        else:
             self._plain.add(key, lora)
-            return
-        layers = [
-            {name: self._scaled(layer, name, group) for name, group in groups.items()}
-            for layer, groups in enumerate(lora.layers)
-        ]
-        self._loras[key] = Lora(lora.config, layers)
 
     def copy(self, key: str, lora: Lora) -> None:
-        (self.add if key in self._loras else self._plain.copy)(key, lora)
+        """The scale is computed again only if the adapter has changed, because that reads all weights."""
+        if not lora.config.use_dora:
+            self._plain.copy(key, lora)
+            return
+        last = self._copied.get(key)
+        now = lora.parameters()
+        if last is None or not all(map(torch.equal, last.parameters(), now)):
+            self._copied[key] = self._with_scale(lora)
+            self._add_scaled(key, self._copied[key])
 
     def remove(self, key: str) -> None:
         self._loras.pop(key, None)
+        self._copied.pop(key, None)
         self._plain.remove(key)
 
     def whole(self, key: str, rows: int) -> Update:
@@ -58,8 +65,21 @@ class DoraAdapters:
         return [*(self._plain.updates(plain) if plain else []), *scaled]
 
     def answer(self, part: Part) -> bool:
-        """Whether one of the DoRA adapters answers the part."""
+        """Whether one of the adapters that are held here answers the part."""
         return part.adapter in self._loras
+
+    def _add_scaled(self, key: str, lora: Lora) -> None:
+        if self._scaling:
+            self._plain.add(key, lora)
+        else:
+            self._loras[key] = lora
+
+    def _with_scale(self, lora: Lora) -> Lora:
+        layers = [
+            {name: self._scaled(layer, name, group) for name, group in groups.items()}
+            for layer, groups in enumerate(lora.layers)
+        ]
+        return Lora(lora.config, layers)
 
     def _scaled(self, layer: int, name: str, group: LoraGroup) -> LoraGroup:
         """A copy with its scale, which is computed in fp32 from the weight as it is held."""

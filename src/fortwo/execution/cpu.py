@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fortwo.execution.adapters import updates_of
-from fortwo.execution.adapters_dora import DoraAdapters, decode_apart, prefill_apart
+from fortwo.execution.adapters_dora import DoraAdapters
 from fortwo.execution.adapters_int8 import Int8Adapters
 from fortwo.execution.adapters_stacked import StackedAdapters
 from fortwo.execution.decode_fused import Step
@@ -44,7 +44,7 @@ class CpuBackend(ReferenceBackend):
         self._mixes = self._step.laid
         self.kv_dtype = torch.float16 if self._step.laid else torch.float32
         plain = Int8Adapters() if self._step.laid else StackedAdapters(self.decoder.config, self.decoder.device)
-        self.adapters = DoraAdapters(plain, self.decoder)
+        self.adapters = DoraAdapters(plain, self.decoder, scaling=self._step.laid)
 
     def release(self) -> None:
         self._scratch.memory = None
@@ -69,10 +69,8 @@ class CpuBackend(ReferenceBackend):
         few = len(parts) < WIDE or not self._prefill.takes
         steps = few and self._step.takes(len(parts))
         whole = (steps or self._prefill.takes) and within_window(parts, self.decoder.config)
-        if not whole or all(map(self.adapters.answer, parts)):
+        if not whole:
             return super().decode(parts)
-        if any(map(self.adapters.answer, parts)):
-            return decode_apart(parts, self.adapters.answer, self.decode, super().decode)
         if steps:
             rows = [(part.tokens[0], part.before, part.slot.place) for part in parts]
             return self._step(rows, self._updates(parts))
@@ -82,12 +80,8 @@ class CpuBackend(ReferenceBackend):
     @torch.no_grad()
     def prefill(self, parts: Sequence[Part]) -> Iterator[Computed]:
         """In one kernel all parts together; what those of a group that is alike begin with is computed once."""
-        whole = self._prefill.takes and within_window(parts, self.decoder.config)
-        if not whole or all(map(self.adapters.answer, parts)):
+        if not self._prefill.takes or not within_window(parts, self.decoder.config):
             yield from super().prefill(parts)
-            return
-        if any(map(self.adapters.answer, parts)):
-            yield from prefill_apart(parts, self.adapters.answer, self.prefill, super().prefill)
             return
         pieces: list[Piece] = []
         keys: list[str | None] = []  # whose rows they are
