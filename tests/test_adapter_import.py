@@ -302,6 +302,7 @@ def test_a_base_that_computes_no_numbers_is_blamed_itself(served: Served, tiny: 
     save(tiny, folder(served, "on-poisoned"))
     edit(folder(served, "on-poisoned"), base_model_name_or_path="poisoned")
     said = refused(load(served, "on-poisoned"), 400, "invalid_adapter")
+    served.state.registry.remove_base("poisoned")
     assert "'poisoned' computes logits that are no numbers without it" in said
     assert served.chat(model="tiny", max_tokens=1).status_code == 200
 
@@ -444,7 +445,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "base": (lambda d: edit(d, base_model_name_or_path="acme/other"), "which is not a base model here"),
     "digest": (
         lambda d: (d / "manifest.json").write_text(json.dumps({"base_model": "far", "base_digest": "0" * 64})),
-        "which no base model here has",
+        "no base model here has this digest",
     ),
 }
 
@@ -466,6 +467,21 @@ def test_the_command_says_what_is_wrong_with_the_users_own_path(
         assert str(directory) in done.stderr
     assert not left_over(served)
     assert directory.name not in served.state.adapters.names()
+
+
+def test_an_adapter_of_fortwo_goes_to_the_base_of_its_digest_whatever_that_is_called(
+    served: Served, tiny: Path
+) -> None:
+    theirs = save(tiny, folder(served, "by-digest"))
+    base = served.state.registry.load_base("tiny")
+    for name, digest, status in (("far", base.digest, 200), ("tiny", "0" * 64, 400), ("far", "0" * 64, 400)):
+        manifest = {"base_model": name, "base_digest": digest}
+        (folder(served, "by-digest") / "manifest.json").write_text(json.dumps(manifest))
+        answer = load(served, "by-digest", load_inplace=True)
+        assert answer.status_code == status, answer.text
+        if status == 400:
+            assert f"trained on '{name}'" in refused(answer, 400, "invalid_adapter", "lora_path")
+    equals_peft(served, "by-digest", theirs)
 
 
 def test_the_command_needs_an_adapter(tmp_path: Path, command: Callable[..., Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fortwo.adapters.store import AdapterStore
-from fortwo.engine.base_choice import choose_base, no_base
+from fortwo.engine.base_choice import TrainedOn, choose_base, no_base
 from fortwo.errors import InvalidAdapter, UnsupportedModel
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
@@ -131,7 +131,8 @@ def open_source(ref: str, catalog: Catalog, store: AdapterStore) -> Source:
     version, peft, tensors = store.read(ref)
     infos = {entry.id: catalog.model_info(entry.id) for entry in catalog.entries()}
     known = {id: (info.digest, info.weights_digest) for id, info in infos.items() if info is not None}
-    id = choose_base(version, known, loaded=(), unprepared=infos.keys() - known.keys())
+    trained_on = TrainedOn.of(version)
+    id = choose_base(trained_on, known, loaded=(), unprepared=infos.keys() - known.keys())
     if id is not None and id not in known:
         if (damage := catalog.damage(id)) is not None:
             raise damage
@@ -140,7 +141,7 @@ def open_source(ref: str, catalog: Catalog, store: AdapterStore) -> Source:
         )
     if id is None:
         waiting = sorted(infos.keys() - known.keys())
-        raise no_base(version, known, [one for one in waiting if catalog.get(one).origin == "user"])
+        raise no_base(trained_on, known, [one for one in waiting if catalog.get(one).origin == "user"])
     info = infos[id]
     assert info is not None
     _check_base(info)
