@@ -1,9 +1,9 @@
 """The compiled kernels in C for an instruction level of this machine. Torch-free.
 
-A wheel carries libraries for the usual processors (`SHIPPED`), which need no compiler. Elsewhere they are compiled once.
-Such a library lies in the package's __pycache__, as Python's own compiled files do; where the package may not be written,
-in fortwo/kernels of $XDG_CACHE_HOME or ~/.cache. Its name is a digest of sources, flags and processor. It is linked
-beside its place and renamed, so two processes that compile at once do not disturb each other.
+A wheel carries libraries for the usual processors (`SHIPPED`), which need no compiler. Elsewhere they are compiled
+once. Such a library lies in the package's __pycache__, as Python's own compiled files do; where the package may not be
+written, in fortwo/kernels of $XDG_CACHE_HOME or ~/.cache. Its name is a digest of sources, flags and processor. It is
+linked beside its place and renamed, so two processes that compile at once do not disturb each other.
 """
 
 from __future__ import annotations
