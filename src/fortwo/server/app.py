@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from fortwo.server import (
     docs,
     errors,
+    exports,
     health,
     llama_cpp,
     models,
@@ -51,6 +52,7 @@ def create_app(state: AppState) -> FastAPI:
         native.router,
         versions.router,
         reports.router,
+        exports.router,
         *openai.routers,
         vllm.router,
         llama_cpp.router,
