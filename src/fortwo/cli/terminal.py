@@ -99,11 +99,11 @@ def connect() -> Client:
 
 @contextmanager
 def progress_bars(console: Console = screen) -> Iterator[Callable[[str, int, int], None]]:
-    """A function progress(label, done, total) that shows a bar for each label; nothing where there is no terminal."""
+    """A function progress(label, done, total) that shows a bar for each label; in a pipe, only its last state."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console) as bars:
         tasks: dict[str, Any] = {}
 
         def progress(label: str, done: int, total: int) -> None:
