@@ -344,6 +344,7 @@ def from_json(body: Json) -> Plan:
         settings=tuple(Setting(**setting | {"value": _frozen(setting["value"])}) for setting in body["settings"]),
         computed=dict(body["computed"]),
         warnings=tuple(PlanWarning(**warning) for warning in body["warnings"]),
+        origins=dict(body.get("origins") or {}),
     )
 
 
