@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -299,6 +302,27 @@ def test_a_dataset_of_the_hub_can_be_previewed(server: Served) -> None:
     server.post("/api/models/tiny/load")
     rows = server.post("/api/data/preview", {"dataset": {"hub": "acme/tiny:extra"}}).json()["rows"]
     assert "you" in json.dumps(rows)
+
+
+def test_the_command_line_shows_what_is_downloaded_and_plans_it(server: Served) -> None:
+    settings = {"FORTWO_HOME": str(server.state.settings.home), "FORTWO_PORT": server.url.rpartition(":")[2]}
+
+    def fortwo(*words: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | settings | {"COLUMNS": "300"}
+        return subprocess.run([sys.executable, "-m", "fortwo", *words], env=environment, capture_output=True, text=True)
+
+    found = fortwo("plan", "hub:acme/tiny", "--validation", "hub:acme/tiny:test", "--objective", "sft")
+    assert found.returncode == 0, found.stderr
+    assert f"hub:acme/tiny@{FIRST}: " in found.stderr
+    assert "licence apache-2.0; files: data/train-00000-of-00002.parquet, data/train-00001" in found.stderr
+    assert f"hub:acme/tiny@{FIRST}:test" in found.stderr
+    assert "validation_rows" in found.stdout
+    found = fortwo("plan", "hub:acme/tiny:nothing")
+    assert found.returncode == 1
+    assert "'nothing' means no single part" in found.stderr
+    found = fortwo("plan", "nothing.jsonl")
+    assert found.returncode == 2
+    assert "'nothing.jsonl' does not exist" in found.stderr
 
 
 @pytest.mark.parametrize(
