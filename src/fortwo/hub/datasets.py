@@ -25,6 +25,7 @@ from fortwo.records import Json
 PREFIX = "hub:"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@:\s]+))?(:(?P<part>[^:\s][^:]*))?")
+WAIT_SECONDS = 0.5  # for another download, between two calls of `check`
 ORIGIN, FILES = "origin.json", "files"
 
 
@@ -81,10 +82,9 @@ class FoundDataset:
         return {"hub": _pinned(self), "licence": self.licence, "bytes": self.bytes, "files": files}
 
 
-def find(text: object) -> FoundDataset:
-    """What the hub has for a reference; nothing is downloaded. Raises InvalidDataset for a reference that is wrong or
-    means no single part, and SourceUnreachable."""
-    reference = DatasetReference.parse(text)
+def find(reference: DatasetReference) -> FoundDataset:
+    """What the hub has for a reference; nothing is downloaded. Raises InvalidDataset for one that means no single part,
+    and SourceUnreachable."""
     info = reference.repository.dataset_info()
     card: Any = info.card_data
     configs = (card.get("configs") if card is not None else None) or []
@@ -105,18 +105,23 @@ class HubDatasets:
         network. check: called now and then; it may raise to give up, and what was downloaded is kept. Raises
         InvalidDataset, SourceUnreachable, and StorageFailed for a disk that is full or refuses."""
         reference = DatasetReference.parse(text)
-        with self._lock:
-            commit = _COMMIT.fullmatch(reference.revision or "")
-            if commit is not None and (here := _rows(self._folder(reference, commit[0]))) is not None:
-                return here
-            found = find(text)
-            folder = self._folder(reference, found.commit)
-            if (here := _rows(folder)) is not None:
-                return here
-            try:
-                return _download(found, folder, check)
-            except OSError as error:
-                raise disk.storage_failed(folder, error) from error
+        while not self._lock.acquire(timeout=WAIT_SECONDS):
+            check()
+        try:
+            return self._fetched(reference, check)
+        except OSError as error:
+            raise disk.storage_failed(self._root, error) from error
+        finally:
+            self._lock.release()
+
+    def _fetched(self, reference: DatasetReference, check: Callable[[], None]) -> Path:
+        commit = _COMMIT.fullmatch(reference.revision or "")
+        if commit is not None and (here := _rows(self._folder(reference, commit[0]))) is not None:
+            return here
+        found = find(reference)
+        folder = self._folder(reference, found.commit)
+        here = _rows(folder)
+        return _download(found, folder, check) if here is None else here
 
     def origin(self, source: str) -> Json | None:
         """Where the rows in a file come from: hub (with the commit), licence, bytes, and files with name, bytes and

@@ -273,7 +273,7 @@ class ExportQueue:
         threads = {} if settings.threads is None else {"OMP_NUM_THREADS": str(settings.threads)}
         with (scratch / "errors.txt").open("wb") as errors:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "fortwo.export.worker"),
+                *(sys.executable, "-P", "-m", "fortwo.export.worker"),  # -P: no module of the working directory
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=errors,

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fortwo.data.preview import preview
 from fortwo.errors import InvalidAdapter, NotFound
-from fortwo.hub.datasets import find
+from fortwo.hub.datasets import DatasetReference, find
 from fortwo.jobs.store import Job
 from fortwo.records import AdapterVersion, Json
 from fortwo.server import sse
@@ -158,7 +158,7 @@ async def hub_dataset(
     hub: Annotated[str, Query(min_length=1, description="OWNER/NAME, with @REVISION and :FILE or :CONFIG/SPLIT.")],
 ) -> Json:
     """The commit, the licence, and the files with their sizes. Nothing is downloaded."""
-    return await state.planning.run(request, lambda _: find(hub).body())
+    return await state.planning.run(request, lambda _: find(DatasetReference.parse(hub)).body())
 
 
 @router.get("/training/jobs", tags=["training"], summary="Jobs, newest first")
