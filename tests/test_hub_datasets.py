@@ -84,6 +84,7 @@ DECLARED = [
         (["a/1.jsonl", "a/2.jsonl", "b.csv", "c.json"], DECLARED, "small/test", ("b.csv",)),
         (["a/1.jsonl", "a/2.jsonl", "b.csv", "c.json"], DECLARED, None, ("c.json",)),
         (["x.jsonl", "y.jsonl"], [{"data_files": "y.jsonl"}], None, ("y.jsonl",)),
+        (["../x.jsonl", "/etc/y.jsonl", "a/../../z.jsonl", "in.jsonl"], [], None, ("in.jsonl",)),
         (["x.jsonl"], [{"config_name": "x", "data_files": "gone-*.csv"}, "?", {}], None, ("x.jsonl",)),
     ],
 )
@@ -95,6 +96,7 @@ def test_the_files_of_a_part(names: list[str], configs: list[Any], part: str | N
     ("names", "part", "named"),
     [
         (CONFIGS, None, "de/train, en/train"),
+        (["../x.jsonl", "in.jsonl"], "../x.jsonl", "means no single part"),
         (CONFIGS, "fr", "'fr' means no single part of the dataset: de/train, en/train, en/validation"),
         (["script.py", "train.arrow", "rows.jsonl.gz"], None, "rows.jsonl.gz, script.py, train.arrow"),
         (["script.py", "rows.jsonl"], "script.py", "script.py is none of .parquet"),

@@ -30,6 +30,7 @@ def choose_files(names: Sequence[str], configs: Sequence[Any], part: str | None)
     config/split, a config or a split; None for the default config. Without a split, train is meant. Raises
     InvalidDataset naming the alternatives.
     """
+    names = [name for name in names if _is_inside(name)]
     if part is not None and part in names:
         _check_suffix(part)
         return (part,)
@@ -46,6 +47,12 @@ def choose_files(names: Sequence[str], configs: Sequence[Any], part: str | None)
             hint=f"Name one of them: hub:OWNER/NAME:{files[0]}",
         )
     return tuple(files)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name from the hub stays in the folder that it is downloaded to."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
 def _check_suffix(name: str) -> None:
