@@ -22,6 +22,7 @@ from fortwo.records import Json
 FORMS = ("peft", "merged", "gguf-lora", "gguf", "ollama", "mlx", "vllm")
 DEFAULT_QUANTIZATION = "F16"
 _QUANTIZED = ("gguf", "ollama")
+_WITHOUT_DORA = {"gguf-lora": "llama.cpp", "vllm": "vLLM", "mlx": "fortwo's form for MLX"}  # who has no DoRA
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def plan_export(ref: str, to: str, quantization: str | None, catalog: Catalog, s
     """What `export` would write for the version that `ref` means. Raises what `export` raises before it writes."""
     chosen = check_form(to, quantization)
     source = open_source(ref, catalog, store)
+    _check_dora(source, to)
     version = source.version
     why = examinees.missing(to)
     if why is None:
@@ -116,6 +118,7 @@ def export(
 
     chosen = check_form(to, quantization)
     source = open_source(ref, catalog, store)
+    _check_dora(source, to)
     check_free(output, overwrite)
     with draft(output, _need(source, to, chosen), overwrite) as folder:
         notes = _write(source, to, folder, chosen, report)
@@ -123,6 +126,16 @@ def export(
         (folder / MARK).write_bytes(disk.dump({**mark, "to": to, "quantization": chosen}))
         exam, result, why = _examined(source, to, folder, report) if with_exam else (None, None, None)
     return Exported(output, (*notes, *([why] if why else [])), exam, result)
+
+
+def _check_dora(source: Source, to: str) -> None:
+    """Raises InvalidRequest for a DoRA adapter in a form that has A and B alone."""
+    if source.lora.use_dora and to in _WITHOUT_DORA:
+        raise InvalidRequest(
+            f"{source.version.id} was trained with DoRA (use_dora), which {_WITHOUT_DORA[to]} does not know.",
+            param="to",
+            hint="Export it as merged, gguf or ollama, where the update is in the weights, or as peft.",
+        )
 
 
 def _need(source: Source, to: str, quantization: str | None) -> int:
