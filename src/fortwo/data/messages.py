@@ -82,10 +82,13 @@ def _check_depth(value: Any, depth: int = DEPTH) -> None:
 
 
 class Function(BaseModel):
+    """parsed_arguments: the arguments once more, as OpenAI's client adds them to a call that it has parsed."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = Field(min_length=1)
     arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)] = {}
+    parsed_arguments: Any = Field(None, exclude=True)
 
 
 def _call(given: Any) -> Any:

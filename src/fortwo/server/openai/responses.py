@@ -132,7 +132,7 @@ async def responses(request: Request, state: AppStateDep, body: ResponseRequest)
     asked = body.chat_request()
     replies = Replies(state, request, 1, streamed=bool(body.stream))
     async with replies.target(body.model) as target:
-        prompts, _ = await run_in_threadpool(chat.prompts_of, target, asked)
+        prompts = (await run_in_threadpool(chat.prompts_of, target, asked)).prompts
         await replies.submit(prompts)
     frame = _frame(body, target.name)
     if body.stream:

@@ -1,0 +1,138 @@
+"""Finds the calls of tools in a reply while it arrives: its text, the names that are called, and their arguments."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from fortwo.data.tool_form import ID, ToolForm
+
+
+@dataclass(frozen=True)
+class CallDelta:
+    """A part of the call with this index. name: only in a call's first part, which has no arguments. arguments: the
+    next piece of their JSON text."""
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+
+
+class ToolCallParser:
+    """Reads one reply in a form. White space between text and a call is part of neither.
+
+    calls: how many calls are complete.
+    """
+
+    def __init__(self, form: ToolForm) -> None:
+        self._form = form
+        self._opening = re.compile(_pattern(form.opening))
+        self._trigger = form.opening.partition(ID)[0]
+        self._named = re.compile("([a-zA-Z0-9_.-]+)" + _pattern(form.middle))
+        self._between = None if form.between is None else re.compile(_pattern(form.between))
+        self._state: Literal["text", "name", "arguments", "after"] = "text"
+        self._at_start = True
+        self._buffer = ""
+        self._scanner = _ObjectScanner()
+        self._index = 0
+        self.calls = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the reply has calls and none of them is incomplete."""
+        return self._state == "after"
+
+    def push(self, text: str) -> list[str | CallDelta]:
+        """What the text adds to the reply: texts and parts of calls, in order."""
+        self._buffer += text
+        found: list[str | CallDelta] = []
+        while self._step(found):
+            pass
+        return found
+
+    def flush(self) -> list[str | CallDelta]:
+        """The text that was held back and did not become a call, when the reply has ended."""
+        rest, self._buffer = self._buffer if self._state == "text" else "", ""
+        return [rest] if rest else []
+
+    def _step(self, found: list[str | CallDelta]) -> bool:
+        """Read as much of the buffer as the state allows. Returns whether the state changed."""
+        before = self._state, self._index
+        match self._state:
+            case "text":
+                self._read_text(found)
+            case "name":
+                if named := self._named.match(self._buffer):
+                    found.append(CallDelta(self._index, named[1]))
+                    self._buffer = self._buffer[named.end() :]
+                    self._state, self._scanner = "arguments", _ObjectScanner()
+            case "arguments":
+                piece = self._scanner.take(self._buffer)
+                self._buffer = self._buffer[len(piece) :]
+                if piece:
+                    found.append(CallDelta(self._index, arguments=piece))
+                if self._scanner.done:
+                    self._state, self.calls = "after", self.calls + 1
+            case "after":
+                if self._between is not None and (between := self._between.match(self._buffer)):
+                    self._buffer = self._buffer[between.end() :]
+                    self._state, self._index = "name", self._index + 1
+        return (self._state, self._index) != before
+
+    def _read_text(self, found: list[str | CallDelta]) -> None:
+        anywhere = bool(self._form.marker)
+        start = len(self._buffer) - len(self._buffer.lstrip()) if not anywhere else self._buffer.find(self._trigger)
+        if (anywhere and start >= 0) or (self._at_start and self._buffer.startswith(self._trigger, start)):
+            if opened := self._opening.match(self._buffer, start):
+                before = self._buffer[:start].rstrip()
+                found += [before] if before else []
+                self._buffer, self._state = self._buffer[opened.end() :], "name"
+            return
+        if anywhere:
+            held = _overlap(self._buffer, self._trigger)
+            shown = len(self._buffer[: len(self._buffer) - held].rstrip())
+        else:
+            waits = self._at_start and self._trigger.startswith(self._buffer[start:])
+            shown = 0 if waits else len(self._buffer)
+        if shown:
+            found.append(self._buffer[:shown])
+            self._buffer, self._at_start = self._buffer[shown:], False
+
+
+class _ObjectScanner:
+    """Finds the end of a JSON object that arrives in pieces."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+        self.done = False
+
+    def take(self, text: str) -> str:
+        """The part of the text that belongs to the object."""
+        for position, character in enumerate(text, 1):
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string:
+                self._escaped = character == "\\"
+                self._in_string = character != '"'
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    self.done = True
+                    return text[:position]
+        return text
+
+
+def _pattern(text: str) -> str:
+    return re.escape(text).replace(re.escape(ID), "[a-zA-Z0-9_-]+")
+
+
+def _overlap(text: str, trigger: str) -> int:
+    """Length of the longest suffix of `text` that is a proper prefix of `trigger`."""
+    return next((n for n in range(min(len(text), len(trigger) - 1), 0, -1) if text.endswith(trigger[:n])), 0)
