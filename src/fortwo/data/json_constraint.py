@@ -16,12 +16,9 @@ from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from fortwo.data.tokenizer_files import any_of
+from fortwo.data.json_schema import WHITE_SPACE, check_patterns
 from fortwo.errors import InvalidRequest, UnsupportedModel
 from fortwo.prompts import SCHEMA_FAILED
-
-PATTERNS = 500  # regular expressions of a schema; those of one object are compared with each other, which takes minutes
-WHITE_SPACE = r"[ \n\t]{0,24}"  # enough for a line break and some levels of indentation
 
 
 class Vocabulary:
@@ -40,7 +37,8 @@ class Vocabulary:
             ) from None
         named = {token.content: number for number, token in backend.get_added_tokens_decoder().items()}
         self._special = {text: number for text, number in named.items() if self._tokens.is_special_token(number)}
-        self._specials = re.compile(f"({any_of(dict.fromkeys(self._special, '')).pattern})")
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._specials = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token: they may be part of a character, or the name of a control token."""
@@ -80,30 +78,6 @@ def _cannot_follow(fault: str, param: str) -> InvalidRequest:
         param=param,
         hint="Correct the schema, or remove the part that the message names.",
     )
-
-
-def check_patterns(schema: object, param: str) -> None:
-    """Raises InvalidRequest for a JSON Schema with more patterns than PATTERNS."""
-    if (patterns := count_patterns(schema)) > PATTERNS:
-        raise InvalidRequest(
-            f"the schema has {patterns} patterns, but at most {PATTERNS} are allowed",
-            param=param,
-            hint="Write one pattern for several properties, or leave patterns out.",
-        )
-
-
-def count_patterns(schema: object) -> int:
-    """The number of regular expressions in a JSON Schema, at any depth."""
-    count, left = 0, [schema]
-    while left:
-        part = left.pop()
-        if isinstance(part, dict):
-            named = part.get("patternProperties")
-            count += isinstance(part.get("pattern"), str) + (len(named) if isinstance(named, dict) else 0)
-            left += part.values()
-        elif isinstance(part, list):
-            left += part
-    return count
 
 
 class JsonConstraint:

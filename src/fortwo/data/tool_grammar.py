@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fortwo.data.json_constraint import WHITE_SPACE
+from fortwo.data.json_schema import WHITE_SPACE
 from fortwo.data.tool_form import ID, ToolForm
 from fortwo.records import Json
 

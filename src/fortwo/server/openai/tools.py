@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
-from fortwo.data.json_constraint import check_patterns
+from fortwo.data.json_schema import check_patterns
 from fortwo.data.messages import wrong
 from fortwo.data.tool_form import ToolForm
 from fortwo.data.tool_grammar import Function, ToolUse, grammar
