@@ -108,6 +108,37 @@ def test_text_before_a_call_is_text(renderers: dict[str, ChatTemplateRenderer]) 
     assert read(ToolCallParser(renderer.tool_form), [renderer.decode(tokens)]) == ("Let me look.", TWO)
 
 
+BARE = '{"name": "weather", "arguments": {"city": "Bonn"}}'
+
+
+@pytest.mark.parametrize(
+    ("family", "reply"),
+    [
+        ("hermes", BARE),
+        ("hermes", "\n" + BARE.replace(": ", ":").replace("{", "{\n  ").replace("}}", "\n}\n}")),
+        ("hermes", f"<tool_call>{BARE}</tool_call>"),
+        ("hermes", f"<tool_call>\n\n{BARE.replace('{', '{ ')}\n</tool_call>\n<tool_call>{BARE}</tool_call>"),
+        ("llama", BARE.replace("arguments", "parameters").replace('{"name": ', '{ "name":')),
+        ("mistral", f'[TOOL_CALLS][{BARE[:-1]},"id":"abcdefgh1" }}]'),
+        ("granite", f"<|tool_call|>[{BARE}, {BARE}]"),
+        ("granite", f" [{BARE}]"),
+    ],
+)
+def test_white_space_of_the_json_is_free_and_small_models_leave_the_marker_out(
+    renderers: dict[str, ChatTemplateRenderer], family: str, reply: str
+) -> None:
+    renderer = renderers[family]
+    tokens = renderer.encode_text(reply)
+    assert accepts(renderer, ToolUse((WEATHER,)), [*tokens, 2])
+    text, calls = read(ToolCallParser(renderer.tool_form), list(reply))
+    assert (text, calls[0]) == ("", ("weather", {"city": "Bonn"}))
+    for wrong in (reply.replace("weather", "wether"), reply.replace("city", "town")):
+        assert not accepts(renderer, ToolUse((WEATHER,)), renderer.encode_text(wrong))
+    said = f"It is {BARE}"
+    assert accepts(renderer, ToolUse((WEATHER,)), [*renderer.encode_text(said), 2])
+    assert read(ToolCallParser(renderer.tool_form), list(said)) == (said, [])
+
+
 def test_a_reply_without_calls_may_be_held_to_a_schema(renderers: dict[str, ChatTemplateRenderer]) -> None:
     renderer = renderers["mistral"]
     use = ToolUse((WEATHER,), reply=json.dumps({"type": "object", "required": ["a"]}))

@@ -16,16 +16,20 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from fortwo.data.json_schema import WHITE_SPACE
 from fortwo.data.template_environment import TemplateFailure, TemplateRefusal
 from fortwo.records import Json
 
 ID = "\0"  # stands in the texts of a form for the id of a call
+ID_PATTERN = "[a-zA-Z0-9_-]{1,64}"
 SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
 
 Apply = Callable[[list[Json], "list[Json] | None", bool], str]
 """The template's text, control tokens included: of messages, of tools, and with or without the generation prompt."""
 
+_TOKENS = re.compile(r'\s+|[{}\[\],:"]|[^\s{}\[\],:"]+')
 _JSON_BEGINS = re.compile(r"\s*(\[\s*)?\{")
+_JSON_ENDS = re.compile(r"\s*\}(\s*\])?")
 _NAMES = ("probe_function_one", "probe_function_two")
 _ARGUMENTS = ({"probe_key_one": "probe value one"}, {"probe_key_two": "probe value two"})
 _IDS = (("call_0probe1one0probe1one0", "call_0probe2two0probe2two0"), ("probe1one", "probe2two"))  # any, and short
@@ -42,6 +46,29 @@ _TOOLS = [
     for key in arguments
 ]
 _ASKED: Json = {"role": "user", "content": "Hello"}
+
+
+def pattern(text: str) -> str:
+    """A regular expression, in the syntax that Python and Rust share, for a text of a form. ID stands for any id. There
+    may be any white space between the signs of JSON, because models do not always write as much as the template."""
+    tokens = _TOKENS.findall(text)
+    parts: list[str] = []
+    for before, token, after in zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False):
+        if token.isspace():
+            parts.append(WHITE_SPACE if _is_json(before) or _is_json(after) else _escaped(token))
+        else:
+            loose = _is_json(token) and (_is_json(before) or not before) and (before + token).strip('"')
+            last = not after and _is_json(token) and token != '"'
+            parts.append(f"{WHITE_SPACE if loose else ''}{_escaped(token)}{WHITE_SPACE if last else ''}")
+    return "".join(parts).replace(ID, ID_PATTERN)
+
+
+def _is_json(token: str) -> bool:
+    return len(token) == 1 and token in '{}[],:"'
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([!-/:;=?@\[-^`{-~])", r"\\\1", text).replace("\n", r"\n")
 
 
 class UnknownForm(Exception):
@@ -71,6 +98,16 @@ class ToolForm:
         before_id = self.opening.partition(ID)[0]
         found = _JSON_BEGINS.search(before_id)
         return (before_id[: found.start()] if found else before_id).rstrip()
+
+    @cached_property
+    def bare(self) -> ToolForm | None:
+        """The JSON of a call without its marker, which small models write as a whole reply; None where a call is no
+        JSON by itself, or has no marker anyway."""
+        rest = self.opening.removeprefix(self.marker).lstrip()
+        closers = _JSON_ENDS.match(self.closing)
+        if not self.marker or not _JSON_BEGINS.match(rest) or closers is None or ID in rest + self.closing:
+            return None
+        return ToolForm(rest, self.middle, None, closers[0])
 
     @property
     def texts(self) -> tuple[str, ...]:

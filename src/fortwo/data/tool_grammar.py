@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fortwo.data.json_schema import WHITE_SPACE
-from fortwo.data.tool_form import ID, ToolForm
+from fortwo.data.tool_form import ID, SHORT_ID, ToolForm, pattern
 from fortwo.records import Json
 
 Split = Callable[[str], "list[str | int]"]
@@ -63,7 +63,7 @@ def grammar(form: ToolForm, use: ToolUse, split: Split) -> str:
     rules = [f"call: {' | '.join(names)}"]
     for name, function in zip(names, use.functions, strict=True):
         arguments = json.dumps(function.schema(), ensure_ascii=False)
-        rules.append(f"{name}: {_sequence(function.name + form.middle, split, form)} {name}_arguments")
+        rules.append(f"{name}: {_quoted(function.name)} {_sequence(form.middle, split, form)} {name}_arguments")
         rules.append(f"{name}_arguments: %json {arguments}")
     if use.required or use.reply is not None:
         calls = f"{_sequence(form.opening, split, form)} {body}"
@@ -77,26 +77,28 @@ def grammar(form: ToolForm, use: ToolUse, split: Split) -> str:
 
 
 def _free_start(form: ToolForm, body: str, split: Split) -> list[str]:
-    """The rules of a reply that may be text, and may have text before its calls."""
-    rest = form.opening.removeprefix(form.marker)
-    calls = f"{_sequence(rest, split, form)} {body}"
+    """The rules of a reply that may be text, and may have text before its calls. A reply that begins like the bare JSON
+    of a call is one."""
+    bare = form.bare if form.marker else form
+    whole, text = "", f"/{_ANY_TEXT}/"
+    if bare is not None:
+        after = body if bare is form else f"call {_sequence(bare.closing, split, form)}"
+        whole = f" | {_sequence(bare.opening, split, form)} {after}"
+        text += f" & ~/{pattern(bare.opening)}{_ANY_TEXT}/"
     if not form.marker:
-        return [
-            f"start: TEXT | {_sequence(form.opening, split, form)} {body}",
-            f"TEXT: /{_ANY_TEXT}/ & ~/{_spaced(form.opening)}{_ANY_TEXT}/",
-        ]
+        return [f"start: TEXT{whole}", f"TEXT: {text}"]
     first, *others = split(form.marker)
+    calls = f"{_sequence(form.opening.removeprefix(form.marker), split, form)} {body}"
     if isinstance(first, str):
         others_sequence = " ".join(_piece(piece, form) for piece in others)
         return [
-            f"start: TEXT | head {others_sequence} {calls}",
-            f"TEXT: /{_ANY_TEXT}/",
+            f"start: TEXT | head {others_sequence} {calls}{whole}",
+            f"TEXT: {text}",
             f"head[lazy]: TEXT {_quoted(first)}",
         ]
-    spelled = _escaped(form.marker)
     return [
-        f"start: TEXT | TEXT {_sequence(form.marker, split, form)} {calls}",
-        f"TEXT: /{_ANY_TEXT}/ & ~/{_ANY_TEXT}{spelled}{_ANY_TEXT}/",
+        f"start: TEXT | TEXT {_sequence(form.marker, split, form)} {calls}{whole}",
+        f"TEXT: {text} & ~/{_ANY_TEXT}{pattern(form.marker)}{_ANY_TEXT}/",
     ]
 
 
@@ -110,21 +112,10 @@ def _sequence(text: str, split: Split, form: ToolForm) -> str:
 def _piece(piece: str | int, form: ToolForm) -> str:
     if isinstance(piece, int):
         return f"<[{piece}]>"
-    if piece == ID:
-        return "/[a-zA-Z0-9]{9}/" if form.short_ids else "/[a-zA-Z0-9_-]{1,64}/"
-    return _quoted(piece)
+    if piece == ID and form.short_ids:
+        return f"/{SHORT_ID.pattern}/"
+    return f"/{pattern(piece)}/"
 
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _escaped(text: str) -> str:
-    """The text as a regular expression between slashes."""
-    return re.sub(r"([!-/:;=?@\[-`{-~])", r"\\\1", text).replace("\n", r"\n")
-
-
-def _spaced(opening: str) -> str:
-    """The opening as a regular expression, with any white space between its parts and before them."""
-    parts = re.findall(r"\w+|[^\w\s]", opening.partition(ID)[0])
-    return r"\s*" + r"\s*".join(map(_escaped, parts))

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from fortwo.data.tool_form import ID, ToolForm
+from fortwo.data.tool_form import ToolForm, pattern
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,12 @@ class ToolCallParser:
     """
 
     def __init__(self, form: ToolForm) -> None:
-        self._form = form
-        self._opening = re.compile(_pattern(form.opening))
-        self._trigger = form.opening.partition(ID)[0]
-        self._named = re.compile("([a-zA-Z0-9_.-]+)" + _pattern(form.middle))
-        self._between = None if form.between is None else re.compile(_pattern(form.between))
+        self._marker = form.marker
+        self._marked = re.compile(pattern(form.opening))
+        bare = form.bare if form.marker else form
+        self._bare = None if bare is None else bare.opening
+        self._named = re.compile("([a-zA-Z0-9_.-]+)" + pattern(form.middle))
+        self._between = None if form.between is None else re.compile(pattern(form.between))
         self._state: Literal["text", "name", "arguments", "after"] = "text"
         self._at_start = True
         self._buffer = ""
@@ -81,23 +82,35 @@ class ToolCallParser:
         return (self._state, self._index) != before
 
     def _read_text(self, found: list[str | CallDelta]) -> None:
-        anywhere = bool(self._form.marker)
-        start = len(self._buffer) - len(self._buffer.lstrip()) if not anywhere else self._buffer.find(self._trigger)
-        if (anywhere and start >= 0) or (self._at_start and self._buffer.startswith(self._trigger, start)):
-            if opened := self._opening.match(self._buffer, start):
-                before = self._buffer[:start].rstrip()
-                found += [before] if before else []
-                self._buffer, self._state = self._buffer[opened.end() :], "name"
-            return
-        if anywhere:
-            held = _overlap(self._buffer, self._trigger)
-            shown = len(self._buffer[: len(self._buffer) - held].rstrip())
+        """Show the text of the buffer up to what is, or may become, the opening of a call."""
+        opening = None
+        if self._at_start and self._bare is not None and _may_begin(self._buffer, self._bare):
+            opening = re.compile(pattern(self._bare))
         else:
-            waits = self._at_start and self._trigger.startswith(self._buffer[start:])
-            shown = 0 if waits else len(self._buffer)
-        if shown:
-            found.append(self._buffer[:shown])
-            self._buffer, self._at_start = self._buffer[shown:], False
+            end = _find(self._buffer, self._marker) if self._marker else len(self._buffer)
+            shown = len(self._buffer[:end].rstrip())
+            if shown:
+                found.append(self._buffer[:shown])
+                self._buffer, self._at_start = self._buffer[shown:], False
+            opening = self._marked if self._marker else None
+        text = self._buffer.lstrip()
+        if opening is not None and (opened := opening.match(text)):
+            self._buffer, self._state = text[opened.end() :], "name"
+
+
+def _may_begin(text: str, opening: str) -> bool:
+    """Whether the text begins with the opening, or can still become so, whatever the white space."""
+    said, wanted = "".join(text.split()), "".join(opening.split())
+    return said.startswith(wanted) or wanted.startswith(said)
+
+
+def _find(text: str, marker: str) -> int:
+    """Where the marker begins in the text, whole or cut off by the text's end; the text's length if it does not."""
+    whole = text.find(marker)
+    if whole >= 0:
+        return whole
+    longest = min(len(text), len(marker) - 1)
+    return len(text) - next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)
 
 
 class _ObjectScanner:
@@ -127,12 +140,3 @@ class _ObjectScanner:
                     self.done = True
                     return text[:position]
         return text
-
-
-def _pattern(text: str) -> str:
-    return re.escape(text).replace(re.escape(ID), "[a-zA-Z0-9_-]+")
-
-
-def _overlap(text: str, trigger: str) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of `trigger`."""
-    return next((n for n in range(min(len(text), len(trigger) - 1), 0, -1) if text.endswith(trigger[:n])), 0)
