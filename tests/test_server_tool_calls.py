@@ -164,10 +164,10 @@ def test_the_tools_of_a_choice_of_none_are_not_seen(client: openai.OpenAI) -> No
 
 
 def test_one_call_at_most_unless_they_may_be_parallel(client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"tools": [PING], "tool_choice": "required", "logit_bias": {"2": -100}, "max_tokens": 300}
+    asked: dict[str, Any] = {"tools": [PING], "tool_choice": "required", "logit_bias": {"2": -100}, "max_tokens": 2000}
     many = ask(client, **asked).choices[0]
     assert many.finish_reason == "length"
-    assert len(many.message.tool_calls) > 2
+    assert len(many.message.tool_calls) > 1
     assert len({call.id for call in many.message.tool_calls}) == len(many.message.tool_calls)
     assert len(checked(ask(client, **asked, parallel_tool_calls=False).choices[0])) == 1
     indices = {

@@ -53,18 +53,41 @@ def pattern(text: str) -> str:
     may be any white space between the signs of JSON, because models do not always write as much as the template."""
     tokens = _TOKENS.findall(text)
     parts: list[str] = []
-    for before, token, after in zip(["", *tokens], tokens, [*tokens[1:], ""], strict=False):
+    for index, token in enumerate(tokens):
         if token.isspace():
-            parts.append(WHITE_SPACE if _is_json(before) or _is_json(after) else _escaped(token))
-        else:
-            loose = _is_json(token) and (_is_json(before) or not before) and (before + token).strip('"')
-            last = not after and _is_json(token) and token != '"'
-            parts.append(f"{WHITE_SPACE if loose else ''}{_escaped(token)}{WHITE_SPACE if last else ''}")
+            free = _is_free(tokens, index - 1) or _is_free(tokens, index + 1)
+            parts.append(WHITE_SPACE if free else _escaped(token))
+            continue
+        if _are_apart(tokens, index - 1, index):
+            parts.append(WHITE_SPACE)
+        parts.append(_escaped(token))
+    if tokens and _is_free(tokens, len(tokens) - 1) and tokens[-1] in _BRACKETS + ":":  # arguments may follow
+        parts.append(WHITE_SPACE)
     return "".join(parts).replace(ID, ID_PATTERN)
 
 
-def _is_json(token: str) -> bool:
-    return len(token) == 1 and token in '{}[],:"'
+_BRACKETS = "{}[]"
+
+
+def _is_free(tokens: Sequence[str], index: int) -> bool:
+    """Whether there is a sign of JSON at the index. A bracket around a word, as in [NAME], is none."""
+    if not 0 <= index < len(tokens) or tokens[index] not in tuple('{}[]:,"'):
+        return False
+    inside = {"[": tokens[index + 1 : index + 2], "]": tokens[max(0, index - 1) : index]}.get(tokens[index], [])
+    return not any(re.match(r"[^\s{}\[\],:\"]", one) for one in inside)
+
+
+def _are_apart(tokens: Sequence[str], before: int, after: int) -> bool:
+    """Whether white space may stand between two neighbours: between signs of JSON, and around its brackets, but not
+    within its strings."""
+    left, right = _is_free(tokens, before), _is_free(tokens, after)
+    if left and right:
+        return not tokens[before] == tokens[after] == '"'
+    if left:
+        return tokens[before] in _BRACKETS and not tokens[after].isspace()
+    if right and before < 0:
+        return tokens[after] in _BRACKETS + ","
+    return right and tokens[after] in _BRACKETS and not tokens[before].isspace()
 
 
 def _escaped(text: str) -> str:

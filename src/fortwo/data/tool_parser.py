@@ -69,8 +69,9 @@ class ToolCallParser:
                     self._buffer = self._buffer[named.end() :]
                     self._state, self._scanner = "arguments", _ObjectScanner()
             case "arguments":
-                piece = self._scanner.take(self._buffer)
-                self._buffer = self._buffer[len(piece) :]
+                text = self._buffer if self._scanner.begun else self._buffer.lstrip()
+                piece = self._scanner.take(text)
+                self._buffer = text[len(piece) :]
                 if piece:
                     found.append(CallDelta(self._index, arguments=piece))
                 if self._scanner.done:
@@ -120,10 +121,12 @@ class _ObjectScanner:
         self._depth = 0
         self._in_string = False
         self._escaped = False
+        self.begun = False
         self.done = False
 
     def take(self, text: str) -> str:
         """The part of the text that belongs to the object."""
+        self.begun |= bool(text)
         for position, character in enumerate(text, 1):
             if self._escaped:
                 self._escaped = False
