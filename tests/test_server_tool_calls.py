@@ -270,6 +270,44 @@ def test_ollamas_client_calls_tools(bases: Served, stream: bool) -> None:
         assert "tools" in (client.show("caller").capabilities or [])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_calls_functions(client: openai.OpenAI, stream: bool) -> None:
+    asked: dict[str, Any] = {"model": "caller", "tools": [{"type": "function", **TAUGHT["function"]}], "temperature": 0}
+    if stream:
+        events: list[Any] = list(client.responses.create(input=[QUESTION], stream=True, **asked))
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        first = events[-1].response
+        added = [event.item for event in events if event.type == "response.output_item.added"]
+        assert [item.type for item in added] == ["message", "function_call"]
+        assert [item.id for item in added] == [item.id for item in first.output]
+        pieces = [event for event in events if event.type == "response.function_call_arguments.delta"]
+        assert {piece.output_index for piece in pieces} == {1}
+        assert "".join(piece.delta for piece in pieces) == first.output[1].arguments
+    else:
+        first = client.responses.create(input=[QUESTION], **asked)
+    message, call = first.output
+    assert (first.status, message.content[0].text) == ("completed", "I look.")
+    assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "weather", {"city": "Bonn"})
+    assert call.call_id.startswith("call_")
+    output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "21"}
+    second = client.responses.create(input=[QUESTION, *first.output, output], **asked)
+    assert second.output_text == "No."
+    chat = ask(client, model="caller", tools=[TAUGHT], messages=LESSON[:3], logit_bias={})
+    assert second.usage is not None
+    assert second.usage.input_tokens == chat.usage.prompt_tokens
+
+
+def test_the_choice_of_a_response(client: openai.OpenAI) -> None:
+    tools: Any = [{"type": "function", **WEATHER["function"]}, {"type": "function", **PING["function"]}]
+    named: Any = {"type": "function", "name": "ping"}
+    for choice in (named, {"type": "allowed_tools", "mode": "required", "tools": [named]}):
+        asked: Any = {"tool_choice": choice, "parallel_tool_calls": False, "max_output_tokens": 400}
+        reply = client.responses.create(model="granite", input="hello", tools=tools, **asked)
+        assert [(item.type, item.name) for item in reply.output if item.type == "function_call"] == [
+            ("function_call", "ping")
+        ]
+
+
 # ---------------------------------------------------------------- refusals
 
 

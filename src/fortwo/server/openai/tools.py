@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, PrivateA
 
 from fortwo.data.json_schema import check_patterns
 from fortwo.data.messages import wrong
+from fortwo.data.row_formats import without_nulls
 from fortwo.data.tool_form import ToolForm
 from fortwo.data.tool_grammar import Function, ToolUse, grammar
 from fortwo.errors import InvalidRequest, all_of
@@ -53,9 +54,9 @@ class Tool(Strict):
         return tool
 
     def shown(self) -> Json:
-        function = self._given["function"]
-        kept = {key: value for key, value in function.items() if key != "strict" and value is not None}
-        return {key: kept if key == "function" else value for key, value in self._given.items() if value is not None}
+        """As a row for training has it."""
+        tool: Json = without_nulls(self._given)
+        return tool | {"function": {key: value for key, value in tool["function"].items() if key != "strict"}}
 
 
 class FunctionName(Strict):
