@@ -359,6 +359,20 @@ def test_what_cannot_be_honoured_is_refused_by_name(bases: Served, more: Any, pa
     assert named in said
 
 
+def test_a_response_names_its_own_fields(bases: Served) -> None:
+    def asked(*functions: Any) -> Any:
+        tools = [{"type": "function", **function["function"]} for function in functions]
+        return bases.post("/v1/responses", {"model": "hermes", "input": "hello", "tools": tools})
+
+    for wrong, param in (
+        (tool("a b"), "tools[0].name"),
+        (tool("f", {"type": "string"}), "tools[0].parameters.type"),
+        (tool("f", {"properties": {"a": {"not": {}}}}, strict=True), "tools[0].parameters"),
+    ):
+        assert param in refused(asked(wrong), 400, "invalid_request", param)
+    refused(asked(PING, PING), 400, "invalid_request", "tools[1].name")
+
+
 def test_all_findings_come_in_one_answer(bases: Served) -> None:
     tools = [tool("f", {"type": "string"}), tool("g", {"properties": {"a": {"type": "objekt"}}})]
     said = refused(bases.chat(model="hermes", tools=tools), 400, "invalid_request", "tools[0].function.parameters.type")

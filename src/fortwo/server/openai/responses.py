@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -18,7 +19,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import to_jsonable_python
 
 from fortwo.data.tool_parser import ToolCallParser
-from fortwo.errors import FortwoError
+from fortwo.errors import FortwoError, InvalidRequest
 from fortwo.prompts import Delta
 from fortwo.records import Json
 from fortwo.server import sse
@@ -126,10 +127,12 @@ class ResponseRequest(Strict):
 
 @router.post("/responses", response_model=None, summary="Answer a text or a conversation, in OpenAI's newer form")
 async def responses(request: Request, state: AppStateDep, body: ResponseRequest) -> Response:
-    asked = body.chat_request()
+    with _flat_names():
+        asked = body.chat_request()
     replies = Replies(state, request, 1, streamed=bool(body.stream))
     async with replies.target(body.model) as target:
-        prompts = await run_in_threadpool(chat.prompts_of, target, asked)
+        with _flat_names():
+            prompts = await run_in_threadpool(chat.prompts_of, target, asked)
         await replies.submit(prompts.prompts)
     frame = _frame(body, target.name)
     if body.stream:
@@ -140,6 +143,17 @@ async def responses(request: Request, state: AppStateDep, body: ResponseRequest)
     for _ in (*output.add(parts_of(prompts.parser(), reply)), *output.finish(_status(reply))):
         pass
     return JSONResponse(_finished(frame, output, reply, replies))
+
+
+@contextmanager
+def _flat_names() -> Iterator[None]:
+    """Errors of chat about functions, with the names that their fields have in a response."""
+    try:
+        yield
+    except InvalidRequest as error:
+        error.message = error.message.replace("].function.", "].")
+        error.param = error.param and error.param.replace("].function.", "].")
+        raise
 
 
 def _frame(body: ResponseRequest, model: str) -> Json:
