@@ -82,7 +82,7 @@ def test_what_a_template_writes_is_allowed_and_read_back(
         assert accepts(renderer, ToolUse((WEATHER, SEARCH), parallel=False), tokens) is (len(calls) == 1)
         stream = renderer.stream((), renderer.call_tokens)
         pieces = [*(stream.push(token) for token in tokens[:-1]), stream.flush()]
-        parser = ToolCallParser(renderer.tool_form)
+        parser = ToolCallParser(renderer.tool_form, ("weather", "search"))
         assert read(parser, pieces) == ("", calls)
         assert parser.finished
 
@@ -105,7 +105,10 @@ def test_text_before_a_call_is_text(renderers: dict[str, ChatTemplateRenderer]) 
     renderer = renderers["hermes"]
     tokens = replied(renderer, TWO, "Let me look.")
     assert accepts(renderer, ToolUse((WEATHER, SEARCH)), tokens)
-    assert read(ToolCallParser(renderer.tool_form), [renderer.decode(tokens)]) == ("Let me look.", TWO)
+    assert read(ToolCallParser(renderer.tool_form, ("weather", "search")), [renderer.decode(tokens)]) == (
+        "Let me look.",
+        TWO,
+    )
 
 
 BARE = '{"name": "weather", "arguments": {"city": "Bonn"}}'
@@ -122,6 +125,8 @@ BARE = '{"name": "weather", "arguments": {"city": "Bonn"}}'
         ("mistral", f'[TOOL_CALLS][{BARE[:-1]},"id":"abcdefgh1" }}]'),
         ("granite", f"<|tool_call|>[{BARE}, {BARE}]"),
         ("granite", f" [{BARE}]"),
+        ("hermes", f"```json\n{BARE}\n```"),
+        ("hermes", f"```json\n{BARE.replace('{', '{ ')}```"),
     ],
 )
 def test_white_space_of_the_json_is_free_and_small_models_leave_the_marker_out(
@@ -130,13 +135,21 @@ def test_white_space_of_the_json_is_free_and_small_models_leave_the_marker_out(
     renderer = renderers[family]
     tokens = renderer.encode_text(reply)
     assert accepts(renderer, ToolUse((WEATHER,)), [*tokens, 2])
-    text, calls = read(ToolCallParser(renderer.tool_form), list(reply))
+    text, calls = read(ToolCallParser(renderer.tool_form, ("weather", "search")), list(reply))
     assert (text, calls[0]) == ("", ("weather", {"city": "Bonn"}))
-    for wrong in (reply.replace("weather", "wether"), reply.replace("city", "town")):
-        assert not accepts(renderer, ToolUse((WEATHER,)), renderer.encode_text(wrong))
-    said = f"It is {BARE}"
-    assert accepts(renderer, ToolUse((WEATHER,)), [*renderer.encode_text(said), 2])
-    assert read(ToolCallParser(renderer.tool_form), list(said)) == (said, [])
+    assert not accepts(renderer, ToolUse((WEATHER,)), renderer.encode_text(reply.replace("city", "town")))
+
+
+@pytest.mark.parametrize(
+    "reply", [f"It is {BARE}", BARE.replace("weather", "wether"), '```json\n{"name": "weather"}\n```']
+)
+def test_json_that_is_no_call_of_an_offered_function_is_text(
+    renderers: dict[str, ChatTemplateRenderer], reply: str
+) -> None:
+    renderer = renderers["hermes"]
+    assert accepts(renderer, ToolUse((WEATHER,)), [*renderer.encode_text(reply), 2])
+    for pieces in ([reply], list(reply)):
+        assert read(ToolCallParser(renderer.tool_form, ("weather",)), pieces) == (reply, [])
 
 
 def test_a_reply_without_calls_may_be_held_to_a_schema(renderers: dict[str, ChatTemplateRenderer]) -> None:
@@ -229,7 +242,7 @@ def test_a_reply_is_read_the_same_wherever_it_is_cut(
     whole = text + (form.opening + (form.between or "").join(calls) + form.closing if calls else "")
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=8)))
     pieces = [whole[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
-    parser = ToolCallParser(form)
+    parser = ToolCallParser(form, ("f0", "f1", "f2"))
     said, found = read(parser, pieces)
     assert said == (text.rstrip() if calls else text)
     assert found == [(f"f{number}", given) for number, given in enumerate(arguments)]
@@ -237,7 +250,7 @@ def test_a_reply_is_read_the_same_wherever_it_is_cut(
 
 
 def test_parts_of_a_call_come_as_soon_as_they_are_there() -> None:
-    parser = ToolCallParser(HERMES)
+    parser = ToolCallParser(HERMES, ("f", "g"))
     assert parser.push("Well. <tool_") == ["Well."]
     assert parser.push('call>\n{"name": "f", "argu') == []
     assert parser.push('ments": {"a": ') == [CallDelta(0, "f"), CallDelta(0, arguments='{"a": ')]

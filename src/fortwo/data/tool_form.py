@@ -123,14 +123,18 @@ class ToolForm:
         return (before_id[: found.start()] if found else before_id).rstrip()
 
     @cached_property
-    def bare(self) -> ToolForm | None:
-        """The JSON of a call without its marker, which small models write as a whole reply; None where a call is no
-        JSON by itself, or has no marker anyway."""
+    def bare(self) -> tuple[ToolForm, ...]:
+        """The JSON of a call without its marker, alone and in a block of Markdown: so small models write it as a whole
+        reply. Empty where a call is no JSON by itself, or has no marker anyway."""
         rest = self.opening.removeprefix(self.marker).lstrip()
         closers = _JSON_ENDS.match(self.closing)
         if not self.marker or not _JSON_BEGINS.match(rest) or closers is None or ID in rest + self.closing:
-            return None
-        return ToolForm(rest, self.middle, None, closers[0])
+            return ()
+        fence = "```"
+        return (
+            ToolForm(rest, self.middle, None, closers[0]),
+            ToolForm(f"{fence}json\n{rest}", self.middle, None, f"{closers[0]}\n{fence}"),
+        )
 
     @property
     def texts(self) -> tuple[str, ...]:

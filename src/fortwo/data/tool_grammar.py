@@ -72,34 +72,37 @@ def grammar(form: ToolForm, use: ToolUse, split: Split) -> str:
             guided = json.loads(use.reply) | {"x-guidance": {"whitespace_pattern": WHITE_SPACE}}
             start.append(f"reply: %json {json.dumps(guided, ensure_ascii=False)}")
     else:
-        start = _free_start(form, body, split)
+        start = _free_start(form, use, body, split)
     return "\n".join([*start, *rules]) + "\n"
 
 
-def _free_start(form: ToolForm, body: str, split: Split) -> list[str]:
+def _free_start(form: ToolForm, use: ToolUse, body: str, split: Split) -> list[str]:
     """The rules of a reply that may be text, and may have text before its calls. A reply that begins like the bare JSON
-    of a call is one."""
-    bare = form.bare if form.marker else form
-    whole, text = "", f"/{_ANY_TEXT}/"
-    if bare is not None:
-        after = body if bare is form else f"call {_sequence(bare.closing, split, form)}"
-        whole = f" | {_sequence(bare.opening, split, form)} {after}"
-        text += f" & ~/{pattern(bare.opening)}{_ANY_TEXT}/"
+    of a call of an offered function is one."""
+    text = f"/{_ANY_TEXT}/"
     if not form.marker:
-        return [f"start: TEXT{whole}", f"TEXT: {text}"]
+        return [
+            f"start: TEXT | {_sequence(form.opening, split, form)} {body}",
+            f"TEXT: {text} & ~/{pattern(form.opening)}{_ANY_TEXT}/",
+        ]
+    wholes, rules, heads = "", list[str](), list[str]()
+    for number, bare in enumerate(form.bare):
+        for index, function in enumerate(use.functions):
+            heads.append(pattern(bare.opening + function.name + bare.middle))
+            wholes += f" | bare_{number}_{index}"
+            closing = _sequence(bare.closing, split, form)
+            rules.append(f"bare_{number}_{index}: /{heads[-1]}/ call_{index}_arguments {closing}")
+    if heads:
+        text += f" & ~/({'|'.join(heads)}){_ANY_TEXT}/"
     first, *others = split(form.marker)
     calls = f"{_sequence(form.opening.removeprefix(form.marker), split, form)} {body}"
     if isinstance(first, str):
         others_sequence = " ".join(_piece(piece, form) for piece in others)
-        return [
-            f"start: TEXT | head {others_sequence} {calls}{whole}",
-            f"TEXT: {text}",
-            f"head[lazy]: TEXT {_quoted(first)}",
-        ]
-    return [
-        f"start: TEXT | TEXT {_sequence(form.marker, split, form)} {calls}{whole}",
-        f"TEXT: {text} & ~/{_ANY_TEXT}{pattern(form.marker)}{_ANY_TEXT}/",
-    ]
+        start = [f"start: TEXT | head {others_sequence} {calls}{wholes}", f"head[lazy]: TEXT {_quoted(first)}"]
+    else:
+        start = [f"start: TEXT | TEXT {_sequence(form.marker, split, form)} {calls}{wholes}"]
+        text += f" & ~/{_ANY_TEXT}{pattern(form.marker)}{_ANY_TEXT}/"
+    return [*start, f"TEXT: {text}", *rules]
 
 
 def _sequence(text: str, split: Split, form: ToolForm) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,14 +23,17 @@ class CallDelta:
 class ToolCallParser:
     """Reads one reply in a form. White space between text and a call is part of neither.
 
-    calls: how many calls are complete.
+    names: of the functions that a call without a marker may name. calls: how many calls are complete.
     """
 
-    def __init__(self, form: ToolForm) -> None:
+    def __init__(self, form: ToolForm, names: Iterable[str]) -> None:
         self._marker = form.marker
         self._marked = re.compile(pattern(form.opening))
-        bare = form.bare if form.marker else form
-        self._bare = None if bare is None else bare.opening
+        if form.marker:
+            heads = {bare.opening + name + bare.middle: bare.opening for name in names for bare in form.bare}
+        else:
+            heads = {form.opening: form.opening}
+        self._heads = heads  # what a reply that is a call by itself begins with, and its part before the name
         self._named = re.compile("([a-zA-Z0-9_.-]+)" + pattern(form.middle))
         self._between = None if form.between is None else re.compile(pattern(form.between))
         self._state: Literal["text", "name", "arguments", "after"] = "text"
@@ -84,24 +88,25 @@ class ToolCallParser:
 
     def _read_text(self, found: list[str | CallDelta]) -> None:
         """Show the text of the buffer up to what is, or may become, the opening of a call."""
-        opening = None
-        if self._at_start and self._bare is not None and _may_begin(self._buffer, self._bare):
-            opening = re.compile(pattern(self._bare))
-        else:
+        head = next((head for head in self._heads if self._at_start and _may_begin(self._buffer, head)), None)
+        if head is None:
             end = _find(self._buffer, self._marker) if self._marker else len(self._buffer)
             shown = len(self._buffer[:end].rstrip())
             if shown:
                 found.append(self._buffer[:shown])
                 self._buffer, self._at_start = self._buffer[shown:], False
-            opening = self._marked if self._marker else None
         text = self._buffer.lstrip()
-        if opening is not None and (opened := opening.match(text)):
+        if head is not None and re.match(pattern(head), text):
+            opened = re.match(pattern(self._heads[head]), text)
+        else:
+            opened = self._marked.match(text) if head is None and self._marker else None
+        if opened:
             self._buffer, self._state = text[opened.end() :], "name"
 
 
-def _may_begin(text: str, opening: str) -> bool:
-    """Whether the text begins with the opening, or can still become so, whatever the white space."""
-    said, wanted = "".join(text.split()), "".join(opening.split())
+def _may_begin(text: str, head: str) -> bool:
+    """Whether the text begins with the head, or can still become so, whatever the white space."""
+    said, wanted = "".join(text.split()), "".join(head.split())
     return said.startswith(wanted) or wanted.startswith(said)
 
 

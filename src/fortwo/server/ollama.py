@@ -223,7 +223,7 @@ class GenerateRequest(Generating):
             top = (self.top_logprobs or 0) if self.logprobs else None
             continued = body.prompts(target, tokens, param="prompt", default=default, logprobs=top)
             prompts = [replace(prompt, continues=True) for prompt in continued]
-            asked = Asked(prompts, target.model.renderer.vocabulary.token_bytes if self.logprobs else None, None)
+            asked = Asked(prompts, target.model.renderer.vocabulary.token_bytes if self.logprobs else None)
         else:
             asked = prompts_of(target, body, param="prompt", default=default)
         self.settings.check_context(asked.prompts, "prompt")
@@ -251,7 +251,7 @@ async def _answer(request: Request, state: AppState, body: Generating, ask: Ask 
     replies = Replies(state, request, 1, streamed=True)
     async with replies.target(without_tag(body.model)) as target:
         loaded = time.perf_counter_ns()
-        asked = Asked([], None, None) if ask is None else await run_in_threadpool(ask, target)
+        asked = Asked([]) if ask is None else await run_in_threadpool(ask, target)
         await replies.submit(asked.prompts)
     answer = _Answer(body.model, write, asked, replies, began, loaded)
     if ask is None:

@@ -171,16 +171,17 @@ class ChatRequest(Parameters):
 
 @dataclass(frozen=True)
 class Asked:
-    """The prompts of a request. bytes_of: gives the bytes of a token if logprobs are wanted. form: of the calls that
-    replies may contain."""
+    """The prompts of a request. bytes_of: gives the bytes of a token if logprobs are wanted. form, names: of the calls
+    that replies may contain."""
 
     prompts: list[Prompt]
-    bytes_of: Bytes | None
-    form: ToolForm | None
+    bytes_of: Bytes | None = None
+    form: ToolForm | None = None
+    names: tuple[str, ...] = ()
 
     def parser(self) -> ToolCallParser | None:
         """What finds the calls of one reply; None if it has none."""
-        return None if self.form is None else ToolCallParser(self.form)
+        return None if self.form is None else ToolCallParser(self.form, self.names)
 
 
 @router.post("/chat/completions", response_model=None, summary="Chat with a base model or an adapter")
@@ -223,7 +224,9 @@ def prompts_of(target: Target, body: ChatRequest, *, param: str = "messages", de
         ends = [replace(prompt.sampling, stop=(*prompt.sampling.stop, *texts)) for prompt in prompts]
         prompts = [replace(prompt, sampling=sampling) for prompt, sampling in zip(prompts, ends, strict=True)]
     bytes_of = renderer.vocabulary.token_bytes if body.logprobs else None
-    return Asked(prompts, bytes_of, None if use is None else renderer.tool_form)
+    if use is None:
+        return Asked(prompts, bytes_of)
+    return Asked(prompts, bytes_of, renderer.tool_form, tuple(function.name for function in use.functions))
 
 
 def _characters(message: Message) -> int:
