@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tool_bases import LEFT_OUT, NOTHING_MARKS, TEMPLATES, XML, save_tool_base
+from tool_bases import (
+    CHANNELS,
+    CUT_IDS,
+    LEFT_OUT,
+    NOTHING_MARKS,
+    OWN_OBJECT,
+    PRINTED,
+    TEMPLATES,
+    XML,
+    save_tool_base,
+)
 
 from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.data.tool_form import ToolForm
@@ -164,6 +174,8 @@ def test_a_reply_without_calls_may_be_held_to_a_schema(renderers: dict[str, Chat
     ("template", "reason"),
     [
         (XML, "does not write the arguments of a call as a JSON object"),
+        (OWN_OBJECT, "does not write the arguments of a call as a JSON object"),
+        (CHANNELS, "writes more than the text of an answer"),
         (NOTHING_MARKS, "nothing in what it writes shows where a call begins"),
         (LEFT_OUT, "does not write the name of the function"),
         (TEMPLATES["llama"].replace("{% if tools %}", "{% if false %}"), "does not write the tools"),
@@ -197,6 +209,15 @@ def test_arguments_and_ids_are_handed_over_as_the_template_takes_them(
     ids = [call["id"] for call in written[0]["tool_calls"]]
     assert [len(id) for id in ids] == [9, 9]
     assert ids[0] != ids[1] == written[1]["tool_call_id"]
+
+
+def test_templates_that_cut_ids_or_print_arguments(tmp_path: Path) -> None:
+    cut = ChatTemplateRenderer(save_tool_base(tmp_path / "cut", CUT_IDS))
+    assert cut.tool_form == ChatTemplateRenderer(save_tool_base(tmp_path / "exact", TEMPLATES["mistral"])).tool_form
+    assert accepts(cut, ToolUse((WEATHER, SEARCH)), replied(cut, TWO))
+    printed = ChatTemplateRenderer(save_tool_base(tmp_path / "printed", PRINTED))
+    assert printed.tool_form.arguments_as_text
+    assert '"arguments": {"city": "Bonn"}' in printed.render(history([("weather", {"city": "Bonn"})]))
 
 
 def test_calls_and_results_without_ids_get_them_in_order() -> None:

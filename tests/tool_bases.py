@@ -62,6 +62,17 @@ NOTHING_MARKS = _template(
     "{% set call = message.tool_calls[0].function %}{{ call.name }} {{ call.arguments | tojson }}"
 )
 LEFT_OUT = _template("nothing")
+OWN_OBJECT = _template(
+    "{% set call = message.tool_calls[0].function %}call:{{ call.name }}{{ '{' }}"
+    "{% if call.arguments is mapping %}"
+    "{% for key, value in call.arguments.items() %}{{ key }}:'{{ value }}'{% endfor %}"
+    "{% else %}{{ call.arguments }}{% endif %}{{ '}' }}"
+)
+CHANNELS = TEMPLATES["hermes"].replace(
+    "{% else %}{{ message.content }}", "{% else %}<|sep|>final:{{ message.content }}"
+)
+CUT_IDS = TEMPLATES["mistral"].replace("length != 9", "length < 9").replace("call.id +", "call.id[-9:] +")
+PRINTED = TEMPLATES["hermes"].replace("call.function.arguments | tojson", "call.function.arguments")
 
 
 def save_tool_base(directory: Path, template: str) -> Path:

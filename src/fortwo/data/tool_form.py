@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -98,6 +99,10 @@ class UnknownForm(Exception):
     """The template writes no tools, or their calls in a form that cannot be learned; the text says which."""
 
 
+class _Unreadable(UnknownForm):
+    """The template cannot do with the arguments as they were handed over."""
+
+
 @dataclass(frozen=True)
 class ToolForm:
     """A message's calls are `opening`, name, `middle`, arguments as a JSON object; for each further call `between`,
@@ -179,17 +184,31 @@ def learn_form(apply: Apply, ends: Collection[str]) -> ToolForm:
             raise UnknownForm("it does not write the tools that are offered")
     except (TemplateRefusal, TemplateFailure) as error:
         raise UnknownForm(f"it refuses tools: {error}") from None
+    _check_answer(apply, prompt)
     reasons: list[str] = []
     for as_text in (False, True):
         for ids in _IDS:
             calls = _probe_calls(ids, as_text)
             try:
                 one = _turn(apply, prompt, calls[:1], ends)
-                two = _turn(apply, prompt, calls, ends)
-                return _form(one, two, ids, as_text)
+                if not as_text and repr(_ARGUMENTS[0]) in one:
+                    raise _Unreadable("it writes the arguments of a call as Python does")
+                return _form(one, _turn(apply, prompt, calls, ends), ids, as_text)
             except UnknownForm as error:
                 reasons.append(str(error))
+                unreadable = isinstance(error, _Unreadable)
+        if not unreadable:  # a template that reads an object does not want text
+            break
     raise UnknownForm(reasons[0])
+
+
+def _check_answer(apply: Apply, prompt: str) -> None:
+    """Raises UnknownForm for a template that writes something between the prompt and the text of an answer: a reply
+    then has control tokens of its own."""
+    with suppress(TemplateRefusal, TemplateFailure):
+        whole = apply([_ASKED, {"role": "assistant", "content": "Answer"}], _TOOLS, False)
+        if whole.startswith(prompt) and not whole.removeprefix(prompt).lstrip().startswith("Answer"):
+            raise UnknownForm("it writes more than the text of an answer into the assistant's turn")
 
 
 def _probe_calls(ids: Sequence[str], as_text: bool) -> list[Json]:
@@ -211,7 +230,7 @@ def _turn(apply: Apply, prompt: str, calls: list[Json], ends: Collection[str]) -
     except (TemplateRefusal, TemplateFailure) as error:
         if len(calls) > 1:
             return ""
-        raise UnknownForm(f"it refuses an assistant's call: {error}") from None
+        raise _Unreadable(f"it refuses an assistant's call: {error}") from None
     if not whole.startswith(prompt):
         raise UnknownForm("it writes a finished call differently from the prompt that asks for it")
     turn = whole.removeprefix(prompt)
@@ -224,6 +243,8 @@ def _form(one: str, two: str, ids: Sequence[str], as_text: bool) -> ToolForm:
     opening, middle, closing = _parts(one, 0)
     for id in ids:
         opening, middle, closing = (text.replace(id, ID) for text in (opening, middle, closing))
+    if any(id[-9:] in text for id in ids for text in (opening, middle, closing)):
+        raise UnknownForm("it writes a part of an id")
     opening = opening.lstrip()
     if not opening:
         raise UnknownForm("nothing in what it writes shows where a call begins")
