@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from fortwo.server import (
     docs,
     errors,
+    exports,
     health,
     llama_cpp,
     models,
@@ -45,7 +46,15 @@ def create_app(state: AppState) -> FastAPI:
     app.add_middleware(SecurityMiddleware, api_key=api_key)
     app.add_middleware(errors.UnexpectedErrorMiddleware)
     keyed = [] if api_key is None else [docs.API_KEY]
-    for router in (models.router, native.router, versions.router, *openai.routers, vllm.router, llama_cpp.router):
+    for router in (
+        models.router,
+        native.router,
+        versions.router,
+        exports.router,
+        *openai.routers,
+        vllm.router,
+        llama_cpp.router,
+    ):
         app.include_router(router, dependencies=keyed, responses=docs.ERRORS)
     for router in (ollama.router, ollama_models.router):
         app.include_router(router, dependencies=keyed, responses=docs.PLAIN_ERRORS)
