@@ -177,3 +177,17 @@ def doctor(
 
     found = examine(settings.home, settings.weights, settings.isa)
     respond(asdict(found), shown(found), as_json)
+
+
+@app.command()
+def mcp() -> None:
+    """Serve the running server's abilities as MCP tools, over standard input and output, until the input is closed."""
+    try:
+        from fortwo.cli.mcp_server import build
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("mcp", "mcp_types"):
+            raise
+        raise InvalidRequest(
+            "fortwo mcp needs the package mcp, which is not installed.", hint="Install it: pip install 'fortwo[mcp]'"
+        ) from None
+    build(connect()).run("stdio")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fortwo import strict_json
+from fortwo.cli.hub_dataset import hub_dataset
 from fortwo.errors import InvalidRequest
 from fortwo.facts.subject import match_phrases
 from fortwo.records import Json
@@ -35,7 +36,7 @@ def training_request(datasets: Json, name: str, config: Path | None, **options: 
     return body | extra
 
 
-def file_datasets(data: Path, validation: Path | None) -> Json:
+def file_datasets(data: Path | str, validation: Path | str | None) -> Json:
     """The fields of a request that give rows. Raises InvalidRequest with what is wrong with either file."""
     from fortwo.data.findings import in_each
 
@@ -55,9 +56,12 @@ def _object(config: Path) -> Json:
     return found
 
 
-def file_dataset(file: Path) -> Json:
+def file_dataset(file: Path | str) -> Json:
     """A dataset with the rows of a file, so that the server need not read it. A large file is named by its path, which
-    must be in a folder that the server allows. Raises InvalidDataset with what is wrong with the file."""
+    must be in a folder that the server allows. A text names a dataset of the hub. Raises InvalidDataset with what is
+    wrong with the file."""
+    if isinstance(file, str):
+        return hub_dataset(file)
     from fortwo.data.datasets import LARGE_BYTES
     from fortwo.data.files import plain_rows
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fortwo.cli import views
+from fortwo.cli.hub_dataset import PREFIX
 from fortwo.cli.requests import (
     adapter_name,
     fact,
@@ -30,8 +31,8 @@ DOCUMENTS = (".md", ".markdown", ".pdf")
 Data = Annotated[
     str,
     typer.Argument(
-        help="A file with rows or facts (.json, .jsonl, .csv, .tsv, .parquet, .txt), a document (.md, .pdf), or the "
-        "subject of a fact."
+        help="A file with rows or facts (.json, .jsonl, .csv, .tsv, .parquet, .txt), hub:OWNER/NAME for a dataset of "
+        "the Hugging Face hub, a document (.md, .pdf), or the subject of a fact."
     ),
 ]
 Answer = Annotated[str | None, typer.Argument(help="What the model is to say about the subject.", show_default=False)]
@@ -61,14 +62,24 @@ Controls = Annotated[
 Name = Annotated[
     str | None, typer.Option("--name", help="Name of the adapter.", show_default="made of the subject or the document")
 ]
+
+
+def _file(text: str) -> Path | str:
+    """A file that exists, or a dataset of the hub as it was written."""
+    if text.startswith(PREFIX):
+        return text
+    if not (path := Path(text)).is_file():
+        raise typer.BadParameter(f"File {text!r} does not exist.")
+    return path
+
+
 Validation = Annotated[
-    Path | None,
+    Any,
     typer.Option(
         "--validation",
-        help="A file like DATA, whose rows are evaluated only.",
-        exists=True,
-        dir_okay=False,
-        readable=True,
+        help="A file or dataset like DATA, whose rows are evaluated only.",
+        parser=_file,
+        metavar="VALIDATION",
     ),
 ]
 Config = Annotated[
@@ -195,10 +206,14 @@ def watch(
             watched.watch()
 
 
-def _datasets(data: str, answer: str | None, of_fact: dict[str, list[str] | None], validation: Path | None) -> Json:
+def _datasets(
+    data: str, answer: str | None, of_fact: dict[str, list[str] | None], validation: Path | str | None
+) -> Json:
     """The fields of a request that give rows: a fact in words if there is an answer, else those of the file `data`."""
     given = {name: texts for name, texts in of_fact.items() if texts}
     file = Path(data)
+    if answer is None and data.startswith(PREFIX) and not given:
+        return file_datasets(data, validation)
     if answer is None:
         _check_file(file, list(given))
         return file_datasets(file, validation)

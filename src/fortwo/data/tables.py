@@ -87,7 +87,7 @@ def _check_header(path: Path, names: list[str]) -> None:
 
 
 def _cell(name: str, cell: str) -> Any:
-    if name == "label":
+    if name in ("label", "kto_tag"):
         return _LABELS.get(cell.strip().lower(), cell)
     if name not in _LISTS and not (name in _MAY_BE_MESSAGES and cell.lstrip().startswith(("[", "{"))):
         return cell
