@@ -322,9 +322,10 @@ def test_completion_knows_commands_and_options() -> None:
 
 
 def test_no_option_is_read_by_nothing() -> None:
-    """Every parameter of every function of the command line is used, so an option is never only accepted."""
+    """Every parameter of every function of the command line is used, so an option is never only accepted. The MCP
+    library resolves those of `mcp_server`."""
     unread = []
-    for file in Path(fortwo.cli.__file__).parent.glob("*.py"):
+    for file in {*Path(fortwo.cli.__file__).parent.glob("*.py")} - {Path(fortwo.cli.__file__).parent / "mcp_server.py"}:
         for function in ast.walk(ast.parse(file.read_text())):
             if isinstance(function, ast.FunctionDef):
                 parameters = [*function.args.args, *function.args.kwonlyargs]
