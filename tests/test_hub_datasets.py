@@ -324,7 +324,7 @@ def test_the_command_line_shows_what_is_downloaded_and_plans_it(server: Served) 
     assert "'nothing' means no single part" in found.stderr
     found = fortwo("plan", "nothing.jsonl")
     assert found.returncode == 1
-    assert "'nothing.jsonl' does not exist" in found.stderr
+    assert "There is no file 'nothing.jsonl'." in found.stderr
 
 
 @pytest.mark.parametrize(
