@@ -185,7 +185,9 @@ class FileStore:
     def source(self, spec: object, folders: Sequence[Path]) -> tuple[object, tuple[Path, ...]]:
         """A dataset's source, and the folders in which its path may lie. {"file_id"} becomes the path of the file.
         Raises InvalidDataset for a file that does not exist."""
-        file_id = spec.get("file_id") if isinstance(spec, dict) and len(spec) == 1 else None
+        if not isinstance(spec, dict) or not spec.keys() <= {"file_id", datasets.COLUMNS}:
+            return spec, tuple(folders)
+        file_id = spec.get("file_id")
         if not isinstance(file_id, str):
             return spec, tuple(folders)
         try:
@@ -194,7 +196,7 @@ class FileStore:
             raise InvalidDataset(
                 f"dataset.file_id = {file_id!r}: {error.message}", param="dataset.file_id", hint=error.hint
             ) from None
-        return {"path": str(path)}, (path.parent,)
+        return {key: value for key, value in spec.items() if key != "file_id"} | {"path": str(path)}, (path.parent,)
 
     def _present(self) -> Select[FileRow]:
         alive = or_(FileRow.expires_at.is_(None), FileRow.expires_at > time.time())

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, and_, case, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from fortwo.errors import InvalidDataset, NotFound
@@ -232,6 +232,21 @@ class JobStore:
         with self.reading() as session:
             row = session.scalars(query).first()
             return None if row is None else _job(row)
+
+    def queue(self) -> list[str]:
+        """The ids of the jobs that wait in this server's queue, the next one first."""
+        mine = select(JobRow.id).where(JobRow.status == "queued", JobRow.owner == self.owner)
+        with self.reading() as session:
+            return list(session.scalars(mine.order_by(JobRow.queued_at, JobRow.id)))
+
+    def put_first(self, job_id: str) -> bool:
+        """Make a queued job the next one of this server's queue; False for a job that is not queued."""
+        with self.reading() as session:
+            earliest = session.scalar(
+                select(func.min(JobRow.queued_at)).where(JobRow.status == "queued", JobRow.owner == self.owner)
+            )
+        event = NewEvent("queued", "The job was put at the head of the queue.")
+        return earliest is not None and self.update(job_id, event, when=("queued",), queued_at=earliest - 1.0)
 
     def last_actual(self, model: str) -> Json | None:
         """The measurements of the newest run on this base, or None when there is none."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from fortwo.server import (
+    datasets,
     docs,
     errors,
     health,
     llama_cpp,
+    machine,
     models,
     native,
     ollama,
@@ -45,7 +47,8 @@ def create_app(state: AppState) -> FastAPI:
     app.add_middleware(SecurityMiddleware, api_key=api_key)
     app.add_middleware(errors.UnexpectedErrorMiddleware)
     keyed = [] if api_key is None else [docs.API_KEY]
-    for router in (models.router, native.router, versions.router, *openai.routers, vllm.router, llama_cpp.router):
+    own = (models.router, native.router, versions.router, datasets.router, datasets.uploads, machine.router)
+    for router in (*own, *openai.routers, vllm.router, llama_cpp.router):
         app.include_router(router, dependencies=keyed, responses=docs.ERRORS)
     for router in (ollama.router, ollama_models.router):
         app.include_router(router, dependencies=keyed, responses=docs.PLAIN_ERRORS)

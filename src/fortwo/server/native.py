@@ -20,6 +20,7 @@ from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppState, AppStateDep
 from fortwo.server.workers import Check
 from fortwo.train.plan import to_json
+from fortwo.train.repeat import request_of
 from fortwo.train.request import TrainingRequest
 
 LARGEST_ID = 2**63 - 1  # that a database can hold
@@ -177,6 +178,18 @@ async def resume(request: Request, state: AppStateDep, job_id: str) -> Json:
     return await state.control.run(request, lambda _: job_body(state, state.runner.resume(job_id)))
 
 
+@router.post("/training/jobs/{job_id}/run-next", tags=["training"], summary="Put a queued job at the head of the queue")
+async def run_next(request: Request, state: AppStateDep, job_id: str) -> Json:
+    return await state.control.run(request, lambda _: job_body(state, state.runner.run_next(job_id)))
+
+
+@router.get("/training/jobs/{job_id}/request", tags=["training"], summary="The request of a job, to be sent again")
+def job_request(state: AppStateDep, job_id: str) -> Json:
+    """The body of /api/training/start with the rows and the settings that were given. Of a large file it has the
+    path."""
+    return request_of(state.jobs.get(job_id).plan, state.jobs.dataset(job_id))
+
+
 @router.get(
     "/training/jobs/{job_id}/events", tags=["training"], response_model=None, summary="Events as they happen (SSE)"
 )
@@ -219,11 +232,18 @@ def version_body(state: AppState, version: AdapterVersion) -> Json:
 
 
 def job_body(state: AppState, job: Job) -> Json:
-    """checkpoints: oldest first, each with its name as `model` of a chat request; none once the job is done."""
+    """queue_position: of a queued job, 1 for the next one; otherwise null. checkpoints: oldest first, each with its
+    name as `model` of a chat request; none once the job is done."""
     body = asdict(job)
     del body["queued_at"], body["owner"]
     checkpoints = [
         {"step": version.version, "model": version.id, "created_at": version.created_at}
         for version in state.checkpoints.of_job(job.id)
     ]
-    return {"job_id": body.pop("id"), **body, "checkpoints": checkpoints}
+    place = queue_position(state.jobs.queue(), job.id) if job.status == "queued" else None
+    return {"job_id": body.pop("id"), **body, "queue_position": place, "checkpoints": checkpoints}
+
+
+def queue_position(queue: list[str], job_id: str) -> int | None:
+    """1 for the next job; None for one that is in another server's queue, or has just left this one."""
+    return queue.index(job_id) + 1 if job_id in queue else None

@@ -21,7 +21,7 @@ from fortwo.records import Json, Message
 from fortwo.server.openai import logprobs
 from fortwo.server.openai.logprobs import Bytes
 from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Strict, at_most, check_length, only
-from fortwo.server.openai.replies import Replies, stream
+from fortwo.server.openai.replies import Replies, fingerprint, stream
 from fortwo.server.request_body import MOST_ITEMS, JsonRoute
 from fortwo.server.state import AppStateDep
 
@@ -146,6 +146,7 @@ async def chat(request: Request, state: AppStateDep, body: ChatRequest) -> Respo
         prompts, bytes_of = await run_in_threadpool(prompts_of, target, body)
         await replies.submit(prompts, body.choices)
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": target.name}
+    frame["system_fingerprint"] = fingerprint(target)
     if body.stream:
         frame |= {"object": "chat.completion.chunk"}
         first = [_chunk_choice(index, {"role": "assistant", "content": ""}) for index in range(body.choices)]
