@@ -33,7 +33,11 @@ GIVEN = {"lora_config": {"r": 4}, "training_config": {"max_steps": 2, "learning_
         {"dataset": {"facts": [FACT]}, "objective": {"type": "override", "targets": {"paraphrase": 0.5}}, **GIVEN},
         {"dataset": {"examples": [CHAT, ROW]}, "training_config": {"max_steps": 4, "warmup_ratio": 0.5}},
         {"dataset": {"examples": [PAIR]}, "objective": "dpo", "training_config": {"max_steps": 2, "beta": 0.2}},
-        {"dataset": {"examples": [ROW | {"label": True}, DOWN | {"label": False}]}, "effort": "max", "training_config": {"max_steps": 2}},
+        {
+            "dataset": {"examples": [ROW | {"label": True}, DOWN | {"label": False}]},
+            "effort": "max",
+            "training_config": {"max_steps": 2},
+        },
         {"dataset": {"examples": [{"text": "plain text"}]}, "validation_dataset": {"examples": [{"text": "own text"}]}},
     ],
     ids=["facts", "chat", "pairs", "labels", "text"],

@@ -40,17 +40,18 @@ export async function setKey(given) {
   epoch.value += 1;
 }
 
-/** The response, if it is a good one. Throws ApiError; an AbortError passes. */
+/** The response, if it is a good one. body: FormData, or what is sent as JSON. Throws ApiError; an AbortError passes. */
 async function send(path, {method = 'GET', body, headers = {}, abort} = {}) {
   const sent = {...headers};
+  const form = body instanceof FormData;
   if (key) sent.Authorization = `Bearer ${key}`;
-  if (body !== undefined) sent['Content-Type'] = 'application/json';
+  if (body !== undefined && !form) sent['Content-Type'] = 'application/json';
   let response;
   try {
     response = await fetch(path, {
       method,
       headers: sent,
-      body: body === undefined ? undefined : JSON.stringify(body),
+      body: body === undefined || form ? body : JSON.stringify(body),
       signal: abort,
     });
   } catch (error) {
@@ -67,12 +68,35 @@ export async function get(path, abort) {
   return (await send(path, {abort})).json();
 }
 
-export async function post(path, body, abort) {
-  return (await send(path, {method: 'POST', body, abort})).json();
+/** headers: besides those that every request has. */
+export async function post(path, body, abort, headers) {
+  return (await send(path, {method: 'POST', body, abort, headers})).json();
+}
+
+export async function put(path) {
+  return (await send(path, {method: 'PUT'})).json();
 }
 
 export async function remove(path) {
   return (await send(path, {method: 'DELETE'})).json();
+}
+
+/** POST of one file as a form, with the other fields. */
+export async function upload(path, file, fields = {}) {
+  const form = new FormData();
+  for (const [name, value] of Object.entries(fields)) form.append(name, value);
+  form.append('file', file, file.name);
+  return post(path, form);
+}
+
+/** What POST path answers, as text. */
+export async function postForText(path, body) {
+  return (await send(path, {method: 'POST', body})).text();
+}
+
+/** A new key by which the server knows a request that is sent twice. */
+export function newKey() {
+  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, '0')).join('');
 }
 
 /** Server-sent events as {id, event, data}, data as text. Throws ApiError, also when the connection breaks. */

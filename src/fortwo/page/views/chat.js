@@ -4,7 +4,7 @@ import {get, stream} from '../api.js';
 import {Markdown} from '../markdown.js';
 import {Empty, Field, Problem, html, useData, useEffect, useRef, useState} from '../parts.js';
 import {text} from '../text.js';
-import {teachAnswerTo} from './teach.js';
+import {teachAnswerTo} from '../draft.js';
 
 const KEPT = 'fortwo.chat';
 const SHOW_MS = 60; // words that arrive together are shown together
