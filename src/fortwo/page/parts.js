@@ -120,6 +120,17 @@ export function duration(seconds) {
   return small ? `${large} ${units[0]} ${small} ${units[1]}` : `${large} ${units[0]}`;
 }
 
+export const percent = (value) => value.toLocaleString(language, {style: 'percent', maximumFractionDigits: 1});
+
+/** Gives the browser a file to save. */
+export function download({name, type, content}) {
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([content], {type}));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
 export function moment(seconds) {
   return seconds === null || seconds === undefined
     ? text.none
