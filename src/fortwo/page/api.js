@@ -94,6 +94,15 @@ export async function postForText(path, body) {
   return (await send(path, {method: 'POST', body})).text();
 }
 
+/** Gives the browser a file of the server to save. With a key it passes through memory: a link cannot send the key. */
+export async function fileFrom(path, name) {
+  const link = document.createElement('a');
+  link.download = name;
+  link.href = key ? URL.createObjectURL(await (await send(path)).blob()) : path;
+  link.click();
+  if (key) setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
 /** A new key by which the server knows a request that is sent twice. */
 export function newKey() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, '0')).join('');

@@ -195,8 +195,8 @@ export function Field({id, label, help, children}) {
   `;
 }
 
-/** Asks before something is done that cannot be taken back. */
-export function Confirm({title, children, confirm, keep, danger = true, onConfirm, onClose}) {
+/** Asks before something is done that cannot be taken back. other: {label, run} of what can be done instead. */
+export function Confirm({title, children, confirm, keep, other, danger = true, onConfirm, onClose}) {
   const dialog = useRef(null);
   useEffect(() => dialog.current.showModal(), []);
   return html`
@@ -205,6 +205,12 @@ export function Confirm({title, children, confirm, keep, danger = true, onConfir
       <p>${children}</p>
       <div class="row end">
         <button type="button" autofocus onClick=${() => dialog.current.close()}>${keep}</button>
+        ${other && html`
+          <button type="button" onClick=${() => {
+            dialog.current.close();
+            other.run();
+          }}>${other.label}</button>
+        `}
         <button
           type="button"
           class=${danger ? 'danger' : 'primary'}
