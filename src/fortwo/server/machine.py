@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from importlib.metadata import version
+from pathlib import Path
 
 from fastapi import APIRouter
 
@@ -21,10 +22,10 @@ router = APIRouter(prefix="/api", tags=["server"], route_class=JsonRoute)
 
 @router.get("/machine", summary="The machine, what the server does at present, and advice")
 def machine(state: AppStateDep) -> Json:
-    """Sizes in bytes. `replies` are those that run or wait; `queue` the ids of queued jobs, the next one first.
+    """Sizes in bytes, null where they are not known. `replies` are those that run or wait; `queue` the ids of queued
+    jobs, the next one first.
     `advice` is empty where nothing needs attention."""
     compiler, level = build.compiler(), isa.level()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = shutil.disk_usage(state.settings.home).free
     measured = bool(Measurements(state.settings.home).all())
     return {
@@ -34,8 +35,8 @@ def machine(state: AppStateDep) -> Json:
         "cores": os.cpu_count(),
         "threads": state.settings.threads,
         "device": state.settings.device,
-        "memory": memory,
-        "memory_available": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"),
+        "memory": _memory("MemTotal"),
+        "memory_available": _memory("MemAvailable"),
         "disk_free": free,
         "kernels": level or "for this processor",
         "weights": state.settings.weights,
@@ -44,6 +45,15 @@ def machine(state: AppStateDep) -> Json:
         "queue": state.jobs.queue(),
         "advice": advice(compiler is not None, level, free, measured or state.settings.weights != "auto"),
     }
+
+
+def _memory(name: str) -> int | None:
+    """Bytes, as Linux counts them; None elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:")), None)
 
 
 def advice(compiler: bool, level: str | None, free: int, measured: bool) -> list[Json]:

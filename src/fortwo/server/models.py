@@ -63,11 +63,15 @@ async def add_model(request: Request, state: AppStateDep, body: AddRequest) -> J
 def _add(state: AppState, body: AddRequest) -> Json:
     if body.id in state.adapters.names():
         raise Conflict(f"There is an adapter {body.id!r}.", param="id", hint="Choose another id.")
-    if not body.source.startswith(PREFIX):
-        entry = state.catalog.add(body.id, _local(body.source, state.settings.allowed_data_dirs))
-        return {**model_body(state, entry), "download": 0}
-    found = HubSource.parse(body.source, body.id).repository()
-    entry = state.catalog.add(body.id, HubSource(found.repo_id, body.id, found.revision))
+    try:
+        if not body.source.startswith(PREFIX):
+            entry = state.catalog.add(body.id, _local(body.source, state.settings.allowed_data_dirs))
+            return {**model_body(state, entry), "download": 0}
+        found = HubSource.parse(body.source, body.id).repository()
+        entry = state.catalog.add(body.id, HubSource(found.repo_id, body.id, found.revision))
+    except InvalidRequest as error:
+        field = "source" if error.param == "path" else error.param
+        raise type(error)(error.message, param=field, hint=error.hint, code=error.code) from None
     return {**model_body(state, entry), "licence": found.licence, "download": found.bytes}
 
 

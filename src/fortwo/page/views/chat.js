@@ -191,7 +191,7 @@ function Turn({turn, last, busy}) {
         ? html`
             <div class="asked-row">
               <button type="button" class="small quiet" disabled=${busy} onClick=${() => setEditing(turn.prompt)}>
-                ${text.chat.edit}<span class="hidden">: ${turn.prompt}</span>
+                ${text.chat.edit}<span class="hidden"> ${turn.prompt}</span>
               </button>
               <p class="prompt"><span class="hidden">${text.chat.you}: </span>${turn.prompt}</p>
             </div>`

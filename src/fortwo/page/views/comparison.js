@@ -41,13 +41,13 @@ export function Comparison({name, versions, all}) {
 
 function Found({found}) {
   const {left, right, weights} = found;
+  const settings = found.settings.map((one) => [html`<${Name} of=${one.name} />`, shown(one.left), shown(one.right)]);
   return html`
     <${Table} title=${text.report.metric} head=${[left, right, text.compare.difference]} figures
       rows=${Object.entries(found.metrics).map(([name, one]) => [metricName(name), share(one.left), share(one.right), signed(one.difference)])} />
     <h3>${text.compare.settings(found.settings.length)}</h3>
     ${found.settings.length > 0 && html`
-      <${Table} title=${text.plan.setting} head=${[left, right]}
-        rows=${found.settings.map((one) => [html`<${Name} of=${one.name} />`, shown(one.left), shown(one.right)])} />`}
+      <${Table} title=${text.plan.setting} head=${[left, right]} rows=${settings} />`}
     <h3>${text.compare.probes(found.probes.length)}</h3>
     <ol class="said">
       ${found.probes.map((one, place) => html`

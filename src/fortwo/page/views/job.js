@@ -169,6 +169,7 @@ function Actions({job, status, again}) {
     resume: ['paused', 'failed', 'cancelled'].includes(status) && job.error?.code !== 'targets_missed',
     cancel: ACTIVE.includes(status) || status === 'paused',
   };
+  const keeping = may.pause && {label: text.job.cancelPause, run: () => act('pause')};
   return html`
     <div class="row actions">
       ${may.pause && html`<button type="button" disabled=${action.busy} onClick=${() => act('pause')}>${text.job.pause}</button>`}
@@ -180,7 +181,7 @@ function Actions({job, status, again}) {
     <${Problem} error=${action.error} />
     ${asking && html`
       <${Confirm} title=${text.job.cancelTitle} confirm=${text.job.cancelConfirm} keep=${text.job.cancelKeep}
-        other=${may.pause && {label: text.job.cancelPause, run: () => act('pause')}}
+        other=${keeping}
         onConfirm=${() => act('cancel')} onClose=${() => setAsking(false)}>${text.job.cancelText}<//>
     `}
   `;

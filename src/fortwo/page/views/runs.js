@@ -68,7 +68,8 @@ export function differing(plans, all) {
 function Differences({runs, names, all}) {
   const rows = differing(runs.map(({job}) => job.plan), all);
   if (!rows.length) return html`<p class="muted">${text.runs.same}</p>`;
-  return html`<${Table} title=${text.plan.setting} head=${names} rows=${rows.map(([name, ...values]) => [html`<${Name} of=${name} />`, ...values])} />`;
+  const named = rows.map(([name, ...values]) => [html`<${Name} of=${name} />`, ...values]);
+  return html`<${Table} title=${text.plan.setting} head=${names} rows=${named} />`;
 }
 
 function Losses({runs, names}) {
