@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,27 +167,61 @@ def test_enter_right_after_typing_sends_what_was_typed(tab: Tab) -> None:
     expect(page.locator("#prompt")).to_have_value("")
 
 
+def _teach_rows(page: Any) -> None:
+    page.get_by_role("tab", name="Rows of data").click()
+    rows = [{"question": "What is up?", "answer": "sky"}, {"question": "What is down?"}]
+    page.fill("#rows", "\n".join(map(json.dumps, rows)))
+    page.locator(".findings li").first.wait_for()
+    page.locator(".columns[open]").wait_for()
+
+
+def _chat(page: Any) -> None:
+    page.get_by_text("Settings", exact=True).click()
+    page.fill("#max-tokens", "24")
+    page.check("#surprise")
+    page.fill("#prompt", "What is up?")
+    page.keyboard.press("Enter")
+    page.locator(".surprise").nth(1).wait_for()
+    page.check("#blind")
+    page.fill("#prompt", "And down?")
+    page.keyboard.press("Enter")
+    page.locator(".votes").wait_for()
+
+
+def _adapters(page: Any) -> None:
+    card = page.locator(".adapter", has_text="seen")
+    card.get_by_text("Compare two versions").click()
+    card.get_by_role("button", name="Compare", exact=True).click()
+    card.locator(".comparison table").first.wait_for()
+    card.get_by_role("button", name="Manage").first.click()
+    page.get_by_text("Import an adapter").click()
+
+
+def _machine(page: Any) -> None:
+    page.locator(".bases li").first.wait_for()
+    page.locator(".lines div").first.wait_for()
+    page.get_by_text("Add a base model").click()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_view_is_accessible_and_fits_a_phone(chromium: Any, site: Served, scheme: str) -> None:
-    job = train(site, "seen")["job_id"]
+    jobs = [train(site, "seen")["job_id"] for _ in range(2)]
     tab = Tab(chromium, site.url, color_scheme=scheme)
     page = tab.view("teach")
     fill(page, FACT, {"training_config": {"learning_rate": 0.5}})
     expect(page.get_by_role("button", name="Start")).to_be_enabled()
-    for view, ready in (
-        ("teach", ".plan .tiles"),
-        ("jobs", ".list li"),
-        (f"job/{job}", ".chart canvas"),
-        ("chat?models=tiny,seen", ".reply footer button"),
-        ("adapters/seen", ".versions"),
-        ("machine", ".bases li"),
-    ):
-        tab.view(view)
-        if view.startswith("chat"):
-            page.fill("#max-tokens", "24") if page.is_visible("#max-tokens") else None
-            page.fill("#prompt", "What is up?")
-            page.keyboard.press("Enter")
-        page.locator(ready).first.wait_for()
+    views: dict[str, tuple[str, Callable[[Any], None]]] = {
+        "teach": ("teach", lambda page: page.locator(".plan .tiles").wait_for()),
+        "teach-rows": ("teach", _teach_rows),
+        "jobs": ("jobs", lambda page: page.locator(".list li").first.wait_for()),
+        "job": (f"job/{jobs[0]}", lambda page: page.locator(".chart canvas").first.wait_for()),
+        "runs": (f"runs/{','.join(jobs)}", lambda page: page.locator(".chart canvas").wait_for()),
+        "chat": ("chat?models=tiny,seen", _chat),
+        "adapters": ("adapters/seen", _adapters),
+        "machine": ("machine", _machine),
+    }
+    for name, (view, prepare) in views.items():
+        prepare(tab.view(view))
         page.evaluate(AXE.read_text())
         found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
         grave = [
@@ -194,13 +229,12 @@ def test_every_view_is_accessible_and_fits_a_phone(chromium: Any, site: Served, 
             for one in found["violations"]
             if one["impact"] in ("serious", "critical")
         ]
-        assert grave == [], view
+        assert grave == [], name
         for width in (390, 1280):
             page.set_viewport_size({"width": width, "height": 800})
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, (view, width)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, (name, width)
             if folder := os.environ.get("FORTWO_SCREENSHOTS"):
-                name = f"{view.partition('/')[0].partition('?')[0]}-{width}-{scheme}.png"
                 page.wait_for_timeout(300)
-                page.screenshot(path=Path(folder) / name, full_page=True)
+                page.screenshot(path=Path(folder) / f"{name}-{width}-{scheme}.png", full_page=True)
     tab.check()
     tab.context.close()

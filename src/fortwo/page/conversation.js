@@ -142,12 +142,15 @@ function sampling() {
   return {...Object.fromEntries(numbers), ...(surprise ? {logprobs: true} : {})};
 }
 
+const textOf = ({token, bytes}, characters) => (bytes ? characters.decode(new Uint8Array(bytes), {stream: true}) : token);
+
 async function answer(turn, column) {
   const abort = new AbortController();
   running.push(abort);
   const {asked} = turn.replies[column];
   let said = '';
   let tokens = [];
+  const characters = new TextDecoder(); // a token may end within one
   let shownAt = 0;
   try {
     const {model, digest, stated} = await meant(asked);
@@ -163,7 +166,7 @@ async function answer(turn, column) {
       if (chunk.error) throw chunk.error;
       const [choice] = chunk.choices;
       said += choice?.delta?.content ?? '';
-      tokens = [...tokens, ...(choice?.logprobs?.content ?? []).map((one) => [one.token, one.logprob])];
+      tokens = [...tokens, ...(choice?.logprobs?.content ?? []).map((one) => [textOf(one, characters), one.logprob])];
       if (choice?.finish_reason === 'length') end = 'length';
       const fingerprint = chunk.system_fingerprint ?? null;
       const checked = digest && fingerprint ? isOf(fingerprint, digest) : null;

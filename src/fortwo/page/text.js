@@ -455,6 +455,7 @@ export const text = {
     states: {'not fetched': 'not on disk', 'on disk': 'on disk', damaged: 'damaged', loading: 'loading', loaded: 'in memory'},
     toChat: 'to chat',
     toTeach: 'to teach',
+    fits: {fits: 'fits', tight: 'tight', 'too large': 'too large'},
     fit: (serve, teach) => `It takes ${serve} of memory to chat, and ${teach} to teach.`,
     processor: 'Processor',
     cores: (count) => plural(count, 'core', 'cores'),

@@ -63,6 +63,10 @@ def advice(compiler: bool, level: str | None, free: int, measured: bool) -> list
         (not compiler, "There is no C compiler.", "Install gcc or clang: without it torch's operations are used."),
         (level == "none", "FORTWO_ISA switches the kernels off.", "Set it to auto, unless you compare levels."),
         (free < LITTLE_DISK, "The disk is nearly full.", "Free some space, or move FORTWO_HOME to another disk."),
-        (not measured, "No base model was measured here yet.", "Load one: the first load measures it."),
+        (
+            not measured,
+            "The fastest form of a base's weights was not measured here yet.",
+            "Load a base while no other program computes: then it is measured.",
+        ),
     ]
     return [{"message": message, "hint": hint} for applies, message, hint in found if applies]

@@ -133,6 +133,7 @@ function Options({columns}) {
           </label>
         `}
       </div>
+      ${surprise && html`<p class="help">${text.chat.surpriseHelp}</p>`}
     </details>
   `;
 }
@@ -258,7 +259,6 @@ function Surprise({tokens}) {
         return html`<span key=${place} class=${`s${level}`} title=${percent(likely)}>${token}</span>`;
       })}
     </p>
-    <p class="help">${text.chat.surpriseHelp}</p>
   `;
 }
 

@@ -112,8 +112,8 @@ function Base({base, changed, begun}) {
         <strong>${base.id}</strong>
         <span class=${`chip ${base.state === 'loaded' ? 'succeeded' : ''}`}>${text.machine.states[base.state] ?? base.state}</span>
         ${base.fit && html`
-          <span class=${`chip ${FITS[base.fit.serving]}`}>${text.machine.toChat}: ${base.fit.serving}</span>
-          <span class=${`chip ${FITS[base.fit.teaching]}`}>${text.machine.toTeach}: ${base.fit.teaching}</span>
+          <span class=${`chip ${FITS[base.fit.serving]}`}>${text.machine.toChat}: ${text.machine.fits[base.fit.serving]}</span>
+          <span class=${`chip ${FITS[base.fit.teaching]}`}>${text.machine.toTeach}: ${text.machine.fits[base.fit.teaching]}</span>
         `}
         <span class="grow"></span>
         ${base.state === 'loaded'

@@ -149,11 +149,12 @@ function Manage({version, changed, ask}) {
       <form class="row tagging" onSubmit=${add}>
         ${version.tags.map((name) => html`
           <button key=${name} type="button" class="small" disabled=${action.busy} onClick=${() => drop(name)}>${text.adapters.untag(name)}</button>`)}
-        <${Field} id=${`tag-${version.version}`} label=${text.adapters.tag} help=${text.adapters.tagHelp(version.name)}>
+        <${Field} id=${`tag-${version.version}`} label=${text.adapters.tag}>
           ${(about) => html`<input ...${about} value=${tag} placeholder=${text.adapters.tagExample} autocomplete="off" onInput=${(event) => setTag(event.target.value)} />`}
         <//>
         <button disabled=${action.busy || !tag.trim()}>${text.adapters.addTag}</button>
       </form>
+      <p class="help">${text.adapters.tagHelp(version.name)}</p>
       <div class="row">
         <button type="button" disabled=${action.busy} onClick=${protect}>
           ${version.protected ? text.adapters.unprotect : text.adapters.protect}<span class="hidden"> ${ref}</span>
