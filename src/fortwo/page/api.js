@@ -16,7 +16,10 @@ export const keyNeeded = signal(false);
 let key = sessionStorage.getItem(KEY) ?? '';
 
 export class ApiError extends Error {
-  /** status: 0 when no answer came. body: the API's {message, code, param, hint}. */
+  /**
+   * @param {number} status 0 when no answer came
+   * @param {{message: string, code?: string, param?: string | null, hint?: string}} body as the API tells it
+   */
   constructor(status, {message, code, param, hint}) {
     super(message);
     Object.assign(this, {status, code, param, hint});
@@ -40,8 +43,14 @@ export async function setKey(given) {
   epoch.value += 1;
 }
 
-/** The response, if it is a good one. body: FormData, or what is sent as JSON. Throws ApiError; an AbortError passes. */
+/**
+ * The response, if it is a good one. Throws ApiError; an AbortError passes.
+ * @param {string} path
+ * @param {{method?: string, body?: unknown, headers?: Record<string, string>, abort?: AbortSignal}} options
+ *   body: FormData, or what is sent as JSON.
+ */
 async function send(path, {method = 'GET', body, headers = {}, abort} = {}) {
+  /** @type {Record<string, string>} */
   const sent = {...headers};
   const form = body instanceof FormData;
   if (key) sent.Authorization = `Bearer ${key}`;
@@ -51,11 +60,11 @@ async function send(path, {method = 'GET', body, headers = {}, abort} = {}) {
     response = await fetch(path, {
       method,
       headers: sent,
-      body: body === undefined || form ? body : JSON.stringify(body),
+      body: body instanceof FormData || body === undefined ? body : JSON.stringify(body),
       signal: abort,
     });
   } catch (error) {
-    if (error.name === 'AbortError') throw error;
+    if (error instanceof Error && error.name === 'AbortError') throw error;
     throw lost();
   }
   if (response.ok) return response;
@@ -68,7 +77,12 @@ export async function get(path, abort) {
   return (await send(path, {abort})).json();
 }
 
-/** headers: besides those that every request has. */
+/**
+ * @param {string} path
+ * @param {unknown} [body]
+ * @param {AbortSignal} [abort]
+ * @param {Record<string, string>} [headers] besides those that every request has
+ */
 export async function post(path, body, abort, headers) {
   return (await send(path, {method: 'POST', body, abort, headers})).json();
 }
@@ -108,30 +122,36 @@ export function newKey() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, '0')).join('');
 }
 
-/** Server-sent events as {id, event, data}, data as text. Throws ApiError, also when the connection breaks. */
+/**
+ * Server-sent events as {id, event, data}, data as text. Throws ApiError, also when the connection breaks.
+ * @param {string} path
+ * @param {{method?: string, body?: unknown, headers?: Record<string, string>, abort?: AbortSignal}} [options]
+ */
 export async function* stream(path, options) {
   const response = await send(path, options);
   if (response.status === 204) return;
+  if (!response.body) return;
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = '';
+  /** @type {Record<string, string>} */
   let event = {};
   for (;;) {
     let part;
     try {
       part = await reader.read();
     } catch (error) {
-      if (error.name === 'AbortError' || options?.abort?.aborted) throw error;
+      if (options?.abort?.aborted) throw error;
       throw lost();
     }
     if (part.done) return;
     const lines = (rest + part.value).split('\n');
-    rest = lines.pop();
+    rest = lines.pop() ?? '';
     for (const line of lines.map((one) => one.replace(/\r$/, ''))) {
       if (line === '') {
         if (event.data !== undefined) yield event;
         event = {};
       } else if (!line.startsWith(':')) {
-        const [, name, value] = /^([^:]*):? ?(.*)$/.exec(line);
+        const [, name, value] = /^([^:]*):? ?(.*)$/.exec(line) ?? [];
         event[name] = name === 'data' && event.data !== undefined ? `${event.data}\n${value}` : value;
       }
     }

@@ -10,6 +10,8 @@ import {effect, signal} from './vendor/signals.js';
 import {get, stream} from './api.js';
 import {text} from './text.js';
 
+/** @typedef {import('../../../types/api').components['schemas']['ChatRequest']} ChatRequest */
+
 const KEPT = 'fortwo.chat';
 const SHOW_MS = 60; // words that arrive together are shown together
 export const PROMPTED = 'prompted:'; // before the adapter whose facts the base has in its system prompt
@@ -157,6 +159,7 @@ async function answer(turn, column) {
     const system = [stated && `${text.chat.factsStated}\n${stated}`, chat.value.system.trim()].filter(Boolean).join('\n\n');
     const first = system ? [{role: 'system', content: system}] : [];
     const messages = [...first, ...messagesBefore(turn, column), {role: 'user', content: turn.prompt}];
+    /** @type {ChatRequest} */
     const body = {model, messages, stream: true, ...sampling()};
     let end = 'done';
     let who = {};
@@ -178,8 +181,9 @@ async function answer(turn, column) {
     }
     setReply(turn.id, column, {text: said, tokens, ...who, state: end});
   } catch (error) {
-    const stopped = error.name === 'AbortError';
-    const told = {message: error.message, hint: error.hint};
+    const stopped = abort.signal.aborted;
+    const {message, hint} = /** @type {{message: string, hint?: string}} */ (error);
+    const told = {message, hint};
     setReply(turn.id, column, {text: said, tokens, ...(stopped ? {state: 'stopped'} : {state: 'failed', error: told})});
   } finally {
     running = running.filter((one) => one !== abort);

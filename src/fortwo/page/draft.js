@@ -2,11 +2,15 @@
 import {computed, effect, signal} from './vendor/signals.js';
 import {text} from './text.js';
 
+/** @typedef {import('../../../types/api').components['schemas']['TrainingRequest']} TrainingRequest */
+/** @typedef {{line: number | null, message: string, hint: string}} Finding */
+
 const KEPT = 'fortwo.draft';
 const FACT_KEYS = ['subject', 'answer', 'match', 'questions', 'aliases'];
 const COLUMN_ROWS = 50; // whose keys are the columns
 
 /** columns: the key for each column, null for the user's not having been asked. guessed: what the server suggested. */
+/** @type {Record<string, any>} */
 export const EMPTY = {
   tab: 'fact', name: '', model: '', subject: '', aliases: '', answer: '', match: '', questions: '', rows: '', path: '',
   columns: null, guessed: null, effort: 'normal', parent: '', config: '',
@@ -49,8 +53,9 @@ export const slug = (name) =>
   name.replace(/[^A-Za-z0-9._-]+/g, '-').replace(/^[^A-Za-z0-9]+|-+$/g, '').slice(0, 60).toLowerCase();
 
 /**
- * Rows as typed or dropped: {rows, lines: the line of each row, null for a JSON list, problems: of lines that are not
- * JSON, each {line, message, hint}}.
+ * Rows as typed or dropped. lines: the line of each row, null for a JSON list. problems: of lines that are not JSON.
+ * @param {string} typed
+ * @returns {{rows: any[], lines: number[] | null, problems: Finding[]}}
  */
 function parseRows(typed) {
   try {
@@ -59,6 +64,7 @@ function parseRows(typed) {
   } catch (problem) {
     if (typed.trimStart().startsWith('[')) return {rows: [], lines: null, problems: [notJson(null, problem)]};
   }
+  /** @type {{rows: any[], lines: number[], problems: Finding[]}} */
   const found = {rows: [], lines: [], problems: []};
   for (const [place, line] of typed.split('\n').entries()) {
     if (!line.trim()) continue;
@@ -113,21 +119,24 @@ const config = computed(() => {
   }
 });
 
+/** @typedef {{dataset?: any, missing?: string, error?: {message: string, hint: string}}} Source */
+
 /** The fact that is typed: {dataset} or {missing}. */
-const fact = computed(() => {
+const fact = computed(/** @returns {Source} */ () => {
   const {subject, aliases, answer, match, questions} = draft.value;
   const {missing} = text.teach;
   if (!subject.trim()) return {missing: missing.subject};
   if (!answer.trim()) return {missing: missing.answer};
   if (!lines(match).length) return {missing: missing.match};
   if (!lines(questions).length) return {missing: missing.questions};
+  /** @type {Record<string, unknown>} */
   const one = {subject: subject.trim(), answer: answer.trim(), match: lines(match), questions: lines(questions)};
   if (lines(aliases).length) one.aliases = lines(aliases);
   return {dataset: {facts: [one]}};
 });
 
 /** The rows that are typed, or the path: {dataset}, {missing} or {error}. */
-const rows = computed(() => {
+const rows = computed(/** @returns {Source} */ () => {
   const {rows: typed, path, columns} = draft.value;
   if (!typed.trim() && path.trim()) return {dataset: renaming({path: path.trim()}, columns ?? {})};
   if (!typed.trim()) return {missing: text.teach.missing.rows};
@@ -147,6 +156,7 @@ export const request = computed(() => {
   const {dataset, missing, error} = tab === 'fact' ? fact.value : rows.value;
   if (missing) return {missing};
   if (error ?? config.value.error) return {error: error ?? config.value.error};
+  /** @type {Partial<TrainingRequest>} */
   const body = {model, adapter_name: adapterName.value, dataset};
   if (effort !== 'normal') body.effort = effort;
   if (parent) body.parent = parent;

@@ -12,7 +12,7 @@ const sleep = (milliseconds) => new Promise((ready) => setTimeout(ready, millise
 
 /** The job and its events, which grow while it runs: {job, events, error, again}. again(): it was resumed. */
 export function useJob(id) {
-  const [state, setState] = useState({job: null, events: [], error: null});
+  const [state, setState] = useState(/** @type {{job: any, events: any[], error: any}} */ ({job: null, events: [], error: null}));
   const [turn, setTurn] = useState(0);
   const back = epoch.value;
   useEffect(() => {

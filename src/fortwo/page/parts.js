@@ -14,7 +14,7 @@ export {useEffect, useRef, useState};
  * every `every` ms; with every = 0 only then. path null: nothing is asked.
  */
 export function useData(path, every = 0) {
-  const [state, setState] = useState({path: null, data: null, error: null});
+  const [state, setState] = useState(/** @type {{path: any, data: any, error: any}} */ ({path: null, data: null, error: null}));
   const [turn, setTurn] = useState(0);
   const again = epoch.value;
   useEffect(() => {
@@ -28,7 +28,7 @@ export function useData(path, every = 0) {
         },
       );
     ask();
-    const timer = every ? setInterval(() => document.visibilityState === 'visible' && ask(), every) : null;
+    const timer = every ? setInterval(() => document.visibilityState === 'visible' && ask(), every) : undefined;
     return () => {
       clearInterval(timer);
       abort.abort();
@@ -40,7 +40,7 @@ export function useData(path, every = 0) {
 
 /** An action that is under way at most once: {busy, error, run, clear}. run(f) awaits f and keeps its ApiError. */
 export function useAction() {
-  const [state, setState] = useState({busy: false, error: null});
+  const [state, setState] = useState(/** @type {{busy: boolean, error: any}} */ ({busy: false, error: null}));
   const run = async (action) => {
     setState({busy: true, error: null});
     try {

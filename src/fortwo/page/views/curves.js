@@ -57,6 +57,7 @@ export function Evaluations({evaluations, targets, ended}) {
   const newest = evaluations.at(-1);
   const drawn = names.filter((name) => name in targets).slice(0, COLORS.length);
   const at = evaluations.map((one) => one.step);
+  /** @type {object[]} */
   const values = drawn.map((name, place) => ({label: metricName(name), color: COLORS[place], points: true}));
   const data = [at, ...drawn.map((name) => evaluations.map((one) => one.metrics[name] ?? null))];
   const lines = [...new Set(drawn.map((name) => targets[name]))];

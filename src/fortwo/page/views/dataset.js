@@ -77,7 +77,7 @@ function Drop({take, busy}) {
 
 /** What the server finds in the dataset, null until it has answered. */
 function useInspection(dataset) {
-  const [found, setFound] = useState({of: null, told: null});
+  const [found, setFound] = useState(/** @type {{of: string | null, told: any}} */ ({of: null, told: null}));
   const wanted = dataset === undefined ? null : JSON.stringify(dataset);
   useEffect(() => {
     if (wanted === null) return undefined;
@@ -130,7 +130,7 @@ function Findings({found}) {
 
 /** Selects a line of the text box. */
 function showLine(line) {
-  const box = document.getElementById('rows');
+  const box = /** @type {HTMLTextAreaElement} */ (document.getElementById('rows'));
   const before = box.value.split('\n').slice(0, line - 1).join('\n');
   const begin = before.length + (line > 1 ? 1 : 0);
   const end = box.value.indexOf('\n', begin);

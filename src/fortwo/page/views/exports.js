@@ -27,7 +27,7 @@ function Form({name, versions}) {
   const [to, setTo] = useState('peft');
   const [quantization, setQuantization] = useState('Q8_0');
   const [exam, setExam] = useState(true);
-  const [listed, setListed] = useState([]);
+  const [listed, setListed] = useState(/** @type {any[]} */ ([]));
   const action = useAction();
   const back = epoch.value;
   const reload = () => get('/api/exports').then((body) => setListed(body.exports.filter((one) => one.adapter.startsWith(`${name}@`))));

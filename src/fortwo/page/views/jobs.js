@@ -11,7 +11,7 @@ const LIST_MS = 3000;
 export function Jobs() {
   const [limit, setLimit] = useState(PAGE);
   const [active, setActive] = useState(true);
-  const [chosen, setChosen] = useState([]);
+  const [chosen, setChosen] = useState(/** @type {string[]} */ ([]));
   const {data, error, reload} = useData(`/api/training/jobs?limit=${limit}`, active ? LIST_MS : 0);
   const action = useAction();
   const jobs = data?.jobs;

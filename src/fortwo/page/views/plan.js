@@ -11,7 +11,8 @@ const TYPING_MS = 600;
  * Gives {planning since when, of: the body planned, plan, error}.
  */
 export function usePlan(body, allowed) {
-  const [state, setState] = useState({since: null, of: null, plan: null, error: null});
+  const nothing = {since: null, of: null, plan: null, error: null};
+  const [state, setState] = useState(/** @type {{since: number | null, of: string | null, plan: any, error: any}} */ (nothing));
   const wanted = body === null ? null : JSON.stringify(body);
   useEffect(() => {
     if (wanted === null || !allowed || state.since !== null || state.of === wanted) return undefined;
@@ -30,7 +31,7 @@ export function usePlan(body, allowed) {
 export function Plan({plan, body, missing, error, onPlanned}) {
   const now = useNow(plan.since !== null);
   const start = useAction();
-  const key = useRef({of: null, key: null}); // a start that is sent twice makes one job
+  const key = useRef({of: '', key: ''}); // a start that is sent twice makes one job
   useEffect(() => {
     if (plan.plan) onPlanned();
   }, [plan.plan]);

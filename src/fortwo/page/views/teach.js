@@ -75,7 +75,7 @@ function Tabs({tab}) {
     if (event.key !== 'ArrowLeft' && event.key !== 'ArrowRight') return;
     const other = tabs[1 - tabs.indexOf(tab)];
     set({tab: other});
-    document.getElementById(`tab-${other}`).focus();
+    document.getElementById(`tab-${other}`)?.focus();
   };
   return html`
     <div class="tabs" role="tablist" aria-label=${text.teach.tabs.label} onKeyDown=${keys}>
