@@ -45,7 +45,7 @@ def main(check: bool) -> int:
 def document() -> str:
     """The OpenAPI document of a server, with the schemas alone: the paths repeat every error."""
     with tempfile.TemporaryDirectory() as home:
-        state = AppState(Settings(home=Path(home), port=0))
+        state = AppState(Settings.model_validate({"home": home, "port": 0}))
         try:
             return json.dumps(create_app(state).openapi() | {"paths": {}})
         finally:

@@ -73,6 +73,17 @@ def test_an_adapter_is_imported_from_a_folder_and_brought_back(tab: Tab, site: S
     page.get_by_role("button", name="Import", exact=True).click()
     expect(page.locator(".done").first).to_have_text("copy is imported.")
     expect(page.locator(".adapter", has_text="copy")).to_have_count(1)
+    folder = settings.home / "data" / "from-peft"
+    page.fill("#import-name", "uploaded")
+    page.set_input_files(
+        "#import-files", [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    )
+    page.get_by_role("button", name="Import", exact=True).click()
+    expect(page.locator(".done").first).to_have_text("uploaded is imported.")
+    digests = [
+        site.http.get(f"/api/adapters/{name}").json()["versions"][0]["digest"] for name in ("uploaded", "original")
+    ]
+    assert digests[0] == digests[1]
     site.http.delete("/api/adapters/copy")
     page.reload()
     page.locator(".deleted summary").click()

@@ -414,7 +414,10 @@ export const text = {
 
   imports: {
     title: 'Import an adapter',
-    path: 'Folder on the server',
+    files: 'Files',
+    filesHelp: 'adapter_config.json and adapter_model.safetensors, or a .tar or .zip with both.',
+    archive: 'adapter.tar',
+    path: 'Or a folder of the server',
     pathHelp: 'As PEFT saved it, in a folder that the server may read.',
     submit: 'Import',
     done: (name) => `${name} is imported.`,

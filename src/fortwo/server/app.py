@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from fortwo.server import (
+    adapter_upload,
     datasets,
     docs,
     errors,
@@ -47,7 +48,15 @@ def create_app(state: AppState) -> FastAPI:
     app.add_middleware(SecurityMiddleware, api_key=api_key)
     app.add_middleware(errors.UnexpectedErrorMiddleware)
     keyed = [] if api_key is None else [docs.API_KEY]
-    own = (models.router, native.router, versions.router, datasets.router, datasets.uploads, machine.router)
+    own = (
+        models.router,
+        native.router,
+        versions.router,
+        datasets.router,
+        datasets.uploads,
+        adapter_upload.router,
+        machine.router,
+    )
     for router in (*own, *openai.routers, vllm.router, llama_cpp.router):
         app.include_router(router, dependencies=keyed, responses=docs.ERRORS)
     for router in (ollama.router, ollama_models.router):
