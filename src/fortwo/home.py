@@ -6,12 +6,13 @@ process that holds it, so no lock is ever left behind.
 
 from __future__ import annotations
 
-import fcntl
 import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from fortwo import disk
 from fortwo.errors import Conflict, StorageFailed
@@ -28,23 +29,26 @@ def lock_home(home: Path) -> Iterator[None]:
     try:
         if not home.is_dir():
             home.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
-        file = (home / LOCK).open("w")
+        (home / LOCK).touch()
     except OSError as error:
         raise StorageFailed(
             f"The home {home} cannot be written: {error.strerror}.",
             param="home",
             hint="Make it writable for this user, or set FORTWO_HOME to another folder.",
         ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Conflict(
-                f"Another server already uses {home}.",
-                param="home",
-                hint="Stop it, or set FORTWO_HOME to another folder for this one.",
-            ) from None
+    lock = FileLock(home / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise Conflict(
+            f"Another server already uses {home}.",
+            param="home",
+            hint="Stop it, or set FORTWO_HOME to another folder for this one.",
+        ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def home_id(home: Path) -> str:

@@ -54,10 +54,11 @@ class Settings(BaseSettings):
         "fastest for each number of rows, among those that hardly change the replies.",
     )
     device: str = Field("auto", description="Device to compute on: auto, cpu, cuda or cuda:N.")
-    isa: Literal["auto", "amx", "avx512", "avx2", "none"] = Field(
+    isa: Literal["auto", "amx", "avx512", "avx2", "dotprod", "neon", "none"] = Field(
         "auto",
-        description="The highest instruction set that fortwo's kernels and the libraries use on an x86 processor. "
-        "auto is the highest that the processor has; none uses torch's operations instead of the kernels.",
+        description="The highest instruction set that fortwo's kernels and the libraries use: amx, avx512 or avx2 on "
+        "an x86 processor, dotprod or neon on an ARM processor. auto is the highest that the processor has; none uses "
+        "torch's operations instead of the kernels.",
     )
     cache_mb: int | None = Field(
         None, ge=1, description="MiB for keys and values of each base; default: an eighth of the device's memory."

@@ -17,8 +17,6 @@ This module does not know what the tensors mean. torch is imported only to read 
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import tempfile
 import time
@@ -26,6 +24,8 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
 
 from fortwo import disk
 from fortwo.adapters import deletion
@@ -49,6 +49,8 @@ from fortwo.records import AdapterVersion, Json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LOCK = ".lock"
 
 
 class AdapterStore(AdapterReader):
@@ -204,8 +206,9 @@ class AdapterStore(AdapterReader):
             number = 1 + max([state["last"], *version_numbers(folder), *deletion.set_aside_numbers(folder)])
             history = [*state["current"], number] if current else state["current"]
             disk.replace(folder / STATE, disk.dump({**state, "last": number, "current": history}))
-            draft = version_folder = _new_draft(folder)
-            lock = _lock(draft)
+            draft = version_folder = Path(tempfile.mkdtemp(prefix=disk.DRAFT_PREFIX, dir=folder))
+            lock = _lock_of(draft)
+            lock.acquire()
         identity = {"name": name, "version": number, "created_at": time.time(), "made_current": current}
         complete = {**manifest, **identity, "files": shas_of(files)}
         try:
@@ -221,7 +224,7 @@ class AdapterStore(AdapterReader):
                 raise disk.storage_failed(version_folder, error) from error
             raise
         finally:
-            os.close(lock)
+            _release(lock)
         return self.get(f"{name}@{number}")
 
     @contextmanager
@@ -240,36 +243,31 @@ class AdapterStore(AdapterReader):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             disk.sync(self._root)
-            lock = _lock(folder)
-            try:
+            with FileLock(folder / LOCK):
                 yield folder
-            finally:
-                os.close(lock)
         except OSError as error:
             raise disk.storage_failed(folder, error) from error
 
 
-def _lock(directory: Path, *, wait: bool = True) -> int:
-    """An open handle that holds the directory's lock until it is closed, at the latest when the process ends."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
+def _lock_of(draft: Path) -> FileLock:
+    """The lock that the writer of a draft holds, at the latest until its process ends. It lies beside the draft, which
+    becomes the version."""
+    return FileLock(draft.with_name(draft.name + LOCK))
 
 
-def _new_draft(folder: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=disk.DRAFT_PREFIX, dir=folder))
+def _release(lock: FileLock) -> None:
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _remove_abandoned_drafts(folder: Path) -> None:
     """Remove the drafts of writers that were killed."""
-    for draft in folder.glob(f"{disk.DRAFT_PREFIX}*"):
+    names = {path.name.removesuffix(LOCK) for path in folder.glob(f"{disk.DRAFT_PREFIX}*")}
+    for draft in (folder / name for name in names):
+        lock = _lock_of(draft)
         try:
-            lock = _lock(draft, wait=False)
-        except (BlockingIOError, FileNotFoundError):  # its writer is alive, or has just published it
+            lock.acquire(blocking=False)
+        except Timeout:  # its writer is alive
             continue
         shutil.rmtree(draft, ignore_errors=True)
-        os.close(lock)
+        _release(lock)

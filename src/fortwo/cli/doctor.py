@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -10,11 +9,12 @@ from pathlib import Path
 from rich.console import Group
 from rich.table import Table
 
+from fortwo import hardware
 from fortwo.cli import views
 from fortwo.kernels import build, isa
 from fortwo.quantization.selection import ROWS, Choice, Measured, Measurements
 
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm")
 
 
 def report(home: Path, weights: str, cap: str) -> Group:
@@ -31,10 +31,10 @@ def report(home: Path, weights: str, cap: str) -> Group:
 
 def _properties(home: Path, weights: str, cap: str) -> Iterator[tuple[str, str]]:
     yield "fortwo", f"{version('fortwo')}, torch {version('torch')}"
-    yield "processor", f"{isa.processor()}, {os.cpu_count()} cores"
+    yield "processor", f"{isa.processor()}, {hardware.cores()} cores"
     known = [name for name in INSTRUCTIONS if name in isa.flags()]
     yield "instructions", ", ".join(known) if known else "none that the kernels use"
-    yield "memory", views.size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    yield "memory", views.size(hardware.memory_bytes())
     yield "C compiler", build.compiler() or "none: torch's operations are used, int8 and int4 are not available"
     isa.cap(cap)
     if (level := isa.level()) == "none":

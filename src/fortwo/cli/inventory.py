@@ -5,12 +5,12 @@ The catalog of models and datasets can be read without a server; everything else
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fortwo import hardware
 from fortwo.cli import views
 from fortwo.cli.terminal import connect, screen
 from fortwo.errors import Conflict
@@ -80,7 +80,7 @@ def show_catalog() -> None:
     from fortwo.settings import load
     from fortwo.train.fit import fit
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = hardware.memory_bytes()
     rows = views.table("model", "parameters", "on disk", "to serve", "to teach", "licence", wrapped=("licence",))
     for id, base in BUNDLED.items():
         found = fit(base.config, load().weights, memory)

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fortwo import hardware
 from fortwo.engine import malloc_tuning, sampling
 from fortwo.engine.generation import Reply, ReplyTokenizer
 from fortwo.engine.prompt_outputs import PromptOutputs
@@ -35,7 +36,7 @@ from fortwo.records import TrainEvent
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CORES = torch.get_num_threads()  # read before an engine changes the number
+CORES = min(torch.get_num_threads(), hardware.cores())  # read before an engine changes the number
 PROMPT_TOKENS = 2048  # prompt tokens computed in a turn when no reply is running
 PROMPT_TOKENS_WHILE_DECODING = 256  # the same while replies run; bounds how long they are held up
 TRIM_SECONDS = 20.0  # how often memory that a job freed is returned to the system, which takes half a second

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fortwo import hardware
 from fortwo.errors import InvalidRequest
 from fortwo.execution.decode_fused import WHOLE_STEP, Step
 from fortwo.execution.prefill_fused import Prefill
@@ -90,7 +90,7 @@ def serving(
         return Decoder(config, weights, device)
     c = config
     shape = (c.layers, c.hidden, c.heads, c.kv_heads, c.head_size, c.intermediate, c.vocabulary, *names)
-    threads = threads or os.cpu_count() or 1
+    threads = threads or hardware.cores()
     about = f"{processor()} {cpu.identity()} {threads} {shape} {APART}"
     key = hashlib.sha256(about.encode()).hexdigest()[:16]
     known = measurements.all().get(key)
@@ -150,10 +150,10 @@ def alone(parameters: int, memory: int) -> str | None:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes that the device has: a GPU its own, the CPU the machine's."""
+    """Bytes that the device has: a GPU its own, the CPU what this process may use."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return hardware.memory_bytes()
 
 
 def _checked(id: str, name: str) -> Hold:

@@ -6,7 +6,6 @@ layout and a base.json. A folder appears complete or not at all. Importing this 
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 from fortwo import disk
@@ -207,8 +207,7 @@ class Catalog:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageFailed(f"{self._folder} cannot be created: {error}", hint="Change FORTWO_HOME.") from error
-        with (self._folder / f".{name}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with FileLock(self._folder / f".{name}.lock"):
             yield
 
 

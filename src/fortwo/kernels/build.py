@@ -17,13 +17,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fortwo import hardware
 from fortwo.kernels import isa
 
 log = logging.getLogger(__name__)
 SOURCES = Path(__file__).with_name("cpu")
 HEADER = SOURCES / "fortwo_kernels.h"
 _COMPILE = (
-    *("cc", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"),
+    *("-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
 )
 _FOR_EACH_TYPE = ("attention.c", "elementwise.c", "losses.c")  # compiled for fp32, then for bf16
@@ -32,7 +33,7 @@ _FOR_EACH_TYPE = ("attention.c", "elementwise.c", "losses.c")  # compiled for fp
 def path(level: str | None) -> Path:
     """Where the library for a level lies once it is compiled."""
     sources = b"".join(source.read_bytes() for source in sorted(SOURCES.glob("*.[ch]")))
-    about = " ".join((*_COMPILE, *isa.compiler_flags(level), *_FOR_EACH_TYPE))
+    about = " ".join((_cc(), *_COMPILE, *isa.compiler_flags(level), *_FOR_EACH_TYPE))
     return _folder() / f"kernels-{hashlib.sha256(sources + about.encode() + isa.identity()).hexdigest()[:16]}.so"
 
 
@@ -44,9 +45,9 @@ def library(level: str | None) -> Path:
     found = path(level)
     if found.exists():
         return found
-    began, command = time.perf_counter(), (*_COMPILE, *isa.compiler_flags(level))
+    began, command = time.perf_counter(), (_cc(), *_COMPILE, *isa.compiler_flags(level))
     found.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=found.parent) as beside, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory(dir=found.parent) as beside, ThreadPoolExecutor(hardware.cores()) as pool:
         units: list[tuple[Path, tuple[str, ...]]] = [(source, ()) for source in sorted(SOURCES.glob("*.c"))]
         units += [(SOURCES / name, ("-DELEMENT_BFLOAT16",)) for name in _FOR_EACH_TYPE]
         objects = [Path(beside) / f"{number}.o" for number in range(len(units))]
@@ -66,7 +67,11 @@ def library(level: str | None) -> Path:
 
 def compiler() -> str | None:
     """The C compiler's version; None where there is none."""
-    return _run("cc", "--version").splitlines()[0] if shutil.which("cc") else None
+    return _run(_cc(), "--version").splitlines()[0] if shutil.which(_cc()) else None
+
+
+def _cc() -> str:
+    return os.environ.get("CC") or "cc"
 
 
 def _run(*command: str) -> str:

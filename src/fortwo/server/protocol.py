@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from fortwo import hardware
 from fortwo.errors import FortwoError, InvalidRequest, Unavailable
 from fortwo.server.request_body import BodyTimeout
 
@@ -129,6 +129,6 @@ class LimitedProtocol(HttpToolsProtocol):
 
 def limited(max_connections: int) -> type[LimitedProtocol]:
     """The protocol for a server with at most so many connections, or as many as the process may have open files."""
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    most = max_connections if files == resource.RLIM_INFINITY else min(max_connections, files - OWN_FILES)
+    files = hardware.open_files()
+    most = max_connections if files is None else min(max_connections, files - OWN_FILES)
     return type("Protocol", (LimitedProtocol,), {"max_connections": max(FEWEST, most)})

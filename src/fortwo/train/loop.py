@@ -8,8 +8,6 @@ are met on prompts that it did not train on. It knows no files, jobs or adapter 
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fortwo import hardware
 from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.execution.backend import Backend
 from fortwo.facts import metrics
@@ -396,5 +395,4 @@ def peak_bytes(device: torch.device) -> int:
     """The peak memory of the process so far, in bytes; on CUDA, the peak of its tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return hardware.peak_memory_bytes()

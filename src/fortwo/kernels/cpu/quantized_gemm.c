@@ -9,16 +9,18 @@
 #include "quantized_gemm_amx.h"
 
 /* Returns sums + the dot products of the four unsigned bytes of each w[n] with the four signed bytes at a. */
+#if defined(__AVX512VNNI__)
 static inline __attribute__((always_inline)) integers dot4(int bits, integers sums, words w, const int8_t *a) {
-#if defined(__AVX512VNNI__) || defined(__AVX2__)
     int32_t four;
     memcpy(&four, a, 4);
-#endif
-#if defined(__AVX512VNNI__)
     return (void)bits, (integers)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(four));
+}
 #elif defined(__AVX2__)
+static inline __attribute__((always_inline)) integers dot4(int bits, integers sums, words w, const int8_t *a) {
     union { words all; __m256i half[2]; } from = {w};
     union { integers all; __m256i half[2]; } to = {sums};
+    int32_t four;
+    memcpy(&four, a, 4);
     __m256i by = _mm256_set1_epi32(four), one = _mm256_set1_epi16(1);
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
@@ -31,14 +33,40 @@ static inline __attribute__((always_inline)) integers dot4(int bits, integers su
         } else to.half[h] = _mm256_add_epi32(to.half[h], _mm256_madd_epi16(_mm256_maddubs_epi16(own, by), one));
     }
     return to.all;
+}
+#elif defined(__ARM_NEON)
+static inline __attribute__((always_inline)) integers dot4(int bits, integers sums, words w, const int8_t *a) {
+    union { words all; uint8x16_t part[4]; } from = {w};
+    union { integers all; int32x4_t part[4]; } to = {sums};
+    int32_t four;
+    memcpy(&four, a, 4);
+    int8x16_t by = vreinterpretq_s8_s32(vdupq_n_s32(four));
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; p++) {
+#ifdef __ARM_FEATURE_MATMUL_INT8
+        (void)bits, to.part[p] = vusdotq_s32(to.part[p], from.part[p], by);
+#else /* Both sides are signed. Only weights in 8 bits reach beyond 127: they give up 128, which comes back with the sum of the four. */
+        int8x16_t own = vreinterpretq_s8_u8(bits == 8 ? veorq_u8(from.part[p], vdupq_n_u8(128)) : from.part[p]);
+        if (bits == 8) to.part[p] = vaddq_s32(to.part[p], vdupq_n_s32((a[0] + a[1] + a[2] + a[3]) * 128));
+#ifdef __ARM_FEATURE_DOTPROD
+        to.part[p] = vdotq_s32(to.part[p], own, by);
 #else
+        int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(own), vget_low_s8(by))), high = vpaddlq_s16(vmull_high_s8(own, by));
+        to.part[p] = vaddq_s32(to.part[p], vpaddq_s32(low, high));
+#endif
+#endif
+    }
+    return to.all;
+}
+#else /* Inlined, it would take the compiler minutes. */
+static __attribute__((noinline)) integers dot4(int bits, integers sums, words w, const int8_t *a) {
     for (int i = 0; i < 4; i++) sums += (integers)(w >> 8 * i & 255) * a[i];
     return (void)bits, sums;
-#endif
 }
+#endif
 
 quantized_rows quantized_rows_of(long T, long I) { /* the caller frees x.a */
-    long rows = T >= 8 ? 8 : T >= 4 ? 4 : T >= 2 ? 2 : 1, blocks = (T + rows - 1) / rows, all = blocks * rows;
+    long rows = T >= MOST_ROWS ? MOST_ROWS : T >= 4 ? 4 : T >= 2 ? 2 : 1, blocks = (T + rows - 1) / rows, all = blocks * rows;
     long groups = all * (I / GROUP);
     int8_t *a = aligned_alloc(64, (all * 2 * I + groups * 3 * sizeof(float) + 63) / 64 * 64);
     float *scale = (float *)(a + 2 * all * I);
@@ -147,7 +175,7 @@ void quantized_gemm_tile(const quantized_weight *w, const quantized_rows *x, lon
     case bits * 16 + 4: DOTS(bits, 4); break;         \
     case bits * 16 + 8:                               \
         if (tiles) TILES(bits, 8);                    \
-        else DOTS(bits, 8);                           \
+        else if (MOST_ROWS == 8) DOTS(bits, 8);       \
         break;
         switch (tile.bits * 16 + x->rows) { BLOCKS_OF(4) BLOCKS_OF(5) BLOCKS_OF(6) BLOCKS_OF(8) }
     }

@@ -4,16 +4,28 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+#ifdef __ARM_NEON
+#include <arm_neon.h>
+#endif
 
 #define GROUP 32
 #define QUADS (GROUP / 4)
 #define LARGEST 32639 /* 127 * 256 + 127 */
+#ifdef __ARM_NEON
+#define MOST_ROWS 4 /* that are multiplied at once: as many as the registers hold */
+#else
+#define MOST_ROWS 8
+#endif
 #define PREFETCH_BYTES 4096 /* bytes of the weight that are prefetched */
 
 /* Sixteen fp16 numbers. */
 static inline vector load_fp16(const uint16_t *from) {
 #ifdef __AVX512F__
     return (vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__ARM_NEON)
+    vector to;
+    for (int n = 0; n < WIDTH; n++) to[n] = ((const __fp16 *)from)[n];
+    return to;
 #else
     vector to;
     for (int n = 0; n < WIDTH; n++) {
@@ -29,6 +41,8 @@ static inline vector load_fp16(const uint16_t *from) {
 static inline void store_fp16(uint16_t *to, vector from) {
 #ifdef __AVX512F__
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)from, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__ARM_NEON)
+    for (int n = 0; n < WIDTH; n++) ((__fp16 *)to)[n] = from[n];
 #else
     for (int n = 0; n < WIDTH; n++) {
         union { float value; uint32_t bits; } x = {from[n]}, small;
