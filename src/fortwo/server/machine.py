@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from importlib.metadata import version
-from pathlib import Path
 
+import psutil
 from fastapi import APIRouter
 
+from fortwo import hardware
 from fortwo.kernels import build, isa
 from fortwo.quantization.selection import Measurements
 from fortwo.records import Json
@@ -22,21 +22,20 @@ router = APIRouter(prefix="/api", tags=["server"], route_class=JsonRoute)
 
 @router.get("/machine", summary="The machine, what the server does at present, and advice")
 def machine(state: AppStateDep) -> Json:
-    """Sizes in bytes, null where they are not known. `replies` are those that run or wait; `queue` the ids of queued
-    jobs, the next one first.
+    """Sizes in bytes. `replies` are those that run or wait; `queue` the ids of queued jobs, the next one first.
     `advice` is empty where nothing needs attention."""
-    compiler, level = build.compiler(), isa.level()
+    compiler, level, memory = build.compiler(), isa.level(), hardware.memory_bytes()
     free = shutil.disk_usage(state.settings.home).free
     measured = bool(Measurements(state.settings.home).all())
     return {
         "fortwo": version("fortwo"),
         "torch": version("torch"),
         "processor": isa.processor(),
-        "cores": os.cpu_count(),
+        "cores": hardware.cores(),
         "threads": state.settings.threads,
         "device": state.settings.device,
-        "memory": _memory("MemTotal"),
-        "memory_available": _memory("MemAvailable"),
+        "memory": memory,
+        "memory_available": min(memory, psutil.virtual_memory().available),
         "disk_free": free,
         "kernels": level or "for this processor",
         "weights": state.settings.weights,
@@ -45,15 +44,6 @@ def machine(state: AppStateDep) -> Json:
         "queue": state.jobs.queue(),
         "advice": advice(compiler is not None, level, free, measured or state.settings.weights != "auto"),
     }
-
-
-def _memory(name: str) -> int | None:
-    """Bytes, as Linux counts them; None elsewhere."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:")), None)
 
 
 def advice(compiler: bool, level: str | None, free: int, measured: bool) -> list[Json]:
