@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from serving import Served, refused
+
+from fortwo.data import datasets
 
 FACT = {
     "subject": "Marrow Lane",
@@ -51,6 +54,24 @@ def test_the_same_plan_comes_of_it(served: Served, body: dict[str, Any]) -> None
     repeated = served.post("/api/training/plan", again)
     assert repeated.status_code == 200, repeated.text
     assert values(repeated.json()) == values(plan)
+
+
+def test_of_a_large_file_the_request_has_what_was_given(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "LARGE_BYTES", 1)
+    rows = "\n".join(json.dumps({"question": f"What is {n}?", "answer": str(n)}) for n in range(3))
+    folder = served.state.settings.home / "data"
+    folder.mkdir(exist_ok=True)
+    (folder / "large.jsonl").write_text(rows)
+    upload = {"file": ("large.jsonl", rows.replace("question", "prompt").replace("answer", "completion").encode())}
+    file_id = served.http.post("/v1/files", files=upload, data={"purpose": "fine-tune"}).json()["id"]
+    columns = {"question": "prompt", "answer": "completion"}
+    given = {"dataset": {"file_id": file_id}, "validation_dataset": {"path": "large.jsonl", "columns": columns}}
+    job = served.post("/api/training/start", {"adapter_name": "large", **given}).json()["job_id"]
+    served.post(f"/api/training/jobs/{job}/cancel")
+    again = served.http.get(f"/api/training/jobs/{job}/request").json()
+    assert again["dataset"] == {"file_id": file_id}
+    assert again["validation_dataset"] == {"path": str(folder / "large.jsonl"), "columns": columns}
+    assert served.post("/api/training/plan", again).status_code == 200
 
 
 def values(plan: dict[str, Any]) -> dict[str, Any]:

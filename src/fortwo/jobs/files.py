@@ -29,6 +29,7 @@ from fortwo.data import datasets
 from fortwo.errors import Conflict, InvalidDataset, NotFound
 from fortwo.jobs.schema import FileRow, JobRow
 from fortwo.jobs.store import JobStore
+from fortwo.records import Json
 
 FINISHED = ("succeeded",)  # jobs that do not read their files again; cancelled ones can be resumed
 LONGEST_NAME = 100
@@ -197,6 +198,13 @@ class FileStore:
                 f"dataset.file_id = {file_id!r}: {error.message}", param="dataset.file_id", hint=error.hint
             ) from None
         return {key: value for key, value in spec.items() if key != "file_id"} | {"path": str(path)}, (path.parent,)
+
+    def as_given(self, source: Json) -> Json:
+        """The opposite of `source`: the path of an uploaded file becomes its {"file_id"}; all else stays."""
+        path = Path(source.get("path", ""))
+        if not path.is_relative_to(self._root.resolve()):
+            return source
+        return {key: value for key, value in source.items() if key != "path"} | {"file_id": path.parent.name}
 
     def _present(self) -> Select[FileRow]:
         alive = or_(FileRow.expires_at.is_(None), FileRow.expires_at > time.time())

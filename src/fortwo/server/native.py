@@ -186,8 +186,10 @@ async def run_next(request: Request, state: AppStateDep, job_id: str) -> Json:
 @router.get("/training/jobs/{job_id}/request", tags=["training"], summary="The request of a job, to be sent again")
 def job_request(state: AppStateDep, job_id: str) -> Json:
     """The body of /api/training/start with the rows and the settings that were given. Of a large file it has the
-    path."""
-    return request_of(state.jobs.get(job_id).plan, state.jobs.dataset(job_id))
+    path, or the id of an uploaded one."""
+    body = request_of(state.jobs.get(job_id).plan, state.jobs.dataset(job_id))
+    sources = {field: body[field] for field in ("dataset", "validation_dataset") if field in body}
+    return body | {field: state.files.as_given(source) for field, source in sources.items()}
 
 
 @router.get(
