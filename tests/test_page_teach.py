@@ -149,6 +149,6 @@ def test_after_a_failure_the_next_try_is_filled_in(tab: Tab, site: Served) -> No
     page.get_by_role("button", name="Prepare the next try").click()
     expect(page.locator("#questions")).to_have_value("What?")
     expect(page.locator("#name")).to_have_value("missed")
+    expect(page.locator("form .problem.warning")).to_contain_text("max_steps is left to the plan")
     page.get_by_text("More settings").click()
-    expect(page.locator("#effort")).to_have_value("max")
-    assert json.loads(page.input_value("#config"))["training_config"] == {"max_steps": 2, "escalation_rounds": 0}
+    assert json.loads(page.input_value("#config"))["training_config"] == {"escalation_rounds": 0}

@@ -13,7 +13,7 @@ const COLUMN_ROWS = 50; // whose keys are the columns
 /** @type {Record<string, any>} */
 export const EMPTY = {
   tab: 'fact', name: '', model: '', subject: '', aliases: '', answer: '', match: '', questions: '', rows: '', path: '',
-  columns: null, guessed: null, effort: 'normal', parent: '', config: '',
+  columns: null, guessed: null, effort: 'normal', parent: '', config: '', changes: [],
 };
 
 export const draft = signal({...EMPTY, ...JSON.parse(sessionStorage.getItem(KEPT) ?? '{}')});
@@ -35,8 +35,8 @@ export function teachAnswerTo(question) {
   location.hash = '#/teach';
 }
 
-/** Another view's way here: the request of a job is filled in, with changes. */
-export function teachAgain({model, adapter_name: name, dataset, effort, parent, ...more}) {
+/** Another view's way here: the request of a job is filled in. changes: how it differs from that job's. */
+export function teachAgain({model, adapter_name: name, dataset, effort, parent, ...more}, changes = []) {
   const [fact] = dataset.facts ?? [];
   const simple = dataset.facts?.length === 1 && Object.keys(fact).every((key) => FACT_KEYS.includes(key));
   const rows = (dataset.facts ?? dataset.examples ?? []).map((row) => JSON.stringify(row)).join('\n');
@@ -44,7 +44,7 @@ export function teachAgain({model, adapter_name: name, dataset, effort, parent, 
     ? {tab: 'fact', ...Object.fromEntries(FACT_KEYS.map((key) => [key, [fact[key] ?? ''].flat().join('\n')]))}
     : {tab: 'rows', rows, path: dataset.path ?? '', columns: dataset.columns ?? null};
   const config = Object.keys(more).length ? JSON.stringify(more, null, 2) : '';
-  set({...EMPTY, ...given, name, model, effort: effort ?? 'normal', parent: parent ?? '', config});
+  set({...EMPTY, ...given, name, model, effort: effort ?? 'normal', parent: parent ?? '', config, changes});
   location.hash = '#/teach';
 }
 

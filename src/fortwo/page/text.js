@@ -85,6 +85,8 @@ export const text = {
     preview: 'What is learned',
     previewHelp: 'The first rows as the model reads them. The marked text is what it learns to say.',
     previewRow: (line, tokens, learned) => `Row ${line}: ${plural(tokens, 'token', 'tokens')}, ${learned} learned`,
+    changes: 'Changed from the last try, because of its diagnosis:',
+    change: (setting, value) => (value === null ? `${setting} is left to the plan` : `${setting} is ${value}`),
     more: 'More settings',
     changed: (count) => plural(count, 'setting changed', 'settings changed'),
     effort: 'Effort',

@@ -11,7 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
 from fortwo.data.preview import preview
-from fortwo.errors import InvalidAdapter, NotFound
+from fortwo.errors import Conflict, InvalidAdapter, NotFound
 from fortwo.jobs.store import Job
 from fortwo.records import AdapterVersion, Json
 from fortwo.server import sse
@@ -19,6 +19,7 @@ from fortwo.server.idempotency import key_of
 from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppState, AppStateDep
 from fortwo.server.workers import Check
+from fortwo.train.next_try import next_try
 from fortwo.train.plan import to_json
 from fortwo.train.repeat import request_of
 from fortwo.train.request import TrainingRequest
@@ -187,7 +188,26 @@ async def run_next(request: Request, state: AppStateDep, job_id: str) -> Json:
 def job_request(state: AppStateDep, job_id: str) -> Json:
     """The body of /api/training/start with the rows and the settings that were given. Of a large file it has the
     path, or the id of an uploaded one."""
-    body = request_of(state.jobs.get(job_id).plan, state.jobs.dataset(job_id))
+    return _request(state, state.jobs.get(job_id))
+
+
+@router.get("/training/jobs/{job_id}/next-try", tags=["training"], summary="The request of a failed job, changed")
+def job_next_try(state: AppStateDep, job_id: str) -> Json:
+    """`request` is a body of /api/training/start without the given settings that the diagnosis blames; `changes` lists
+    them as {setting, value}, with null where the plan decides. Raises Conflict for a job that has not failed."""
+    job = state.jobs.get(job_id)
+    if job.status != "failed":
+        raise Conflict(
+            f"The status of job {job_id} is {job.status}.", param="job_id", hint="Only a failed job has a next try."
+        )
+    findings = (job.report or {}).get("diagnosis", [])
+    codes = [one["code"] for one in (*findings, *([] if job.error is None else [job.error]))]
+    body, changes = next_try(_request(state, job), codes)
+    return {"request": body, "changes": changes}
+
+
+def _request(state: AppState, job: Job) -> Json:
+    body = request_of(job.plan, state.jobs.dataset(job.id))
     sources = {field: body[field] for field in ("dataset", "validation_dataset") if field in body}
     return body | {field: state.files.as_given(source) for field, source in sources.items()}
 

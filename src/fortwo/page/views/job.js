@@ -30,7 +30,7 @@ export function Job({id}) {
     ${job.report && html`
       <section class="card">
         <h2>${text.report.title}</h2>
-        <${Report} report=${job.report} targets=${job.plan.targets} />
+        <${Report} report=${job.status === 'failed' ? {...job.report, diagnosis: []} : job.report} targets=${job.plan.targets} />
       </section>
     `}
     ${(steps.length > 0 || evaluations.length > 0) && html`
@@ -79,9 +79,12 @@ function Verdict({job}) {
   const action = useAction();
   const again = () =>
     action.run(async () => {
-      const request = await get(`/api/training/jobs/${job.job_id}/request`);
-      const missed = job.error?.code === 'targets_missed';
-      teachAgain(missed ? {...request, effort: 'max'} : request);
+      if (job.status === 'failed') {
+        const {request, changes} = await get(`/api/training/jobs/${job.job_id}/next-try`);
+        teachAgain(request, changes);
+      } else {
+        teachAgain(await get(`/api/training/jobs/${job.job_id}/request`));
+      }
     });
   const diagnosis = job.status === 'failed' ? job.report?.diagnosis : [];
   const made = job.adapter && `${job.adapter.name}@${job.adapter.version}`;

@@ -26,6 +26,7 @@ export function Teach() {
     <${Problem} error=${noModels} />
     <div class="beside">
       <form class="card" onSubmit=${(event) => event.preventDefault()} aria-label=${text.teach.title}>
+        <${Changes} of=${draft.value.changes} />
         <${Tabs} tab=${tab} />
         <div role="tabpanel" id="teach-panel" aria-labelledby=${`tab-${tab}`}>
           ${tab === 'fact' ? html`<${Fact} />` : html`<${Rows} base=${base} Box=${Box} />`}
@@ -65,6 +66,17 @@ export function Teach() {
         `}
         <${Plan} ...${{plan, body, missing, error, onPlanned: reload}} />
       </section>
+    </div>
+  `;
+}
+
+/** How the next try differs from a job that failed. */
+function Changes({of}) {
+  if (!of.length) return null;
+  return html`
+    <div class="problem warning" role="status">
+      <p class="message">${text.teach.changes}</p>
+      <ul>${of.map((one) => html`<li key=${one.setting}>${text.teach.change(one.setting, one.value)}</li>`)}</ul>
     </div>
   `;
 }
