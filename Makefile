@@ -93,6 +93,10 @@ $(LLAMA):
 		|| .venv-llama/bin/python -m pip install --quiet xllamacpp==2026.10.11549
 	@touch $@
 
+wheel: $(INSTALLED) ## build dist/*.whl with compiled kernels, which needs no compiler where it is installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[wheel]'
+	$(BIN)/python scripts/wheel.py
+
 soak: $(INSTALLED) ## kill a server at random moments and load it with bad requests, for some minutes
 	$(BIN)/python -m bench.soak
 

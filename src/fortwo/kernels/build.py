@@ -1,6 +1,7 @@
-"""Compiles the kernels in C for an instruction level of this machine, once. Torch-free.
+"""The compiled kernels in C for an instruction level of this machine. Torch-free.
 
-The library lies in the package's __pycache__, as Python's own compiled files do; where the package may not be written,
+A wheel carries libraries for the usual processors (`SHIPPED`), which need no compiler. Elsewhere they are compiled once.
+Such a library lies in the package's __pycache__, as Python's own compiled files do; where the package may not be written,
 in fortwo/kernels of $XDG_CACHE_HOME or ~/.cache. Its name is a digest of sources, flags and processor. It is linked
 beside its place and renamed, so two processes that compile at once do not disturb each other.
 """
@@ -15,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from fortwo import hardware
@@ -30,11 +32,49 @@ _COMPILE = (
 _FOR_EACH_TYPE = ("attention.c", "elementwise.c", "losses.c")  # compiled for fp32, then for bf16
 
 
+@dataclass(frozen=True)
+class Shipped:
+    """A library in a wheel. needs: instructions beside those of the level, in Linux's names. flags: the compiler's."""
+
+    name: str
+    level: str
+    needs: frozenset[str]
+    flags: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """Where it lies in the package, if this is a wheel made of these sources."""
+        digest = hashlib.sha256(_sources() + " ".join((*_COMPILE, *self.flags)).encode()).hexdigest()
+        return SOURCES / "compiled" / f"{self.name}-{digest[:16]}.so"
+
+
+def _avx512(*more: str) -> tuple[str, ...]:
+    return ("-march=x86-64-v4", "-mprefer-vector-width=512", *(f"-m{name}" for name in more))
+
+
+SHIPPED = (  # the best of each level first
+    Shipped(
+        "amx", "amx", frozenset({"avx512_vnni", "avx512_bf16"}),
+        _avx512("avx512vnni", "avx512bf16", "amx-tile", "amx-bf16", "amx-int8"),
+    ),
+    Shipped("avx512-bf16", "avx512", frozenset({"avx512_vnni", "avx512_bf16"}), _avx512("avx512vnni", "avx512bf16")),
+    Shipped("avx512-vnni", "avx512", frozenset({"avx512_vnni"}), _avx512("avx512vnni")),
+    Shipped("avx512", "avx512", frozenset(), _avx512()),
+    Shipped("avx2-vnni", "avx2", frozenset({"avx_vnni"}), ("-march=x86-64-v3", "-mavxvnni")),
+    Shipped("avx2", "avx2", frozenset(), ("-march=x86-64-v3",)),
+    Shipped("dotprod-i8mm", "dotprod", frozenset({"i8mm"}), ("-march=armv8.2-a+dotprod+i8mm",)),
+    Shipped("dotprod", "dotprod", frozenset(), ("-march=armv8.2-a+dotprod",)),
+    Shipped("neon", "neon", frozenset(), ("-march=armv8-a",)),
+)  # fmt: skip
+
+
 def path(level: str | None) -> Path:
-    """Where the library for a level lies once it is compiled."""
-    sources = b"".join(source.read_bytes() for source in sorted(SOURCES.glob("*.[ch]")))
-    about = " ".join((_cc(), *_COMPILE, *isa.compiler_flags(level), *_FOR_EACH_TYPE))
-    return _folder() / f"kernels-{hashlib.sha256(sources + about.encode() + isa.identity()).hexdigest()[:16]}.so"
+    """Where the library for a level lies: in the wheel, or where it lies once it is compiled."""
+    for one in SHIPPED:
+        if one.level == level and one.needs <= isa.flags() and one.path.exists():
+            return one.path
+    about = " ".join((_cc(), *_COMPILE, *isa.compiler_flags(level), *_FOR_EACH_TYPE)).encode()
+    return _folder() / f"kernels-{hashlib.sha256(_sources() + about + isa.identity()).hexdigest()[:16]}.so"
 
 
 def library(level: str | None) -> Path:
@@ -43,9 +83,17 @@ def library(level: str | None) -> Path:
     Raises OSError where there is no compiler or nothing can be written, CalledProcessError where it fails.
     """
     found = path(level)
-    if found.exists():
-        return found
-    began, command = time.perf_counter(), (_cc(), *_COMPILE, *isa.compiler_flags(level))
+    if not found.exists():
+        began = time.perf_counter()
+        compile_to(found, isa.compiler_flags(level))
+        seconds = time.perf_counter() - began
+        log.info("compiled the C kernels for %s in %.1f s: %s", level or "this processor", seconds, found)
+    return found
+
+
+def compile_to(found: Path, flags: tuple[str, ...]) -> None:
+    """Compile the library `found` with the compiler's flags of a level. Raises as `library` does."""
+    command = (_cc(), *_COMPILE, *flags)
     found.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=found.parent) as beside, ThreadPoolExecutor(hardware.cores()) as pool:
         units: list[tuple[Path, tuple[str, ...]]] = [(source, ()) for source in sorted(SOURCES.glob("*.c"))]
@@ -60,14 +108,15 @@ def library(level: str | None) -> Path:
         linked = Path(beside) / found.name
         _run(*command, "-shared", "-o", str(linked), *map(str, objects), "-lm")
         linked.replace(found)
-    seconds = time.perf_counter() - began
-    log.info("compiled the C kernels for %s in %.1f s: %s", level or "this processor", seconds, found)
-    return found
 
 
 def compiler() -> str | None:
     """The C compiler's version; None where there is none."""
     return _run(_cc(), "--version").splitlines()[0] if shutil.which(_cc()) else None
+
+
+def _sources() -> bytes:
+    return b"".join(source.read_bytes() for source in sorted(SOURCES.glob("*.[ch]")))
 
 
 def _cc() -> str:

@@ -25,12 +25,16 @@ static inline __attribute__((always_inline)) integers dot4(int bits, integers su
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
         __m256i own = from.half[h];
+#ifdef __AVXVNNI__
+        (void)bits, (void)one, to.half[h] = _mm256_dpbusd_avx_epi32(to.half[h], own, by);
+#else
         if (bits == 8) { /* pairs of products of 8 bits do not fit into 16 bits */
             __m256i odd = _mm256_and_si256(own, _mm256_set1_epi8(1)), doubled;
             own = _mm256_and_si256(_mm256_srli_epi16(own, 1), _mm256_set1_epi8(127));
             doubled = _mm256_slli_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(own, by), one), 1);
             to.half[h] = _mm256_add_epi32(_mm256_add_epi32(to.half[h], doubled), _mm256_madd_epi16(_mm256_maddubs_epi16(odd, by), one));
         } else to.half[h] = _mm256_add_epi32(to.half[h], _mm256_madd_epi16(_mm256_maddubs_epi16(own, by), one));
+#endif
     }
     return to.all;
 }
