@@ -185,17 +185,6 @@ class JobRunner:
         self._wake.set()
         return self._store.get(job_id)
 
-    def run_next(self, job_id: str) -> Job:
-        """Put a queued job at the head of the queue. Raises NotFound, and Conflict for a job that is not queued."""
-        if not self._store.put_first(job_id):
-            job = self._store.get(job_id)
-            raise Conflict(
-                f"The status of job {job_id} is {job.status}.",
-                param="job_id",
-                hint="Only a queued job can be put at the head of the queue.",
-            )
-        return self._store.get(job_id)
-
     def _requeue(self, job_id: str, when: tuple[Status, ...], **changes: Any) -> bool:
         steps = self._store.get(job_id).plan["computed"]["steps"]
         checkpoints = self._checkpoints.of_job(job_id)

@@ -180,8 +180,9 @@ async def resume(request: Request, state: AppStateDep, job_id: str) -> Json:
 
 
 @router.post("/training/jobs/{job_id}/run-next", tags=["training"], summary="Put a queued job at the head of the queue")
-async def run_next(request: Request, state: AppStateDep, job_id: str) -> Json:
-    return await state.control.run(request, lambda _: job_body(state, state.runner.run_next(job_id)))
+def run_next(state: AppStateDep, job_id: str) -> Json:
+    state.jobs.put_first(job_id)
+    return job_body(state, state.jobs.get(job_id))
 
 
 @router.get("/training/jobs/{job_id}/request", tags=["training"], summary="The request of a job, to be sent again")
