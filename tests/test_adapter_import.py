@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from hub import Hub, serve
 from safetensors.torch import load_file, save_file
 from serving import Served, refused
 from tiny import save_directory
@@ -22,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from fortwo.hub.base_names import bases_named
 from fortwo.hub.catalog import ModelEntry
+from fortwo.nn.lora import MAGNITUDE
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks for it
@@ -42,6 +45,8 @@ def save(tiny: Path, directory: Path, **options: Any) -> peft.PeftModel:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.2)
+            if MAGNITUDE in name:
+                parameter.mul_(torch.rand(parameter.shape) + 0.5)
     model.save_pretrained(directory)
     edit(directory, base_model_name_or_path="tiny")
     return model
@@ -142,6 +147,43 @@ def test_what_peft_can_choose_is_served(served: Served, tiny: Path, name: str, o
     equals_peft(served, name, theirs)
 
 
+@pytest.mark.parametrize(
+    ("name", "end"), [("dora", ""), ("dora-of-a-name", ".default"), ("dora-weight", ".weight"), ("d", ".me.weight")]
+)
+def test_dora_is_served_by_any_name_of_its_magnitudes(served: Served, tiny: Path, name: str, end: str) -> None:
+    theirs = save(tiny, folder(served, name), use_dora=True, rank_pattern={"down_proj": 2})
+    change_tensors(
+        folder(served, name),
+        lambda tensors: {key + (end if key.endswith(MAGNITUDE) else ""): one for key, one in tensors.items()},
+    )
+    assert load(served, name).status_code == 200
+    equals_peft(served, name, theirs)
+    stored = Path(served.state.adapters.get(name).path)
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), stored)
+    equals_peft(served, name, again.eval())
+
+
+def test_dora_whose_magnitudes_alone_were_trained_is_served(served: Served, tiny: Path) -> None:
+    theirs = save(tiny, folder(served, "magnitudes"), use_dora=True)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "lora_B" in key:
+                parameter.zero_()
+    theirs.save_pretrained(folder(served, "magnitudes"))
+    edit(folder(served, "magnitudes"), base_model_name_or_path="tiny")
+    assert load(served, "magnitudes").status_code == 200
+    equals_peft(served, "magnitudes", theirs)
+
+
+def test_dora_that_nothing_trained_is_refused(served: Served, tiny: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    peft.get_peft_model(base, peft.LoraConfig(use_dora=True, target_modules=["q_proj"])).save_pretrained(
+        folder(served, "fresh")
+    )
+    edit(folder(served, "fresh"), base_model_name_or_path="tiny", task_type="CAUSAL_LM")
+    assert "changes nothing" in refused(load(served, "fresh"), 400, "invalid_adapter")
+
+
 def drop_alpha(directory: Path) -> None:
     config = json.loads((directory / "adapter_config.json").read_text())
     del config["lora_alpha"]
@@ -175,13 +217,19 @@ def twice(directory: Path) -> None:
     path.write_text('{"r": 64, ' + path.read_text().lstrip()[1:])
 
 
+def magnitudes(directory: Path) -> None:
+    change_tensors(directory, lambda t: put(t, f"{PREFIX}layers.0.self_attn.q_proj.{MAGNITUDE}", torch.ones(64)))
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str | None, str]] = {
     "layers-of-text": (lambda d: edit(d, layers_to_transform=[0, "1"]), "layers_to_transform", "'1'"),
     "dropout-of-text": (lambda d: edit(d, lora_dropout="x"), "lora_dropout", "'x'"),
     "huge-alpha": (lambda d: edit(d, lora_alpha=1e308), "lora_alpha", "1e+308"),
     "nan-alpha": (lambda d: edit(d, lora_alpha=float("nan")), "lora_alpha", "nan"),
     "true-r": (lambda d: edit(d, r=True), "r", "True"),
-    "dora": (lambda d: edit(d, use_dora=True), "use_dora", "Merge"),
+    "dora-without-magnitudes": (lambda d: edit(d, use_dora=True), None, "set use_dora to false"),
+    "magnitudes-without-dora": (magnitudes, "use_dora", "Set use_dora to true"),
+    "qalora": (lambda d: edit(d, use_qalora=True), "use_qalora", "Merge"),
     "unknown": (lambda d: edit(d, made_up_scaling=True), "made_up_scaling", "made_up_scaling"),
     "repeated": (twice, "r", "given twice"),
     "linked": (link, None, "is a link"),
@@ -197,6 +245,15 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str | None, str]] = {
         None,
         "Merge",
     ),
+    "bias": (
+        lambda d: change_tensors(d, lambda t: put(t, f"{PREFIX}layers.0.self_attn.q_proj.lora_B.bias", torch.ones(64))),
+        None,
+        "Merge",
+    ),
+    "norm": (lambda d: change_tensors(d, lambda t: put(t, f"{PREFIX}norm.weight", torch.ones(64))), None, "Merge"),
+    "no-layer": (lambda d: edit(d, layers_to_transform=[98, 99]), "layers_to_transform", "are 0 to 1"),
+    "all-excluded": (lambda d: edit(d, exclude_modules=["q_proj", "down_proj"]), "exclude_modules", "excludes all"),
+    "adalora": (lambda d: edit(d, peft_type="ADALORA"), "peft_type", "Merge"),
     "vision": (
         lambda d: change_tensors(d, named("base_model.model.vision_tower.")),
         None,
@@ -234,6 +291,20 @@ def test_an_import_that_fails_publishes_nothing(served: Served, tiny: Path, brok
     assert broken not in served.state.adapters.names()
     assert [version.version for version in served.state.adapters.versions(good)] == [1]
     assert logprobs(served, good, [40, 41, 42, 43]) == before
+
+
+def test_a_base_that_computes_no_numbers_is_blamed_itself(served: Served, tiny: Path, tmp_path: Path) -> None:
+    path = save_directory(tmp_path / "poisoned", num_hidden_layers=2)
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    served.state.catalog.add("poisoned", path)
+    save(tiny, folder(served, "on-poisoned"))
+    edit(folder(served, "on-poisoned"), base_model_name_or_path="poisoned")
+    said = refused(load(served, "on-poisoned"), 400, "invalid_adapter")
+    served.state.registry.remove_base("poisoned")
+    assert "'poisoned' computes logits that are no numbers without it" in said
+    assert served.chat(model="tiny", max_tokens=1).status_code == 200
 
 
 def test_a_load_that_fails_unexpectedly_takes_its_version_along(
@@ -333,8 +404,9 @@ def command(served: Served) -> Callable[..., subprocess.CompletedProcess[str]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FORTWO_")}
     environment |= {"FORTWO_HOME": str(served.state.settings.home), "FORTWO_PORT": served.url.rpartition(":")[2]}
     start = [sys.executable, "-m", "fortwo", "adapters", "import"]
-    return lambda *arguments: subprocess.run(
-        [*start, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
+    environment |= {"COLUMNS": "300", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
+    return lambda *arguments, **more: subprocess.run(
+        [*start, *map(str, arguments)], capture_output=True, text=True, env={**environment, **more}, timeout=120
     )
 
 
@@ -351,8 +423,122 @@ def test_the_command_imports_from_anywhere(
     assert not list((served.state.settings.home / "data").glob("import-*"))
 
 
-def test_the_command_says_what_is_wrong(tiny: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
-    assert "adapter_config.json" in command(tmp_path).stderr
-    save(tiny, tmp_path / "wrong")
-    edit(tmp_path / "wrong", use_dora=True)
-    assert "use_dora" in command(tmp_path / "wrong").stderr
+def left_over(served: Served) -> list[Path]:
+    return list((served.state.settings.home / "data").glob("import-*"))
+
+
+def test_the_command_shows_how_far_it_is(tiny: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    save(tiny, tmp_path / "with-progress")
+    done = command(tmp_path / "with-progress")
+    assert done.returncode == 0, done.stderr
+    for label in ("copy", "load"):
+        assert re.search(rf"{label} .*100%", done.stderr)
+    assert done.stdout == "with-progress is published and loaded.\n"
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "option": (lambda d: edit(d, use_qalora=True), "use_qalora"),
+    "twice": (twice, "'r' is given twice"),
+    "json": (lambda d: (d / "adapter_config.json").write_text("{"), "is not a JSON object"),
+    "tensors": (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x" * 40), "adapter_model.safetensors"),
+    "no-tensors": (lambda d: (d / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+    "base": (lambda d: edit(d, base_model_name_or_path="acme/other"), "which is not a base model here"),
+    "digest": (
+        lambda d: (d / "manifest.json").write_text(json.dumps({"base_model": "far", "base_digest": "0" * 64})),
+        "no base model here has this digest",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_command_says_what_is_wrong_with_the_users_own_path(
+    served: Served, tiny: Path, tmp_path: Path, command: Callable[..., Any], wrong: str
+) -> None:
+    """Nothing of an import that is refused stays, and the folder of the copy is not named."""
+    damage, said = WRONG[wrong]
+    directory = tmp_path / f"wrong-{wrong}"
+    save(tiny, directory)
+    damage(directory)
+    done = command(directory)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "import-" not in done.stderr
+    if wrong != "option":
+        assert str(directory) in done.stderr
+    assert not left_over(served)
+    assert directory.name not in served.state.adapters.names()
+
+
+def test_an_adapter_of_fortwo_goes_to_the_base_of_its_digest_whatever_that_is_called(
+    served: Served, tiny: Path
+) -> None:
+    theirs = save(tiny, folder(served, "by-digest"))
+    base = served.state.registry.load_base("tiny")
+    for name, digest, status in (("far", base.digest, 200), ("tiny", "0" * 64, 400), ("far", "0" * 64, 400)):
+        manifest = {"base_model": name, "base_digest": digest}
+        (folder(served, "by-digest") / "manifest.json").write_text(json.dumps(manifest))
+        answer = load(served, "by-digest", load_inplace=True)
+        assert answer.status_code == status, answer.text
+        if status == 400:
+            assert f"trained on '{name}'" in refused(answer, 400, "invalid_adapter", "lora_path")
+    equals_peft(served, "by-digest", theirs)
+
+
+def test_the_command_needs_an_adapter(tmp_path: Path, command: Callable[..., Any]) -> None:
+    assert f"{tmp_path} has no adapter_config.json" in command(tmp_path).stderr
+    assert f"{tmp_path / 'nothing'} does not exist" in command(tmp_path / "nothing").stderr
+
+
+def test_the_command_imports_from_the_hub(
+    served: Served, tiny: Path, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    first, second = (tmp_path / commit for commit in ("1" * 40, "2" * 40))
+    older, newer = save(tiny, first, r=2), save(tiny, second, r=3)
+    with serve(Hub({first.name: first, second.name: second}, second.name)) as hub:
+        for arguments, theirs in (
+            (("hf:acme/tiny", "--name", "hub"), newer),
+            ((f"hf:acme/tiny@{first.name}", "--name", "hub", "--replace"), older),
+        ):
+            done = command(*arguments, HF_ENDPOINT=hub.url)
+            assert done.returncode == 0, done.stderr
+            assert re.search(r"download .*100%", done.stderr)
+            equals_peft(served, "hub", theirs)
+        edit(first, use_qalora=True)
+        refused_by_the_server = command(f"hf:acme/tiny@{first.name}", "--name", "bad", HF_ENDPOINT=hub.url)
+        assert "use_qalora" in refused_by_the_server.stderr
+        twice(second)
+        assert (
+            "hf:acme/tiny/adapter_config.json: the key 'r' is given twice"
+            in command("hf:acme/tiny", "--name", "bad", HF_ENDPOINT=hub.url).stderr
+        )
+        assert "has no such revision" in command("hf:acme/tiny@no", "--name", "bad", HF_ENDPOINT=hub.url).stderr
+        assert "does not exist on the" in command("hf:acme/other", HF_ENDPOINT=hub.url).stderr
+        assert "Write hf:OWNER/REPO" in command("hf:acme", HF_ENDPOINT=hub.url).stderr
+        hub.sha256 = "0" * 64
+        assert "checksum" in command("hf:acme/tiny", "--name", "bad", HF_ENDPOINT=hub.url).stderr
+    assert served.state.adapters.names().count("hub") == 1
+    assert not {"bad", "other", "tiny"} & set(served.state.adapters.names())
+    assert not left_over(served)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["config.json", "model.safetensors"], "fortwo models add"),
+        (["adapter_config.json", "adapter_model.bin"], "adapter_model.bin"),
+        (["adapter_config.json"], "has no adapter_model.safetensors"),
+        (["one/adapter_config.json", "two/adapter_config.json"], "in folders: one, two"),
+    ],
+)
+def test_a_repository_without_an_adapter_is_refused_before_anything_is_downloaded(
+    tmp_path: Path, command: Callable[..., Any], files: list[str], said: str
+) -> None:
+    folder = tmp_path / ("3" * 40)
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("{}")
+    with serve(Hub({folder.name: folder}, folder.name)) as hub:
+        done = command("hf:acme/tiny", HF_ENDPOINT=hub.url)
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert not hub.asked

@@ -86,10 +86,12 @@ def figures(trained: TrainingResult) -> dict[str, Any]:
 # ---------------------------------------------------------------- resumed = uninterrupted
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
-def test_plain_fine_tuning_goes_on_bit_for_bit_from_every_step(school: School, tmp_path: Path, optim: str) -> None:
+@pytest.mark.parametrize(("optim", "use_dora"), [("adamw_torch", False), ("adamw_torch", True), ("adamw_8bit", False)])
+def test_plain_fine_tuning_goes_on_bit_for_bit_from_every_step(
+    school: School, tmp_path: Path, optim: str, use_dora: bool
+) -> None:
     """Dropout takes random numbers in every step; batches of 3 of 4 rows end epochs short."""
-    lora = {"r": 4, "lora_dropout": 0.2}
+    lora = {"r": 4, "lora_dropout": 0.2, "use_dora": use_dora}
     options = {"per_device_train_batch_size": 3, "learning_rate": 1e-2, "weight_decay": 0.1, "save_steps": 1}
     plan = school.plan(lora=lora, max_steps=6, optim=optim, **options)
     whole, events = run(school, plan)

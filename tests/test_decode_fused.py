@@ -113,7 +113,7 @@ def test_sums_of_whole_numbers_stay_whole() -> None:
     for tensor in group.tensors:
         tensor.data.fill_(0.5)
     x_TI, y_TO = torch.full((5, 1024), 3.0), torch.zeros(5, sum(len(B_Or) for B_Or in group.Bs))
-    Rows([(Laid.of(lora), range(5))]).add_to(y_TO, x_TI, 0, "gate_up")
+    Rows([(Laid.of(lora), range(5))]).apply(y_TO, x_TI, torch.empty(0), 0, "gate_up")
     torch.testing.assert_close(y_TO, torch.full_like(y_TO, 1024 * 3 * 0.5 * 4 * 0.5), rtol=1e-3, atol=0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ FAMILIES = ["llama", "qwen2", "gemma3"]
 class Home:
     """A home with a tiny base and an adapter with patterns of rank and scale, which leaves layer 1 as it is."""
 
-    def __init__(self, folder: Path, family: str) -> None:
+    def __init__(self, folder: Path, family: str, use_dora: bool = False) -> None:
         options = {"query_pre_attn_scalar": 16} if family == "gemma3" else {}  # as llama.cpp supposes
         self.base = save_directory(folder / "base", family, **options)
         self.catalog, self.store = Catalog(folder / "models"), AdapterStore(folder / "adapters")
@@ -49,7 +50,8 @@ class Home:
         self.catalog.prepare("tiny")
         info = self.catalog.model_info("tiny")
         assert info is not None
-        config = LoraConfig(r=4, alpha=12, layers=(0, 2), rank_pattern=(("v_proj", 2),), alpha_pattern=(("k_proj", 5),))
+        patterns: Any = {"rank_pattern": (("v_proj", 2),), "alpha_pattern": (("k_proj", 5),)}
+        config = LoraConfig(r=4, alpha=12, layers=(0, 2), use_dora=use_dora, **patterns)
         shape = DecoderConfig.from_hf(json.loads((self.base / "config.json").read_text()))
         generator, tensors = torch.Generator().manual_seed(3), {}
         sizes = weights.tensor_infos(self.base)
@@ -62,6 +64,9 @@ class Home:
                     a = torch.randn(rank, columns, generator=generator) * 0.1
                     b = torch.randn(rows, rank, generator=generator) * 0.1
                     tensors |= {f"base_model.model.{module}.lora_{half}.weight": t for half, t in (("A", a), ("B", b))}
+                    if use_dora:
+                        magnitude = torch.rand(rows, generator=generator) + 0.5
+                        tensors[f"base_model.model.{module}.lora_magnitude_vector"] = magnitude
         manifest = {"base_model": "tiny", "base_digest": info.digest}
         self.store.publish("one", tensors, config.to_peft("tiny"), manifest, current=True)
         base = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
@@ -96,6 +101,33 @@ def test_pefts_and_vllms_folders_give_the_adapters_logits(home: Home, tmp_path: 
         AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32), tmp_path / "out"
     )
     torch.testing.assert_close(logits(model), home.wanted, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dora_is_exported_where_it_is_known(family: str, tmp_path: Path) -> None:
+    """PEFT reads the files; merged, and in a GGUF, the scale is in the weights."""
+    home = Home(tmp_path, family, use_dora=True)
+    home.export("peft", tmp_path / "peft")
+    base = AutoModelForCausalLM.from_pretrained(home.base, dtype=torch.float32)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path / "peft")), home.wanted)
+    home.export("merged", tmp_path / "merged")
+    home.export("gguf", tmp_path / "gguf", quantization="F32")
+    home.catalog.add("again", tmp_path / "gguf/model.gguf")
+    home.catalog.prepare("again")
+    again = home.catalog.model_info("again")
+    assert again is not None
+    for folder in (tmp_path / "merged", again.directory):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        torch.testing.assert_close(logits(model), home.wanted, atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("to", "who"), [("gguf-lora", "llama.cpp"), ("vllm", "vLLM"), ("mlx", "MLX")])
+def test_dora_is_refused_where_it_is_not_known(tmp_path: Path, to: str, who: str) -> None:
+    home = Home(tmp_path, "llama", use_dora=True)
+    with pytest.raises(InvalidRequest, match=f"one@1 .*DoRA.*{who}") as caught:
+        home.export(to, tmp_path / "out")
+    assert "merged" in str(caught.value.hint)
+    assert not (tmp_path / "out").exists()
 
 
 def test_vllms_folder_has_one_rank_and_one_scale_without_patterns(llama: Home, tmp_path: Path) -> None:
@@ -277,6 +309,37 @@ def test_an_interrupted_export_leaves_nothing(llama: Home, tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         export("one", "merged", tmp_path / "there/out", llama.catalog, llama.store, stop)
     assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_a_replacement_that_fails_leaves_the_earlier_export_in_its_place(
+    llama: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, rename = tmp_path / "there/out", Path.rename
+    llama.export("peft", output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name.startswith(".draft-") and target == output:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageFailed, match="Input/output error"):
+        llama.export("mlx", output, overwrite=True)
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_a_replacement_that_was_killed_is_undone_by_the_next_export(llama: Home, tmp_path: Path) -> None:
+    """A kill between the two renames leaves the earlier export aside."""
+    output = tmp_path / "there/out"
+    llama.export("peft", output)
+    output.rename(output.with_name(".earlier-out"))
+    with pytest.raises(Conflict, match="exists already"):
+        llama.export("mlx", output)
+    assert (output / "adapter_model.safetensors").is_file()
+    llama.export("mlx", output, overwrite=True)
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
 
 
 def test_a_full_disk_is_told_before_anything_is_written(

@@ -116,7 +116,7 @@ def test_streams_are_limited(quiet: Served) -> None:
         response = quiet.http.get(path)
         assert "FORTWO_MAX_STREAMS" in refused(response, 429, "queue_full")
         assert int(response.headers["retry-after"]) >= 1
-    _wait(lambda: quiet.state.job_events._count == 0)
+    _wait(lambda: quiet.state.streams.count == 0)
     reader = Reader(quiet.url, job_id)
     _wait(lambda: reader.events == ["queued"])
     quiet.state.jobs.update(job_id, NewEvent("failed", "no"), status="failed")
@@ -130,7 +130,7 @@ def test_streams_that_are_refused_or_over_take_no_place(quiet: Served) -> None:
     for _ in range(2 * STREAMS):
         assert quiet.http.get(f"/api/training/jobs/{job_id}/events", headers=last).status_code == 204
         assert quiet.http.get("/api/training/jobs/none/events").status_code == 404
-    assert quiet.state.job_events._count == 0
+    assert quiet.state.streams.count == 0
 
 
 @pytest.mark.parametrize("last", ["9223372036854775808", "-1", "x", "1e3"])
@@ -152,7 +152,7 @@ def test_streams_get_an_end_at_shutdown(quiet: Served) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    _wait(lambda: quiet.state.job_events._count == 1 and ends)
+    _wait(lambda: quiet.state.streams.count == 1 and ends)
     quiet.server.should_exit = True
     reader.join()
     last = [line for line in ends if line]

@@ -150,8 +150,8 @@ def test_every_row_gets_its_own_adapter(dtype: torch.dtype) -> None:
             found = wanted.clone()
             for update in adapters.updates(rows):
                 if update.changes(layer, group):
-                    update.add_to(wanted, x, layer, group)
-            OwnRows(owners[:, 1], adapters.most).add_to(found, x, layer, group)
+                    update.apply(wanted, x, home.frozen(layer, group), layer, group)
+            OwnRows(owners[:, 1], adapters.most).apply(found, x, home.frozen(layer, group), layer, group)
             close(found, wanted)
             assert torch.equal(found[[2, 5]], wanted[[2, 5]])
 

@@ -231,8 +231,16 @@ def plain_hidden(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
-def test_ranks_and_scales_of_some_modules_are_trained_and_peft_reads_them(school: School, tmp_path: Path) -> None:
-    options = {"use_rslora": True, "rank_pattern": {"layers.0.*": 2, "q_proj": 6}, "alpha_pattern": {"up_proj": 20}}
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_ranks_and_scales_of_some_modules_are_trained_and_peft_reads_them(
+    school: School, tmp_path: Path, use_dora: bool
+) -> None:
+    options = {
+        "use_dora": use_dora,
+        "use_rslora": True,
+        "rank_pattern": {"layers.0.*": 2, "q_proj": 6},
+        "alpha_pattern": {"up_proj": 20},
+    }
     trained, _ = school.run(school.plan(lora={"r": 4, **options}, learning_rate=5e-2))
     config = trained.lora.config
     store = AdapterStore(tmp_path)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fortwo.errors import InvalidAdapter
 from fortwo.kernels.operations import dropout as drop
@@ -245,31 +249,79 @@ def test_configurations_and_tensors_come_back(config: LoraConfig) -> None:
     assert len(lora.state()) == 2 * layers * len(config.target_modules)
 
 
-@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning")
-def test_an_adapter_by_pissa_that_peft_converted_is_plain(tmp_path: Path) -> None:
-    """As trained it needs the weights that PiSSA left, and is refused; converted it needs the base's own."""
-    model = tiny_model("llama")
-    home = as_decoder(model)
+def initialised(model: PreTrainedModel, how: Any, row: list[int]) -> peft.PeftModel:
+    """PEFT's model with an adapter that is initialised so."""
     options = {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"q_proj": 2}, "task_type": "CAUSAL_LM"}
-    theirs = peft.get_peft_model(model, peft.LoraConfig(r=3, init_lora_weights="pissa", **options)).eval()
+    config = peft.LoraConfig(r=4, init_lora_weights=how, **options)
+    if how == "corda":
+        config.corda_config = CordaConfig()
+        preprocess_corda(model, config, run_model=lambda: model(torch.tensor([row])))
+    tuned = peft.get_peft_model(model, config)
+    if how == "eva":
+        with warnings.catch_warnings(action="ignore"):
+            peft.initialize_lora_eva_weights(tuned, [{"input_ids": torch.tensor([row])}], show_progress_bar=False)
+    return tuned.eval()
+
+
+@torch.no_grad()
+def train_a_little(tuned: peft.PeftModel) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def read(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    config = LoraConfig.from_peft(json.loads((folder / "adapter_config.json").read_text()))
+    return config, load_file(folder / "adapter_model.safetensors")
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA|CorDA) changes the base weights:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*corda_config:UserWarning")
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_3", "olora", "corda"])
+def test_an_adapter_whose_start_changed_the_base_is_served_once_peft_converted_it(how: str, tmp_path: Path) -> None:
+    """As trained it needs the weights that the initialisation left, and is refused; converted it needs the base's
+    own."""
+    row, home = make_rows([30])[0], as_decoder(tiny_model("llama"))
+    theirs = initialised(tiny_model("llama"), how, row)
     theirs.peft_config["default"].init_lora_weights = True
     theirs.save_pretrained(tmp_path / "start")
-    theirs.peft_config["default"].init_lora_weights = "pissa"
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
-                parameter.add_(torch.randn(parameter.shape) * 0.1)
-        row = make_rows([30])[0]
-        wanted = theirs(torch.tensor([row])).logits[0]
-        theirs.save_pretrained(tmp_path / "trained")
-        theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-        with pytest.raises(InvalidAdapter, match="init_lora_weights = 'pissa'") as caught:
-            LoraConfig.from_peft(json.loads((tmp_path / "trained" / "adapter_config.json").read_text()))
-        assert "path_initial_model_for_weight_conversion" in str(caught.value.hint)
-        config = LoraConfig.from_peft(json.loads((tmp_path / "plain" / "adapter_config.json").read_text()))
-        assert (config.r, config.rank_pattern) == (6, (("q_proj", 4),))
-        lora = Lora.from_state(config, home.config, load_file(tmp_path / "plain" / "adapter_model.safetensors"))
-        torch.testing.assert_close(home.logits(packed_hidden(home, [row], lora)[0]), wanted, atol=5e-5, rtol=1e-5)
+    theirs.peft_config["default"].init_lora_weights = how
+    train_a_little(theirs)
+    wanted = theirs(torch.tensor([row])).logits[0]
+    theirs.save_pretrained(tmp_path / "trained")
+    theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    with pytest.raises(InvalidAdapter, match=f"init_lora_weights = '{how}'") as caught:
+        read(tmp_path / "trained")
+    assert "path_initial_model_for_weight_conversion" in str(caught.value.hint)
+    config, tensors = read(tmp_path / "plain")
+    assert (config.r, config.rank_pattern) == (8, (("q_proj", 4),))
+    lora = Lora.from_state(config, home.config, tensors)
+    torch.testing.assert_close(home.logits(packed_hidden(home, [row], lora)[0]), wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.init_lora_weights. is 'eva':UserWarning")
+@pytest.mark.filterwarnings("ignore:lora with eva initialization:UserWarning")
+@pytest.mark.parametrize("how", ["gaussian", "Gaussian", "eva", "orthogonal", "mica", False])
+def test_an_adapter_whose_start_left_the_base_is_served_as_it_is(how: Any, tmp_path: Path) -> None:
+    model, row = tiny_model("llama"), make_rows([30])[0]
+    home = as_decoder(model)
+    theirs = initialised(model, how, row)
+    train_a_little(theirs)
+    wanted = theirs(torch.tensor([row])).logits[0]
+    theirs.save_pretrained(tmp_path)
+    config, tensors = read(tmp_path)
+    lora = Lora.from_state(config, home.config, tensors)
+    torch.testing.assert_close(home.logits(packed_hidden(home, [row], lora)[0]), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["loftq", "something_new", 3])
+def test_a_start_that_cannot_be_converted_is_merged(how: Any) -> None:
+    with pytest.raises(InvalidAdapter, match=f"init_lora_weights = {how!r}") as caught:
+        LoraConfig.from_peft(FULL.to_peft("tiny") | {"init_lora_weights": how})
+    assert "merge_and_unload" in str(caught.value.hint)
 
 
 def test_other_precisions_become_fp32() -> None:
@@ -331,7 +383,8 @@ def test_a_pattern_that_backtracks_without_end_elsewhere_is_matched_at_once(key:
     [
         {"peft_type": "IA3"},
         {"use_rslora": "yes"},
-        {"use_dora": True},
+        {"use_dora": 1},
+        {"use_qalora": True},
         {"lora_bias": True},
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
@@ -402,8 +455,8 @@ def test_what_says_nothing_is_accepted_and_pefts_defaults_hold() -> None:
 
 
 def test_all_options_that_cannot_be_served_are_named_at_once() -> None:
-    with pytest.raises(InvalidAdapter, match=r"use_dora.*lora_bias.*made_up") as error:
-        LoraConfig.from_peft(FULL.to_peft("tiny") | {"made_up": 3, "lora_bias": True, "use_dora": True})
+    with pytest.raises(InvalidAdapter, match=r"use_bdlora.*lora_bias.*made_up") as error:
+        LoraConfig.from_peft(FULL.to_peft("tiny") | {"made_up": 3, "lora_bias": True, "use_bdlora": True})
     assert "Merge" in str(error.value.hint)
 
 

@@ -28,8 +28,9 @@ from fortwo.execution.reference import ReferenceBackend
 from fortwo.kernels import cpu
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
-from fortwo.nn.lora import Lora, LoraGroup
+from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
+from fortwo.nn.lora_group import LoraGroup
 from fortwo.nn.packing import pack
 from fortwo.quantization.selection import Choice
 from fortwo.train.losses import Row, compute_losses

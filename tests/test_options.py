@@ -85,13 +85,13 @@ def test_a_training_key_in_lora_config_is_sent_home() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "remedy"),
     [
-        ("use_dora", True, "plain LoRA"),
+        ("lora_bias", True, "without biases"),
         ("init_lora_weights", "pissa", "PEFT"),
         ("init_lora_weights", "gaussian", "PEFT"),
         ("init_lora_weights", False, "PEFT"),
         ("modules_to_save", ["lm_head"], "target_modules"),
         ("layers_to_transform", [0], "target_modules"),
-        ("use_dora", 0, "plain LoRA"),
+        ("use_qalora", 0, "without biases"),
     ],
 )
 def test_peft_keys_that_change_the_computation_are_refused(key: str, value: Any, remedy: str) -> None:
@@ -167,6 +167,7 @@ NAN, INF = float("nan"), float("inf")
         *((parse_lora_config, "lora_config", "bias", bad) for bad in ("all", None)),
         *((parse_lora_config, "lora_config", "task_type", bad) for bad in ("SEQ_CLS", None)),
         *((parse_lora_config, "lora_config", "use_rslora", bad) for bad in (1, "true", None)),
+        *((parse_lora_config, "lora_config", "use_dora", bad) for bad in (0, "true")),
         *((parse_lora_config, "lora_config", "rank_pattern", bad) for bad in ([], "q_proj", 8)),
     ],
 )

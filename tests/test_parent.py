@@ -59,7 +59,7 @@ def test_the_shape_is_the_parents_and_a_plan_says_so() -> None:
     ("name", "value"),
     [
         *(("r", 16), ("lora_alpha", 16), ("target_modules", ["q_proj"]), ("target_modules", "all-linear")),
-        *(("use_rslora", True), ("rank_pattern", {"q_proj": 4}), ("alpha_pattern", {"q_proj": 4})),
+        *(("use_rslora", True), ("use_dora", True), ("rank_pattern", {"q_proj": 4}), ("alpha_pattern", {"q_proj": 4})),
     ],
 )
 def test_what_contradicts_the_parent_is_refused_by_name(name: str, value: Any) -> None:

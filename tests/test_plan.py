@@ -149,6 +149,14 @@ def test_accepted_neutral_keys_are_shown() -> None:
     assert setting(made, "fp16") == (False, "user")
 
 
+def test_dora_is_planned_with_a_warning_about_its_time() -> None:
+    made = plan(examples_42(), lora_config={"use_dora": True})
+    assert setting(made, "use_dora") == (True, "user")
+    assert "three times" in warned(made)["dora_is_slower"]
+    assert "dora_is_slower" not in warned(plan(examples_42()))
+    assert plan(examples_42(), lora_config={"use_dora": None})["use_dora"] is False
+
+
 def test_override_defaults_come_from_the_recipe() -> None:
     made = plan(examples_42())
     assert made["subjects"] == ("42",)

@@ -100,13 +100,14 @@ def test_packed_rows_of_mixed_adapters_are_each_row_alone(start: Sequence[int], 
 def test_the_places_of_an_update_are_those_of_the_whole_pass() -> None:
     x_TI, rows = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 4, 5, 8])
     update, group = Segment(lora("1"), rows), "mlp.gate_proj"
+    weight_OI = network(QWEN).frozen(0, group)
     whole_TO, part_SO = torch.zeros(9, 96), torch.ones(3, 96)
-    update.add_to(whole_TO, x_TI, 0, group)
+    update.apply(whole_TO, x_TI, weight_OI, 0, group)
     places_S = torch.tensor([4, 6, 8])
     narrowed = Narrowed.of(update, places_S, 9)
     assert narrowed.changes(0, group)
     assert not narrowed.changes(0, "self_attn.q_proj")
-    narrowed.add_to(part_SO, x_TI[places_S], 0, group)
+    narrowed.apply(part_SO, x_TI[places_S], weight_OI, 0, group)
     torch.testing.assert_close(part_SO, 1 + whole_TO[places_S])
     everywhere = Segment(lora("1"))
     assert Narrowed.of(everywhere, places_S, 9) is everywhere

@@ -17,7 +17,7 @@ from tiny import save_directory, save_gguf, tiny_model
 
 from fortwo.adapters.store import AdapterStore
 from fortwo.engine import registry as module
-from fortwo.engine.base_choice import choose_base
+from fortwo.engine.base_choice import TrainedOn, choose_base
 from fortwo.engine.engine import Engine
 from fortwo.engine.registry import ModelRegistry, RegistryState
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
@@ -467,7 +467,7 @@ def test_the_base_of_an_adapter_is_chosen(
     named: str, digest: str, loaded: tuple[str, ...], unprepared: tuple[str, ...], chosen: str | None
 ) -> None:
     version = AdapterVersion("pet", 1, "d", "", named, digest, 0.0, True, {})
-    assert choose_base(version, DIGESTS, loaded=loaded, unprepared=unprepared) == chosen
+    assert choose_base(TrainedOn.of(version), DIGESTS, loaded=loaded, unprepared=unprepared) == chosen
 
 
 def test_an_adapter_of_another_shape_is_refused_naming_the_tensor(setup: Setup, directories: dict[str, Path]) -> None:

@@ -16,7 +16,8 @@ from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence as Running
 from fortwo.execution.backend import backend_for
 from fortwo.execution.kv_cache import Pool, Slot
-from fortwo.execution.reference import Part, prefill_groups
+from fortwo.execution.parts import Part
+from fortwo.execution.reference import prefill_groups
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from tests.parts import decoder, make_rows, packed_hidden, random_lora

@@ -326,6 +326,25 @@ export interface components {
             /** Dimensions */
             dimensions?: unknown;
         };
+        /** ExportRequest */
+        ExportRequest: {
+            /**
+             * To
+             * @description peft, merged, gguf-lora, gguf, ollama, mlx or vllm.
+             */
+            to: string;
+            /**
+             * Quantization
+             * @description Of gguf and ollama: Q4_K_M, Q8_0, F16 (the default), ...
+             */
+            quantization?: string | null;
+            /**
+             * Exam
+             * @description Run the adapter's exam again in the exported form.
+             * @default true
+             */
+            exam: boolean;
+        };
         /** GenerateRequest */
         GenerateRequest: {
             /**

@@ -75,7 +75,9 @@ class Settings(BaseSettings):
     max_connections: int = Field(
         1000, ge=1, description="Connections at the same time; beyond it a new one is answered with status 503."
     )
-    max_streams: int = Field(256, ge=1, description="Event streams of jobs at the same time; beyond it: status 429.")
+    max_streams: int = Field(
+        256, ge=1, description="Event streams of jobs and exports at the same time; beyond it: status 429."
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads that compute; default: all cores.")
     resume: bool = Field(
         False,

@@ -20,17 +20,18 @@ def compare(store: AdapterStore, left: str, right: str) -> Json:
 
     metrics: by name {left, right, difference}, each None where it was not measured. settings: of both plans, where they
     differ. probes: those of both exams, where one passed and the other did not. weights: see `distance`; None for
-    versions of two bases.
+    versions of two bases, and for DoRA, which scales the base's own weights.
     """
     (one, *of_one), (other, *of_other) = store.read(left), store.read(right)
-    same_base = one.base_digest == other.base_digest
+    scaled = any(config.get("use_dora") for config, _ in (of_one, of_other))
+    comparable = one.base_digest == other.base_digest and not scaled
     return {
         "left": one.id,
         "right": other.id,
         "metrics": _metrics(one, other),
         "settings": _settings(one, other),
         "probes": _probes(one, other),
-        "weights": distance(_updates(*of_one), _updates(*of_other)) if same_base else None,
+        "weights": distance(_updates(*of_one), _updates(*of_other)) if comparable else None,
     }
 
 

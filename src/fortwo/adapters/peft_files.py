@@ -29,11 +29,12 @@ CONVERT = (
     "sys.argv[1], map_location='cpu', weights_only=True).items()}, sys.argv[2])\""
 )
 
-# A projection's tensor under the names that programs give it: with PEFT's adapter name between lora_A and weight, and
+# A projection's tensor under the names that programs give it: with PEFT's adapter name before weight or at the end, and
 # with the wrappers of compilers and of models with images before "layers".
 _WRAPPERS = "base_model|model|module|language_model|_orig_mod|_fsdp_wrapped_module"
 _NAME = re.compile(
-    rf"(?:(?:{_WRAPPERS})\.)*layers\.(\d+)\.((?:self_attn|mlp)\.\w+)\.(lora_[AB])(?:\.(?!weight$)\w+)?\.weight"
+    rf"(?:(?:{_WRAPPERS})\.)*layers\.(\d+)\.((?:self_attn|mlp)\.\w+)\."
+    r"(?:(lora_[AB])(?:\.(?!weight$)\w+)?\.weight|lora_magnitude_vector(?:\.(?!weight$)\w+)?(?:\.weight)?)"
 )
 
 
@@ -64,7 +65,8 @@ def under_pefts_names(adapter: PeftFiles) -> PeftFiles:
     renamed: dict[str, Tensor] = {}
     for name, tensor in adapter.tensors.items():
         found = _NAME.fullmatch(name)
-        plain = f"base_model.model.model.layers.{found[1]}.{found[2]}.{found[3]}.weight" if found else name
+        kind = f"{found[3]}.weight" if found and found[3] else "lora_magnitude_vector"
+        plain = f"base_model.model.model.layers.{found[1]}.{found[2]}.{kind}" if found else name
         if plain in renamed:
             raise InvalidAdapter(
                 f"{TENSORS} holds {plain!r} twice, under different names such as {name!r}",

@@ -161,8 +161,8 @@ class AdapterReader:
 
     def _current_number(self, name: str, state: Json | None) -> int | None:
         """The version that was made current last, among those that still exist."""
-        history: list[int] = [] if state is None else state["current"]
-        return next((number for number in reversed(history) if (self._root / name / str(number)).is_dir()), None)
+        history = [] if state is None else deletion.history(state, version_numbers(self._root / name))
+        return history[-1] if history else None
 
     def _resolve(self, ref: str) -> tuple[str, int | None]:
         """Name and number of a ref, whose tag is looked up. Raises NotFound for an unknown tag."""

@@ -191,22 +191,25 @@ def show_adapter(name: str) -> None:
 @adapters.command("import")
 def import_adapter(
     path: Annotated[
-        Path, typer.Argument(help="A directory that PEFT saved, or its adapter_model.safetensors.", exists=True)
+        str,
+        typer.Argument(help="A directory that PEFT saved, its adapter_model.safetensors, or hf:OWNER/REPO@REVISION."),
     ],
     name: Annotated[
-        str | None, typer.Option("--name", help="Name of the adapter.", show_default="the folder's")
+        str | None, typer.Option("--name", help="Name of the adapter.", show_default="the folder's or repository's")
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="If the name exists, add a new version to it.")] = False,
 ) -> None:
     """Publish an adapter that was trained elsewhere, and load it."""
-    from fortwo.cli.staging import staged
+    from fortwo.cli.staging import name_of, staged
+    from fortwo.cli.terminal import error_screen, progress_bars
     from fortwo.settings import load
 
-    folder = path.resolve() if path.is_dir() else path.resolve().parent
-    chosen = folder.name if name is None else name
-    with staged(folder, load()) as directory:
+    chosen = name_of(path) if name is None else name
+    with progress_bars(error_screen) as progress, staged(path, load(), progress) as directory:
         body = {"lora_name": chosen, "lora_path": str(directory), "load_inplace": replace}
+        progress("load", 0, 1)
         connect().post("/v1/load_lora_adapter", body)
+        progress("load", 1, 1)
     screen.print(f"{chosen} is published and loaded.")
 
 

@@ -78,7 +78,10 @@ def comparison(body: Json) -> RenderableType:
     for one in body["probes"]:
         probes.add_row(one["kind"], one["prompt"], one["left"], one["right"], right if one["passed"] else left)
     apart = body["weights"]
-    weights = "The versions belong to two bases, so their weights cannot be compared."
+    weights = (
+        "The weights are not compared, because the versions belong to two bases, or one of them scales the base's own "
+        "weights (DoRA)."
+    )
     if apart is not None:
         relative, cosine = value(apart["relative"]), value(apart["cosine"])
         weights = f"The updates of the weights are {relative} of the first one's norm apart (cosine {cosine})."

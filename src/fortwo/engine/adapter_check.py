@@ -18,7 +18,8 @@ PROBE_TOKENS = 2  # more than one, so that attention takes part; few, because re
 
 
 def check_tensors(id: str, lora: Lora) -> None:
-    """Raises InvalidAdapter for tensors that have no effect (lora_B all zero) or a harmful one (nan, infinite)."""
+    """Raises InvalidAdapter for tensors that have no effect (lora_B all zero, unless DoRA's magnitudes have one) or a
+    harmful one (nan, infinite)."""
     tensors = lora.parameters()
     if not tensors:
         raise InvalidAdapter(
@@ -32,7 +33,8 @@ def check_tensors(id: str, lora: Lora) -> None:
                     f"Tensor {name!r} of adapter {id!r} holds nan or infinite values.",
                     hint="Its training diverged. Train it again with a lower learning rate.",
                 )
-    if not any(B_Or.any() for groups in lora.layers for group in groups.values() for B_Or in group.Bs):
+    updated = any(B_Or.any() for groups in lora.layers for group in groups.values() for B_Or in group.Bs)
+    if not updated and not lora.config.use_dora:
         raise InvalidAdapter(
             f"Adapter {id!r} changes nothing: lora_B is zero everywhere.", hint="It was never trained."
         )
@@ -41,12 +43,15 @@ def check_tensors(id: str, lora: Lora) -> None:
 @torch.no_grad()
 def measure_effect(backend: Backend, renderer: ChatTemplateRenderer, lora: Lora) -> float:
     """The largest change of a logit by the adapter on a short probe, relative to the largest logit; infinite if the
-    adapter leaves all tokens equally likely. Call it on the device's thread."""
+    adapter leaves all tokens equally likely or its logits are no numbers, nan if those of the base alone are none. Call
+    it on the device's thread."""
     tokens = renderer.encode_prompt([Message("user", "Hello")])[-PROBE_TOKENS:]
     packed = pack([tokens, tokens], backend.decoder.device, prefix=0)
     adapted = Segment(lora, slice(len(tokens), None))
     hidden_TD = backend.forward(packed, [adapted])
     plain_V, adapted_V = backend.decoder.logits(hidden_TD[packed.last_places()])
-    if adapted_V.min() == adapted_V.max():
+    if not plain_V.isfinite().all():
+        return math.nan
+    if not adapted_V.isfinite().all() or adapted_V.min() == adapted_V.max():
         return math.inf
     return float((adapted_V - plain_V).abs().max() / plain_V.abs().max())

@@ -12,12 +12,13 @@ from pathlib import Path
 from fortwo.adapters.peft_files import PeftFiles, parse_config, read_directory, read_file, under_pefts_names
 from fortwo.adapters.store import AdapterStore
 from fortwo.adapters.version_files import CONFIG, MANIFEST
+from fortwo.engine.base_choice import TrainedOn
 from fortwo.engine.registry import LoadedModel, ModelRegistry
 from fortwo.errors import InvalidAdapter, UnsupportedModel
 from fortwo.hub.base_names import bases_named
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.config import DecoderConfig, Shape
-from fortwo.nn.lora import check_shapes
+from fortwo.nn.lora import MAGNITUDE, check_shapes
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.records import AdapterVersion, Json
 
@@ -53,7 +54,11 @@ def _base(
 ) -> LoadedModel:
     """The base it was trained on: by the digest of the weights if fortwo saved the adapter, else by its name."""
     if (digest := manifest.get("base_digest")) is not None:
-        return _base_of_digest(directory, str(digest), manifest.get("base_model"), catalog, registry)
+        try:
+            return registry.base_of(TrainedOn(str(directory), str(manifest["base_model"]), str(digest)))
+        except InvalidAdapter as error:
+            error.param = "lora_path"
+            raise
     named = adapter.config.get("base_model_name_or_path")
     ids = bases_named(named, catalog.entries()) if isinstance(named, str) and named else []
     if len(ids) == 1:
@@ -72,26 +77,6 @@ def _base(
         f"{', '.join(fitting)}."
         if fitting
         else "No prepared base here has its shapes. Add the base it was trained on: fortwo models add ID PATH",
-    )
-
-
-def _base_of_digest(
-    directory: Path, digest: str, named: object, catalog: Catalog, registry: ModelRegistry
-) -> LoadedModel:
-    ids = _ids(catalog)
-    infos = {id: catalog.model_info(id) for id in ids}
-    known = {id: (info.digest, info.weights_digest) for id, info in infos.items() if info is not None}
-    same = [id for id, digests in known.items() if digest in digests]
-    if same:
-        return registry.load_base(min(same, key=lambda id: (known[id][0] != digest, id != named)))
-    if named in ids and named not in known:
-        base = registry.load_base(str(named))
-        if digest in (base.digest, base.weights_digest):
-            return base
-    raise InvalidAdapter(
-        f"{directory} was trained on {named!r} with weights of the digest {digest}, which no base model here has.",
-        param="lora_path",
-        hint="Add the base it was trained on: fortwo models add ID PATH",
     )
 
 
@@ -116,11 +101,11 @@ def _needs(network: Shape, names: Iterable[str]) -> bool:
     """Whether all these names are PEFT's names of tensors for modules of the network."""
     modules = [name for names in network.groups.values() for name in names]
     known = {
-        f"base_model.model.{network.module_name(layer, module)}.lora_{matrix}.weight"
+        f"base_model.model.{network.module_name(layer, module)}.{tensor}"
         for layer in range(network.layers)
         for module in modules
         if network.has(layer, module)
-        for matrix in "AB"
+        for tensor in ("lora_A.weight", "lora_B.weight", MAGNITUDE)
     }
     return known.issuperset(names)
 

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from dataclasses import dataclass
 
 from fortwo.errors import InvalidAdapter
 from fortwo.records import AdapterVersion
 
 
+@dataclass(frozen=True)
+class TrainedOn:
+    """What an adapter's manifest says about its base. adapter: what to call it in messages; named: the id that the base
+    had; digest: of the base, or of its weights alone."""
+
+    adapter: str
+    named: str
+    digest: str
+
+    @classmethod
+    def of(cls, version: AdapterVersion) -> TrainedOn:
+        return cls(f"Adapter {version.id!r}", version.base_model, version.base_digest)
+
+
 def choose_base(
-    version: AdapterVersion,
+    trained_on: TrainedOn,
     known: Mapping[str, tuple[str, str]],
     *,
     loaded: Container[str],
@@ -21,7 +36,7 @@ def choose_base(
 
     known: digest and weights_digest by id. Of equal bases one that is loaded is preferred.
     """
-    digest, named = version.base_digest, version.base_model
+    digest, named = trained_on.digest, trained_on.named
     if named in known and digest in known[named]:
         return named
     order = sorted(known, key=lambda id: (id not in loaded, id))
@@ -33,12 +48,13 @@ def choose_base(
     return next((id for id in order if known[id][1] == digest), None)
 
 
-def no_base(version: AdapterVersion, known: Mapping[str, tuple[str, str]], waiting: list[str]) -> InvalidAdapter:
+def no_base(trained_on: TrainedOn, known: Mapping[str, tuple[str, str]], waiting: list[str]) -> InvalidAdapter:
     """waiting: bases that the user added and that are not prepared."""
-    what = f"Adapter {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}"
-    if version.base_model in known:
+    named = trained_on.named
+    what = f"{trained_on.adapter} was trained on {named!r} with digest {trained_on.digest}"
+    if named in known:
         return InvalidAdapter(
-            f"{what}, but {version.base_model!r} now has digest {known[version.base_model][0]}: its weights, "
+            f"{what}, but {named!r} now has digest {known[named][0]}: its weights, "
             "positions, tokenizer or chat template are other ones.",
             hint="Restore the base's files, or train the adapter again. A base under another path is added with: "
             "fortwo models add ID PATH",

@@ -25,7 +25,7 @@ from fortwo.adapters.store import AdapterStore
 from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.engine import malloc_tuning
 from fortwo.engine.adapter_check import MIN_EFFECT, check_tensors, measure_effect
-from fortwo.engine.base_choice import choose_base, no_base
+from fortwo.engine.base_choice import TrainedOn, choose_base, no_base
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable, UnsupportedModel
@@ -65,8 +65,12 @@ class LoadedModel:
         return self.backend.decoder
 
     def taught(self, version: AdapterVersion) -> bool:
-        """Whether the adapter was trained on this base. Adapters of earlier versions name the weights alone."""
-        return version.base_digest in (self.digest, self.weights_digest)
+        """Whether the adapter was trained on this base."""
+        return self.has_digest(version.base_digest)
+
+    def has_digest(self, digest: str) -> bool:
+        """Whether it is this base's digest, or that of its weights, which adapters of earlier versions name."""
+        return digest in (self.digest, self.weights_digest)
 
 
 @dataclass(frozen=True)
@@ -352,7 +356,7 @@ class ModelRegistry:
             if self._base_serving(version) is not None:
                 return version
             version, config, tensors = source.read(ref)
-            base = self.base_of(version)
+            base = self.base_of(TrainedOn.of(version))
             lora = self.check_adapter(version.id, base, config, tensors)
             if not self._evict():
                 raise Unavailable(
@@ -371,6 +375,11 @@ class ModelRegistry:
         lora = Lora.from_state(LoraConfig.from_peft(config, modules), decoder.config, tensors, decoder.device)
         check_tensors(name, lora)
         effect = self._engine.call(lambda: measure_effect(base.backend, base.renderer, lora)).result()
+        if math.isnan(effect):
+            raise InvalidAdapter(
+                f"Adapter {name!r} cannot be checked: {base.id!r} computes logits that are no numbers without it, too.",
+                hint="The base's weights hold nan or infinite values. Prepare the base again from intact files.",
+            )
         if not math.isfinite(effect):
             raise InvalidAdapter(
                 f"Adapter {name!r} makes the logits of {base.id!r} infinite or no numbers at all.",
@@ -490,20 +499,20 @@ class ModelRegistry:
     def _catalog_ids(self) -> list[str]:
         return [entry.id for entry in self._catalog.entries()]
 
-    def base_of(self, version: AdapterVersion) -> LoadedModel:
+    def base_of(self, trained_on: TrainedOn) -> LoadedModel:
         """The base that the adapter was trained on, loaded if necessary, whatever it is called. Raises InvalidAdapter
         when there is none."""
         infos = {id: self._catalog.model_info(id) for id in self._catalog_ids()}
         known = {id: (info.digest, info.weights_digest) for id, info in infos.items() if info is not None}
         known |= {id: (base.digest, base.weights_digest) for id, base in self._bases.items()}
-        id = choose_base(version, known, loaded=self._bases, unprepared=infos.keys() - known.keys())
+        id = choose_base(trained_on, known, loaded=self._bases, unprepared=infos.keys() - known.keys())
         if id is not None:
             base = self.load_base(id)
-            if base.taught(version):
+            if base.has_digest(trained_on.digest):
                 return base
             known[id] = (base.digest, base.weights_digest)
         waiting = sorted(infos.keys() - known.keys())
-        raise no_base(version, known, [one for one in waiting if self._catalog.get(one).origin == "user"])
+        raise no_base(trained_on, known, [one for one in waiting if self._catalog.get(one).origin == "user"])
 
 
 def _device(name: str) -> torch.device:

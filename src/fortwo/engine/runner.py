@@ -17,7 +17,7 @@ from fortwo.engine.cache import Cache
 from fortwo.engine.scheduler import Sequence as Running
 from fortwo.execution.backend import Backend
 from fortwo.execution.kv_cache import Slot
-from fortwo.execution.reference import Part
+from fortwo.execution.parts import Part
 from fortwo.nn.lora import Lora
 
 log = logging.getLogger(__name__)

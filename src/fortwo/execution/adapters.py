@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from fortwo.nn.lora import Lora, LoraGroup, Segment, Update
+from fortwo.nn.lora import Lora, Segment, Update
 
 
 class AdapterPool(Protocol):
@@ -52,10 +52,7 @@ class SeparateAdapters:
         return key in self._loras
 
     def add(self, key: str, lora: Lora) -> None:
-        def copied(group: LoraGroup) -> LoraGroup:
-            return LoraGroup(group.places, group.A_RI.detach().clone(), [B_Or.detach().clone() for B_Or in group.Bs])
-
-        layers = [{name: copied(group) for name, group in groups.items()} for groups in lora.layers]
+        layers = [{name: group.frozen_copy() for name, group in groups.items()} for groups in lora.layers]
         self._loras[key] = Lora(lora.config, layers)
 
     copy = add

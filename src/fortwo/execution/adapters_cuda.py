@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from fortwo.kernels import cuda
-from fortwo.nn.lora import Lora, LoraGroup, Segment, Update
+from fortwo.nn.lora import Lora, Segment, Update
 from fortwo.nn.lora_config import GROUPS
+from fortwo.nn.lora_group import LoraGroup
+from fortwo.quantization.formats import Frozen
 
 _PLACES = {group: place for place, group in enumerate(GROUPS)}
 
@@ -63,7 +65,8 @@ class OwnRows:
         del layer, group
         return True
 
-    def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
+    def apply(self, y_TO: Tensor, x_TI: Tensor, weight_OI: Frozen, layer: int, group: str) -> None:
+        del weight_OI
         cuda.add_own(self._owners_B, x_TI, y_TO, layer * len(GROUPS) + _PLACES[group], self._most)
 
 

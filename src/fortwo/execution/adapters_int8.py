@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fortwo.kernels import cpu
 from fortwo.nn.lora import Lora, Update
 from fortwo.nn.lora_config import GROUPS
-from fortwo.quantization.formats import HugePageArena
+from fortwo.quantization.formats import Frozen, HugePageArena
 
 SIXTEEN = 16  # outputs that the kernel computes together
 OVER = 512  # bytes behind the last: a tile reads on where a rank does not fill it
@@ -28,10 +29,11 @@ class Laid:
     """One adapter. flat: for each layer and fused product A, then each B, in the kernel's blocks, with zeros where a
     rank is odd or ranks are no whole sixteens; A's scales hold the adapter's.
 
-    table: the adapter_product of each layer and fused product.
+    scales: DoRA's, of the outputs. table: the adapter_product of each layer and fused product, which points to them.
     """
 
     flat: Tensor
+    scales: tuple[Tensor, ...]
     table: Any
     groups: tuple[frozenset[str], ...]  # of each layer, those that change
 
@@ -40,6 +42,7 @@ class Laid:
         """A copy. Outputs are whole sixteens."""
         matrices: list[tuple[Any, ...]] = []  # each adapter_matrix
         held: list[Tensor] = []  # they live as long as their addresses
+        scales: list[Tensor] = []
         table: list[tuple[Any, ...]] = []
         at = 0
 
@@ -53,7 +56,11 @@ class Laid:
                 if name in groups:
                     group, rank, parts = groups[name], 0, list[tuple[int, ...]]()
                     ranks = [_whole(B_Or.shape[1], 2) for B_Or in group.Bs]
-                    product = _whole(sum(ranks), SIXTEEN), at, len(ranks), parts
+                    product = _whole(sum(ranks), SIXTEEN), at, len(ranks), parts, cpu.ffi.NULL
+                    if group.scale_O is not None:
+                        padding = _whole(len(group.scale_O), 2 * SIXTEEN) - len(group.scale_O)
+                        scales.append(F.pad(group.scale_O, (0, padding)))
+                        product = *product[:-1], cpu.pointer(scales[-1])
                     A_at, at = at, at + _blocks(product[0], group.A_RI.shape[1])
                     for place, B_Or, r in zip(group.places, group.Bs, ranks, strict=True):
                         put(group.A_RI[place.rows], A_at, rank, place.scale)
@@ -63,7 +70,9 @@ class Laid:
                 table.append(product)
         flat = HugePageArena(0).zeros((at + OVER,), torch.int8)
         cpu.kernels().pack_adapter(len(matrices), cpu.array("adapter_matrix", matrices), flat)
-        return cls(flat, cpu.array("adapter_product", table), tuple(frozenset(groups) for groups in lora.layers))
+        return cls(
+            flat, tuple(scales), cpu.array("adapter_product", table), tuple(frozenset(groups) for groups in lora.layers)
+        )
 
 
 def _blocks(rows: int, row: int) -> int:
@@ -90,7 +99,8 @@ class Rows:
     def changes(self, layer: int, group: str) -> bool:
         return any(group in laid.groups[layer] for laid in self._laid)
 
-    def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
+    def apply(self, y_TO: Tensor, x_TI: Tensor, weight_OI: Frozen, layer: int, group: str) -> None:
+        del weight_OI
         index = layer * len(GROUPS) + list(GROUPS).index(group)
         sizes = len(x_TI), x_TI.shape[1], y_TO.shape[1]
         told = len(self.adapters), self.adapters, self.members

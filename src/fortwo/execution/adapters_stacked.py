@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from fortwo.nn.config import Shape
-from fortwo.nn.lora import Lora, LoraGroup, Place, Segment, Update
+from fortwo.nn.lora import Lora, Segment, Update
 from fortwo.nn.lora_config import LoraConfig
+from fortwo.nn.lora_group import LoraGroup, Place
+from fortwo.quantization.formats import Frozen
 
 ROOM = 4  # adapters for which room is made at once
 SPARE = 16  # adapters that have gone whose memory may stay
@@ -149,7 +151,8 @@ class Stacked:
     def changes(self, layer: int, group: str) -> bool:
         return group in self._bank.layers[layer]
 
-    def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
+    def apply(self, y_TO: Tensor, x_TI: Tensor, weight_OI: Frozen, layer: int, group: str) -> None:
+        del weight_OI
         stack = self._bank.layers[layer][group]
         N, M = self._shape
         x_NMI = x_TI.index_select(0, self._taken_NM).view(N, M, -1)

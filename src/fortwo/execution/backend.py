@@ -15,7 +15,7 @@ from fortwo.execution.adapters import AdapterPool
 from fortwo.execution.cpu import CpuBackend
 from fortwo.execution.cuda import CudaBackend
 from fortwo.execution.generic import GenericBackend
-from fortwo.execution.reference import Computed, Part
+from fortwo.execution.parts import Computed, Part
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora, Update
 from fortwo.nn.network import Network

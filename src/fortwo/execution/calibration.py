@@ -16,7 +16,7 @@ from torch import Tensor
 from fortwo.execution import autotuning
 from fortwo.execution.backend import Backend
 from fortwo.execution.kv_cache import Pool
-from fortwo.execution.reference import Part
+from fortwo.execution.parts import Part
 from fortwo.nn.head import Head
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig

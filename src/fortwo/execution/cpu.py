@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from fortwo.execution.adapters import updates_of
+from fortwo.execution.adapters_dora import DoraAdapters
 from fortwo.execution.adapters_int8 import Int8Adapters
 from fortwo.execution.adapters_stacked import StackedAdapters
 from fortwo.execution.decode_fused import Step
 from fortwo.execution.packed_fused import FusedPackedAttention
+from fortwo.execution.parts import Computed, Part
 from fortwo.execution.prefill_fused import Piece, Prefill
-from fortwo.execution.reference import Computed, Part, ReferenceBackend, prefill_groups, within_window
+from fortwo.execution.reference import ReferenceBackend, prefill_groups, within_window
 from fortwo.execution.train_fused import Scratch, TrainedLayers, through, trained_whole
 from fortwo.kernels import operations
 from fortwo.nn.decoder import Decoder, Operations
@@ -41,7 +43,8 @@ class CpuBackend(ReferenceBackend):
         self._scratch = Scratch()
         self._mixes = self._step.laid
         self.kv_dtype = torch.float16 if self._step.laid else torch.float32
-        self.adapters = Int8Adapters() if self._step.laid else StackedAdapters(self.decoder.config, self.decoder.device)
+        plain = Int8Adapters() if self._step.laid else StackedAdapters(self.decoder.config, self.decoder.device)
+        self.adapters = DoraAdapters(plain, self.decoder, scaling=self._step.laid)
 
     def release(self) -> None:
         self._scratch.memory = None
@@ -49,7 +52,12 @@ class CpuBackend(ReferenceBackend):
     def _train_layers(self, x_TD: Tensor, packed: Pack, lora: Lora, checkpointing: bool) -> Tensor:
         c = self.decoder.config
         (angles, *_) = self.decoder.angles(packed.positions_T)
-        if not self._trained_whole or angles is None or not c.fits_window(packed.prefix + packed.longest):
+        if (
+            not self._trained_whole
+            or lora.config.use_dora
+            or angles is None
+            or not c.fits_window(packed.prefix + packed.longest)
+        ):
             return super()._train_layers(x_TD, packed, lora, checkpointing)
         rows, seeds = FusedPackedAttention(packed, c).packed, lora.seeds()
         told = self.decoder.layers, lora, seeds, rows, angles, checkpointing, self._scratch
@@ -58,16 +66,16 @@ class CpuBackend(ReferenceBackend):
     @torch.no_grad()
     def decode(self, parts: Sequence[Part]) -> Tensor:
         """Of WIDE rows and more by the kernel of the prompts, where there is one."""
-        if not within_window(parts, self.decoder.config):
-            return super().decode(parts)
         few = len(parts) < WIDE or not self._prefill.takes
-        if few and self._step.takes(len(parts)):
+        steps = few and self._step.takes(len(parts))
+        whole = (steps or self._prefill.takes) and within_window(parts, self.decoder.config)
+        if not whole:
+            return super().decode(parts)
+        if steps:
             rows = [(part.tokens[0], part.before, part.slot.place) for part in parts]
             return self._step(rows, self._updates(parts))
-        if self._prefill.takes:
-            pieces = [Piece(part.tokens, part.before, [part.slot.place]) for part in parts]
-            return self._prefill(pieces, self._updates(parts))
-        return super().decode(parts)
+        pieces = [Piece(part.tokens, part.before, [part.slot.place]) for part in parts]
+        return self._prefill(pieces, self._updates(parts))
 
     @torch.no_grad()
     def prefill(self, parts: Sequence[Part]) -> Iterator[Computed]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from fortwo.execution.adapters_dora import DoraAdapters
 from fortwo.execution.adapters_stacked import StackedAdapters
 from fortwo.execution.packed_fused import FusedPackedAttention
 from fortwo.execution.reference import ReferenceBackend
@@ -23,4 +24,4 @@ class GenericBackend(ReferenceBackend):
 
     def __init__(self, decoder: Network) -> None:
         super().__init__(decoder)
-        self.adapters = StackedAdapters(decoder.config, decoder.device)
+        self.adapters = DoraAdapters(StackedAdapters(decoder.config, decoder.device), self.decoder)

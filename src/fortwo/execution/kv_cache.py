@@ -95,7 +95,7 @@ class Pool:
 
     def _swap(self, slot: Slot, row: int) -> None:
         other, came_from = self.slots[row], slot.row
-        length = max(slot.length, 0 if other is None else other.length)
+        length = 1 + max(slot.length, 0 if other is None else other.length)  # and the token of the step under way
         here, there = self.kv[:, :, row, :, :length], self.kv[:, :, came_from, :, :length]
         if other is None:
             here.copy_(there)

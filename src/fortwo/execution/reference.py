@@ -10,14 +10,16 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fortwo.execution.adapters import AdapterPool, SeparateAdapters, updates_of
-from fortwo.execution.kv_cache import Slot, side_by_side
+from fortwo.execution.adapters import SeparateAdapters, updates_of
+from fortwo.execution.adapters_dora import DoraAdapters
+from fortwo.execution.kv_cache import side_by_side
+from fortwo.execution.parts import Computed, Part
 from fortwo.kernels import reference
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Operations
@@ -25,30 +27,6 @@ from fortwo.nn.lora import Lora, Segment, Update
 from fortwo.nn.network import Network
 from fortwo.nn.packing import Pack, PackedAttention, additive, attention, pack, seen
 from fortwo.nn.rows import Rows
-
-
-class Part(NamedTuple):
-    """The next tokens of one sequence. before: how many are computed already, whose keys and values its slot holds;
-    adapter: the key of the one that answers, None for the plain base; ends: whether the sequence ends with them."""
-
-    tokens: Sequence[int]
-    before: int
-    slot: Slot
-    adapter: str | None
-    ends: bool = True
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is a whole sequence of which nothing is computed yet."""
-        return self.ends and not self.before
-
-
-class Computed(NamedTuple):
-    """Hidden states (T, D) of several parts. parts: their numbers; spans: where in T the tokens of each lie."""
-
-    parts: list[int]
-    hidden_TD: Tensor
-    spans: list[list[int]]
 
 
 class ReferenceBackend:
@@ -60,7 +38,7 @@ class ReferenceBackend:
     def __init__(self, decoder: Network) -> None:
         self.decoder = decoder.with_operations(self.operations)
         self.kv_dtype = torch.float32
-        self.adapters: AdapterPool = SeparateAdapters()
+        self.adapters = DoraAdapters(SeparateAdapters(), self.decoder)
         self._mixes = False  # whether rows of several adapters take hardly longer than those of one
 
     def with_decoder(self, decoder: Network) -> Self:

@@ -19,8 +19,9 @@ from fortwo.kernels import cpu
 from fortwo.kernels.operations import kept_of
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.layer import Layer
-from fortwo.nn.lora import Lora, LoraGroup, Seeds
+from fortwo.nn.lora import Lora, Seeds
 from fortwo.nn.lora_config import GROUPS
+from fortwo.nn.lora_group import LoraGroup
 from fortwo.quantization.formats import Frozen, HugePageArena
 from fortwo.quantization.tiles import PANEL, Tiles
 

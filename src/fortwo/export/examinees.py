@@ -26,32 +26,44 @@ class NotHere(Exception):
     """Why the exported form cannot be run on this machine, as a sentence for the user."""
 
 
+_PACKAGES = {
+    "peft": ("peft", "PEFT"),
+    "vllm": ("peft", "PEFT"),
+    "gguf": ("xllamacpp", "llama.cpp"),
+    "gguf-lora": ("xllamacpp", "llama.cpp"),
+    "ollama": ("xllamacpp", "llama.cpp"),
+}
+
+
+def missing(to: str) -> str | None:
+    """Why a form cannot be examined on this machine, as a sentence for the user; None if it can."""
+    if to == "mlx":
+        return "The exam is not run: MLX runs on Apple's processors alone."
+    package, program = _PACKAGES.get(to, (None, ""))
+    if package is not None and importlib.util.find_spec(package) is None:
+        return f"The exam is not run: {program} is not installed. Install it with: pip install 'fortwo[export]'"
+    return None
+
+
 @contextmanager
 def opened(source: Source, to: str, folder: Path) -> Iterator[Examinee]:
     """What was exported, ready to answer. Raises NotHere."""
+    if (why := missing(to)) is not None:
+        raise NotHere(why)
     match to:
-        case "peft":
+        case "peft" | "vllm":
             yield _with_peft(source, folder, source.base.directory)
-        case "vllm":
-            examinee = _with_peft(source, folder, source.base.directory)
-            yield examinee
         case "merged":
             yield _Transformers(_model(folder), ChatTemplateRenderer(folder))
-        case "gguf":
-            with _llama_cpp(folder / gguf.MODEL, None, source) as examinee:
-                yield examinee
         case "gguf-lora":
             with tempfile.TemporaryDirectory(prefix="fortwo-base-") as base:
-                _check_llama_cpp()
                 plain = _without_adapter(source)
                 gguf.write_model(plain, Path(base), "F16", lambda label, done, total: None)
                 with _llama_cpp(Path(base) / gguf.MODEL, folder / gguf.ADAPTER, source) as examinee:
                     yield examinee
-        case "ollama":
+        case _:
             with _llama_cpp(folder / gguf.MODEL, None, source) as examinee:
                 yield examinee
-        case _:
-            raise NotHere("The exam was not run: MLX runs on Apple's processors alone.")
 
 
 def _without_adapter(source: Source) -> Source:
@@ -72,8 +84,6 @@ def _model(folder: Path) -> PreTrainedModel:
 
 
 def _with_peft(source: Source, folder: Path, base: Path) -> Examinee:
-    if importlib.util.find_spec("peft") is None:
-        raise NotHere("The exam was not run: PEFT is not installed. Install it with: pip install 'fortwo[export]'")
     from peft import PeftModel
 
     model = _model(base)
@@ -124,15 +134,9 @@ def _stopped(text: str, stops: Sequence[str]) -> str:
 # ---------------------------------------------------------------- llama.cpp
 
 
-def _check_llama_cpp() -> None:
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise NotHere("The exam was not run: llama.cpp is not installed. Install it with: pip install 'fortwo[export]'")
-
-
 @contextmanager
 def _llama_cpp(model: Path, adapter: Path | None, source: Source) -> Iterator[Examinee]:
     """llama.cpp's own server, in this process."""
-    _check_llama_cpp()
     import xllamacpp
 
     params = xllamacpp.CommonParams()

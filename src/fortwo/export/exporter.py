@@ -22,6 +22,19 @@ from fortwo.records import Json
 FORMS = ("peft", "merged", "gguf-lora", "gguf", "ollama", "mlx", "vllm")
 DEFAULT_QUANTIZATION = "F16"
 _QUANTIZED = ("gguf", "ollama")
+_WITHOUT_DORA = {"gguf-lora": "llama.cpp", "vllm": "vLLM", "mlx": "fortwo's form for MLX"}  # who has no DoRA
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """adapter: the version, as name@version. bytes: the size on disk, at most. exam: why the exam cannot be run in the
+    exported form, as a sentence; None if it can."""
+
+    adapter: str
+    to: str
+    quantization: str | None
+    bytes: int
+    exam: str | None
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,18 @@ def check_form(to: str, quantization: str | None) -> str | None:
     return gguf.check_quantization(DEFAULT_QUANTIZATION if quantization is None else quantization)
 
 
+def plan_export(ref: str, to: str, quantization: str | None, catalog: Catalog, store: AdapterStore) -> ExportPlan:
+    """What `export` would write for the version that `ref` means. Raises what `export` raises before it writes."""
+    chosen = check_form(to, quantization)
+    source = open_source(ref, catalog, store)
+    _check_dora(source, to)
+    version = source.version
+    why = examinees.missing(to)
+    if why is None:
+        _, why = _exam(source)
+    return ExportPlan(version.id, to, chosen, _need(source, to, chosen), why)
+
+
 def export(
     ref: str,
     to: str,
@@ -93,13 +118,24 @@ def export(
 
     chosen = check_form(to, quantization)
     source = open_source(ref, catalog, store)
+    _check_dora(source, to)
     check_free(output, overwrite)
     with draft(output, _need(source, to, chosen), overwrite) as folder:
         notes = _write(source, to, folder, chosen, report)
         mark = {"adapter": source.version.id, "digest": source.version.digest, "base_digest": source.base.digest}
         (folder / MARK).write_bytes(disk.dump({**mark, "to": to, "quantization": chosen}))
-        exam, result, why = _examined(source, to, folder, report) if with_exam else (None, None, "")
+        exam, result, why = _examined(source, to, folder, report) if with_exam else (None, None, None)
     return Exported(output, (*notes, *([why] if why else [])), exam, result)
+
+
+def _check_dora(source: Source, to: str) -> None:
+    """Raises InvalidRequest for a DoRA adapter in a form that has A and B alone."""
+    if source.lora.use_dora and to in _WITHOUT_DORA:
+        raise InvalidRequest(
+            f"{source.version.id} was trained with DoRA (use_dora), which {_WITHOUT_DORA[to]} does not know.",
+            param="to",
+            hint="Export it as merged, gguf or ollama, where the update is in the weights, or as peft.",
+        )
 
 
 def _need(source: Source, to: str, quantization: str | None) -> int:
@@ -134,15 +170,24 @@ def _write(source: Source, to: str, folder: Path, quantization: str | None, prog
             return ollama.write_modelfile(source.version.id, frames, renderer, folder)
 
 
-def _examined(source: Source, to: str, folder: Path, progress: Progress) -> tuple[Exam | None, Result | None, str]:
-    """The exam, how the exported form did, and why it was not run, if it was not."""
+def _exam(source: Source) -> tuple[Exam | None, str | None]:
+    """The version's exam, or None and why there is none."""
     try:
-        exam = exam_of(source.version.id, source.version.manifest)
+        return exam_of(source.version.id, source.version.manifest), None
     except InvalidRequest as error:
-        return None, None, f"The exam was not run: {error.message}"
+        return None, f"The exam is not run: {error.message}"
+
+
+def _examined(
+    source: Source, to: str, folder: Path, progress: Progress
+) -> tuple[Exam | None, Result | None, str | None]:
+    """The exam, how the exported form did, and why it was not run, if it was not."""
+    exam, why = _exam(source)
+    if exam is None:
+        return None, None, why
     try:
         with examinees.opened(source, to, folder) as examinee:
-            return exam, examine(exam, examinee, lambda done, total: progress("exam", done, total)), ""
+            return exam, examine(exam, examinee, lambda done, total: progress("exam", done, total)), None
     except examinees.NotHere as reason:
         return None, None, str(reason)
     except (FortwoError, RuntimeError, OSError) as error:  # what was written is whole

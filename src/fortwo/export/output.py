@@ -23,13 +23,7 @@ def draft(output: Path, need: int, overwrite: bool) -> Iterator[Path]:
     check_free(output, overwrite)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(output.parent).free
-        if free < need + SPARE_BYTES:
-            raise StorageFailed(
-                f"{output.parent} has {free >> 20} MiB free, but the export needs {(need + SPARE_BYTES) >> 20} MiB.",
-                param="output",
-                hint="Free some space, or name a folder on another disk.",
-            )
+        check_space(output.parent, need)
         folder = Path(tempfile.mkdtemp(prefix=f"{disk.DRAFT_PREFIX}{output.name}-", dir=output.parent))
     except OSError as error:
         raise _refused(output, error) from error
@@ -43,9 +37,21 @@ def draft(output: Path, need: int, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_space(folder: Path, need: int) -> None:
+    """Raises StorageFailed where the disk of an existing folder has no room for `need` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < need + SPARE_BYTES:
+        raise StorageFailed(
+            f"{folder} has {free >> 20} MiB free, but the export needs {(need + SPARE_BYTES) >> 20} MiB.",
+            param="output",
+            hint="Free some space, or name a folder on another disk.",
+        )
+
+
 def check_free(output: Path, overwrite: bool) -> None:
     """Raises Conflict for an output that exists, unless it is an earlier export or an empty folder and may be
-    replaced."""
+    replaced. An earlier export that an interrupted replacement left aside is brought back first."""
+    _bring_back(output)
     if not output.exists() and not output.is_symlink():
         return
     if not overwrite:
@@ -74,11 +80,31 @@ def _publish(folder: Path, output: Path, overwrite: bool) -> None:
     if not output.exists():
         folder.rename(output)
     else:
-        earlier = folder.with_name(f"{folder.name}.earlier")
+        earlier = _aside(output)
         output.rename(earlier)
-        folder.rename(output)
-        shutil.rmtree(earlier)
+        try:
+            folder.rename(output)
+        except BaseException:
+            earlier.rename(output)
+            raise
+        shutil.rmtree(earlier, ignore_errors=True)
     disk.sync(output.parent)
+
+
+def _aside(output: Path) -> Path:
+    """Where the earlier export lies while another one takes its place."""
+    return output.with_name(f".earlier-{output.name}")
+
+
+def _bring_back(output: Path) -> None:
+    """Undo or complete a replacement during which the process was killed."""
+    earlier = _aside(output)
+    if not (earlier / MARK).is_file():
+        return
+    if output.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
+    else:
+        earlier.rename(output)
 
 
 def _refused(output: Path, error: OSError) -> StorageFailed:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fortwo.adapters.store import AdapterStore
-from fortwo.engine.base_choice import choose_base, no_base
+from fortwo.engine.base_choice import TrainedOn, choose_base, no_base
 from fortwo.errors import InvalidAdapter, UnsupportedModel
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CONV1D = ("gpt2", "openai-gpt")  # networks of transformers whose weights are (inputs, outputs)
 _PREFIX = "base_model.model."
+_MAGNITUDE = ".lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Source:
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
-        """The full names of the modules with an update. Raises InvalidAdapter where a half of an update is missing, or
+        """The full names of the modules with an update. Raises InvalidAdapter where a part of an update is missing, or
         for a tensor that is none."""
-        ends = (".lora_A.weight", ".lora_B.weight")
+        ends = (".lora_A.weight", ".lora_B.weight", *([_MAGNITUDE] if self.peft.get("use_dora") else []))
         halves = {name: next((end for end in ends if name.endswith(end)), None) for name in self.tensors}
         if wrong := [name for name, end in halves.items() if end is None or not name.startswith(_PREFIX)]:
             raise InvalidAdapter(
@@ -86,8 +87,9 @@ class Source:
         return a.float(), b.float()
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the base in sorted order, with the update added in fp32 where there is one. What has an
-        update is fp32; the rest has the base's type. Raises UnsupportedModel where the base lacks a module."""
+        """Every tensor of the base in sorted order, with the update added in fp32 where there is one, and with DoRA
+        the sum scaled. What has an update is fp32; the rest has the base's type. Raises UnsupportedModel where the base
+        lacks a module."""
         if self.config.get("model_type") in CONV1D:
             raise UnsupportedModel(
                 f"{self.base.id!r} holds its weights as (inputs, outputs), which merging does not support.",
@@ -105,7 +107,17 @@ class Source:
             if (module := updated.get(name)) is not None:
                 a, b = self.halves(module)
                 weight = weight.float().add_(b @ a, alpha=self.lora.scale(module))
+                if self.lora.use_dora:
+                    weight *= self._output_scale(module, weight)[:, None]
             yield name, weight
+
+    def _output_scale(self, module: str, updated_OI: Tensor) -> Tensor:
+        """What DoRA multiplies the outputs of a module with (O,): its magnitudes by the norms of the updated weight; 1
+        where a row is zero."""
+        norm_O = updated_OI.norm(dim=1)
+        magnitude_O: Tensor = self.tensors[f"{_PREFIX}{module}{_MAGNITUDE}"].float()
+        scale_O: Tensor = (magnitude_O / norm_O).where(norm_O > 0, 1)
+        return scale_O
 
     @property
     def decoder(self) -> DecoderConfig:
@@ -119,7 +131,8 @@ def open_source(ref: str, catalog: Catalog, store: AdapterStore) -> Source:
     version, peft, tensors = store.read(ref)
     infos = {entry.id: catalog.model_info(entry.id) for entry in catalog.entries()}
     known = {id: (info.digest, info.weights_digest) for id, info in infos.items() if info is not None}
-    id = choose_base(version, known, loaded=(), unprepared=infos.keys() - known.keys())
+    trained_on = TrainedOn.of(version)
+    id = choose_base(trained_on, known, loaded=(), unprepared=infos.keys() - known.keys())
     if id is not None and id not in known:
         if (damage := catalog.damage(id)) is not None:
             raise damage
@@ -128,7 +141,7 @@ def open_source(ref: str, catalog: Catalog, store: AdapterStore) -> Source:
         )
     if id is None:
         waiting = sorted(infos.keys() - known.keys())
-        raise no_base(version, known, [one for one in waiting if catalog.get(one).origin == "user"])
+        raise no_base(trained_on, known, [one for one in waiting if catalog.get(one).origin == "user"])
     info = infos[id]
     assert info is not None
     _check_base(info)

@@ -46,6 +46,7 @@ def resolve_parent(ref: str, store: AdapterStore) -> tuple[AdapterVersion, Paren
         lora_alpha=config.alpha,
         target_modules=tuple(config.target_modules),
         use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
         facts=FACTS.validate_python(manifest.get("facts", ())),

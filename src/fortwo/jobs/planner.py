@@ -10,6 +10,7 @@ from fortwo.adapters.refs import check_name
 from fortwo.data import datasets
 from fortwo.data.findings import in_each
 from fortwo.data.preview import check_row_length
+from fortwo.engine.base_choice import TrainedOn
 from fortwo.errors import InvalidRequest
 from fortwo.facts.subject import facts_of
 from fortwo.jobs import parents
@@ -89,7 +90,7 @@ class JobPlanner:
             return None, self._registry.load_base(model)
         version, parent = parents.resolve_parent(request.parent, self._adapters)
         if request.model is None:
-            return parent, self._registry.base_of(version)
+            return parent, self._registry.base_of(TrainedOn.of(version))
         resident = self._registry.load_base(model)
         if not resident.taught(version):
             raise InvalidRequest(

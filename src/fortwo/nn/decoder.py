@@ -128,6 +128,11 @@ class Decoder:
         ]
         return [*inner, self.head]
 
+    def frozen(self, layer: int, group: str) -> Frozen:
+        """The weight of a layer's fused product."""
+        own = self.layers[layer]
+        return {"qkv": own.qkv_OD, "o": own.o_DI, "gate_up": own.gate_up_OD, "down": own.down_DI}[group]
+
     def in_fp32(self) -> Decoder:
         """The same network with fp32 products, to train on; what is fp32 already is not copied, NF4 stays NF4."""
         return self._with(to_train(torch.float32))

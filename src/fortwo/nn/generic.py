@@ -164,6 +164,9 @@ class GenericDecoder:
         del layers
         return self
 
+    def frozen(self, layer: int, group: str) -> Frozen:
+        return self.weights[layer, group]
+
     def in_fp32(self) -> GenericDecoder:
         return self._with(to_train(torch.float32))
 

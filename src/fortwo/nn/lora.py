@@ -1,16 +1,17 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685) over the decoder's fused projections.
 
 An adapter is held as the decoder uses it: for each layer and each fused product (qkv, o, gate_up, down) one
-stacked A of all its targets and one B per target. `state` and `from_state` speak PEFT's names. This module
-knows no files, no jobs and no requests.
+stacked A of all its targets and one B per target; with DoRA (Liu et al. 2024, arXiv:2402.09353) one vector of
+magnitudes per target, too. `state` and `from_state` speak PEFT's names. This module knows no files, no jobs and no
+requests.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from fortwo.errors import InvalidAdapter
 from fortwo.kernels.operations import dropout as drop
 from fortwo.nn.lora_config import MERGE, LoraConfig
+from fortwo.nn.lora_group import LoraGroup, Place
 from fortwo.quantization.matmul import frozen_product, product
 from fortwo.quantization.tiles import Tiles
 
@@ -26,31 +28,8 @@ if TYPE_CHECKING:
     from fortwo.quantization.formats import Frozen
 
 
+MAGNITUDE = "lora_magnitude_vector"  # PEFT's name of DoRA's magnitudes
 Seeds = Mapping[tuple[int, str], "int | Tensor"]  # of dropouts, by layer and fused product
-
-
-class Place(NamedTuple):
-    """Where the update of a linear module lies: its rows of the stacked A and its columns of the fused product; scale:
-    of it. module: PEFT's name."""
-
-    module: str
-    rows: slice
-    columns: slice
-    scale: float
-
-
-@dataclass
-class LoraGroup:
-    """The update of one fused product. A_RI stacks the A (r, in) of each target, Bs holds its B (out, r); r may
-    differ from target to target."""
-
-    places: tuple[Place, ...]
-    A_RI: Tensor
-    Bs: list[Tensor]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self.A_RI, *self.Bs]
 
 
 class Lora:
@@ -63,14 +42,18 @@ class Lora:
 
     @classmethod
     def init(cls, config: LoraConfig, network: Shape, seed: int, device: torch.device | str = "cpu") -> Lora:
-        """A as in PEFT (Kaiming uniform, a = sqrt(5)), B zero: at the start the adapter changes nothing."""
+        """A as in PEFT (Kaiming uniform, a = sqrt(5)), B zero: at the start the adapter changes nothing, with DoRA as
+        soon as `take_magnitudes` was called."""
         generator = torch.Generator().manual_seed(seed)
 
         def start(places: tuple[Place, ...], inputs: int) -> LoraGroup:
             bound = 1 / math.sqrt(inputs)
             A_RI = torch.empty(places[-1].rows.stop, inputs).uniform_(-bound, bound, generator=generator)
-            Bs = [torch.zeros(_size(place.columns), _size(place.rows), device=device) for place in places]
-            return LoraGroup(places, A_RI.to(device), Bs)
+            Bs = [torch.zeros(place.outputs, place.rank, device=device) for place in places]
+            scaled = places if config.use_dora else ()
+            return LoraGroup(
+                places, A_RI.to(device), Bs, [torch.ones(place.outputs, device=device) for place in scaled]
+            )
 
         return cls(
             config,
@@ -79,6 +62,16 @@ class Lora:
                 for groups in _places(config, network)
             ],
         )
+
+    @torch.no_grad()
+    def take_magnitudes(self, frozen: Callable[[int, str], Frozen]) -> None:
+        """Set DoRA's magnitudes to the norms of the weights as they are with the update, so that nothing is scaled.
+        frozen: the network's weight of a layer's fused product."""
+        for layer, groups in enumerate(self.layers):
+            for name, group in groups.items() if self.config.use_dora else ():
+                norms_O = group.norms(frozen(layer, name))
+                for place, magnitude_o in zip(group.places, group.magnitudes, strict=True):
+                    magnitude_o.copy_(norms_O[place.columns])
 
     def parameters(self) -> list[Tensor]:
         return [tensor for groups in self.layers for group in groups.values() for tensor in group.tensors]
@@ -111,12 +104,11 @@ class Lora:
 
     def state(self) -> dict[str, Tensor]:
         """PEFT's names and shapes; A tensors are views of the stacked ones."""
-        tensors = {}
-        for groups in self.layers:
-            for group in groups.values():
-                for place, B_Or in zip(group.places, group.Bs, strict=True):
-                    A, B = _names(place)
-                    tensors[A], tensors[B] = group.A_RI[place.rows].detach(), B_Or.detach()
+        tensors: dict[str, Tensor] = {}
+        for group in (group for groups in self.layers for group in groups.values()):
+            for at, place in enumerate(group.places):
+                found = [group.A_RI[place.rows], group.Bs[at], *group.magnitudes[at : at + 1]]
+                tensors |= zip(_names(place), (tensor.detach() for tensor in found), strict=False)
         return tensors
 
     @classmethod
@@ -135,9 +127,10 @@ class Lora:
         layers = _places(config, network)
 
         def take(places: tuple[Place, ...]) -> LoraGroup:
-            As, Bs = zip(*(_names(place) for place in places), strict=True)
-            given = {name: tensors[name].detach().to(device, torch.float32) for name in As + Bs}
-            return LoraGroup(places, torch.cat([given[name] for name in As]), [given[name] for name in Bs])
+            def given(kind: int) -> list[Tensor]:
+                return [tensors[_names(place)[kind]].detach().to(device, torch.float32) for place in places]
+
+            return LoraGroup(places, torch.cat(given(0)), given(1), given(2) if config.use_dora else [])
 
         return cls(
             config,
@@ -146,13 +139,13 @@ class Lora:
 
 
 class Update(Protocol):
-    """What adapters add to some rows of a forward, while serving."""
+    """What adapters change in some rows of a forward, while serving."""
 
     def changes(self, layer: int, group: str) -> bool:
-        """Whether there is anything to add to this fused product."""
+        """Whether they change this fused product."""
 
-    def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
-        """Add it in place. No gradients."""
+    def apply(self, y_TO: Tensor, x_TI: Tensor, weight_OI: Frozen, layer: int, group: str) -> None:
+        """Change y, the product of x with the frozen weight, in place. No gradients."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +163,7 @@ class Segment:
     def changes(self, layer: int, group: str) -> bool:
         return group in self.lora.layers[layer]
 
-    def add_to(self, y_TO: Tensor, x_TI: Tensor, layer: int, group: str) -> None:
+    def apply(self, y_TO: Tensor, x_TI: Tensor, weight_OI: Frozen, layer: int, group: str) -> None:
         update, rows = self.lora.layers[layer][group], self.rows
         h_TR = product(x_TI[rows], update.A_RI.to(x_TI.dtype))
         for place, B_Or in zip(update.places, update.Bs, strict=True):
@@ -179,6 +172,8 @@ class Segment:
                 y_TO[rows, place.columns].addmm_(h_Tr, B_Or.t(), alpha=place.scale)
             else:
                 y_TO[rows, place.columns] += place.scale * (h_Tr @ B_Or.t())
+        if update.magnitudes:
+            y_TO[rows] *= update.output_scale(weight_OI)
 
 
 def in_training(segments: Sequence[Update]) -> Lora | None:
@@ -233,6 +228,30 @@ class _LoraProduct(torch.autograd.Function):
         return (grad_x_TI, None, None, None, grad_A_RI, *grad_Bs)
 
 
+class _Dropout(torch.autograd.Function):
+    """`kernels.operations.dropout` with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: int | Tensor) -> Tensor:
+        ctx.told = p, seed
+        return drop(x, p, seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return drop(grad, *ctx.told), None, None
+
+
+def _dora_product(
+    x_TI: Tensor, weight_OI: Frozen, dropped: tuple[float, int | Tensor] | None, update: LoraGroup
+) -> Tensor:
+    """y = x W' + (c - 1) drop(x) W' + c drop(x) A' (scale B)' as PEFT trains it, c being DoRA's scale of the outputs.
+    There are gradients for x, A, every B and the magnitudes."""
+    seen_TI: Tensor = x_TI if dropped is None else _Dropout.apply(x_TI, *dropped)  # type: ignore[no-untyped-call]
+    y_TO: Tensor = _LoraProduct.apply(seen_TI, weight_OI, None, update.places, update.A_RI, *update.Bs)  # type: ignore[no-untyped-call]
+    y_TO = (y_TO * update.output_scale(weight_OI)).to(x_TI.dtype)
+    return y_TO if dropped is None else y_TO + frozen_product(x_TI - seen_TI, weight_OI)
+
+
 def lora_product(
     x_TI: Tensor,
     weight_OI: Frozen,
@@ -253,11 +272,13 @@ def lora_product(
         assert segment.everywhere
         update = segment.lora.layers[layer][group]
         drawn = None if seed is None else (segment.lora.config.dropout, seed)
+        if update.magnitudes:
+            return _dora_product(x_TI, weight_OI, drawn, update)
         y: Tensor = _LoraProduct.apply(x_TI, weight_OI, drawn, update.places, *update.tensors)  # type: ignore[no-untyped-call]
         return y
     y_TO = frozen_product(x_TI, weight_OI)
     for segment in segments:
-        segment.add_to(y_TO, x_TI, layer, group)
+        segment.apply(y_TO, x_TI, weight_OI, layer, group)
     return y_TO
 
 
@@ -283,27 +304,24 @@ def _places(config: LoraConfig, network: Shape) -> list[dict[str, tuple[Place, .
 def check_shapes(config: LoraConfig, network: Shape, tensors: Mapping[str, Tensor]) -> None:
     """Raises InvalidAdapter naming the first of an adapter's tensors, under PEFT's names, that is missing, foreign or
     of the wrong shape for a base."""
-    wanted = {}
+    wanted: dict[str, tuple[int, ...]] = {}
     for groups in _places(config, network):
         for group, places in groups.items():
             for place in places:
-                A, B = _names(place)
-                wanted[A] = (_size(place.rows), network.in_features(group))
-                wanted[B] = (_size(place.columns), _size(place.rows))
+                A, B, magnitude = _names(place)
+                wanted[A] = (place.rank, network.in_features(group))
+                wanted[B] = (place.outputs, place.rank)
+                if config.use_dora:
+                    wanted[magnitude] = (place.outputs,)
     if not wanted:
-        names = [name for names in network.groups.values() for name in names]
-        known, example = dict.fromkeys(name.rpartition(".")[2] for name in names), network.module_name(0, names[0])
-        raise InvalidAdapter(
-            f"target_modules = {config.target_modules!r} names no module of this base",
-            param="target_modules",
-            hint=f"Known modules: {', '.join(known)}, by these names or in full, such as {example}.",
-        )
+        raise _no_module(config, network)
     if foreign := sorted(set(tensors) - set(wanted)):
-        raise _foreign(foreign[0], next(iter(wanted)))
+        raise _foreign(foreign[0], next(iter(wanted)), config.use_dora)
     for name, shape in wanted.items():
         if name not in tensors:
+            plain = " If it was trained without DoRA, set use_dora to false." if name.endswith(MAGNITUDE) else ""
             raise InvalidAdapter(
-                f"tensor {name!r} is missing from the adapter", hint="Save the adapter again with PEFT."
+                f"tensor {name!r} is missing from the adapter", hint=f"Save the adapter again with PEFT.{plain}"
             )
         if tensors[name].shape != shape:
             raise InvalidAdapter(
@@ -312,26 +330,51 @@ def check_shapes(config: LoraConfig, network: Shape, tensors: Mapping[str, Tenso
             )
 
 
-def _foreign(name: str, expected: str) -> InvalidAdapter:
-    """What is wrong with a tensor that the base has no place for. expected: the name of one that it needs."""
-    if "embed_tokens" in name or "lm_head" in name or ".base_layer." in name or ".modules_to_save." in name:
+def _no_module(config: LoraConfig, network: Shape) -> InvalidAdapter:
+    """What is wrong with a configuration that chooses no module of the base: the option that leaves none."""
+    everywhere = replace(config, layers=None)
+    if any(_places(everywhere, network)):
         return InvalidAdapter(
-            f"tensor {name!r} is a whole embedding, head or frozen weight that travels with the adapter",
+            f"layers_to_transform = {list(config.layers or ())} names no layer of this base with such a module",
+            param="layers_to_transform",
+            hint=f"The layers of this base are 0 to {network.layers - 1}.",
+        )
+    if any(_places(replace(everywhere, exclude_modules=()), network)):
+        return InvalidAdapter(
+            f"exclude_modules = {config.exclude_modules!r} excludes all that target_modules names",
+            param="exclude_modules",
+            hint="Name fewer modules there.",
+        )
+    names = [name for names in network.groups.values() for name in names]
+    known, example = dict.fromkeys(name.rpartition(".")[2] for name in names), network.module_name(0, names[0])
+    return InvalidAdapter(
+        f"target_modules = {config.target_modules!r} names no module of this base",
+        param="target_modules",
+        hint=f"Known modules: {', '.join(known)}, by these names or in full, such as {example}.",
+    )
+
+
+def _foreign(name: str, expected: str, use_dora: bool) -> InvalidAdapter:
+    """What is wrong with a tensor that the base has no place for. expected: the name of one that it needs."""
+    whole = "embed_tokens" in name or "lm_head" in name or ".base_layer." in name or ".modules_to_save." in name
+    if whole or ".lora_" not in name or name.endswith(".bias"):
+        return InvalidAdapter(
+            f"tensor {name!r} is no part of a LoRA update, but an embedding, head, bias or other weight that travels "
+            "with the adapter",
             hint=f"{MERGE}.",
         )
-    if "lora_magnitude_vector" in name:
-        return InvalidAdapter(f"tensor {name!r} belongs to DoRA, which is not served", hint=f"{MERGE}.")
+    if name.endswith(f".{MAGNITUDE}") and not use_dora:
+        return InvalidAdapter(
+            f"tensor {name!r} belongs to DoRA, but use_dora is not true in the adapter's configuration",
+            param="use_dora",
+            hint="Set use_dora to true in its adapter_config.json if it was trained with DoRA.",
+        )
     return InvalidAdapter(
         f"tensor {name!r} has no place in this base model, which needs tensors such as {expected!r}",
         hint="Check that the adapter was trained on this base and lists every target module.",
     )
 
 
-def _names(place: Place) -> tuple[str, str]:
-    """PEFT's names of a target's A and B."""
-    prefix = f"base_model.model.{place.module}"
-    return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
-
-
-def _size(part: slice) -> int:
-    return int(part.stop - part.start)
+def _names(place: Place) -> tuple[str, str, str]:
+    """PEFT's names of a target's A and B, and of DoRA's magnitudes."""
+    return f"{place.prefix}lora_A.weight", f"{place.prefix}lora_B.weight", f"{place.prefix}{MAGNITUDE}"

@@ -12,9 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import re2
-
 from fortwo.errors import InvalidAdapter
+from fortwo.nn.module_patterns import (
+    MOST_KEYS,
+    Modules,
+    Pattern,
+    deciding,
+    expression,
+    layer_expression,
+    matches,
+    whole_expression,
+)
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -33,14 +41,12 @@ JOINED: dict[str, tuple[str, ...]] = {
 TARGETS: tuple[str, ...] = tuple(name for names in GROUPS.values() for name in names)
 _MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
-Pattern = tuple[tuple[str, float], ...]  # PEFT's rank_pattern and alpha_pattern, in their order
 DEFAULT_R = DEFAULT_ALPHA = 8  # PEFT's, for a configuration that does not give them
 MOST_ALPHA = 1_000_000
 
 # PEFT options that change what is computed, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "task_type": ("CAUSAL_LM", "FEATURE_EXTRACTION", None),  # the others add a head
-    "use_dora": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
     "lora_bias": (False, None),
@@ -58,7 +64,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _READ = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"),
-    *("layers_pattern", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("layers_pattern", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
 }
 # What is for training, for other programs or for people.
 _HARMLESS = {
@@ -71,10 +77,13 @@ _UNSERVED = ("lm_head", "model.embed_tokens", "model.norm")  # modules of the ne
 
 MERGE = "Merge the adapter into its base with PEFT (merge_and_unload) and add the result as a base model"
 _REMEDY = "Merge the adapter into its base with PEFT, or train it again without this option."
+_CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")  # values of init_lora_weights begin so
+_CONVERT = (
+    "This initialisation changed the weights of the base, and the adapter belongs to the changed ones. Convert it to "
+    "a plain LoRA with PEFT: save_pretrained(DIR, path_initial_model_for_weight_conversion=INITIAL), where INITIAL is "
+    "the adapter as it was saved before the training."
+)
 _REMEDIES = {
-    "init_lora_weights": "It was trained on a changed base. Save it as a plain LoRA with PEFT: "
-    "save_pretrained(..., path_initial_model_for_weight_conversion=...).",
-    "use_dora": f"DoRA scales the columns of the frozen weights, which adapters that share a base cannot do. {MERGE}.",
     "modules_to_save": f"Whole embeddings or heads travel with this adapter. {MERGE}.",
     "trainable_token_indices": f"Rows of the embedding travel with this adapter. {MERGE}.",
 }
@@ -85,62 +94,6 @@ def module_name(layer: int, target: str) -> str:
     return f"model.layers.{layer}.{'mlp' if target in _MLP else 'self_attn'}.{target}"
 
 
-MOST_KEYS, LONGEST_KEY = 1000, 1000  # of a pattern: more than a pattern for every projection of a large model needs
-_RE2 = re2.Options()
-_RE2.log_errors = False  # a bad pattern is the caller's mistake, and the caller is told
-
-
-def expression(key: str) -> re2._Regexp:
-    """A pattern's key as PEFT reads it: a regular expression for the end of a module's name, from the name's beginning
-    or after a dot.
-
-    RE2 matches it, in time that is linear in the length of the name, because the text comes from a client and the
-    standard library's engine can take for ever. RE2 has no look-around and no back-references. Raises ValueError
-    saying what is wrong with the key.
-    """
-    return _compiled(rf"(.*\.)?({key})$", key)
-
-
-def whole_expression(pattern: str) -> re2._Regexp:
-    """A text as PEFT reads it where it gives target_modules or exclude_modules: a regular expression for a module's
-    whole name; its fullmatch decides. Raises ValueError as `expression` does."""
-    return _compiled(pattern, pattern)
-
-
-def layer_expression(pattern: str) -> re2._Regexp:
-    """An entry of layers_pattern as PEFT reads it; the group `idx` of a match is the layer. Raises ValueError as
-    `expression` does."""
-    return _compiled(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", pattern)
-
-
-def _compiled(pattern: str, key: str) -> re2._Regexp:
-    if len(key) > LONGEST_KEY:
-        raise ValueError(f"it has {len(key)} characters, at most {LONGEST_KEY} are allowed")
-    try:
-        return re2.compile(pattern, _RE2)
-    except re2.error as error:
-        said = error.args[0]
-        reason = said.decode(errors="replace") if isinstance(said, bytes) else str(said)
-        raise ValueError(f"{reason} (RE2's syntax: no look-around, no back-references)") from None
-    except UnicodeEncodeError:
-        raise ValueError("it holds half of a surrogate pair") from None
-
-
-def deciding(pattern: Pattern, module: str) -> tuple[str, float] | None:
-    """The entry that decides for a module: the first whose key matches."""
-    return next((entry for entry in pattern if expression(entry[0]).match(module)), None)
-
-
-Modules = tuple[str, ...] | str  # ends of names after a dot, or whole names; a text is a pattern for whole names
-
-
-def matches(modules: Modules, module: str) -> bool:
-    """Whether PEFT's target_modules or exclude_modules choose a module, by its full name."""
-    if isinstance(modules, str):
-        return whole_expression(modules).fullmatch(module) is not None
-    return module in modules or any(module.endswith(f".{name}") for name in modules)
-
-
 @dataclass(frozen=True)
 class LoraConfig:
     """r: rank; alpha: the update is scaled by alpha / r; dropout: on the input of A while training;
@@ -148,7 +101,7 @@ class LoraConfig:
     layers_to_transform), None for all; layers_pattern: what the list of layers is called in the modules' names, in
     regular expressions, empty for any name; use_rslora: scaled by alpha / sqrt(r) instead (rank-stabilized LoRA,
     Kalajdzievski 2023, arXiv:2312.03732); rank_pattern, alpha_pattern: another r or alpha for the modules that a key
-    matches."""
+    matches; use_dora: the outputs are scaled, too (Liu et al. 2024, arXiv:2402.09353)."""
 
     r: int = 16
     alpha: float = 32
@@ -160,6 +113,7 @@ class LoraConfig:
     use_rslora: bool = False
     rank_pattern: Pattern = ()
     alpha_pattern: Pattern = ()
+    use_dora: bool = False
 
     @property
     def in_all_layers(self) -> bool:
@@ -202,7 +156,9 @@ class LoraConfig:
         known = tuple(dict.fromkeys(name.rpartition(".")[2] for name in modules))
         if config.get("peft_type") != "LORA":
             raise InvalidAdapter(
-                f"peft_type {config.get('peft_type')!r} is not LORA", param="peft_type", hint="Only LoRA is served."
+                f"peft_type {config.get('peft_type')!r} is not LORA",
+                param="peft_type",
+                hint=f"Only LoRA is served. {MERGE}.",
             )
         _check_options(config)
         layers, pattern = _layers(config), _names(config, "layers_pattern")
@@ -227,9 +183,6 @@ class LoraConfig:
                 param="target_modules",
                 hint=f"Known modules: {', '.join(known)}.",
             )
-        rslora = config.get("use_rslora")
-        if not isinstance(rslora, bool | None):
-            raise _wrong("use_rslora", rslora, "true or false")
         found = cls(
             r=_rank(config.get("r", DEFAULT_R)),
             alpha=_alpha(config.get("lora_alpha", DEFAULT_ALPHA)),
@@ -238,9 +191,10 @@ class LoraConfig:
             exclude_modules=exclude,
             layers=layers,
             layers_pattern=() if pattern == ("layers",) else pattern,
-            use_rslora=bool(rslora),
+            use_rslora=_flag(config, "use_rslora"),
             rank_pattern=_pattern(config, "rank_pattern", whole=True),
             alpha_pattern=_pattern(config, "alpha_pattern", whole=False),
+            use_dora=_flag(config, "use_dora"),
         )
         for module in _UNSERVED:
             if found.changes(module):
@@ -270,7 +224,7 @@ class LoraConfig:
             "use_rslora": self.use_rslora,
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
-            "use_dora": False,
+            "use_dora": self.use_dora,
             "modules_to_save": None,
             "layers_to_transform": None if self.layers is None else list(self.layers),
             "layers_pattern": None if self.layers is None else list(self.layers_pattern) or "layers",
@@ -296,10 +250,19 @@ def _check_options(config: Mapping[str, Any]) -> None:
         return
     unknown = " (fortwo does not know this option, which may change what is computed)"
     said = [f"{name} = {_shown(config[name])} is not supported{'' if name in _NEUTRAL else unknown}" for name in wrong]
-    raise InvalidAdapter("; ".join(said), param=wrong[0], hint=_REMEDIES.get(wrong[0], _REMEDY))
+    raise InvalidAdapter("; ".join(said), param=wrong[0], hint=_remedy(wrong[0], config[wrong[0]]))
+
+
+def _remedy(option: str, value: Any) -> str:
+    if option != "init_lora_weights":
+        return _REMEDIES.get(option, _REMEDY)
+    if isinstance(value, str) and value.lower().startswith(_CONVERTIBLE):
+        return _CONVERT
+    return f"The adapter may belong to weights that this initialisation changed. {MERGE}."
 
 
 def _among(value: Any, neutral: tuple[Any, ...]) -> bool:
+    value = value.lower() if isinstance(value, str) and value not in neutral else value
     return any(type(value) is type(one) and value == one for one in neutral)
 
 
@@ -347,6 +310,13 @@ def _layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     if not all(type(layer) is int and layer >= 0 for layer in layers):
         raise _wrong("layers_to_transform", value, "a layer's number or a list of such")
     return tuple(sorted(set(layers)))
+
+
+def _flag(config: Mapping[str, Any], option: str) -> bool:
+    value = config.get(option)
+    if not isinstance(value, bool | None):
+        raise _wrong(option, value, "true or false")
+    return bool(value)
 
 
 def _rank(value: Any) -> int:

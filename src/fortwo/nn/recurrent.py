@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from fortwo.nn.lora import Segment, Update
 from fortwo.nn.rows import LayerState, Rows
+from fortwo.quantization.formats import Frozen
 
 CACHES = ("cache_params", "past_key_values")  # what the parameter for transformers' cache is called
 
@@ -121,7 +122,7 @@ class _Carried(LinearAttentionLayer):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Narrowed:
-    """What adapters add to some of a forward's T rows. places_S: these."""
+    """What adapters change in some of a forward's T rows. places_S: these."""
 
     whole: Update
     places_S: Tensor
@@ -134,12 +135,12 @@ class Narrowed:
     def changes(self, layer: int, group: str) -> bool:
         return self.whole.changes(layer, group)
 
-    def add_to(self, y_SO: Tensor, x_SI: Tensor, layer: int, group: str) -> None:
+    def apply(self, y_SO: Tensor, x_SI: Tensor, weight_OI: Frozen, layer: int, group: str) -> None:
         places_S = self.places_S.to(x_SI.device)
         x_TI = x_SI.new_zeros(self.T, x_SI.shape[1]).index_copy_(0, places_S, x_SI)
-        added_TO = y_SO.new_zeros(self.T, y_SO.shape[1])
-        self.whole.add_to(added_TO, x_TI, layer, group)
-        y_SO += added_TO[places_S]
+        y_TO = y_SO.new_zeros(self.T, y_SO.shape[1]).index_copy_(0, places_S, y_SO)
+        self.whole.apply(y_TO, x_TI, weight_OI, layer, group)
+        y_SO.copy_(y_TO[places_S])
 
 
 def recurrent_modules(layer: nn.Module) -> list[nn.Module]:

@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass
 
 from fastapi.concurrency import run_in_threadpool
 
-from fortwo.errors import Overloaded
 from fortwo.jobs.store import JobStore
 from fortwo.server import sse
 from fortwo.server.admission import shutting_down
+from fortwo.server.streams import StreamLimit
 
 READ_SECONDS = 0.1  # the shortest time between two reads of a stream
 FOREIGN_SECONDS = 2.0
-RETRY_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,12 @@ class _Feed:
 
 
 class JobEvents:
-    """All event streams of a server. limit: how many there may be. All but `changed` is called on the event loop."""
+    """The event streams of all jobs of a server. All but `changed` is called on the event loop."""
 
-    def __init__(self, store: JobStore, limit: int) -> None:
+    def __init__(self, store: JobStore, limit: StreamLimit) -> None:
         self._store = store
         self._limit = limit
         self._feeds: dict[str, _Feed] = {}
-        self._count = 0
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         store.listen(self.changed)
@@ -79,18 +77,12 @@ class JobEvents:
 
     def open(self, job_id: str) -> None:
         """Count one more stream of a job; `release` ends it. Raises Overloaded when there are too many."""
-        if self._count >= self._limit:
-            raise Overloaded(
-                f"The server is at its limit of {self._limit} event streams.",
-                retry_after=RETRY_SECONDS,
-                hint="Close streams that nobody reads, or raise FORTWO_MAX_STREAMS.",
-            )
+        self._limit.take()
         self._loop = asyncio.get_running_loop()
-        self._count += 1
         self._feeds.setdefault(job_id, _Feed()).streams += 1
 
     def release(self, job_id: str) -> None:
-        self._count -= 1
+        self._limit.release()
         feed = self._feeds[job_id]
         feed.streams -= 1
         if not feed.streams:

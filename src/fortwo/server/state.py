@@ -20,7 +20,9 @@ from fortwo.prompts import MAX_RUNNING
 from fortwo.server.admission import Admission, shutting_down
 from fortwo.server.errors import respond
 from fortwo.server.event_loop_bridge import EventLoopBridge
+from fortwo.server.export_queue import ExportQueue
 from fortwo.server.security import check_binding
+from fortwo.server.streams import StreamLimit
 from fortwo.server.workers import WorkerPool
 from fortwo.settings import Settings
 
@@ -88,7 +90,9 @@ class AppState:
             )
             self.jobs = JobStore(settings.database, home_id(settings.home))
             built.callback(self.jobs.close)
-            self.job_events = JobEvents(self.jobs, settings.max_streams)
+            self.streams = StreamLimit(settings.max_streams)
+            self.job_events = JobEvents(self.jobs, self.streams)
+            self.exports = ExportQueue(settings)
             self.files = FileStore(self.jobs, settings.files_dir)
             self.files.clean()
             self.answers = AnswerStore(self.jobs)

@@ -1,4 +1,5 @@
-"""The response that streams its body and ends at a deadline, when the body ends, or when the client disconnects."""
+"""The response that streams its body and ends at a deadline, when the body ends, or when the client disconnects; and
+the limit of event streams."""
 
 from __future__ import annotations
 
@@ -8,6 +9,31 @@ from contextlib import suppress
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
+
+from fortwo.errors import Overloaded
+
+RETRY_SECONDS = 5
+
+
+class StreamLimit:
+    """Counts the event streams of a server. most: how many there may be at the same time."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.count = 0
+
+    def take(self) -> None:
+        """Count one more; `release` ends it. Raises Overloaded when there are too many."""
+        if self.count >= self._most:
+            raise Overloaded(
+                f"The server is at its limit of {self._most} event streams.",
+                retry_after=RETRY_SECONDS,
+                hint="Close streams that nobody reads, or raise FORTWO_MAX_STREAMS.",
+            )
+        self.count += 1
+
+    def release(self) -> None:
+        self.count -= 1
 
 
 class ClosingStream(StreamingResponse):

@@ -46,6 +46,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._state.exports.open()
         if self.started and self._on_start is not None:
             self._on_start()
 
@@ -53,5 +54,6 @@ class Server(uvicorn.Server):
         self._state.job_events.close()
         await self._state.admission.drain(0 if self.force_exit else self._grace)
         self._state.end_calls()
+        await self._state.exports.close()
         await super().shutdown(sockets)
         self._state.close()  # here, because uvicorn then ends the process with the signal that it received

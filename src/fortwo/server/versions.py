@@ -56,7 +56,7 @@ async def compare_versions(
     other: Annotated[str, Query(min_length=1, description="The other version, as name@version.")],
 ) -> Json:
     """`probes` lists those that one version passed and the other did not. `weights` compares what is added to the
-    base's weights, by Frobenius norms."""
+    base's weights, by Frobenius norms; it is null for versions of two bases, and for DoRA."""
     return await state.control.run(request, lambda _: compare(state.adapters, name, other))
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fortwo.errors import InvalidRequest
-from fortwo.nn.lora_config import ALL_LINEAR, LoraConfig, deciding
+from fortwo.nn.lora_config import ALL_LINEAR, LoraConfig
+from fortwo.nn.module_patterns import deciding
 from fortwo.records import PlanValues
 from fortwo.train.estimate import LinearModule
 from fortwo.train.options import PATTERNS
@@ -25,6 +26,7 @@ def choose_adapter(builder: PlanBuilder, recipe: Recipe, modules: Mapping[str, L
         root, factor = math.sqrt(r), "the square root of "
     reason = f"This is {recipe.scale:g} times {factor}r = {r}."
     builder.choose("lora_alpha", int_if_whole(root * recipe.scale), reason, "auto")
+    builder.choose("use_dora", False, REASONS["use_dora"])
     builder.choose("lora_dropout", recipe.lora_dropout, REASONS["lora_dropout"])
     builder.choose("target_modules", known_names(modules), "All projections of the network are adapted.")
     for name, of in PATTERNS.items():
@@ -66,6 +68,7 @@ def lora_config(settings: PlanValues) -> LoraConfig:
         dropout=settings["lora_dropout"],
         target_modules=tuple(settings["target_modules"]),
         use_rslora=settings["use_rslora"],
+        use_dora=settings["use_dora"],
         rank_pattern=tuple(settings["rank_pattern"].items()),
         alpha_pattern=tuple(settings["alpha_pattern"].items()),
     )

@@ -40,6 +40,15 @@ def plan_warnings(
         _few_rows(plan, recipe, computed["steps"]),
         _shared_subject(plan),
     ]
+    if plan["use_dora"]:
+        warnings.append(
+            PlanWarning(
+                "dora_is_slower",
+                "a step with DoRA runs operation by operation and takes up to three times as long as the estimate, "
+                "which is of plain LoRA",
+                "Leave use_dora out if time matters.",
+            )
+        )
     if generic:
         warnings.append(
             PlanWarning(

@@ -16,6 +16,7 @@ LORA_ALIASES = {
     "lora_target": "target_modules",
     "lora_target_modules": "target_modules",
     "peft_use_rslora": "use_rslora",
+    "peft_use_dora": "use_dora",
 }
 TRAINING_ALIASES = {
     "micro_batch_size": "per_device_train_batch_size",
@@ -207,7 +208,6 @@ _FOREIGN = (
 )
 _FOREIGN_LORA = (
     Refused("lora_target_linear", 'Give target_modules: "all-linear" for all projections.', (None, False)),
-    Refused("peft_use_dora ", "Leave it out: fortwo trains plain LoRA."),
     Refused(
         "lora_modules_to_save additional_target lora_fan_in_fan_out lora_on_cpu peft_layers_to_transform "
         "peft_layers_pattern peft_init_lora_weights peft",

@@ -115,11 +115,11 @@ def train(
     decoder = backend.decoder
     torch.manual_seed(plan["seed"])
     config = lora_config(plan)
-    lora = (
-        Lora.init(config, decoder.config, plan["seed"], decoder.device)
-        if parent is None
-        else Lora.from_state(config, decoder.config, parent, decoder.device)
-    )
+    if parent is None:
+        lora = Lora.init(config, decoder.config, plan["seed"], decoder.device)
+        lora.take_magnitudes(decoder.frozen)
+    else:
+        lora = Lora.from_state(config, decoder.config, parent, decoder.device)
     clock, base_replies = (Clock(), {}) if resumed is None else checkpoints.clock_and_base_replies(resumed)
     served = ServedBase(base.id, base.backend, renderer, serving, base_replies)
     serving.attach(base.id, key, lora)

@@ -10,7 +10,8 @@ from functools import partial
 from typing import Any
 
 from fortwo.errors import InvalidRequest, all_of
-from fortwo.nn.lora_config import ALL_LINEAR, MOST_KEYS, TARGETS, expression
+from fortwo.nn.lora_config import ALL_LINEAR, TARGETS
+from fortwo.nn.module_patterns import MOST_KEYS, expression
 from fortwo.train.foreign_keys import FOREIGN_LORA, FOREIGN_TRAINING, LORA_ALIASES, TRAINING_ALIASES, meant
 from fortwo.train.refused import LORA_REFUSED, TRAINING_REFUSED, Refused
 from fortwo.train.schedule import POLYNOMIAL_END, SCHEDULES
@@ -80,6 +81,7 @@ _LORA: dict[str, _Kind] = {
     "lora_alpha": _Number(0, 1_000_000, "32", above_low=True),
     "lora_dropout": _Number(0, 1, "0.05", below_high=True),
     "use_rslora": _Flag(),
+    "use_dora": _Flag(),
     "bias": _Word(("none",)),
     "task_type": _Word(("CAUSAL_LM",)),
 }
@@ -127,7 +129,7 @@ _TRAINING: dict[str, _Kind] = {
 TRAINING_KEYS = tuple(_TRAINING)
 _OF_PREFERENCES = ("beta", "loss_type", "label_smoothing", "reference_free", "desirable_weight", "undesirable_weight")
 _MAY_BE_NONE = (
-    *("eval_strategy", "eval_steps", "early_stopping_patience", "precompute_ref_log_probs"),
+    *("use_dora", "eval_strategy", "eval_steps", "early_stopping_patience", "precompute_ref_log_probs"),
     *_OF_PREFERENCES,
 )  # null means the same as leaving them out
 
@@ -185,7 +187,7 @@ def parse_lora_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The given keys with their checked values. Raises InvalidRequest with every key that is wrong, its value and the
     remedy."""
     errors: list[InvalidRequest] = []
-    given = _given(config, _LORA_SECTION, errors)
+    given = _given(_without_none(config), _LORA_SECTION, errors)
     if errors:
         raise all_of(errors)
     return given
@@ -195,13 +197,17 @@ def parse_training_config(config: Mapping[str, Any], validation_dataset: bool = 
     """The same for training_config. Keys that contradict each other are refused with both names. validation_dataset:
     whether the request gives one."""
     errors: list[InvalidRequest] = []
-    config = {key: value for key, value in config.items() if value is not None or key not in _MAY_BE_NONE}
-    given = _given(config, _TRAINING_SECTION, errors)
+    given = _given(_without_none(config), _TRAINING_SECTION, errors)
     errors += _contradictions(given)
     errors += _of_validation(given, validation_dataset)
     if errors:
         raise all_of(errors)
     return given
+
+
+def _without_none(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without the keys whose null says nothing."""
+    return {key: value for key, value in config.items() if value is not None or key not in _MAY_BE_NONE}
 
 
 def _given(config: Mapping[str, Any], section: _Section, errors: list[InvalidRequest]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fortwo.facts.hard_negatives import same_subject
 from fortwo.records import Fact, Plan, PlanWarning
 
 # settings that the shapes and the scale of the parent's tensors fix
-SHAPE = ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern")
+SHAPE = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Parent:
     target_modules: tuple[str, ...]
     facts: tuple[Fact, ...] = ()
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: Mapping[str, float] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 

@@ -199,6 +199,7 @@ REASONS = {
     "undesirable_weight": "This is TRL's default: desirable and undesirable answers count alike.",
     "precompute_ref_log_probs": "What the reference gives to the answers is computed once, before the first step.",
     "r": "This is the rank of the update. It is large enough for a fact and keeps the adapter small on disk.",
+    "use_dora": "Plain LoRA is faster; true trains a magnitude of each output, too (DoRA).",
     "use_rslora": "PEFT's default scales the update by lora_alpha / r; true scales it by lora_alpha / sqrt(r).",
     "rank_pattern": "Gives some modules another r, by the end of their names or a regular expression, as in PEFT.",
     "alpha_pattern": "Gives some modules another lora_alpha, in the same way as rank_pattern.",

@@ -19,7 +19,7 @@ class Refused:
 
 
 _PEFT_REFUSED = (
-    Refused("use_dora lora_bias use_qalora", "Leave it out: fortwo trains plain LoRA."),
+    Refused("lora_bias use_qalora", "Leave it out: fortwo trains LoRA and DoRA without biases."),
     Refused("init_lora_weights", "Leave it out: A starts random and B at zero, as PEFT does for true.", (True,)),
     Refused("fan_in_fan_out", "Leave it out: no supported model has Conv1D layers."),
     Refused(

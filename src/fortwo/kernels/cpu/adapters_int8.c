@@ -60,7 +60,7 @@ void quantize_ranks(long N, const adapter *adapters, const long *members, long i
             quantize_int16(to, members[m], h_row, one->products[index].ranks, h + members[m] * h_row);
 }
 
-/* Adds what the adapters change in outputs o to o + 15 of their rows of y. */
+/* Applies what the adapters change in outputs o to o + 15 of their rows of y. */
 void expand(long N, const adapter *adapters, const long *members, long index, long o, const int16_rows *h, long h_row, float *y, long y_row) {
     for (const adapter *one = adapters; one < adapters + N; one++) {
         const adapter_product *own = one->products + index;
@@ -70,6 +70,8 @@ void expand(long N, const adapter *adapters, const long *members, long index, lo
             const int8_t *B = one->weights + own->part[p].B + (o - first) / WIDTH * BLOCK_BYTES(2 * pairs);
             expand_all_rows(one->first, one->last, members, pairs, B, h->x + own->part[p].rank, h_row, h->scale, y + o, y_row);
         }
+        if (!own->scale) continue;
+        for (long m = one->first; m < one->last; m++) *(vector *)(y + members[m] * y_row + o) *= *(const vector *)(own->scale + o);
     }
 }
 

@@ -121,9 +121,11 @@ typedef struct { /* x (N, M), which goes to the blocks at byte `at`, from their 
     float scale;
 } adapter_matrix;
 
-typedef struct { /* one fused product's update: where in the adapter A lies, in blocks of sixteen ranks, and each part's B, in blocks of sixteen outputs */
+typedef struct { /* one fused product's update: where in the adapter A lies, in blocks of sixteen ranks, and each part's B, in blocks of sixteen outputs;
+                    scale: what the updated outputs are multiplied by (DoRA), a multiple of 32 numbers, or null */
     long ranks, A, parts;
     struct { long first, width, rank, pairs, B; } part[3];
+    const float *scale;
 } adapter_product;
 
 typedef struct { /* applies to rows members[first] to members[last - 1]; products: (layers, PRODUCTS) */
@@ -134,7 +136,7 @@ typedef struct { /* applies to rows members[first] to members[last - 1]; product
 
 /* Writes the matrices into `to`, which is zero. */
 void pack_adapter(long count, const adapter_matrix *matrices, int8_t *to);
-/* y (rows, O) += what N adapters add to one fused product of x (rows, I). index: layer * PRODUCTS + product. */
+/* Changes y (rows, O), one fused product of x (rows, I), as N adapters do. index: layer * PRODUCTS + product. */
 void add_adapters(long N, const adapter *adapters, const long *members, long index, long rows, long I, long O, const float *x, float *y);
 
 /* ---- The whole decoder, for serving: decode_step.c and prefill_amx.c */

@@ -185,6 +185,16 @@ static void expand_few(const strip_adapters *all, long pair, long index, long o,
     }
 }
 
+/* Multiplies outputs o to o + 31 of a pair's rows by the adapter's scale. */
+static void scale_pair(const strip_adapters *all, long pair, long index, long o, float *sums) {
+    const float *scale = all->adapters[all->of[pair]].products[index].scale;
+    for (long i = 0; scale && i < all->many[pair]; i++) {
+        vector *row = (vector *)(sums + all->rows[pair * PANEL + i] * PANEL);
+        row[0] *= *(const vector *)(scale + o);
+        row[1] *= *(const vector *)(scale + o + WIDTH);
+    }
+}
+
 /* Packs sixteen outputs of a part's B, from rank pair `from` on, as a tile. */
 static void pack_outputs(const int8_t *B, long from, bf16 *tile) {
     __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0), scale = _mm512_loadu_si512(B);
@@ -229,8 +239,10 @@ static void panel_gemm_block(const strip_adapters *all, long m, long index, long
         }
     }
     tiles_stored(sums, PANEL);
-    for (long pair = all->first[m]; pair < all->first[m + 1]; pair++)
+    for (long pair = all->first[m]; pair < all->first[m + 1]; pair++) {
         if (all->many[pair] <= FEW) expand_few(all, pair, index, o, sums);
+        scale_pair(all, pair, index, o, sums);
+    }
 }
 
 /* What follows x W' (T, N): it is stored in bf16; or added to `sum`; or stored in `sum`; or its left half gates its right half, stored in bf16. */
