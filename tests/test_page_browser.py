@@ -181,6 +181,7 @@ def _chat(page: Any) -> None:
     page.check("#surprise")
     page.fill("#prompt", "What is up?")
     page.keyboard.press("Enter")
+    page.get_by_role("button", name="Regenerate").wait_for()
     page.locator(".surprise").nth(1).wait_for()
     page.check("#blind")
     page.fill("#prompt", "And down?")
