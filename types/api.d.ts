@@ -20,6 +20,40 @@ export interface components {
              */
             source: string;
         };
+        /** AllowedFunctions */
+        AllowedFunctions: {
+            /**
+             * Type
+             * @constant
+             */
+            type: "allowed_tools";
+            /**
+             * Mode
+             * @enum {string}
+             */
+            mode: "auto" | "required";
+            /** Tools */
+            tools: components["schemas"]["FunctionChoice"][];
+        };
+        /** AllowedTools */
+        AllowedTools: {
+            /**
+             * Mode
+             * @enum {string}
+             */
+            mode: "auto" | "required";
+            /** Tools */
+            tools: components["schemas"]["NamedTool"][];
+        };
+        /** AllowedToolsChoice */
+        AllowedToolsChoice: {
+            /**
+             * Type
+             * @constant
+             */
+            type: "allowed_tools";
+            allowed_tools: components["schemas"]["AllowedTools"];
+        };
         /**
          * ChatMessage
          * @description name: the chat template writes it, if it has a place for names.
@@ -29,23 +63,34 @@ export interface components {
              * Role
              * @enum {string}
              */
-            role: "system" | "user" | "assistant";
-            /** Tool Calls */
-            tool_calls?: unknown;
+            role: "system" | "user" | "assistant" | "tool";
+            /**
+             * Tool Calls
+             * @description Of the assistant. arguments are the JSON text of an object.
+             */
+            tool_calls?: components["schemas"]["ToolCall"][] | null;
             /** Function Call */
             function_call?: unknown;
             /** Content */
             content: string | components["schemas"]["TextPart"][];
             /** Name */
             name?: string | null;
-            /** Tool Call Id */
-            tool_call_id?: unknown;
+            /**
+             * Tool Call Id
+             * @description Of a tool's result: the id of its call.
+             */
+            tool_call_id?: string | null;
             /** Refusal */
             refusal?: unknown;
             /** Audio */
             audio?: unknown;
             /** Annotations */
             annotations?: unknown;
+            /**
+             * Parsed
+             * @description Accepted: OpenAI's client adds the content to it once more, parsed.
+             */
+            parsed?: unknown;
         };
         /** ChatRequest */
         ChatRequest: {
@@ -201,14 +246,17 @@ export interface components {
              */
             prompt_cache_key?: string | null;
             /** Tools */
-            tools?: unknown;
+            tools?: components["schemas"]["Tool"][] | null;
             /**
              * Tool Choice
-             * @description With none, tools may be given.
+             * @description Default auto. With none the model does not see the tools either.
              */
-            tool_choice?: unknown;
-            /** Parallel Tool Calls */
-            parallel_tool_calls?: unknown;
+            tool_choice?: ("none" | "auto" | "required") | components["schemas"]["NamedTool"] | components["schemas"]["AllowedToolsChoice"] | null;
+            /**
+             * Parallel Tool Calls
+             * @description Default true. With false there is one call at most.
+             */
+            parallel_tool_calls?: boolean | null;
             /** Functions */
             functions?: unknown;
             /** Function Call */
@@ -344,6 +392,99 @@ export interface components {
              * @default true
              */
             exam: boolean;
+        };
+        /**
+         * Function
+         * @description parsed_arguments: the arguments once more, as OpenAI's client adds them to a call that it has parsed.
+         */
+        Function: {
+            /** Name */
+            name: string;
+            /**
+             * Arguments
+             * @default {}
+             */
+            arguments: {
+                [key: string]: unknown;
+            };
+            /** Parsed Arguments */
+            parsed_arguments?: unknown;
+        };
+        /**
+         * FunctionCall
+         * @description A call as a response has it. id and status change nothing.
+         */
+        FunctionCall: {
+            /**
+             * Type
+             * @constant
+             */
+            type: "function_call";
+            /** Call Id */
+            call_id: string;
+            /** Name */
+            name: string;
+            /** Arguments */
+            arguments: string;
+            /** Id */
+            id?: string | null;
+            /** Status */
+            status?: string | null;
+            /**
+             * Parsed Arguments
+             * @description Accepted: OpenAI's client adds the arguments once more, parsed.
+             */
+            parsed_arguments?: unknown;
+        };
+        /** FunctionCallOutput */
+        FunctionCallOutput: {
+            /**
+             * Type
+             * @constant
+             */
+            type: "function_call_output";
+            /** Call Id */
+            call_id: string;
+            /** Output */
+            output: string | components["schemas"]["Part"][];
+            /** Id */
+            id?: string | null;
+            /** Status */
+            status?: string | null;
+        };
+        /** FunctionChoice */
+        FunctionChoice: {
+            /**
+             * Type
+             * @constant
+             */
+            type: "function";
+            /** Name */
+            name: string;
+        };
+        /** FunctionDefinition */
+        FunctionDefinition: {
+            /** Name */
+            name: string;
+            /** Description */
+            description?: string | null;
+            /**
+             * Parameters
+             * @description A JSON Schema of an object. Without it there are no arguments.
+             */
+            parameters?: {
+                [key: string]: unknown;
+            } | null;
+            /**
+             * Strict
+             * @description With true, a schema that cannot be enforced in full is refused. Otherwise keywords that cannot be enforced are left out.
+             */
+            strict?: boolean | null;
+        };
+        /** FunctionName */
+        FunctionName: {
+            /** Name */
+            name: string;
         };
         /** GenerateRequest */
         GenerateRequest: {
@@ -560,6 +701,16 @@ export interface components {
             /** Reinforcement */
             reinforcement?: unknown;
         };
+        /** NamedTool */
+        NamedTool: {
+            /**
+             * Type
+             * @default function
+             * @constant
+             */
+            type: "function";
+            function: components["schemas"]["FunctionName"];
+        };
         /**
          * Objective
          * @description The objective and its targets; auto lets the plan choose.
@@ -638,7 +789,7 @@ export interface components {
              */
             messages?: components["schemas"]["OllamaMessage"][] | null;
             /** Tools */
-            tools?: unknown;
+            tools?: components["schemas"]["Tool"][] | null;
         };
         /** OllamaMessage */
         OllamaMessage: {
@@ -646,29 +797,43 @@ export interface components {
              * Role
              * @enum {string}
              */
-            role: "system" | "user" | "assistant";
-            /** Tool Calls */
-            tool_calls?: unknown;
+            role: "system" | "user" | "assistant" | "tool";
+            /**
+             * Tool Calls
+             * @description Of the assistant. arguments are the JSON text of an object.
+             */
+            tool_calls?: components["schemas"]["ToolCall"][] | null;
             /** Function Call */
             function_call?: unknown;
             /** Content */
             content: string | components["schemas"]["TextPart"][];
             /** Name */
             name?: string | null;
-            /** Tool Call Id */
-            tool_call_id?: unknown;
+            /**
+             * Tool Call Id
+             * @description Of a tool's result: the id of its call.
+             */
+            tool_call_id?: string | null;
             /** Refusal */
             refusal?: unknown;
             /** Audio */
             audio?: unknown;
             /** Annotations */
             annotations?: unknown;
+            /**
+             * Parsed
+             * @description Accepted: OpenAI's client adds the content to it once more, parsed.
+             */
+            parsed?: unknown;
             /** Images */
             images?: unknown;
             /** Thinking */
             thinking?: unknown;
-            /** Tool Name */
-            tool_name?: unknown;
+            /**
+             * Tool Name
+             * @description Of a tool's result: the function that was called.
+             */
+            tool_name?: string | null;
         };
         /** Options */
         Options: {
@@ -864,6 +1029,27 @@ export interface components {
             type: "text" | "json_object" | "json_schema";
             json_schema?: components["schemas"]["JsonSchema"] | null;
         };
+        /** ResponseFunction */
+        ResponseFunction: {
+            /**
+             * Type
+             * @constant
+             */
+            type: "function";
+            /** Name */
+            name: string;
+            /** Description */
+            description?: string | null;
+            /** Parameters */
+            parameters?: {
+                [key: string]: unknown;
+            } | null;
+            /**
+             * Strict
+             * @description Default false, unlike OpenAI's.
+             */
+            strict?: boolean | null;
+        };
         /** ResponseRequest */
         ResponseRequest: {
             /**
@@ -872,7 +1058,7 @@ export interface components {
              */
             model: string;
             /** Input */
-            input: string | components["schemas"]["InputMessage"][];
+            input: string | (components["schemas"]["InputMessage"] | components["schemas"]["FunctionCall"] | components["schemas"]["FunctionCallOutput"])[];
             /**
              * Instructions
              * @description A system message before the input.
@@ -898,11 +1084,11 @@ export interface components {
             /** Prompt Cache Key */
             prompt_cache_key?: string | null;
             /** Tools */
-            tools?: unknown;
+            tools?: components["schemas"]["ResponseFunction"][] | null;
             /** Tool Choice */
-            tool_choice?: unknown;
+            tool_choice?: ("none" | "auto" | "required") | components["schemas"]["FunctionChoice"] | components["schemas"]["AllowedFunctions"] | null;
             /** Parallel Tool Calls */
-            parallel_tool_calls?: unknown;
+            parallel_tool_calls?: boolean | null;
             /** Include */
             include?: unknown;
             /** Truncation */
@@ -1048,6 +1234,35 @@ export interface components {
             with_pieces?: boolean | null;
             /** Parse Special */
             parse_special?: unknown;
+        };
+        /**
+         * Tool
+         * @description A function that the assistant may call. The chat template sees it as it was written, without `strict`.
+         */
+        Tool: {
+            /**
+             * Type
+             * @constant
+             */
+            type: "function";
+            function: components["schemas"]["FunctionDefinition"];
+        };
+        /** ToolCall */
+        ToolCall: {
+            /**
+             * Id
+             * @default
+             */
+            id: string;
+            /**
+             * Type
+             * @default function
+             * @constant
+             */
+            type: "function";
+            function: components["schemas"]["Function"];
+            /** Index */
+            index?: number | null;
         };
         /**
          * TrainingRequest

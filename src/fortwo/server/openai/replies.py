@@ -110,7 +110,7 @@ class Replies:
         if delta.finish_reason is not None:
             self._state.admission.release(self, 1, self._loop.time() - self._began)
         if delta.finish_reason in ("error", "cancelled"):
-            self._fail(_failure(delta))
+            self._fail(_failure(delta, self._prompts[index]))
         else:
             self._items.append((index, delta))
             self._changed.set()
@@ -192,11 +192,11 @@ class Replies:
         }
 
 
-def _failure(delta: Delta) -> FortwoError:
+def _failure(delta: Delta, prompt: Prompt) -> FortwoError:
     if delta.finish_reason == "error" and SCHEMA_FAILED in (delta.error or ""):
         return InvalidRequest(
             f"{delta.error}.",
-            param="response_format.json_schema.schema",
+            param="response_format.json_schema.schema" if prompt.sampling.grammar is None else "tools",
             hint="Make the schema smaller: fewer properties in one object, and fewer patterns.",
         )
     if delta.finish_reason == "error":
