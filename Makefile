@@ -8,10 +8,11 @@ INSTALLED := $(VENV)/.installed
 PEERS := .venv-bench/.installed
 VLLM := .venv-vllm/.installed
 LLAMA := .venv-llama/.installed
+CLIENTS := .venv-clients/.installed
 TRITON := $(VENV)/.triton
 FACTS ?= examples/facts_dev.json
 
-.PHONY: help install demo stop serve test test-fast check bench bench-train bench-qlora bench-learn bench-serve \
+.PHONY: help install demo stop serve test test-fast test-clients check bench bench-train bench-qlora bench-learn bench-serve \
 	bench-coserving bench-outside bench-override bench-lessons soak check-arm wheel docs clean
 .DEFAULT_GOAL := help
 
@@ -40,6 +41,14 @@ test: $(INSTALLED) $(TRITON) ## run all tests, those on the real model included
 
 test-fast: $(INSTALLED) ## run the tests that need neither the real model nor a server, in a few minutes
 	$(BIN)/python -m pytest -m "not real and not slow and not browser"
+
+test-clients: $(INSTALLED) $(CLIENTS) ## run the tests of LangChain, LlamaIndex, LiteLLM, llm and lm-eval (the first time installs them)
+	$(BIN)/python -m pytest tests/test_clients.py
+
+$(CLIENTS): tests/clients/requirements.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --requirement tests/clients/requirements.txt
+	@touch $@
 
 $(TRITON): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]'
@@ -119,4 +128,4 @@ docs: $(INSTALLED) ## write the generated reference pages anew
 	$(BIN)/python scripts/reference.py
 
 clean: ## remove the environments and caches; FORTWO_HOME is left alone
-	rm -rf $(VENV) .venv-bench .venv-vllm .venv-llama .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-bench .venv-vllm .venv-llama .venv-clients .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -596,7 +596,7 @@ export interface components {
         InspectRequest: {
             /**
              * Dataset
-             * @description One of {"path"}, {"file_id"}, {"examples"}, {"facts"}, and "columns" if wanted.
+             * @description One of {"path"}, {"file_id"}, {"hub"}, {"examples"}, {"facts"}, and "columns" if wanted.
              */
             dataset: {
                 [key: string]: unknown;
@@ -957,7 +957,7 @@ export interface components {
         PreviewRequest: {
             /**
              * Dataset
-             * @description One of {"path"}, {"file_id"}, {"examples"}, {"facts"}.
+             * @description One of {"path"}, {"file_id"}, {"hub"}, {"examples"}, {"facts"}.
              */
             dataset: {
                 [key: string]: unknown;
@@ -1281,14 +1281,14 @@ export interface components {
             adapter_name: string;
             /**
              * Dataset
-             * @description One of {"path"}, {"file_id"}, {"examples"}, {"facts"}.
+             * @description One of {"path"}, {"file_id"}, {"hub"}, {"examples"}, {"facts"}.
              */
             dataset: {
                 [key: string]: unknown;
             };
             /**
              * Validation Dataset
-             * @description One of {"path"}, {"file_id"}, {"examples"}; instead of validation_split. Its rows are evaluated.
+             * @description One of {"path"}, {"file_id"}, {"hub"}, {"examples"}; instead of validation_split. Its rows are evaluated.
              */
             validation_dataset?: {
                 [key: string]: unknown;

@@ -166,7 +166,8 @@ class Plan:
     """Everything that a run will do, decided before it starts. settings: every value that the run uses, under the names
     of PEFT and transformers. computed: steps, epochs, steps_per_epoch, warmup_steps, peak_learning_rate (the highest
     rate the run reaches), rows, validation_rows (where there are some), row_tokens (min, median, mean, max),
-    supervised_tokens, tokens_per_step, seconds, bytes."""
+    supervised_tokens, tokens_per_step, seconds, bytes. origins: by field of the request, where the rows of a dataset
+    come from, if it was downloaded from the hub."""
 
     model: str
     adapter_name: str
@@ -175,6 +176,7 @@ class Plan:
     settings: tuple[Setting, ...]
     computed: dict[str, Any]
     warnings: tuple[PlanWarning, ...] = ()
+    origins: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         """The value of a setting. Raises Conflict if the plan does not have it."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fortwo import strict_json
 from fortwo.cli import inventory, views
+from fortwo.cli.hub_dataset import PREFIX, hub_dataset
 from fortwo.cli.terminal import CommandGroup, connect, screen
 from fortwo.errors import InvalidRequest
 
@@ -34,18 +35,28 @@ app.add_typer(inventory.adapters, name="adapters")
 app.add_typer(inventory.jobs, name="jobs")
 app.add_typer(inventory.data, name="data")
 
+
+def _data(text: str) -> Path | str:
+    """A file that exists, or a dataset of the hub as it was written."""
+    if text.startswith(PREFIX):
+        return text
+    if not (path := Path(text)).is_file():
+        raise typer.BadParameter(f"File {text!r} does not exist.")
+    return path
+
+
 Data = Annotated[
-    Path,
-    typer.Argument(help="A .json, .jsonl, .csv, .parquet or .txt file.", exists=True, dir_okay=False, readable=True),
+    Any,
+    typer.Argument(
+        help="A .json, .jsonl, .csv, .parquet or .txt file, or hub:OWNER/NAME for a dataset of the Hugging Face hub.",
+        parser=_data,
+        metavar="DATA",
+    ),
 ]
 Validation = Annotated[
-    Path | None,
+    Any,
     typer.Option(
-        "--validation",
-        help="A file like DATA, whose rows are evaluated only.",
-        exists=True,
-        dir_okay=False,
-        readable=True,
+        "--validation", help="One like DATA, whose rows are evaluated only.", parser=_data, metavar="VALIDATION"
     ),
 ]
 Name = Annotated[str, typer.Option("--name", help="Name of the adapter.")]
@@ -132,7 +143,9 @@ def plan(
     screen.print(views.plan(connect().post("/api/training/plan", body)))
 
 
-def _request(data: Path, name: str, config: Path | None, validation: Path | None, **options: str | None) -> Json:
+def _request(
+    data: Path | str, name: str, config: Path | None, validation: Path | str | None, **options: str | None
+) -> Json:
     """The body of /api/training/start. It contains the rows of the files, so that the server need not read them; a
     large file is sent as a path instead, which must be in a folder that the server allows."""
     given = {"adapter_name": name, **options}
@@ -150,7 +163,7 @@ def _request(data: Path, name: str, config: Path | None, validation: Path | None
     return body | extra
 
 
-def _datasets(data: Path, validation: Path | None) -> Json:
+def _datasets(data: Path | str, validation: Path | str | None) -> Json:
     """The fields of the request that give rows. Raises InvalidRequest with what is wrong with either file."""
     from fortwo.data.findings import in_each
 
@@ -158,7 +171,9 @@ def _datasets(data: Path, validation: Path | None) -> Json:
     return in_each(files, _dataset)
 
 
-def _dataset(data: Path) -> Json:
+def _dataset(data: Path | str) -> Json:
+    if isinstance(data, str):
+        return hub_dataset(data)
     from fortwo.data.datasets import LARGE_BYTES
     from fortwo.data.files import plain_rows
 
@@ -298,3 +313,17 @@ def doctor(
     from fortwo.cli.doctor import report as machine_report
 
     screen.print(machine_report(settings.home, settings.weights, settings.isa))
+
+
+@app.command()
+def mcp() -> None:
+    """Serve the running server's abilities as MCP tools, over standard input and output, until the input is closed."""
+    try:
+        from fortwo.cli.mcp_server import build
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("mcp", "mcp_types"):
+            raise
+        raise InvalidRequest(
+            "fortwo mcp needs the package mcp, which is not installed.", hint="Install it: pip install 'fortwo[mcp]'"
+        ) from None
+    build(connect()).run("stdio")

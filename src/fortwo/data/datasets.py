@@ -1,9 +1,9 @@
 """Loads the dataset that a request names, validates it, and stores it in a job.
 
-A dataset is exactly one of {"path": ...}, {"file_id": ...}, {"examples": [...]} or {"facts": [...]}, and may have
-`columns` besides (see data.columns); files must lie in a folder that the server allows. The examples of a large file
-are not loaded into memory: every iteration reads the file again, and a job stores the file's path and checksum instead.
-Tokenizers and training are not known here.
+A dataset is exactly one of {"path": ...}, {"file_id": ...}, {"hub": ...}, {"examples": [...]} or {"facts": [...]}, and
+may have `columns` besides (see data.columns); files must lie in a folder that the server allows. The examples of a
+large file are not loaded into memory: every iteration reads the file again, and a job stores the file's path and
+checksum instead. Tokenizers and training are not known here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fortwo.records import Dataset, Example, Fact, Json, Message
 
 Row = TypeVar("Row")
 
-SOURCE_KEYS = ("path", "file_id", "examples", "facts")
+SOURCE_KEYS = ("path", "file_id", "hub", "examples", "facts")
 COLUMNS = "columns"
 LARGE_BYTES = 8 << 20  # larger files are streamed, not loaded
 
@@ -111,6 +111,12 @@ def parse_source(spec: object) -> tuple[str, object, Columns | None]:
             f"dataset.file_id = {reprlib.repr(value)} is not the id of an uploaded file",
             param="dataset.file_id",
             hint='Upload the file with POST /v1/files and give the id from its answer, or use {"path": ...}.',
+        )
+    if kind == "hub":
+        raise InvalidDataset(
+            f"dataset.hub = {reprlib.repr(value)} cannot be read here",
+            param="dataset.hub",
+            hint="A server downloads datasets of the hub. Download the file and give its path.",
         )
     return kind, value, read_columns(spec[COLUMNS]) if spec.get(COLUMNS) is not None else None
 

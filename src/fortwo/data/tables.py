@@ -88,7 +88,7 @@ def _check_header(path: Path, names: list[str]) -> None:
 
 def cell(name: str, text: str) -> Any:
     """What a cell under this name holds: lists are JSON, a label is true or false, and all else is text."""
-    if name == "label":
+    if name in ("label", "kto_tag"):
         return _LABELS.get(text.strip().lower(), text)
     if name not in _LISTS and not (name in _MAY_BE_MESSAGES and text.lstrip().startswith(("[", "{"))):
         return text

@@ -66,7 +66,9 @@ def questions(body: QuestionsRequest) -> Json:
 class InspectRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    dataset: Json = Field(description='One of {"path"}, {"file_id"}, {"examples"}, {"facts"}, and "columns" if wanted.')
+    dataset: Json = Field(
+        description='One of {"path"}, {"file_id"}, {"hub"}, {"examples"}, {"facts"}, and "columns" if wanted.'
+    )
 
 
 @router.post("/data/inspect", summary="The format of a dataset, its columns, and all that is wrong with its rows")
@@ -75,7 +77,7 @@ async def inspect_data(request: Request, state: AppStateDep, body: InspectReques
     lists each kind of mistake once, with its first line, the next lines, and how many rows have it."""
 
     def work(check: Check) -> Json:
-        source, folders = state.files.source(body.dataset, state.settings.allowed_data_dirs)
+        source, folders = state.files.source(body.dataset, state.settings.allowed_data_dirs, check)
         return asdict(inspect(source, folders, check))
 
     return await state.planning.run(request, work)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fortwo.data.preview import preview
 from fortwo.errors import Conflict, InvalidAdapter, NotFound
+from fortwo.hub.datasets import DatasetReference, find
 from fortwo.jobs.store import Job
 from fortwo.records import AdapterVersion, Json
 from fortwo.server import sse
@@ -135,7 +136,7 @@ class PreviewRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    dataset: Json = Field(description='One of {"path"}, {"file_id"}, {"examples"}, {"facts"}.')
+    dataset: Json = Field(description='One of {"path"}, {"file_id"}, {"hub"}, {"examples"}, {"facts"}.')
     model: str | None = Field(None, min_length=1, description="The model whose tokenizer and chat template are used.")
     rows: int = Field(5, ge=1, le=100, description="The number of rows to show, from the first.")
 
@@ -146,10 +147,20 @@ async def preview_data(request: Request, state: AppStateDep, body: PreviewReques
     model = state.settings.default_model if body.model is None else body.model
 
     def work(check: Check) -> Json:
-        source, folders = state.files.source(body.dataset, state.settings.allowed_data_dirs)
+        source, folders = state.files.source(body.dataset, state.settings.allowed_data_dirs, check)
         return asdict(preview(source, folders, state.catalog, model, body.rows, check))
 
     return await state.planning.run(request, work)
+
+
+@router.get("/data/hub", tags=["training"], summary="What would be downloaded for a dataset of the Hugging Face hub")
+async def hub_dataset(
+    request: Request,
+    state: AppStateDep,
+    hub: Annotated[str, Query(min_length=1, description="OWNER/NAME, with @REVISION and :FILE or :CONFIG/SPLIT.")],
+) -> Json:
+    """The commit, the licence, and the files with their sizes. Nothing is downloaded."""
+    return await state.planning.run(request, lambda _: find(DatasetReference.parse(hub)).body())
 
 
 @router.get("/training/jobs", tags=["training"], summary="Jobs, newest first")
