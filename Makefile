@@ -55,13 +55,14 @@ $(TRITON): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]'
 	@touch $@
 
-check: $(INSTALLED) ## format, lint, types, layers, generated pages, words
+check: $(INSTALLED) ## format, lint, types, layers, generated pages, words, types of the web page where npm is installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/reference.py --check
 	$(BIN)/python scripts/words.py
+	$(BIN)/python scripts/page_types.py --check
 
 bench: bench-train bench-serve ## training and serving against peers, each measured in the same run
 
