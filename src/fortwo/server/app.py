@@ -19,6 +19,7 @@ from fortwo.server import (
     ollama_models,
     openai,
     page,
+    reports,
     versions,
     vllm,
 )
@@ -53,6 +54,7 @@ def create_app(state: AppState) -> FastAPI:
         models.router,
         native.router,
         versions.router,
+        reports.router,
         exports.router,
         datasets.router,
         datasets.uploads,

@@ -94,9 +94,14 @@ def rollback(state: AppStateDep, name: str) -> Json:
 )
 def report(state: AppStateDep, name: str, version: Annotated[int | None, Query(ge=1)] = None) -> Json:
     """That of the named version (by `version` or as name@version), or of the latest one, current or not."""
-    if version is not None:
-        found = state.adapters.get(f"{name}@{version}")
-    elif "@" in name:
+    found = reported_version(state, name if version is None else f"{name}@{version}")
+    of_manifest = {key: found.manifest[key] for key in ("report", "plan", "actual")}
+    return {"name": found.name, "version": found.version} | of_manifest
+
+
+def reported_version(state: AppState, name: str) -> AdapterVersion:
+    """The version whose report `name` means: name@version, or the latest one. Raises NotFound if it has none."""
+    if "@" in name:
         found = state.adapters.get(name)
     elif whole := state.adapters.versions(name):
         found = whole[-1]
@@ -106,10 +111,9 @@ def report(state: AppStateDep, name: str, version: Annotated[int | None, Query(g
             param="name",
             hint=f"Restore {state.settings.adapters_dir / name} from a backup, or delete it and train it again.",
         )
-    manifest = found.manifest
-    if manifest.get("report") is None:
+    if found.manifest.get("report") is None:
         raise NotFound(f"{found.id} has no report.", param="name", hint="Only adapters trained here have one.")
-    return {"name": found.name, "version": found.version} | {key: manifest[key] for key in ("report", "plan", "actual")}
+    return found
 
 
 @router.post("/training/plan", tags=["training"], summary="The plan for a training request, without starting it")
