@@ -124,6 +124,14 @@ def test_what_is_not_fortwo_is_told(script: Script) -> None:
     assert "answered with status 502: <html>" in result.stderr
 
 
+@pytest.mark.parametrize("words", [("chat", "a\udcff"), ("teach", "a\udcff", "b"), ("adapters", "load", "a\udcff")])
+def test_text_that_is_not_utf_8_is_refused(script: Script, words: tuple[str, ...]) -> None:
+    result = run(*words, "--json")
+    assert result.exit_code == 1
+    assert "is not UTF-8" in json.loads(result.stdout)["error"]["message"]
+    assert script.asked == []
+
+
 def test_api_key_is_sent(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORTWO_API_KEY", "secret")
     script.on("DELETE", "/api/adapters/a@1", (200, {}))

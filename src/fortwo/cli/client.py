@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from fortwo.errors import FortwoError, Unavailable
+from fortwo.errors import FortwoError, InvalidRequest, Unavailable
 from fortwo.records import Json
 
 ENDED = ("succeeded", "failed", "cancelled")
@@ -116,8 +116,10 @@ class Client:
                     elif not line and lines:
                         yield "\n".join(lines)
                         lines = []
-        except httpx.ConnectError:
+        except (httpx.ConnectError, httpx.ConnectTimeout):
             raise self._not_running() from None
+        except UnicodeEncodeError as error:
+            raise _not_utf8(error) from None
 
     def _call(self, method: str, path: str, body: Json | None = None) -> Any:
         response = self._response(method, path, body)
@@ -127,8 +129,10 @@ class Client:
     def _response(self, method: str, path: str, body: Json | None = None) -> httpx.Response:
         try:
             response = self._http.request(method, path, json=body)
-        except httpx.ConnectError:
+        except (httpx.ConnectError, httpx.ConnectTimeout):
             raise self._not_running() from None
+        except UnicodeEncodeError as error:
+            raise _not_utf8(error) from None
         except httpx.TransportError as error:
             raise self._lost(error) from None
         if not response.is_success:
@@ -145,6 +149,12 @@ class Client:
         return Unavailable(
             f"The connection to {self._url} was lost: {error}", hint="Check whether the server still runs."
         )
+
+
+def _not_utf8(error: UnicodeEncodeError) -> InvalidRequest:
+    """error: of text with bytes that are not UTF-8, which Python hands on as lone surrogates."""
+    shown = error.object[max(error.start - 20, 0) : error.end]
+    return InvalidRequest(f"The text {shown!r} is not UTF-8.", hint="Write it in UTF-8.")
 
 
 def _refusal(response: httpx.Response) -> FortwoError:

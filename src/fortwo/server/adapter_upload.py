@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import lzma
 import tarfile
 import zipfile
@@ -14,6 +15,7 @@ from typing import IO, Any
 from fastapi import APIRouter, Request
 from fastapi.concurrency import contextmanager_in_threadpool
 
+from fortwo import disk
 from fortwo.adapters.peft_files import PICKLES
 from fortwo.adapters.version_files import CONFIG, MANIFEST, TENSORS
 from fortwo.errors import InvalidAdapter, InvalidRequest
@@ -25,7 +27,9 @@ from fortwo.server.state import AppState, AppStateDep
 
 WANTED = (CONFIG, TENSORS, MANIFEST, *PICKLES)  # a pickle is refused by whoever reads the folder
 CHUNK = 1 << 20
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DAMAGED = (
+    OSError,  # gzip, bz2 and zipfile raise it for damaged content
     tarfile.TarError,
     zipfile.BadZipFile,
     EOFError,
@@ -96,7 +100,7 @@ def _import(state: AppState, name: str, filename: str, draft: Path) -> Json:
 def unpack(archive: Path, folder: Path, most_bytes: int) -> None:
     """Write the files of an adapter that the archive holds into `folder`. Nothing else of it is written, and no path or
     link in it is followed. Raises InvalidAdapter for what is no archive, is damaged, holds a file twice, or holds more
-    than `most_bytes`."""
+    than `most_bytes`, and StorageFailed for a full disk."""
     left = most_bytes
     try:
         for name, opened in _members(archive):
@@ -117,6 +121,8 @@ def unpack(archive: Path, folder: Path, most_bytes: int) -> None:
                         )
                     written.write(chunk)
     except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            raise disk.storage_failed(folder, error) from error
         raise InvalidAdapter(
             f"The archive cannot be read: {error}.", hint="Pack it again, without a password."
         ) from None
@@ -134,6 +140,9 @@ def _members(archive: Path) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
             for member in packed_tar:
                 if member.isfile():
                     yield member.name, partial(_opened, packed_tar, member)
+            assert packed_tar.fileobj is not None
+            while packed_tar.fileobj.read(CHUNK):
+                pass  # gzip has its checksum at the end
     else:
         raise InvalidAdapter(
             "The file is no archive.", hint="Send a .tar, .tar.gz or .zip with the files that PEFT saved."
