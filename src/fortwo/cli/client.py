@@ -6,6 +6,7 @@ It knows nothing of terminals.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from fortwo.errors import FortwoError, InvalidRequest, Unavailable
 from fortwo.records import Json
 
 ENDED = ("succeeded", "failed", "cancelled")
+RECONNECT_SECONDS = 0.5
 AT_REST = (*ENDED, "paused")  # states in which no more events come
 
 
@@ -96,6 +98,8 @@ class Client:
                     last = event["id"]
                     yield event
             except (httpx.ReadError, httpx.RemoteProtocolError):
+                time.sleep(RECONNECT_SECONDS)
+                self.get(f"/api/training/jobs/{job_id}")  # ends it where no server answers any more
                 continue
             if self.get(f"/api/training/jobs/{job_id}")["status"] in AT_REST:
                 return

@@ -147,7 +147,7 @@ def teach(
     if answer is None and Path(data).suffix.lower() in DOCUMENTS:
         _check_file(Path(data), [name for name, texts in (of_fact | {"controls": control}).items() if texts])
         by = writer_of(writer, writer_model, key_env, model)
-        datasets = {"dataset": {"facts": []}}
+        datasets: Json = {"dataset": {"facts": []}}
         if validation is not None:
             datasets["validation_dataset"] = file_dataset(validation)
         # What is wrong with the rest of the request is told before anybody approves facts.
