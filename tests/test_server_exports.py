@@ -220,6 +220,23 @@ def test_an_export_goes_when_its_time_is_over(tiny: Path, tmp_path: Path, monkey
         assert folders(served) == []
 
 
+def test_a_start_removes_exports_without_all_their_files_and_leaves_other_folders_alone(
+    tiny: Path, tmp_path: Path
+) -> None:
+    settings = tiny_settings(tmp_path, tiny)
+    with serve(settings) as served:
+        publish(served, "part")
+        done = wait(served, begin(served, "part")["export_id"])
+    (tmp_path / "exports" / done["export_id"] / "files" / done["files"][0]["path"]).unlink()
+    (tmp_path / "exports" / f"export-{'0' * 32}" / "files").mkdir(parents=True)
+    (tmp_path / "exports/mine").mkdir()
+    (tmp_path / "exports/mine/model.gguf").write_text("of somebody else")
+    with serve(settings) as served:
+        assert served.http.get("/api/exports").json()["exports"] == []
+        assert folders(served) == ["mine"]
+    assert (tmp_path / "exports/mine/model.gguf").read_text() == "of somebody else"
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found by Linux's /proc")
 def test_a_killed_server_leaves_neither_a_process_nor_a_part(tiny: Path, tmp_path: Path) -> None:
     home = tmp_path / "killed"

@@ -320,11 +320,14 @@ async def _result(process: Process, order: Json, export: Export, errors: Path) -
 
 
 def _restored(root: Path) -> list[Export]:
-    """The complete exports of earlier runs of the server; what is not complete or has expired is removed."""
+    """The complete exports of earlier runs of the server; what is not complete or has expired is removed. Folders of
+    other names are somebody else's."""
     found = []
-    for folder in root.glob("*"):
+    for folder in root.glob("export-" + "[0-9a-f]" * 32):
         try:
             body = json.loads((folder / RECORD).read_text("utf-8"))
+            for file in body["files"]:
+                (folder / FILES / file["path"]).stat()
             export = Export(
                 id=folder.name,
                 adapter=body["adapter"],
