@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+import pytest
+
 LARGE = (".safetensors", ".parquet")  # kinds of files that the hub has in its large storage
 
 
@@ -61,6 +63,18 @@ def run(hub: Hub, home: Path, *words: str, **environment: str) -> str:
     command = [sys.executable, "-m", "fortwo", *words]
     result = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True)
     return f"{result.returncode} {result.stdout}{result.stderr}"
+
+
+def use(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Make it the only hub of this process: huggingface_hub reads its endpoint when it is imported."""
+    from huggingface_hub import constants, file_download, hf_api
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    for module in (file_download, hf_api):
+        for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, getattr(constants, name))
 
 
 class _Handler(BaseHTTPRequestHandler):

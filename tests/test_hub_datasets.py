@@ -137,20 +137,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     write_lines(tmp_path / "second/train.jsonl", ROWS[:1])
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     with hubs.serve(Hub({FIRST: first, SECOND: tmp_path / "second"}, FIRST)) as hub:
-        _use(monkeypatch, hub.url)
+        hubs.use(monkeypatch, hub.url)
         yield hub
-
-
-def _use(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """huggingface_hub reads its endpoint when it is imported."""
-    from huggingface_hub import constants, file_download, hf_api
-
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    for module in (file_download, hf_api):
-        for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, getattr(constants, name))
 
 
 def read(path: Path) -> list[Any]:
