@@ -10,10 +10,11 @@ VLLM := .venv-vllm/.installed
 LLAMA := .venv-llama/.installed
 CLIENTS := .venv-clients/.installed
 TRITON := $(VENV)/.triton
+SITE := .venv-docs/.installed
 FACTS ?= examples/facts_dev.json
 
 .PHONY: help install demo stop serve test test-fast test-clients check bench bench-train bench-qlora bench-learn bench-serve \
-	bench-coserving bench-outside bench-override bench-lessons soak check-arm wheel docs clean
+	bench-coserving bench-outside bench-override bench-lessons soak check-arm wheel docs docs-site pictures clean
 .DEFAULT_GOAL := help
 
 help: ## list what there is
@@ -54,13 +55,14 @@ $(TRITON): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]'
 	@touch $@
 
-check: $(INSTALLED) ## format, lint, types, layers, generated pages, words
+check: $(INSTALLED) ## format, lint, types, layers, generated pages, words, types of the web page where npm is installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/reference.py --check
 	$(BIN)/python scripts/words.py
+	$(BIN)/python scripts/page_types.py --check
 
 bench: bench-train bench-serve ## training and serving against peers, each measured in the same run
 
@@ -126,5 +128,16 @@ bench-lessons: $(INSTALLED) ## the facts of FACTS in one adapter, lesson after l
 docs: $(INSTALLED) ## write the generated reference pages anew
 	$(BIN)/python scripts/reference.py
 
+$(SITE): constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material
+	@touch $@
+
+docs-site: $(SITE) ## build the documentation as a site in build/docs-site; a link that leads nowhere fails it
+	.venv-docs/bin/python -m mkdocs build --strict
+
+pictures: $(INSTALLED) ## make the README's pictures anew: the page in Chromium, and the demo in a terminal
+	$(BIN)/python scripts/pictures.py
+
 clean: ## remove the environments and caches; FORTWO_HOME is left alone
-	rm -rf $(VENV) .venv-bench .venv-vllm .venv-llama .venv-clients .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-bench .venv-vllm .venv-llama .venv-clients .venv-docs .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -135,6 +135,6 @@ def test_a_server_compiles_before_it_serves(home: Path, monkeypatch: pytest.Monk
 def test_doctor_names_level_library_and_compiler(home: Path) -> None:
     console = Console(width=300)
     with console.capture() as said:
-        console.print(doctor.report(home, "auto", str(isa.level())))
+        console.print(doctor.shown(doctor.examine(home, "auto", str(isa.level()))))
     for wanted in (str(isa.level()), build.compiler() or "none", build.path(isa.level()).name):
         assert isa.level() == "none" or wanted in said.get()

@@ -311,8 +311,8 @@ def test_the_command_line_shows_what_is_downloaded_and_plans_it(server: Served) 
     assert found.returncode == 1
     assert "'nothing' means no single part" in found.stderr
     found = fortwo("plan", "nothing.jsonl")
-    assert found.returncode == 2
-    assert "'nothing.jsonl' does not exist" in found.stderr
+    assert found.returncode == 1
+    assert "There is no file 'nothing.jsonl'." in found.stderr
 
 
 @pytest.mark.parametrize(

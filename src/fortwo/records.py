@@ -322,12 +322,24 @@ class Stepped:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """What the served adapter replied to one question of an evaluation. kind: as in Transcript."""
+
+    kind: str
+    prompt: str
+    reply: str
+    passed: bool
+
+
+@dataclass(frozen=True)
 class Evaluated:
-    """The metrics of the served adapter after `step` steps, as shares from 0 to 1, and the loss on validation rows."""
+    """The metrics of the served adapter after `step` steps, as shares from 0 to 1, and the loss on validation rows.
+    samples: its replies to the same few questions in every evaluation of the run."""
 
     step: int
     metrics: dict[str, float]
     eval_loss: float | None = None
+    samples: tuple[Sample, ...] = ()
 
 
 @dataclass(frozen=True)

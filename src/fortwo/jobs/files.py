@@ -192,10 +192,13 @@ class FileStore:
         """A dataset's source, and the folders in which its path may lie. {"file_id"} becomes the path of the file, and
         {"hub"} that of what is downloaded for it. check: called during a download; it may raise to end it. Raises
         InvalidDataset for a file that does not exist, and what HubDatasets.fetch raises."""
-        if isinstance(spec, dict) and "hub" in spec and len(spec) == 1:
+        if not isinstance(spec, dict) or len(spec.keys() - {datasets.COLUMNS}) != 1:
+            return spec, tuple(folders)
+        columns = {key: value for key, value in spec.items() if key == datasets.COLUMNS}
+        if "hub" in spec:
             rows = self._hub.fetch(spec["hub"], check)
-            return {"path": str(rows)}, (rows.parent,)
-        file_id = spec.get("file_id") if isinstance(spec, dict) and len(spec) == 1 else None
+            return {"path": str(rows), **columns}, (rows.parent,)
+        file_id = spec.get("file_id")
         if not isinstance(file_id, str):
             return spec, tuple(folders)
         try:
@@ -204,7 +207,16 @@ class FileStore:
             raise InvalidDataset(
                 f"dataset.file_id = {file_id!r}: {error.message}", param="dataset.file_id", hint=error.hint
             ) from None
-        return {"path": str(path)}, (path.parent,)
+        return {"path": str(path), **columns}, (path.parent,)
+
+    def as_given(self, source: Json) -> Json:
+        """The opposite of `source`: the path of an uploaded file becomes its {"file_id"}, and that of rows of the hub
+        {"hub"} with the commit; all else stays."""
+        path = Path(source.get("path", ""))
+        more = {key: value for key, value in source.items() if key != "path"}
+        if (origin := self._hub.origin(str(path))) is not None:
+            return {"hub": origin["hub"], **more}
+        return {"file_id": path.parent.name, **more} if path.is_relative_to(self._root.resolve()) else source
 
     def origins(self, read: Mapping[str, Dataset]) -> dict[str, Json]:
         """By field, where the rows of a dataset come from if it was downloaded from the hub (HubDatasets.origin)."""

@@ -5,17 +5,21 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from fortwo.server import (
+    adapter_upload,
+    datasets,
     docs,
     errors,
     exports,
     health,
     llama_cpp,
+    machine,
     models,
     native,
     ollama,
     ollama_models,
     openai,
     page,
+    reports,
     versions,
     vllm,
 )
@@ -46,15 +50,18 @@ def create_app(state: AppState) -> FastAPI:
     app.add_middleware(SecurityMiddleware, api_key=api_key)
     app.add_middleware(errors.UnexpectedErrorMiddleware)
     keyed = [] if api_key is None else [docs.API_KEY]
-    for router in (
+    own = (
         models.router,
         native.router,
         versions.router,
+        reports.router,
         exports.router,
-        *openai.routers,
-        vllm.router,
-        llama_cpp.router,
-    ):
+        datasets.router,
+        datasets.uploads,
+        adapter_upload.router,
+        machine.router,
+    )
+    for router in (*own, *openai.routers, vllm.router, llama_cpp.router):
         app.include_router(router, dependencies=keyed, responses=docs.ERRORS)
     for router in (ollama.router, ollama_models.router):
         app.include_router(router, dependencies=keyed, responses=docs.PLAIN_ERRORS)

@@ -24,7 +24,7 @@ from fortwo.records import Json, Message
 from fortwo.server.openai import logprobs
 from fortwo.server.openai.logprobs import Bytes
 from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Strict, at_most, check_length, only
-from fortwo.server.openai.replies import Replies, stream
+from fortwo.server.openai.replies import Replies, fingerprint, stream
 from fortwo.server.openai.tool_replies import delta_of, finish_reason, message_of, parts_of
 from fortwo.server.openai.tools import TOOLS, Tool, ToolChoice, check_calls, reply_grammar, tool_use
 from fortwo.server.request_body import MOST_ITEMS, JsonRoute
@@ -191,6 +191,7 @@ async def chat(request: Request, state: AppStateDep, body: ChatRequest) -> Respo
         asked = await run_in_threadpool(prompts_of, target, body)
         await replies.submit(asked.prompts, body.choices)
     frame = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": target.name}
+    frame["system_fingerprint"] = fingerprint(target)
     if body.stream:
         frame |= {"object": "chat.completion.chunk"}
         first = [_chunk_choice(index, {"role": "assistant", "content": ""}) for index in range(body.choices)]

@@ -27,6 +27,8 @@ from fortwo.server.workers import until_disconnect
 if TYPE_CHECKING:
     from fortwo.engine.registry import Target
 
+FINGERPRINT = 12  # characters of a digest
+
 StreamItem = tuple[int, Delta]  # the index of a prompt, and a delta of its reply
 
 
@@ -209,6 +211,12 @@ def _merge(deltas: list[Delta]) -> Delta:
     text = "".join(delta.text for delta in deltas)
     logprobs = tuple(logprob for delta in deltas for logprob in delta.logprobs)
     return Delta(text, last.token, last.finish_reason, last.error, logprobs)
+
+
+def fingerprint(target: Target) -> str:
+    """OpenAI's system_fingerprint: the beginning of the digest of the adapter version that answers, or of the base."""
+    digest = target.model.digest if target.adapter_key is None else target.adapter_key
+    return f"fp_{digest.removeprefix('sha256:')[:FINGERPRINT]}"
 
 
 def stream(
