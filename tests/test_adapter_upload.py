@@ -88,7 +88,9 @@ def test_links_are_not_followed_and_large_archives_are_not_unpacked(tmp_path: Pa
         tar.addfile(link)
     unpack(archive, folder, 1 << 20)
     assert list(folder.iterdir()) == []
-    archive.write_bytes(packed("zip", {TENSORS: bytes(2 << 20)}))
-    assert archive.stat().st_size < 1 << 20
-    with pytest.raises(InvalidAdapter, match="more than 1 MiB"):
-        unpack(archive, folder, 1 << 20)
+    for kind, name in (("zip", TENSORS), ("w:gz", TENSORS), ("w:gz", "optimizer.bin")):
+        archive.write_bytes(packed(kind, {name: bytes(2 << 20)}))
+        assert archive.stat().st_size < 1 << 20
+        with pytest.raises(InvalidAdapter, match="more than 1 MiB"):
+            unpack(archive, folder, 1 << 20)
+        assert list(folder.iterdir()) == []
