@@ -26,7 +26,8 @@ class Hub:
     them. card: the data of its card.
 
     cut: the connection is closed at this byte of a large file. sha256: what the hub says of large files instead
-    of the truth. refuse: status and X-Error-Code of every answer. asked: the files that were sent, with the first byte.
+    of the truth. refuse: status and X-Error-Code of every answer. asked: the files that were asked for, with the first
+    byte. released: they are sent once it is set.
     """
 
     commits: dict[str, Path]
@@ -36,6 +37,7 @@ class Hub:
     refuse: tuple[int, str] | None = None
     card: dict[str, object] = field(default_factory=dict)
     asked: list[tuple[str, int]] = field(default_factory=list)
+    released: threading.Event | None = None
     url: str = ""
 
 
@@ -150,6 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if file is not None:
             self.content.asked.append((file.name, first))
+            if self.content.released is not None:
+                self.content.released.wait(60)
         cut = self.content.cut if file is not None and file.suffix in LARGE else None
         self.wfile.write(content[first:cut])
         self.close_connection = True
