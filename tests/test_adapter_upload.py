@@ -62,7 +62,7 @@ def test_an_archive_becomes_the_next_version(served: Served, files: dict[str, by
 
 def test_what_is_no_adapter_is_refused(served: Served, files: dict[str, bytes]) -> None:
     def problem(content: bytes, code: str = "invalid_adapter", param: str = "file", **fields: Any) -> str:
-        return refused(send(served, content, "a.tar", **{"name": "refused", **fields}), 400, code, param)
+        return refused(send(served, content, "a.tar", **{"name": "no-archive", **fields}), 400, code, param)
 
     assert "no archive" in problem(b"x" * 2000)
     assert TENSORS in problem(packed("w", {CONFIG: files[CONFIG]}))
@@ -74,7 +74,7 @@ def test_what_is_no_adapter_is_refused(served: Served, files: dict[str, bytes]) 
     problem(packed("w", files), "missing_parameter", "name", name=" ")
     problem(packed("w", files), "invalid_request", "other", other="x")
     problem(packed("w", files), "invalid_request", "adapter_name", name="tiny")
-    assert served.http.get("/api/adapters/refused").status_code == 404
+    assert served.http.get("/api/adapters/no-archive").status_code == 404
 
 
 def test_links_are_not_followed_and_large_archives_are_not_unpacked(tmp_path: Path) -> None:

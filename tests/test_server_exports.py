@@ -9,6 +9,7 @@ import json
 import shutil
 import signal
 import tarfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,34 @@ def test_an_export_may_be_cancelled_at_any_moment(served: Served) -> None:
         assert get(served, begun["export_id"])["status"] == "cancelled"
     assert folders(served) == before
     assert wait(served, begin(served, "fickle")["export_id"])["status"] == "succeeded"
+
+
+def test_a_cancelled_export_is_removed_after_its_last_file_is_written(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(served, "late")
+    before = folders(served)
+    writing, order = threading.Event(), list[str]()
+    complete, remove = export_queue._complete, export_queue._remove
+
+    def completed(folder: Path, body: dict[str, Any]) -> None:
+        writing.set()
+        time.sleep(0.5)
+        complete(folder, body)
+        order.append("written")
+
+    def removed(folder: Path) -> None:
+        remove(folder)
+        if folder.name != export_queue.SCRATCH:
+            order.append("removed")
+
+    monkeypatch.setattr(export_queue, "_complete", completed)
+    monkeypatch.setattr(export_queue, "_remove", removed)
+    begun = begin(served, "late")
+    assert writing.wait(60)
+    assert served.post(f"/api/exports/{begun['export_id']}/cancel").json()["status"] == "cancelled"
+    assert order == ["written", "removed"]
+    assert folders(served) == before
 
 
 def test_files_that_an_export_does_not_have_are_not_served(served: Served) -> None:
