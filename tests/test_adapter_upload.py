@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 import zipfile
@@ -94,3 +95,13 @@ def test_links_are_not_followed_and_large_archives_are_not_unpacked(tmp_path: Pa
         with pytest.raises(InvalidAdapter, match="more than 1 MiB"):
             unpack(archive, folder, 1 << 20)
         assert list(folder.iterdir()) == []
+
+
+def test_a_large_header_is_not_read_into_memory(tmp_path: Path) -> None:
+    for kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+        header = tarfile.TarInfo("x")
+        header.type, header.size = kind, 2 << 20
+        archive = tmp_path / "a.tar.gz"
+        archive.write_bytes(gzip.compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(2 << 20)))
+        with pytest.raises(InvalidAdapter, match="a header of 2,097,152 bytes"):
+            unpack(archive, tmp_path, 1 << 30)

@@ -8,9 +8,10 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import contextmanager_in_threadpool
@@ -26,6 +27,11 @@ from fortwo.server.state import AppState, AppStateDep
 
 WANTED = (CONFIG, TENSORS, MANIFEST, *PICKLES)  # a pickle is refused by whoever reads the folder
 CHUNK = 1 << 20
+LONGEST_HEADER = 1 << 20  # bytes of names and attributes of a file in a .tar
+_ABOUT_THE_NEXT = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
 _DAMAGED = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -131,15 +137,32 @@ def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[], IO[bytes]]]
             for info in packed.infolist():
                 if not info.is_dir():
                     yield info.filename, info.file_size, partial(packed.open, info)
-    elif tarfile.is_tarfile(archive):
-        with tarfile.open(archive) as packed_tar:
-            for member in packed_tar:
-                if member.isfile():
-                    yield member.name, member.size, partial(_opened, packed_tar, member)
-    else:
-        raise InvalidAdapter(
-            "The file is no archive.", hint="Send a .tar, .tar.gz or .zip with the files that PEFT saved."
-        )
+        return
+    with ExitStack() as stack:
+        try:
+            packed_tar = stack.enter_context(tarfile.open(archive, tarinfo=_Header))
+        except tarfile.ReadError:
+            raise InvalidAdapter(
+                "The file is no archive.", hint="Send a .tar, .tar.gz or .zip with the files that PEFT saved."
+            ) from None
+        for member in packed_tar:
+            if member.isfile():
+                yield member.name, member.size, partial(_opened, packed_tar, member)
+
+
+class _Header(tarfile.TarInfo):
+    """A header of a .tar. One that says more about the next file than LONGEST_HEADER bytes is refused, because tarfile
+    holds that in memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in _ABOUT_THE_NEXT and found.size > LONGEST_HEADER:
+            raise InvalidAdapter(
+                f"The archive has a header of {found.size:,} bytes; at most {LONGEST_HEADER:,} are read.",
+                hint="Pack the adapter's files again.",
+            )
+        return found
 
 
 def _opened(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
