@@ -17,6 +17,7 @@ from fortwo.home import home_id, lock_home
 from fortwo.jobs import fine_tuned_models
 from fortwo.kernels import isa
 from fortwo.prompts import MAX_RUNNING
+from fortwo.records import Json
 from fortwo.server.admission import Admission, shutting_down
 from fortwo.server.errors import respond
 from fortwo.server.event_loop_bridge import EventLoopBridge
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fortwo.engine.registry import Target
 
 PLANNING_THREADS, PLANNING_WAITING = 2, 8  # requests that read whole datasets
+DOWNLOAD_THREADS, DOWNLOAD_WAITING = 2, 8  # those that may download them first
 CONTROL_THREADS, CONTROL_WAITING = 8, 64  # requests that wait for the device or for a job's step
 
 
@@ -64,6 +66,8 @@ class AppState:
         with ExitStack() as built:
             self.planning = WorkerPool("planning", PLANNING_THREADS, PLANNING_WAITING)
             built.callback(self.planning.close)
+            self.downloads = WorkerPool("downloads", DOWNLOAD_THREADS, DOWNLOAD_WAITING)
+            built.callback(self.downloads.close)
             self.probes = ThreadPoolExecutor(1, thread_name_prefix="fortwo-probes")  # health never waits for other work
             built.callback(self.probes.shutdown, wait=False)
             self.control = WorkerPool("control", CONTROL_THREADS, CONTROL_WAITING)
@@ -111,6 +115,11 @@ class AppState:
             built.callback(self.runner.close)
             self._closing = built.pop_all()
 
+    def readers(self, *sources: Json) -> WorkerPool:
+        """The threads for a request that reads these datasets. A download may take hours, so it takes none of those
+        that other requests need."""
+        return self.downloads if any("hub" in source for source in sources) else self.planning
+
     async def resolve(self, model: str) -> Target:
         """The weights that a model name means, loaded if necessary. Waiting for the load takes no thread that other
         requests need, and may be cancelled. Raises what ModelRegistry.resolve raises."""
@@ -138,6 +147,7 @@ class AppState:
     def end_calls(self) -> None:
         """Tell long calls to stop, because the server is shutting down."""
         self.planning.stop()
+        self.downloads.stop()
         self.control.stop()
 
     def close(self) -> None:
