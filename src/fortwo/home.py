@@ -22,10 +22,8 @@ ID = "instance_id"
 PRIVATE = 0o700
 
 
-@contextmanager
-def lock_home(home: Path) -> Iterator[None]:
-    """Make the home if necessary, and hold its lock inside the context. Raises Conflict when a server holds it, and
-    StorageFailed when the home cannot be written."""
+def make_home(home: Path) -> None:
+    """Make the home if necessary. Raises StorageFailed when it cannot be written."""
     try:
         if not home.is_dir():
             home.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
@@ -36,6 +34,13 @@ def lock_home(home: Path) -> Iterator[None]:
             param="home",
             hint="Make it writable for this user, or set FORTWO_HOME to another folder.",
         ) from None
+
+
+@contextmanager
+def lock_home(home: Path) -> Iterator[None]:
+    """Make the home if necessary, and hold its lock inside the context. Raises Conflict when a server holds it, and
+    StorageFailed when the home cannot be written."""
+    make_home(home)
     lock = FileLock(home / LOCK)
     try:
         lock.acquire(blocking=False)

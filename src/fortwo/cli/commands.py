@@ -15,6 +15,7 @@ import typer
 
 from fortwo import strict_json
 from fortwo.cli import inventory, views
+from fortwo.cli.keys import keys
 from fortwo.cli.terminal import CommandGroup, connect, screen
 from fortwo.errors import InvalidRequest
 
@@ -33,6 +34,7 @@ app.add_typer(inventory.models, name="models")
 app.add_typer(inventory.adapters, name="adapters")
 app.add_typer(inventory.jobs, name="jobs")
 app.add_typer(inventory.data, name="data")
+app.add_typer(keys, name="keys")
 
 Data = Annotated[
     Path,

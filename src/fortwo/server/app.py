@@ -26,7 +26,6 @@ from fortwo.server.state import AppState, ShutdownMiddleware
 
 def create_app(state: AppState) -> FastAPI:
     """The application over `state`, which must be open when the first request arrives."""
-    api_key = state.settings.plain_api_key
     app = FastAPI(
         title="fortwo",
         description="Teach a local language model one thing, prove that it learned it, and chat with it.",
@@ -43,9 +42,14 @@ def create_app(state: AppState) -> FastAPI:
         max_upload_bytes=state.settings.max_upload_mb << 20,
     )
     app.add_middleware(ShutdownMiddleware, state=state)
-    app.add_middleware(SecurityMiddleware, api_key=api_key)
+    app.add_middleware(
+        SecurityMiddleware,
+        api_key=state.settings.plain_api_key,
+        keyed=state.keyed,
+        usage=state.key_usage,
+    )
     app.add_middleware(errors.UnexpectedErrorMiddleware)
-    keyed = [] if api_key is None else [docs.API_KEY]
+    keyed = [docs.API_KEY] if state.keyed else []
     for router in (
         models.router,
         native.router,
