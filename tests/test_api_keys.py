@@ -36,7 +36,7 @@ def test_a_key_is_found_until_it_is_revoked(keys: ApiKeyStore) -> None:
     found = keys.find(first)
     assert found is not None
     assert (found.name, found.scopes, found.requests_per_minute, found.concurrent) == ("ci", ("read", "train"), 60, 2)
-    assert [key.name for key in keys.keys()] == ["ci", "phone"]
+    assert [key.name for key in keys.all()] == ["ci", "phone"]
     for wrong in ("", PREFIX, first[:-1], first.lower(), f"{first} ", "fortwo_\udce9"):
         assert keys.find(wrong) is None
     keys.revoke("ci")
@@ -67,11 +67,11 @@ def test_everything_that_is_wrong_is_named_and_nothing_is_stored(keys: ApiKeySto
     assert "read, chat, train, admin" in str(caught.value.hint)
     with pytest.raises(InvalidRequest, match="no scope"):
         keys.create("ci", [])
-    assert keys.keys() == []
+    assert keys.all() == []
     key = keys.create("ci", ["read"])
     with pytest.raises(Conflict, match="'ci'"):
         keys.create("ci", ["admin"])
-    assert keys.find(key) == keys.keys()[0]
+    assert keys.find(key) == keys.all()[0]
 
 
 def test_a_database_of_the_first_schema_gets_keys_and_keeps_its_jobs(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_database_of_the_first_schema_gets_keys_and_keeps_its_jobs(tmp_path: P
     old.close()
     store = JobStore(url)
     keys = ApiKeyStore(store)
-    assert keys.keys() == []
+    assert keys.all() == []
     assert keys.find(keys.create("ci", ["read"])) is not None
     assert store.get("j").adapter_name == "42"
     store.close()

@@ -121,13 +121,13 @@ def test_a_key_that_is_revoked_is_refused_at_once(guarded: tuple[Served, dict[st
 
 
 def test_streams_end_when_their_key_is_revoked(guarded: tuple[Served, dict[str, str], ApiKeyStore]) -> None:
-    """The events of a job that another server runs, which never ends here."""
+    """The events of a job that never ends."""
     served, made, keys = guarded
     key = keys.create("stream", ["read"])
     job = served.state.jobs.create(
         model="tiny", adapter_name="a", dataset={}, plan={"parent": None}, progress={}, fine_tuning=None
     )
-    served.state.jobs.update(job.id, status="running", owner="another server")
+    served.state.jobs.update(job.id, status="running")
     with served.http.stream("GET", f"/api/training/jobs/{job.id}/events", headers=bearer(key)) as response:
         assert response.status_code == 200
         assert served.state.streams.count == 1
@@ -153,7 +153,7 @@ def test_limits_of_a_key(guarded: tuple[Served, dict[str, str], ApiKeyStore]) ->
     job = served.state.jobs.create(
         model="tiny", adapter_name="a", dataset={}, plan={"parent": None}, progress={}, fine_tuning=None
     )
-    served.state.jobs.update(job.id, status="running", owner="another server")
+    served.state.jobs.update(job.id, status="running")
     with served.http.stream("GET", f"/api/training/jobs/{job.id}/events", headers=bearer(single)) as stream:
         assert stream.status_code == 200
         said = refused(served.http.get("/v1/models", headers=bearer(single)), 429, "rate_limit_exceeded")

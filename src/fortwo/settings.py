@@ -40,8 +40,8 @@ class Settings(BaseSettings):
     port: int = Field(5001, ge=0, le=65535, description="Port to listen on.")
     api_key: SecretStr | None = Field(
         None,
-        description="If set, all paths but `/healthz`, `/` and `/docs` need `Authorization: Bearer <key>`, with this key, "
-        "which may do everything, or with one of `fortwo keys create`.",
+        description="If set, all paths but `/healthz`, `/` and `/docs` need `Authorization: Bearer <key>`, with this "
+        "key, which may do everything, or with one of `fortwo keys create`.",
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL of the database; default: SQLite under home.")
     data_dirs: tuple[Path, ...] = Field(

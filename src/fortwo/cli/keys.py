@@ -45,7 +45,7 @@ def create_key(
 def list_keys() -> None:
     """List the API keys. The keys themselves are stored nowhere."""
     with _opened() as store:
-        found = store.keys()
+        found = store.all()
     rows = views.table("name", "scopes", "requests a minute", "concurrent", "created")
     for key in found:
         limits = (views.value(limit) for limit in (key.requests_per_minute, key.concurrent))

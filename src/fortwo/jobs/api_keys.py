@@ -36,8 +36,8 @@ SCOPES = {
 
 @dataclass(frozen=True)
 class ApiKey:
-    """digest: SHA-256 of the key, in hexadecimal digits. requests_per_minute, concurrent: None for no limit. created_at:
-    Unix seconds."""
+    """digest: SHA-256 of the key, in hexadecimal digits. requests_per_minute, concurrent: None for no limit.
+    created_at: Unix seconds."""
 
     name: str
     digest: str
@@ -83,7 +83,7 @@ class ApiKeyStore:
             ) from None
         return key
 
-    def keys(self) -> list[ApiKey]:
+    def all(self) -> list[ApiKey]:
         """All keys, the oldest first."""
         with self._store.reading() as session:
             return [_key(row) for row in session.scalars(select(ApiKeyRow).order_by(ApiKeyRow.created_at))]
@@ -100,7 +100,7 @@ class ApiKeyStore:
         with self._store.transaction() as session:
             gone = session.execute(delete(ApiKeyRow).where(ApiKeyRow.name == name).returning(ApiKeyRow.name)).first()
         if gone is None:
-            names = ", ".join(key.name for key in self.keys())
+            names = ", ".join(key.name for key in self.all())
             raise NotFound(
                 f"There is no key {name!r}.",
                 param="name",
@@ -121,9 +121,8 @@ def _findings(name: str, scopes: Sequence[str], limits: dict[str, int | None]) -
     known = f"The scopes are {', '.join(SCOPES)}."
     if not scopes:
         found.append(InvalidRequest("The key has no scope.", param="scope", hint=known))
-    for scope in scopes:
-        if scope not in SCOPES:
-            found.append(InvalidRequest(f"scope = {scope!r} does not exist.", param="scope", hint=known))
+    unknown = [scope for scope in scopes if scope not in SCOPES]
+    found += [InvalidRequest(f"scope = {scope!r} does not exist.", param="scope", hint=known) for scope in unknown]
     for param, limit in limits.items():
         if limit is not None and not 1 <= limit <= MOST:
             found.append(

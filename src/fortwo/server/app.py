@@ -10,6 +10,7 @@ from fortwo.server import (
     exports,
     health,
     llama_cpp,
+    metrics,
     models,
     native,
     ollama,
@@ -20,6 +21,7 @@ from fortwo.server import (
     vllm,
 )
 from fortwo.server.request_body import RequestBodyMiddleware
+from fortwo.server.request_metrics import RequestMetricsMiddleware
 from fortwo.server.security import SecurityMiddleware
 from fortwo.server.state import AppState, ShutdownMiddleware
 
@@ -49,6 +51,7 @@ def create_app(state: AppState) -> FastAPI:
         usage=state.key_usage,
     )
     app.add_middleware(errors.UnexpectedErrorMiddleware)
+    app.add_middleware(RequestMetricsMiddleware, metrics=state.request_metrics)
     keyed = [docs.API_KEY] if state.keyed else []
     for router in (
         models.router,
@@ -58,6 +61,7 @@ def create_app(state: AppState) -> FastAPI:
         *openai.routers,
         vllm.router,
         llama_cpp.router,
+        metrics.router,
     ):
         app.include_router(router, dependencies=keyed, responses=docs.ERRORS)
     for router in (ollama.router, ollama_models.router):

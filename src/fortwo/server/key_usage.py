@@ -107,7 +107,7 @@ class KeyUsage:
         while self._running:
             await asyncio.sleep(WATCH_SECONDS)
             with suppress(FortwoError):  # a database that refuses now is asked again
-                valid = {key.digest for key in await self._read(self._keys.keys)}
+                valid = {key.digest for key in await self._read(self._keys.all)}
                 for digest in self._running.keys() - valid:
                     for ending in self._running[digest]:
                         if not ending.expired():

@@ -24,6 +24,7 @@ from fortwo.server.errors import respond
 from fortwo.server.event_loop_bridge import EventLoopBridge
 from fortwo.server.export_queue import ExportQueue
 from fortwo.server.key_usage import KeyUsage
+from fortwo.server.request_metrics import RequestMetrics
 from fortwo.server.security import needs_key
 from fortwo.server.streams import StreamLimit
 from fortwo.server.workers import WorkerPool
@@ -46,7 +47,7 @@ class AppState:
             self.jobs = JobStore(settings.database, home_id(settings.home))
             built.callback(self.jobs.close)
             keys = ApiKeyStore(self.jobs)
-            self.keyed = needs_key(settings.host, settings.plain_api_key, created=bool(keys.keys()))
+            self.keyed = needs_key(settings.host, settings.plain_api_key, created=bool(keys.all()))
             self.key_usage = KeyUsage(keys)
             self._build(settings, built)
             self._closing = built.pop_all()
@@ -68,6 +69,7 @@ class AppState:
 
         cpu.prepare()
         self.settings = settings
+        self.request_metrics = RequestMetrics()
         self.admission = Admission(MAX_RUNNING + settings.queue)
         self.bridge = EventLoopBridge()
         self._load_limiter = CapacityLimiter(1)  # the registry loads one model at a time
