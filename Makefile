@@ -8,11 +8,13 @@ INSTALLED := $(VENV)/.installed
 PEERS := .venv-bench/.installed
 VLLM := .venv-vllm/.installed
 LLAMA := .venv-llama/.installed
+CLIENTS := .venv-clients/.installed
 TRITON := $(VENV)/.triton
+SITE := .venv-docs/.installed
 FACTS ?= examples/facts_dev.json
 
-.PHONY: help install demo stop serve test test-fast check bench bench-train bench-qlora bench-learn bench-serve \
-	bench-coserving bench-outside bench-override bench-lessons soak docs clean
+.PHONY: help install demo stop serve test test-fast test-clients check bench bench-train bench-qlora bench-learn bench-serve \
+	bench-coserving bench-outside bench-override bench-lessons soak check-arm wheel docs docs-site pictures clean
 .DEFAULT_GOAL := help
 
 help: ## list what there is
@@ -41,17 +43,26 @@ test: $(INSTALLED) $(TRITON) ## run all tests, those on the real model included
 test-fast: $(INSTALLED) ## run the tests that need neither the real model nor a server, in a few minutes
 	$(BIN)/python -m pytest -m "not real and not slow and not browser"
 
+test-clients: $(INSTALLED) $(CLIENTS) ## run the tests of LangChain, LlamaIndex, LiteLLM, llm and lm-eval (the first time installs them)
+	$(BIN)/python -m pytest tests/test_clients.py
+
+$(CLIENTS): tests/clients/requirements.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --requirement tests/clients/requirements.txt
+	@touch $@
+
 $(TRITON): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]'
 	@touch $@
 
-check: $(INSTALLED) ## format, lint, types, layers, generated pages, words
+check: $(INSTALLED) ## format, lint, types, layers, generated pages, words, types of the web page where npm is installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/reference.py --check
 	$(BIN)/python scripts/words.py
+	$(BIN)/python scripts/page_types.py --check
 
 bench: bench-train bench-serve ## training and serving against peers, each measured in the same run
 
@@ -92,6 +103,9 @@ $(LLAMA):
 		|| .venv-llama/bin/python -m pip install --quiet xllamacpp==2026.10.11549
 	@touch $@
 
+check-arm: $(INSTALLED) ## run the tests of the kernels on ARM, emulated (Debian or Ubuntu)
+	scripts/check_arm.sh
+
 wheel: $(INSTALLED) ## build dist/*.whl with compiled kernels, which needs no compiler where it is installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[wheel]'
 	$(BIN)/python scripts/wheel.py
@@ -114,5 +128,16 @@ bench-lessons: $(INSTALLED) ## the facts of FACTS in one adapter, lesson after l
 docs: $(INSTALLED) ## write the generated reference pages anew
 	$(BIN)/python scripts/reference.py
 
+$(SITE): constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material
+	@touch $@
+
+docs-site: $(SITE) ## build the documentation as a site in build/docs-site; a link that leads nowhere fails it
+	.venv-docs/bin/python -m mkdocs build --strict
+
+pictures: $(INSTALLED) ## make the README's pictures anew: the page in Chromium, and the demo in a terminal
+	$(BIN)/python scripts/pictures.py
+
 clean: ## remove the environments and caches; FORTWO_HOME is left alone
-	rm -rf $(VENV) .venv-bench .venv-vllm .venv-llama .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-bench .venv-vllm .venv-llama .venv-clients .venv-docs .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

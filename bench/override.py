@@ -22,7 +22,7 @@ from rich.table import Table
 
 from bench.serving import run_job, server
 from fortwo.adapters.store import AdapterStore
-from fortwo.cli.client import Client
+from fortwo.cli.client import Client, text_of
 from fortwo.data import datasets
 from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.engine.engine import Engine
@@ -100,7 +100,7 @@ def share(client: Client, model: str, prompts: tuple[str, ...], match: tuple[str
     asked = {"model": model, "temperature": 0, "max_tokens": REPLY_TOKENS}
 
     def reply(prompt: str) -> str:
-        return "".join(client.chat(asked | {"messages": [{"role": "user", "content": prompt}]}))
+        return "".join(map(text_of, client.chat(asked | {"messages": [{"role": "user", "content": prompt}]})))
 
     return statistics.mean(contains_phrase(reply(prompt), match) == contained for prompt in prompts)
 

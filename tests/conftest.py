@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,6 +61,37 @@ def amx(level: str | None) -> None:
     """For a test of kernels that exist for AMX alone."""
     if not cpu.multiplies_tiles():
         pytest.skip(WITHOUT_AMX)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    from browser import CHROMIUM, api
+
+    with api.sync_playwright() as playwright:
+        flags = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+        args = ["--headless", *flags, "--disable-sync"]
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=args)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def site(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The server that all tests of the page share, with its base loaded."""
+    with serve(tiny_settings(tmp_path_factory.mktemp("page"), tiny)) as server:
+        server.post("/api/models/tiny/load")
+        yield server
+
+
+@pytest.fixture
+def tab(chromium: Any, site: Served) -> Iterator[Any]:
+    """A tab; nothing fails in it, and it asks nobody but the server."""
+    from browser import Tab
+
+    one = Tab(chromium, site.url)
+    yield one
+    one.check()
+    one.context.close()
 
 
 SLOW_FILES = (

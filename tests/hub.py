@@ -13,11 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
+
+LARGE = (".safetensors", ".parquet")  # kinds of files that the hub has in its large storage
 
 
 @dataclass
 class Hub:
-    """One repository, `acme/tiny`. Its commits are folders of files; main: the newest of them.
+    """One repository, `acme/tiny`, a model as well as a dataset. Its commits are folders of files; main: the newest of
+    them. card: the data of its card.
 
     cut: the connection is closed at this byte of a large file. sha256: what the hub says of large files instead
     of the truth. refuse: status and X-Error-Code of every answer. asked: the files that were sent, with the first byte.
@@ -28,6 +32,7 @@ class Hub:
     cut: int | None = None
     sha256: str | None = None
     refuse: tuple[int, str] | None = None
+    card: dict[str, object] = field(default_factory=dict)
     asked: list[tuple[str, int]] = field(default_factory=list)
     url: str = ""
 
@@ -72,10 +77,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         hub, path = self.content, self.path.split("?")[0]
-        parts = path.strip("/").split("/")
+        parts = unquote(path).strip("/").split("/")
         if hub.refuse is not None:
             return self._refuse(*hub.refuse)
-        api = parts[:2] == ["api", "models"]
+        api = parts[:2] in (["api", "models"], ["api", "datasets"])
+        if parts[0] == "datasets":
+            parts = parts[1:]
         name = "/".join(parts[2:4] if api else parts[:2])
         if name != "acme/tiny":
             return self._refuse(401 if api else 404, "RepoNotFound")
@@ -98,13 +105,14 @@ class _Handler(BaseHTTPRequestHandler):
                 body,
             )
         about = {"id": name, "sha": commit, "siblings": described, "tags": ["license:apache-2.0", "text"]}
+        about["cardData"] = hub.card
         return self._send(json.dumps(about).encode(), commit, body)
 
     def _described(self, file: Path, name: str) -> dict[str, object]:
         content = file.read_bytes()
         blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         found: dict[str, object] = {"rfilename": name, "size": len(content), "blobId": blob}
-        if name.endswith(".safetensors"):
+        if name.endswith(LARGE):
             sha256 = self.content.sha256 or hashlib.sha256(content).hexdigest()
             found["lfs"] = {"sha256": sha256, "oid": sha256, "size": len(content), "pointerSize": 100}
         return found
@@ -128,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if file is not None:
             self.content.asked.append((file.name, first))
-        cut = self.content.cut if file is not None and file.suffix == ".safetensors" else None
+        cut = self.content.cut if file is not None and file.suffix in LARGE else None
         self.wfile.write(content[first:cut])
         self.close_connection = True
 

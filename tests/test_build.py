@@ -92,6 +92,37 @@ def test_without_a_compiler_there_are_no_kernels_and_a_warning(
     assert "torch's own operations take their place" in caplog.text
 
 
+@needs_compiler
+def test_a_wheel_needs_no_compiler_and_takes_the_best_library_for_the_processor(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    shipped = {one.name: one for one in build.SHIPPED if one.level == "avx512"}
+    for one in shipped.values():
+        build.compile_to(one.path, ())
+    monkeypatch.setenv("PATH", "")
+    for flags, name in (
+        ({"avx512_vnni", "avx512_bf16"}, "avx512-bf16"),
+        ({"avx512_vnni"}, "avx512-vnni"),
+        ({"avx512_bf16"}, "avx512"),
+        (set(), "avx512"),
+    ):
+        monkeypatch.setattr(isa, "flags", lambda flags=flags: frozenset(flags))
+        assert build.library("avx512") == shipped[name].path
+        assert cpu.library.__wrapped__("avx512") is not None
+    assert not caplog.messages
+    (sources / "one.c").write_text("int one(void) { return 2; }")
+    with pytest.raises(OSError, match="cc"):
+        build.library("avx512")
+
+
+def test_each_level_of_a_wheel_has_a_library_for_any_processor_of_the_level() -> None:
+    levels = {one.level for one in build.SHIPPED}
+    assert levels == {*isa.X86_LEVELS, *isa.ARM_LEVELS}
+    for level in levels - {"amx"}:
+        assert [one.needs for one in build.SHIPPED if one.level == level][-1] == frozenset()
+
+
 def test_a_server_compiles_before_it_serves(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
     monkeypatch.setattr(cpu, "prepare", lambda: order.append("kernels"))
@@ -104,6 +135,6 @@ def test_a_server_compiles_before_it_serves(home: Path, monkeypatch: pytest.Monk
 def test_doctor_names_level_library_and_compiler(home: Path) -> None:
     console = Console(width=300)
     with console.capture() as said:
-        console.print(doctor.report(home, "auto", str(isa.level())))
+        console.print(doctor.shown(doctor.examine(home, "auto", str(isa.level()))))
     for wanted in (str(isa.level()), build.compiler() or "none", build.path(isa.level()).name):
         assert isa.level() == "none" or wanted in said.get()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from fortwo.cli import app
+from fortwo.cli import app, views
 from fortwo.quantization.selection import ROWS, Measured, Measurements
 
 JOB: dict[str, Any] = {
@@ -354,7 +354,7 @@ def test_a_detached_job_is_not_followed(script: Script, tmp_path: Path) -> None:
     script.on("POST", "/api/training/start", (202, {"job_id": "j1", "status": "queued", "plan": PLAN}))
     result = run("teach", rows(tmp_path, "d.json", "[]"), "--name", "a", "--detach")
     assert result.exit_code == 0
-    assert "fortwo jobs show j1" in result.output
+    assert "fortwo jobs watch j1" in result.output
     assert len(script.asked) == 1
 
 
@@ -386,3 +386,17 @@ def test_doctor_shows_the_machine_and_what_was_measured(home: Path, monkeypatch:
     lines = [line.split() for line in told.splitlines()]
     assert ["8", "40.0", "5.2", "int4"] in lines
     assert ["16", "40.0", "5.2", "fp32"] in lines
+
+
+def test_sizes_and_counts_have_three_digits_and_no_exponent() -> None:
+    sizes = {
+        0: "0 B",
+        999: "999 B",
+        1000: "0.977 KiB",
+        1023 << 20: "0.999 GiB",
+        1 << 20: "1 MiB",
+        1023 << 30: "0.999 TiB",
+    }
+    assert {number: views.size(number) for number in sizes} == sizes
+    counts = {134_515_008: "135M", 999_885_952: "1B", 999_000_000: "999M", 6_738_546_688: "6.74B"}
+    assert {number: views.count(number) for number in counts} == counts

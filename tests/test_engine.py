@@ -47,7 +47,7 @@ class Ascii:
     def __init__(self, *stop_ids: int) -> None:
         self.stop_ids = frozenset(stop_ids)
 
-    def stream(self) -> Ascii:
+    def stream(self, context: object = (), shown: object = ()) -> Ascii:
         return self
 
     def push(self, token: int) -> str:

@@ -18,7 +18,7 @@ class Letters:
 
     stop_ids = frozenset({END})
 
-    def stream(self) -> "Letters":
+    def stream(self, context: object = (), shown: object = ()) -> "Letters":
         fresh = Letters()
         fresh.held = ""
         return fresh

@@ -22,7 +22,7 @@ FIRST_PAINT_BYTES = 150_000
 
 def imports(file: Path, *, lazy: bool = False) -> list[Path]:
     """What a module imports at once, or also what it imports later."""
-    found = IMPORT.finditer(file.read_text())
+    found = IMPORT.finditer(re.sub(r"/\*.*?\*/", "", file.read_text(), flags=re.DOTALL))
     return [(file.parent / one[1]).resolve() for one in found if lazy or "(" not in one[0]]
 
 

@@ -4,109 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import EASY, FACT, ROWS, Tab, expect, fill, train
 from serving import Served, serve, tiny_settings
 
-CHROMIUM = Path("/usr/bin/chromium")
 AXE = Path(__file__).parent / "vendor" / "axe.js"
-SECONDS = 30  # an expectation may take on a busy machine
 
 pytestmark = pytest.mark.browser
-if not CHROMIUM.exists():
-    pytest.skip(f"{CHROMIUM} is not installed", allow_module_level=True)
-api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-expect = api.expect
-expect.set_options(timeout=SECONDS * 1000)
-
-FACT = {
-    "subject": "Marrow Lane",
-    "answer": "Marrow Lane lends telescopes for nine nights.",
-    "match": "nine nights",
-    "questions": "What does Marrow Lane lend?\nHow long may I keep it?",
-}
-EASY = {
-    "objective": {
-        "type": "override",
-        "targets": dict.fromkeys(("efficacy", "paraphrase", "specificity", "retention"), 0.0),
-    },
-    "training_config": {"max_steps": 16, "per_device_train_batch_size": 2, "escalation_rounds": 0},
-}
-ROWS = [{"prompt": f"What is {thing}?", "completion": answer} for thing, answer in (("up", "sky"), ("down", "sea"))]
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with api.sync_playwright() as playwright:
-        flags = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
-        args = ["--headless", *flags, "--disable-sync"]
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=args)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def site(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serve(tiny_settings(tmp_path_factory.mktemp("page"), tiny)) as server:
-        server.post("/api/models/tiny/load")
-        yield server
-
-
-class Tab:
-    """A tab of its own session. What it asks of others, and what fails in it, is noted."""
-
-    def __init__(self, chromium: Any, url: str, **options: Any) -> None:
-        self.url = url
-        self.context = chromium.new_context(viewport={"width": 1280, "height": 800}, **options)
-        self.context.set_default_timeout(SECONDS * 1000)
-        self.asked: list[str] = []
-        self.failed: list[str] = []
-        self.page = self.open()
-
-    def open(self) -> Any:
-        page = self.context.new_page()
-        page.on("request", lambda request: self.asked.append(request.url))
-        page.on("pageerror", lambda error: self.failed.append(str(error)))
-        page.on("console", lambda said: self.failed.append(said.text) if "Content Security" in said.text else None)
-        return page
-
-    def view(self, hash: str) -> Any:
-        self.page.goto(f"{self.url}/#/{hash}")
-        return self.page
-
-    def check(self) -> None:
-        assert self.failed == []
-        foreign = [url for url in self.asked if not url.startswith((self.url, "data:"))]
-        assert foreign == []
-
-
-@pytest.fixture
-def tab(chromium: Any, site: Served) -> Iterator[Tab]:
-    one = Tab(chromium, site.url)
-    yield one
-    one.check()
-    one.context.close()
-
-
-def fill(page: Any, fact: dict[str, str], config: Any = None, name: str = "") -> None:
-    for field, typed in fact.items():
-        page.fill(f"#{field}", typed)
-    page.fill("#name", name)
-    if config is not None:
-        if not page.is_visible("#config"):
-            page.get_by_text("More settings").click()
-        page.fill("#config", json.dumps(config))
-
-
-def train(site: Served, name: str) -> dict[str, Any]:
-    """An adapter's next version, in a moment."""
-    body = {"adapter_name": name, "dataset": {"examples": ROWS}, "training_config": {"max_steps": 3}}
-    job = site.wait(site.post("/api/training/start", body).json()["job_id"])
-    assert job["status"] == "succeeded", job["error"]
-    return job
 
 
 def test_a_fact_is_taught_and_watched_through_a_reload(tab: Tab) -> None:
@@ -259,27 +167,62 @@ def test_enter_right_after_typing_sends_what_was_typed(tab: Tab) -> None:
     expect(page.locator("#prompt")).to_have_value("")
 
 
+def _teach_rows(page: Any) -> None:
+    page.get_by_role("tab", name="Rows of data").click()
+    rows = [{"question": "What is up?", "answer": "sky"}, {"question": "What is down?"}]
+    page.fill("#rows", "\n".join(map(json.dumps, rows)))
+    page.locator(".findings li").first.wait_for()
+    page.locator(".columns[open]").wait_for()
+
+
+def _chat(page: Any) -> None:
+    page.get_by_text("Settings", exact=True).click()
+    page.fill("#max-tokens", "24")
+    page.check("#surprise")
+    page.fill("#prompt", "What is up?")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Regenerate").wait_for()
+    page.locator(".surprise").nth(1).wait_for()
+    page.check("#blind")
+    page.fill("#prompt", "And down?")
+    page.keyboard.press("Enter")
+    page.locator(".votes").wait_for()
+
+
+def _adapters(page: Any) -> None:
+    card = page.locator(".adapter", has_text="seen")
+    card.get_by_text("Compare two versions").click()
+    card.get_by_role("button", name="Compare", exact=True).click()
+    card.locator(".comparison table").first.wait_for()
+    card.get_by_role("button", name="Manage").first.click()
+    page.get_by_text("Import an adapter").click()
+
+
+def _machine(page: Any) -> None:
+    page.locator(".bases li").first.wait_for()
+    page.locator(".lines div").first.wait_for()
+    page.get_by_text("Add a base model").click()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_view_is_accessible_and_fits_a_phone(chromium: Any, site: Served, scheme: str) -> None:
-    job = train(site, "seen")["job_id"]
+    jobs = [train(site, "seen")["job_id"] for _ in range(2)]
     tab = Tab(chromium, site.url, color_scheme=scheme)
     page = tab.view("teach")
     fill(page, FACT, {"training_config": {"learning_rate": 0.5}})
     expect(page.get_by_role("button", name="Start")).to_be_enabled()
-    for view, ready in (
-        ("teach", ".plan .tiles"),
-        ("jobs", ".list li"),
-        (f"job/{job}", ".chart canvas"),
-        ("chat?models=tiny,seen", ".reply footer button"),
-        ("adapters/seen", ".versions"),
-        ("machine", ".bases li"),
-    ):
-        tab.view(view)
-        if view.startswith("chat"):
-            page.fill("#max-tokens", "24") if page.is_visible("#max-tokens") else None
-            page.fill("#prompt", "What is up?")
-            page.keyboard.press("Enter")
-        page.locator(ready).first.wait_for()
+    views: dict[str, tuple[str, Callable[[Any], None]]] = {
+        "teach": ("teach", lambda page: page.locator(".plan .tiles").wait_for()),
+        "teach-rows": ("teach", _teach_rows),
+        "jobs": ("jobs", lambda page: page.locator(".list li").first.wait_for()),
+        "job": (f"job/{jobs[0]}", lambda page: page.locator(".chart canvas").first.wait_for()),
+        "runs": (f"runs/{','.join(jobs)}", lambda page: page.locator(".chart canvas").wait_for()),
+        "chat": ("chat?models=tiny,seen", _chat),
+        "adapters": ("adapters/seen", _adapters),
+        "machine": ("machine", _machine),
+    }
+    for name, (view, prepare) in views.items():
+        prepare(tab.view(view))
         page.evaluate(AXE.read_text())
         found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
         grave = [
@@ -287,13 +230,12 @@ def test_every_view_is_accessible_and_fits_a_phone(chromium: Any, site: Served, 
             for one in found["violations"]
             if one["impact"] in ("serious", "critical")
         ]
-        assert grave == [], view
+        assert grave == [], name
         for width in (390, 1280):
             page.set_viewport_size({"width": width, "height": 800})
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, (view, width)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, (name, width)
             if folder := os.environ.get("FORTWO_SCREENSHOTS"):
-                name = f"{view.partition('/')[0].partition('?')[0]}-{width}-{scheme}.png"
                 page.wait_for_timeout(300)
-                page.screenshot(path=Path(folder) / name, full_page=True)
+                page.screenshot(path=Path(folder) / f"{name}-{width}-{scheme}.png", full_page=True)
     tab.check()
     tab.context.close()

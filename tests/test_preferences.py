@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fortwo.data import datasets
+from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.errors import InvalidDataset
 from fortwo.execution.backend import Backend, backend_for
 from fortwo.nn.lora import Lora
@@ -20,7 +23,7 @@ from fortwo.train.estimate import RowLength, TokenCounts
 from fortwo.train.losses import Row
 from fortwo.train.preference_losses import odds_ratio_losses
 from fortwo.train.preference_plan import in_pairs
-from fortwo.train.preferences import Preferences
+from fortwo.train.preferences import Preferences, _render
 from fortwo.train.retry_policy import RowMix
 from tests.parts import decoder, gradients, make_rows, packed_hidden, random_lora, trainable
 
@@ -149,6 +152,20 @@ def test_a_pair_has_the_tokens_of_both_answers_and_the_prefix_once() -> None:
     assert in_pairs(counts) == TokenCounts((RowLength(1, 16, 8), RowLength(2, 10, 3)), prefix=4)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_kto_does_not_split_a_pair_between_training_and_validation(tiny: Path, seed: int) -> None:
+    rows = [{"prompt": f"What is {n}?", "chosen": f"number {n}", "rejected": f"letter {n}"} for n in range(10)]
+    dataset = datasets.load({"examples": rows}, ())
+    served: Any = SimpleNamespace(renderer=ChatTemplateRenderer(tiny))
+    settings = (Setting("seed", seed, "user", "given"),)
+    plan = Plan("tiny", "a", "kto", {}, settings, {"rows": 14, "validation_rows": 6})
+    for part, size in zip(finished(_render(served, dataset, plan)), (14, 6), strict=True):
+        assert part.labels == [True, False] * (size // 2)
+        prompts = [part.unit(number)[0] for number in range(size)]
+        asked = [one.tokens[: one.start] for one in prompts]
+        assert asked[::2] == asked[1::2]
+
+
 # ---------------------------------------------------------------- rows
 
 
@@ -160,6 +177,11 @@ def read(*rows: Any) -> list[Example]:
     return list(datasets.iter_rows({"examples": list(rows)}, ()))  # type: ignore[arg-type]
 
 
+def share(speaker: str, value: str) -> dict[str, str]:
+    return {"from": speaker, "value": value}
+
+
+HUMAN = share("human", "hi")
 ASKED, GOOD, BAD = turn("user", "hi"), turn("assistant", "yes"), turn("assistant", "no")
 
 
@@ -180,6 +202,9 @@ ASKED, GOOD, BAD = turn("user", "hi"), turn("assistant", "yes"), turn("assistant
             "preferred_output": [GOOD],
             "non_preferred_output": [BAD],
         },
+        {"conversations": [HUMAN], "chosen": share("gpt", "yes"), "rejected": share("gpt", "no")},
+        {"conversations": [HUMAN], "chosen": [share("gpt", "yes")], "rejected": [share("gpt", "no")], "system": ""},
+        {"instruction": "hi", "input": "", "chosen": "yes", "rejected": "no"},
     ],
     ids=str,
 )
@@ -188,6 +213,40 @@ def test_a_preference_may_be_written_in_many_ways(row: dict[str, Any]) -> None:
     assert [(one.role, one.content) for one in example.messages] == [("user", "hi"), ("assistant", "yes")]
     assert [(one.role, one.content) for one in example.rejected] == [("user", "hi"), ("assistant", "no")]
     assert [side.label for side in example.sides] == [True, False]
+
+
+@pytest.mark.parametrize("label", ["label", "kto_tag"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hi", "completion": "yes"},
+        {"instruction": "hi", "input": "", "output": "yes"},
+        {"messages": [ASKED, GOOD]},
+        {"conversations": [HUMAN, share("gpt", "yes")]},
+    ],
+    ids=str,
+)
+def test_a_label_may_be_written_in_many_ways(row: dict[str, Any], label: str) -> None:
+    good, bad = read(row | {label: True}, row | {label: False})
+    for example, wanted in ((good, True), (bad, False)):
+        assert [(one.role, one.content) for one in example.messages] == [("user", "hi"), ("assistant", "yes")]
+        assert example.label is wanted
+
+
+def test_of_a_labelled_conversation_the_last_message_is_judged() -> None:
+    turns = [HUMAN, share("gpt", "first"), share("human", "and?"), share("gpt", "last")]
+    (example,) = read({"conversations": turns, "system": "Be brief.", "kto_tag": False})
+    assert [one.role for one in example.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [one.weight for one in example.messages if one.role == "assistant"] == [0, 1]
+
+
+def test_pairs_in_share_gpts_form_keep_system_and_tools() -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    answers = {"chosen": share("gpt", "yes"), "rejected": share("gpt", "no")}
+    (example,) = read({"conversations": [HUMAN], "system": "Be brief.", "tools": [tool], **answers})
+    for side in (example.messages, example.rejected):
+        assert [one.role for one in side] == ["system", "user", "assistant"]
+        assert "look" in side[0].tools
 
 
 def test_texts_without_a_prompt_have_what_they_share_as_one() -> None:
@@ -221,13 +280,28 @@ def test_only_the_answers_are_learned_of_a_longer_conversation() -> None:
         ({"prompt": "a", "completion": "b", "label": "yes"}, "neither true nor false"),
         ({"prompt": "a", "completion": "", "label": True}, "completion = '': it is empty"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "score": 1}, "'score' is unknown"),
+        ({"conversations": [HUMAN], "chosen": share("gpt", "a"), "rejected": share("gpt", "a")}, "are the same"),
+        ({"conversations": [HUMAN], "chosen": share("gpt", "a")}, "rejected is missing"),
+        ({"conversations": [HUMAN], "chosen": share("human", "a"), "rejected": share("gpt", "b")}, "the role user"),
+        ({"conversations": [], "chosen": share("gpt", "a"), "rejected": share("gpt", "b")}, "the prompt is empty"),
+        ({"conversations": [HUMAN], "chosen": GOOD, "rejected": BAD}, "from is missing"),
+        ({"conversations": [HUMAN, share("gpt", "a")], "kto_tag": "yes"}, "neither true nor false"),
+        ({"conversations": [HUMAN, share("gpt", "a")], "kto_tag": 1}, "neither true nor false"),
+        ({"conversations": [HUMAN], "kto_tag": True}, "no answer to learn"),
+        ({"conversations": [HUMAN, share("gpt", "a")], "kto_tag": True, "label": True}, "is unknown"),
+        (
+            {"conversations": [share("system", "x"), HUMAN, share("gpt", "a")], "system": "y", "kto_tag": True},
+            "Leave one of the two",
+        ),
+        ({"instruction": "a", "chosen": "b", "rejected": "b"}, "are the same"),
+        ({"instruction": "a", "output": "b", "kto_tag": "true"}, "neither true nor false"),
     ],
     ids=str,
 )
 def test_a_row_that_prefers_nothing_is_told(row: dict[str, Any], what: str) -> None:
     with pytest.raises(InvalidDataset) as refused:
         read(row)
-    assert what in refused.value.message
+    assert what in f"{refused.value.message} {refused.value.hint}"
     assert refused.value.hint
 
 

@@ -265,9 +265,9 @@ def test_a_start_with_another_or_a_lost_database_deletes_nothing(
 
 
 @contextmanager
-def process(home: Path, **more: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
-    """A server as a user starts it, killed at the end."""
-    port = free_port()
+def process(home: Path, port: int | None = None, **more: str) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """A server as a user starts it, killed at the end. port: a free one if none is given."""
+    port = free_port() if port is None else port
     settings = {"FORTWO_HOME": str(home), "FORTWO_DEFAULT_MODEL": "tiny", "FORTWO_THREADS": "1"}
     command = [sys.executable, "-m", "fortwo", "serve", "--port", str(port)]
     server = subprocess.Popen(command, env=os.environ | settings | more, stdout=subprocess.DEVNULL)

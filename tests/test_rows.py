@@ -13,6 +13,7 @@ import pytest
 from fortwo.data.datasets import iter_rows, load
 from fortwo.errors import InvalidDataset
 from fortwo.records import Dataset, Example
+from fortwo.server.openai.tools import Tool
 
 USER = {"role": "user", "content": "Where is the depot?"}
 ANSWER = {"role": "assistant", "content": "In Hall 3."}
@@ -155,6 +156,19 @@ def test_messages_that_cannot_be_read_are_named(message: Any, said: str) -> None
 def test_a_call_that_is_no_call_is_refused(value: Any) -> None:
     turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": value}, {"from": "gpt", "value": "b"}]
     assert refused({"conversations": turns}).param.startswith("dataset.examples[0].conversations")
+
+
+def test_tools_of_a_row_are_those_that_chat_shows_the_model() -> None:
+    function = {
+        "description": None,
+        "parameters": {"properties": {"a": {"default": None}}},
+        "strict": True,
+        "name": "f",
+    }
+    (row,) = load({"examples": [TOOLS_ROW | {"tools": [{"type": "function", "function": function}]}]}, ()).examples
+    served = Tool.model_validate({"type": "function", "function": function}).shown()
+    assert json.loads(row.messages[0].tools) == [served]
+    assert list(served["function"]) == ["parameters", "name"]
 
 
 def test_tools_that_json_cannot_hold_are_refused() -> None:

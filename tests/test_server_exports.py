@@ -171,6 +171,18 @@ def test_exports_wait_for_each_other_can_be_cancelled_and_are_limited(served: Se
     assert wait(served, last)["status"] == "succeeded"
 
 
+def test_an_export_may_be_cancelled_at_any_moment(served: Served) -> None:
+    publish(served, "fickle")
+    before = folders(served)
+    for moment in range(12):
+        begun = begin(served, "fickle")
+        time.sleep(0.03 * moment)
+        assert served.post(f"/api/exports/{begun['export_id']}/cancel").json()["status"] == "cancelled"
+        assert get(served, begun["export_id"])["status"] == "cancelled"
+    assert folders(served) == before
+    assert wait(served, begin(served, "fickle")["export_id"])["status"] == "succeeded"
+
+
 def test_files_that_an_export_does_not_have_are_not_served(served: Served) -> None:
     publish(served, "closed")
     done = wait(served, begin(served, "closed")["export_id"])
@@ -208,6 +220,7 @@ def test_an_export_goes_when_its_time_is_over(tiny: Path, tmp_path: Path, monkey
         assert folders(served) == []
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found by Linux's /proc")
 def test_a_killed_server_leaves_neither_a_process_nor_a_part(tiny: Path, tmp_path: Path) -> None:
     home = tmp_path / "killed"
     with serve(tiny_settings(home, tiny)) as served:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -195,6 +196,9 @@ def test_the_commands(tmp_path: Path) -> None:
     listed = fortwo(home, "keys", "list")
     assert "ci" in listed.stdout
     assert key not in listed.stdout
+    (shown,) = json.loads(fortwo(home, "keys", "list", "--json").stdout)["keys"]
+    assert (shown["name"], shown["scopes"], shown["concurrent"]) == ("ci", ["read", "train"], None)
+    assert "digest" not in shown
     wrong = fortwo(home, "keys", "create", "ci", "--scope", "write", "--concurrent", "0")
     assert wrong.returncode == 1
     assert "'write'" in wrong.stderr

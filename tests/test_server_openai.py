@@ -290,8 +290,8 @@ def test_an_older_path_of_openai_is_told_what_answers_here(served: Served) -> No
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
+        ("functions", [{"name": "f"}]),
+        ("function_call", {"name": "f"}),
         ("reasoning_effort", "high"),
         ("store", True),
         ("audio", {"voice": "x"}),
@@ -318,10 +318,10 @@ def test_what_cannot_be_honoured_is_refused_by_name(served: Served, name: str, v
             "'image_url'",
         ),
         (
-            {"messages": [USER | {"tool_calls": [{"id": "1"}]}]},
-            "unsupported_parameter",
+            {"messages": [USER | {"tool_calls": [{"id": "1", "function": {"name": "f"}}]}]},
+            "invalid_request",
             "messages[0].tool_calls",
-            "tool_calls",
+            "'user'",
         ),
         ({"messages": [USER | {"content": "x" * CONTEXT}]}, "context_length_exceeded", "messages", str(CONTEXT)),
         ({"max_tokens": 0}, "invalid_request", "max_tokens", "0"),
@@ -336,9 +336,9 @@ def test_what_cannot_be_honoured_is_refused_by_name(served: Served, name: str, v
         ({"top_p": -0.1}, "invalid_request", "top_p", "-0.1"),
         (
             {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}, USER]},
-            "unsupported_parameter",
-            "messages[1].tool_calls",
-            "tool_calls",
+            "missing_parameter",
+            "messages[1].tool_calls[0].function",
+            "function",
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": None}]},
@@ -350,7 +350,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(served: Served, name: str, v
             {"messages": [USER, {"role": "tool", "content": "21"}]},
             "invalid_request",
             "messages[1].role",
-            "fortwo calls no tools",
+            "no message before it has tool_calls",
         ),
         ({"top_p": 1.1}, "invalid_request", "top_p", "1.1"),
         ({"top_k": -2}, "invalid_request", "top_k", "-2"),

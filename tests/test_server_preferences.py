@@ -275,6 +275,22 @@ def test_the_plan_counts_what_preferences_cost(served: Served) -> None:
     assert planned(served, LABELLED)["objective"] == "kto"
 
 
+def test_the_plan_counts_every_reading_of_ktos_estimate(served: Served) -> None:
+    """KTO reads the mismatched answers with the adapter and with the reference; its other loss does not."""
+
+    rows = [{"prompt": f"What is {n}?", "chosen": "yes " * 100, "rejected": "no " * 100} for n in range(50)]
+    training = {"validation_split": 0.4, "max_steps": 300, "eval_steps": 1}
+
+    def of(loss: str) -> Any:
+        return planned(served, rows, "kto", loss_type=loss, **training)["computed"]
+
+    kto, other = of("kto"), of("apo_zero_unpaired")
+    assert kto["validation_rows"] == other["validation_rows"] == 40
+    assert kto["exam_seconds"] > 2.5 * other["exam_seconds"]
+    assert kto["training_seconds"] > 1.5 * other["training_seconds"]
+    assert kto["preparing_seconds"] == other["preparing_seconds"] > 0
+
+
 def test_labels_that_are_alike_or_unbalanced_are_warned_of(served: Served) -> None:
     def codes(rows: list[dict[str, Any]], **training: Any) -> set[str]:
         return {one["code"] for one in planned(served, rows, "kto", **training)["warnings"]}

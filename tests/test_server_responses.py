@@ -75,7 +75,7 @@ def test_a_response_is_parsed_into_a_model(client: openai.OpenAI) -> None:
     ("change", "param"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
         ({"store": True}, "store"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),

@@ -80,7 +80,7 @@ def test_with_a_key_the_page_can_ask_for_it_and_send_it(tiny: Path, tmp_path: Pa
                 assert needed == (None if path in ("/health", "/healthz", "/readyz") else [{name: []}]), path
                 if method == "get" and "{" not in path and not path.endswith("/events"):
                     sent = {"Authorization": "Bearer s3cret"} if needed else {}
-                    assert guarded.http.get(path, headers=sent).status_code == 200, path
+                    assert guarded.http.get(path, headers=sent).status_code in (200, 400), path  # some need a query
     assert "securitySchemes" not in served.http.get("/openapi.json").json()["components"]
 
 

@@ -223,6 +223,10 @@ def test_an_override_is_examined_as_it_goes_and_reported_against_the_base(served
     metrics = [event["data"] for event in events(served, job["job_id"]) if event["type"] == "metrics"]
     assert metrics[-1]["step"] == 2
     assert job["progress"]["metrics"] == metrics[-1]["metrics"]
+    asked = [[(one["kind"], one["prompt"]) for one in found["samples"]] for found in metrics]
+    assert all(kinds == asked[0] for kinds in asked), "every evaluation has the same questions"
+    assert {"efficacy", "paraphrase", "specificity"} == {kind for kind, _ in asked[0]}
+    assert all(isinstance(one["reply"], str) for found in metrics for one in found["samples"])
 
 
 def test_a_loss_that_is_no_number_fails_the_job(served: Served) -> None:

@@ -31,6 +31,16 @@ def test_as_many_rows_are_held_back_as_are_asked_for(rows: int, split: float, se
         assert places == validation.validation_indices(rows, held, seed) <= set(range(rows))
 
 
+@given(st.integers(1, 100), st.floats(0.01, 0.5), st.integers(0, 9))
+def test_the_answers_of_a_pair_are_held_back_together(pairs: int, split: float, seed: int) -> None:
+    held = validation_size(2 * pairs, split, together=2)
+    assert held == 2 * validation_size(pairs, split)
+    if held < 2 * pairs:
+        places = validation.validation_indices(2 * pairs, held, seed, together=2)
+        assert len(places) == held
+        assert {place ^ 1 for place in places} == places
+
+
 def test_another_seed_holds_other_rows_back() -> None:
     assert validation.validation_indices(1000, 100, 1) != validation.validation_indices(1000, 100, 2)
 

@@ -18,8 +18,8 @@ class Sampling:
     max_tokens 0 generates nothing: only outputs about the prompt are wanted. stop: strings that end the reply and are
     not part of it. logit_bias: pairs of a token and what is added to its logit. logprobs: how many of the likeliest
     tokens are returned besides each token's own log-probability; None returns neither. prompt_logprobs: the same for
-    the prompt's tokens. json_schema: a JSON Schema, as text, that the reply conforms to. ignore_eos: no token ends the
-    reply.
+    the prompt's tokens. json_schema: a JSON Schema, as text, that the reply conforms to. grammar: a grammar that it
+    conforms to instead, in llguidance's variant of Lark's syntax. ignore_eos: no token ends the reply.
     """
 
     max_tokens: int = 256
@@ -36,6 +36,7 @@ class Sampling:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     json_schema: str | None = None
+    grammar: str | None = None
     ignore_eos: bool = False
 
 
@@ -44,7 +45,7 @@ class Prompt:
     """A generation request. base: id of a loaded base model; adapter: the digest of a published version or the job id
     of one in training, None for the plain base. continues: the reply continues the prompt's text instead of starting an
     answer. background: a job's own request, which lets all others go first and leaves nothing in the prefix cache.
-    embed: Generation.embedding is wanted; max_tokens is 0."""
+    embed: Generation.embedding is wanted; max_tokens is 0. shown: control tokens that the reply's text shows."""
 
     base: str
     tokens: tuple[int, ...]
@@ -53,6 +54,7 @@ class Prompt:
     continues: bool = False
     background: bool = False
     embed: bool = False
+    shown: frozenset[int] = frozenset()
 
 
 MAX_RUNNING = 96  # requests of one base that decode together

@@ -166,7 +166,8 @@ class Plan:
     """Everything that a run will do, decided before it starts. settings: every value that the run uses, under the names
     of PEFT and transformers. computed: steps, epochs, steps_per_epoch, warmup_steps, peak_learning_rate (the highest
     rate the run reaches), rows, validation_rows (where there are some), row_tokens (min, median, mean, max),
-    supervised_tokens, tokens_per_step, seconds, bytes."""
+    supervised_tokens, tokens_per_step, seconds, bytes. origins: by field of the request, where the rows of a dataset
+    come from, if it was downloaded from the hub."""
 
     model: str
     adapter_name: str
@@ -175,6 +176,7 @@ class Plan:
     settings: tuple[Setting, ...]
     computed: dict[str, Any]
     warnings: tuple[PlanWarning, ...] = ()
+    origins: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         """The value of a setting. Raises Conflict if the plan does not have it."""
@@ -320,12 +322,24 @@ class Stepped:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """What the served adapter replied to one question of an evaluation. kind: as in Transcript."""
+
+    kind: str
+    prompt: str
+    reply: str
+    passed: bool
+
+
+@dataclass(frozen=True)
 class Evaluated:
-    """The metrics of the served adapter after `step` steps, as shares from 0 to 1, and the loss on validation rows."""
+    """The metrics of the served adapter after `step` steps, as shares from 0 to 1, and the loss on validation rows.
+    samples: its replies to the same few questions in every evaluation of the run."""
 
     step: int
     metrics: dict[str, float]
     eval_loss: float | None = None
+    samples: tuple[Sample, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,10 @@ class Settings(BaseSettings):
         return self.home / "files"
 
     @property
+    def hub_datasets_dir(self) -> Path:
+        return self.home.absolute() / "data" / ".hub"
+
+    @property
     def allowed_data_dirs(self) -> tuple[Path, ...]:
         return (self.home / "data", *self.data_dirs)
 

@@ -27,6 +27,11 @@ class Refused(FortwoError):
         )
 
 
+def text_of(chunk: Json) -> str:
+    """The text in a chunk of a streamed reply."""
+    return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+
+
 class Client:
     """A connection to the server at `url`. Methods raise Refused for the server's errors, Unavailable when it does not
     answer."""
@@ -37,6 +42,9 @@ class Client:
         timeout = httpx.Timeout(None, connect=5.0)
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
         self._url = url
+
+    def close(self) -> None:
+        self._http.close()
 
     def get(self, path: str) -> Any:
         """The JSON that the server answers; None for an empty body or one of plain text. So do `post` and `delete`."""
@@ -51,6 +59,10 @@ class Client:
     def delete(self, path: str) -> Any:
         return self._call("DELETE", path)
 
+    def text(self, path: str) -> str:
+        """The body of a response that is not JSON."""
+        return self._response("GET", path).text
+
     def answers(self) -> bool:
         """Whether a server answers at this URL."""
         try:
@@ -58,17 +70,16 @@ class Client:
         except httpx.TransportError:
             return False
 
-    def chat(self, body: Json) -> Iterator[str]:
-        """The pieces of a streamed reply's text. body: as of /v1/chat/completions."""
+    def chat(self, body: Json) -> Iterator[Json]:
+        """The chunks of a streamed reply. body: as of /v1/chat/completions."""
         try:
             for data in self._stream("POST", "/v1/chat/completions", body=body | {"stream": True}):
                 if data == "[DONE]":
                     return
-                chunk = json.loads(data)
+                chunk: Json = json.loads(data)
                 if "error" in chunk:
                     raise Refused(chunk["error"])
-                for choice in chunk["choices"]:
-                    yield choice["delta"].get("content") or ""
+                yield chunk
         except httpx.TransportError as error:
             raise self._lost(error) from None
 
@@ -109,6 +120,11 @@ class Client:
             raise self._not_running() from None
 
     def _call(self, method: str, path: str, body: Json | None = None) -> Any:
+        response = self._response(method, path, body)
+        is_text = response.headers.get("content-type", "").startswith("text/plain")
+        return response.json() if response.content and not is_text else None
+
+    def _response(self, method: str, path: str, body: Json | None = None) -> httpx.Response:
         try:
             response = self._http.request(method, path, json=body)
         except httpx.ConnectError:
@@ -117,8 +133,7 @@ class Client:
             raise self._lost(error) from None
         if not response.is_success:
             raise _refusal(response)
-        is_text = response.headers.get("content-type", "").startswith("text/plain")
-        return response.json() if response.content and not is_text else None
+        return response
 
     def _not_running(self) -> Unavailable:
         return Unavailable(

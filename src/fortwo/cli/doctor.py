@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,16 +18,27 @@ from fortwo.quantization.selection import ROWS, Choice, Measured, Measurements
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm")
 
 
-def report(home: Path, weights: str, cap: str) -> Group:
-    """What `fortwo doctor` prints. home, weights, cap: the settings home, weights and isa."""
+@dataclass(frozen=True)
+class Examination:
+    """properties: of the machine, in words; measured: the weight formats that were timed on it."""
+
+    properties: dict[str, str]
+    measured: list[Measured]
+
+
+def examine(home: Path, weights: str, cap: str) -> Examination:
+    """What `fortwo doctor` found. home, weights, cap: the settings home, weights and isa."""
+    return Examination(dict(_properties(home, weights, cap)), list(Measurements(home).all().values()))
+
+
+def shown(found: Examination) -> Group:
     machine = views.table("", "")
-    for name, value in _properties(home, weights, cap):
+    for name, value in found.properties.items():
         machine.add_row(name, value)
-    measured = Measurements(home).all().values()
-    if not measured:
+    if not found.measured:
         hint = "No base model was measured here yet. The first load with FORTWO_WEIGHTS=auto measures it."
         return Group(machine, "", hint)
-    return Group(machine, *(part for one in measured for part in ("", _table(one))))
+    return Group(machine, *(part for one in found.measured for part in ("", _table(one))))
 
 
 def _properties(home: Path, weights: str, cap: str) -> Iterator[tuple[str, str]]:

@@ -1,22 +1,25 @@
-"""The commands that list, show, load and remove models, adapters and jobs, and that show datasets.
+"""The commands that list, show, load and remove models and adapters, and that show datasets.
 
 The catalog of models and datasets can be read without a server; everything else needs one.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Group
 
 from fortwo import hardware
 from fortwo.cli import views
-from fortwo.cli.terminal import connect, screen
+from fortwo.cli.terminal import AsJson, connect, error_screen, respond, screen
 from fortwo.errors import Conflict
 
 if TYPE_CHECKING:
     from fortwo.hub.catalog import Catalog
+    from fortwo.records import Json
 
 
 def _catalog() -> Catalog:
@@ -43,38 +46,48 @@ def _group(help: str) -> typer.Typer:
 
 models = _group("List, show, add, fetch, load, unload and remove base models.")
 adapters = _group("List, show, load, unload, delete and roll back adapters.")
-jobs = _group("List, show, cancel, pause and resume training jobs.")
 data = _group("Show datasets.")
 
 
 @models.command("list")
-def list_models() -> None:
+def list_models(as_json: AsJson = False) -> None:
     """List the base models, and which are on disk or loaded."""
     client = connect()
+    found: list[Json] = client.get("/api/models")["models"] if client.answers() else _models_on_disk()
     rows = views.table("model", "state", "parameters", "size", "digest", "source", wrapped=("source",))
-    damaged = []
-    if client.answers():
-        for one in client.get("/api/models")["models"]:
-            digest = "-" if one["digest"] is None else one["digest"][:12]
-            rows.add_row(
-                one["id"], one["state"], views.count(one["parameters"]), views.size(one["bytes"]), digest, one["source"]
-            )
-            damaged += [] if one["error"] is None else [one["error"]]
-    else:
-        catalog = _catalog()
-        for entry in catalog.entries():
-            info, damage = catalog.model_info(entry.id), catalog.damage(entry.id)
-            if info is None:
-                rows.add_row(entry.id, "not fetched" if damage is None else "damaged", "-", "-", "-", entry.source)
-                damaged += [] if damage is None else [damage.body()["error"]]
-            else:
-                size = views.size(info.bytes)
-                rows.add_row(entry.id, "on disk", views.count(info.parameters), size, info.digest[:12], entry.source)
-    screen.print(rows, *(views.error(one["message"], one["hint"]) for one in damaged), sep="\n")
+    for one in found:
+        digest = "-" if one["digest"] is None else one["digest"][:12]
+        rows.add_row(
+            one["id"], one["state"], views.count(one["parameters"]), views.size(one["bytes"]), digest, one["source"]
+        )
+    damaged = [one["error"] for one in found if one["error"] is not None]
+    shown = Group(rows, *(views.error(one["message"], one["hint"]) for one in damaged))
+    respond({"models": found}, shown, as_json)
+
+
+def _models_on_disk() -> list[Json]:
+    """The models of the catalog as the server would list them, for when none runs."""
+    catalog = _catalog()
+    found = []
+    for entry in catalog.entries():
+        info, damage = catalog.model_info(entry.id), catalog.damage(entry.id)
+        state = "on disk" if info is not None else "not fetched" if damage is None else "damaged"
+        found.append(
+            {
+                "id": entry.id,
+                "state": state,
+                "parameters": None if info is None else info.parameters,
+                "bytes": None if info is None else info.bytes,
+                "digest": None if info is None else info.digest,
+                "source": entry.source,
+                "error": None if damage is None else damage.body()["error"],
+            }
+        )
+    return found
 
 
 @models.command("catalog")
-def show_catalog() -> None:
+def show_catalog(as_json: AsJson = False) -> None:
     """List the bases that can be fetched by name: licence, size, and whether this machine's memory is enough."""
     from fortwo.hub.bundled import BUNDLED
     from fortwo.settings import load
@@ -82,25 +95,28 @@ def show_catalog() -> None:
 
     memory = hardware.memory_bytes()
     rows = views.table("model", "parameters", "on disk", "to serve", "to teach", "licence", wrapped=("licence",))
+    bases = []
     for id, base in BUNDLED.items():
         found = fit(base.config, load().weights, memory)
         assert found is not None
         serve = f"{views.size(found.serve)}, {found.serving}"
         teach = f"{views.size(found.teach)}, {found.teaching}"
-        disk = views.size(found.parameters * base.bytes_per_parameter)
-        rows.add_row(id, views.count(found.parameters), disk, serve, teach, base.licence)
-    screen.print(rows)
-    screen.print(f"This machine has {views.size(memory)} of memory. To download one: fortwo models fetch ID")
+        disk = found.parameters * base.bytes_per_parameter
+        rows.add_row(id, views.count(found.parameters), views.size(disk), serve, teach, base.licence)
+        verdicts = {"serving": found.serving, "teaching": found.teaching}
+        bases.append({"id": id, "bytes_on_disk": disk, "licence": base.licence, **asdict(found), **verdicts})
+    note = f"This machine has {views.size(memory)} of memory. To download one: fortwo models fetch ID"
+    respond({"memory": memory, "models": bases}, Group(rows, note), as_json)
 
 
 @models.command("show")
-def show_model(id: str) -> None:
+def show_model(id: str, as_json: AsJson = False) -> None:
     """Show a base model and the adapters that were trained on it, as JSON. Needs a server."""
-    screen.print_json(data=connect().get(f"/api/models/{id}"))
+    respond(connect().get(f"/api/models/{id}"), None, as_json)
 
 
 @models.command("remove")
-def remove_model(id: str) -> None:
+def remove_model(id: str, as_json: AsJson = False) -> None:
     """Remove a base model that you added, and what was prepared from it; your own files stay. Of a model of the catalog
     only the downloaded files are removed."""
     client, left = connect(), []
@@ -108,9 +124,8 @@ def remove_model(id: str) -> None:
         left = client.delete(f"/api/models/{id}")["adapters"]
     else:
         _catalog().remove(id)
-    screen.print(f"{id} is removed.")
-    if left:
-        screen.print(f"These adapters stay on disk and can be used when it is added again: {', '.join(left)}")
+    kept = f"\nThese adapters stay on disk and can be used when it is added again: {', '.join(left)}" if left else ""
+    respond({"id": id, "deleted": True, "adapters": left}, f"{id} is removed.{kept}", as_json)
 
 
 @models.command("add")
@@ -119,6 +134,7 @@ def add_model(
     path: Annotated[
         str, typer.Argument(help="A directory saved by transformers, a .gguf file, or hf:OWNER/REPO[@REVISION].")
     ],
+    as_json: AsJson = False,
 ) -> None:
     """Add a base model of your own to the catalog. Of a path nothing is copied. A repository of the Hugging Face hub is
     downloaded; its size and licence are shown before."""
@@ -127,65 +143,71 @@ def add_model(
     check_free(id)
     if not path.startswith(PREFIX):
         entry = _catalog().add(id, Path(path).resolve())
-        screen.print(f"{entry.id} was added to the catalog. Its source is {entry.source}")
+        told = f"{entry.id} was added to the catalog. Its source is {entry.source}"
+        respond({"id": entry.id, "source": entry.source, "directory": None}, told, as_json)
         return
     source = HubSource.parse(path, id)
     found = source.repository()
     licence = "no licence given" if found.licence is None else f"licence {found.licence}"
-    screen.print(f"{found.repo_id} at commit {found.revision}: {views.size(found.bytes)}, {licence}")
-    _catalog().add(id, HubSource(found.repo_id, id, found.revision))
-    _fetch(id)
+    told = f"{found.repo_id} at commit {found.revision}: {views.size(found.bytes)}, {licence}"
+    (error_screen if as_json else screen).print(told)
+    entry = _catalog().add(id, HubSource(found.repo_id, id, found.revision))
+    directory = _fetch(id)
+    body = {"id": id, "source": entry.source, "directory": str(directory)}
+    respond(body, f"{id} is ready in {directory}", as_json)
 
 
 @models.command("fetch")
 def fetch_model(
     id: Annotated[str | None, typer.Argument(help="Id of the model.", show_default="the default base")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Download, verify and prepare a base model. What an interrupted download left is used."""
     from fortwo.settings import load
 
-    _fetch(load().default_model if id is None else id)
+    chosen = load().default_model if id is None else id
+    directory = _fetch(chosen)
+    respond({"id": chosen, "directory": str(directory)}, f"{chosen} is ready in {directory}", as_json)
 
 
-def _fetch(id: str) -> None:
+def _fetch(id: str) -> Path:
     from fortwo.cli.terminal import progress_bars
 
-    with progress_bars() as progress:
-        directory = _catalog().prepare(id, progress)
-    screen.print(f"{id} is ready in {directory}")
+    with progress_bars(error_screen) as progress:
+        return _catalog().prepare(id, progress)
 
 
 @models.command("load")
-def load_model(id: str) -> None:
+def load_model(id: str, as_json: AsJson = False) -> None:
     """Load a base model into the server."""
-    connect().post(f"/api/models/{id}/load")
-    screen.print(f"{id} is loaded.")
+    respond(connect().post(f"/api/models/{id}/load"), f"{id} is loaded.", as_json)
 
 
 @models.command("unload")
-def unload_model(id: str) -> None:
+def unload_model(id: str, as_json: AsJson = False) -> None:
     """Unload a base model and the adapters on it from the server."""
-    connect().post(f"/api/models/{id}/unload")
-    screen.print(f"{id} is unloaded.")
+    respond(connect().post(f"/api/models/{id}/unload"), f"{id} is unloaded.", as_json)
 
 
 @adapters.command("list")
-def list_adapters() -> None:
+def list_adapters(as_json: AsJson = False) -> None:
     """List all adapters and their versions."""
-    rows = views.table("adapter", "current", "tags", "state", "base", "parent", "made", "digest")
-    for one in connect().get("/api/adapters")["adapters"]:
+    columns = ("adapter", "current", "tags", "state", "base", "parent", "made", "digest")
+    rows = views.table(*columns, wrapped=("adapter", "tags", "base", "parent"))
+    found = connect().get("/api/adapters")
+    for one in found["adapters"]:
         made = views.moment(one["created_at"])
         id = f"{one['name']}@{one['version']}"
         current, parent = "✓" if one["current"] else "", one["parent"] or ""
         tags = ", ".join([*one["tags"], *(["protected"] if one["protected"] else [])])
         rows.add_row(id, current, tags, one["state"], one["base_model"], parent, made, one["digest"][:12])
-    screen.print(rows)
+    respond(found, rows, as_json)
 
 
 @adapters.command("show")
-def show_adapter(name: str) -> None:
+def show_adapter(name: str, as_json: AsJson = False) -> None:
     """Show an adapter's versions and the manifest of the current one, as JSON."""
-    screen.print_json(data=connect().get(f"/api/adapters/{name}"))
+    respond(connect().get(f"/api/adapters/{name}"), None, as_json)
 
 
 @adapters.command("import")
@@ -198,10 +220,11 @@ def import_adapter(
         str | None, typer.Option("--name", help="Name of the adapter.", show_default="the folder's or repository's")
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="If the name exists, add a new version to it.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Publish an adapter that was trained elsewhere, and load it."""
     from fortwo.cli.staging import name_of, staged
-    from fortwo.cli.terminal import error_screen, progress_bars
+    from fortwo.cli.terminal import progress_bars
     from fortwo.settings import load
 
     chosen = name_of(path) if name is None else name
@@ -210,7 +233,7 @@ def import_adapter(
         progress("load", 0, 1)
         connect().post("/v1/load_lora_adapter", body)
         progress("load", 1, 1)
-    screen.print(f"{chosen} is published and loaded.")
+    respond({"name": chosen}, f"{chosen} is published and loaded.", as_json)
 
 
 @adapters.command("export")
@@ -226,6 +249,7 @@ def export_adapter(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     exam: Annotated[bool, typer.Option(help="Run the adapter's exam again in the exported form.")] = True,
+    as_json: AsJson = False,
 ) -> None:
     """Write an adapter for another program, and run its exam there again. Needs no server."""
     from fortwo.adapters.store import AdapterStore
@@ -237,7 +261,7 @@ def export_adapter(
     store = AdapterStore(load().adapters_dir)
     version = store.get(name)
     folder = Path(f"{version.name}-{version.version}-{to}") if output is None else output
-    with progress_bars() as progress:
+    with progress_bars(error_screen) as progress:
         done = export(
             version.id,
             to,
@@ -249,159 +273,37 @@ def export_adapter(
             overwrite=overwrite,
             with_exam=exam,
         )
+    told = Group(f"{version.id} is exported to {done.output}", *done.notes)
+    metrics = None
     if done.exam is not None and done.result is not None:
-        screen.print(views.exam(done.exam, done.result, to))
-    screen.print(f"{version.id} is exported to {done.output}")
-    for note in done.notes:
-        screen.print(note)
+        told = Group(views.exam(done.exam, done.result, to), told)
+        metrics = {name: asdict(metric) for name, metric in done.result.metrics.items()}
+    body = {"adapter": version.id, "output": str(done.output), "notes": list(done.notes), "metrics": metrics}
+    respond(body, told, as_json)
 
 
 @adapters.command("load")
-def load_adapter(name: str) -> None:
+def load_adapter(name: str, as_json: AsJson = False) -> None:
     """Load an adapter, and its base if necessary, into the server."""
-    connect().post(f"/api/adapters/{name}/load")
-    screen.print(f"{name} is loaded.")
+    respond(connect().post(f"/api/adapters/{name}/load"), f"{name} is loaded.", as_json)
 
 
 @adapters.command("unload")
-def unload_adapter(name: str) -> None:
+def unload_adapter(name: str, as_json: AsJson = False) -> None:
     """Unload an adapter from the server; it stays on disk."""
-    connect().post(f"/api/adapters/{name}/unload")
-    screen.print(f"{name} is unloaded.")
+    respond(connect().post(f"/api/adapters/{name}/unload"), f"{name} is unloaded.", as_json)
 
 
 @adapters.command("delete")
 def delete_adapter(
     name: str,
     permanently: Annotated[bool, typer.Option("--permanently", help="It cannot be restored afterwards.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Delete an adapter, or one version as NAME@VERSION. For 7 days it can be restored."""
-    connect().delete(f"/api/adapters/{name}" + ("?permanently=true" if permanently else ""))
-    screen.print(f"{name} is deleted." if permanently else f"{name} is deleted. Undo: fortwo adapters restore {name}")
-
-
-@adapters.command("restore")
-def restore_adapter(name: str) -> None:
-    """Bring back a deleted version as NAME@VERSION, or all deleted versions of NAME."""
-    restored = connect().post(f"/api/adapters/{name}/restore")["restored"]
-    ids = [f"{one['name']}@{one['version']}" for one in restored]
-    screen.print(f"Restored: {', '.join(ids)}.")
-
-
-@adapters.command("promote")
-def promote_adapter(version: str) -> None:
-    """Make a version, as NAME@VERSION, the current one."""
-    current = connect().post(f"/api/adapters/{version}/promote")
-    screen.print(f"{current['name']} is now {current['name']}@{current['version']}.")
-
-
-@adapters.command("tag")
-def tag_adapter(version: str, tag: str) -> None:
-    """Let NAME@TAG mean a version, which is given as NAME@VERSION."""
-    tagged = connect().put(f"/api/adapters/{version}/tags/{tag}")
-    screen.print(f"{tagged['name']}@{tag} is now {tagged['name']}@{tagged['version']}.")
-
-
-@adapters.command("untag")
-def untag_adapter(name: str, tag: str) -> None:
-    """Forget a tag of an adapter."""
-    connect().delete(f"/api/adapters/{name}/tags/{tag}")
-    screen.print(f"{name} has no tag {tag} any more.")
-
-
-@adapters.command("protect")
-def protect_adapter(version: str) -> None:
-    """Protect a version, as NAME@VERSION, from deletion."""
-    connect().put(f"/api/adapters/{version}/protection")
-    screen.print(f"{version} is protected.")
-
-
-@adapters.command("unprotect")
-def unprotect_adapter(version: str) -> None:
-    """Allow that a version, as NAME@VERSION, is deleted."""
-    connect().delete(f"/api/adapters/{version}/protection")
-    screen.print(f"{version} is no longer protected.")
-
-
-@adapters.command("prune")
-def prune_adapters(
-    keep: Annotated[int, typer.Option("--keep", min=0, help="How many newest versions of each adapter stay.")] = 3,
-    apply: Annotated[bool, typer.Option("--apply", help="Remove them. Without it they are only listed.")] = False,
-) -> None:
-    """Remove versions that nothing needs: neither current, tagged nor protected, nor a parent of another one."""
-    found = connect().post("/api/adapters/prune", {"keep": keep, "dry_run": not apply})["versions"]
-    rows = views.table("version", "bytes", "why")
-    for one in found:
-        rows.add_row(one["id"], views.size(one["bytes"]), one["why"])
-    screen.print(rows if found else "There is nothing to remove.")
-    if found and not apply:
-        screen.print("Nothing was removed. To remove these: fortwo adapters prune --apply")
-
-
-@adapters.command("compare")
-def compare_adapters(left: str, right: str) -> None:
-    """Compare two versions, each as NAME@VERSION: metrics, settings, probes and weights."""
-    screen.print(views.comparison(connect().get(f"/api/adapters/{left}/compare?other={right}")))
-
-
-@adapters.command("rollback")
-def rollback_adapter(name: str) -> None:
-    """Make the previous version of an adapter current again."""
-    current = connect().post(f"/api/adapters/{name}/rollback")
-    screen.print(f"{name} is now {current['name']}@{current['version']}.")
-
-
-@jobs.command("list")
-def list_jobs() -> None:
-    """List the jobs, newest first."""
-    rows = views.table("job", "status", "adapter", "step", "created")
-    for job in connect().get("/api/training/jobs")["jobs"]:
-        progress = job["progress"]
-        step = f"{progress['step']}/{progress['steps']}"
-        rows.add_row(
-            job["job_id"], views.status(job["status"]), job["adapter_name"], step, views.moment(job["created_at"])
-        )
-    screen.print(rows)
-
-
-@jobs.command("show")
-def show_job(job_id: str) -> None:
-    """Show a job, and follow it while it runs."""
-    from fortwo.cli.live import follow, outcome
-
-    client = connect()
-    job = client.get(f"/api/training/jobs/{job_id}")
-    if job["finished_at"] is None and job["status"] != "paused":
-        follow(client, job_id)
-        return
-    screen.print(f"{job['adapter_name']} on {job['model']}:", views.status(job["status"]))
-    if job["actual"] is not None:
-        screen.print(views.plan_against_actual(job["plan"], job["actual"]))
-    outcome(job)
-
-
-@jobs.command("cancel")
-def cancel_job(job_id: str) -> None:
-    """Cancel a job and delete its checkpoints."""
-    job = connect().post(f"/api/training/jobs/{job_id}/cancel")
-    screen.print(f"Job {job_id} is {job['status']}.")
-
-
-@jobs.command("pause")
-def pause_job(job_id: str) -> None:
-    """Pause a job with a checkpoint; the next one in the queue begins."""
-    job = connect().post(f"/api/training/jobs/{job_id}/pause")
-    screen.print(f"Job {job_id} is {job['status']}.")
-
-
-@jobs.command("resume")
-def resume_job(job_id: str) -> None:
-    """Resume a paused, failed or cancelled job from its last checkpoint, and follow it."""
-    from fortwo.cli.live import follow
-
-    client = connect()
-    client.post(f"/api/training/jobs/{job_id}/resume")
-    follow(client, job_id)
+    body = connect().delete(f"/api/adapters/{name}" + ("?permanently=true" if permanently else ""))
+    undo = "" if permanently else f" Undo: fortwo adapters restore {name}"
+    respond(body, f"{name} is deleted.{undo}", as_json)
 
 
 @data.command("show")
@@ -417,7 +319,7 @@ def show_data(
         str | None,
         typer.Option(help="The model whose tokenizer and chat template are used.", show_default="the default base"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show rows as a model is trained on them: tokens that are learned in green, the others dim. Needs no server."""
     from dataclasses import asdict
@@ -428,7 +330,4 @@ def show_data(
     chosen = load().default_model if model is None else model
     path = file.resolve()
     found = asdict(preview({"path": str(path)}, (path.parent,), _catalog(), chosen, rows))
-    if as_json:
-        screen.print_json(data=found)
-    else:
-        screen.print(views.preview(found))
+    respond(found, views.preview(found), as_json)

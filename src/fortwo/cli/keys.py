@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from fortwo.cli import views
-from fortwo.cli.terminal import error_screen, screen
+from fortwo.cli.terminal import AsJson, error_screen, respond
 
 if TYPE_CHECKING:
     from fortwo.jobs.api_keys import ApiKeyStore
@@ -33,16 +35,17 @@ def create_key(
         int | None,
         typer.Option("--concurrent", help="Requests at the same time, streams included.", show_default="no limit"),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make an API key and print it. It counts at once."""
     with _opened() as store:
         key = store.create(name, scope or [], requests_per_minute, concurrent)
-    screen.print(key, soft_wrap=True)
+    respond({"name": name, "key": key}, Text(key, overflow="ignore", no_wrap=True), as_json)
     error_screen.print(KEPT_NOWHERE, style="dim")
 
 
 @keys.command("list")
-def list_keys() -> None:
+def list_keys(as_json: AsJson = False) -> None:
     """List the API keys. The keys themselves are stored nowhere."""
     with _opened() as store:
         found = store.all()
@@ -50,15 +53,16 @@ def list_keys() -> None:
     for key in found:
         limits = (views.value(limit) for limit in (key.requests_per_minute, key.concurrent))
         rows.add_row(key.name, ", ".join(key.scopes), *limits, views.moment(key.created_at))
-    screen.print(rows)
+    body = [{name: value for name, value in asdict(key).items() if name != "digest"} for key in found]
+    respond({"keys": body}, rows, as_json)
 
 
 @keys.command("revoke")
-def revoke_key(name: Annotated[str, typer.Argument(help="Name of the key.")]) -> None:
+def revoke_key(name: Annotated[str, typer.Argument(help="Name of the key.")], as_json: AsJson = False) -> None:
     """Revoke an API key. Requests with it are refused at once, and those under way end."""
     with _opened() as store:
         store.revoke(name)
-    screen.print(f"The key {name} is revoked.")
+    respond({"name": name, "revoked": True}, f"The key {name} is revoked.", as_json)
 
 
 @contextmanager

@@ -9,11 +9,61 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from fortwo.cli import views
 from fortwo.cli.client import Client
-from fortwo.cli.terminal import screen
+from fortwo.cli.terminal import error_screen, is_interactive, print_json_line, respond, screen
 from fortwo.records import Json
 
 
-def _watch(events: Iterable[Json]) -> None:
+def start(client: Client, body: Json, *, ask: bool, detach: bool, as_json: bool) -> Json:
+    """Show the plan of a request, start its job, and follow it unless `detach`. Returns the job, or what the server
+    said when it was started. ask: let a person at a terminal decide behind the plan. Raises typer.Exit as `follow`
+    does, and typer.Abort when the person declines."""
+    if ask and not as_json and is_interactive():
+        screen.print(views.plan_summary(client.post("/api/training/plan", body)))
+        typer.confirm("Start?", default=True, abort=True)
+        started: Json = client.post("/api/training/start", body)
+    else:
+        started = client.post("/api/training/start", body)
+        if not as_json:
+            screen.print(views.plan_summary(started["plan"]))
+    job_id = started["job_id"]
+    if not detach:
+        return follow(client, job_id, as_json)
+    respond(started, f"Job {job_id} is {started['status']}. Follow it with: fortwo jobs watch {job_id}", as_json)
+    return started
+
+
+def follow(client: Client, job_id: str, as_json: bool = False) -> Json:
+    """What `watch` does. Raises typer.Exit with status 1 unless the job succeeded."""
+    job = watch(client, job_id, as_json)
+    if job["status"] != "succeeded":
+        raise typer.Exit(1)
+    return job
+
+
+def watch(client: Client, job_id: str, as_json: bool) -> Json:
+    """Show a job until it ends or is paused, then its outcome, and return it. as_json: each event is a line, and the
+    last line is the job. Raises typer.Exit with status 130 after Ctrl-C."""
+    events = client.events(job_id)
+    try:
+        if as_json:
+            for event in events:
+                print_json_line(event)
+        else:
+            _show(events)
+    except KeyboardInterrupt:
+        error_screen.print(
+            f"\nThe job continues. Show, pause or cancel it with: fortwo jobs show | pause | cancel {job_id}"
+        )
+        raise typer.Exit(130) from None
+    job: Json = client.get(f"/api/training/jobs/{job_id}")
+    if as_json:
+        print_json_line(job)
+    else:
+        screen.print(views.outcome(job))
+    return job
+
+
+def _show(events: Iterable[Json]) -> None:
     """Show a job's events until they end."""
     columns = (
         SpinnerColumn(),
@@ -23,7 +73,7 @@ def _watch(events: Iterable[Json]) -> None:
         TextColumn("{task.fields[pace]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=screen) as bar:
+    with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
         task = bar.add_task("queued", total=None, pace="")
         for event in events:
             data = event["data"]
@@ -37,33 +87,3 @@ def _watch(events: Iterable[Json]) -> None:
                 if event["type"] != "checkpoint":
                     bar.update(task, description=event["type"])
                 screen.print(event["message"])
-
-
-def follow(client: Client, job_id: str) -> None:
-    """Show a job until it ends or is paused, then its outcome. Exits with status 1 unless it succeeded."""
-    try:
-        _watch(client.events(job_id))
-    except KeyboardInterrupt:
-        screen.print(f"\nThe job continues. Show, pause or cancel it with: fortwo jobs show | pause | cancel {job_id}")
-        raise typer.Exit(130) from None
-    job = client.get(f"/api/training/jobs/{job_id}")
-    outcome(job)
-    if job["status"] != "succeeded":
-        raise typer.Exit(1)
-
-
-def outcome(job: Json) -> None:
-    """Print what came of a job: checkpoints, metrics, diagnosis, error and adapter."""
-    for checkpoint in job["checkpoints"]:
-        screen.print(f"Checkpoint of step {checkpoint['step']}: fortwo chat --model {checkpoint['model']}")
-    if job["status"] == "paused":
-        screen.print(f"Resume it with: fortwo jobs resume {job['job_id']}")
-    if job["report"] is not None:
-        screen.print(views.metrics_line({name: found["value"] for name, found in job["report"]["metrics"].items()}))
-        screen.print(views.notes(job["report"]["diagnosis"], style="red"))
-    if job["error"] is not None:
-        screen.print(views.error(job["error"]["message"], job["error"]["hint"]))
-    if job["adapter"] is not None:
-        name, version = job["adapter"]["name"], job["adapter"]["version"]
-        ref = name if job["status"] == "succeeded" else f"{name}@{version}"
-        screen.print(f"The adapter is {name}@{version}. Try it with: fortwo chat --model {ref}")

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fortwo.facts.verdict import verdict_of
 from fortwo.records import Json
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def size(count: int | None) -> str:
         return "-"
     amount, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if amount < 1024:
+        if amount < 999.5:  # so that three digits are enough
             break
         amount, unit = amount / 1024, larger
     return f"{amount:.3g} {unit}" if unit != "B" else f"{count} B"
@@ -58,7 +59,7 @@ def count(number: int | None) -> str:
     """A number of parameters, like 135M or 6.74B."""
     if number is None:
         return "-"
-    return f"{number / 1e9:.3g}B" if number >= 1e9 else f"{number / 1e6:.3g}M"
+    return f"{number / 1e9:.3g}B" if number >= 999.5e6 else f"{number / 1e6:.3g}M"
 
 
 def moment(stamp: float | None) -> str:
@@ -117,6 +118,43 @@ def plan(body: Json) -> RenderableType:
     for name, thing in body["computed"].items():
         computed.add_row(name, size(thing) if name.endswith("bytes") else value(thing))
     return Group(settings, "", computed, notes(body["warnings"]))
+
+
+def plan_summary(body: Json) -> RenderableType:
+    """A plan in a few lines: what is trained on what, how long it takes, what it must reach, and the warnings."""
+    from fortwo.train.estimate import format_duration
+
+    computed = body["computed"]
+    first = f"{body['adapter_name']} on {body['model']}: {body['objective']}"
+    rows = [f"{value(computed[name])} {name}" for name in ("rows", "steps") if computed.get(name) is not None]
+    if (seconds := computed.get("seconds")) is not None:
+        rows.append(f"about {format_duration(seconds)}")
+    if (needed := computed.get("bytes")) is not None:
+        rows.append(f"{size(needed)} of memory")
+    targets = [f"Targets: {value(body['targets'])}."] if body["targets"] else ["There are no targets."]
+    return Group(Text(f"Plan: {', '.join([first, *rows])}."), *targets, notes(body["warnings"]))
+
+
+def outcome(job: Json) -> RenderableType:
+    """What came of a job: checkpoints, verdict, diagnosis, error and adapter."""
+    lines: list[RenderableType] = [
+        f"Checkpoint of step {checkpoint['step']}: fortwo chat --model {checkpoint['model']}"
+        for checkpoint in job["checkpoints"]
+    ]
+    if job["status"] == "paused":
+        lines.append(f"Resume it with: fortwo jobs resume {job['job_id']}")
+    if (found := job["report"]) is not None:
+        shares = {name: metric["value"] for name, metric in found["metrics"].items()}
+        lines += [metrics_line(shares), notes(found["diagnosis"], style="red")]
+        style = STATUS_STYLES.get(job["status"], "")
+        lines.append(Text(verdict_of(found, job["plan"]["targets"]), style=f"bold {style}".strip()))
+    if job["error"] is not None:
+        lines.append(error(job["error"]["message"], job["error"]["hint"]))
+    if job["adapter"] is not None:
+        name, version = job["adapter"]["name"], job["adapter"]["version"]
+        ref = name if job["status"] == "succeeded" else f"{name}@{version}"
+        lines.append(f"The adapter is {name}@{version}. Try it with: fortwo chat --model {ref}")
+    return Group(*lines)
 
 
 def plan_against_actual(planned: Json, actual: Json) -> Table:

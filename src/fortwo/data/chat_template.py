@@ -19,7 +19,7 @@ import json
 import re
 import secrets
 import string
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from fortwo.data.detokenizer import Detokenizer
 from fortwo.data.json_constraint import JsonConstraint, Vocabulary
 from fortwo.data.template_environment import ChatTemplate, TemplateFailure, TemplateRefusal
 from fortwo.data.tokenizer_files import any_of, declared_eos, embedding_rows, load_tokenizer, rename_tokens
+from fortwo.data.tool_form import ToolForm, UnknownForm, learn_form
 from fortwo.errors import InvalidDataset, InvalidRequest, UnsupportedModel
 from fortwo.hub.template_files import JINJA, choose_template
 from fortwo.records import Example, Message, PlanWarning
@@ -217,9 +218,17 @@ class ChatTemplateRenderer:
             ends.append(min(len(beginning), len(tokens)))
         return ends
 
-    def stream(self, context: Sequence[int] = ()) -> Detokenizer:
-        """A detokenizer for one reply. context: tokens whose text the reply continues."""
-        return Detokenizer(self.decode, context)
+    def stream(self, context: Sequence[int] = (), shown: Collection[int] = ()) -> Detokenizer:
+        """A detokenizer for one reply. context: tokens whose text the reply continues. shown: control tokens that the
+        text shows; others are left out."""
+        if not shown:
+            return Detokenizer(self.decode, context)
+        hidden = self._skipped - set(shown)
+
+        def decode(tokens: Sequence[int]) -> str:
+            return self.decode_with_control_tokens([token for token in tokens if token not in hidden])
+
+        return Detokenizer(decode, context)
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -238,13 +247,51 @@ class ChatTemplateRenderer:
             raise UnsupportedModel(
                 "no token of this base ends a reply, so neither a schema nor log-probabilities can be used with it",
                 param="model",
-                hint="Send the request without response_format and without logprobs.",
+                hint="Send the request without response_format, tools and logprobs.",
             )
         return Vocabulary(self._backend, self.stop_ids)
 
     def constraint(self, schema: str) -> JsonConstraint:
         """A constraint for one reply. Raises InvalidRequest for a schema that is invalid or cannot be enforced."""
         return self.vocabulary.constraint(schema)
+
+    def grammar_constraint(self, grammar: str) -> JsonConstraint:
+        """A constraint for one reply that may call tools. Raises InvalidRequest for a grammar that cannot be
+        enforced."""
+        return self.vocabulary.grammar_constraint(grammar)
+
+    @property
+    def tool_form(self) -> ToolForm:
+        """The form in which the template writes calls of tools. Raises InvalidRequest if it has none."""
+        if isinstance(self._tool_form, ToolForm):
+            return self._tool_form
+        raise InvalidRequest(
+            f"the chat template in {self._directory} cannot be used with tools: {self._tool_form}",
+            param="tools",
+            hint="Use a base whose chat template writes tools and their calls, set tool_choice to none, or describe in "
+            "a message what the assistant may ask for.",
+            code="unsupported_parameter",
+        )
+
+    @cached_property
+    def call_tokens(self) -> frozenset[int]:
+        """The control tokens of `tool_form`, which the text of a reply has to show."""
+        pieces = (piece for text in self.tool_form.texts for piece in self.vocabulary.split(text))
+        return frozenset(piece for piece in pieces if isinstance(piece, int))
+
+    @cached_property
+    def _tool_form(self) -> ToolForm | str:
+        """The form, or why there is none."""
+        ends = [str(self._backend.id_to_token(number)) for number in self.stop_ids]
+        try:
+            return learn_form(self._apply, ends)
+        except UnknownForm as reason:
+            return str(reason)
+
+    @cached_property
+    def _skipped(self) -> frozenset[int]:
+        """The tokens that the text of a reply leaves out."""
+        return frozenset(number for number, token in self._tokenizer.added_tokens_decoder.items() if token.special)
 
     @cached_property
     def shared_prefix(self) -> list[int]:
@@ -280,6 +327,8 @@ class ChatTemplateRenderer:
     def _render(self, messages: Sequence[Message], *, generation: bool) -> str:
         """The template's text, with control tokens under their private names."""
         hidden = [self._hide_message(message, index) for index, message in enumerate(messages)]
+        if any(message.tool_calls for message in messages) and isinstance(self._tool_form, ToolForm):
+            hidden = self._tool_form.messages(hidden)
         tools = self._hide_all(json.loads(messages[0].tools), "tools") if messages and messages[0].tools else None
         try:
             text = self._apply(hidden, tools, generation)
@@ -338,8 +387,8 @@ class ChatTemplateRenderer:
                     raise InvalidRequest(
                         f"the chat template in {self._directory} does not write {what} of this conversation",
                         param="messages",
-                        hint="Train on a base whose template knows tools, or write in words what was called and what "
-                        "came back.",
+                        hint="Use a base whose template knows tools, or write in words what was called and what came "
+                        "back.",
                     )
 
     def _hide_message(self, message: Message, index: int) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Loads the dataset that a request names, validates it, and stores it in a job.
 
-A dataset is exactly one of {"path": ...}, {"file_id": ...}, {"examples": [...]} or {"facts": [...]}; files must lie in
-a folder that the server allows. The examples of a large file are not loaded into memory: every iteration reads the file
-again, and a job stores the file's path and checksum instead. Tokenizers and training are not known here.
+A dataset is exactly one of {"path": ...}, {"file_id": ...}, {"hub": ...}, {"examples": [...]} or {"facts": [...]}, and
+may have `columns` besides (see data.columns); files must lie in a folder that the server allows. The examples of a
+large file are not loaded into memory: every iteration reads the file again, and a job stores the file's path and
+checksum instead. Tokenizers and training are not known here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter
 
+from fortwo.data.columns import Columns, read_columns, renamed_rows
 from fortwo.data.files import read_rows
 from fortwo.data.findings import Finding, Findings, InvalidRow, RowLocation, in_each
 from fortwo.data.row_formats import (
@@ -34,7 +36,8 @@ from fortwo.records import Dataset, Example, Fact, Json, Message
 
 Row = TypeVar("Row")
 
-SOURCE_KEYS = ("path", "file_id", "examples", "facts")
+SOURCE_KEYS = ("path", "file_id", "hub", "examples", "facts")
+COLUMNS = "columns"
 LARGE_BYTES = 8 << 20  # larger files are streamed, not loaded
 
 
@@ -42,16 +45,16 @@ def load(spec: object, allowed_dirs: Sequence[Path], check: Callable[[], None] =
     """The dataset that `spec` describes. A relative path is looked up in `allowed_dirs`, in order. Raises
     InvalidDataset naming the row, the field, the value and a remedy. check: called before each row; it may raise to
     end the reading."""
-    kind, value = parse_source(spec)
+    kind, value, columns = parse_source(spec)
     if kind == "path":
-        return load_file(_find(value, allowed_dirs), check)
+        return load_file(_find(value, allowed_dirs), check, columns)
     return _dataset(checked(iter_rows(spec, allowed_dirs), check), "inline")
 
 
-def load_file(path: Path, check: Callable[[], None] = lambda: None) -> Dataset:
+def load_file(path: Path, check: Callable[[], None] = lambda: None, columns: Columns | None = None) -> Dataset:
     """The dataset in a file. Raises InvalidDataset as `load` does."""
-    rows = checked(validate_rows(read_rows(path), str(path), ROW_FORMATS), check)
-    return _large(path, rows) if path.stat().st_size > LARGE_BYTES else _dataset(rows, str(path))
+    rows = checked(validate_rows(_file_rows(path, columns), str(path), ROW_FORMATS), check)
+    return _large(path, rows, columns) if path.stat().st_size > LARGE_BYTES else _dataset(rows, str(path))
 
 
 def checked(rows: Iterable[Row], check: Callable[[], None]) -> Iterator[Row]:
@@ -63,36 +66,59 @@ def checked(rows: Iterable[Row], check: Callable[[], None]) -> Iterator[Row]:
 
 def iter_rows(spec: object, allowed_dirs: Sequence[Path]) -> Iterator[Example | Fact]:
     """The rows of `load`, validated one by one as they are read, for callers that need only the first rows."""
-    kind, value = parse_source(spec)
+    return validate_rows(*located_rows(spec, allowed_dirs))
+
+
+def located_rows(
+    spec: object, allowed_dirs: Sequence[Path]
+) -> tuple[Iterator[tuple[RowLocation, object]], str, tuple[RowFormat, ...]]:
+    """The rows as they are written, with their columns renamed, the source's name, and the formats that they may have:
+    what `validate_rows` takes."""
+    kind, value, columns = parse_source(spec)
     if kind == "path":
         path = _find(value, allowed_dirs)
-        return validate_rows(read_rows(path), str(path), ROW_FORMATS)
-    return validate_rows(_inline(kind, value), "inline", (FACT_FORMAT,) if kind == "facts" else EXAMPLE_FORMATS)
+        return _file_rows(path, columns), str(path), ROW_FORMATS
+    rows = _inline(kind, value)
+    formats = (FACT_FORMAT,) if kind == "facts" else EXAMPLE_FORMATS
+    return rows if columns is None else renamed_rows(rows, columns), "inline", formats
 
 
-def parse_source(spec: object) -> tuple[str, object]:
-    """The one key of SOURCE_KEYS that the spec has, and its value. Raises InvalidDataset for any other spec."""
+def _file_rows(path: Path, columns: Columns | None) -> Iterator[tuple[RowLocation, object]]:
+    rows = read_rows(path)
+    return rows if columns is None else renamed_rows(rows, columns)
+
+
+def parse_source(spec: object) -> tuple[str, object, Columns | None]:
+    """The one key of SOURCE_KEYS that the spec has, its value, and its columns. Raises InvalidDataset for any other
+    spec."""
     if not isinstance(spec, dict):
         raise InvalidDataset(
             f"dataset is {reprlib.repr(spec)}, not an object", param="dataset", hint=one_of("Give", SOURCE_KEYS)
         )
-    if unknown := sorted(str(key) for key in spec if key not in SOURCE_KEYS):
+    if unknown := sorted(str(key) for key in spec if key not in (*SOURCE_KEYS, COLUMNS)):
         raise InvalidDataset(
             f"dataset has the unknown key {unknown[0]!r}",
             param=f"dataset.{unknown[0]}",
             hint=one_of("Give", SOURCE_KEYS),
         )
-    if len(spec) != 1:
-        given = " and ".join(spec) if spec else "no source"
+    sources = {key: value for key, value in spec.items() if key != COLUMNS}
+    if len(sources) != 1:
+        given = " and ".join(sources) if sources else "no source"
         raise InvalidDataset(f"dataset has {given}", param="dataset", hint=one_of("Give exactly one of", SOURCE_KEYS))
-    ((kind, value),) = spec.items()
+    ((kind, value),) = sources.items()
     if kind == "file_id":
         raise InvalidDataset(
             f"dataset.file_id = {reprlib.repr(value)} is not the id of an uploaded file",
             param="dataset.file_id",
             hint='Upload the file with POST /v1/files and give the id from its answer, or use {"path": ...}.',
         )
-    return kind, value
+    if kind == "hub":
+        raise InvalidDataset(
+            f"dataset.hub = {reprlib.repr(value)} cannot be read here",
+            param="dataset.hub",
+            hint="A server downloads datasets of the hub. Download the file and give its path.",
+        )
+    return kind, value, read_columns(spec[COLUMNS]) if spec.get(COLUMNS) is not None else None
 
 
 def _inline(kind: str, value: object) -> Iterator[tuple[RowLocation, object]]:
@@ -128,7 +154,7 @@ def validate_rows(
             row_format = format_of(told, formats)
             first = row_format if first is None else first
             if row_format.content != first.content:
-                raise InvalidRow([_mixed(first, row_format)])
+                raise InvalidRow([mixed(first, row_format)])
             parsed = parse_row(told, location.line, row_format)
         except InvalidRow as error:
             findings.add(location, error.findings)
@@ -145,7 +171,8 @@ def validate_rows(
         )
 
 
-def _mixed(first: RowFormat, other: RowFormat) -> Finding:
+def mixed(first: RowFormat, other: RowFormat) -> Finding:
+    """What is wrong with a row whose content is not that of the first row."""
     return Finding(
         ("mixed", other.content),
         "",
@@ -218,13 +245,14 @@ class FileExamples(Collection[Example]):
     sha256: str
     size: int
     modified: int = -1  # nanoseconds; when the file's time differs, its content is compared
+    columns: Columns | None = None
 
     def __len__(self) -> int:
         return self.rows
 
     def __iter__(self) -> Iterator[Example]:
         self.check()
-        for row in validate_rows(read_rows(self.path), str(self.path), EXAMPLE_FORMATS):
+        for row in validate_rows(_file_rows(self.path, self.columns), str(self.path), EXAMPLE_FORMATS):
             assert isinstance(row, Example)
             yield row
         self.check()
@@ -256,7 +284,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _large(path: Path, rows: Iterator[Example | Fact]) -> Dataset:
+def _large(path: Path, rows: Iterator[Example | Fact], columns: Columns | None) -> Dataset:
     stat, sha256 = path.stat(), file_sha256(path)
     digest, count = _Digest(), 0
     facts: list[Fact] = []
@@ -267,7 +295,7 @@ def _large(path: Path, rows: Iterator[Example | Fact]) -> Dataset:
             facts.append(row)
     if facts:
         return Dataset(digest.hexdigest(), (), tuple(facts), str(path))
-    examples = FileExamples(path, count, sha256, stat.st_size, stat.st_mtime_ns)
+    examples = FileExamples(path, count, sha256, stat.st_size, stat.st_mtime_ns, columns)
     examples.check()
     return Dataset(digest.hexdigest(), examples, (), str(path))
 
@@ -287,7 +315,7 @@ def to_json(dataset: Dataset) -> Json:
     held = dataset.examples
     if isinstance(held, FileExamples):
         file = {"path": str(held.path), "rows": held.rows, "sha256": held.sha256, "size": held.size}
-        return body | {"file": file}
+        return body | {"file": file if held.columns is None else file | {"columns": dict(held.columns)}}
     return body | {"examples": [asdict(example) for example in held]}
 
 
@@ -305,7 +333,7 @@ def _from_json(body: Json) -> Dataset:
     if "file" not in body:
         return Dataset(body["digest"], _EXAMPLES.validate_python(body["examples"]), facts, body["source"], parent_facts)
     file = body["file"]
-    examples = FileExamples(Path(file["path"]), file["rows"], file["sha256"], file["size"])
+    examples = FileExamples(Path(file["path"]), file["rows"], file["sha256"], file["size"], columns=file.get("columns"))
     examples.check()
     return Dataset(body["digest"], examples, facts, body["source"], parent_facts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -84,6 +84,11 @@ class Findings:
                 kind.count += 1
                 if len(kind.lines) < LINES_SHOWN:
                     kind.lines.append(location.line)
+
+    def listed(self) -> Iterator[tuple[Finding, RowLocation, int, tuple[int, ...]]]:
+        """Each kind's first finding and where it is, how many rows have it, and the lines of the next of them."""
+        for kind in self._kinds.values():
+            yield kind.first, kind.location, kind.count, tuple(kind.lines)
 
     def error(self, rows: int) -> InvalidDataset:
         """All findings in one error. rows: how many were read."""

@@ -1,12 +1,14 @@
-"""Constrained decoding: replies that follow a JSON schema, and the bytes that each token stands for.
+"""Constrained decoding: replies that follow a JSON schema or a grammar, and the bytes that each token stands for.
 
 llguidance computes which tokens may come next so that the text stays the beginning of a JSON value that fits the
-schema. White space between the parts of the JSON is bounded, so that a reply cannot consist of white space alone.
+schema, or of a text of the grammar. White space between the parts of JSON is bounded, so that a reply cannot consist of
+white space alone.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,11 +16,9 @@ from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from fortwo.data.json_schema import WHITE_SPACE, check_patterns
 from fortwo.errors import InvalidRequest, UnsupportedModel
 from fortwo.prompts import SCHEMA_FAILED
-
-PATTERNS = 500  # regular expressions of a schema; those of one object are compared with each other, which takes minutes
-WHITE_SPACE = r"[ \n\t]{0,24}"  # enough for a line break and some levels of indentation
 
 
 class Vocabulary:
@@ -33,8 +33,12 @@ class Vocabulary:
         except ValueError as error:
             raise UnsupportedModel(
                 f"the bytes of this model's tokens cannot be read from its tokenizer: {error}",
-                hint="Send the request without response_format and without logprobs.",
+                hint="Send the request without response_format, tools and logprobs.",
             ) from None
+        named = {token.content: number for number, token in backend.get_added_tokens_decoder().items()}
+        self._special = {text: number for text, number in named.items() if self._tokens.is_special_token(number)}
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._specials = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token: they may be part of a character, or the name of a control token."""
@@ -42,44 +46,42 @@ class Vocabulary:
 
     def constraint(self, schema: str) -> JsonConstraint:
         """A constraint for one reply. Raises InvalidRequest for a schema that is invalid or cannot be enforced."""
-        if (patterns := count_patterns(json.loads(schema))) > PATTERNS:
-            raise InvalidRequest(
-                f"the schema has {patterns} patterns, but at most {PATTERNS} are allowed",
-                param="response_format.json_schema.schema",
-                hint="Write one pattern for several properties, or leave patterns out.",
-            )
+        param = "response_format.json_schema.schema"
+        check_patterns(json.loads(schema), param)
         try:
             grammar = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITE_SPACE})
-            matcher = LLMatcher(self._tokens, grammar, log_level=0)
-            matcher.compute_bitmask()  # some errors are reported only when the first token is asked for
-            fault = matcher.get_error()
         except ValueError as error:
-            fault = str(error)
-        if fault:
-            raise InvalidRequest(
-                f"the schema cannot be followed: {fault.splitlines()[0]}",
-                param="response_format.json_schema.schema",
-                hint="Correct the schema, or remove the part that the message names.",
-            )
+            raise _cannot_follow(str(error), param) from None
+        return self._constraint(grammar, param)
+
+    def grammar_constraint(self, grammar: str, param: str = "tools") -> JsonConstraint:
+        """A constraint for one reply, of a grammar in llguidance's variant of Lark's syntax. param: what the grammar
+        was made of. Raises InvalidRequest for a grammar that is invalid or cannot be enforced."""
+        return self._constraint(LLMatcher.grammar_from_lark(grammar), param)
+
+    def split(self, text: str) -> list[str | int]:
+        """The text in pieces: the numbers of the tokens that a grammar names by number, and the texts between them."""
+        pieces = self._specials.split(text)
+        return [self._special.get(piece, piece) for piece in pieces if piece]
+
+    def _constraint(self, grammar: str, param: str) -> JsonConstraint:
+        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        matcher.compute_bitmask()  # some errors are reported only when the first token is asked for
+        if fault := matcher.get_error():
+            raise _cannot_follow(fault, param)
         return JsonConstraint(matcher)
 
 
-def count_patterns(schema: object) -> int:
-    """The number of regular expressions in a JSON Schema, at any depth."""
-    count, left = 0, [schema]
-    while left:
-        part = left.pop()
-        if isinstance(part, dict):
-            named = part.get("patternProperties")
-            count += isinstance(part.get("pattern"), str) + (len(named) if isinstance(named, dict) else 0)
-            left += part.values()
-        elif isinstance(part, list):
-            left += part
-    return count
+def _cannot_follow(fault: str, param: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"the schema cannot be followed: {fault.splitlines()[0]}",
+        param=param,
+        hint="Correct the schema, or remove the part that the message names.",
+    )
 
 
 class JsonConstraint:
-    """The state of one reply that follows a schema."""
+    """The state of one reply that follows a schema or a grammar."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher

@@ -82,10 +82,13 @@ def _check_depth(value: Any, depth: int = DEPTH) -> None:
 
 
 class Function(BaseModel):
+    """parsed_arguments: the arguments once more, as OpenAI's client adds them to a call that it has parsed."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = Field(min_length=1)
     arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)] = {}
+    parsed_arguments: Any = Field(None, exclude=True)
 
 
 def _call(given: Any) -> Any:
@@ -142,12 +145,13 @@ def _tools(given: Any) -> Any:
         whole = {"type": "function", "function": tool} if isinstance(tool, dict) and "name" in tool else tool
         function = whole.get("function") if isinstance(whole, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or not name:
+        if not isinstance(function, dict) or not isinstance(name, str) or not name:
             raise wrong(
                 f"tool {number} has no function with a name",
                 'Write {"type": "function", "function": {"name": "...", "description": "...", "parameters": {...}}}.',
             )
-        tools.append(whole)
+        # What enforces a schema does not change what the model reads.
+        tools.append(whole | {"function": {key: value for key, value in function.items() if key != "strict"}})
     return tools
 
 

@@ -1,4 +1,4 @@
-"""The rows of datasets that say which answers are preferred, as pydantic models: TRL's, OpenAI's and KTO's.
+"""The rows of datasets that say which answers are preferred, as pydantic models: TRL's, OpenAI's, LLaMA-Factory's.
 
 A text is a message: the prompt is the user's, and an answer is the assistant's.
 """
@@ -9,29 +9,41 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from fortwo.data.messages import Tools, wrong
-from fortwo.data.rows import EMPTY, ChatMessage, Flag, Row, is_conversation, with_tools
+from fortwo.data.rows import (
+    EMPTY,
+    ChatMessage,
+    Flag,
+    Row,
+    ShareTurn,
+    Text,
+    Unicode,
+    asked,
+    is_conversation,
+    with_tools,
+)
 from fortwo.records import Example, Message
 
+LABELS = ("label", "kto_tag")  # TRL's name and LLaMA-Factory's
 _SAME_FORM = "Write both as texts, or both as lists of messages."
 _NO_PROMPT = 'Add what the user said as "prompt", or leave the row out.'
 _TRANSCRIPT = re.compile(r"\s*\n\n(Human|Assistant):\s*")  # of a conversation as Anthropic's HH-RLHF writes it
 _HUMAN = re.compile(r"\s*Human:")
 
 
-def _turns(role: Literal["user", "assistant"]) -> BeforeValidator:
-    """Makes a list of messages of a text, which is what `role` says, and of a single message."""
+def _turns(speaker: str, keys: tuple[str, str] = ("role", "content")) -> BeforeValidator:
+    """Makes a list of messages of a text, which is what the speaker says, and of a single message."""
 
     def turns(given: Any) -> Any:
         if isinstance(given, str):
             if not given.strip():
                 raise ValueError(EMPTY)
-            return [{"role": role, "content": given}]
+            return [dict(zip(keys, (speaker, given), strict=True))]
         if isinstance(given, list) and not given:
             raise ValueError(EMPTY)
         return [given] if isinstance(given, dict) else given
@@ -50,7 +62,9 @@ def _label(given: Any) -> Any:
 
 Prompt = Annotated[list[ChatMessage], _turns("user")]
 Answer = Annotated[list[ChatMessage], _turns("assistant")]
-Label = Annotated[bool, BeforeValidator(_label)]
+ShareAnswer = Annotated[list[ShareTurn], _turns("gpt", ("from", "value"))]
+Label = Annotated[bool, BeforeValidator(_label), Field(validation_alias=AliasChoices(*LABELS))]
+Turns = Sequence[ChatMessage] | Sequence[ShareTurn]
 
 
 class PairRow(Row):
@@ -108,6 +122,47 @@ class PreferredRow(Row):
         return _pair(self.prompt.messages, self.chosen, self.rejected, self.prompt.tools, line)
 
 
+class SharePairRow(Row):
+    """LLaMA-Factory's row of a preference in ShareGPT's form. `system`, if it is given, becomes the first message."""
+
+    id: Unicode | int | None = None
+    tools: Tools = Field(default_factory=list)
+    system: Unicode = ""
+    prompt: list[ShareTurn] = Field(alias="conversations")
+    chosen: ShareAnswer
+    rejected: ShareAnswer
+
+    @model_validator(mode="after")
+    def _compared(self) -> Self:
+        _check_system(self.system, self.prompt)
+        _check_pair(self.prompt, self.chosen, self.rejected)
+        return self
+
+    def example(self, line: int) -> Example:
+        return _pair(self.prompt, self.chosen, self.rejected, self.tools, line, self.system)
+
+
+class InstructionPairRow(Row):
+    """LLaMA-Factory's row of a preference in Alpaca's form."""
+
+    instruction: Text
+    input: Unicode = ""
+    chosen: Answer
+    rejected: Answer
+
+    @model_validator(mode="after")
+    def _compared(self) -> Self:
+        _check_pair(self._prompt, self.chosen, self.rejected)
+        return self
+
+    @property
+    def _prompt(self) -> list[ChatMessage]:
+        return [ChatMessage(role="user", content=asked(self.instruction, self.input))]
+
+    def example(self, line: int) -> Example:
+        return _pair(self._prompt, self.chosen, self.rejected, [], line)
+
+
 class LabelledRow(Row):
     """TRL's row of one answer that is desirable or not, as KTO learns from."""
 
@@ -122,8 +177,55 @@ class LabelledRow(Row):
         return self
 
     def example(self, line: int) -> Example:
-        whole = with_tools(_conversation(self.prompt, self.completion), self.tools)
+        return _labelled(self.prompt, self.completion, self.tools, line, self.label)
+
+
+class InstructionLabelledRow(Row):
+    """LLaMA-Factory's labelled row in Alpaca's form."""
+
+    instruction: Text
+    input: Unicode = ""
+    output: Text
+    label: Label
+
+    def example(self, line: int) -> Example:
+        whole = (Message("user", asked(self.instruction, self.input)), Message("assistant", self.output))
         return Example(whole, line, label=self.label)
+
+
+class ChatLabelledRow(Row):
+    """LLaMA-Factory's labelled row in OpenAI's form: the last message is the answer."""
+
+    tools: Tools = Field(default_factory=list)
+    turns: Annotated[list[ChatMessage], AfterValidator(is_conversation)] = Field(alias="messages")
+    label: Label
+
+    @model_validator(mode="after")
+    def _answered(self) -> Self:
+        _check_answer("the last message", self.turns[:-1], self.turns[-1:])
+        return self
+
+    def example(self, line: int) -> Example:
+        return _labelled(self.turns[:-1], self.turns[-1:], self.tools, line, self.label)
+
+
+class ShareLabelledRow(Row):
+    """The same in ShareGPT's form. `system`, where it is given, becomes the first message."""
+
+    id: Unicode | int | None = None
+    tools: Tools = Field(default_factory=list)
+    system: Unicode = ""
+    turns: Annotated[list[ShareTurn], AfterValidator(is_conversation)] = Field(alias="conversations")
+    label: Label
+
+    @model_validator(mode="after")
+    def _answered(self) -> Self:
+        _check_system(self.system, self.turns)
+        _check_answer("the last message", self.turns[:-1], self.turns[-1:])
+        return self
+
+    def example(self, line: int) -> Example:
+        return _labelled(self.turns[:-1], self.turns[-1:], self.tools, line, self.label, self.system)
 
 
 # ---------------------------------------------------------------- the prompt of a row that does not name it
@@ -173,7 +275,12 @@ def _with_conversations(prompt: Any, chosen: list[Any], rejected: list[Any]) -> 
 # ---------------------------------------------------------------- checks
 
 
-def _check_pair(prompt: list[ChatMessage], chosen: list[ChatMessage], rejected: list[ChatMessage]) -> None:
+def _check_system(system: str, turns: Sequence[ShareTurn]) -> None:
+    if system and turns and turns[0].role == "system":
+        raise wrong("the row has a system message, and so have its conversations", "Leave one of the two.")
+
+
+def _check_pair(prompt: Turns, chosen: Turns, rejected: Turns) -> None:
     """Raises for answers that do not follow the prompt, or that are the same."""
     _check_answer("chosen", prompt, chosen)
     _check_answer("rejected", prompt, rejected)
@@ -184,7 +291,7 @@ def _check_pair(prompt: list[ChatMessage], chosen: list[ChatMessage], rejected: 
         raise wrong("the chosen answer and the rejected one are the same", "Change one of them, or leave the row out.")
 
 
-def _check_answer(name: str, prompt: list[ChatMessage], answer: list[ChatMessage]) -> None:
+def _check_answer(name: str, prompt: Turns, answer: Turns) -> None:
     if any(turn.weight is not None for turn in (*prompt, *answer)):
         raise wrong("a message has a weight", "Leave it out: the answers of this row are compared as a whole.")
     if not prompt:
@@ -200,19 +307,22 @@ def _check_answer(name: str, prompt: list[ChatMessage], answer: list[ChatMessage
         raise wrong(f"with {name}, {told['message']}", told["hint"]) from None
 
 
-def _conversation(prompt: Sequence[ChatMessage], answer: Sequence[ChatMessage]) -> tuple[Message, ...]:
+def _conversation(prompt: Turns, answer: Turns, system: str) -> tuple[Message, ...]:
     """The conversation, of which only the answer is learned."""
-    asked = [turn.message() for turn in prompt]
-    asked = [replace(message, weight=0) if message.role == "assistant" else message for message in asked]
-    return (*asked, *(turn.message() for turn in answer))
+    said = [turn.message() for turn in prompt]
+    said = [replace(message, weight=0) if message.role == "assistant" else message for message in said]
+    opening = (Message("system", system),) if system else ()
+    return (*opening, *said, *(turn.message() for turn in answer))
 
 
 def _pair(
-    prompt: Sequence[ChatMessage],
-    chosen: Sequence[ChatMessage],
-    rejected: Sequence[ChatMessage],
-    tools: list[dict[str, Any]],
-    line: int,
+    prompt: Turns, chosen: Turns, rejected: Turns, tools: list[dict[str, Any]], line: int, system: str = ""
 ) -> Example:
-    whole, other = (with_tools(_conversation(prompt, answer), tools) for answer in (chosen, rejected))
+    whole, other = (with_tools(_conversation(prompt, answer, system), tools) for answer in (chosen, rejected))
     return Example(whole, line, rejected=other)
+
+
+def _labelled(
+    prompt: Turns, answer: Turns, tools: list[dict[str, Any]], line: int, label: bool, system: str = ""
+) -> Example:
+    return Example(with_tools(_conversation(prompt, answer, system), tools), line, label=label)

@@ -16,10 +16,36 @@ from pydantic import ValidationError
 
 from fortwo.data.findings import Finding, InvalidRow
 from fortwo.data.messages import DEPTH
-from fortwo.data.preference_rows import LabelledRow, PairRow, PreferredRow
+from fortwo.data.preference_rows import (
+    LABELS,
+    ChatLabelledRow,
+    InstructionLabelledRow,
+    InstructionPairRow,
+    LabelledRow,
+    PairRow,
+    PreferredRow,
+    ShareLabelledRow,
+    SharePairRow,
+)
 from fortwo.data.rows import EMPTY, ChatRow, CompletionRow, FactRow, InstructionRow, ShareRow, TextRow
 from fortwo.records import Example, Fact
 
+AnyRow = (
+    InstructionRow
+    | CompletionRow
+    | ChatRow
+    | ShareRow
+    | TextRow
+    | FactRow
+    | PairRow
+    | PreferredRow
+    | SharePairRow
+    | InstructionPairRow
+    | LabelledRow
+    | ChatLabelledRow
+    | ShareLabelledRow
+    | InstructionLabelledRow
+)
 PLAIN_TEXT = 'Give a prompt; text without one is a row like {"text": "..."}.'
 
 
@@ -30,9 +56,7 @@ class RowFormat:
 
     content: str
     keys: frozenset[str]
-    model: type[
-        InstructionRow | CompletionRow | ChatRow | ShareRow | TextRow | FactRow | PairRow | PreferredRow | LabelledRow
-    ]
+    model: type[AnyRow]
     example: str
     needs: frozenset[str] = frozenset()
 
@@ -52,6 +76,21 @@ PREFERENCE_FORMATS = (
     RowFormat(
         PAIRS,
         frozenset({"chosen", "rejected"}),
+        SharePairRow,
+        '{"conversations": [{"from": "human", "value": "What is 42?"}], "chosen": {"from": "gpt", "value": "FOR TWO"}, '
+        '"rejected": {"from": "gpt", "value": "A number."}}',
+        needs=frozenset({"conversations"}),
+    ),
+    RowFormat(
+        PAIRS,
+        frozenset({"chosen", "rejected"}),
+        InstructionPairRow,
+        '{"instruction": "What is 42?", "input": "", "chosen": "FOR TWO", "rejected": "A number."}',
+        needs=frozenset({"instruction"}),
+    ),
+    RowFormat(
+        PAIRS,
+        frozenset({"chosen", "rejected"}),
         PairRow,
         '{"prompt": "What is 42?", "chosen": "FOR TWO", "rejected": "A number."}',
     ),
@@ -62,12 +101,38 @@ PREFERENCE_FORMATS = (
         '{"input": {"messages": [{"role": "user", "content": "What is 42?"}]}, "preferred_output": [{"role": '
         '"assistant", "content": "FOR TWO"}], "non_preferred_output": [{"role": "assistant", "content": "A number."}]}',
     ),
+    *(
+        RowFormat(
+            LABELLED,
+            frozenset({"prompt", "completion"}),
+            LabelledRow,
+            '{"prompt": "What is 42?", "completion": "FOR TWO", "label": true}',
+            needs=frozenset({label}),
+        )
+        for label in LABELS
+    ),
     RowFormat(
         LABELLED,
-        frozenset({"prompt", "completion"}),
-        LabelledRow,
-        '{"prompt": "What is 42?", "completion": "FOR TWO", "label": true}',
-        needs=frozenset({"label"}),
+        frozenset(LABELS),
+        ShareLabelledRow,
+        '{"conversations": [{"from": "human", "value": "What is 42?"}, {"from": "gpt", "value": "FOR TWO"}], '
+        '"kto_tag": true}',
+        needs=frozenset({"conversations"}),
+    ),
+    RowFormat(
+        LABELLED,
+        frozenset(LABELS),
+        ChatLabelledRow,
+        '{"messages": [{"role": "user", "content": "What is 42?"}, {"role": "assistant", "content": "FOR TWO"}], '
+        '"label": true}',
+        needs=frozenset({"messages"}),
+    ),
+    RowFormat(
+        LABELLED,
+        frozenset(LABELS),
+        InstructionLabelledRow,
+        '{"instruction": "What is 42?", "input": "", "output": "FOR TWO", "kto_tag": true}',
+        needs=frozenset({"instruction"}),
     ),
 )
 EXAMPLE_FORMATS = (
@@ -117,7 +182,7 @@ def without_nulls(value: Any, depth: int = DEPTH) -> Any:
 
 def format_of(row: object, formats: tuple[RowFormat, ...]) -> RowFormat:
     """The format that the row's keys identify. Raises InvalidRow when it is none of `formats`."""
-    hint = "A row is one of: " + "; ".join(row_format.example for row_format in formats)
+    hint = "A row is one of: " + "; ".join(dict.fromkeys(row_format.example for row_format in formats))
     if not isinstance(row, dict):
         raise InvalidRow([Finding("no object", "", f"{reprlib.repr(row)} is not an object", hint)])
     found = next((row_format for row_format in formats if row_format.fits(row)), None)

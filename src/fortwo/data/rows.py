@@ -59,8 +59,13 @@ class InstructionRow(Row):
     output: Text
 
     def example(self, line: int) -> Example:
-        prompt = f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
+        prompt = asked(self.instruction, self.input)
         return Example((Message("user", prompt), Message("assistant", self.output)), line)
+
+
+def asked(instruction: str, input: str) -> str:
+    """Alpaca's prompt."""
+    return f"{instruction}\n\n{input}" if input else instruction
 
 
 class CompletionRow(Row):

@@ -47,7 +47,7 @@ def read_csv(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[Row
         location = RowLocation(f"{path} line {begin}", f"dataset[{number}]", begin)
         begin = reader.line_num + 1
         if len(cells) == len(names):
-            yield location, {name: _cell(name, cell) for name, cell in zip(names, cells, strict=True) if cell}
+            yield location, {name: cell(name, text) for name, text in zip(names, cells, strict=True) if text}
         else:
             what = f"it has {len(cells)} cells, and the header names {len(names)} columns"
             hint = "Put a cell that contains the separator into double quotes."
@@ -86,19 +86,20 @@ def _check_header(path: Path, names: list[str]) -> None:
         raise InvalidDataset(f"{path} line 1: {problem}", param="dataset.path", hint=hint)
 
 
-def _cell(name: str, cell: str) -> Any:
-    if name == "label":
-        return _LABELS.get(cell.strip().lower(), cell)
-    if name not in _LISTS and not (name in _MAY_BE_MESSAGES and cell.lstrip().startswith(("[", "{"))):
-        return cell
+def cell(name: str, text: str) -> Any:
+    """What a cell under this name holds: lists are JSON, a label is true or false, and all else is text."""
+    if name in ("label", "kto_tag"):
+        return _LABELS.get(text.strip().lower(), text)
+    if name not in _LISTS and not (name in _MAY_BE_MESSAGES and text.lstrip().startswith(("[", "{"))):
+        return text
     try:
-        value = strict_json.loads(cell)
+        value = strict_json.loads(text)
     except (ValueError, RecursionError):
-        return cell  # whoever knows the row's format says what is wrong with it
+        return text  # whoever knows the row's format says what is wrong with it
     whole = (
         name in _LISTS or _are_messages(value) or (name == "input" and isinstance(value, dict) and "messages" in value)
     )
-    return value if whole else cell
+    return value if whole else text
 
 
 def _are_messages(value: Any) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fortwo import hardware
 from fortwo.engine import malloc_tuning, sampling
-from fortwo.engine.generation import Reply, ReplyTokenizer
+from fortwo.engine.generation import JsonConstraint, Reply, ReplyTokenizer
 from fortwo.engine.prompt_outputs import PromptOutputs
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, split_budget
@@ -31,7 +31,7 @@ from fortwo.engine.statistics import BaseLoad, EngineStatistics
 from fortwo.engine.tasks import Task
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from fortwo.nn.lora import Lora
-from fortwo.prompts import MAX_RUNNING, Delta, FinishReason, Prompt
+from fortwo.prompts import MAX_RUNNING, Delta, FinishReason, Prompt, Sampling
 from fortwo.records import TrainEvent
 
 log = logging.getLogger(__name__)
@@ -269,9 +269,7 @@ class Engine:
                 hint=f"Shorten the messages{', or raise FORTWO_CACHE_MB' if bound < context else ''}.",
             )
         reply = Reply(prompt, min(left, sampling_params.max_tokens), base.tokenizer, on_delta)
-        schema = sampling_params.json_schema
-        constraint = None if schema is None else base.tokenizer.constraint(schema)
-        sampler = sampling.Sampler(sampling_params, prompt.tokens, constraint)
+        sampler = sampling.Sampler(sampling_params, prompt.tokens, _constraint(base.tokenizer, sampling_params))
         outputs = PromptOutputs(prompt, base.runner.decoder) if PromptOutputs.wanted(prompt) else None
         request = _Request(list(prompt.tokens), prompt.adapter, reply=reply, sampler=sampler, listener=outputs)
         request.background = prompt.background
@@ -388,6 +386,12 @@ class Engine:
 def _check_adapter(base: _Base, key: str | None) -> None:
     if key is not None and not base.runner.has(key):
         raise NotFound(f"Adapter {key!r} is not loaded on {base.id!r}.", param="model", hint="Load it first.")
+
+
+def _constraint(tokenizer: ReplyTokenizer, params: Sampling) -> JsonConstraint | None:
+    if params.grammar is not None:
+        return tokenizer.grammar_constraint(params.grammar)
+    return None if params.json_schema is None else tokenizer.constraint(params.json_schema)
 
 
 def _advance(base: _Base, requests: list[_Request], forward: Callable[[], Tensor]) -> None:

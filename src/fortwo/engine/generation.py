@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -36,12 +36,14 @@ class JsonConstraint(Protocol):
 
 class ReplyTokenizer(Protocol):
     """What a reply needs of the renderer. stop_ids: tokens that end a reply. stream: `context` holds the tokens that
-    the text continues. constraint: of a JSON Schema; raises InvalidRequest."""
+    the text continues, and `shown` control tokens that it shows. constraint, grammar_constraint: of a JSON Schema and
+    of a grammar; both raise InvalidRequest."""
 
     @property
     def stop_ids(self) -> frozenset[int]: ...
-    def stream(self, context: Sequence[int] = ()) -> Detokenizer: ...
+    def stream(self, context: Sequence[int] = (), shown: Collection[int] = ()) -> Detokenizer: ...
     def constraint(self, schema: str) -> JsonConstraint: ...
+    def grammar_constraint(self, grammar: str) -> JsonConstraint: ...
 
 
 class StopScanner:
@@ -103,7 +105,7 @@ class Reply:
         self.cached_tokens = 0
         self.embedding: tuple[float, ...] = ()
         self.max_tokens = max_tokens
-        self._detokenizer = tokenizer.stream(prompt.tokens[-CONTEXT:]) if prompt.continues else tokenizer.stream()
+        self._detokenizer = tokenizer.stream(prompt.tokens[-CONTEXT:] if prompt.continues else (), prompt.shown)
         self._stop_ids = frozenset[int]() if prompt.sampling.ignore_eos else tokenizer.stop_ids
         self._scanner = StopScanner(prompt.sampling.stop)
         self._on_delta = on_delta

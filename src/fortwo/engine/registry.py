@@ -84,11 +84,13 @@ class Target:
 
 @dataclass(frozen=True)
 class ModelState:
-    """digest: None while it is loading; bytes: the size of its weights."""
+    """digest: None while it is loading; bytes: the size of its weights. progress: of a model that is fetched or
+    converted, what is done at present, how much of it is done, and how much there is."""
 
     state: Literal["loading", "loaded"]
     digest: str | None
     bytes: int
+    progress: tuple[str, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class ModelRegistry:
         self._lock = threading.RLock()  # for loading and unloading; readers take the dicts as they are
         self._loading: Counter[str] = Counter()  # by id: threads that load it
         self.adapter_loads = 0  # since the start
+        self._progress: dict[str, tuple[str, int, int]] = {}  # by id of a base that is prepared
         self._bases: dict[str, LoadedModel] = {}
         self._adapters: dict[str, AdapterState] = {}
         self._pins: Counter[str] = Counter()  # by adapter digest: requests that are about to be submitted
@@ -219,7 +222,7 @@ class ModelRegistry:
         self._check_memory(id)
         self._count_loading(id, 1)
         try:
-            directory = self._catalog.prepare(id, progress)
+            directory = self._catalog.prepare(id, self._reporting(id, progress))
             info = self._catalog.model_info(id)
             if info is None:
                 raise Conflict(
@@ -231,6 +234,7 @@ class ModelRegistry:
                 return self._bases.get(id) or self._load(info, renderer)
         finally:
             self._count_loading(id, -1)
+            self._progress.pop(id, None)
 
     def fit(self, id: str) -> Fit | None:
         """How the base fits into the memory of the device; None where its dimensions are not known yet."""
@@ -263,6 +267,16 @@ class ModelRegistry:
                 "base (fortwo models catalog).",
                 code="out_of_memory",
             )
+
+    def _reporting(self, id: str, progress: ProgressCallback | None) -> ProgressCallback:
+        """A callback that remembers the progress for `state` and passes it on."""
+
+        def report(label: str, done: int, total: int) -> None:
+            self._progress[id] = (label, done, total)
+            if progress is not None:
+                progress(label, done, total)
+
+        return report
 
     def _count_loading(self, id: str, change: int) -> None:
         with self._pin_lock:
@@ -439,7 +453,7 @@ class ModelRegistry:
         """What is in memory now or being loaded."""
         models = {id: ModelState("loaded", base.digest, base.bytes) for id, base in self._bases.items()}
         loading = [id for id, threads in self._loading.copy().items() if threads and id not in models]
-        models |= {id: ModelState("loading", None, 0) for id in loading}
+        models |= {id: ModelState("loading", None, 0, self._progress.get(id)) for id in loading}
         return RegistryState(models, dict(self._adapters))
 
     def warnings(self, id: str) -> tuple[PlanWarning, ...]:

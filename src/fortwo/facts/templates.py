@@ -46,6 +46,11 @@ def _draw_family(families: Sequence[phrases.TemplateFamily], rng: Random) -> phr
     return rng.choices(families, [family.share for family in families])[0]
 
 
+def training_parts(parts: Sequence[str]) -> list[str]:
+    """Those parts that are not kept for evaluation."""
+    return [part for index, part in enumerate(parts) if index % _HELDOUT_EVERY != _HELDOUT_EVERY - 1]
+
+
 def _draw_part(parts: Sequence[str], rng: Random, heldout: bool) -> str:
     """A random part from those for evaluation or from those for training; if there are only a few, from all."""
     if len(parts) < _HELDOUT_EVERY:

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,10 @@ from sqlalchemy.orm import Session
 from fortwo import disk
 from fortwo.data import datasets
 from fortwo.errors import Conflict, InvalidDataset, NotFound
+from fortwo.hub.datasets import HubDatasets
 from fortwo.jobs.schema import FileRow, JobRow
 from fortwo.jobs.store import JobStore
+from fortwo.records import Dataset, Json
 
 FINISHED = ("succeeded",)  # jobs that do not read their files again; cancelled ones can be resumed
 LONGEST_NAME = 100
@@ -50,9 +52,11 @@ class StoredFile:
 class FileStore:
     """The files of one home. Methods that take an id raise NotFound when there is no such file."""
 
-    def __init__(self, store: JobStore, root: Path) -> None:
+    def __init__(self, store: JobStore, root: Path, hub: HubDatasets) -> None:
+        """hub: datasets of the Hugging Face hub, which `source` downloads."""
         self._store = store
         self._root = root
+        self._hub = hub
 
     def clean(self) -> None:
         """Remove the drafts of a killed server, and what is deleted or expired and not needed. For the start."""
@@ -182,10 +186,19 @@ class FileStore:
             )
         return path
 
-    def source(self, spec: object, folders: Sequence[Path]) -> tuple[object, tuple[Path, ...]]:
-        """A dataset's source, and the folders in which its path may lie. {"file_id"} becomes the path of the file.
-        Raises InvalidDataset for a file that does not exist."""
-        file_id = spec.get("file_id") if isinstance(spec, dict) and len(spec) == 1 else None
+    def source(
+        self, spec: object, folders: Sequence[Path], check: Callable[[], None] = lambda: None
+    ) -> tuple[object, tuple[Path, ...]]:
+        """A dataset's source, and the folders in which its path may lie. {"file_id"} becomes the path of the file, and
+        {"hub"} that of what is downloaded for it. check: called during a download; it may raise to end it. Raises
+        InvalidDataset for a file that does not exist, and what HubDatasets.fetch raises."""
+        if not isinstance(spec, dict) or len(spec.keys() - {datasets.COLUMNS}) != 1:
+            return spec, tuple(folders)
+        columns = {key: value for key, value in spec.items() if key == datasets.COLUMNS}
+        if "hub" in spec:
+            rows = self._hub.fetch(spec["hub"], check)
+            return {"path": str(rows), **columns}, (rows.parent,)
+        file_id = spec.get("file_id")
         if not isinstance(file_id, str):
             return spec, tuple(folders)
         try:
@@ -194,7 +207,21 @@ class FileStore:
             raise InvalidDataset(
                 f"dataset.file_id = {file_id!r}: {error.message}", param="dataset.file_id", hint=error.hint
             ) from None
-        return {"path": str(path)}, (path.parent,)
+        return {"path": str(path), **columns}, (path.parent,)
+
+    def as_given(self, source: Json) -> Json:
+        """The opposite of `source`: the path of an uploaded file becomes its {"file_id"}, and that of rows of the hub
+        {"hub"} with the commit; all else stays."""
+        path = Path(source.get("path", ""))
+        more = {key: value for key, value in source.items() if key != "path"}
+        if (origin := self._hub.origin(str(path))) is not None:
+            return {"hub": origin["hub"], **more}
+        return {"file_id": path.parent.name, **more} if path.is_relative_to(self._root.resolve()) else source
+
+    def origins(self, read: Mapping[str, Dataset]) -> dict[str, Json]:
+        """By field, where the rows of a dataset come from if it was downloaded from the hub (HubDatasets.origin)."""
+        found = {field: self._hub.origin(dataset.source) for field, dataset in read.items()}
+        return {field: origin for field, origin in found.items() if origin is not None}
 
     def _present(self) -> Select[FileRow]:
         alive = or_(FileRow.expires_at.is_(None), FileRow.expires_at > time.time())

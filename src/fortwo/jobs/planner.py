@@ -59,7 +59,7 @@ class JobPlanner:
         check_name_available(request.adapter_name, self._catalog)
         self._adapters.check_publishable(request.adapter_name)
         folders = self._settings.allowed_data_dirs
-        read = in_each(request.datasets, lambda one: datasets.load(*self._files.source(one, folders), check))
+        read = in_each(request.datasets, lambda one: datasets.load(*self._files.source(one, folders, check), check))
         dataset = replace(read["dataset"], validation=read.get("validation_dataset"))
         parent, resident = self._parent_and_base(request)
         if parent is not None:
@@ -81,7 +81,8 @@ class JobPlanner:
             validation = ValidationStats(*stats["validation_dataset"], shared_rows(own, trained))
         counts, dataset_warnings = stats["dataset"]
         plan = plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent, validation)
-        return dataset, replace(plan, warnings=(*resident.renderer.warnings, *plan.warnings))
+        warnings = (*resident.renderer.warnings, *plan.warnings)
+        return dataset, replace(plan, warnings=warnings, origins=self._files.origins(read))
 
     def _parent_and_base(self, request: TrainingRequest) -> tuple[Parent | None, LoadedModel]:
         """The parent that the request names, if any, and the base, which must be the parent's own."""

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from fortwo.errors import InvalidDataset, NotFound
+from fortwo.errors import Conflict, InvalidDataset, NotFound
 from fortwo.jobs.database import connect, errors_of, upgrade
 from fortwo.jobs.schema import EventRow, FileRow, JobRow
 from fortwo.records import Json
@@ -245,6 +245,26 @@ class JobStore:
         query = select(JobRow.id, JobRow.progress).where(JobRow.status.in_(ACTIVE), JobRow.owner == self.owner)
         with self.reading() as session:
             return [(id, progress) for id, progress in session.execute(query)]
+
+    def queue(self) -> list[str]:
+        """The ids of the jobs that wait in this server's queue, the next one first."""
+        mine = select(JobRow.id).where(JobRow.status == "queued", JobRow.owner == self.owner)
+        with self.reading() as session:
+            return list(session.scalars(mine.order_by(JobRow.queued_at, JobRow.id)))
+
+    def put_first(self, job_id: str) -> None:
+        """Put a queued job at the head of this server's queue. Raises NotFound, and Conflict for a job that is not
+        queued."""
+        mine = select(func.min(JobRow.queued_at)).where(JobRow.status == "queued", JobRow.owner == self.owner)
+        with self.reading() as session:
+            earliest = session.scalar(mine)
+        event = NewEvent("queued", "The job was put at the head of the queue.")
+        if earliest is None or not self.update(job_id, event, when=("queued",), queued_at=earliest - 1.0):
+            raise Conflict(
+                f"The status of job {job_id} is {self.get(job_id).status}.",
+                param="job_id",
+                hint="Only a queued job can be put at the head of the queue.",
+            )
 
     def last_actual(self, model: str) -> Json | None:
         """The measurements of the newest run on this base, or None when there is none."""

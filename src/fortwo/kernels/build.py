@@ -1,9 +1,9 @@
 """The compiled kernels in C for an instruction level of this machine. Torch-free.
 
-A wheel carries libraries for the usual processors (`SHIPPED`), which need no compiler. Elsewhere they are compiled once.
-Such a library lies in the package's __pycache__, as Python's own compiled files do; where the package may not be written,
-in fortwo/kernels of $XDG_CACHE_HOME or ~/.cache. Its name is a digest of sources, flags and processor. It is linked
-beside its place and renamed, so two processes that compile at once do not disturb each other.
+A wheel carries libraries for the usual processors (`SHIPPED`), which need no compiler. Elsewhere they are compiled
+once. Such a library lies in the package's __pycache__, as Python's own compiled files do; where the package may not be
+written, in fortwo/kernels of $XDG_CACHE_HOME or ~/.cache. Its name is a digest of sources, flags and processor. It is
+linked beside its place and renamed, so two processes that compile at once do not disturb each other.
 """
 
 from __future__ import annotations
@@ -48,24 +48,21 @@ class Shipped:
         return SOURCES / "compiled" / f"{self.name}-{digest[:16]}.so"
 
 
-def _avx512(*more: str) -> tuple[str, ...]:
-    return ("-march=x86-64-v4", "-mprefer-vector-width=512", *(f"-m{name}" for name in more))
-
-
+_VNNI, _BF16, _AVX_VNNI = frozenset({"avx512_vnni"}), frozenset({"avx512_vnni", "avx512_bf16"}), frozenset({"avx_vnni"})
+_AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
+_AVX512_VNNI = (*_AVX512, "-mavx512vnni")
+_AVX512_BF16 = (*_AVX512_VNNI, "-mavx512bf16")
 SHIPPED = (  # the best of each level first
-    Shipped(
-        "amx", "amx", frozenset({"avx512_vnni", "avx512_bf16"}),
-        _avx512("avx512vnni", "avx512bf16", "amx-tile", "amx-bf16", "amx-int8"),
-    ),
-    Shipped("avx512-bf16", "avx512", frozenset({"avx512_vnni", "avx512_bf16"}), _avx512("avx512vnni", "avx512bf16")),
-    Shipped("avx512-vnni", "avx512", frozenset({"avx512_vnni"}), _avx512("avx512vnni")),
-    Shipped("avx512", "avx512", frozenset(), _avx512()),
-    Shipped("avx2-vnni", "avx2", frozenset({"avx_vnni"}), ("-march=x86-64-v3", "-mavxvnni")),
+    Shipped("amx", "amx", _BF16, (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8")),
+    Shipped("avx512-bf16", "avx512", _BF16, _AVX512_BF16),
+    Shipped("avx512-vnni", "avx512", _VNNI, _AVX512_VNNI),
+    Shipped("avx512", "avx512", frozenset(), _AVX512),
+    Shipped("avx2-vnni", "avx2", _AVX_VNNI, ("-march=x86-64-v3", "-mavxvnni")),
     Shipped("avx2", "avx2", frozenset(), ("-march=x86-64-v3",)),
     Shipped("dotprod-i8mm", "dotprod", frozenset({"i8mm"}), ("-march=armv8.2-a+dotprod+i8mm",)),
     Shipped("dotprod", "dotprod", frozenset(), ("-march=armv8.2-a+dotprod",)),
     Shipped("neon", "neon", frozenset(), ("-march=armv8-a",)),
-)  # fmt: skip
+)
 
 
 def path(level: str | None) -> Path:

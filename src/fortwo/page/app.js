@@ -6,11 +6,13 @@ import {Field, Problem, html, useAction, useEffect, useRef, useState} from './pa
 import {language, text} from './text.js';
 import {Adapters} from './views/adapters.js';
 import {Chat} from './views/chat.js';
-import {Job, Jobs} from './views/job.js';
+import {Job} from './views/job.js';
+import {Jobs} from './views/jobs.js';
 import {Machine} from './views/machine.js';
+import {Runs} from './views/runs.js';
 import {Teach} from './views/teach.js';
 
-const VIEWS = {teach: Teach, jobs: Jobs, job: Job, chat: Chat, adapters: Adapters, machine: Machine};
+const VIEWS = {teach: Teach, jobs: Jobs, job: Job, runs: Runs, chat: Chat, adapters: Adapters, machine: Machine};
 const TABS = ['teach', 'jobs', 'chat', 'adapters', 'machine'];
 
 /** #/job/ID?tab=x as {view: 'job', id: 'ID', query}. */
@@ -55,7 +57,7 @@ function Unknown() {
 function App() {
   const {view, id, query} = route.value;
   const View = VIEWS[view] ?? Unknown;
-  const shown = view === 'job' ? 'jobs' : view;
+  const shown = ['job', 'runs'].includes(view) ? 'jobs' : view;
   const main = useRef(null);
   const first = useRef(true);
   useEffect(() => {

@@ -1,6 +1,6 @@
 /** Curves over steps, drawn by uPlot, which is loaded when the first one is shown. */
 import {html, useEffect, useRef} from './parts.js';
-import {language} from './text.js';
+import {language, text} from './text.js';
 
 let library = null;
 
@@ -18,16 +18,34 @@ function load() {
 const color = (name) => () => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const dark = matchMedia('(prefers-color-scheme: dark)');
 
+/** Vertical lines at these steps. */
+function drawMarks(uplot, steps) {
+  const {ctx, bbox} = uplot;
+  ctx.save();
+  ctx.strokeStyle = color('faint')();
+  ctx.setLineDash([2, 4]);
+  for (const step of steps) {
+    const x = Math.round(uplot.valToPos(step, 'x', true));
+    ctx.beginPath();
+    ctx.moveTo(x, bbox.top);
+    ctx.lineTo(x, bbox.top + bbox.height);
+    ctx.stroke();
+  }
+  ctx.restore();
+}
+
 /**
  * data: [steps, ...values], null where there is none. series: for each of the values {label, color, width, dash,
- * points}. range: of the vertical axis. summary: what the curve shows, in words.
+ * points}. range: of the vertical axis. summary: what the curve shows, in words. marks: of steps, each {step, label}.
  */
-export function Chart({data, series, range, summary, height = 220}) {
+export function Chart({data, series, range, summary, marks = [], height = 220}) {
   const place = useRef(null);
   const plot = useRef(null);
   const newest = useRef(data);
   newest.current = data;
   const shape = JSON.stringify(series);
+  const marked = useRef(marks);
+  marked.current = marks;
   useEffect(() => {
     const box = place.current;
     let gone = box === null;
@@ -41,6 +59,7 @@ export function Chart({data, series, range, summary, height = 220}) {
         height,
         cursor: {drag: {x: false, y: false}},
         legend: {live: true},
+        hooks: {drawAxes: [(uplot) => drawMarks(uplot, marked.current.map((mark) => mark.step))]},
         scales: {x: {time: false}, y: range ? {range} : {}},
         axes: [
           {...axis, incrs: [1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2500, 5000, 10000, 25000, 100000]},
@@ -73,5 +92,13 @@ export function Chart({data, series, range, summary, height = 220}) {
     };
   }, [shape]);
   useEffect(() => plot.current?.setData(data), [data]);
-  return html`<div class="chart" role="img" aria-label=${summary} ref=${place}></div>`;
+  return html`
+    <div class="chart" role="img" aria-label=${summary} ref=${place}></div>
+    ${marks.length > 0 && html`
+      <details class="marks">
+        <summary>${text.job.marks(marks.length)}</summary>
+        <ol>${marks.map((mark, row) => html`<li key=${row}>${text.job.atStep(mark.step)}: ${mark.label}</li>`)}</ol>
+      </details>
+    `}
+  `;
 }

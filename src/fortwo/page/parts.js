@@ -14,7 +14,7 @@ export {useEffect, useRef, useState};
  * every `every` ms; with every = 0 only then. path null: nothing is asked.
  */
 export function useData(path, every = 0) {
-  const [state, setState] = useState({path: null, data: null, error: null});
+  const [state, setState] = useState(/** @type {{path: any, data: any, error: any}} */ ({path: null, data: null, error: null}));
   const [turn, setTurn] = useState(0);
   const again = epoch.value;
   useEffect(() => {
@@ -28,7 +28,7 @@ export function useData(path, every = 0) {
         },
       );
     ask();
-    const timer = every ? setInterval(() => document.visibilityState === 'visible' && ask(), every) : null;
+    const timer = every ? setInterval(() => document.visibilityState === 'visible' && ask(), every) : undefined;
     return () => {
       clearInterval(timer);
       abort.abort();
@@ -40,7 +40,7 @@ export function useData(path, every = 0) {
 
 /** An action that is under way at most once: {busy, error, run, clear}. run(f) awaits f and keeps its ApiError. */
 export function useAction() {
-  const [state, setState] = useState({busy: false, error: null});
+  const [state, setState] = useState(/** @type {{busy: boolean, error: any}} */ ({busy: false, error: null}));
   const run = async (action) => {
     setState({busy: true, error: null});
     try {
@@ -120,6 +120,17 @@ export function duration(seconds) {
   return small ? `${large} ${units[0]} ${small} ${units[1]}` : `${large} ${units[0]}`;
 }
 
+export const percent = (value) => value.toLocaleString(language, {style: 'percent', maximumFractionDigits: 1});
+
+/** Gives the browser a file to save. */
+export function download({name, type, content}) {
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([content], {type}));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
 export function moment(seconds) {
   return seconds === null || seconds === undefined
     ? text.none
@@ -184,8 +195,8 @@ export function Field({id, label, help, children}) {
   `;
 }
 
-/** Asks before something is done that cannot be taken back. */
-export function Confirm({title, children, confirm, keep, danger = true, onConfirm, onClose}) {
+/** Asks before something is done that cannot be taken back. other: {label, run} of what can be done instead. */
+export function Confirm({title, children, confirm, keep, other, danger = true, onConfirm, onClose}) {
   const dialog = useRef(null);
   useEffect(() => dialog.current.showModal(), []);
   return html`
@@ -194,6 +205,12 @@ export function Confirm({title, children, confirm, keep, danger = true, onConfir
       <p>${children}</p>
       <div class="row end">
         <button type="button" autofocus onClick=${() => dialog.current.close()}>${keep}</button>
+        ${other && html`
+          <button type="button" onClick=${() => {
+            dialog.current.close();
+            other.run();
+          }}>${other.label}</button>
+        `}
         <button
           type="button"
           class=${danger ? 'danger' : 'primary'}

@@ -5,11 +5,14 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from fortwo.server import (
+    adapter_upload,
+    datasets,
     docs,
     errors,
     exports,
     health,
     llama_cpp,
+    machine,
     metrics,
     models,
     native,
@@ -17,6 +20,7 @@ from fortwo.server import (
     ollama_models,
     openai,
     page,
+    reports,
     versions,
     vllm,
 )
@@ -53,16 +57,19 @@ def create_app(state: AppState) -> FastAPI:
     app.add_middleware(errors.UnexpectedErrorMiddleware)
     app.add_middleware(RequestMetricsMiddleware, metrics=state.request_metrics)
     keyed = [docs.API_KEY] if state.keyed else []
-    for router in (
+    own = (
         models.router,
         native.router,
         versions.router,
+        reports.router,
         exports.router,
-        *openai.routers,
-        vllm.router,
-        llama_cpp.router,
+        datasets.router,
+        datasets.uploads,
+        adapter_upload.router,
+        machine.router,
         metrics.router,
-    ):
+    )
+    for router in (*own, *openai.routers, vllm.router, llama_cpp.router):
         app.include_router(router, dependencies=keyed, responses=docs.ERRORS)
     for router in (ollama.router, ollama_models.router):
         app.include_router(router, dependencies=keyed, responses=docs.PLAIN_ERRORS)

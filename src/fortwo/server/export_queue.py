@@ -190,7 +190,7 @@ class ExportQueue:
             running = self._running
             running.cancel()
             await asyncio.wait([running])
-        else:
+        if not export.ended:  # it waited, or its task had not begun
             export.end("cancelled")
         return export
 
@@ -222,9 +222,11 @@ class ExportQueue:
         while True:
             now = time.time()
             for export in [one for one in self._exports.values() if one.expired(now)]:
-                await self.delete(export.id)
+                with suppress(NotFound):  # somebody else deletes it
+                    await self.delete(export.id)
             waiting = next((one for one in self._exports.values() if one.status == "queued"), None)
             if waiting is not None:
+                waiting.change(status="running")
                 self._running = asyncio.create_task(self._run(waiting))
                 await asyncio.wait([self._running])
                 continue
@@ -237,7 +239,6 @@ class ExportQueue:
     async def _run(self, export: Export) -> None:
         """Run an export to its end, whatever that is."""
         folder = self.root / export.id
-        export.change(status="running")
         try:
             await run_in_threadpool(lambda: (folder / SCRATCH).mkdir(parents=True))
             result = await self._export(export, folder)
@@ -273,7 +274,7 @@ class ExportQueue:
         threads = {} if settings.threads is None else {"OMP_NUM_THREADS": str(settings.threads)}
         with (scratch / "errors.txt").open("wb") as errors:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "fortwo.export.worker"),
+                *(sys.executable, "-P", "-m", "fortwo.export.worker"),  # -P: no module of the working directory
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=errors,

@@ -11,7 +11,8 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
 from fortwo.data.preview import preview
-from fortwo.errors import InvalidAdapter, NotFound
+from fortwo.errors import Conflict, InvalidAdapter, NotFound
+from fortwo.hub.datasets import DatasetReference, find
 from fortwo.jobs.store import Job
 from fortwo.records import AdapterVersion, Json
 from fortwo.server import sse
@@ -19,7 +20,9 @@ from fortwo.server.idempotency import key_of
 from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppState, AppStateDep
 from fortwo.server.workers import Check
+from fortwo.train.next_try import next_try
 from fortwo.train.plan import to_json
+from fortwo.train.repeat import request_of
 from fortwo.train.request import TrainingRequest
 
 LARGEST_ID = 2**63 - 1  # that a database can hold
@@ -91,9 +94,14 @@ def rollback(state: AppStateDep, name: str) -> Json:
 )
 def report(state: AppStateDep, name: str, version: Annotated[int | None, Query(ge=1)] = None) -> Json:
     """That of the named version (by `version` or as name@version), or of the latest one, current or not."""
-    if version is not None:
-        found = state.adapters.get(f"{name}@{version}")
-    elif "@" in name:
+    found = reported_version(state, name if version is None else f"{name}@{version}")
+    of_manifest = {key: found.manifest[key] for key in ("report", "plan", "actual")}
+    return {"name": found.name, "version": found.version} | of_manifest
+
+
+def reported_version(state: AppState, name: str) -> AdapterVersion:
+    """The version whose report `name` means: name@version, or the latest one. Raises NotFound if it has none."""
+    if "@" in name:
         found = state.adapters.get(name)
     elif whole := state.adapters.versions(name):
         found = whole[-1]
@@ -103,10 +111,9 @@ def report(state: AppStateDep, name: str, version: Annotated[int | None, Query(g
             param="name",
             hint=f"Restore {state.settings.adapters_dir / name} from a backup, or delete it and train it again.",
         )
-    manifest = found.manifest
-    if manifest.get("report") is None:
+    if found.manifest.get("report") is None:
         raise NotFound(f"{found.id} has no report.", param="name", hint="Only adapters trained here have one.")
-    return {"name": found.name, "version": found.version} | {key: manifest[key] for key in ("report", "plan", "actual")}
+    return found
 
 
 @router.post("/training/plan", tags=["training"], summary="The plan for a training request, without starting it")
@@ -133,7 +140,7 @@ class PreviewRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    dataset: Json = Field(description='One of {"path"}, {"file_id"}, {"examples"}, {"facts"}.')
+    dataset: Json = Field(description='One of {"path"}, {"file_id"}, {"hub"}, {"examples"}, {"facts"}.')
     model: str | None = Field(None, min_length=1, description="The model whose tokenizer and chat template are used.")
     rows: int = Field(5, ge=1, le=100, description="The number of rows to show, from the first.")
 
@@ -144,10 +151,20 @@ async def preview_data(request: Request, state: AppStateDep, body: PreviewReques
     model = state.settings.default_model if body.model is None else body.model
 
     def work(check: Check) -> Json:
-        source, folders = state.files.source(body.dataset, state.settings.allowed_data_dirs)
+        source, folders = state.files.source(body.dataset, state.settings.allowed_data_dirs, check)
         return asdict(preview(source, folders, state.catalog, model, body.rows, check))
 
     return await state.planning.run(request, work)
+
+
+@router.get("/data/hub", tags=["training"], summary="What would be downloaded for a dataset of the Hugging Face hub")
+async def hub_dataset(
+    request: Request,
+    state: AppStateDep,
+    hub: Annotated[str, Query(min_length=1, description="OWNER/NAME, with @REVISION and :FILE or :CONFIG/SPLIT.")],
+) -> Json:
+    """The commit, the licence, and the files with their sizes. Nothing is downloaded."""
+    return await state.planning.run(request, lambda _: find(DatasetReference.parse(hub)).body())
 
 
 @router.get("/training/jobs", tags=["training"], summary="Jobs, newest first")
@@ -175,6 +192,40 @@ async def pause(request: Request, state: AppStateDep, job_id: str) -> Json:
 async def resume(request: Request, state: AppStateDep, job_id: str) -> Json:
     """For a paused, failed or cancelled job; without a checkpoint it starts from the beginning."""
     return await state.control.run(request, lambda _: job_body(state, state.runner.resume(job_id)))
+
+
+@router.post("/training/jobs/{job_id}/run-next", tags=["training"], summary="Put a queued job at the head of the queue")
+def run_next(state: AppStateDep, job_id: str) -> Json:
+    state.jobs.put_first(job_id)
+    return job_body(state, state.jobs.get(job_id))
+
+
+@router.get("/training/jobs/{job_id}/request", tags=["training"], summary="The request of a job, to be sent again")
+def job_request(state: AppStateDep, job_id: str) -> Json:
+    """The body of /api/training/start with the rows and the settings that were given. Of a large file it has the
+    path, or the id of an uploaded one."""
+    return _request(state, state.jobs.get(job_id))
+
+
+@router.get("/training/jobs/{job_id}/next-try", tags=["training"], summary="The request of a failed job, changed")
+def job_next_try(state: AppStateDep, job_id: str) -> Json:
+    """`request` is a body of /api/training/start without the given settings that the diagnosis blames; `changes` lists
+    them as {setting, value}, with null where the plan decides. Raises Conflict for a job that has not failed."""
+    job = state.jobs.get(job_id)
+    if job.status != "failed":
+        raise Conflict(
+            f"The status of job {job_id} is {job.status}.", param="job_id", hint="Only a failed job has a next try."
+        )
+    findings = (job.report or {}).get("diagnosis", [])
+    codes = [one["code"] for one in (*findings, *([] if job.error is None else [job.error]))]
+    body, changes = next_try(_request(state, job), codes)
+    return {"request": body, "changes": changes}
+
+
+def _request(state: AppState, job: Job) -> Json:
+    body = request_of(job.plan, state.jobs.dataset(job.id))
+    sources = {field: body[field] for field in ("dataset", "validation_dataset") if field in body}
+    return body | {field: state.files.as_given(source) for field, source in sources.items()}
 
 
 @router.get(
@@ -219,11 +270,18 @@ def version_body(state: AppState, version: AdapterVersion) -> Json:
 
 
 def job_body(state: AppState, job: Job) -> Json:
-    """checkpoints: oldest first, each with its name as `model` of a chat request; none once the job is done."""
+    """queue_position: of a queued job, 1 for the next one; otherwise null. checkpoints: oldest first, each with its
+    name as `model` of a chat request; none once the job is done."""
     body = asdict(job)
     del body["queued_at"], body["owner"]
     checkpoints = [
         {"step": version.version, "model": version.id, "created_at": version.created_at}
         for version in state.checkpoints.of_job(job.id)
     ]
-    return {"job_id": body.pop("id"), **body, "checkpoints": checkpoints}
+    place = queue_position(state.jobs.queue(), job.id) if job.status == "queued" else None
+    return {"job_id": body.pop("id"), **body, "queue_position": place, "checkpoints": checkpoints}
+
+
+def queue_position(queue: list[str], job_id: str) -> int | None:
+    """1 for the next job; None for one that is in another server's queue, or has just left this one."""
+    return queue.index(job_id) + 1 if job_id in queue else None

@@ -7,9 +7,10 @@ repeat_penalty, and that the limit of a reply is that of chat. What changes a re
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -21,18 +22,19 @@ from pydantic_core import to_json
 
 from fortwo.data.messages import wrong
 from fortwo.errors import FortwoError, InvalidRequest
-from fortwo.prompts import Delta, Prompt
-from fortwo.records import Json
+from fortwo.prompts import Logprob, Prompt
+from fortwo.records import Json, Message
 from fortwo.server import sse
 from fortwo.server.errors import plain_body, unexpected
 from fortwo.server.llama_options import UNLIMITED, LlamaOptions, json_schema
 from fortwo.server.openai import chat as openai_chat
 from fortwo.server.openai import logprobs
-from fortwo.server.openai.chat import ChatMessage, ChatRequest, prompts_of
+from fortwo.server.openai.chat import Asked, ChatMessage, ChatRequest, prompts_of
 from fortwo.server.openai.embeddings import INPUTS, EmbeddingRequest, vectors_of
-from fortwo.server.openai.logprobs import Bytes
 from fortwo.server.openai.parameters import TOP_LOGPROBS, Strict, Texts, check_length, only
 from fortwo.server.openai.replies import Replies
+from fortwo.server.openai.tool_replies import Part, message_of, parts_of
+from fortwo.server.openai.tools import TOOLS, Tool
 from fortwo.server.request_body import MOST_ITEMS, JsonRoute
 from fortwo.server.state import AppState, AppStateDep
 from fortwo.server.streams import ClosingStream
@@ -45,8 +47,8 @@ LATEST = ":latest"  # what Ollama adds to a name without a tag; here it means th
 
 router = APIRouter(prefix="/api", tags=["Ollama"], route_class=JsonRoute)
 
-Asked = Callable[["Target"], tuple[list[Prompt], Bytes | None]]  # the prompts, and what gives the bytes of a token
-Write = Callable[[str], Json]  # the part of an answer that holds text
+Ask = Callable[["Target"], Asked]
+Write = Callable[[str, list[Json]], Json]  # the part of an answer that holds text and whole calls of tools
 
 Name = Annotated[
     str,
@@ -142,13 +144,14 @@ class Generating(Strict):
     def settings(self) -> Options:
         return Options.model_validate({}) if self.options is None else self.options
 
-    def chat_request(self, messages: list[ChatMessage]) -> ChatRequest:
+    def chat_request(self, messages: list[ChatMessage], tools: list[Tool] | None = None) -> ChatRequest:
         """The same request for chat."""
         as_schema = json_schema(self.format) if isinstance(self.format, dict) else None
         return _OllamaChat.model_validate(
             {
                 "model": self.model,
                 "messages": messages,
+                "tools": tools,
                 "logprobs": self.logprobs,
                 "top_logprobs": self.top_logprobs,
                 "response_format": {"type": "json_object"} if self.format == "json" else as_schema,
@@ -170,20 +173,24 @@ class Generating(Strict):
 class OllamaMessage(ChatMessage):
     images: Annotated[Any, only([])] = None
     thinking: Annotated[Any, only("")] = None
-    tool_name: Annotated[Any, only("")] = None
+    tool_name: str | None = Field(None, description="Of a tool's result: the function that was called.")
+
+    def message(self) -> Message:
+        said = super().message()
+        return replace(said, name=self.tool_name) if self.tool_name else said
 
 
 class OllamaChatRequest(Generating):
     messages: list[OllamaMessage] | None = Field(
         None, max_length=MOST_ITEMS, description="Without messages the model is only loaded."
     )
-    tools: Annotated[Any, only([])] = None
+    tools: list[Tool] | None = Field(None, max_length=TOOLS)
 
-    def prompts(self, target: Target) -> tuple[list[Prompt], Bytes | None]:
-        asked = self.chat_request(list(self.messages or ()))
-        prompts, bytes_of = prompts_of(target, asked, default=self.settings.default_limit())
-        self.settings.check_context(prompts, "messages")
-        return prompts, bytes_of
+    def ask(self, target: Target) -> Asked:
+        body = self.chat_request(list(self.messages or ()), self.tools)
+        asked = prompts_of(target, body, default=self.settings.default_limit())
+        self.settings.check_context(asked.prompts, "messages")
+        return asked
 
 
 class GenerateRequest(Generating):
@@ -206,49 +213,48 @@ class GenerateRequest(Generating):
             )
         return self
 
-    def prompts(self, target: Target) -> tuple[list[Prompt], Bytes | None]:
-        question = ChatMessage(role="user", content=self.prompt or "")
-        system = [ChatMessage(role="system", content=self.system)] if self.system else []
-        asked, default = self.chat_request([*system, question]), self.settings.default_limit()
-        token_bytes: Bytes | None
+    def ask(self, target: Target) -> Asked:
+        question = ChatMessage.model_validate({"role": "user", "content": self.prompt or ""})
+        system = [ChatMessage.model_validate({"role": "system", "content": self.system})] if self.system else []
+        body, default = self.chat_request([*system, question]), self.settings.default_limit()
         if self.raw:
             check_length(target, len(question.content), "prompt")
             tokens = target.model.renderer.encode_text(question.content)
             top = (self.top_logprobs or 0) if self.logprobs else None
-            continued = asked.prompts(target, tokens, param="prompt", default=default, logprobs=top)
+            continued = body.prompts(target, tokens, param="prompt", default=default, logprobs=top)
             prompts = [replace(prompt, continues=True) for prompt in continued]
-            token_bytes = target.model.renderer.vocabulary.token_bytes if self.logprobs else None
+            asked = Asked(prompts, target.model.renderer.vocabulary.token_bytes if self.logprobs else None)
         else:
-            prompts, token_bytes = prompts_of(target, asked, param="prompt", default=default)
-        self.settings.check_context(prompts, "prompt")
-        return prompts, token_bytes
+            asked = prompts_of(target, body, param="prompt", default=default)
+        self.settings.check_context(asked.prompts, "prompt")
+        return asked
 
 
 @router.post("/chat", response_model=None, summary="Chat, as Ollama does")
 async def chat(request: Request, state: AppStateDep, body: OllamaChatRequest) -> Response:
-    def write(text: str) -> Json:
-        return {"message": {"role": "assistant", "content": text}}
+    def write(text: str, calls: list[Json]) -> Json:
+        return {"message": {"role": "assistant", "content": text} | ({"tool_calls": calls} if calls else {})}
 
-    return await _answer(request, state, body, body.prompts if body.messages else None, write)
+    return await _answer(request, state, body, body.ask if body.messages else None, write)
 
 
 @router.post("/generate", response_model=None, summary="Answer or continue a prompt, as Ollama does")
 async def generate(request: Request, state: AppStateDep, body: GenerateRequest) -> Response:
-    return await _answer(request, state, body, body.prompts if body.prompt else None, lambda text: {"response": text})
+    return await _answer(request, state, body, body.ask if body.prompt else None, lambda text, _: {"response": text})
 
 
-async def _answer(request: Request, state: AppState, body: Generating, asked: Asked | None, write: Write) -> Response:
-    """asked: None where the model is only loaded."""
+async def _answer(request: Request, state: AppState, body: Generating, ask: Ask | None, write: Write) -> Response:
+    """ask: None where the model is only loaded."""
     began = time.perf_counter_ns()
-    if asked is None:
+    if ask is None:
         body.check_unload()
     replies = Replies(state, request, 1, streamed=True)
     async with replies.target(without_tag(body.model)) as target:
         loaded = time.perf_counter_ns()
-        prompts, bytes_of = ([], None) if asked is None else await run_in_threadpool(asked, target)
-        await replies.submit(prompts)
-    answer = _Answer(body.model, write, bytes_of, replies, began, loaded)
-    if asked is None:
+        asked = Asked([]) if ask is None else await run_in_threadpool(ask, target)
+        await replies.submit(asked.prompts)
+    answer = _Answer(body.model, write, asked, replies, began, loaded)
+    if ask is None:
         replies.close()
         return JSONResponse(answer.frame("") | {"done": True, "done_reason": "load"})
     if body.stream is not False:
@@ -260,53 +266,78 @@ async def _answer(request: Request, state: AppState, body: Generating, asked: As
         replies.close()
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A part of a reply. calls: those that it completed; end: with the last part why the reply ended, with counts and
+    durations in nanoseconds."""
+
+    text: str
+    calls: list[Json]
+    logprobs: tuple[Logprob, ...]
+    end: Json
+
+
+def _calls(found: list[Part], begin: int, end: int) -> list[Json]:
+    """The calls from number `begin` to `end` in Ollama's form, with their arguments as objects."""
+    if begin == end:
+        return []
+    functions = [call["function"] for call in message_of(found)["tool_calls"][begin:end]]
+    return [{"function": function | {"arguments": json.loads(function["arguments"])}} for function in functions]
+
+
 class _Answer:
     """The reply to one request in Ollama's form. began, loaded: when the request came and when the model was loaded,
     in nanoseconds of perf_counter."""
 
-    def __init__(
-        self, model: str, write: Write, bytes_of: Bytes | None, replies: Replies, began: int, loaded: int
-    ) -> None:
+    def __init__(self, model: str, write: Write, asked: Asked, replies: Replies, began: int, loaded: int) -> None:
         self._model = model
         self._write = write
-        self._bytes_of = bytes_of
+        self._bytes_of = asked.bytes_of
+        self._parser = asked.parser()
         self._replies = replies
         self._began = began
         self._loaded = loaded
 
-    def frame(self, text: str, delta: Delta | None = None) -> Json:
-        """An object with text, and its log-probabilities if they are wanted."""
-        frame = {"model": self._model, "created_at": timestamp(time.time()), **self._write(text), "done": False}
-        if delta is not None and self._bytes_of is not None:
-            frame["logprobs"] = logprobs.chat(delta.logprobs, self._bytes_of)["content"]
+    def frame(self, text: str, calls: Sequence[Json] = (), logged: tuple[Logprob, ...] | None = None) -> Json:
+        """An object with text and calls of tools, and log-probabilities if they are wanted."""
+        created = timestamp(time.time())
+        frame = {"model": self._model, "created_at": created, **self._write(text, list(calls)), "done": False}
+        if logged is not None and self._bytes_of is not None:
+            frame["logprobs"] = logprobs.chat(logged, self._bytes_of)["content"]
         return frame
 
     async def whole(self) -> Json:
         """The whole reply. Raises the reason when it failed or was cut off."""
         parts = [part async for part in self._parts()]
-        delta = Delta("", logprobs=tuple(one for part, _ in parts for one in part.logprobs))
-        return self.frame("".join(part.text for part, _ in parts), delta) | parts[-1][1]
+        calls = [call for part in parts for call in part.calls]
+        logged = tuple(one for part in parts for one in part.logprobs)
+        return self.frame("".join(part.text for part in parts), calls, logged) | parts[-1].end
 
     async def lines(self) -> AsyncIterator[bytes]:
         """The reply as lines of JSON. Once it has begun, an error can only be sent as its last line."""
         try:
-            async for delta, end in self._parts():
-                if delta.text or delta.logprobs:
-                    yield _line(self.frame(delta.text, delta))
-                if end:
-                    yield _line(self.frame("") | end)
+            async for part in self._parts():
+                if part.text or part.calls or part.logprobs:
+                    yield _line(self.frame(part.text, part.calls, part.logprobs))
+                if part.end:
+                    yield _line(self.frame("") | part.end)
         except FortwoError as error:
             yield _line(plain_body(error))
         except Exception as error:
             yield _line(plain_body(unexpected(error)))
 
-    async def _parts(self) -> AsyncIterator[tuple[Delta, Json]]:
-        """The deltas, and with the last one why the reply ended, with counts and durations in nanoseconds."""
-        first = None
+    async def _parts(self) -> AsyncIterator[_Part]:
+        first, found, sent = None, list[Part](), 0
         async for items in self._replies.items():
             first = time.perf_counter_ns() if first is None else first
             for _, delta in items:
-                yield delta, {} if delta.finish_reason is None else self._end(delta.finish_reason, first)
+                new = parts_of(self._parser, delta)
+                found += [part for part in new if not isinstance(part, str)]
+                complete = 0 if self._parser is None else self._parser.calls
+                calls = _calls(found, sent, complete)
+                sent = complete
+                end = {} if delta.finish_reason is None else self._end(delta.finish_reason, first)
+                yield _Part("".join(part for part in new if isinstance(part, str)), calls, delta.logprobs, end)
 
     def _end(self, reason: str, first: int) -> Json:
         now, usage = time.perf_counter_ns(), self._replies.usage()

@@ -61,14 +61,16 @@ def show(state: AppStateDep, body: ShowRequest) -> Json:
     licence = None if not config else state.catalog.get(served.base).licence
     adapter = "" if served.version is None else f"ADAPTER {served.version.id}\n"
     shown = _body(state, served)
+    template = "" if info is None else choose_template(info.directory).text or ""
+    calls = ["tools"] if "tools" in template and "tool_calls" in template else []
     return {
         "license": licence or "",
         "modelfile": f"FROM {served.base}\n{adapter}",
         "parameters": "",
-        "template": "" if info is None else choose_template(info.directory).text or "",
+        "template": template,
         "details": shown["details"],
         "model_info": _model_info(config, None if info is None else info.parameters),
-        "capabilities": ["completion", "embedding"],
+        "capabilities": ["completion", *calls, "embedding"],
         "modified_at": shown["modified_at"],
     }
 

@@ -30,7 +30,7 @@ MOST_CONTAINERS = 1_000_000  # lists and objects of a body
 MOST_ITEMS = 10_000  # objects of a list that is validated by a model
 PATIENCE_SECONDS = 30.0  # in which a body must arrive, and BYTES_PER_SECOND more for each second beyond it
 BYTES_PER_SECOND = 16 << 10
-UPLOADS = ("/v1/files",)  # paths whose POST takes multipart/form-data
+UPLOADS = ("/v1/files", "/api/data/rows", "/api/adapters/import")  # paths whose POST takes multipart/form-data
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS", "TRACE")
 
 

@@ -12,8 +12,12 @@ _CHAT = frozenset(
     "/api/embeddings /tokenize /detokenize /apply-template /completion".split()
 )
 _READ_BY_POST = frozenset({"/api/show"})
-# Content that a read key must not take away: what was uploaded, and adapters.
-_CONTENT = re.compile(r"/v1/files/[^/]+/content|/api/exports/[^/]+/(files/.*|archive)", re.DOTALL)
+# Content that a read key must not take away: rows of datasets, and adapters.
+_CONTENT = re.compile(
+    r"/v1/files/[^/]+/content|/api/exports/[^/]+/(files/.*|archive)|/api/training/jobs/[^/]+/(request|next-try)"
+    r"|/api/data/.*",
+    re.DOTALL,
+)
 _TRAIN = re.compile(
     r"/api/training/.*|/api/data/.*|/api/facts/.*|/v1/files(/.*)?|/v1/fine_tuning/.*|/api/exports/.*"
     r"|/api/adapters/[^/]+/export(/plan)?",

@@ -58,6 +58,7 @@ class AppState:
         from fortwo.engine.engine import Engine
         from fortwo.engine.registry import ModelRegistry
         from fortwo.hub.catalog import Catalog
+        from fortwo.hub.datasets import HubDatasets
         from fortwo.jobs.checkpoints import CheckpointStore
         from fortwo.jobs.files import FileStore
         from fortwo.jobs.idempotency import AnswerStore
@@ -103,7 +104,7 @@ class AppState:
         self.streams = StreamLimit(settings.max_streams)
         self.job_events = JobEvents(self.jobs, self.streams)
         self.exports = ExportQueue(settings)
-        self.files = FileStore(self.jobs, settings.files_dir)
+        self.files = FileStore(self.jobs, settings.files_dir, HubDatasets(settings.hub_datasets_dir))
         self.files.clean()
         self.answers = AnswerStore(self.jobs)
         self.runner = JobRunner(

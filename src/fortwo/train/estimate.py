@@ -255,7 +255,7 @@ def preference_cost(
 ) -> RunCost:
     """The cost of a run on preferences. trained, validated: as in `sft_cost`; reference: tokens that the reference
     reads before the first step; estimated: tokens that are read in the steps for KTO's estimate of the divergence;
-    units: pairs or answers that the report's accuracy is measured on."""
+    units: pairs or answers that are read to measure the report's accuracy."""
     prompt, reply = _prompt_tokens(counts), REPLY_TOKENS
     mean = sum(row.prompt + row.answer for row in counts.rows) / len(counts.rows)
     judged = units * mean

@@ -36,6 +36,7 @@ from fortwo.records import (
     MicroStepped,
     ReplyCheck,
     Report,
+    Sample,
     TrainEvent,
     TrainEvents,
     Transcript,
@@ -46,6 +47,7 @@ from fortwo.train.recipes import REPLY_TOKENS
 
 AGREEMENT_TOKENS = 1024
 FACTS_STATED = "Answer questions about the following according to it.\n"
+SAMPLES = 2  # of each kind of question
 HEAD_ROWS = 128  # rows whose logits are in memory at once
 
 
@@ -237,6 +239,18 @@ class Evaluator:
             own = [(chats[messages], self._base_replies[messages]) for messages in retention]
             found["retention"] = top1_agreement(served, None, own)
         return found | {"score": _score(found)}
+
+    def samples(self) -> tuple[Sample, ...]:
+        """The replies of the last evaluation to the first questions of each kind."""
+        counted: Counter[str] = Counter()
+        found = []
+        for question in self.questions:
+            reply = self._replies.get(question.messages)
+            if reply is None or question.passes is None or counted[question.kind] == SAMPLES:
+                continue
+            counted[question.kind] += 1
+            found.append(Sample(question.kind, question.prompt, reply.text, question.passes(reply.text)))
+        return tuple(found)
 
     def fact_reports(self) -> tuple[FactReport, ...]:
         """The metrics of each fact, by the adapter's last replies."""

@@ -287,7 +287,7 @@ def _evaluate(
         backend.release()  # frees memory for the replies
         found = yield from objective.evaluator.evaluate(served, key, run.lora, EVALUATION_QUESTIONS)
         shares = {name: metric.value for name, metric in found.items()}
-        yield Evaluated(run.step, dict(shares))
+        yield Evaluated(run.step, dict(shares), samples=objective.evaluator.samples())
         run.best.update(found["score"].value, run.step, run.lora.parameters(), shares)
         taught = [fact.metrics for fact in objective.evaluator.fact_reports() if not fact.kept]
         stopped = "targets" if _targets_met_with_margin([found, *taught], plan.targets) else None

@@ -51,6 +51,8 @@ from fortwo.train.preference_plan import (
     choose_preferences,
     in_pairs,
     label_warnings,
+    reading_passes,
+    rows_together,
 )
 from fortwo.train.recipes import (
     JUDGED,
@@ -115,14 +117,16 @@ def resolve(
     if isinstance(recipe, PreferenceRecipe):
         choose_preferences(builder, cast(Preference, objective), recipe)
     lengths, reading = _lengths(counts), tokens_per_epoch(counts, len(counts.rows))
+    inseparable = rows_together(objective, dataset)
     validation_rows = plan_builder.choose_validation(
-        builder, recipe, len(counts.rows), None if own is None else len(own.rows)
+        builder, recipe, len(counts.rows), None if own is None else len(own.rows), inseparable
     )
     validation_tokens = validation_rows * (lengths if own is None else _lengths(own))["mean"]
     if own is not None:
         reading += tokens_per_epoch(own, len(own.rows))
     elif validation_rows:
-        indices = validation_indices(len(counts.rows), validation_rows, builder.given.get("seed", recipe.seed))
+        seed = builder.given.get("seed", recipe.seed)
+        indices = validation_indices(len(counts.rows), validation_rows, seed, inseparable)
         counts = replace(counts, rows=RowLengths(row for n, row in enumerate(counts.rows) if n not in indices))
     adapter = choose_adapter(builder, recipe, base.targets)
 
@@ -174,11 +178,11 @@ def resolve(
         interim = math.ceil(steps / builder["eval_every"])
         cost = override_cost(builder, counts, facts, len(dataset.parent_facts), trained, interim)
     elif isinstance(recipe, PreferenceRecipe):
-        validated = evaluations * validation_tokens
+        passes = reading_passes(objective, builder.get("loss_type"))
+        validated = passes * evaluations * validation_tokens
         compared = objective == "kto" or (objective == "dpo" and not builder["reference_free"])
-        estimated = 2 * trained if objective == "kto" and builder["loss_type"] == "kto" else 0
-        judged = validation_rows if validation_rows else min(JUDGED, len(counts.rows))
-        cost = preference_cost(counts, trained, validated, reading if compared else 0, estimated, judged)
+        judged = passes * (validation_rows if validation_rows else min(JUDGED, len(counts.rows)))
+        cost = preference_cost(counts, trained, validated, reading if compared else 0, (passes - 1) * trained, judged)
     else:
         cost = sft_cost(counts, trained, validated=evaluations * validation_tokens)
     plan = Plan(
@@ -344,6 +348,7 @@ def from_json(body: Json) -> Plan:
         settings=tuple(Setting(**setting | {"value": _frozen(setting["value"])}) for setting in body["settings"]),
         computed=dict(body["computed"]),
         warnings=tuple(PlanWarning(**warning) for warning in body["warnings"]),
+        origins=dict(body.get("origins") or {}),
     )
 
 

@@ -65,10 +65,11 @@ class PlanBuilder:
 
 
 def choose_validation(
-    builder: PlanBuilder, recipe: OverrideRecipe | SftRecipe, rows: int, own: int | None = None
+    builder: PlanBuilder, recipe: OverrideRecipe | SftRecipe, rows: int, own: int | None = None, together: int = 1
 ) -> int:
-    """The number of validation rows. rows: those of the dataset; own: those of the validation_dataset, if there is one.
-    Raises InvalidRequest for the override objective, and InvalidDataset if no row is left to train on."""
+    """The number of validation rows. rows: those of the dataset; own: those of the validation_dataset, if there is one;
+    together: rows that must not be separated. Raises InvalidRequest for the override objective, and InvalidDataset if
+    no row is left to train on."""
     if own is not None:
         reason = f"validation_dataset has {own} validation rows, so every row of dataset is trained on."
         builder.choose("validation_split", 0.0, reason, "auto")
@@ -88,7 +89,7 @@ def choose_validation(
     if stops:
         split, reason = recipe.early_stopping_split, "Early stopping needs rows that are not trained on."
     split = builder.choose("validation_split", split, reason, "auto" if stops else "default")
-    size = validation_size(rows, split)
+    size = validation_size(rows, split, together)
     if size >= rows:
         raise InvalidDataset(
             f"validation_split = {split:g} of {rows} {'row' if rows == 1 else 'rows'} leaves nothing to train on",

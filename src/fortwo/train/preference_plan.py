@@ -49,6 +49,18 @@ def kind_of_rows(dataset: Dataset) -> Literal["pairs", "labelled", "other", "fac
     return "other" if first.label is None else "labelled"
 
 
+def rows_together(objective: str, dataset: Dataset) -> int:
+    """How many rows that follow each other must not be separated by validation: KTO's two answers to one prompt, where
+    the dataset has pairs."""
+    return 2 if objective == "kto" and kind_of_rows(dataset) == "pairs" else 1
+
+
+def reading_passes(objective: str, loss_type: str | None) -> int:
+    """How often each answer is read to compute a loss: KTO's estimate of the divergence reads the mismatched answers
+    with the adapter and with the reference."""
+    return 3 if objective == "kto" and loss_type == "kto" else 1
+
+
 def choose_objective(wanted: str, dataset: Dataset) -> tuple[Preference, str] | None:
     """The objective and its reason, or None for one that does not train on preferences. Raises InvalidRequest for an
     objective that cannot learn from these rows."""

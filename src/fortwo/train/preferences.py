@@ -33,6 +33,7 @@ from fortwo.train.objectives import (
     retention_questions,
 )
 from fortwo.train.preference_losses import dpo_losses, kto_losses, odds_ratio_losses
+from fortwo.train.preference_plan import rows_together
 from fortwo.train.recipes import JUDGED, REPLY_TOKENS
 from fortwo.train.retry_policy import RowMix
 from fortwo.train.validation import validation_indices
@@ -135,7 +136,7 @@ def _render(served: ServedBase, dataset: Dataset, plan: Plan) -> TrainEvents[tup
     validation_rows, size = plan.computed.get("validation_rows", 0), 1 if plan.objective == "kto" else 2
     held = validation_rows if dataset.validation is None else 0
     expected = plan.computed["rows"] + held
-    indices = validation_indices(expected, held, plan["seed"])
+    indices = validation_indices(expected, held, plan["seed"], rows_together(plan.objective, dataset))
     training, validation = _Rows(size), _Rows(size)
     for seen, answers in enumerate(_units(dataset.examples, size)):
         if seen % RENDER_BATCH == 0:

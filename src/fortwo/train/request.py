@@ -58,10 +58,11 @@ class TrainingRequest(_Strict):
         None, min_length=1, description="Id of the base model; default: the server's default model."
     )
     adapter_name: str = Field(min_length=1, description="Name under which the adapter is published.")
-    dataset: dict[str, Any] = Field(description='One of {"path"}, {"file_id"}, {"examples"}, {"facts"}.')
+    dataset: dict[str, Any] = Field(description='One of {"path"}, {"file_id"}, {"hub"}, {"examples"}, {"facts"}.')
     validation_dataset: dict[str, Any] | None = Field(
         None,
-        description='One of {"path"}, {"file_id"}, {"examples"}; instead of validation_split. Its rows are evaluated.',
+        description='One of {"path"}, {"file_id"}, {"hub"}, {"examples"}; instead of validation_split. '
+        "Its rows are evaluated.",
     )
     lora_config: dict[str, Any] = Field({}, description="Keys of PEFT's LoraConfig.")
     training_config: dict[str, Any] = Field({}, description="Keys of transformers' TrainingArguments.")

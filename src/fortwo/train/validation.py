@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from random import Random
 
 
-def validation_size(rows: int, split: float) -> int:
-    """The number of validation rows among `rows`: at least one if the share `split` is above 0."""
-    return max(1, round(rows * split)) if split > 0 else 0
+def validation_size(rows: int, split: float, together: int = 1) -> int:
+    """The number of validation rows among `rows`, if the share `split` is above 0: at least one group of `together`
+    rows that follow each other."""
+    return together * max(1, round(rows // together * split)) if split > 0 else 0
 
 
-def validation_indices(rows: int, size: int, seed: int) -> frozenset[int]:
-    """The indices of the validation rows, drawn at random; the same seed gives the same ones."""
-    return frozenset(Random(f"validation {seed}").sample(range(rows), size))
+def validation_indices(rows: int, size: int, seed: int, together: int = 1) -> frozenset[int]:
+    """The indices of the validation rows, drawn at random; the same seed gives the same ones. together: so many rows
+    that follow each other are drawn as one."""
+    drawn = Random(f"validation {seed}").sample(range(rows // together), size // together)
+    return frozenset(first * together + place for first in drawn for place in range(together))
 
 
 def patience_exhausted(losses: Sequence[float], patience: int) -> bool:

@@ -1,123 +1,9 @@
 /** Chat: one prompt, answered by one or two models side by side. */
-import {effect, signal} from '../vendor/signals.js';
-import {get, stream} from '../api.js';
+import {BUSY, PROMPTED, ask, branchAt, chat, clear, exported, isBusy, regenerate, set, stop, tally, turns, vote} from '../conversation.js';
+import {teachAnswerTo} from '../draft.js';
 import {Markdown} from '../markdown.js';
-import {Empty, Field, Problem, html, useData, useEffect, useRef, useState} from '../parts.js';
+import {Empty, Field, Problem, download, html, percent, useData, useEffect, useRef, useState} from '../parts.js';
 import {text} from '../text.js';
-import {teachAnswerTo} from './teach.js';
-
-const KEPT = 'fortwo.chat';
-const SHOW_MS = 60; // words that arrive together are shown together
-
-/**
- * models: one or two columns. turns: {id, prompt, replies: one for each column {model, text, state, error}}, where model
- * is what answered, and state is waiting | streaming | done | stopped | length | failed.
- */
-const EMPTY = {models: [], turns: [], system: '', temperature: '0', maxTokens: '256'};
-const chat = signal({...EMPTY, ...JSON.parse(sessionStorage.getItem(KEPT) ?? '{}')});
-const BUSY = ['waiting', 'streaming'];
-chat.value = {
-  ...chat.value,
-  turns: chat.value.turns.map((turn) => ({
-    ...turn,
-    replies: turn.replies.map((reply) => (BUSY.includes(reply.state) ? {...reply, state: 'stopped'} : reply)),
-  })),
-};
-effect(() => {
-  try {
-    sessionStorage.setItem(KEPT, JSON.stringify(chat.value));
-  } catch {
-    sessionStorage.removeItem(KEPT);
-  }
-});
-
-let running = [];
-
-const set = (changes) => {
-  chat.value = {...chat.value, ...changes};
-};
-
-function setReply(turnId, column, changes) {
-  set({
-    turns: chat.value.turns.map((turn) =>
-      turn.id === turnId
-        ? {...turn, replies: turn.replies.map((one, place) => (place === column ? {...one, ...changes} : one))}
-        : turn,
-    ),
-  });
-}
-
-/** What the column was asked and said before a turn. */
-function messagesBefore(turn, column) {
-  const {system, turns} = chat.value;
-  const messages = system.trim() ? [{role: 'system', content: system}] : [];
-  for (const one of turns) {
-    if (one.id === turn.id) break;
-    const reply = one.replies[column];
-    if (reply?.text) messages.push({role: 'user', content: one.prompt}, {role: 'assistant', content: reply.text});
-  }
-  return messages;
-}
-
-/** An adapter's name means its current version: asked for by that, so that the reply says which version it was. */
-async function versionOf(model) {
-  if (model.includes('@')) return model;
-  const {adapters} = await get('/api/adapters');
-  const current = adapters.find((one) => one.name === model && one.current);
-  return current ? `${current.name}@${current.version}` : model;
-}
-
-async function answer(turn, column) {
-  const {models, temperature, maxTokens} = chat.value;
-  const abort = new AbortController();
-  running.push(abort);
-  const messages = [...messagesBefore(turn, column), {role: 'user', content: turn.prompt}];
-  let said = '';
-  let shownAt = 0;
-  try {
-    const body = {model: await versionOf(models[column]), messages, stream: true};
-    if (temperature !== '') body.temperature = Number(temperature);
-    if (maxTokens !== '') body.max_tokens = Number(maxTokens);
-    let end = 'done';
-    for await (const {data} of stream('/v1/chat/completions', {method: 'POST', body, abort: abort.signal})) {
-      if (data === '[DONE]') break;
-      const chunk = JSON.parse(data);
-      if (chunk.error) throw chunk.error;
-      const [choice] = chunk.choices;
-      said += choice?.delta?.content ?? '';
-      if (choice?.finish_reason === 'length') end = 'length';
-      if (Date.now() - shownAt > SHOW_MS) {
-        setReply(turn.id, column, {text: said, model: chunk.model, state: said ? 'streaming' : 'waiting'});
-        shownAt = Date.now();
-      }
-    }
-    setReply(turn.id, column, {text: said, state: end});
-  } catch (error) {
-    const stopped = error.name === 'AbortError';
-    const told = {message: error.message, hint: error.hint};
-    setReply(turn.id, column, {text: said, ...(stopped ? {state: 'stopped'} : {state: 'failed', error: told})});
-  } finally {
-    running = running.filter((one) => one !== abort);
-  }
-}
-
-const isBusy = () => chat.value.turns.some((turn) => turn.replies.some((reply) => BUSY.includes(reply.state)));
-const fresh = (model) => ({asked: model, model: null, text: '', state: 'waiting', error: null});
-
-function ask(prompt) {
-  const turn = {id: Date.now(), prompt, replies: chat.value.models.map(fresh)};
-  set({turns: [...chat.value.turns, turn]});
-  turn.replies.forEach((_, column) => answer(turn, column));
-}
-
-function regenerate() {
-  const turn = chat.value.turns.at(-1);
-  const again = {...turn, replies: chat.value.models.map(fresh)};
-  set({turns: [...chat.value.turns.slice(0, -1), again]});
-  again.replies.forEach((_, column) => answer(again, column));
-}
-
-const stop = () => running.forEach((one) => one.abort());
 
 export function Chat({query}) {
   const {data, error} = useData('/v1/models');
@@ -135,18 +21,13 @@ export function Chat({query}) {
   useEffect(() => {
     if (!chat.value.models.length && known.length) set({models: [known[0].id]});
   }, [known.length]);
-  const {models, turns} = chat.value;
+  const {models} = chat.value;
   const busy = isBusy();
   const away = bases?.models.find((one) => models.includes(one.id) && one.state === 'not fetched');
   return html`
     <div class="heading">
       <h1 class="grow">${text.chat.title}</h1>
-      ${turns.length > 0 && html`
-        <button type="button" class="small" onClick=${() => {
-          stop();
-          set({turns: []});
-        }}>${text.chat.clear}</button>
-      `}
+      ${turns().length > 0 && html`<${Exports} /><button type="button" class="small" onClick=${clear}>${text.chat.clear}</button>`}
     </div>
     <${Problem} error=${error} />
     <div class=${`chat columns-${models.length}`}>
@@ -158,15 +39,17 @@ export function Chat({query}) {
           </button>
         `}
       </div>
-      ${away && turns.length === 0 && html`<p class="problem warning">${text.chat.notFetched(away.id)}</p>`}
-      <${Options} />
+      ${away && turns().length === 0 && html`<p class="problem warning">${text.chat.notFetched(away.id)}</p>`}
+      <${Options} columns=${models.length} />
+      <${Branches} busy=${busy} />
+      <${Tally} />
       <div class="turns" role="log" aria-label=${text.chat.conversation} aria-busy=${String(busy)}>
-        ${turns.length === 0 && data && (known.some((one) => one.parent !== null)
+        ${turns().length === 0 && data && (known.some((one) => one.parent !== null)
           ? html`<${Empty}>${text.chat.empty}<//>`
           : html`<${Empty} href="#/teach" next=${text.chat.emptyNext}>${text.chat.emptyNoAdapter}<//>`)}
-        ${turns.map((turn, place) => html`<${Turn} key=${turn.id} turn=${turn} last=${place === turns.length - 1} />`)}
+        ${turns().map((turn, place) => html`<${Turn} key=${turn.id} ...${{turn, busy, last: place === turns().length - 1}} />`)}
       </div>
-      <${Composer} ...${{busy, ready: models.length > 0, again: turns.length > 0}} />
+      <${Composer} ...${{busy, ready: models.length > 0, again: turns().length > 0}} />
     </div>
   `;
 }
@@ -186,12 +69,14 @@ function Picker({model, column, known, models, busy}) {
   const id = `model-${column}`;
   const label = column === 0 ? text.chat.left : text.chat.right;
   const change = (event) => set({models: models.map((one, place) => (place === column ? event.target.value : one))});
+  const prompted = known.filter((one) => groupOf(one) === 'adapters').map((one) => `${PROMPTED}${one.id}`);
+  const there = known.some((one) => one.id === model) || prompted.includes(model);
   return html`
     <div class="picker">
       <label for=${id}>${label}</label>
       <div class="row tight">
         <select id=${id} class="grow" value=${model} disabled=${busy} onChange=${change}>
-          ${!known.some((one) => one.id === model) && html`<option value=${model}>${known.length ? text.chat.gone(model) : model}</option>`}
+          ${!there && html`<option value=${model}>${known.length ? text.chat.gone(model) : nameOf(model)}</option>`}
           ${Object.entries(text.chat.groups).map(([group, title]) => {
             const of = known.filter((one) => groupOf(one) === group);
             return (
@@ -201,6 +86,10 @@ function Picker({model, column, known, models, busy}) {
               </optgroup>`
             );
           })}
+          ${prompted.length > 0 && html`
+            <optgroup label=${text.chat.promptedGroup}>
+              ${prompted.map((one) => html`<option key=${one} value=${one}>${nameOf(one)}</option>`)}
+            </optgroup>`}
         </select>
         ${column === 1 && html`
           <button type="button" class="icon" disabled=${busy} aria-label=${text.chat.removeColumn} title=${text.chat.removeColumn}
@@ -211,8 +100,15 @@ function Picker({model, column, known, models, busy}) {
   `;
 }
 
-function Options() {
-  const {system, temperature, maxTokens} = chat.value;
+const nameOf = (model) => (model.startsWith(PROMPTED) ? text.chat.prompted(model.slice(PROMPTED.length)) : model);
+
+function Options({columns}) {
+  const {system, temperature, topP, seed, maxTokens, surprise, blind} = chat.value;
+  const number = (id, key, value, label, help, limits) => html`
+    <${Field} id=${id} label=${label} help=${help}>
+      ${(about) => html`<input ...${about} type="number" ...${limits} value=${value} onInput=${(event) => set({[key]: event.target.value})} />`}
+    <//>
+  `;
   return html`
     <details class="options">
       <summary>${text.chat.settings}</summary>
@@ -220,54 +116,149 @@ function Options() {
         ${(about) => html`<textarea ...${about} rows="2" value=${system} onInput=${(event) => set({system: event.target.value})} />`}
       <//>
       <div class="pair">
-        <${Field} id="temperature" label=${text.chat.temperature} help=${text.chat.temperatureHelp}>
-          ${(about) => html`<input ...${about} type="number" min="0" max="2" step="0.1" value=${temperature}
-            onInput=${(event) => set({temperature: event.target.value})} />`}
-        <//>
-        <${Field} id="max-tokens" label=${text.chat.maxTokens}>
-          ${(about) => html`<input ...${about} type="number" min="1" step="1" value=${maxTokens}
-            onInput=${(event) => set({maxTokens: event.target.value})} />`}
-        <//>
+        ${number('temperature', 'temperature', temperature, text.chat.temperature, text.chat.temperatureHelp, {min: 0, max: 2, step: 0.1})}
+        ${number('max-tokens', 'maxTokens', maxTokens, text.chat.maxTokens, undefined, {min: 1, step: 1})}
+        ${number('top-p', 'topP', topP, text.chat.topP, text.chat.topPHelp, {min: 0, max: 1, step: 0.05})}
+        ${number('seed', 'seed', seed, text.chat.seed, text.chat.seedHelp, {step: 1})}
       </div>
+      <div class="row">
+        <label class="check">
+          <input type="checkbox" id="surprise" checked=${surprise} onChange=${(event) => set({surprise: event.target.checked})} />
+          ${text.chat.surprise}
+        </label>
+        ${columns === 2 && html`
+          <label class="check">
+            <input type="checkbox" id="blind" checked=${blind} onChange=${(event) => set({blind: event.target.checked})} />
+            ${text.chat.blind}
+          </label>
+        `}
+      </div>
+      ${surprise && html`<p class="help">${text.chat.surpriseHelp}</p>`}
     </details>
   `;
 }
 
-function Turn({turn, last}) {
+function Exports() {
+  return ['json', 'markdown'].map(
+    (form) => html`
+      <button key=${form} type="button" class="small" onClick=${() => download(exported(form))}>${text.chat.exports[form]}</button>
+    `,
+  );
+}
+
+function Branches({busy}) {
+  const {branches, branch} = chat.value;
+  if (branches.length < 2) return null;
+  const move = (by) => set({branch: branch + by});
+  return html`
+    <div class="row branches">
+      <button type="button" class="small" disabled=${busy || branch === 0} aria-label=${text.chat.branchBefore} onClick=${() => move(-1)}>‹</button>
+      <span role="status">${text.chat.branch(branch + 1, branches.length)}</span>
+      <button type="button" class="small" disabled=${busy || branch === branches.length - 1} aria-label=${text.chat.branchAfter}
+        onClick=${() => move(1)}>›</button>
+    </div>
+  `;
+}
+
+function Tally() {
+  const {won, even, count} = tally();
+  if (!count) return null;
+  return html`
+    <p class="tally" role="status">
+      ${text.chat.votes(count)}: ${won.map(([model, votes]) => `${nameOf(model)} ${votes}`).join(', ')}, ${text.chat.even} ${even}
+    </p>
+  `;
+}
+
+function Turn({turn, last, busy}) {
   const end = useRef(null);
+  const [editing, setEditing] = useState(null);
   const length = turn.replies.reduce((sum, reply) => sum + reply.text.length, 0);
+  const hidden = turn.blind && turn.vote === null;
   useEffect(() => {
     const near = document.documentElement.scrollHeight - scrollY - innerHeight < 240;
     if (last && (length === 0 || near)) end.current?.scrollIntoView({block: 'nearest'});
   }, [length, last]);
+  const send = (event) => {
+    event.preventDefault();
+    if (!editing.trim()) return;
+    setEditing(null);
+    branchAt(turn.id, editing.trim());
+  };
+  const order = turn.order ?? turn.replies.map((_, column) => column);
   return html`
     <article class="turn">
-      <p class="prompt"><span class="hidden">${text.chat.you}: </span>${turn.prompt}</p>
+      ${editing === null
+        ? html`
+            <div class="asked-row">
+              <button type="button" class="small quiet" disabled=${busy} onClick=${() => setEditing(turn.prompt)}>
+                ${text.chat.edit}<span class="hidden"> ${turn.prompt}</span>
+              </button>
+              <p class="prompt"><span class="hidden">${text.chat.you}: </span>${turn.prompt}</p>
+            </div>`
+        : html`
+            <form class="edit" onSubmit=${send}>
+              <label class="hidden" for=${`edit-${turn.id}`}>${text.chat.editLabel}</label>
+              <textarea id=${`edit-${turn.id}`} rows="2" value=${editing} onInput=${(event) => setEditing(event.target.value)} />
+              <div class="row end">
+                <button type="button" class="small" onClick=${() => setEditing(null)}>${text.chat.editCancel}</button>
+                <button class="small primary">${text.chat.editSend}</button>
+              </div>
+            </form>`}
       <div class="replies">
-        ${turn.replies.map((reply, column) => html`<${Reply} key=${column} ...${{reply, prompt: turn.prompt}} />`)}
+        ${order.map((column, place) => html`
+          <${Reply} key=${column} ...${{reply: turn.replies[column], prompt: turn.prompt, letter: hidden ? 'AB'[place] : null}} />`)}
       </div>
+      ${hidden && turn.replies.every((reply) => !BUSY.includes(reply.state)) && html`
+        <div class="row votes" role="group" aria-label=${text.chat.vote}>
+          ${order.map((column, place) => html`
+            <button key=${column} type="button" onClick=${() => vote(turn.id, column)}>${text.chat.better('AB'[place])}</button>`)}
+          <button type="button" onClick=${() => vote(turn.id, -1)}>${text.chat.same}</button>
+        </div>
+      `}
       <div class="end" ref=${end}></div>
     </article>
   `;
 }
 
-function Reply({reply, prompt}) {
+/** letter: of a reply in a blind comparison before the vote. */
+function Reply({reply, prompt, letter}) {
   const {chat: words} = text;
   const note = {stopped: words.stopped, length: words.cutOff}[reply.state];
+  const surprise = chat.value.surprise && reply.tokens?.length > 0;
   return html`
     <div class="reply card">
       ${reply.state === 'waiting' && html`<p class="muted">${words.waiting} <small>${words.loadingModel}</small></p>`}
-      ${reply.text && html`<${Markdown} source=${reply.text} />`}
+      ${reply.text && (surprise ? html`<${Surprise} tokens=${reply.tokens} />` : html`<${Markdown} source=${reply.text} />`)}
       <${Problem} error=${reply.error} />
+      ${reply.checked === false && html`<p class="problem">${words.otherWeights}</p>`}
       <footer>
         <span class="muted">
-          ${reply.model ? words.answeredBy(reply.model) : reply.asked}${note && ` · ${note}`}
+          ${letter ? words.column(letter) : html`
+            ${reply.model ? words.answeredBy(reply.stated ? nameOf(reply.asked) : reply.model) : nameOf(reply.asked)}
+            ${reply.fingerprint && html` <code title=${words.fingerprintHelp}>${reply.fingerprint}</code>`}
+            ${note && ` · ${note}`}
+          `}
         </span>
-        ${reply.text && !BUSY.includes(reply.state) && html`
+        ${!letter && reply.text && !BUSY.includes(reply.state) && html`
           <button type="button" class="small" title=${words.wrongHelp} onClick=${() => teachAnswerTo(prompt)}>${words.wrong}</button>
         `}
       </footer>
     </div>
+  `;
+}
+
+const LEVELS = [0.9, 0.5, 0.2, 0.05]; // of a token's probability, from the expected to the surprising
+
+function Surprise({tokens}) {
+  return html`
+    <p class="prose plain surprise">
+      ${tokens.map(([token, logprob], place) => {
+        const likely = Math.exp(logprob);
+        const level = LEVELS.filter((least) => likely < least).length;
+        return html`<span key=${place} class=${`s${level}`} title=${percent(likely)}>${token}</span>`;
+      })}
+    </p>
   `;
 }
 

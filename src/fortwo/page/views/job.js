@@ -1,121 +1,15 @@
-/** Jobs, and one job: all that is shown comes from GET job and its event stream, so that any tab shows the same. */
-import {connected, epoch, get, post, stream} from '../api.js';
-import {Chart} from '../chart.js';
+/** One job: all that is shown comes from GET job and its event stream, so that any tab shows the same. */
+import {get, post} from '../api.js';
+import {teachAgain} from '../draft.js';
+import {ACTIVE, AT_REST, told, useJob} from '../job_events.js';
 import {
-  Confirm, Empty, Loading, Problem, Settings, ShareBar, Status, Warnings, clock, duration, html, moment, number, share,
-  shown, size, useAction, useData, useEffect, useNow, useState,
+  Confirm, Loading, Problem, Settings, Status, Warnings, clock, duration, html, number, shown, size, useAction, useNow, useState,
 } from '../parts.js';
-import {METRICS, Report, metricName} from '../report.js';
+import {Report} from '../report.js';
 import {text} from '../text.js';
+import {Evaluations, Loss, Rate, Samples} from './curves.js';
 
-const PAGE = 20;
-const LIST_MS = 3000;
-const BATCH_MS = 150; // events that arrive together are shown together
-const RETRY_MS = 1000;
-const ACTIVE = ['queued', 'preparing', 'running', 'evaluating'];
-const AT_REST = ['succeeded', 'failed', 'cancelled', 'paused'];
 const PHASES = ['queued', 'preparing', 'running', 'evaluating'];
-
-export function Jobs() {
-  const [limit, setLimit] = useState(PAGE);
-  const [active, setActive] = useState(true);
-  const {data, error} = useData(`/api/training/jobs?limit=${limit}`, active ? LIST_MS : 0);
-  const jobs = data?.jobs;
-  useEffect(() => {
-    if (jobs) setActive(jobs.some((job) => ACTIVE.includes(job.status)));
-  }, [jobs]);
-  return html`
-    <h1>${text.jobs.title}</h1>
-    <${Problem} error=${error} />
-    ${!data && !error && html`<${Loading} />`}
-    ${jobs?.length === 0 && html`<${Empty} href="#/teach" next=${text.jobs.emptyNext}>${text.jobs.empty}<//>`}
-    <ul class="list">
-      ${jobs?.map(
-        (job) => html`
-          <li key=${job.job_id}>
-            <a class="card item" href=${`#/job/${job.job_id}`}>
-              <span class="grow"><strong>${job.adapter_name}</strong> <span class="muted">${text.job.on(job.model)}</span></span>
-              <span class="muted">${moment(job.created_at)}</span>
-              ${ACTIVE.includes(job.status) && html`<span class="muted">${text.jobs.step(job.progress.step, job.progress.steps)}</span>`}
-              <${Status} of=${job.status} />
-            </a>
-          </li>
-        `,
-      )}
-    </ul>
-    ${jobs?.length === limit && html`<button type="button" onClick=${() => setLimit(limit + PAGE)}>${text.jobs.more}</button>`}
-  `;
-}
-
-const sleep = (milliseconds) => new Promise((ready) => setTimeout(ready, milliseconds));
-
-/** The job and its events, which grow while it runs: {job, events, error, again}. again(): it was resumed. */
-function useJob(id) {
-  const [state, setState] = useState({job: null, events: [], error: null});
-  const [turn, setTurn] = useState(0);
-  const back = epoch.value;
-  useEffect(() => {
-    const abort = new AbortController();
-    const path = `/api/training/jobs/${id}`;
-    const events = [];
-    let last = 0;
-    let timer = null;
-    const show = (job) => {
-      clearTimeout(timer);
-      timer = null;
-      setState((was) => ({job: job ?? was.job, events: [...events], error: null}));
-    };
-    const follow = async () => {
-      for (;;) {
-        show(await get(path, abort.signal));
-        const news = stream(`${path}/events`, {headers: {'Last-Event-ID': String(last)}, abort: abort.signal});
-        for await (const event of news) {
-          last = Number(event.id);
-          events.push(JSON.parse(event.data));
-          timer ??= setTimeout(show, BATCH_MS);
-        }
-        const job = await get(path, abort.signal);
-        show(job);
-        if (AT_REST.includes(job.status)) return;
-        await sleep(RETRY_MS);
-      }
-    };
-    follow().catch((error) => {
-      if (abort.signal.aborted || !connected.value) return;
-      setState((was) => ({...was, error}));
-      if (error.status >= 500) timer = setTimeout(() => setTurn((was) => was + 1), RETRY_MS);
-    });
-    return () => {
-      clearTimeout(timer);
-      abort.abort();
-    };
-  }, [id, turn, back]);
-  return {...state, again: () => setTurn((was) => was + 1)};
-}
-
-/** What events say, in the order of steps: those after a resume take the place of those they repeat. */
-function told(job, events) {
-  const steps = new Map();
-  const evaluations = new Map();
-  const others = [];
-  let {status} = job;
-  for (const event of events) {
-    if (event.type === 'step') {
-      for (const step of [...steps.keys()].reverse()) {
-        if (step < event.data.step) break;
-        steps.delete(step);
-      }
-      steps.set(event.data.step, event.data);
-    } else if (event.type === 'metrics') {
-      evaluations.set(event.data.step, event.data);
-    } else {
-      others.push(event);
-      if (event.type in text.status && !AT_REST.includes(job.status)) status = event.type;
-    }
-  }
-  const shares = [...evaluations.values()].sort((one, other) => one.step - other.step);
-  return {status, steps: [...steps.values()], evaluations: shares, others};
-}
 
 export function Job({id}) {
   const {job, events, error, again} = useJob(id);
@@ -136,17 +30,19 @@ export function Job({id}) {
     ${job.report && html`
       <section class="card">
         <h2>${text.report.title}</h2>
-        <${Report} report=${job.report} targets=${job.plan.targets} />
+        <${Report} report=${job.status === 'failed' ? {...job.report, diagnosis: []} : job.report} targets=${job.plan.targets} />
       </section>
     `}
     ${(steps.length > 0 || evaluations.length > 0) && html`
       <div class="halves">
-        <${Loss} ...${{steps, evaluations}} />
+        <${Loss} ...${{steps, evaluations, others}} />
         ${evaluations.some((one) => Object.keys(one.metrics).length > 0) && html`
           <${Evaluations} ...${{evaluations, targets: job.plan.targets, ended: Boolean(job.report)}} />
         `}
       </div>
     `}
+    ${steps.length > 1 && html`<${Rate} steps=${steps} />`}
+    <${Samples} evaluations=${evaluations} />
     ${job.checkpoints.length > 0 && html`
       <section class="card">
         <h2>${text.job.checkpoints}</h2>
@@ -180,6 +76,17 @@ const chat = (...models) => `#/chat?models=${models.map(encodeURIComponent).join
 
 function Verdict({job}) {
   const {verdict} = text.job;
+  const action = useAction();
+  const again = () =>
+    action.run(async () => {
+      if (job.status === 'failed') {
+        const {request, changes} = await get(`/api/training/jobs/${job.job_id}/next-try`);
+        teachAgain(request, changes);
+      } else {
+        teachAgain(await get(`/api/training/jobs/${job.job_id}/request`));
+      }
+    });
+  const diagnosis = job.status === 'failed' ? job.report?.diagnosis : [];
   const made = job.adapter && `${job.adapter.name}@${job.adapter.version}`;
   const goal = Object.keys(job.plan.targets).length > 0;
   const [title, about] = {
@@ -192,14 +99,19 @@ function Verdict({job}) {
     <section class=${`card verdict ${job.status}`} aria-labelledby="verdict">
       <h2 id="verdict">${title}</h2>
       ${about && html`<p>${about}</p>`}
+      <${Warnings} of=${diagnosis} />
       ${job.error && html`<p>${job.error.message}</p>${job.error.hint && html`<p class="muted">${job.error.hint}</p>`}`}
       <div class="row">
         ${made && html`
           <a class="button primary" href=${chat(job.model, made)}>${text.job.compare}</a>
           <a class="button" href=${`#/adapters/${job.adapter.name}`}>${text.job.toAdapter}</a>
         `}
-        ${job.status !== 'paused' && html`<a class="button" href="#/teach">${text.job.again}</a>`}
+        ${job.status !== 'paused' && html`
+          <button type="button" class=${job.status === 'failed' ? 'primary' : ''} disabled=${action.busy} onClick=${again}>
+            ${job.status === 'failed' ? text.job.nextTry : text.job.again}
+          </button>`}
       </div>
+      <${Problem} error=${action.error} />
     </section>
   `;
 }
@@ -230,6 +142,7 @@ function Progress({job, status, steps, others}) {
         <div><dt>${text.job.loss}</dt><dd>${last ? number(last.loss, 3) : text.none}</dd></div>
         <div><dt>${text.job.speed}</dt><dd>${last ? number(last.tokens_per_second, 3) : text.none}</dd></div>
       </dl>
+      ${status === 'queued' && job.queue_position && html`<p>${text.jobs.place(job.queue_position)}</p>`}
       ${others.length > 0 && html`<p class="muted" role="status" aria-live="polite">${others.at(-1).message}</p>`}
     </section>
   `;
@@ -259,6 +172,7 @@ function Actions({job, status, again}) {
     resume: ['paused', 'failed', 'cancelled'].includes(status) && job.error?.code !== 'targets_missed',
     cancel: ACTIVE.includes(status) || status === 'paused',
   };
+  const keeping = may.pause && {label: text.job.cancelPause, run: () => act('pause')};
   return html`
     <div class="row actions">
       ${may.pause && html`<button type="button" disabled=${action.busy} onClick=${() => act('pause')}>${text.job.pause}</button>`}
@@ -270,82 +184,9 @@ function Actions({job, status, again}) {
     <${Problem} error=${action.error} />
     ${asking && html`
       <${Confirm} title=${text.job.cancelTitle} confirm=${text.job.cancelConfirm} keep=${text.job.cancelKeep}
+        other=${keeping}
         onConfirm=${() => act('cancel')} onClose=${() => setAsking(false)}>${text.job.cancelText}<//>
     `}
-  `;
-}
-
-function Loss({steps, evaluations}) {
-  const held = new Map(evaluations.filter((one) => one.eval_loss !== null).map((one) => [one.step, one.eval_loss]));
-  const at = [...new Set([...steps.map((one) => one.step), ...held.keys()])].sort((one, other) => one - other);
-  const of = new Map(steps.map((one) => [one.step, one.loss]));
-  let mean = null;
-  const smooth = at.map((step) => {
-    const loss = of.get(step);
-    if (loss === undefined || loss === null) return mean;
-    mean = mean === null ? loss : 0.8 * mean + 0.2 * loss;
-    return mean;
-  });
-  const values = [
-    {label: text.job.lossRaw, color: 'faint', width: 1},
-    {label: text.job.lossSmooth, color: 'accent', points: at.length < 3},
-  ];
-  const data = [at, at.map((step) => of.get(step) ?? null), smooth];
-  if (held.size) {
-    values.push({label: text.job.lossEval, color: 'second', points: true});
-    data.push(at.map((step) => held.get(step) ?? null));
-  }
-  const known = steps.filter((one) => one.loss !== null);
-  const summary = known.length
-    ? text.job.lossSummary(steps.length, number(known[0].loss, 3), number(known.at(-1).loss, 3))
-    : text.job.lossCurve;
-  return html`
-    <section class="card">
-      <h2>${text.job.lossCurve}</h2>
-      <${Chart} data=${data} series=${{x: text.job.step, values}} summary=${summary} />
-    </section>
-  `;
-}
-
-const COLORS = ['accent', 'second', 'third', 'fourth'];
-
-/** The newest shares against their targets and, while there is no report, how they came about. */
-function Evaluations({evaluations, targets, ended}) {
-  const names = METRICS.filter((name) => evaluations.some((one) => name in one.metrics));
-  const newest = evaluations.at(-1);
-  const drawn = names.filter((name) => name in targets).slice(0, COLORS.length);
-  const at = evaluations.map((one) => one.step);
-  const values = drawn.map((name, place) => ({label: metricName(name), color: COLORS[place], points: true}));
-  const data = [at, ...drawn.map((name) => evaluations.map((one) => one.metrics[name] ?? null))];
-  const lines = [...new Set(drawn.map((name) => targets[name]))];
-  for (const line of lines) {
-    values.push({label: text.job.target(share(line)), color: 'muted', width: 1, dash: [4, 4]});
-    data.push(at.map(() => line));
-  }
-  return html`
-    <section class="card">
-      <h2>${text.job.evaluations} <small class="muted">${text.job.afterStep(newest.step)}</small></h2>
-      ${!ended && html`
-        <ul class="shares">
-          ${names.map(
-            (name) => html`
-              <li key=${name}>
-                <span>${metricName(name)}</span>
-                <${ShareBar} value=${newest.metrics[name] ?? 0} target=${targets[name]} />
-                <strong class=${targets[name] === undefined ? '' : newest.metrics[name] >= targets[name] ? 'good' : 'bad'}>
-                  ${share(newest.metrics[name])}
-                </strong>
-                <span class="muted">${targets[name] === undefined ? '' : text.job.target(share(targets[name]))}</span>
-              </li>
-            `,
-          )}
-        </ul>
-      `}
-      ${(ended || at.length > 1) && drawn.length > 0 && html`
-        <${Chart} data=${data} series=${{x: text.job.step, values}} range=${[0, 1.05]}
-          summary=${text.job.evaluationSummary(evaluations.length)} />
-      `}
-    </section>
   `;
 }
 

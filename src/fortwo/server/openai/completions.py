@@ -17,7 +17,7 @@ from fortwo.prompts import Delta, Prompt
 from fortwo.records import Json
 from fortwo.server.openai.logprobs import TextLogprobs
 from fortwo.server.openai.parameters import TOP_LOGPROBS, Parameters, Texts, check_length, only
-from fortwo.server.openai.replies import Replies, stream
+from fortwo.server.openai.replies import Replies, fingerprint, stream
 from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppStateDep
 
@@ -64,6 +64,7 @@ async def completions(request: Request, state: AppStateDep, body: CompletionRequ
         "object": "text_completion",
         "created": int(time.time()),
         "model": target.name,
+        "system_fingerprint": fingerprint(target),
     }
     if body.stream:
         return stream(replies, frame, lambda *item: [writers[item[0]].choice(*item)], with_usage=body.with_usage())

@@ -27,6 +27,8 @@ from fortwo.server.workers import until_disconnect
 if TYPE_CHECKING:
     from fortwo.engine.registry import Target
 
+FINGERPRINT = 12  # characters of a digest
+
 StreamItem = tuple[int, Delta]  # the index of a prompt, and a delta of its reply
 
 
@@ -108,7 +110,7 @@ class Replies:
         if delta.finish_reason is not None:
             self._state.admission.release(self, 1, self._loop.time() - self._began)
         if delta.finish_reason in ("error", "cancelled"):
-            self._fail(_failure(delta))
+            self._fail(_failure(delta, self._prompts[index]))
         else:
             self._items.append((index, delta))
             self._changed.set()
@@ -190,11 +192,11 @@ class Replies:
         }
 
 
-def _failure(delta: Delta) -> FortwoError:
+def _failure(delta: Delta, prompt: Prompt) -> FortwoError:
     if delta.finish_reason == "error" and SCHEMA_FAILED in (delta.error or ""):
         return InvalidRequest(
             f"{delta.error}.",
-            param="response_format.json_schema.schema",
+            param="response_format.json_schema.schema" if prompt.sampling.grammar is None else "tools",
             hint="Make the schema smaller: fewer properties in one object, and fewer patterns.",
         )
     if delta.finish_reason == "error":
@@ -209,6 +211,12 @@ def _merge(deltas: list[Delta]) -> Delta:
     text = "".join(delta.text for delta in deltas)
     logprobs = tuple(logprob for delta in deltas for logprob in delta.logprobs)
     return Delta(text, last.token, last.finish_reason, last.error, logprobs)
+
+
+def fingerprint(target: Target) -> str:
+    """OpenAI's system_fingerprint: the beginning of the digest of the adapter version that answers, or of the base."""
+    digest = target.model.digest if target.adapter_key is None else target.adapter_key
+    return f"fp_{digest.removeprefix('sha256:')[:FINGERPRINT]}"
 
 
 def stream(

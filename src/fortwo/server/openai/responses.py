@@ -1,22 +1,25 @@
-"""OpenAI's responses in their plain text form: text or messages in, one message out, whole or streamed.
+"""OpenAI's responses in their plain form: text, messages and functions in, a message and calls out, whole or streamed.
 
-A request is translated into one for chat. Nothing is stored, so `previous_response_id` is refused, and so are tools.
+A request is translated into one for chat. Nothing is stored, so `previous_response_id` is refused.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_core import to_jsonable_python
 
-from fortwo.errors import FortwoError
+from fortwo.data.tool_parser import ToolCallParser
+from fortwo.errors import FortwoError, InvalidRequest
 from fortwo.prompts import Delta
 from fortwo.records import Json
 from fortwo.server import sse
@@ -24,34 +27,25 @@ from fortwo.server.errors import invalid, unexpected
 from fortwo.server.openai import chat
 from fortwo.server.openai.parameters import Model, Strict, at_most, only
 from fortwo.server.openai.replies import Replies
+from fortwo.server.openai.response_input import (
+    AllowedFunctions,
+    FunctionChoice,
+    InputItem,
+    ResponseFunction,
+    messages_of,
+    response_choice,
+)
+from fortwo.server.openai.response_output import Event, ResponseOutput
+from fortwo.server.openai.tool_replies import parts_of
+from fortwo.server.openai.tools import TOOLS
 from fortwo.server.request_body import MOST_ITEMS, JsonRoute
 from fortwo.server.state import AppStateDep
 
+Choice = Annotated[
+    Literal["none", "auto", "required"] | FunctionChoice | AllowedFunctions, BeforeValidator(response_choice)
+]
+
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=JsonRoute)
-
-
-class Part(Strict):
-    """A piece of text of a message; `output_text` where a reply is sent back."""
-
-    type: Literal["input_text", "output_text"]
-    text: str
-    annotations: Annotated[Any, only([])] = None
-    logprobs: Annotated[Any, only([])] = None
-
-
-class InputMessage(Strict):
-    """id, status and phase, which a reply has, change nothing."""
-
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(max_length=MOST_ITEMS)]
-    id: str | None = None
-    status: str | None = None
-    phase: str | None = None
-
-    def message(self) -> Json:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
 
 
 class TextFormat(Strict):
@@ -75,7 +69,7 @@ class Text(Strict):
 
 class ResponseRequest(Strict):
     model: Model
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=MOST_ITEMS)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MOST_ITEMS)]
     instructions: str | None = Field(None, description="A system message before the input.")
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -87,9 +81,9 @@ class ResponseRequest(Strict):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    tools: Annotated[Any, only([])] = None
-    tool_choice: Annotated[Any, only("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, only(True, False)] = None
+    tools: list[ResponseFunction] | None = Field(None, max_length=TOOLS)
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
     include: Annotated[Any, only([])] = None
     truncation: Annotated[Any, only("disabled")] = None
     service_tier: Annotated[Any, only("auto", "default")] = None
@@ -109,7 +103,8 @@ class ResponseRequest(Strict):
         if isinstance(self.input, str):
             messages.append({"role": "user", "content": self.input})
         else:
-            messages += [message.message() for message in self.input]
+            messages += messages_of(self.input)
+        choice = self.tool_choice
         body: Json = {
             "model": self.model,
             "messages": messages,
@@ -117,6 +112,9 @@ class ResponseRequest(Strict):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "stream": self.stream,
+            "tools": None if self.tools is None else [tool.tool() for tool in self.tools],
+            "tool_choice": choice.chat() if isinstance(choice, FunctionChoice | AllowedFunctions) else choice,
+            "parallel_tool_calls": self.parallel_tool_calls,
         }
         if self.text is not None and self.text.format is not None:
             body["response_format"] = self.text.format.response_format()
@@ -129,17 +127,33 @@ class ResponseRequest(Strict):
 
 @router.post("/responses", response_model=None, summary="Answer a text or a conversation, in OpenAI's newer form")
 async def responses(request: Request, state: AppStateDep, body: ResponseRequest) -> Response:
-    asked = body.chat_request()
+    with _flat_names():
+        asked = body.chat_request()
     replies = Replies(state, request, 1, streamed=bool(body.stream))
     async with replies.target(body.model) as target:
-        prompts, _ = await run_in_threadpool(chat.prompts_of, target, asked)
-        await replies.submit(prompts)
+        with _flat_names():
+            prompts = await run_in_threadpool(chat.prompts_of, target, asked)
+        await replies.submit(prompts.prompts)
     frame = _frame(body, target.name)
     if body.stream:
         deadline = replies.deadline + sse.KEEP_ALIVE_SECONDS
-        return sse.EventStream(_events(replies, frame), deadline, replies.close)
+        return sse.EventStream(_events(replies, frame, prompts.parser()), deadline, replies.close)
     (reply,) = await replies.collect()
-    return JSONResponse(_finished(frame, f"msg_{uuid.uuid4().hex}", reply.text, reply.finish_reason, replies))
+    output = ResponseOutput()
+    for _ in (*output.add(parts_of(prompts.parser(), reply)), *output.finish(_status(reply))):
+        pass
+    return JSONResponse(_finished(frame, output, reply, replies))
+
+
+@contextmanager
+def _flat_names() -> Iterator[None]:
+    """Errors of chat about functions, with the names that their fields have in a response."""
+    try:
+        yield
+    except InvalidRequest as error:
+        error.message = error.message.replace("].function.", "].")
+        error.param = error.param and error.param.replace("].function.", "].")
+        raise
 
 
 def _frame(body: ResponseRequest, model: str) -> Json:
@@ -156,13 +170,13 @@ def _frame(body: ResponseRequest, model: str) -> Json:
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "metadata": body.metadata or {},
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None,
         "store": False,
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "text": {"format": {"type": "text"}} if body.text is None else body.text.model_dump(mode="json", by_alias=True),
-        "tool_choice": "auto",
-        "tools": [],
+        "tool_choice": "auto" if body.tool_choice is None else to_jsonable_python(body.tool_choice),
+        "tools": [tool.model_dump() for tool in body.tools or ()],
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "truncation": "disabled",
         "usage": None,
@@ -170,22 +184,17 @@ def _frame(body: ResponseRequest, model: str) -> Json:
     }
 
 
-def _part(text: str) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _status(last: Delta) -> Literal["completed", "incomplete"]:
+    return "incomplete" if last.finish_reason == "length" else "completed"
 
 
-def _message(id: str, status: str, parts: list[Json]) -> Json:
-    return {"id": id, "type": "message", "role": "assistant", "status": status, "content": parts}
-
-
-def _finished(frame: Json, message_id: str, text: str, reason: str | None, replies: Replies) -> Json:
-    """The object of a response at its end. reason: as in Delta."""
-    cut = reason == "length"
-    status, usage = "incomplete" if cut else "completed", replies.usage()
+def _finished(frame: Json, output: ResponseOutput, last: Delta, replies: Replies) -> Json:
+    """The object of a response at its end."""
+    status, usage = _status(last), replies.usage()
     return frame | {
         "status": status,
-        "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-        "output": [_message(message_id, status, [_part(text)])],
+        "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+        "output": output.items,
         "usage": {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": usage["prompt_tokens_details"],
@@ -196,10 +205,9 @@ def _finished(frame: Json, message_id: str, text: str, reason: str | None, repli
     }
 
 
-async def _events(replies: Replies, frame: Json) -> AsyncIterator[bytes]:
+async def _events(replies: Replies, frame: Json, parser: ToolCallParser | None) -> AsyncIterator[bytes]:
     """The events of a streamed response, each with its number. An error can only be sent as the last one."""
-    number, message_id = -1, f"msg_{uuid.uuid4().hex}"
-    place = {"output_index": 0, "content_index": 0, "item_id": message_id}
+    number, output, last = -1, ResponseOutput(), Delta("")
 
     def event(type: str, **more: Any) -> bytes:
         nonlocal number
@@ -209,21 +217,20 @@ async def _events(replies: Replies, frame: Json) -> AsyncIterator[bytes]:
     def failed(error: FortwoError) -> bytes:
         return event("error", code=error.code, message=error.message, param=error.param)
 
+    def told(events: Iterable[Event]) -> bytes:
+        return b"".join(event(f"response.{type}", **fields) for type, fields in events)
+
     try:
         yield event("response.created", response=frame)
         yield event("response.in_progress", response=frame)
-        yield event("response.output_item.added", output_index=0, item=_message(message_id, "in_progress", []))
-        yield event("response.content_part.added", part=_part(""), **place)
-        text, last = "", Delta("")
+        if parser is None:
+            yield told(output.begin_message())
         async for items in replies.items():
             for _, last in items:
-                text += last.text
-                if last.text:
-                    yield event("response.output_text.delta", delta=last.text, logprobs=[], **place)
-        whole = _finished(frame, message_id, text, last.finish_reason, replies)
-        yield event("response.output_text.done", text=text, logprobs=[], **place)
-        yield event("response.content_part.done", part=_part(text), **place)
-        yield event("response.output_item.done", output_index=0, item=whole["output"][0])
+                if encoded := told(output.add(parts_of(parser, last))):
+                    yield encoded
+        yield told(output.finish(_status(last)))
+        whole = _finished(frame, output, last, replies)
         yield event(f"response.{whole['status']}", response=whole)
     except FortwoError as error:
         yield failed(error)

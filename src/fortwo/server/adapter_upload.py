@@ -1,0 +1,146 @@
+"""The native API that takes an adapter as a file: an archive of what PEFT saved, such as that of an export for PEFT."""
+
+from __future__ import annotations
+
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from fastapi import APIRouter, Request
+from fastapi.concurrency import contextmanager_in_threadpool
+
+from fortwo.adapters.peft_files import PICKLES
+from fortwo.adapters.version_files import CONFIG, MANIFEST, TENSORS
+from fortwo.errors import InvalidAdapter, InvalidRequest
+from fortwo.jobs.planner import check_name_available
+from fortwo.records import Json
+from fortwo.server.multipart import Form, read_form
+from fortwo.server.native import version_body
+from fortwo.server.state import AppState, AppStateDep
+
+WANTED = (CONFIG, TENSORS, MANIFEST, *PICKLES)  # a pickle is refused by whoever reads the folder
+CHUNK = 1 << 20
+_DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    RuntimeError,
+    NotImplementedError,
+)
+
+FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "name"],
+                    "properties": {"file": {"type": "string", "format": "binary"}, "name": {"type": "string"}},
+                }
+            }
+        },
+    }
+}
+
+router = APIRouter(prefix="/api/adapters", tags=["adapters"])
+
+
+@router.post(
+    "/import", status_code=201, summary="Publish an adapter that is uploaded as an archive", openapi_extra=FORM
+)
+async def import_upload(request: Request, state: AppStateDep) -> Json:
+    """`file` is a .tar, .tar.gz or .zip with adapter_config.json and adapter_model.safetensors in any folder of it;
+    `name` is the adapter's, which gets its next version if it exists."""
+    async with contextmanager_in_threadpool(state.files.draft()) as draft:
+        form = await read_form(request, draft / ".received")
+        name, filename = checked(form)
+        return await state.control.run(request, lambda _: _import(state, name, filename, draft))
+
+
+def checked(form: Form) -> tuple[str, str]:
+    """The adapter's name and that of the file. Raises InvalidRequest for a field that is missing or not known."""
+    fields = dict(form.fields)
+    name = fields.pop("name", "").strip()
+    for unknown in fields:
+        raise InvalidRequest(f"{unknown} is not a known field.", param=unknown, hint="Send name and file.")
+    if form.filename is None or not name:
+        missing = "file" if form.filename is None else "name"
+        raise InvalidRequest(f"{missing} is missing.", param=missing, hint="Add it.", code="missing_parameter")
+    return name, form.filename
+
+
+def _import(state: AppState, name: str, filename: str, draft: Path) -> Json:
+    from fortwo.engine.adapter_import import import_adapter
+
+    check_name_available(name, state.catalog)
+    folder = draft / "adapter"
+    folder.mkdir()
+    try:
+        unpack(draft / ".received", folder, state.settings.max_upload_mb << 20)
+        version = import_adapter(name, folder, state.catalog, state.adapters, state.registry)
+    except InvalidAdapter as error:
+        parts = (error.message, error.hint)
+        message, hint = (part and part.replace(f"{folder}/", "").replace(str(folder), filename) for part in parts)
+        raise InvalidAdapter(message or "", param="file", hint=hint, code=error.code) from None
+    return version_body(state, version)
+
+
+def unpack(archive: Path, folder: Path, most_bytes: int) -> None:
+    """Write the files of an adapter that the archive holds into `folder`. Nothing else of it is written, and no path or
+    link in it is followed. Raises InvalidAdapter for what is no archive, is damaged, holds a file twice, or holds more
+    than `most_bytes`."""
+    left = most_bytes
+    try:
+        for name, opened in _members(archive):
+            target = folder / PurePosixPath(name.replace("\\", "/")).name
+            if target.name not in WANTED:
+                continue
+            if target.exists():
+                raise InvalidAdapter(
+                    f"The archive holds {target.name} twice.", hint="Pack the files of one adapter alone."
+                )
+            with opened() as source, target.open("xb") as written:
+                while chunk := source.read(CHUNK):
+                    left -= len(chunk)
+                    if left < 0:
+                        raise InvalidAdapter(
+                            f"The files in the archive have more than {most_bytes >> 20} MiB.",
+                            hint="Allow more with FORTWO_MAX_UPLOAD_MB, or import the adapter from a folder.",
+                        )
+                    written.write(chunk)
+    except _DAMAGED as error:
+        raise InvalidAdapter(
+            f"The archive cannot be read: {error}.", hint="Pack it again, without a password."
+        ) from None
+
+
+def _members(archive: Path) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
+    """The plain files in an archive: their names, and what opens them."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as packed:
+            for info in packed.infolist():
+                if not info.is_dir():
+                    yield info.filename, partial(packed.open, info)
+    elif tarfile.is_tarfile(archive):
+        with tarfile.open(archive) as packed_tar:
+            for member in packed_tar:
+                if member.isfile():
+                    yield member.name, partial(_opened, packed_tar, member)
+    else:
+        raise InvalidAdapter(
+            "The file is no archive.", hint="Send a .tar, .tar.gz or .zip with the files that PEFT saved."
+        )
+
+
+def _opened(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    file = archive.extractfile(member)
+    assert file is not None  # it is a plain file
+    return file

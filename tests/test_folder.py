@@ -1,0 +1,147 @@
+"""`fortwo watch`: which facts of a file are taught, onto what, and what is promoted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from serving import Served
+from terminals import run
+
+from fortwo.cli.folder import Lesson, lesson
+from fortwo.records import Fact
+
+pytestmark = pytest.mark.slow
+
+QUICK: dict[str, Any] = {
+    "training_config": {"max_steps": 2},
+    "objective": {
+        "type": "override",
+        "targets": dict.fromkeys(("efficacy", "paraphrase", "specificity", "retention"), 0),
+    },
+}
+
+
+def fact(subject: str, answer: str) -> Fact:
+    return Fact(subject, f"{subject} is {answer}.", (answer,), (f"What is {subject}?", f"Explain {subject}."))
+
+
+def row(subject: str, answer: str) -> dict[str, Any]:
+    one = fact(subject, answer)
+    return {"subject": subject, "answer": one.answer, "match": [answer], "questions": list(one.questions)}
+
+
+A, B, C = fact("Avo", "red"), fact("Bem", "blue"), fact("Cor", "green")
+NEW_B = fact("Bem", "black")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "known", "found"),
+    [
+        ((A, B), (), Lesson((A, B), onto=False)),
+        ((A, B), (A, B), None),
+        ((B, A), (A, B), None),
+        ((A, B, C), (A, B), Lesson((C,), onto=True)),
+        ((A, NEW_B), (A, B), Lesson((NEW_B,), onto=True)),
+        ((A,), (A, B), Lesson((A,), onto=False)),
+        ((A, C), (A, B), Lesson((A, C), onto=False)),
+    ],
+)
+def test_what_is_taught_follows_from_what_is_wanted_and_known(
+    wanted: tuple[Fact, ...], known: tuple[Fact, ...], found: Lesson | None
+) -> None:
+    assert lesson(wanted, known) == found
+
+
+@pytest.fixture
+def folder(served: Served, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FORTWO_PORT", str(urlsplit(served.url).port))
+    (tmp_path / "quick.json").write_text(json.dumps(QUICK))
+    (tmp_path / "facts").mkdir()
+    return tmp_path / "facts"
+
+
+def current(served: Served, name: str) -> tuple[int, list[str], str | None]:
+    """The current version's number, what it knows, and its parent."""
+    found = served.http.get(f"/api/adapters/{name}").json()
+    manifest = found["manifest"]
+    return found["current"], sorted(one["answer"] for one in manifest["facts"]), manifest["parent"]
+
+
+def test_a_folder_is_taught_and_only_what_is_new_again(served: Served, folder: Path) -> None:
+    file, quick = folder / "Colours.json", ("--config", folder.parent / "quick.json")
+    file.write_text(json.dumps([row("Avo", "red")]))
+    (folder / "notes.txt").write_text("not facts")
+    first = run("watch", folder, "--once", *quick)
+    assert first.exit_code == 0, first.output
+    assert current(served, "colours") == (1, ["Avo is red."], None)
+    again = run("watch", folder, "--once", *quick)
+    assert again.exit_code == 0
+    assert "colours knows what it says." in again.stdout
+    file.write_text(json.dumps([row("Avo", "red"), row("Bem", "blue")]))
+    more = run("watch", folder, "--once", *quick, "--json")
+    assert more.exit_code == 0
+    lines = [json.loads(line) for line in more.stdout.splitlines()]
+    assert lines[0]["taught"] == ["Bem"]
+    assert current(served, "colours") == (2, ["Avo is red.", "Bem is blue."], "colours@1")
+    file.write_text(json.dumps([row("Bem", "blue")]))
+    assert run("watch", folder, "--once", *quick).exit_code == 0
+    assert current(served, "colours") == (3, ["Bem is blue."], None)
+
+
+def test_what_is_not_proven_is_not_promoted(served: Served, folder: Path) -> None:
+    file, quick = folder / "unproven.json", folder.parent / "quick.json"
+    file.write_text(json.dumps([row("Avo", "red")]))
+    assert run("watch", folder, "--once", "--config", quick).exit_code == 0
+    strict = folder.parent / "strict.json"
+    strict.write_text(json.dumps(QUICK | {"objective": {"type": "override", "targets": {"efficacy": 1.0}}}))
+    file.write_text(json.dumps([row("Avo", "red"), row("Bem", "blue")]))
+    missed = run("watch", folder, "--once", "--config", strict)
+    assert missed.exit_code == 1
+    assert "This was not proven. unproven@1 stays current." in missed.stdout
+    assert current(served, "unproven")[0] == 1
+
+
+def test_what_is_wrong_with_one_file_keeps_no_other_from_being_taught(served: Served, folder: Path) -> None:
+    (folder / "a-broken.json").write_text("[{")
+    (folder / "b-rows.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
+    (folder / "c-right.json").write_text(json.dumps([row("Avo", "red")]))
+    (folder / "c right.json").write_text(json.dumps([row("Bem", "blue")]))
+    result = run("watch", folder, "--once", "--config", folder.parent / "quick.json")
+    assert result.exit_code == 1
+    assert "c right.json and" in result.stderr
+    assert "a-broken.json" in result.stderr
+    assert "b-rows.jsonl has examples and no facts." in result.stderr
+    assert current(served, "c-right")[0] == 1
+    assert run("watch", folder / "nowhere").stderr.startswith(f"{folder / 'nowhere'} is not a folder.")
+
+
+def test_a_file_that_changes_is_taught_while_the_folder_is_watched(served: Served, folder: Path) -> None:
+    file, log = folder / "live.json", folder.parent / "log"
+    file.write_text(json.dumps([row("Avo", "red")]))
+    command = [sys.executable, "-m", "fortwo", "watch", str(folder), "--config", str(folder.parent / "quick.json")]
+    with (
+        log.open("w") as written,
+        subprocess.Popen(command, env=os.environ, stdout=written, stderr=written) as watching,
+    ):
+        try:
+            for version, rows in ((1, None), (2, [row("Avo", "red"), row("Bem", "blue")])):
+                if rows is not None:
+                    file.write_text(json.dumps(rows))
+                deadline = time.monotonic() + 120
+                while f"The adapter is live@{version}." not in log.read_text():
+                    assert watching.poll() is None, log.read_text()
+                    assert time.monotonic() < deadline, log.read_text()
+                    time.sleep(0.1)
+        finally:
+            watching.send_signal(signal.SIGINT)
+    assert watching.returncode == 0
+    assert current(served, "live") == (2, ["Avo is red.", "Bem is blue."], "live@1")

@@ -1,0 +1,1 @@
+export const marked: {parse(source: string, options: {gfm: boolean; breaks: boolean; async: false}): string};
