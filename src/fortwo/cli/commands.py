@@ -15,6 +15,7 @@ import typer
 from rich.console import Group
 
 from fortwo.cli import inventory, views
+from fortwo.cli.backup import backups
 from fortwo.cli.jobs import jobs
 from fortwo.cli.keys import keys
 from fortwo.cli.teaching import teaching
@@ -35,6 +36,7 @@ app.add_typer(jobs, name="jobs")
 app.add_typer(inventory.data, name="data")
 app.add_typer(keys, name="keys")
 app.add_typer(teaching)
+app.add_typer(backups)
 
 
 @app.command()
