@@ -15,9 +15,11 @@ import httpx
 import pytest
 from serving import Served, refused, serve, tiny_settings
 
+from fortwo.errors import InvalidRequest
 from fortwo.home import home_id
 from fortwo.jobs.api_keys import ApiKeyStore
 from fortwo.jobs.store import JobStore
+from fortwo.server.state import AppState
 from fortwo.settings import Settings
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
@@ -171,6 +173,15 @@ def test_fortwo_api_key_stays_the_key_for_everything(tiny: Path, tmp_path: Path)
         assert served.http.post("/api/models/tiny/load", headers=bearer("s3cret")).status_code == 200
         assert served.http.get("/v1/models", headers=bearer(reader)).status_code == 200
         refused(served.http.post("/api/models/tiny/load", headers=bearer(reader)), 403, "missing_scope")
+
+
+def test_a_key_with_scopes_does_not_become_the_key_for_everything(tmp_path: Path) -> None:
+    """Somebody exports it for the command line and then starts a server in the same shell."""
+    with keys_of(Settings(home=tmp_path / "home")) as keys:
+        reader = keys.create("reader", ["read"])
+    with pytest.raises(InvalidRequest, match="'reader'") as caught:
+        AppState(Settings(home=tmp_path / "home", api_key=reader))
+    assert caught.value.param == "api_key"
 
 
 def test_without_keys_this_machine_needs_none_but_a_key_that_is_sent_counts(served: Served) -> None:

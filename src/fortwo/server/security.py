@@ -52,6 +52,18 @@ def needs_key(host: str, api_key: str | None, created: bool) -> bool:
     return api_key is not None or created
 
 
+def check_api_key(created: ApiKey | None) -> None:
+    """created: the key of `fortwo keys create` that FORTWO_API_KEY is, if it is one. Raises InvalidRequest for one,
+    because it would be allowed everything, without its limits."""
+    if created is not None:
+        raise InvalidRequest(
+            f"api_key is the key {created.name!r}, which has {_scopes(created)}, but the api_key of a server may do "
+            "everything.",
+            param="api_key",
+            hint="Unset FORTWO_API_KEY where the server starts: it knows its keys from the database.",
+        )
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host name or address, without port, can only be this machine."""
     name = host.removeprefix("[").removesuffix("]")
@@ -118,7 +130,7 @@ class SecurityMiddleware:
             raise Unauthorized(
                 "The API key is missing, wrong or revoked.",
                 hint="Send the header Authorization: Bearer KEY, where KEY is FORTWO_API_KEY of the server or was made "
-                "with `fortwo keys create`.",
+                "with `fortwo keys create`. The command line sends its own FORTWO_API_KEY.",
             )
         needed = needed_scope(method, path)
         if not key.allows(needed):

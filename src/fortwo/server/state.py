@@ -25,7 +25,7 @@ from fortwo.server.event_loop_bridge import EventLoopBridge
 from fortwo.server.export_queue import ExportQueue
 from fortwo.server.key_usage import KeyUsage
 from fortwo.server.request_metrics import RequestMetrics
-from fortwo.server.security import needs_key
+from fortwo.server.security import check_api_key, needs_key
 from fortwo.server.streams import StreamLimit
 from fortwo.server.workers import WorkerPool
 from fortwo.settings import Settings
@@ -39,15 +39,17 @@ CONTROL_THREADS, CONTROL_WAITING = 8, 64  # requests that wait for the device or
 
 class AppState:
     """Everything the server uses, built here and released by `close`. Building it imports torch, but loads no model.
-    Raises InvalidRequest for a host that needs an API key, Conflict when another server uses the home."""
+    Raises InvalidRequest for a host that needs an API key and for an API key that is not a server's, Conflict when
+    another server uses the home."""
 
     def __init__(self, settings: Settings) -> None:
         with ExitStack() as built:
             built.enter_context(lock_home(settings.home))
             self.jobs = JobStore(settings.database, home_id(settings.home))
             built.callback(self.jobs.close)
-            keys = ApiKeyStore(self.jobs)
-            self.keyed = needs_key(settings.host, settings.plain_api_key, created=bool(keys.all()))
+            keys, api_key = ApiKeyStore(self.jobs), settings.plain_api_key
+            check_api_key(None if api_key is None else keys.find(api_key))
+            self.keyed = needs_key(settings.host, api_key, created=bool(keys.all()))
             self.key_usage = KeyUsage(keys)
             self._build(settings, built)
             self._closing = built.pop_all()
