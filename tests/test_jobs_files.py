@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from fortwo.cli import app
 from fortwo.errors import NotFound
 from fortwo.hub.datasets import HubDatasets
 from fortwo.jobs.files import FileStore
@@ -57,3 +59,18 @@ def test_files_that_a_lost_database_does_not_know_are_left_alone(tmp_path: Path)
     (tmp_path / "fortwo.db").unlink()
     opened(tmp_path).clean()
     assert (tmp_path / "files" / kept / "rows.jsonl").read_text() == "{}"
+
+
+def test_doctor_moves_them_aside_only_when_it_is_told_to(home: Path) -> None:
+    home.mkdir()
+    lost = upload(opened(home))
+    (home / "fortwo.db").unlink()
+    kept = upload(opened(home))
+    for arguments, code in ((["--repair"], 1), (["--repair", "--apply"], 0), (["--repair"], 0)):
+        result = CliRunner().invoke(app, ["doctor", *arguments])
+        assert result.exit_code == code, result.output
+        assert (lost in result.output) == (result.output.find("Nothing is wrong") < 0)
+    assert (home / "files" / ".orphans" / lost / "rows.jsonl").read_text() == "{}"
+    opened(home).clean()
+    assert (home / "files" / ".orphans" / lost / "rows.jsonl").exists()
+    assert opened(home).path(kept).read_text() == "{}"

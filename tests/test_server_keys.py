@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,8 +136,11 @@ def test_streams_end_when_their_key_is_revoked(guarded: tuple[Served, dict[str, 
         assert response.status_code == 200
         assert served.state.streams.count == 1
         keys.revoke("stream")
+        otherwise = threading.Timer(30, served.state.jobs.update, (job.id,), {"status": "cancelled"})
+        otherwise.start()  # so that this test fails, instead of waiting for ever, where the stream goes on
         with pytest.raises(httpx.RemoteProtocolError):
             response.read()
+        otherwise.cancel()
     assert served.state.streams.count == 0
     assert served.http.get("/v1/models", headers=bearer(made["read"])).status_code == 200
     served.state.jobs.update(job.id, status="cancelled")

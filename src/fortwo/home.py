@@ -29,11 +29,15 @@ def make_home(home: Path) -> None:
             home.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
         (home / LOCK).touch()
     except OSError as error:
-        raise StorageFailed(
-            f"The home {home} cannot be written: {error.strerror}.",
-            param="home",
-            hint="Make it writable for this user, or set FORTWO_HOME to another folder.",
-        ) from None
+        raise _unwritable(home, error) from None
+
+
+def _unwritable(home: Path, error: OSError) -> StorageFailed:
+    return StorageFailed(
+        f"The home {home} cannot be written: {error.strerror}.",
+        param="home",
+        hint="Make it writable for this user, or set FORTWO_HOME to another folder.",
+    )
 
 
 @contextmanager
@@ -50,6 +54,8 @@ def lock_home(home: Path) -> Iterator[None]:
             param="home",
             hint="Stop it, or set FORTWO_HOME to another folder for this one.",
         ) from None
+    except OSError as error:
+        raise _unwritable(home, error) from None
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from fortwo.errors import Forbidden, FortwoError, InvalidRequest, Unauthorized
 from fortwo.jobs.api_keys import PREFIX, ApiKey
 from fortwo.server import docs, page
 from fortwo.server.errors import respond
-from fortwo.server.key_usage import KeyUsage
+from fortwo.server.key_usage import KeyUsage, RateLimited
 from fortwo.server.request_body import SAFE_METHODS
 from fortwo.server.scopes import needed_scope
 
@@ -91,6 +91,17 @@ class SecurityMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        try:
+            key = await self._check(scope["method"], scope["path"], Headers(scope=scope))
+        except FortwoError as error:
+            await _refuse(error, scope, receive, send)
+            return
+        if key is None:
+            await self._app(scope, receive, send)
+        else:
+            await self._run_with(key, scope, receive, send)
+
+    async def _run_with(self, key: ApiKey, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
         async def send_and_note(message: Message) -> None:
@@ -98,20 +109,11 @@ class SecurityMiddleware:
             started = True
             await send(message)
 
-        async def application() -> None:
-            await self._app(scope, receive, send_and_note)
-
-        refused: FortwoError | None = None
         try:
-            key = await self._check(scope["method"], scope["path"], Headers(scope=scope))
-            await (application() if key is None else self._usage.run(key, application))
-        except FortwoError as error:
-            if started and not isinstance(error, Unauthorized):
-                raise
-            refused = error
-        if refused is not None and not started:  # otherwise the connection is closed in the middle of the response
-            challenge = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else None
-            await respond(refused, challenge)(scope, receive, send)
+            await self._usage.run(key, lambda: self._app(scope, receive, send_and_note))
+        except (RateLimited, Unauthorized) as error:
+            if not started:  # otherwise the server closes the connection in the middle of the response
+                await _refuse(error, scope, receive, send)
 
     async def _check(self, method: str, path: str, headers: Headers) -> ApiKey | None:
         """The key of the database that the request came with, if it did. Raises the refusal of the request."""
@@ -170,6 +172,11 @@ def is_same_origin(origin: str, host: str | None) -> bool:
         return page.hostname is not None and (page.hostname, page.port or usual) == ours
     except (KeyError, ValueError):
         return False
+
+
+async def _refuse(error: FortwoError, scope: Scope, receive: Receive, send: Send) -> None:
+    challenge = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    await respond(error, challenge)(scope, receive, send)
 
 
 def _bearer_token(headers: Headers) -> str:
