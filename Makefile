@@ -11,10 +11,11 @@ LLAMA := .venv-llama/.installed
 CLIENTS := .venv-clients/.installed
 TRITON := $(VENV)/.triton
 SITE := .venv-docs/.installed
+AUDIT := .venv-audit/.installed
 FACTS ?= examples/facts_dev.json
 
 .PHONY: help install demo stop serve test test-fast test-clients check bench bench-train bench-qlora bench-learn bench-serve \
-	bench-coserving bench-outside bench-override bench-lessons soak check-arm wheel docs docs-site pictures clean
+	bench-coserving bench-outside bench-override bench-lessons soak check-arm wheel docs docs-site pictures audit sbom clean
 .DEFAULT_GOAL := help
 
 help: ## list what there is
@@ -139,5 +140,18 @@ docs-site: $(SITE) ## build the documentation as a site in build/docs-site; a li
 pictures: $(INSTALLED) ## make the README's pictures anew: the page in Chromium, and the demo in a terminal
 	$(BIN)/python scripts/pictures.py
 
+$(AUDIT): constraints.txt
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --constraint constraints.txt pip-audit cyclonedx-bom
+	@touch $@
+
+audit: $(AUDIT) ## ask the package index for known vulnerabilities of the versions in constraints.txt
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
+
+sbom: $(INSTALLED) $(AUDIT) ## write dist/sbom.json, what fortwo needs at run time as a software bill of materials
+	@mkdir -p dist
+	$(BIN)/python scripts/runtime_packages.py > dist/runtime-packages.txt
+	.venv-audit/bin/cyclonedx-py requirements dist/runtime-packages.txt --pyproject pyproject.toml --output-file dist/sbom.json
+
 clean: ## remove the environments and caches; FORTWO_HOME is left alone
-	rm -rf $(VENV) .venv-bench .venv-vllm .venv-llama .venv-clients .venv-docs .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-bench .venv-vllm .venv-llama .venv-clients .venv-docs .venv-audit .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+import pytest
+
 LARGE = (".safetensors", ".parquet")  # kinds of files that the hub has in its large storage
 
 
@@ -24,7 +26,8 @@ class Hub:
     them. card: the data of its card.
 
     cut: the connection is closed at this byte of a large file. sha256: what the hub says of large files instead
-    of the truth. refuse: status and X-Error-Code of every answer. asked: the files that were sent, with the first byte.
+    of the truth. refuse: status and X-Error-Code of every answer. asked: the files that were asked for, with the first
+    byte. released: they are sent once it is set.
     """
 
     commits: dict[str, Path]
@@ -34,6 +37,7 @@ class Hub:
     refuse: tuple[int, str] | None = None
     card: dict[str, object] = field(default_factory=dict)
     asked: list[tuple[str, int]] = field(default_factory=list)
+    released: threading.Event | None = None
     url: str = ""
 
 
@@ -61,6 +65,18 @@ def run(hub: Hub, home: Path, *words: str, **environment: str) -> str:
     command = [sys.executable, "-m", "fortwo", *words]
     result = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True)
     return f"{result.returncode} {result.stdout}{result.stderr}"
+
+
+def use(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Make it the only hub of this process: huggingface_hub reads its endpoint when it is imported."""
+    from huggingface_hub import constants, file_download, hf_api
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    for module in (file_download, hf_api):
+        for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, getattr(constants, name))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -136,6 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if file is not None:
             self.content.asked.append((file.name, first))
+            if self.content.released is not None:
+                self.content.released.wait(60)
         cut = self.content.cut if file is not None and file.suffix in LARGE else None
         self.wfile.write(content[first:cut])
         self.close_connection = True

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,13 +16,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hub import Hub, serve
+from hub import Hub, serve, use
 from safetensors.torch import load_file, save_file
 from serving import Served, refused
 from tiny import save_directory
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from fortwo.errors import StorageFailed
+from fortwo.hub import repository
+from fortwo.hub.adapter_repositories import download_adapter
 from fortwo.hub.base_names import bases_named
 from fortwo.hub.catalog import ModelEntry
 from fortwo.nn.lora import MAGNITUDE
@@ -519,6 +523,22 @@ def test_the_command_imports_from_the_hub(
     assert served.state.adapters.names().count("hub") == 1
     assert not {"bad", "other", "tiny"} & set(served.state.adapters.names())
     assert not left_over(served)
+
+
+def test_a_full_disk_is_told_before_an_adapter_is_downloaded(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, copy = tmp_path / ("4" * 40), tmp_path / "copy"
+    save(tiny, commit)
+    copy.mkdir()
+    room = shutil._ntuple_diskusage(10**9, 10**9, repository.SPARE_BYTES + 10)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
+    with serve(Hub({commit.name: commit}, commit.name)) as hub:
+        use(monkeypatch, hub.url)
+        with pytest.raises(StorageFailed, match="hf:acme/tiny takes"):
+            download_adapter("hf:acme/tiny", copy, lambda *_: None)
+        assert hub.asked == []
+    assert list(copy.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import random
 import tarfile
@@ -63,7 +64,7 @@ def test_an_archive_becomes_the_next_version(served: Served, files: dict[str, by
 
 def test_what_is_no_adapter_is_refused(served: Served, files: dict[str, bytes]) -> None:
     def problem(content: bytes, code: str = "invalid_adapter", param: str = "file", **fields: Any) -> str:
-        return refused(send(served, content, "a.tar", **{"name": "refused", **fields}), 400, code, param)
+        return refused(send(served, content, "a.tar", **{"name": "no-archive", **fields}), 400, code, param)
 
     assert "no archive" in problem(b"x" * 2000)
     assert TENSORS in problem(packed("w", {CONFIG: files[CONFIG]}))
@@ -75,7 +76,7 @@ def test_what_is_no_adapter_is_refused(served: Served, files: dict[str, bytes]) 
     problem(packed("w", files), "missing_parameter", "name", name=" ")
     problem(packed("w", files), "invalid_request", "other", other="x")
     problem(packed("w", files), "invalid_request", "adapter_name", name="tiny")
-    assert served.http.get("/api/adapters/refused").status_code == 404
+    assert served.http.get("/api/adapters/no-archive").status_code == 404
 
 
 def bad_places(archive: bytes) -> bytes:
@@ -110,7 +111,19 @@ def test_links_are_not_followed_and_large_archives_are_not_unpacked(tmp_path: Pa
         tar.addfile(link)
     unpack(archive, folder, 1 << 20)
     assert list(folder.iterdir()) == []
-    archive.write_bytes(packed("zip", {TENSORS: bytes(2 << 20)}))
-    assert archive.stat().st_size < 1 << 20
-    with pytest.raises(InvalidAdapter, match="more than 1 MiB"):
-        unpack(archive, folder, 1 << 20)
+    for kind, name in (("zip", TENSORS), ("w:gz", TENSORS), ("w:gz", "optimizer.bin")):
+        archive.write_bytes(packed(kind, {name: bytes(2 << 20)}))
+        assert archive.stat().st_size < 1 << 20
+        with pytest.raises(InvalidAdapter, match="more than 1 MiB"):
+            unpack(archive, folder, 1 << 20)
+        assert list(folder.iterdir()) == []
+
+
+def test_a_large_header_is_not_read_into_memory(tmp_path: Path) -> None:
+    for kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+        header = tarfile.TarInfo("x")
+        header.type, header.size = kind, 2 << 20
+        archive = tmp_path / "a.tar.gz"
+        archive.write_bytes(gzip.compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(2 << 20)))
+        with pytest.raises(InvalidAdapter, match="a header of 2,097,152 bytes"):
+            unpack(archive, tmp_path, 1 << 30)

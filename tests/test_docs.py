@@ -12,7 +12,7 @@ import yaml
 from scripts import docs_site, pictures, readme, reference
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY"))]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 

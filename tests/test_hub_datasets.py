@@ -7,7 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,20 +140,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     write_lines(tmp_path / "second/train.jsonl", ROWS[:1])
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     with hubs.serve(Hub({FIRST: first, SECOND: tmp_path / "second"}, FIRST)) as hub:
-        _use(monkeypatch, hub.url)
+        hubs.use(monkeypatch, hub.url)
         yield hub
-
-
-def _use(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """huggingface_hub reads its endpoint when it is imported."""
-    from huggingface_hub import constants, file_download, hf_api
-
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    for module in (file_download, hf_api):
-        for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, getattr(constants, name))
 
 
 def read(path: Path) -> list[Any]:
@@ -304,6 +295,27 @@ def test_a_dataset_of_the_hub_can_be_previewed(server: Served) -> None:
     server.post("/api/models/tiny/load")
     rows = server.post("/api/data/preview", {"dataset": {"hub": "acme/tiny:extra"}}).json()["rows"]
     assert "you" in json.dumps(rows)
+
+
+def test_downloads_take_no_threads_that_other_requests_need(server: Served, hub: Hub) -> None:
+    server.post("/api/models/tiny/load")
+    hub.released, pools = threading.Event(), (server.state.planning, server.state.downloads)
+    with ThreadPoolExecutor(3) as clients:
+        asked = [
+            clients.submit(server.post, "/api/data/preview", {"dataset": {"hub": f"acme/tiny@{FIRST}:extra/rows.csv"}})
+            for _ in range(3)
+        ]
+        try:
+            while not hub.asked or sum(pool.active for pool in pools) < len(asked):
+                assert not any(answer.done() for answer in asked)
+                time.sleep(0.01)
+            other = server.post("/api/data/preview", {"dataset": {"examples": ROWS[:1]}})
+            assert other.status_code == 200
+            assert not any(answer.done() for answer in asked)
+        finally:
+            hub.released.set()
+    assert [answer.result().status_code for answer in asked] == [200, 200, 200]
+    assert len(hub.asked) == 1
 
 
 def test_the_command_line_shows_what_is_downloaded_and_plans_it(server: Served) -> None:

@@ -9,6 +9,7 @@ import json
 import shutil
 import signal
 import tarfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,34 @@ def test_an_export_may_be_cancelled_at_any_moment(served: Served) -> None:
     assert wait(served, begin(served, "fickle")["export_id"])["status"] == "succeeded"
 
 
+def test_a_cancelled_export_is_removed_after_its_last_file_is_written(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(served, "late")
+    before = folders(served)
+    writing, order = threading.Event(), list[str]()
+    complete, remove = export_queue._complete, export_queue._remove
+
+    def completed(folder: Path, body: dict[str, Any]) -> None:
+        writing.set()
+        time.sleep(0.5)
+        complete(folder, body)
+        order.append("written")
+
+    def removed(folder: Path) -> None:
+        remove(folder)
+        if folder.name != export_queue.SCRATCH:
+            order.append("removed")
+
+    monkeypatch.setattr(export_queue, "_complete", completed)
+    monkeypatch.setattr(export_queue, "_remove", removed)
+    begun = begin(served, "late")
+    assert writing.wait(60)
+    assert served.post(f"/api/exports/{begun['export_id']}/cancel").json()["status"] == "cancelled"
+    assert order == ["written", "removed"]
+    assert folders(served) == before
+
+
 def test_files_that_an_export_does_not_have_are_not_served(served: Served) -> None:
     publish(served, "closed")
     done = wait(served, begin(served, "closed")["export_id"])
@@ -218,6 +247,23 @@ def test_an_export_goes_when_its_time_is_over(tiny: Path, tmp_path: Path, monkey
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert folders(served) == []
+
+
+def test_a_start_removes_exports_without_all_their_files_and_leaves_other_folders_alone(
+    tiny: Path, tmp_path: Path
+) -> None:
+    settings = tiny_settings(tmp_path, tiny)
+    with serve(settings) as served:
+        publish(served, "part")
+        done = wait(served, begin(served, "part")["export_id"])
+    (tmp_path / "exports" / done["export_id"] / "files" / done["files"][0]["path"]).unlink()
+    (tmp_path / "exports" / f"export-{'0' * 32}" / "files").mkdir(parents=True)
+    (tmp_path / "exports/mine").mkdir()
+    (tmp_path / "exports/mine/model.gguf").write_text("of somebody else")
+    with serve(settings) as served:
+        assert served.http.get("/api/exports").json()["exports"] == []
+        assert folders(served) == ["mine"]
+    assert (tmp_path / "exports/mine/model.gguf").read_text() == "of somebody else"
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found by Linux's /proc")

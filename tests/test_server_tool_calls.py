@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import ollama
 import openai
 import pytest
@@ -14,6 +15,7 @@ from serving import Served, chunks, refused, serve, tiny_settings
 from tiny import VOCABULARY
 from tool_bases import MARKERS, TEMPLATES, XML, save_tool_base
 
+from fortwo.data.messages import DEPTH
 from fortwo.hub.catalog import Catalog
 from tests.test_server_client import connect
 
@@ -357,6 +359,29 @@ def test_what_cannot_be_honoured_is_refused_by_name(bases: Served, more: Any, pa
     assert response.status_code == 400, response.text
     said = refused(response, 400, response.json()["error"]["code"], param)
     assert named in said
+
+
+def nested(depth: int) -> Any:
+    return {"default": nested(depth - 1)} if depth > 1 else {}
+
+
+def test_parameters_that_cannot_be_written_are_refused_by_name(bases: Served) -> None:
+    def asked(parameters: Any) -> httpx.Response:
+        body = {"model": "hermes", "messages": [QUESTION], "max_tokens": 2, "tools": [PING, tool("f", parameters)]}
+        headers = {"Content-Type": "application/json"}
+        return bases.http.post("/v1/chat/completions", content=json.dumps(body), headers=headers)
+
+    assert asked(nested(DEPTH - 2)).status_code == 200
+    for parameters, named in (
+        (nested(DEPTH - 1), "within each other"),
+        (nested(400), "within each other"),
+        ({"properties": {"a": {"enum": ["\ud800"]}}}, "surrogate"),
+        ({"properties": {"\ud800": {"type": "string"}}}, "surrogate"),
+    ):
+        response = asked(parameters)
+        assert response.status_code == 400, response.text
+        said = refused(response, 400, response.json()["error"]["code"], "tools[1].function.parameters")
+        assert named in said
 
 
 def test_a_response_names_its_own_fields(bases: Served) -> None:

@@ -242,6 +242,7 @@ HERMES = ToolForm(
     '<tool_call>\n{"name": "', '", "arguments": ', '}\n</tool_call>\n<tool_call>\n{"name": "', "}\n</tool_call>"
 )
 LLAMA = ToolForm('{"name": "', '", "parameters": ', None, "}")
+NOTHING_BETWEEN = ToolForm("[TOOL_CALLS]", "", "[TOOL_CALLS]", "")  # a name and its arguments
 ARGUMENTS = st.dictionaries(
     st.text(max_size=4), st.recursive(st.text(max_size=6) | st.integers(), st.lists), max_size=3
 )
@@ -251,7 +252,7 @@ ARGUMENTS = st.dictionaries(
     st.data(),
     st.text(alphabet="ab <{\n", max_size=12),
     st.lists(ARGUMENTS, max_size=3),
-    st.sampled_from([HERMES, LLAMA]),
+    st.sampled_from([HERMES, LLAMA, NOTHING_BETWEEN]),
 )
 def test_a_reply_is_read_the_same_wherever_it_is_cut(
     data: st.DataObject, text: str, arguments: list[dict[str, Any]], form: ToolForm
@@ -268,6 +269,14 @@ def test_a_reply_is_read_the_same_wherever_it_is_cut(
     assert said == (text.rstrip() if calls else text)
     assert found == [(f"f{number}", given) for number, given in enumerate(arguments)]
     assert parser.finished is bool(calls)
+
+
+def test_a_name_that_arrives_in_pieces_is_one_name_also_right_before_its_arguments() -> None:
+    whole = '[TOOL_CALLS]weather{"city": "Bonn"}[TOOL_CALLS]search {}'
+    assert read(ToolCallParser(NOTHING_BETWEEN, ("weather", "search")), list(whole)) == (
+        "",
+        [("weather", {"city": "Bonn"}), ("search", {})],
+    )
 
 
 def test_parts_of_a_call_come_as_soon_as_they_are_there() -> None:

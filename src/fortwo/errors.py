@@ -80,6 +80,14 @@ class Unauthorized(FortwoError):
     status = 401
 
 
+class Forbidden(FortwoError):
+    """The caller is known, but may not do this."""
+
+    code = "forbidden"
+    type = "permission_error"
+    status = 403
+
+
 class NotFound(FortwoError):
     """A model, adapter, version, job or file does not exist."""
 

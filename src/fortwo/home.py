@@ -22,20 +22,29 @@ ID = "instance_id"
 PRIVATE = 0o700
 
 
-@contextmanager
-def lock_home(home: Path) -> Iterator[None]:
-    """Make the home if necessary, and hold its lock inside the context. Raises Conflict when a server holds it, and
-    StorageFailed when the home cannot be written."""
+def make_home(home: Path) -> None:
+    """Make the home if necessary. Raises StorageFailed when it cannot be written."""
     try:
         if not home.is_dir():
             home.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
         (home / LOCK).touch()
     except OSError as error:
-        raise StorageFailed(
-            f"The home {home} cannot be written: {error.strerror}.",
-            param="home",
-            hint="Make it writable for this user, or set FORTWO_HOME to another folder.",
-        ) from None
+        raise _unwritable(home, error) from None
+
+
+def _unwritable(home: Path, error: OSError) -> StorageFailed:
+    return StorageFailed(
+        f"The home {home} cannot be written: {error.strerror}.",
+        param="home",
+        hint="Make it writable for this user, or set FORTWO_HOME to another folder.",
+    )
+
+
+@contextmanager
+def lock_home(home: Path) -> Iterator[None]:
+    """Make the home if necessary, and hold its lock inside the context. Raises Conflict when a server holds it, and
+    StorageFailed when the home cannot be written."""
+    make_home(home)
     lock = FileLock(home / LOCK)
     try:
         lock.acquire(blocking=False)
@@ -45,6 +54,8 @@ def lock_home(home: Path) -> Iterator[None]:
             param="home",
             hint="Stop it, or set FORTWO_HOME to another folder for this one.",
         ) from None
+    except OSError as error:
+        raise _unwritable(home, error) from None
     try:
         yield
     finally:

@@ -36,11 +36,12 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="FORTWO_", frozen=True, extra="forbid")
 
     home: Path = Field(default_factory=_home, description="Folder of models, adapters and the database.")
-    host: str = Field("127.0.0.1", description="Address to listen on; any but a loopback one needs an api_key.")
+    host: str = Field("127.0.0.1", description="Address to listen on; any but a loopback one needs an API key.")
     port: int = Field(5001, ge=0, le=65535, description="Port to listen on.")
     api_key: SecretStr | None = Field(
         None,
-        description="If set, all paths but `/healthz`, `/` and `/docs` need `Authorization: Bearer <key>`.",
+        description="If set, all paths but `/healthz`, `/` and `/docs` need `Authorization: Bearer <key>`, with this "
+        "key, which may do everything, or with one of `fortwo keys create`.",
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL of the database; default: SQLite under home.")
     data_dirs: tuple[Path, ...] = Field(

@@ -15,7 +15,9 @@ import typer
 from rich.console import Group
 
 from fortwo.cli import inventory, views
+from fortwo.cli.backup import backups
 from fortwo.cli.jobs import jobs
+from fortwo.cli.keys import keys
 from fortwo.cli.teaching import teaching
 from fortwo.cli.terminal import AsJson, CommandGroup, connect, print_json_line, respond, screen
 from fortwo.cli.versions import versions
@@ -32,7 +34,9 @@ inventory.adapters.add_typer(versions)
 app.add_typer(inventory.adapters, name="adapters")
 app.add_typer(jobs, name="jobs")
 app.add_typer(inventory.data, name="data")
+app.add_typer(keys, name="keys")
 app.add_typer(teaching)
+app.add_typer(backups)
 
 
 @app.command()

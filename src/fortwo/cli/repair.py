@@ -47,7 +47,8 @@ def repair(settings: Settings, apply: bool, as_json: bool) -> bool:
 def find(settings: Settings) -> list[Repair]:
     store = AdapterStore(settings.adapters_dir)
     of_adapters = adapters.repairs(settings.adapters_dir)
-    return [*of_adapters, *jobs.repairs(settings.jobs_dir, store, settings.database)]
+    of_jobs = jobs.repairs(settings.jobs_dir, store, settings.database)
+    return [*of_adapters, *of_jobs, *jobs.upload_repairs(settings.files_dir, settings.database)]
 
 
 def _announce(one: Repair) -> Finding:

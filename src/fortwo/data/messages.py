@@ -69,16 +69,17 @@ def _arguments(given: Any) -> Any:
         ) from None
     if not isinstance(value, dict):
         raise wrong("the arguments of a call are not a JSON object", "Write an object, or the JSON text of one.")
-    _check_depth(value)
+    check_depth(value)
     return value
 
 
-def _check_depth(value: Any, depth: int = DEPTH) -> None:
+def check_depth(value: Any, depth: int = DEPTH) -> None:
+    """Raises for more than `depth` objects and lists within each other."""
     if isinstance(value, dict | list):
         if depth == 0:
             raise wrong(f"more than {DEPTH} objects and lists are within each other", "Write the inner ones as text.")
         for inner in value.values() if isinstance(value, dict) else value:
-            _check_depth(inner, depth - 1)
+            check_depth(inner, depth - 1)
 
 
 class Function(BaseModel):
@@ -105,7 +106,7 @@ class ToolCall(BaseModel):
     index: int | None = None
 
 
-def _writable(given: Any) -> Any:
+def writable(given: Any) -> Any:
     """Raises for calls or tools that JSON in UTF-8 cannot hold."""
     try:
         json.dumps(given, allow_nan=False, default=BaseModel.model_dump, ensure_ascii=False).encode()
@@ -118,7 +119,7 @@ def _writable(given: Any) -> Any:
     return given
 
 
-ToolCalls = Annotated[list[Annotated[ToolCall, BeforeValidator(_call)]], AfterValidator(_writable)]
+ToolCalls = Annotated[list[Annotated[ToolCall, BeforeValidator(_call)]], AfterValidator(writable)]
 
 
 def calls_json(calls: ToolCalls) -> str:
@@ -139,7 +140,7 @@ def _tools(given: Any) -> Any:
             raise wrong(f"the tools are not JSON: {error}", "Write a list of tools, or the JSON text of one.") from None
     if not isinstance(given, list):
         return given
-    _check_depth(given)
+    check_depth(given)
     tools = []
     for number, tool in enumerate(given, 1):
         whole = {"type": "function", "function": tool} if isinstance(tool, dict) and "name" in tool else tool
@@ -155,7 +156,7 @@ def _tools(given: Any) -> Any:
     return tools
 
 
-Tools = Annotated[list[dict[str, Any]], BeforeValidator(_tools), AfterValidator(_writable)]
+Tools = Annotated[list[dict[str, Any]], BeforeValidator(_tools), AfterValidator(writable)]
 
 
 def tools_json(tools: list[dict[str, Any]]) -> str:

@@ -34,7 +34,7 @@ class ToolCallParser:
         else:
             heads = {form.opening: form.opening}
         self._heads = heads  # what a reply that is a call by itself begins with, and its part before the name
-        self._named = re.compile("([a-zA-Z0-9_.-]+)" + pattern(form.middle))
+        self._named = re.compile("([a-zA-Z0-9_.-]+)" + pattern(form.middle) + r"(?=\s*\{)")
         self._between = None if form.between is None else re.compile(pattern(form.between))
         self._state: Literal["text", "name", "arguments", "after"] = "text"
         self._at_start = True

@@ -51,7 +51,8 @@ class Cache:
     @property
     def tokens(self) -> int:
         """Tokens there is memory for now."""
-        return sum(self._cost(pool.capacity) * len(pool.slots) for pool in self.pools.values()) + self.prefixes.tokens
+        pools = list(self.pools.values())  # other threads ask too
+        return sum(self._cost(pool.capacity) * len(pool.slots) for pool in pools) + self.prefixes.tokens
 
     @property
     def bytes(self) -> int:

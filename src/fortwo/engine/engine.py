@@ -27,6 +27,7 @@ from fortwo.engine.generation import JsonConstraint, Reply, ReplyTokenizer
 from fortwo.engine.prompt_outputs import PromptOutputs
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, split_budget
+from fortwo.engine.statistics import BaseLoad, EngineStatistics
 from fortwo.engine.tasks import Task
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from fortwo.nn.lora import Lora
@@ -48,6 +49,7 @@ class _Request(Sequence):
     reply: Reply
     sampler: sampling.Sampler
     listener: PromptOutputs | None
+    accepted: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(eq=False)
@@ -55,6 +57,7 @@ class _Base:
     id: str
     runner: Runner
     tokenizer: ReplyTokenizer
+    statistics: EngineStatistics = field(default_factory=EngineStatistics)
     scheduler: Scheduler[_Request] = field(default_factory=lambda: Scheduler(MAX_RUNNING))
 
     def remove(self, request: _Request) -> None:
@@ -71,11 +74,13 @@ class _Base:
             while request.slot is not None and self._allocate(request, self.runner.extend) is False:
                 self.preempt(self.scheduler.running[-1])
         if decoding := self.scheduler.decoding:
+            self.statistics.batch_rows.observe(len(decoding))
             _advance(self, decoding, lambda: self.runner.step(decoding))
 
     def preempt(self, request: _Request) -> None:
         """Free the request's slot because the cache is full; it is computed again when there is room."""
         log.info("The cache is full: a request of %d tokens is preempted and waits again.", len(request.tokens))
+        self.statistics.preemptions += 1
         self.runner.release(request, keep=False)
         self.scheduler.preempt(request)
 
@@ -92,12 +97,26 @@ class _Base:
                 scheduler.start()
                 if request.slot is not None and not request.reply.tokens:
                     request.reply.cached_tokens = request.slot.length
+                    self.count_prompt(request)
         prefilling = scheduler.prefilling
         lengths = split_budget([request.uncomputed for request in prefilling], budget)
         parts = [(request, length) for request, length in zip(prefilling, lengths, strict=True) if length]
         if parts:
             requests, lengths = [request for request, _ in parts], [length for _, length in parts]
             _advance(self, requests, lambda: self.runner.prefill(requests, lengths))
+
+    def count_prompt(self, request: _Request) -> None:
+        if not request.background:
+            self.statistics.prompt_tokens += len(request.tokens)
+            self.statistics.cached_tokens += request.reply.cached_tokens
+
+    def count_token(self, request: _Request) -> None:
+        """Count one token of a reply, before it is added."""
+        if request.background:
+            return
+        self.statistics.generated_tokens += 1
+        if len(request.tokens) == len(request.reply.prompt.tokens):
+            self.statistics.first_token_seconds.observe(time.perf_counter() - request.accepted)
 
     def _allocate(self, request: _Request, allocate: Callable[[_Request], bool]) -> bool | None:
         """Whether the cache had room for the request; None when the allocation failed, which ends the request."""
@@ -122,6 +141,7 @@ class Engine:
     called on the device's thread after the deltas of a step have gone to all on_delta callbacks."""
 
     def __init__(self, threads: int | None = None, flush: Callable[[], None] = lambda: None) -> None:
+        self.statistics = EngineStatistics()
         self._threads = CORES if threads is None else threads
         self._flush = flush
         self._ready = threading.Event()
@@ -177,7 +197,7 @@ class Engine:
             if id in self._bases:
                 raise Conflict(f"Base model {id!r} is already served.", param="model")
             runner.warm()
-            self._bases[id] = _Base(id, runner, tokenizer)
+            self._bases[id] = _Base(id, runner, tokenizer, self.statistics)
 
         self.call(add).result()
 
@@ -215,6 +235,15 @@ class Engine:
         """How many requests run or wait on a base, or on one adapter of it."""
         served = self._base(base)
         return self.call(lambda: sum(adapter in (None, request.adapter) for request in served.scheduler)).result()
+
+    def loads(self) -> list[BaseLoad]:
+        """What each base does now, as another thread sees it: nothing waits for the device."""
+        loads = []
+        for base in list(self._bases.values()):
+            cache, scheduler = base.runner.cache, base.scheduler
+            counts = len(scheduler.running), len(scheduler.waiting)
+            loads.append(BaseLoad(base.id, *counts, cache.tokens, cache.bound))
+        return loads
 
     def has_job(self) -> bool:
         """Whether a job runs or waits."""
@@ -386,6 +415,7 @@ def _advance(base: _Base, requests: list[_Request], forward: Callable[[], Tensor
                 request.reply.add_prompt_outputs(request.listener.logprobs, request.listener.embedding)
                 request.listener = None
             if request.reply.max_tokens:
+                base.count_token(request)
                 request.tokens.append(sampled.token)
                 request.reply.push(*sampled)
             else:

@@ -149,6 +149,7 @@ class ModelRegistry:
         self._cache_bytes = memory(self._device) // 8 if cache_mb is None else cache_mb << 20
         self._lock = threading.RLock()  # for loading and unloading; readers take the dicts as they are
         self._loading: Counter[str] = Counter()  # by id: threads that load it
+        self.adapter_loads = 0  # since the start
         self._progress: dict[str, tuple[str, int, int]] = {}  # by id of a base that is prepared
         self._bases: dict[str, LoadedModel] = {}
         self._adapters: dict[str, AdapterState] = {}
@@ -462,6 +463,7 @@ class ModelRegistry:
 
     def _attach(self, base: LoadedModel, version: AdapterVersion, lora: Lora) -> None:
         self._engine.attach(base.id, version.digest, lora, frozen=True)
+        self.adapter_loads += 1
         self._last_used[version.digest] = next(self._clock)
         size = sum(tensor.nbytes for tensor in lora.parameters())
         self._adapters[version.digest] = AdapterState(base.id, size)

@@ -7,7 +7,7 @@ from pathlib import Path
 from fortwo.errors import InvalidAdapter
 from fortwo.hub.folder_progress import report_folder_bytes
 from fortwo.hub.huggingface import HubSource
-from fortwo.hub.repository import HubFile, Repository
+from fortwo.hub.repository import HubFile, Repository, check_space
 from fortwo.hub.weights import ProgressCallback
 
 CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
@@ -17,7 +17,7 @@ def download_adapter(reference: str, folder: Path, progress: ProgressCallback) -
     """Download an adapter's files of one commit into `folder`. reference: hf:OWNER/REPO or hf:OWNER/REPO@REVISION.
 
     Raises InvalidRequest for another reference, InvalidAdapter for a repository that has no adapter or only a pickle
-    of it, SourceUnreachable, and OSError for a disk that is full.
+    of it, SourceUnreachable, StorageFailed for a disk without room, and OSError for one that becomes full.
     """
     source = HubSource.parse(reference, "ID")
     repository = Repository(
@@ -32,7 +32,9 @@ def download_adapter(reference: str, folder: Path, progress: ProgressCallback) -
     found = {sibling.rfilename: HubFile.of(sibling) for sibling in info.siblings or []}
     _check_files(reference, sorted(found))
     files = [found[name] for name in (CONFIG, MANIFEST, TENSORS) if name in found]
-    with report_folder_bytes(folder, "download", sum(file.size for file in files), progress):
+    total = sum(file.size for file in files)
+    check_space(reference, total, folder)
+    with report_folder_bytes(folder, "download", total, progress):
         for file in files:
             repository.download(folder / file.name, file, info.sha or "")
             repository.verified(folder / file.name, file)

@@ -63,6 +63,11 @@ class Catalog:
         origin: Literal["catalog", "user"] = "user" if id in self._added() else "catalog"
         return ModelEntry(id, source, bundled.description, origin, bundled.licence)
 
+    def missing_sources(self) -> dict[str, str]:
+        """The paths that the user gave and that do not exist, by model."""
+        added = self._added().items()
+        return {id: path for id, path in added if not path.startswith(PREFIX) and not Path(path).exists()}
+
     def config(self, id: str) -> Json:
         """The model's config.json, or its dimensions under the names of one, as far as they are known before it is
         prepared; an empty object otherwise. Raises NotFound."""

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fortwo import disk
-from fortwo.errors import InvalidDataset, StorageFailed
+from fortwo.errors import InvalidDataset
 from fortwo.hub.dataset_files import choose_files
-from fortwo.hub.repository import HubFile, Repository, licence_of
+from fortwo.hub.repository import HubFile, Repository, check_space, licence_of
 from fortwo.records import Json
 
 PREFIX = "hub:"
@@ -156,12 +156,7 @@ def _rows(folder: Path) -> Path | None:
 def _download(found: FoundDataset, folder: Path, check: Callable[[], None]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ORIGIN).unlink(missing_ok=True)
-    free, need = shutil.disk_usage(folder).free, found.bytes * (2 if len(found.files) > 1 else 1)
-    if need > free:
-        raise StorageFailed(
-            f"{_pinned(found)} takes {need:,} bytes; the disk of {folder} has {free:,} left",
-            hint="Free some space, or set FORTWO_HOME to another disk.",
-        )
+    check_space(_pinned(found), found.bytes * (2 if len(found.files) > 1 else 1), folder)
     repository, paths, sums = found.reference.repository, [], []
     for file in found.files:
         path = folder / FILES / file.name

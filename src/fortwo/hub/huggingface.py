@@ -5,18 +5,17 @@ Only files that a base needs are downloaded: safetensors, JSON, chat templates.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from fortwo.errors import InvalidRequest, StorageFailed, UnsupportedModel
+from fortwo.errors import InvalidRequest, UnsupportedModel
 from fortwo.hub import template_files, weights
 from fortwo.hub.folder_progress import report_folder_bytes
 from fortwo.hub.identity import read_json
 from fortwo.hub.quantised import check_quantisation
-from fortwo.hub.repository import HubFile, Repository, licence_of
+from fortwo.hub.repository import HubFile, Repository, check_space, licence_of
 from fortwo.hub.sources import CONFIG_FILES, DirectorySource, Download
 from fortwo.hub.weights import ProgressCallback
 
@@ -98,13 +97,9 @@ class HubSource:
 
     def populate(self, target: Path, progress: ProgressCallback) -> Download:
         found = self.repository()
-        free = shutil.disk_usage(target).free
         folder = self.folder(target.parent)
-        if found.bytes > free and not folder.exists():
-            raise StorageFailed(
-                f"{self.repo_id} takes {found.bytes:,} bytes; the disk of {target.parent} has {free:,} left",
-                hint="Free some space, or set FORTWO_HOME to another disk.",
-            )
+        if not folder.exists():
+            check_space(self.repo_id, found.bytes, target.parent)
         snapshot = folder / found.revision
         first = sorted(found.files, key=lambda file: file.name != "config.json")  # before anything large
         with report_folder_bytes(snapshot, "download", found.bytes, progress):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from fortwo.errors import SourceUnreachable
+from fortwo.errors import SourceUnreachable, StorageFailed
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import DatasetInfo, ModelInfo, RepoSibling
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TIMEOUT_SECONDS = 10  # for the first answer; downloads have no limit
+SPARE_BYTES = 64 << 20  # that stay free on the disk, where the server's database is, too
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,16 @@ class Repository:
         return SourceUnreachable(
             f"{where} cannot be downloaded from the Hugging Face hub: {error}",
             hint=f"Try again; what was downloaded is kept. {self.elsewhere}",
+        )
+
+
+def check_space(what: str, need: int, folder: Path) -> None:
+    """Raises StorageFailed where the disk of an existing folder has no room for `need` bytes of `what`."""
+    free = shutil.disk_usage(folder).free
+    if need + SPARE_BYTES > free:
+        raise StorageFailed(
+            f"{what} takes {need:,} bytes; the disk of {folder} has {free:,} left, of which {SPARE_BYTES:,} stay free",
+            hint="Free some space, or set FORTWO_HOME to another disk.",
         )
 
 

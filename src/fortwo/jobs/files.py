@@ -1,8 +1,10 @@
 """Uploaded files, and files of results: their content in the home, their rows in the database.
 
     <root>/<id>/<name>    the content, whose size and SHA-256 the row has
+    <root>/.pending-<id>  empty; while it is there, the row may not be stored yet
 
-A file is written as a draft, synced and renamed before its row is stored: a row always has its whole content. A file
+A file is written as a draft, synced and renamed before its row is stored: a row always has its whole content. Of a
+server that was killed in between, the next start removes the content, because nobody was told its id. A file
 that is deleted or expired is not listed any more; its content goes when no job needs it. Jobs that have succeeded or
 were cancelled need none.
 """
@@ -34,6 +36,7 @@ from fortwo.records import Dataset, Json
 
 FINISHED = ("succeeded",)  # jobs that do not read their files again; cancelled ones can be resumed
 LONGEST_NAME = 100
+PENDING = ".pending-"
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,17 @@ class FileStore:
         self._hub = hub
 
     def clean(self) -> None:
-        """Remove the drafts of a killed server, and what is deleted or expired and not needed. For the start."""
+        """Remove what a killed server did not finish, and what is deleted or expired and not needed. For the start. A
+        folder that the database does not know for another reason is left alone: the database may have been lost."""
         for draft in self._root.glob(f"{disk.DRAFT_PREFIX}*"):
             shutil.rmtree(draft, ignore_errors=True)
+        for pending in self._root.glob(f"{PENDING}*"):
+            id = pending.name.removeprefix(PENDING)
+            with self._store.reading() as session:
+                stored = session.get(FileRow, id) is not None
+            if not stored:
+                shutil.rmtree(self._root / id, ignore_errors=True)
+            pending.unlink(missing_ok=True)
         self._sweep()
 
     @contextmanager
@@ -121,10 +132,12 @@ class FileStore:
     def _commit(
         self, content: Path, folder: Path, file: StoredFile, also: Callable[[Session, StoredFile], None]
     ) -> StoredFile:
+        pending = self._root / f"{PENDING}{file.id}"
         try:
             with content.open("rb") as handle:
                 os.fsync(handle.fileno())
             disk.sync(content.parent)
+            pending.touch()
             content.parent.rename(folder)
             disk.sync(self._root)
         except OSError as error:
@@ -137,6 +150,9 @@ class FileStore:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        finally:
+            with suppress(OSError):  # the next start removes it
+                pending.unlink()
         return file
 
     def get(self, id: str) -> StoredFile:

@@ -1,5 +1,6 @@
-"""Finds and repairs what a crash or a lost database leaves of jobs: unfinished checkpoints, folders without a job, jobs
-without files. The database is only read: jobs that ran when their server died get their end at the next start.
+"""Finds and repairs what a crash or a lost database leaves of jobs and uploads: unfinished checkpoints, folders that
+the database does not know, jobs without files. The database is only read: jobs that ran when their server died get
+their end at the next start.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fortwo.jobs.database import check, connect, errors_of
 from fortwo.jobs.store import ACTIVE
 from fortwo.records import Repair
 
-ORPHANS = ".orphans"  # in the folder of jobs; names that begin with a dot are of no job
+ORPHANS = ".orphans"  # in the folder of jobs or files; names that begin with a dot are of neither
 _JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -30,10 +31,11 @@ def repairs(jobs_dir: Path, adapters: AdapterStore, database_url: str) -> Iterat
             if folder.is_dir() and (folder == jobs_dir or _JOB_ID.fullmatch(folder.name)):
                 yield from unfinished(folder)
     try:
-        rows = _rows(database_url)
+        rows = _select(database_url, "jobs", "id, status, adapter_name, created_at")
     except FortwoError as error:
         yield Repair(error.message, f"Not repaired. {error.hint}")
         return
+    rows.sort(key=lambda row: row["created_at"])
     known = {row["id"] for row in rows}
     for folder in sorted(jobs_dir.iterdir()) if jobs_dir.is_dir() else ():
         if folder.is_dir() and _JOB_ID.fullmatch(folder.name) and folder.name not in known:
@@ -56,8 +58,27 @@ def repairs(jobs_dir: Path, adapters: AdapterStore, database_url: str) -> Iterat
             )
 
 
-def _rows(database_url: str) -> list[dict[str, Any]]:
-    """The jobs, from a database of any schema; none if there is no database yet."""
+def upload_repairs(files_dir: Path, database_url: str) -> Iterator[Repair]:
+    """The same for uploaded files. Nothing when the database cannot be read, which `repairs` says."""
+    folders = [one for one in sorted(files_dir.glob("*")) if one.is_dir() and not one.name.startswith(".")]
+    if not folders:
+        return
+    try:
+        known = {row["id"] for row in _select(database_url, "files", "id")}
+    except FortwoError:
+        return
+    for folder in folders:
+        if folder.name not in known:
+            target = files_dir / ORPHANS / folder.name
+            yield Repair(
+                f"{folder} has the content of a file that is not in the database",
+                f"Move it to {target}. If the database was lost, restore it instead.",
+                _moving(folder, target),
+            )
+
+
+def _select(database_url: str, table: str, columns: str) -> list[dict[str, Any]]:
+    """The rows of a table, from a database of any schema; none if there is no database or no such table yet."""
     engine = connect(database_url)
     try:
         file = engine.url.database if engine.dialect.name == "sqlite" else None
@@ -65,9 +86,9 @@ def _rows(database_url: str) -> list[dict[str, Any]]:
             return []
         check(engine)
         with errors_of(engine), engine.connect() as connection:
-            if not engine.dialect.has_table(connection, "jobs"):
+            if not engine.dialect.has_table(connection, table):
                 return []
-            found = connection.execute(text("SELECT id, status, adapter_name FROM jobs ORDER BY created_at"))
+            found = connection.execute(text(f"SELECT {columns} FROM {table}"))
             return [dict(row) for row in found.mappings()]
     finally:
         engine.dispose()

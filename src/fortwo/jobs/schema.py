@@ -85,3 +85,18 @@ class KeyRow(TableBase):
     created_at: Mapped[float]
 
     __table_args__ = (Index("keys_by_age", "created_at"),)
+
+
+class ApiKeyRow(TableBase):
+    """A key of `fortwo keys create`. digest: SHA-256 of the key, which is stored nowhere."""
+
+    __tablename__ = "api_keys"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64))
+    scopes: Mapped[list[str]]
+    requests_per_minute: Mapped[int | None]
+    concurrent: Mapped[int | None]
+    created_at: Mapped[float]
+
+    __table_args__ = (Index("api_keys_by_digest", "digest", unique=True),)

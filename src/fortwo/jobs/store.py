@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
 from sqlalchemy.orm import Session
@@ -30,6 +30,7 @@ from fortwo.records import Json
 
 Status = Literal["queued", "preparing", "running", "evaluating", "paused", "succeeded", "failed", "cancelled"]
 Level = Literal["info", "warn", "error"]
+STATUSES: tuple[Status, ...] = get_args(Status)
 ENDED: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
 ACTIVE: tuple[Status, ...] = ("preparing", "running", "evaluating")
 
@@ -232,6 +233,18 @@ class JobStore:
         with self.reading() as session:
             row = session.scalars(query).first()
             return None if row is None else _job(row)
+
+    def counts(self) -> dict[str, int]:
+        """How many of this server's jobs there are, by status."""
+        query = select(JobRow.status, func.count()).where(JobRow.owner == self.owner).group_by(JobRow.status)
+        with self.reading() as session:
+            return {row[0]: row[1] for row in session.execute(query)}
+
+    def running(self) -> list[tuple[str, Json]]:
+        """The id and the progress of this server's active jobs."""
+        query = select(JobRow.id, JobRow.progress).where(JobRow.status.in_(ACTIVE), JobRow.owner == self.owner)
+        with self.reading() as session:
+            return [(id, progress) for id, progress in session.execute(query)]
 
     def queue(self) -> list[str]:
         """The ids of the jobs that wait in this server's queue, the next one first."""

@@ -29,7 +29,7 @@ export const text = {
 
   key: {
     title: 'This server asks for its API key',
-    lead: 'It is the value of FORTWO_API_KEY. The page keeps it in this tab until the tab is closed.',
+    lead: 'It is the value of FORTWO_API_KEY, or a key that the command fortwo keys create made. The page keeps it in this tab until the tab is closed.',
     label: 'API key',
     submit: 'Continue',
   },

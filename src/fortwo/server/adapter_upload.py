@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import lzma
+import shutil
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import contextmanager_in_threadpool
@@ -27,6 +29,11 @@ from fortwo.server.state import AppState, AppStateDep
 
 WANTED = (CONFIG, TENSORS, MANIFEST, *PICKLES)  # a pickle is refused by whoever reads the folder
 CHUNK = 1 << 20
+LONGEST_HEADER = 1 << 20  # bytes of names and attributes of a file in a .tar
+_ABOUT_THE_NEXT = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DAMAGED = (
     OSError,  # gzip, bz2 and zipfile raise it for damaged content
@@ -103,7 +110,14 @@ def unpack(archive: Path, folder: Path, most_bytes: int) -> None:
     than `most_bytes`, and StorageFailed for a full disk."""
     left = most_bytes
     try:
-        for name, opened in _members(archive):
+        for name, size, opened in _members(archive):
+            left -= max(size, 0)  # a damaged header may have a negative one
+            if left < 0:
+                raise InvalidAdapter(
+                    f"The files in the archive have more than {most_bytes >> 20} MiB.",
+                    hint="Pack the adapter's files alone, allow more with FORTWO_MAX_UPLOAD_MB, or import the adapter "
+                    "from a folder.",
+                )
             target = folder / PurePosixPath(name.replace("\\", "/")).name
             if target.name not in WANTED:
                 continue
@@ -112,14 +126,7 @@ def unpack(archive: Path, folder: Path, most_bytes: int) -> None:
                     f"The archive holds {target.name} twice.", hint="Pack the files of one adapter alone."
                 )
             with opened() as source, target.open("xb") as written:
-                while chunk := source.read(CHUNK):
-                    left -= len(chunk)
-                    if left < 0:
-                        raise InvalidAdapter(
-                            f"The files in the archive have more than {most_bytes >> 20} MiB.",
-                            hint="Allow more with FORTWO_MAX_UPLOAD_MB, or import the adapter from a folder.",
-                        )
-                    written.write(chunk)
+                shutil.copyfileobj(source, written, CHUNK)
     except _DAMAGED as error:
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             raise disk.storage_failed(folder, error) from error
@@ -128,25 +135,42 @@ def unpack(archive: Path, folder: Path, most_bytes: int) -> None:
         ) from None
 
 
-def _members(archive: Path) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
-    """The plain files in an archive: their names, and what opens them."""
+def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[], IO[bytes]]]]:
+    """The plain files in an archive: their names, the most bytes that can be read of them, and what opens them. To pass
+    one in a compressed .tar, its bytes are unpacked."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as packed:
             for info in packed.infolist():
                 if not info.is_dir():
-                    yield info.filename, partial(packed.open, info)
-    elif tarfile.is_tarfile(archive):
-        with tarfile.open(archive) as packed_tar:
-            for member in packed_tar:
-                if member.isfile():
-                    yield member.name, partial(_opened, packed_tar, member)
-            assert packed_tar.fileobj is not None
-            while packed_tar.fileobj.read(CHUNK):
-                pass  # gzip has its checksum at the end
-    else:
-        raise InvalidAdapter(
-            "The file is no archive.", hint="Send a .tar, .tar.gz or .zip with the files that PEFT saved."
-        )
+                    yield info.filename, info.file_size, partial(packed.open, info)
+        return
+    with ExitStack() as stack:
+        try:
+            packed_tar = stack.enter_context(tarfile.open(archive, tarinfo=_Header))
+        except tarfile.ReadError:
+            raise InvalidAdapter(
+                "The file is no archive.", hint="Send a .tar, .tar.gz or .zip with the files that PEFT saved."
+            ) from None
+        for member in packed_tar:
+            if member.isfile():
+                yield member.name, member.size, partial(_opened, packed_tar, member)
+        assert packed_tar.fileobj is not None
+        packed_tar.fileobj.read(CHUNK)  # gzip has its checksum at the end
+
+
+class _Header(tarfile.TarInfo):
+    """A header of a .tar. One that says more about the next file than LONGEST_HEADER bytes is refused, because tarfile
+    holds that in memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in _ABOUT_THE_NEXT and found.size > LONGEST_HEADER:
+            raise InvalidAdapter(
+                f"The archive has a header of {found.size:,} bytes; at most {LONGEST_HEADER:,} are read.",
+                hint="Pack the adapter's files again.",
+            )
+        return found
 
 
 def _opened(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:

@@ -13,6 +13,7 @@ from fortwo.server import (
     health,
     llama_cpp,
     machine,
+    metrics,
     models,
     native,
     ollama,
@@ -24,13 +25,13 @@ from fortwo.server import (
     vllm,
 )
 from fortwo.server.request_body import RequestBodyMiddleware
+from fortwo.server.request_metrics import RequestMetricsMiddleware
 from fortwo.server.security import SecurityMiddleware
 from fortwo.server.state import AppState, ShutdownMiddleware
 
 
 def create_app(state: AppState) -> FastAPI:
     """The application over `state`, which must be open when the first request arrives."""
-    api_key = state.settings.plain_api_key
     app = FastAPI(
         title="fortwo",
         description="Teach a local language model one thing, prove that it learned it, and chat with it.",
@@ -47,9 +48,15 @@ def create_app(state: AppState) -> FastAPI:
         max_upload_bytes=state.settings.max_upload_mb << 20,
     )
     app.add_middleware(ShutdownMiddleware, state=state)
-    app.add_middleware(SecurityMiddleware, api_key=api_key)
+    app.add_middleware(
+        SecurityMiddleware,
+        api_key=state.settings.plain_api_key,
+        keyed=state.keyed,
+        usage=state.key_usage,
+    )
     app.add_middleware(errors.UnexpectedErrorMiddleware)
-    keyed = [] if api_key is None else [docs.API_KEY]
+    app.add_middleware(RequestMetricsMiddleware, metrics=state.request_metrics)
+    keyed = [docs.API_KEY] if state.keyed else []
     own = (
         models.router,
         native.router,
@@ -60,6 +67,7 @@ def create_app(state: AppState) -> FastAPI:
         datasets.uploads,
         adapter_upload.router,
         machine.router,
+        metrics.router,
     )
     for router in (*own, *openai.routers, vllm.router, llama_cpp.router):
         app.include_router(router, dependencies=keyed, responses=docs.ERRORS)

@@ -80,7 +80,7 @@ async def inspect_data(request: Request, state: AppStateDep, body: InspectReques
         source, folders = state.files.source(body.dataset, state.settings.allowed_data_dirs, check)
         return asdict(inspect(source, folders, check))
 
-    return await state.planning.run(request, work)
+    return await state.readers(body.dataset).run(request, work)
 
 
 @uploads.post("/data/rows", summary="The rows of a file, which is not kept", openapi_extra=FORM)

@@ -17,7 +17,13 @@ PAGE_PATH = "/docs"
 FILES_PATH = "/docs/files"
 OPENAPI_PATH = "/openapi.json"
 # Makes the OpenAPI document say that a route needs the key; SecurityMiddleware is what checks it.
-API_KEY = Depends(HTTPBearer(auto_error=False, scheme_name="api_key", description="FORTWO_API_KEY of the server."))
+API_KEY = Depends(
+    HTTPBearer(
+        auto_error=False,
+        scheme_name="api_key",
+        description="FORTWO_API_KEY of the server, or a key of `fortwo keys create`.",
+    )
+)
 
 
 _TEXT = {"type": "string"}
@@ -32,14 +38,14 @@ _ERROR_BODY = {
 }
 _STATUSES = {
     400: "The request is wrong: a field, a value or a file.",
-    401: "The API key is missing or wrong.",
-    403: "The request comes from the page of another site.",
+    401: "The API key is missing, wrong or revoked.",
+    403: "The API key lacks the scope, or the request comes from the page of another site.",
     404: "What is named does not exist.",
     408: "The body did not arrive in time.",
     409: "The current state does not allow it.",
     413: "The body is too large.",
     415: "The body is not JSON by its Content-Type.",
-    429: "The server is at a limit; Retry-After says when to try again.",
+    429: "The server or the API key is at a limit; Retry-After says when to try again.",
     500: "An unexpected error, which the server's log has under the number in the message.",
     503: "The server is shutting down, or something it needs does not answer.",
     504: "The reply took longer than the time limit.",

@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,10 +240,11 @@ class ExportQueue:
         """Run an export to its end, whatever that is."""
         folder = self.root / export.id
         try:
-            await run_in_threadpool(lambda: (folder / SCRATCH).mkdir(parents=True))
+            await _to_its_end(lambda: (folder / SCRATCH).mkdir(parents=True))
             result = await self._export(export, folder)
             finished_at = time.time()
-            await run_in_threadpool(_complete, folder, {**export.body(), **result, "finished_at": finished_at})
+            body = {**export.body(), **result, "finished_at": finished_at}
+            await _to_its_end(lambda: _complete(folder, body))
             export.end("succeeded", result=result, finished_at=finished_at)
         except asyncio.CancelledError:
             export.end("cancelled")
@@ -319,12 +320,25 @@ async def _result(process: Process, order: Json, export: Export, errors: Path) -
     )
 
 
+async def _to_its_end(work: Callable[[], None]) -> None:
+    """Do it on a thread, and wait for its end also when cancelled: it must not write into a folder that is removed."""
+    done = asyncio.create_task(run_in_threadpool(work))
+    try:
+        await asyncio.shield(done)
+    except asyncio.CancelledError:
+        await asyncio.wait([done])
+        raise
+
+
 def _restored(root: Path) -> list[Export]:
-    """The complete exports of earlier runs of the server; what is not complete or has expired is removed."""
+    """The complete exports of earlier runs of the server; what is not complete or has expired is removed. Folders of
+    other names are somebody else's."""
     found = []
-    for folder in root.glob("*"):
+    for folder in root.glob("export-" + "[0-9a-f]" * 32):
         try:
             body = json.loads((folder / RECORD).read_text("utf-8"))
+            for file in body["files"]:
+                (folder / FILES / file["path"]).stat()
             export = Export(
                 id=folder.name,
                 adapter=body["adapter"],

@@ -118,7 +118,8 @@ def reported_version(state: AppState, name: str) -> AdapterVersion:
 
 @router.post("/training/plan", tags=["training"], summary="The plan for a training request, without starting it")
 async def plan(request: Request, state: AppStateDep, body: TrainingRequest) -> Json:
-    return await state.planning.run(request, lambda check: to_json(state.runner.plan(body, check)))
+    readers = state.readers(*body.datasets.values())
+    return await readers.run(request, lambda check: to_json(state.runner.plan(body, check)))
 
 
 @router.post("/training/start", tags=["training"], status_code=202, summary="Plan and queue a training job")
@@ -128,7 +129,7 @@ async def start(request: Request, state: AppStateDep, body: TrainingRequest) -> 
     def submit(check: Check) -> Json:
         return state.answers.once(key, lambda also: state.runner.submit(body, check, also=also), _started)
 
-    return await state.planning.run(request, submit)
+    return await state.readers(*body.datasets.values()).run(request, submit)
 
 
 def _started(job: Job) -> Json:
@@ -154,7 +155,7 @@ async def preview_data(request: Request, state: AppStateDep, body: PreviewReques
         source, folders = state.files.source(body.dataset, state.settings.allowed_data_dirs, check)
         return asdict(preview(source, folders, state.catalog, model, body.rows, check))
 
-    return await state.planning.run(request, work)
+    return await state.readers(body.dataset).run(request, work)
 
 
 @router.get("/data/hub", tags=["training"], summary="What would be downloaded for a dataset of the Hugging Face hub")

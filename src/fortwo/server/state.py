@@ -15,13 +15,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fortwo.home import home_id, lock_home
 from fortwo.jobs import fine_tuned_models
+from fortwo.jobs.api_keys import ApiKeyStore
+from fortwo.jobs.store import JobStore
 from fortwo.kernels import isa
 from fortwo.prompts import MAX_RUNNING
+from fortwo.records import Json
 from fortwo.server.admission import Admission, shutting_down
 from fortwo.server.errors import respond
 from fortwo.server.event_loop_bridge import EventLoopBridge
 from fortwo.server.export_queue import ExportQueue
-from fortwo.server.security import check_binding
+from fortwo.server.key_usage import KeyUsage
+from fortwo.server.request_metrics import RequestMetrics
+from fortwo.server.security import check_api_key, needs_key
 from fortwo.server.streams import StreamLimit
 from fortwo.server.workers import WorkerPool
 from fortwo.settings import Settings
@@ -30,15 +35,28 @@ if TYPE_CHECKING:
     from fortwo.engine.registry import Target
 
 PLANNING_THREADS, PLANNING_WAITING = 2, 8  # requests that read whole datasets
+DOWNLOAD_THREADS, DOWNLOAD_WAITING = 2, 8  # those that may download them first
 CONTROL_THREADS, CONTROL_WAITING = 8, 64  # requests that wait for the device or for a job's step
 
 
 class AppState:
     """Everything the server uses, built here and released by `close`. Building it imports torch, but loads no model.
-    Raises InvalidRequest for a host that needs an API key, Conflict when another server uses the home."""
+    Raises InvalidRequest for a host that needs an API key and for an API key that is not a server's, Conflict when
+    another server uses the home."""
 
     def __init__(self, settings: Settings) -> None:
-        check_binding(settings.host, settings.plain_api_key)
+        with ExitStack() as built:
+            built.enter_context(lock_home(settings.home))
+            self.jobs = JobStore(settings.database, home_id(settings.home))
+            built.callback(self.jobs.close)
+            keys, api_key = ApiKeyStore(self.jobs), settings.plain_api_key
+            check_api_key(None if api_key is None else keys.find(api_key))
+            self.keyed = needs_key(settings.host, api_key, created=bool(keys.all()))
+            self.key_usage = KeyUsage(keys)
+            self._build(settings, built)
+            self._closing = built.pop_all()
+
+    def _build(self, settings: Settings, built: ExitStack) -> None:
         isa.cap(settings.isa)  # before torch is imported
         from fortwo.adapters.store import AdapterStore
         from fortwo.engine.engine import Engine
@@ -49,7 +67,6 @@ class AppState:
         from fortwo.jobs.files import FileStore
         from fortwo.jobs.idempotency import AnswerStore
         from fortwo.jobs.runner import JobRunner
-        from fortwo.jobs.store import JobStore
         from fortwo.kernels import cpu
         from fortwo.quantization.matmul import remember_fp32_kernel
         from fortwo.quantization.selection import Measurements
@@ -57,59 +74,62 @@ class AppState:
 
         cpu.prepare()
         self.settings = settings
+        self.request_metrics = RequestMetrics()
         self.admission = Admission(MAX_RUNNING + settings.queue)
         self.bridge = EventLoopBridge()
         self._load_limiter = CapacityLimiter(1)  # the registry loads one model at a time
         self._loads: dict[str, asyncio.Future[Target]] = {}
-        with ExitStack() as built:
-            self.planning = WorkerPool("planning", PLANNING_THREADS, PLANNING_WAITING)
-            built.callback(self.planning.close)
-            self.probes = ThreadPoolExecutor(1, thread_name_prefix="fortwo-probes")  # health never waits for other work
-            built.callback(self.probes.shutdown, wait=False)
-            self.control = WorkerPool("control", CONTROL_THREADS, CONTROL_WAITING)
-            built.callback(self.control.close)
-            built.enter_context(lock_home(settings.home))
-            remember_fp32_kernel(settings.home / "fp32_kernel.json")
-            self.catalog = Catalog(settings.models_dir)
-            self.adapters = AdapterStore(settings.adapters_dir)
-            self.adapters.remove_expired()
-            self.engine = Engine(settings.threads, self.bridge.flush)
-            self.engine.start()
-            built.callback(self.engine.close)
-            self.checkpoints = CheckpointStore(settings.jobs_dir)
-            self.registry = ModelRegistry(
-                self.catalog,
-                self.adapters,
-                self.engine,
-                self.checkpoints,
-                measurements=Measurements(settings.home),
-                device=settings.device,
-                weights=settings.weights,
-                threads=settings.threads,
-                max_adapters=settings.max_adapters,
-                cache_mb=settings.cache_mb,
-            )
-            self.jobs = JobStore(settings.database, home_id(settings.home))
-            built.callback(self.jobs.close)
-            self.streams = StreamLimit(settings.max_streams)
-            self.job_events = JobEvents(self.jobs, self.streams)
-            self.exports = ExportQueue(settings)
-            self.files = FileStore(self.jobs, settings.files_dir, HubDatasets(settings.hub_datasets_dir))
-            self.files.clean()
-            self.answers = AnswerStore(self.jobs)
-            self.runner = JobRunner(
-                settings,
-                self.catalog,
-                self.adapters,
-                self.engine,
-                self.registry,
-                self.jobs,
-                self.checkpoints,
-                self.files,
-            )
-            self.runner.start()
-            built.callback(self.runner.close)
-            self._closing = built.pop_all()
+        self.planning = WorkerPool("planning", PLANNING_THREADS, PLANNING_WAITING)
+        built.callback(self.planning.close)
+        self.downloads = WorkerPool("downloads", DOWNLOAD_THREADS, DOWNLOAD_WAITING)
+        built.callback(self.downloads.close)
+        self.probes = ThreadPoolExecutor(1, thread_name_prefix="fortwo-probes")  # health never waits for other work
+        built.callback(self.probes.shutdown, wait=False)
+        self.control = WorkerPool("control", CONTROL_THREADS, CONTROL_WAITING)
+        built.callback(self.control.close)
+        remember_fp32_kernel(settings.home / "fp32_kernel.json")
+        self.catalog = Catalog(settings.models_dir)
+        self.adapters = AdapterStore(settings.adapters_dir)
+        self.adapters.remove_expired()
+        self.engine = Engine(settings.threads, self.bridge.flush)
+        self.engine.start()
+        built.callback(self.engine.close)
+        self.checkpoints = CheckpointStore(settings.jobs_dir)
+        self.registry = ModelRegistry(
+            self.catalog,
+            self.adapters,
+            self.engine,
+            self.checkpoints,
+            measurements=Measurements(settings.home),
+            device=settings.device,
+            weights=settings.weights,
+            threads=settings.threads,
+            max_adapters=settings.max_adapters,
+            cache_mb=settings.cache_mb,
+        )
+        self.streams = StreamLimit(settings.max_streams)
+        self.job_events = JobEvents(self.jobs, self.streams)
+        self.exports = ExportQueue(settings)
+        self.files = FileStore(self.jobs, settings.files_dir, HubDatasets(settings.hub_datasets_dir))
+        self.files.clean()
+        self.answers = AnswerStore(self.jobs)
+        self.runner = JobRunner(
+            settings,
+            self.catalog,
+            self.adapters,
+            self.engine,
+            self.registry,
+            self.jobs,
+            self.checkpoints,
+            self.files,
+        )
+        self.runner.start()
+        built.callback(self.runner.close)
+
+    def readers(self, *sources: Json) -> WorkerPool:
+        """The threads for a request that reads these datasets. A download may take hours, so it takes none of those
+        that other requests need."""
+        return self.downloads if any("hub" in source for source in sources) else self.planning
 
     async def resolve(self, model: str) -> Target:
         """The weights that a model name means, loaded if necessary. Waiting for the load takes no thread that other
@@ -138,6 +158,7 @@ class AppState:
     def end_calls(self) -> None:
         """Tell long calls to stop, because the server is shutting down."""
         self.planning.stop()
+        self.downloads.stop()
         self.control.stop()
 
     def close(self) -> None:

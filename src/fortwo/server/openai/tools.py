@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from fortwo.data.json_schema import check_patterns
-from fortwo.data.messages import wrong
+from fortwo.data.messages import DEPTH, check_depth, writable, wrong
 from fortwo.data.row_formats import without_nulls
 from fortwo.data.tool_form import ToolForm
 from fortwo.data.tool_grammar import Function, ToolUse, grammar
@@ -24,10 +24,18 @@ TOOLS = 128  # as in OpenAI's API
 NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
 
 
+def _parameters(schema: Json) -> Json:
+    check_depth(schema, DEPTH - 2)  # the tool and its function are around it
+    writable(schema)
+    return schema
+
+
 class FunctionDefinition(Strict):
     name: str = Field(pattern=NAME)
     description: str | None = None
-    parameters: Json | None = Field(None, description="A JSON Schema of an object. Without it there are no arguments.")
+    parameters: Annotated[Json, AfterValidator(_parameters)] | None = Field(
+        None, description="A JSON Schema of an object. Without it there are no arguments."
+    )
     strict: bool | None = Field(
         None,
         description="With true, a schema that cannot be enforced in full is refused. Otherwise keywords that cannot be "
