@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import random
 import tarfile
 import zipfile
 from pathlib import Path
@@ -76,6 +77,27 @@ def test_what_is_no_adapter_is_refused(served: Served, files: dict[str, bytes]) 
     problem(packed("w", files), "invalid_request", "other", other="x")
     problem(packed("w", files), "invalid_request", "adapter_name", name="tiny")
     assert served.http.get("/api/adapters/no-archive").status_code == 404
+
+
+def bad_places(archive: bytes) -> bytes:
+    """A zip whose directory says that its files lie before its beginning."""
+    at = archive.rindex(b"PK\x05\x06") + 16
+    return archive[:at] + (2**31).to_bytes(4, "little") + archive[at + 4 :]
+
+
+@pytest.mark.parametrize("kind", ["w:gz", "w:bz2", "w:xz", "zip", "directory"])
+def test_a_damaged_archive_is_refused_wherever_it_is_damaged(tmp_path: Path, kind: str) -> None:
+    content = random.Random(1).randbytes(100_000)
+    if kind == "directory":
+        damaged = bad_places(packed("zip", {TENSORS: content}))
+    else:
+        whole = bytearray(packed(kind, {TENSORS: content, CONFIG: content}))
+        whole[1000:1200] = whole[-300:-100] = b"\xff" * 200
+        damaged = bytes(whole)
+    archive = tmp_path / "archive"
+    archive.write_bytes(damaged)
+    with pytest.raises(InvalidAdapter, match=r"cannot be read|no archive"):
+        unpack(archive, tmp_path, 1 << 20)
 
 
 def test_links_are_not_followed_and_large_archives_are_not_unpacked(tmp_path: Path) -> None:

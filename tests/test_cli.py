@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fortwo.cli import app, views
+from fortwo.cli.client import Client
+from fortwo.errors import Unavailable
 from fortwo.quantization.selection import ROWS, Measured, Measurements
 
 JOB: dict[str, Any] = {
@@ -122,6 +125,30 @@ def test_what_is_not_fortwo_is_told(script: Script) -> None:
     result = run("jobs", "list")
     assert result.exit_code == 1
     assert "answered with status 502: <html>" in result.stderr
+
+
+def test_a_port_that_hangs_up_ends_the_following_of_a_job() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def hang_up() -> None:
+            while True:
+                try:
+                    listening.accept()[0].close()
+                except OSError:
+                    return
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        with pytest.raises(Unavailable):
+            next(Client(f"http://127.0.0.1:{listening.getsockname()[1]}").events("j1"))
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("words", [("chat", "a\udcff"), ("teach", "a\udcff", "b"), ("adapters", "load", "a\udcff")])
+def test_text_that_is_not_utf_8_is_refused(script: Script, words: tuple[str, ...]) -> None:
+    result = run(*words, "--json")
+    assert result.exit_code == 1
+    assert "is not UTF-8" in json.loads(result.stdout)["error"]["message"]
+    assert script.asked == []
 
 
 def test_api_key_is_sent(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:

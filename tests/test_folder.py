@@ -16,7 +16,9 @@ import pytest
 from serving import Served
 from terminals import run
 
-from fortwo.cli.folder import Lesson, lesson
+from fortwo.cli.client import Client
+from fortwo.cli.folder import Folder, Lesson, lesson
+from fortwo.errors import NotFound, Unavailable
 from fortwo.records import Fact
 
 pytestmark = pytest.mark.slow
@@ -59,6 +61,29 @@ def test_what_is_taught_follows_from_what_is_wanted_and_known(
     wanted: tuple[Fact, ...], known: tuple[Fact, ...], found: Lesson | None
 ) -> None:
     assert lesson(wanted, known) == found
+
+
+def test_a_new_file_is_read_when_it_is_not_being_written_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = iter(['[{"subject": "Av', json.dumps([row("Avo", "red")]), None])
+
+    def meanwhile(_: float) -> None:
+        if (content := next(written)) is not None:
+            (tmp_path / "new.json").write_text(content)
+
+    monkeypatch.setattr(time, "sleep", meanwhile)
+    with pytest.raises(Unavailable):  # only now the server is asked
+        Folder(Client("http://127.0.0.1:9"), tmp_path, None, as_json=True).watch()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_that_is_gone_ends_the_watching_with_an_error(tmp_path: Path) -> None:
+    (tmp_path / "facts").mkdir()
+    watched = Folder(Client("http://127.0.0.1:9"), tmp_path / "facts", None, as_json=True)
+    (tmp_path / "facts").rmdir()
+    with pytest.raises(NotFound, match="cannot be read any more"):
+        watched.watch()
 
 
 @pytest.fixture

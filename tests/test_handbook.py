@@ -108,6 +108,16 @@ def test_a_long_section_comes_in_parts_that_end_with_a_sentence(tmp_path: Path) 
     assert " ".join(part.text for part in found) == " ".join(sentences)
 
 
+@pytest.mark.parametrize("text", ["word " * 2000, "w" * 5000, "Short. " + "word-word " * 1000])
+def test_text_without_sentences_comes_in_parts_too(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "table.md"
+    file.write_text(text)
+    found = sections(file)
+    assert len(found) > 1
+    assert all(len(part.text) <= LONGEST for part in found)
+    assert "".join(part.text for part in found).replace(" ", "") == text.replace(" ", "")
+
+
 def test_a_pdf_has_a_section_for_each_page(tmp_path: Path) -> None:
     file = tmp_path / "book.pdf"
     file.write_bytes(pdf(["The Marrow Lane Library lends telescopes for nine nights.", "x"]))
@@ -121,6 +131,7 @@ def test_a_pdf_has_a_section_for_each_page(tmp_path: Path) -> None:
     [
         ("a.pdf", b"no pdf", "cannot be read as a PDF"),
         ("a.pdf", pdf([""]), "has no section"),
+        ("a.pdf", pdf(["x"]).replace(b"<< /Length", b"<< /Filter /Other /Length"), "cannot be read as a PDF"),
         ("a.md", b"\xff\xfe", "is not UTF-8"),
         ("a.md", b"# Only a heading", "has no section"),
         ("none.md", None, "cannot be read"),
@@ -232,6 +243,27 @@ def test_only_what_the_document_says_is_taught(
     assert {one["model"] for one in asked} == {"large"}
     assert {one["key"] for one in asked} == {"Bearer secret"}
     assert all(one["response_format"]["type"] == "json_schema" for one in asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "told"),
+    [
+        ("手册.md", "{}", "No name for the adapter"),
+        ("a.md", "[", "cannot be read"),
+        ("a.md", '{"dataset": {}}', "twice"),
+    ],
+)
+def test_what_is_wrong_with_the_request_is_told_before_facts_are_written(
+    home: Path, tmp_path: Path, writer: tuple[str, list[dict[str, Any]]], name: str, config: str, told: str
+) -> None:
+    url, asked = writer
+    (tmp_path / name).write_text(HANDBOOK)
+    (tmp_path / "config.json").write_text(config)
+    by = ("--writer", url, "--writer-model", "large", "--config", tmp_path / "config.json", "--yes")
+    result = run("teach", tmp_path / name, *by)
+    assert result.exit_code == 1
+    assert told in result.stderr
+    assert asked == []
 
 
 @pytest.mark.slow

@@ -239,3 +239,30 @@ def test_every_view_is_accessible_and_fits_a_phone(chromium: Any, site: Served, 
                 page.screenshot(path=Path(folder) / f"{name}-{width}-{scheme}.png", full_page=True)
     tab.check()
     tab.context.close()
+
+
+def test_an_address_that_is_not_encoded_shows_a_page(tab: Tab) -> None:
+    page = tab.view("job/100%")
+    expect(page.locator("main .problem")).to_contain_text("100%")
+    tab.view("adapters/%E0%A4%A")
+    expect(page.locator("h1")).to_have_text("Adapters")
+
+
+def test_steps_are_walked_only_after_a_resume(tab: Tab) -> None:
+    found = tab.view("machine").evaluate(
+        """async () => {
+          const {told} = await import('/page/job_events.js');
+          const step = (number) => ({type: 'step', data: {step: number}});
+          const steps = (from, to) => Array.from({length: to - from}, (_, at) => step(from + at));
+          const {keys} = Map.prototype;
+          let walked = 0;
+          Map.prototype.keys = function () {
+            walked += 1;
+            return keys.call(this);
+          };
+          const resumed = told({status: 'running'}, [...steps(1, 501), ...steps(400, 450)]);
+          Map.prototype.keys = keys;
+          return [walked, resumed.steps.map((one) => one.step)];
+        }"""
+    )
+    assert found == [1, list(range(1, 450))]

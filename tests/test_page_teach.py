@@ -136,6 +136,23 @@ def test_a_start_that_is_sent_twice_makes_one_job(tab: Tab, site: Served) -> Non
     expect(samples.locator(".sample").first).to_contain_text("after step")
 
 
+def test_rows_that_the_server_stores_can_be_taught_again(tab: Tab, site: Served) -> None:
+    page = tab.view("teach")
+    content = b'{"prompt": "What is up?", "completion": "sky"}\n' * 2
+    sent = site.http.post("/v1/files", files={"file": ("rows.jsonl", content)}, data={"purpose": "fine-tune"}).json()
+    again = "given => import('/page/draft.js').then((draft) => draft.teachAgain(given))"
+    page.evaluate(again, {"model": "tiny", "adapter_name": "stored", "dataset": {"file_id": sent["id"]}})
+    expect(page.locator("#teach-panel")).to_contain_text(f"The rows are those of {sent['id']}.")
+    expect(page.locator("#teach-panel")).to_contain_text("2 rows")
+    expect(page.get_by_role("button", name="Start")).to_be_enabled()
+    expect(page.get_by_role("button", name="Copy as commands")).to_have_count(0)
+    page.reload()
+    expect(page.get_by_role("button", name="Start")).to_be_enabled()
+    commands = "given => import('/page/views/plan.js').then((plan) => plan.asCommands(given))"
+    request = {"adapter_name": "stored", "dataset": {"hub": "OWNER/NAME@1a"}}
+    assert page.evaluate(commands, request) == "fortwo teach hub:OWNER/NAME@1a --name stored"
+
+
 def test_after_a_failure_the_next_try_is_filled_in(tab: Tab, site: Served) -> None:
     body = {
         "adapter_name": "missed",

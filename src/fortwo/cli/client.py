@@ -6,15 +6,17 @@ It knows nothing of terminals.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 
-from fortwo.errors import FortwoError, Unavailable
+from fortwo.errors import FortwoError, InvalidRequest, Unavailable
 from fortwo.records import Json
 
 ENDED = ("succeeded", "failed", "cancelled")
+RECONNECT_SECONDS = 0.5
 AT_REST = (*ENDED, "paused")  # states in which no more events come
 
 
@@ -96,6 +98,8 @@ class Client:
                     last = event["id"]
                     yield event
             except (httpx.ReadError, httpx.RemoteProtocolError):
+                time.sleep(RECONNECT_SECONDS)
+                self.get(f"/api/training/jobs/{job_id}")  # ends it where no server answers any more
                 continue
             if self.get(f"/api/training/jobs/{job_id}")["status"] in AT_REST:
                 return
@@ -116,8 +120,10 @@ class Client:
                     elif not line and lines:
                         yield "\n".join(lines)
                         lines = []
-        except httpx.ConnectError:
+        except (httpx.ConnectError, httpx.ConnectTimeout):
             raise self._not_running() from None
+        except UnicodeEncodeError as error:
+            raise _not_utf8(error) from None
 
     def _call(self, method: str, path: str, body: Json | None = None) -> Any:
         response = self._response(method, path, body)
@@ -127,8 +133,10 @@ class Client:
     def _response(self, method: str, path: str, body: Json | None = None) -> httpx.Response:
         try:
             response = self._http.request(method, path, json=body)
-        except httpx.ConnectError:
+        except (httpx.ConnectError, httpx.ConnectTimeout):
             raise self._not_running() from None
+        except UnicodeEncodeError as error:
+            raise _not_utf8(error) from None
         except httpx.TransportError as error:
             raise self._lost(error) from None
         if not response.is_success:
@@ -145,6 +153,12 @@ class Client:
         return Unavailable(
             f"The connection to {self._url} was lost: {error}", hint="Check whether the server still runs."
         )
+
+
+def _not_utf8(error: UnicodeEncodeError) -> InvalidRequest:
+    """error: of text with bytes that are not UTF-8, which Python hands on as lone surrogates."""
+    shown = error.object[max(error.start - 20, 0) : error.end]
+    return InvalidRequest(f"The text {shown!r} is not UTF-8.", hint="Write it in UTF-8.")
 
 
 def _refusal(response: httpx.Response) -> FortwoError:

@@ -6,7 +6,7 @@ What is new is taught onto the current version. The server makes a version curre
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from fortwo.cli import live, views
 from fortwo.cli.client import Client, Refused
 from fortwo.cli.requests import adapter_name, training_request
 from fortwo.cli.terminal import error_screen, print_json_line, screen
-from fortwo.errors import FortwoError, InvalidDataset, InvalidRequest, Unavailable
+from fortwo.errors import FortwoError, InvalidDataset, InvalidRequest, NotFound, Unavailable
 from fortwo.facts.hard_negatives import same_subject
 from fortwo.records import Fact, Json
 
@@ -64,20 +64,30 @@ class Folder:
         return all(known)
 
     def watch(self) -> None:
-        """Teach each file whenever it has changed and is not being written any more. Never returns."""
+        """Teach each file that is new or has changed, once two looks found the same content. Never returns. Raises
+        NotFound when the folder is gone."""
         changing: dict[Path, Stamp] = {}
         while True:
             for file in self._files():
                 if (stamp := _stamp(file)) is None or self._seen.get(file) == stamp:
                     continue
-                if changing.get(file) == stamp or file not in self._seen:
+                if changing.get(file) == stamp:
                     self._seen[file] = stamp
                     self._teach(file)
                 changing[file] = stamp
             time.sleep(INTERVAL)
 
-    def _files(self) -> Iterator[Path]:
-        yield from sorted(file for file in self._folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    def _files(self) -> list[Path]:
+        """The files of facts, by name. Raises NotFound if the folder is gone or cannot be read."""
+        try:
+            found = sorted(self._folder.iterdir())
+        except OSError as error:
+            raise NotFound(
+                f"{self._folder} cannot be read any more: {error.strerror}.",
+                param="folder",
+                hint="Put it back, and start fortwo watch again.",
+            ) from None
+        return [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
 
     def _teach(self, file: Path) -> bool:
         """Teach what is new in a file; whether its adapter knows it now. What is wrong is told, and ends nothing.
@@ -121,7 +131,7 @@ class Folder:
     def _name(self, file: Path) -> str:
         """The name of a file's adapter. Raises InvalidRequest if another file before it has the same one."""
         name = adapter_name(file.stem)
-        first = next(other for other in self._files() if _named(other, name))
+        first = next((other for other in self._files() if _named(other, name)), file)
         if first != file:
             raise InvalidRequest(
                 f"{first} and {file} would both be taught to the adapter {name}.",

@@ -143,17 +143,20 @@ def teach(
 
     of_fact = {"questions": question, "match": match, "aliases": alias, "held_out": held_out, "neighbors": neighbor}
     from_document = {"writer": writer, "writer-model": writer_model, "key-env": key_env}
+    options = {"objective": objective, "model": model, "parent": onto, "effort": effort}
     if answer is None and Path(data).suffix.lower() in DOCUMENTS:
         _check_file(Path(data), [name for name, texts in (of_fact | {"controls": control}).items() if texts])
         by = writer_of(writer, writer_model, key_env, model)
-        datasets = {"dataset": {"facts": facts_of_document(Path(data), by, yes, as_json)}}
+        datasets: Json = {"dataset": {"facts": []}}
         if validation is not None:
             datasets["validation_dataset"] = file_dataset(validation)
+        # What is wrong with the rest of the request is told before anybody approves facts.
+        body = training_request(datasets, _name(data, answer, name), config, **options)
+        body["dataset"] = {"facts": facts_of_document(Path(data), by, yes, as_json)}
     else:
         _check_no_writer([name for name, given in from_document.items() if given is not None])
         datasets = _datasets(data, answer, of_fact | {"controls": control}, validation)
-    options = {"objective": objective, "model": model, "parent": onto, "effort": effort}
-    body = training_request(datasets, _name(data, answer, name), config, **options)
+        body = training_request(datasets, _name(data, answer, name), config, **options)
     start(connect(), body, ask=not yes, detach=detach, as_json=as_json)
 
 

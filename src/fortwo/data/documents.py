@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 
 from fortwo.errors import InvalidDataset
 
@@ -24,8 +25,8 @@ class Section:
 
 
 def sections(document: Path) -> list[Section]:
-    """The sections of a document, in order. A long one comes in parts, which end at the end of a sentence. Raises
-    InvalidDataset if the document cannot be read or has no text."""
+    """The sections of a document, in order. A long one comes in parts, which end at the end of a sentence, or within a
+    sentence that is too long itself. Raises InvalidDataset if the document cannot be read or has no text."""
     try:
         read = _pdf(document) if document.suffix.lower() == ".pdf" else _markdown(document.read_text("utf-8"))
         found = [part for section in read for part in _parts(section)]
@@ -69,7 +70,6 @@ def _pdf(document: Path) -> Iterator[Section]:
     """One section for each page."""
     try:
         from pypdf import PdfReader
-        from pypdf.errors import PyPdfError
     except ImportError:
         raise InvalidDataset(
             f"{document} is a PDF, and pypdf, which reads its text, is not installed.",
@@ -79,7 +79,9 @@ def _pdf(document: Path) -> Iterator[Section]:
     try:
         for number, page in enumerate(PdfReader(document).pages, 1):
             yield Section(document.stem, _plain([page.extract_text()]), f"page {number}")
-    except (PyPdfError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged file pypdf raises errors of many types
         raise InvalidDataset(
             f"{document} cannot be read as a PDF: {error}.",
             param="data",
@@ -93,10 +95,11 @@ def _plain(pieces: list[str]) -> str:
 
 
 def _parts(section: Section) -> Iterator[Section]:
-    """A section in parts of at most LONGEST characters if its sentences allow; none if it is shorter than SHORTEST."""
+    """A section in parts of at most LONGEST characters; none if it is shorter than SHORTEST."""
     part = ""
-    for sentence in re.split(r"(?<=[.!?])\s+(?=\S)", section.text):
-        if part and len(part) + len(sentence) > LONGEST:
+    sentences = re.split(r"(?<=[.!?])\s+(?=\S)", section.text)
+    for sentence in (piece for one in sentences for piece in wrap(one, LONGEST, break_on_hyphens=False)):
+        if part and len(part) + 1 + len(sentence) > LONGEST:
             yield Section(section.title, part, section.place)
             part = ""
         part = f"{part} {sentence}".strip()

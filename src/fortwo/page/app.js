@@ -19,7 +19,16 @@ const TABS = ['teach', 'jobs', 'chat', 'adapters', 'machine'];
 function read() {
   const [path, query] = location.hash.replace(/^#\/?/, '').split('?');
   const [view, ...rest] = path.split('/');
-  return {view: view || 'teach', id: rest.map(decodeURIComponent).join('/'), query: new URLSearchParams(query)};
+  return {view: view || 'teach', id: rest.map(decoded).join('/'), query: new URLSearchParams(query)};
+}
+
+/** A part of the address, as it was written if it is not encoded. */
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
 }
 
 const route = signal(read());

@@ -9,10 +9,13 @@ const KEPT = 'fortwo.draft';
 const FACT_KEYS = ['subject', 'answer', 'match', 'questions', 'aliases'];
 const COLUMN_ROWS = 50; // whose keys are the columns
 
-/** columns: the key for each column, null for the user's not having been asked. guessed: what the server suggested. */
+/**
+ * columns: the key for each column, null for the user's not having been asked. guessed: what the server suggested.
+ * source: {hub} or {file_id} of an earlier job, if no rows are typed.
+ */
 /** @type {Record<string, any>} */
 export const EMPTY = {
-  tab: 'fact', name: '', model: '', subject: '', aliases: '', answer: '', match: '', questions: '', rows: '', path: '',
+  tab: 'fact', name: '', model: '', subject: '', aliases: '', answer: '', match: '', questions: '', rows: '', path: '', source: null,
   columns: null, guessed: null, effort: 'normal', parent: '', config: '', changes: [],
 };
 
@@ -42,11 +45,13 @@ export function teachAgain({model, adapter_name: name, dataset, effort, parent, 
   const rows = (dataset.facts ?? dataset.examples ?? []).map((row) => JSON.stringify(row)).join('\n');
   const given = simple
     ? {tab: 'fact', ...Object.fromEntries(FACT_KEYS.map((key) => [key, [fact[key] ?? ''].flat().join('\n')]))}
-    : {tab: 'rows', rows, path: dataset.path ?? '', columns: dataset.columns ?? null};
+    : {tab: 'rows', rows, path: dataset.path ?? '', source: stored(dataset), columns: dataset.columns ?? null};
   const config = Object.keys(more).length ? JSON.stringify(more, null, 2) : '';
   set({...EMPTY, ...given, name, model, effort: effort ?? 'normal', parent: parent ?? '', config, changes});
   location.hash = '#/teach';
 }
+
+const stored = ({hub, file_id: id}) => (hub ? {hub} : id ? {file_id: id} : null);
 
 export const lines = (typed) => typed.split('\n').map((line) => line.trim()).filter(Boolean);
 export const slug = (name) =>
@@ -137,8 +142,9 @@ const fact = computed(/** @returns {Source} */ () => {
 
 /** The rows that are typed, or the path: {dataset}, {missing} or {error}. */
 const rows = computed(/** @returns {Source} */ () => {
-  const {rows: typed, path, columns} = draft.value;
+  const {rows: typed, path, source, columns} = draft.value;
   if (!typed.trim() && path.trim()) return {dataset: renaming({path: path.trim()}, columns ?? {})};
+  if (!typed.trim() && source) return {dataset: renaming(source, columns ?? {})};
   if (!typed.trim()) return {missing: text.teach.missing.rows};
   const {rows: found, problems} = parsed.value;
   if (problems.length) return {error: problems[0]};

@@ -63,9 +63,8 @@ export function told(job, events) {
   let at = 0;
   for (const event of events) {
     if (event.type === 'step') {
-      for (const step of [...steps.keys()].reverse()) {
-        if (step < event.data.step) break;
-        steps.delete(step);
+      if (event.data.step <= at) {
+        for (const step of [...steps.keys()].filter((one) => one >= event.data.step)) steps.delete(step);
       }
       steps.set(event.data.step, event.data);
       at = event.data.step;

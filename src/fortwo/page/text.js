@@ -63,6 +63,7 @@ export const text = {
     path: 'Or a file of the server',
     pathHelp: 'Its path, in a folder that the server may read. For files over 20 MB.',
     pathExample: 'training_data/support.parquet',
+    source: (of) => `The rows are those of ${of}. Rows or a path that you give take their place.`,
     reading: 'Reading …',
     drop: 'Drop a .json, .jsonl, .csv, .parquet or .txt file here, or',
     choose: 'choose a file',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import lzma
 import shutil
 import tarfile
@@ -16,6 +17,7 @@ from typing import IO, Any, Self
 from fastapi import APIRouter, Request
 from fastapi.concurrency import contextmanager_in_threadpool
 
+from fortwo import disk
 from fortwo.adapters.peft_files import PICKLES
 from fortwo.adapters.version_files import CONFIG, MANIFEST, TENSORS
 from fortwo.errors import InvalidAdapter, InvalidRequest
@@ -32,7 +34,9 @@ _ABOUT_THE_NEXT = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DAMAGED = (
+    OSError,  # gzip, bz2 and zipfile raise it for damaged content
     tarfile.TarError,
     zipfile.BadZipFile,
     EOFError,
@@ -103,7 +107,7 @@ def _import(state: AppState, name: str, filename: str, draft: Path) -> Json:
 def unpack(archive: Path, folder: Path, most_bytes: int) -> None:
     """Write the files of an adapter that the archive holds into `folder`. Nothing else of it is written, and no path or
     link in it is followed. Raises InvalidAdapter for what is no archive, is damaged, holds a file twice, or holds more
-    than `most_bytes`."""
+    than `most_bytes`, and StorageFailed for a full disk."""
     left = most_bytes
     try:
         for name, size, opened in _members(archive):
@@ -124,6 +128,8 @@ def unpack(archive: Path, folder: Path, most_bytes: int) -> None:
             with opened() as source, target.open("xb") as written:
                 shutil.copyfileobj(source, written, CHUNK)
     except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            raise disk.storage_failed(folder, error) from error
         raise InvalidAdapter(
             f"The archive cannot be read: {error}.", hint="Pack it again, without a password."
         ) from None
@@ -148,6 +154,8 @@ def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[], IO[bytes]]]
         for member in packed_tar:
             if member.isfile():
                 yield member.name, member.size, partial(_opened, packed_tar, member)
+        assert packed_tar.fileobj is not None
+        packed_tar.fileobj.read(CHUNK)  # gzip has its checksum at the end
 
 
 class _Header(tarfile.TarInfo):

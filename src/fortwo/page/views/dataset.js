@@ -16,9 +16,10 @@ const LEFT_OUT = '-';
 /** base: the base model that is chosen, undefined while there is none. */
 export function Rows({base, Box}) {
   const reading = useAction();
-  const {rows, path} = draft.value;
+  const {rows, path, source} = draft.value;
   const {body} = request.value;
-  const found = useInspection(rows.trim() || path.trim() ? body?.dataset : undefined);
+  const typed = rows.trim() || path.trim();
+  const found = useInspection(typed || source ? body?.dataset : undefined);
   useEffect(() => {
     if (found && draft.value.columns === null && Object.keys(found.suggested).length) {
       set({columns: found.suggested, guessed: found.suggested});
@@ -30,6 +31,7 @@ export function Rows({base, Box}) {
     <${Problem} error=${reading.error} />
     <${Box} name="rows" rows=${8} />
     ${!rows.trim() && html`<${Box} name="path" />`}
+    ${!typed && source && html`<p class="found">${text.teach.source(source.hub ?? source.file_id)}</p>`}
     <${Findings} found=${found} />
     <${Columns} />
     ${body?.dataset.examples && base && base.state !== 'not fetched' && html`

@@ -98,18 +98,18 @@ function asCurl(body) {
   return `curl ${location.origin}/api/training/start${key} -H 'Content-Type: application/json' -d ${data}`;
 }
 
-/** The same as commands; null for a file whose columns are renamed, which the command line does not know. */
+/** The same as commands; null for an uploaded file and for renamed columns of a file: the command line knows neither. */
 export function asCommands({model, adapter_name: name, dataset, effort, parent, ...config}) {
-  if (dataset.path && dataset.columns) return null;
-  const [rows] = Object.values(renamed(dataset));
-  const file = dataset.path ?? `${name}.jsonl`;
+  const given = dataset.path ?? (dataset.hub && `hub:${dataset.hub}`);
+  if (dataset.file_id || (given && dataset.columns)) return null;
+  const file = given ?? `${name}.jsonl`;
   const written = Object.keys(config).length > 0;
   const options = {'--name': name, '--model': model, '--onto': parent, '--effort': effort, '--config': written ? `${name}.config.json` : undefined};
-  const given = Object.entries(options).filter(([, value]) => value !== undefined);
+  const words = Object.entries(options).filter(([, value]) => value !== undefined);
   return [
-    dataset.path ? '' : here(quoted(file), rows.map((row) => JSON.stringify(row)).join('\n')),
+    given ? '' : here(quoted(file), Object.values(renamed(dataset))[0].map((row) => JSON.stringify(row)).join('\n')),
     written ? here(quoted(options['--config']), JSON.stringify(config, null, 2)) : '',
-    ['fortwo teach', quoted(file), ...given.map(([option, value]) => `${option} ${quoted(value)}`)].join(' '),
+    ['fortwo teach', quoted(file), ...words.map(([option, value]) => `${option} ${quoted(value)}`)].join(' '),
   ].join('');
 }
 
