@@ -241,7 +241,7 @@ def test_a_tokenizer_without_logprobs_is_refused_before_anything_is_asked(tiny: 
                 body = long(stream=stream, logprobs=logprobs)
                 if path == "/v1/completions":
                     body["prompt"] = body.pop("messages")[0]["content"]
-                assert "without logprobs" in refused(served.post(path, body), 400, "unsupported_model")
+                assert "and logprobs" in refused(served.post(path, body), 400, "unsupported_model")
                 assert served.state.engine.count_requests("tiny") == served.state.admission.active == 0
 
 
