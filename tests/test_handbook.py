@@ -284,6 +284,26 @@ def test_nothing_is_taught_that_nobody_approved(
     assert run("adapters", "show", "declined").exit_code == 1
 
 
+@pytest.mark.slow
+def test_approved_facts_stay_when_the_start_is_declined(
+    here: dict[str, str], handbook: Path, writer: tuple[str, list[dict[str, Any]]]
+) -> None:
+    earlier = handbook.with_name(f"{handbook.stem}.facts.jsonl")
+    earlier.write_text("mine")
+    terminal = Terminal("teach", str(handbook), "--writer", writer[0], "--writer-model", "large", env=here)
+    terminal.wait_for("Teach it? [Y/n]")
+    terminal.type("y\n")
+    terminal.wait_for("To teach them again")
+    terminal.wait_for("[Y/n]")
+    terminal.type("n\n")
+    terminal.end()
+    assert earlier.read_text() == "mine"
+    kept = handbook.with_name(f"{handbook.stem}.facts-2.jsonl")
+    (fact,) = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert fact["answer"] == LIBRARY["answer"]
+    assert run("plan", kept).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import typer
@@ -50,8 +52,8 @@ def writer_of(url: str | None, model: str | None, key_env: str | None, base: str
 
 
 def facts_of_document(document: Path, writer: Writer, yes: bool, as_json: bool) -> list[Json]:
-    """The approved facts of a document, as rows. yes: approve all. Raises InvalidRequest if nobody can be asked and
-    `yes` is not given, and if no fact is left."""
+    """The approved facts of a document, as rows, which are kept in a file beside it too. yes: approve all. Raises
+    InvalidRequest if nobody can be asked and `yes` is not given, and if no fact is left."""
     asks = not yes
     if asks and (as_json or not is_interactive()):
         raise InvalidRequest(
@@ -62,7 +64,8 @@ def facts_of_document(document: Path, writer: Writer, yes: bool, as_json: bool) 
     found = sections(document)
     console = error_screen if as_json else screen
     approved: list[Json] = []
-    thrown = 0
+    kept = _free_name(document)
+    thrown, keeps = 0, False
     with closing(OpenAIExaminee(writer.url, writer.model, writer.key)) as model:
         for section in found:
             try:
@@ -74,6 +77,7 @@ def facts_of_document(document: Path, writer: Writer, yes: bool, as_json: bool) 
             console.print(_shown(section, draft))
             if not asks or typer.confirm("Teach it?", default=True):
                 approved.append(draft.row())
+                keeps = _keep(approved[-1], kept)
     console.print(f"{len(approved)} of {len(found)} sections became facts; {thrown} drafts were thrown away.")
     if not approved:
         raise InvalidRequest(
@@ -81,7 +85,29 @@ def facts_of_document(document: Path, writer: Writer, yes: bool, as_json: bool) 
             param="data",
             hint="Let a larger model write them with --writer URL --writer-model NAME, or write the facts yourself.",
         )
+    if keeps:
+        again = f"To teach them again: fortwo teach {kept} --name NAME"
+        console.print(f"The approved facts are in {kept}. {again}", soft_wrap=True)
+    else:
+        console.print(f"The approved facts are not kept, because {kept} cannot be written.", soft_wrap=True)
     return approved
+
+
+def _free_name(document: Path) -> Path:
+    """Where to keep the approved facts: a file beside the document that does not exist yet."""
+    names = (f"{document.stem}.facts{f'-{number}' if number > 1 else ''}.jsonl" for number in count(1))
+    return next(path for name in names if not (path := document.with_name(name)).exists())
+
+
+def _keep(row: Json, file: Path) -> bool:
+    """Append the fact, so that none is lost when a later one, or the start of the job, fails. Returns whether it could
+    be written."""
+    try:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError:
+        return False
+    return True
 
 
 def _draft(model: OpenAIExaminee, name: str, section: Section) -> Draft:
