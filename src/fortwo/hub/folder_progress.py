@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fortwo.hub.weights import ProgressCallback
@@ -31,11 +32,11 @@ def report_folder_bytes(folder: Path, label: str, total: int, progress: Progress
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the files under `folder`, which may disappear while they are counted; links do not count."""
+    """Bytes of the files under `folder`, of which files and folders may disappear while they are counted; links do not
+    count."""
     total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += 0 if file.is_symlink() or file.is_dir() else file.stat().st_size
-        except FileNotFoundError:
-            continue
+    for parent, _, names in os.walk(folder):
+        for file in (Path(parent, name) for name in names):
+            with suppress(FileNotFoundError):
+                total += 0 if file.is_symlink() else file.stat().st_size
     return total

@@ -144,7 +144,8 @@ def _temporary(home: Path) -> Iterator[Path]:
 def _listing(home: Path) -> dict[str, _State]:
     """The files to copy, by their path in the home."""
     found = {}
-    for path in (*(home / name for name in FILES), *(file for name in FOLDERS for file in (home / name).rglob("*"))):
+    walked = (Path(parent, name) for top in FOLDERS for parent, _, names in os.walk(home / top) for name in names)
+    for path in (*(home / name for name in FILES), *walked):
         name = path.relative_to(home)
         finished = all(not part.startswith(".") or part.startswith(DELETED) for part in name.parts)
         with suppress(FileNotFoundError):  # it went meanwhile
