@@ -118,7 +118,7 @@ def test_a_key_is_asked_for_once(chromium: Any, tiny: Path, tmp_path: Path) -> N
         page = tab.view("machine")
         page.fill("#key", "wrong")
         page.keyboard.press("Enter")
-        expect(page.locator(".problem")).to_contain_text("The API key is missing or wrong")
+        expect(page.locator(".problem")).to_contain_text("The API key is missing, wrong or revoked")
         page.fill("#key", "s3cret")
         page.keyboard.press("Enter")
         expect(page.locator(".bases")).to_contain_text("tiny")
