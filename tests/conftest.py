@@ -63,7 +63,7 @@ def amx(level: str | None) -> None:
         pytest.skip(WITHOUT_AMX)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # an event loop runs in this thread as long as it is open
 def chromium() -> Iterator[Any]:
     from browser import CHROMIUM, api
 

@@ -138,7 +138,7 @@ def test_versions_are_tagged_promoted_protected_restored_and_compared(tiny: Path
 
 
 def test_an_adapter_is_loaded_and_unloaded(served: Served) -> None:
-    publish(served, "loads")
+    publish(served, "loads", seed=31)
     assert _rows(served, "loads")[0]["state"] == "on disk"
     loaded = served.post("/api/adapters/loads/load").json()
     assert loaded["state"] == "loaded"
