@@ -12,6 +12,7 @@ from rich.text import Text
 
 from fortwo.cli import views
 from fortwo.cli.terminal import AsJson, error_screen, respond
+from fortwo.display import value
 
 if TYPE_CHECKING:
     from fortwo.jobs.api_keys import ApiKeyStore
@@ -51,7 +52,7 @@ def list_keys(as_json: AsJson = False) -> None:
         found = store.all()
     rows = views.table("name", "scopes", "requests a minute", "concurrent", "created")
     for key in found:
-        limits = (views.value(limit) for limit in (key.requests_per_minute, key.concurrent))
+        limits = (value(limit) for limit in (key.requests_per_minute, key.concurrent))
         rows.add_row(key.name, ", ".join(key.scopes), *limits, views.moment(key.created_at))
     body = [{name: value for name, value in asdict(key).items() if name != "digest"} for key in found]
     respond({"keys": body}, rows, as_json)

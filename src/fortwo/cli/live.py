@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from fortwo.cli import views
 from fortwo.cli.client import Client
 from fortwo.cli.terminal import error_screen, is_interactive, print_json_line, respond, screen
+from fortwo.display import value
 from fortwo.records import Json
 
 
@@ -79,7 +80,7 @@ def _show(events: Iterable[Json]) -> None:
             data = event["data"]
             if event["type"] == "step":
                 speed = f"{data['tokens_per_second']:.0f} tokens/s"
-                pace = f"loss {views.value(data['loss'])}  rate {data['learning_rate']:.1e}  {speed}"
+                pace = f"loss {value(data['loss'])}  rate {data['learning_rate']:.1e}  {speed}"
                 bar.update(task, completed=data["step"], total=data["steps"], pace=pace)
             elif event["type"] == "metrics":
                 screen.print(f"step {data['step']}: {views.metrics_line(data['metrics'], data.get('eval_loss'))}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fortwo.display import value
 from fortwo.facts.verdict import verdict_of
 from fortwo.records import Json
 
@@ -26,21 +27,6 @@ def table(*columns: str, title: str | None = None, wrapped: tuple[str, ...] = ()
     for column in columns:
         shape.add_column(column, overflow="fold", no_wrap=column not in wrapped)
     return shape
-
-
-def value(thing: Any) -> str:
-    """A value as text for people: yes and no, thousands separators, four digits."""
-    if isinstance(thing, bool) or thing is None:
-        return {True: "yes", False: "no", None: "-"}[thing]
-    if isinstance(thing, int):
-        return f"{thing:,}"
-    if isinstance(thing, float):
-        return f"{thing:.4g}"
-    if isinstance(thing, list | tuple):
-        return ", ".join(value(item) for item in thing)
-    if isinstance(thing, dict):
-        return ", ".join(f"{key} {value(item)}" for key, item in thing.items()) or "-"
-    return str(thing)
 
 
 def size(count: int | None) -> str:

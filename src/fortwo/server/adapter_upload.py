@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Self
+from typing import IO, Self
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import contextmanager_in_threadpool
@@ -23,7 +23,7 @@ from fortwo.adapters.version_files import CONFIG, MANIFEST, TENSORS
 from fortwo.errors import InvalidAdapter, InvalidRequest
 from fortwo.jobs.planner import check_name_available
 from fortwo.records import Json
-from fortwo.server.multipart import Form, read_form
+from fortwo.server.multipart import Form, form_schema, read_form
 from fortwo.server.native import version_body
 from fortwo.server.state import AppState, AppStateDep
 
@@ -46,20 +46,7 @@ _DAMAGED = (
     NotImplementedError,
 )
 
-FORM: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "name"],
-                    "properties": {"file": {"type": "string", "format": "binary"}, "name": {"type": "string"}},
-                }
-            }
-        },
-    }
-}
+FORM = form_schema(["file", "name"], name={"type": "string"})
 
 router = APIRouter(prefix="/api/adapters", tags=["adapters"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import contextmanager_in_threadpool
@@ -15,7 +15,7 @@ from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.facts.suggestions import suggest_questions
 from fortwo.jobs.files import safe_name
 from fortwo.records import Fact, Json
-from fortwo.server.multipart import read_form
+from fortwo.server.multipart import form_schema, read_form
 from fortwo.server.request_body import JsonRoute
 from fortwo.server.state import AppStateDep
 from fortwo.server.workers import Check
@@ -28,20 +28,7 @@ Texts = Annotated[list[Text], Field(max_length=MOST_TEXTS)]
 router = APIRouter(prefix="/api", tags=["training"], route_class=JsonRoute)
 uploads = APIRouter(prefix="/api", tags=["training"])
 
-FORM: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {"file": {"type": "string", "format": "binary"}},
-                }
-            }
-        },
-    }
-}
+FORM = form_schema(["file"])
 
 
 class QuestionsRequest(BaseModel):

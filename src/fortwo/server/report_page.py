@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from fortwo.display import value
 from fortwo.facts.verdict import percent, verdict_of
 from fortwo.records import Json
 from fortwo.server import charts
@@ -88,24 +89,9 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"value": _value, "percent": percent, "moment": _moment, "computed": _computed}
+    environment.filters |= {"value": value, "percent": percent, "moment": _moment, "computed": _computed}
     environment.globals["chart"] = charts
     return environment.get_template("report_page.html")
-
-
-def _value(thing: Any) -> str:
-    """A value as text for people: yes and no, thousands separators, four digits."""
-    if isinstance(thing, bool) or thing is None:
-        return {True: "yes", False: "no", None: "-"}[thing]
-    if isinstance(thing, int):
-        return f"{thing:,}"
-    if isinstance(thing, float):
-        return f"{thing:.4g}"
-    if isinstance(thing, list | tuple):
-        return ", ".join(_value(item) for item in thing)
-    if isinstance(thing, dict):
-        return ", ".join(f"{key} {_value(item)}" for key, item in thing.items()) or "-"
-    return str(thing)
 
 
 def _computed(thing: Any, name: str) -> str:
@@ -117,7 +103,7 @@ def _computed(thing: Any, name: str) -> str:
             return f"{thing / 2**20:,.0f} MiB"
         if name.endswith("seconds"):
             return format_duration(thing)
-    return _value(thing)
+    return value(thing)
 
 
 def _moment(stamp: float) -> str:

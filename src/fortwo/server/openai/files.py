@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import contextmanager_in_threadpool
@@ -19,36 +19,18 @@ from fortwo.errors import InvalidDataset, InvalidRequest
 from fortwo.jobs.files import StoredFile, safe_name
 from fortwo.records import Json
 from fortwo.server.idempotency import given_key, key_of
-from fortwo.server.multipart import Form, read_form
+from fortwo.server.multipart import Form, form_schema, read_form
 from fortwo.server.state import AppState, AppStateDep
 
 TRAINING = "fine-tune"
 SHORTEST_LIFE, LONGEST_LIFE = 3600, 2_592_000  # seconds; OpenAI's
 MOST_LISTED = 10_000
 
-FORM: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": [TRAINING]},
-                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {
-                            "type": "integer",
-                            "minimum": SHORTEST_LIFE,
-                            "maximum": LONGEST_LIFE,
-                        },
-                    },
-                }
-            }
-        },
-    }
+EXPIRY: dict[str, Json] = {
+    "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+    "expires_after[seconds]": {"type": "integer", "minimum": SHORTEST_LIFE, "maximum": LONGEST_LIFE},
 }
+FORM = form_schema(["file", "purpose"], purpose={"type": "string", "enum": [TRAINING]}, **EXPIRY)
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
