@@ -239,6 +239,7 @@ class ExportQueue:
     async def _run(self, export: Export) -> None:
         """Run an export to its end, whatever that is."""
         folder = self.root / export.id
+        error = None
         try:
             await _to_its_end(lambda: (folder / SCRATCH).mkdir(parents=True))
             result = await self._export(export, folder)
@@ -246,19 +247,23 @@ class ExportQueue:
             body = {**export.body(), **result, "finished_at": finished_at}
             await _to_its_end(lambda: _complete(folder, body))
             export.end("succeeded", result=result, finished_at=finished_at)
+            return
         except asyncio.CancelledError:
-            export.end("cancelled")
-        except FortwoError as error:
-            export.end("failed", error=error.body()["error"])
-        except OSError as error:
-            export.end("failed", error=disk.storage_failed(folder, error).body()["error"])
+            pass
+        except FortwoError as known:
+            error = known.body()["error"]
+        except OSError as refused:
+            error = disk.storage_failed(folder, refused).body()["error"]
         except Exception:
             log.exception("Export %s failed unexpectedly.", export.id)
             unexpected = FortwoError("An unexpected error ended the export.", hint="The server's log has the details.")
-            export.end("failed", error=unexpected.body()["error"])
-        finally:
-            if export.status != "succeeded":
-                await run_in_threadpool(_remove, folder)
+            error = unexpected.body()["error"]
+        with suppress(asyncio.CancelledError):  # removed before the end is announced, also when cancelled again
+            await _to_its_end(lambda: _remove(folder))
+        if error is None:
+            export.end("cancelled")
+        else:
+            export.end("failed", error=error)
 
     async def _export(self, export: Export, folder: Path) -> Json:
         """The result of the process. Raises _Failed with its error, or one that says how it died."""
