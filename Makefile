@@ -12,9 +12,10 @@ CLIENTS := .venv-clients/.installed
 TRITON := $(VENV)/.triton
 SITE := .venv-docs/.installed
 AUDIT := .venv-audit/.installed
+SCALE := .venv-scale/.installed
 FACTS ?= examples/facts_dev.json
 
-.PHONY: help install demo stop serve test test-fast test-clients check bench bench-train bench-qlora bench-learn bench-serve \
+.PHONY: help install demo stop serve test test-fast test-clients test-scale check bench bench-train bench-qlora bench-learn bench-serve \
 	bench-coserving bench-outside bench-override bench-lessons soak check-arm wheel docs docs-site pictures audit sbom clean
 .DEFAULT_GOAL := help
 
@@ -50,6 +51,14 @@ test-clients: $(INSTALLED) $(CLIENTS) ## run the tests of LangChain, LlamaIndex,
 $(CLIENTS): tests/clients/requirements.txt
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --requirement tests/clients/requirements.txt
+	@touch $@
+
+test-scale: $(INSTALLED) $(SCALE) $(VLLM) ## run the tests of vLLM and Ray (the first time installs both, 6 GB)
+	.venv-scale/bin/python -m pytest tests/scale
+
+$(SCALE): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-scale
+	.venv-scale/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,ray]'
 	@touch $@
 
 $(TRITON): $(INSTALLED)
@@ -154,4 +163,4 @@ sbom: $(INSTALLED) $(AUDIT) ## write dist/sbom.json, what fortwo needs at run ti
 	.venv-audit/bin/cyclonedx-py requirements dist/runtime-packages.txt --pyproject pyproject.toml --output-file dist/sbom.json
 
 clean: ## remove the environments and caches; FORTWO_HOME is left alone
-	rm -rf $(VENV) .venv-bench .venv-vllm .venv-llama .venv-clients .venv-docs .venv-audit .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-bench .venv-vllm .venv-llama .venv-clients .venv-docs .venv-audit .venv-scale .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -244,10 +244,9 @@ def test_an_export_goes_when_its_time_is_over(tiny: Path, tmp_path: Path, monkey
         publish(served, "brief")
         begun = begin(served, "brief")
         deadline = time.monotonic() + 60
-        while served.http.get(f"/api/exports/{begun['export_id']}").status_code == 200:
+        while served.http.get(f"/api/exports/{begun['export_id']}").status_code == 200 or folders(served):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert folders(served) == []
 
 
 def test_a_start_removes_exports_without_all_their_files_and_leaves_other_folders_alone(
