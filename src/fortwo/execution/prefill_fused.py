@@ -1,4 +1,4 @@
-"""Prompts through all layers in one kernel (prefill_amx.c), the adapters of each included; steps of many rows, too.
+"""Prompts through all layers in one kernel (prefill.c), the adapters of each included; steps of many rows, too.
 
 Products are in bf16, on processors with AMX's tiles, whatever the weights are held in; what is carried from layer to
 layer is fp32. `decoder` computes the same from torch's operations, for everything else and for comparison. Shape

@@ -64,7 +64,7 @@ def multiplies_tiles() -> bool:
 
 @cache
 def _tiles(library: Kernels) -> bool:
-    return hasattr(library, "gemm_bf16") and bool(library.amx_allowed())
+    return hasattr(library, "gemm_bf16") and bool(library.tiles_allowed())
 
 
 def pointer(tensor: Tensor | None, strided: bool = False) -> Any:

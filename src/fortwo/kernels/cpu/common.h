@@ -8,6 +8,7 @@
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #define AVX512_BF16
+#define TILED
 #endif
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #define AMX

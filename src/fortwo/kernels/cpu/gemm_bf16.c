@@ -1,8 +1,8 @@
 /* Products in bf16 with sums in fp32, on AMX's tiles: packing, and the drivers. As many panels as fit into a core's cache are packed at once, then
    the rows of the left operand are multiplied by them, read in place. */
-#include "gemm_amx.h"
+#include "gemm_bf16.h"
 
-#ifdef AMX
+#ifdef TILED
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -112,10 +112,14 @@ void pack(const gemm_operand *f, long N, long first, long last, bf16 *to, long a
         }
 }
 
-int amx_allowed(void) {
+int tiles_allowed(void) {
+#ifndef AMX
+    return 1;
+#else
     static int allowed = -1;
     if (allowed < 0) allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
     return allowed;
+#endif
 }
 
 /* Writes 32 rows of `count` numbers (a multiple of 32), `row` numbers apart, as columns of 32. */
@@ -161,17 +165,18 @@ static strip strip_of(const gemm_operand *f, long M, long m, bf16 *edge) {
 /* Multiplies a strip of each operand by one panel, with fp32 sums (32, 32). Meanwhile it prefetches the `tall` lines of memory, c_row bytes apart,
    that are written next: waiting for them took a fourth of a product. */
 static void block(int count, const strip *s, const bf16 *const *panels, float *sums, const char *c, long c_row, long tall) {
+    tile_sums held;
     long each = (PANEL + s->all - 1) / s->all, line = 0;
-    tiles_clear();
+    tiles_clear(&held);
     for (int i = 0; i < count; i++, s++) {
         const bf16 *panel = panels[i];
         for (long k = 0; k < s->whole; k++, panel += 2 * TILE) {
             for (long end = line + each; line < tall && line < end; line++) __builtin_prefetch(c + line * c_row, 1);
-            tile_step(s->a + k * STEP, s->a_row, panel);
+            tile_step(&held, 32, 32, s->a + k * STEP, s->a_row, panel);
         }
-        for (long k = s->whole; k < s->all; k++, panel += 2 * TILE) tile_step(s->edge + (k - s->whole) * STEP, s->edge_row, panel);
+        for (long k = s->whole; k < s->all; k++, panel += 2 * TILE) tile_step(&held, 32, 32, s->edge + (k - s->whole) * STEP, s->edge_row, panel);
     }
-    tiles_stored(sums, PANEL);
+    tiles_stored(&held, 32, 32, sums, PANEL);
 }
 
 /* c (M, N) = the sum of a b' over two operands (K = 0: without the second). */
@@ -195,7 +200,7 @@ static void gemm_operands(long M, long N, const gemm_operand f[2], void *c, long
         }
         bf16 *edge = scratch.at + size;
         float sums[PANEL * PANEL] __attribute__((aligned(64)));
-        amx_begin_bf16();
+        tiles_begin();
 #pragma omp for schedule(dynamic) nowait
         for (long task = 0; task < across * down; task++) {
             long group = task / down, part = task % down, first = group * panels / across, last = (group + 1) * panels / across;
@@ -227,7 +232,7 @@ static void gemm_operands(long M, long N, const gemm_operand f[2], void *c, long
                 }
             }
         }
-        _tile_release();
+        tiles_end();
     }
 }
 
@@ -247,7 +252,7 @@ void gemm_bf16_long_sum(long M, long N, long K, const bf16 *a, long a_row, const
     {
         bf16 *to = aligned_alloc(64, most * RUN * SQUARE * sizeof(bf16)), *edge = aligned_alloc(64, RUN * SQUARE * sizeof(bf16));
         float *all = aligned_alloc(64, strips * most * SQUARE * sizeof(float));
-        amx_begin_bf16();
+        tiles_begin();
 #pragma omp for schedule(dynamic) nowait
         for (long group = 0; group < groups; group++) {
             long first = group * panels / groups, last = (group + 1) * panels / groups, each = (PANEL + last - first - 1) / (last - first);
@@ -265,20 +270,21 @@ void gemm_bf16_long_sum(long M, long N, long K, const bf16 *a, long a_row, const
                     }
                     for (long n = first; n < last; n++) {
                         float *sums = all + (m * most + n - first) * SQUARE;
-                        if (k) tiles_loaded(sums, PANEL);
-                        else tiles_clear();
+                        tile_sums held;
+                        if (k) tiles_loaded(&held, sums, PANEL);
+                        else tiles_clear(&held);
                         for (long i = 0; i < here; i++) {
                             for (long end = line + each; line < end; line++) __builtin_prefetch(next + line / RUN * a_row + line % RUN * STEP, 0, 2);
-                            tile_step(at + i * STEP, row, to + ((n - first) * RUN + i) * SQUARE);
+                            tile_step(&held, 32, 32, at + i * STEP, row, to + ((n - first) * RUN + i) * SQUARE);
                         }
-                        tiles_stored(sums, PANEL);
+                        tiles_stored(&held, 32, 32, sums, PANEL);
                         for (long r = 0; k + here == steps_of(K) && r < tall; r++)
                             memcpy(c + (m * PANEL + r) * N + n * PANEL, sums + r * PANEL, (N - n * PANEL < PANEL ? N - n * PANEL : PANEL) * sizeof(float));
                     }
                 }
             }
         }
-        _tile_release();
+        tiles_end();
         free(to);
         free(edge);
         free(all);
