@@ -1,8 +1,8 @@
 """Prompts through all layers in one kernel (prefill.c), the adapters of each included; steps of many rows, too.
 
-Products are in bf16, on processors with AMX's tiles, whatever the weights are held in; what is carried from layer to
-layer is fp32. `decoder` computes the same from torch's operations, for everything else and for comparison. Shape
-suffixes as in `decoder`.
+Products are in bf16, on processors with AMX or AVX-512's bf16 products, whatever the weights are held in; what is
+carried from layer to layer is fp32. `decoder` computes the same from torch's operations, for everything else and for
+comparison. Shape suffixes as in `decoder`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Prefill:
 
     @staticmethod
     def fits(config: DecoderConfig) -> bool:
-        """Whether the kernel computes the network's features, the processor has tiles, and all of the network's sizes
+        """Whether the kernel computes the network's features, the processor has such products, and all of the network's sizes
         are whole panels."""
         c = config
         whole = all(size % PANEL == 0 for size in (c.hidden, c.intermediate, c.head_size))

@@ -20,7 +20,7 @@ from fortwo.quantization.tiles import Memory
 
 GROUP, TILE = 32, 16
 QUADS = GROUP // 4
-WIDE = 24  # rows from which on such weights are made bf16 for AMX's tiles
+WIDE = 24  # rows from which on such weights are made bf16 and multiplied by blocks
 MIDDLE = {6: 32, 8: 128}  # the code of zero, where a group has no minimum
 
 

@@ -1,4 +1,4 @@
-/* Attention over packed rows as in attention.c, in bf16 on AMX's tiles. A task is one key/value head of one row: its queries, of all heads that share
+/* Attention over packed rows as in attention.c, in bf16. A task is one key/value head of one row: its queries, of all heads that share
    it, form one matrix. Scores, sums and gradients are fp32; probabilities and their gradients are rounded to bf16 for the products. */
 #include "attention_bf16.h"
 

@@ -1,4 +1,4 @@
-/* What attention on AMX's tiles shares with the kernels of whole layers. */
+/* What attention in bf16 shares with the kernels of whole layers. */
 #pragma once
 #include "gemm_bf16.h"
 #include <sys/mman.h>

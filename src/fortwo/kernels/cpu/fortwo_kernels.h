@@ -4,11 +4,12 @@
    Tensors are contiguous, rows first, and on the CPU; a pointer marked "may be null" is optional. Letters: T tokens, B rows of a decode step, D hidden
    size, H query heads, K key/value heads, E head size, I intermediate size or inputs, O outputs, V vocabulary, R rank, or rows of a pack.
 
-   The sources are compiled once for each instruction level. Functions whose names contain `amx`, the gemm_* functions, pack_panels, prefill and
-   train_layers_* exist at the level amx alone. Below it the operations of the level below take their place.
+   The sources are compiled once for each instruction level. Functions whose names contain `tiled`, the gemm_* functions, pack_panels, prefill and
+   train_layers_* exist where the processor multiplies bf16: at the level amx, and at avx512 with AVX-512's bf16 instructions. Elsewhere plain operations
+   take their place.
 
    What a new level has to provide: for 8-bit products the micro-kernel `block_by_dots` of quantized_gemm.c, or one beside it as quantized_gemm_amx.h
-   has it (configure, multiply a block of rounded rows by a tile of 16 outputs); for bf16 products the micro-kernel of gemm_bf16.h (`tile_step` with
+   has it (configure, multiply a block of rounded rows by a tile of 16 outputs); for bf16 products the micro-kernel of tiles.h (`tile_step` with
    `tiles_clear`, `tiles_loaded` and `tiles_stored`: a block of 32 x 32 sums plus 32 rows times one step of a panel), and `pack` of gemm_bf16.c, which
    writes the panels that it reads. The drivers (shares of threads, blocking for the cache, epilogues) call nothing else. Row functions
    (elementwise.h) may be replaced as elementwise_avx512.c does. Then the level is named in isa.py. */
@@ -40,7 +41,7 @@ void dropout_bfloat16(long size, long seed, long kept, const bf16 *x, bf16 *out)
 void rotate_float32(long T, long N, long rotated, long E, const float *x, const float *cosine, const float *sine, float sign, float *out);
 void rotate_bfloat16(long T, long N, long rotated, long E, const bf16 *x, const float *cosine, const float *sine, float sign, bf16 *out);
 
-/* ---- Attention and losses; fp32 and bf16. The variants with amx take bf16, E and V multiples of 32. */
+/* ---- Attention and losses; fp32 and bf16. The tiled variants take bf16, E and V multiples of 32. */
 /* Attention over R rows laid end to end behind a shared prefix of P tokens: [P | rest of row 0 | rest of row 1 | ...]. A token attends to the prefix and
    to its own row up to itself. qkv (T, H + 2K, E); lse (T, H): the logarithm of each softmax's sum, which backward reads. */
 void attention_float32(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const float *qkv, float *out, float *lse);
@@ -84,7 +85,7 @@ typedef struct { /* one or several parts below each other, each with bits of its
 
 /* Packs a weight (O, I) in 4 or 8 bits whose scales and minima (O, I / 32) are given; q must be zero. */
 void quantize(long bits, long O, long I, const float *weight, const float *scale, const float *minimum, uint8_t *q);
-/* y (T, O) = x (T, I) W', with x rounded to 16 bits. The amx variant rounds both to bf16, and O and I are multiples of 16 and 32. */
+/* y (T, O) = x (T, I) W', with x rounded to 16 bits. The tiled variant rounds both to bf16, and O and I are multiples of 16 and 32. */
 void quantized_gemm(const quantized_weight *w, long T, const float *x, float *y);
 void quantized_gemm_tiled(const quantized_weight *w, long T, const float *x, float *y);
 
@@ -98,7 +99,7 @@ void nf4_dense_bfloat16(long first, long blocks, const uint8_t *codes, const uin
                         const float *levels, bf16 *out);
 
 /* ---- Products in bf16 with sums in fp32, gemm_bf16.c */
-/* Whether the operating system lets this process use AMX's tiles. */
+/* Whether the products by blocks can be used: not where the operating system keeps this process from AMX's tiles. */
 int tiles_allowed(void);
 /* All panels of b (N, K), whose steps b_n from row to row and b_k from column to column are given; one of them is 1. */
 void pack_panels(long N, long K, const bf16 *b, long b_n, long b_k, bf16 *to);

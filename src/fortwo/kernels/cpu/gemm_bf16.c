@@ -1,4 +1,4 @@
-/* Products in bf16 with sums in fp32, on AMX's tiles: packing, and the drivers. As many panels as fit into a core's cache are packed at once, then
+/* Products in bf16 with sums in fp32: packing, and the drivers. As many panels as fit into a core's cache are packed at once, then
    the rows of the left operand are multiplied by them, read in place. */
 #include "gemm_bf16.h"
 

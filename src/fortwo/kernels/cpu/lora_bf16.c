@@ -1,4 +1,4 @@
-/* A frozen product with its LoRA matrices, forward and backward, in bf16 on AMX's tiles. The numbers are those of elementwise.c and gemm_bf16.c, one
+/* A frozen product with its LoRA matrices, forward and backward, in bf16. The numbers are those of elementwise.c and gemm_bf16.c, one
    operation after the other. Rows are taken in strips of 32: the input of a product is made strip by strip together with its share in A, and each block
    of results goes on at once to the operation that follows. */
 #include "lora_bf16.h"

@@ -1,5 +1,4 @@
-/* The losses of losses.c for bf16, by vectors; each exponential is computed once. They are used at the level amx alone, so that other levels keep
-   their bits. */
+/* The losses of losses.c for bf16, by vectors; each exponential is computed once. They are used where products are in bf16. */
 #include "gemm_bf16.h"
 
 #ifdef TILED

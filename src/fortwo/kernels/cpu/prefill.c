@@ -1,4 +1,4 @@
-/* Prompts, and steps of many rows, through all layers, with the adapters of each, in bf16 on AMX's tiles. Sums, and what goes from layer to layer,
+/* Prompts, and steps of many rows, through all layers, with the adapters of each, in bf16. Sums, and what goes from layer to layer,
    are fp32. Rows are taken in strips of 32. */
 #include "attention_bf16.h"
 #include "adapters_int8.h"
