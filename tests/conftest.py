@@ -154,8 +154,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         say(f"FORTWO_ISA left out {', '.join(isa.LEVELS[-above:])}, which this processor has.")
     for name, count in _without_tiles.items():
         say(
-            f"{name}: {count} tests of products in bf16 by blocks were skipped. They do not exist there; plain operations, "
-            "which the other tests cover, take their place."
+            f"{name}: {count} tests of products in bf16 by blocks were skipped. They do not exist there; plain "
+            "operations, which the other tests cover, take their place."
         )
     for name in left_out(config):
         say(f"FAILED: the processor has {name}, and no test of its kernels ran.", red=True)

@@ -48,8 +48,8 @@ class Prefill:
 
     @staticmethod
     def fits(config: DecoderConfig) -> bool:
-        """Whether the kernel computes the network's features, the processor has such products, and all of the network's sizes
-        are whole panels."""
+        """Whether the kernel computes the network's features, the processor has such products, and all of the network's
+        sizes are whole panels."""
         c = config
         whole = all(size % PANEL == 0 for size in (c.hidden, c.intermediate, c.head_size))
         return whole and c.features <= COMPUTED and cpu.multiplies_tiles()

@@ -57,8 +57,8 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def multiplies_tiles() -> bool:
-    """Whether the kernels in use multiply bf16 by blocks (tiles.h): on AMX's tiles, where the system lets this process use
-    them, or by AVX-512's products of pairs."""
+    """Whether the kernels in use multiply bf16 by blocks (tiles.h): on AMX's tiles, where the system lets this process
+    use them, or by AVX-512's products of pairs."""
     library = lib()
     return library is not None and _tiles(library)
 
