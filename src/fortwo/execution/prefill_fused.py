@@ -21,7 +21,7 @@ from fortwo.nn.lora import Update
 from fortwo.quantization.formats import Weight
 from fortwo.quantization.tiles import PANEL
 
-FORMATS = ("bf16", "int8", "gguf", "int4")
+WIDENED = ("int8", "gguf", "int4")  # formats of weights that the kernel makes bf16
 MANY = 512  # tokens
 
 
@@ -43,7 +43,8 @@ class Prefill:
         self._shape = Shape(decoder)
         weight = decoder.layers[0].qkv_OD
         weight_format = weight.choice.format_for(MANY) if isinstance(weight, Weight) else None
-        fits = weight_format in FORMATS and Step(decoder).laid and self.fits(decoder.config)
+        computed = weight_format == "bf16" or (weight_format in WIDENED and cpu.widens())
+        fits = computed and Step(decoder).laid and self.fits(decoder.config)
         self._layers = layers_of(decoder, weight_format) if weight_format is not None and fits else None
 
     @staticmethod

@@ -8,7 +8,7 @@
 
 static inline __m512i nf4_values(const normal_floats *w, long at) { /* the 16 values of the block that contains number `at` */
     __m512 all = _mm512_mul_ps(_mm512_loadu_ps(w->levels), _mm512_set1_ps(nf4_largest(w, at / NF4_BLOCK)));
-    return _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(all));
+    return _mm512_castsi256_si512(half_as_bf16(all));
 }
 
 static inline __m512i nf4_step(const normal_floats *w, long at, __m512i values) { /* 32 numbers */
@@ -112,15 +112,48 @@ void pack(const gemm_operand *f, long N, long first, long last, bf16 *to, long a
         }
 }
 
+#ifdef AMX
 int tiles_allowed(void) {
-#ifndef AMX
-    return 1;
-#else
     static int allowed = -1;
     if (allowed < 0) allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
     return allowed;
-#endif
 }
+#else
+int pairs_are_faster;
+
+#ifdef __AVX512BF16__
+/* Seconds of some steps by one of the two products: the least of a few runs, since other load can only make a run slower. */
+static double step_seconds(int pairs) {
+    bf16 a[SQUARE] __attribute__((aligned(64))) = {0}, b[SQUARE] __attribute__((aligned(64))) = {0};
+    tile_sums held;
+    double least = 1;
+    pairs_are_faster = pairs;
+    for (int run = 0; run < 9; run++) {
+        double began = omp_get_wtime(), seconds;
+        tiles_clear(&held);
+        for (int i = 0; i < 20; i++) tile_step(&held, 32, 32, a, STEP, b);
+        written_for_tiles(&held);
+        seconds = omp_get_wtime() - began;
+        least = seconds < least ? seconds : least;
+    }
+    return least;
+}
+#endif
+
+/* Chooses the product by measuring it for some microseconds. On some processors pairs take twice as long as fp32, on others half
+   as long. */
+int tiles_allowed(void) {
+    static int chosen;
+    if (!chosen) {
+#ifdef __AVX512BF16__
+        double pairs = step_seconds(1);
+        pairs_are_faster = pairs < step_seconds(0);
+#endif
+        chosen = 1;
+    }
+    return 1;
+}
+#endif
 
 /* Writes 32 rows of `count` numbers (a multiple of 32), `row` numbers apart, as columns of 32. */
 void transpose_rows(const bf16 *rows, long row, long count, bf16 *to, long to_row) {
@@ -227,7 +260,7 @@ static void gemm_operands(long M, long N, const gemm_operand f[2], void *c, long
                         if (wide) {
                             _mm512_mask_storeu_ps((float *)c + at, (__mmask16)mask, left);
                             _mm512_mask_storeu_ps((float *)c + at + 16, mask >> 16, right);
-                        } else _mm512_mask_storeu_epi16((bf16 *)c + at, mask, (__m512i)_mm512_cvtne2ps_pbh(right, left));
+                        } else _mm512_mask_storeu_epi16((bf16 *)c + at, mask, as_bf16(left, right));
                     }
                 }
             }

@@ -12,7 +12,7 @@ static inline void scale_to_bf16(long n, const float *from, float scale, bf16 *t
     __m512 by = _mm512_set1_ps(scale);
     for (long i = 0; i < n; i += 16) {
         __m512 all = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask16(n - i), from + i), by);
-        _mm256_mask_storeu_epi16(to + i, mask16(n - i), (__m256i)_mm512_cvtneps_pbh(all));
+        _mm256_mask_storeu_epi16(to + i, mask16(n - i), half_as_bf16(all));
     }
 }
 

@@ -140,7 +140,7 @@ static inline __attribute__((always_inline)) void dequantize_group(int bits, lon
         for (int j = 0; j < 4; j++) four[j] = (__m512)(__builtin_convertvector((integers)(found >> 8 * j & 255), vector) * d[i / 4] + m[i / 4]);
 #pragma GCC unroll 2
         for (int j = 0; j < 4; j += 2) {
-            __m512i both = (__m512i)_mm512_cvtne2ps_pbh(four[j + 1], four[j]);
+            __m512i both = as_bf16(four[j], four[j + 1]);
             _mm512_storeu_si512(tile + (i * 2 + j / 2) * STEP, _mm512_permutexvar_epi16(pairs, both));
         }
     }
@@ -420,6 +420,7 @@ void prefill(long T, long R, const decoder_shape *s, const decoder_layer *layers
     free_strip_adapters(&all);
 }
 
+#ifdef AMX
 void quantized_gemm_tiled(const quantized_weight *w, long T, const float *x, float *y) {
     long I = w->I;
     long strips = (T + PANEL - 1) / PANEL;
@@ -437,4 +438,5 @@ void quantized_gemm_tiled(const quantized_weight *w, long T, const float *x, flo
     free(a);
     free_strip_adapters(&none);
 }
+#endif
 #endif

@@ -1,6 +1,5 @@
 /* The micro-kernel of products in bf16: a block of 32 x 32 fp32 sums, to which 32 rows times one step of a panel are added. On AMX the sums lie in four
-   of its tiles, else in memory that stays in the first cache, and AVX-512's products of pairs add to them eight rows at a time. Both add pair after pair
-   and give the same bits. */
+   of its tiles; with AVX-512 they lie in memory that stays in the first cache, and eight rows at a time are added to them. */
 #pragma once
 #include "vectors.h"
 
@@ -85,24 +84,63 @@ static inline __attribute__((always_inline)) void tiles_stored(const tile_sums *
     for (long r = 0; r < rows; r++) memcpy(sums + r * row, c->at + r * PANEL, columns * sizeof(float));
 }
 
+extern int pairs_are_faster __attribute__((visibility("hidden"))); /* than products in fp32, on this processor; see choose_product */
+
+/* The odd numbers of pairs of bf16 as fp32, and the even ones. */
+static inline __m512 odd_of(__m512i pairs) { return (__m512)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)); }
+static inline __m512 even_of(__m512i pairs) { return (__m512)_mm512_slli_epi32(pairs, 16); }
+
+/* Both ways to add eight rows of a times a step add the odd number of a pair first, as the instruction for pairs does. */
+static inline __attribute__((always_inline)) void step_by_pairs(int columns, const bf16 *a, long a_row, const bf16 *b, __m512 *left, __m512 *right) {
+#ifdef __AVX512BF16__
+#pragma GCC unroll 1
+    for (long pair = 0; pair < 16; pair++, b += STEP) {
+        __m512bh low = (__m512bh)_mm512_loadu_si512(b), high = columns > 16 ? (__m512bh)_mm512_loadu_si512(b + TILE) : low;
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+            int both;
+            memcpy(&both, a + i * a_row + 2 * pair, sizeof both);
+            __m512bh x = (__m512bh)_mm512_set1_epi32(both);
+            left[i] = _mm512_dpbf16_ps(left[i], x, low);
+            if (columns > 16) right[i] = _mm512_dpbf16_ps(right[i], x, high);
+        }
+    }
+#endif
+}
+
+static inline __attribute__((always_inline)) void step_by_numbers(int columns, const bf16 *a, long a_row, const bf16 *b, __m512 *left, __m512 *right) {
+    float x[2][8][16] __attribute__((aligned(64)));
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        __m512i pairs = _mm512_loadu_si512(a + i * a_row);
+        _mm512_store_ps(x[0][i], odd_of(pairs));
+        _mm512_store_ps(x[1][i], even_of(pairs));
+    }
+#pragma GCC unroll 1
+    for (long pair = 0; pair < 16; pair++, b += STEP) {
+        __m512i low = _mm512_loadu_si512(b), high = columns > 16 ? _mm512_loadu_si512(b + TILE) : low;
+#pragma GCC unroll 2
+        for (int even = 0; even < 2; even++) {
+            __m512 l = even ? even_of(low) : odd_of(low), h = even ? even_of(high) : odd_of(high);
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) {
+                __m512 own = _mm512_set1_ps(x[even][i][pair]);
+                left[i] = _mm512_fmadd_ps(own, l, left[i]);
+                if (columns > 16) right[i] = _mm512_fmadd_ps(own, h, right[i]);
+            }
+        }
+    }
+}
+
+/* Adds `rows` rows of a times `columns` outputs of a step, each 16 or 32. */
 static inline __attribute__((always_inline)) void tile_step(tile_sums *c, int rows, int columns, const bf16 *a, long a_row, const bf16 *b) {
     for (int r = 0; r < rows; r += 8, a += 8 * a_row) {
         float *at = c->at + r * PANEL;
         __m512 left[8], right[8];
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) left[i] = _mm512_load_ps(at + i * PANEL), right[i] = columns > 16 ? _mm512_load_ps(at + i * PANEL + 16) : left[i];
-#pragma GCC unroll 1
-        for (long pair = 0; pair < 16; pair++) {
-            __m512bh low = (__m512bh)_mm512_loadu_si512(b + pair * STEP), high = columns > 16 ? (__m512bh)_mm512_loadu_si512(b + TILE + pair * STEP) : low;
-#pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) {
-                int both;
-                memcpy(&both, a + i * a_row + 2 * pair, sizeof both);
-                __m512bh x = (__m512bh)_mm512_set1_epi32(both);
-                left[i] = _mm512_dpbf16_ps(left[i], x, low);
-                if (columns > 16) right[i] = _mm512_dpbf16_ps(right[i], x, high);
-            }
-        }
+        if (pairs_are_faster) step_by_pairs(columns, a, a_row, b, left, right);
+        else step_by_numbers(columns, a, a_row, b, left, right);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) {
             _mm512_store_ps(at + i * PANEL, left[i]);
