@@ -84,7 +84,7 @@ def main() -> None:
     decoder = Decoder(config, weights.open_tensors(directory)).in_bf16()
     tiles = weights_of(decoder)
     if len(tiles) != 4 * config.layers + 1:
-        sys.exit("the processor has no AMX: training has no products in bf16 to compare with")
+        sys.exit("the processor multiplies no bf16: training has no products in bf16 to compare with")
     dense = [weight.dense() for weight in tiles]
     malloc_tuning.retain_freed_memory()
     lora = Lora.init(LoraConfig(), config, seed=0)

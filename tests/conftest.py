@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 import hypothesis
 import pytest
-from parts import WITHOUT_AMX
+from parts import WITHOUT_TILES
 from serving import Served, serve, tiny_settings
 from tiny import save_directory
 
@@ -59,10 +59,10 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 
 @pytest.fixture
-def amx(level: str | None) -> None:
-    """For a test of kernels that exist for AMX alone."""
+def tiles(level: str | None) -> None:
+    """For a test of kernels that exist only where the processor multiplies bf16 by blocks."""
     if not cpu.multiplies_tiles():
-        pytest.skip(WITHOUT_AMX)
+        pytest.skip(WITHOUT_TILES)
 
 
 @pytest.fixture(scope="module")  # an event loop runs in this thread as long as it is open
@@ -114,13 +114,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 _ran: Counter[str] = Counter()  # tests of kernels that passed or failed, by level
-_without_amx: Counter[str] = Counter()
+_without_tiles: Counter[str] = Counter()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     level = dict(report.user_properties).get("level")
-    if report.skipped and isinstance(report.longrepr, tuple) and WITHOUT_AMX in report.longrepr[2]:
-        _without_amx[str(level or isa.level())] += 1
+    if report.skipped and isinstance(report.longrepr, tuple) and WITHOUT_TILES in report.longrepr[2]:
+        _without_tiles[str(level or isa.level())] += 1
     elif report.when == "call" and level is not None:
         _ran[str(level)] += 1
 
@@ -156,10 +156,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     above = isa.LEVELS.index(isa.highest() or "none") - isa.LEVELS.index(isa.level() or "none")
     if above > 0:
         say(f"FORTWO_ISA left out {', '.join(isa.LEVELS[-above:])}, which this processor has.")
-    for name, count in _without_amx.items():
+    for name, count in _without_tiles.items():
         say(
-            f"{name}: {count} tests of AMX kernels were skipped. These kernels do not exist there; the same operations "
-            "of that level, which the other tests cover, take their place."
+            f"{name}: {count} tests of products in bf16 by blocks were skipped. They do not exist there; plain "
+            "operations, which the other tests cover, take their place."
         )
     for name in left_out(config):
         say(f"FAILED: the processor has {name}, and no test of its kernels ran.", red=True)

@@ -22,7 +22,7 @@ from fortwo.nn.packing import PackedAttention, pack
 from fortwo.train.estimate import LinearModule, linear_modules
 from tests.tiny import VOCABULARY, tiny_model
 
-WITHOUT_AMX = "AMX kernels do not exist at this level"
+WITHOUT_TILES = "no products of bf16 by blocks exist at this level"
 
 
 @cache

@@ -127,7 +127,7 @@ def test_products_in_parts_are_those_of_the_dense_weight(outputs: int, monkeypat
     assert narrow.product(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.usefixtures("amx")
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("rows", [1, 33, 64])
 @pytest.mark.parametrize("shape", [(64, 64), (192, 320), (832, 128), (128, 4160)])
 def test_products_from_the_codes_are_those_of_the_dense_weight(

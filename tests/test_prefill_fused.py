@@ -23,10 +23,10 @@ from fortwo.nn.lora_config import LoraConfig
 from fortwo.quantization.formats import Frozen, HugePageArena, Weight, dense, quantize
 from fortwo.quantization.grouped import WIDE, Grouped
 from fortwo.quantization.selection import Choice
-from tests.parts import WITHOUT_AMX, Unfused, as_decoder, make_rows, random_lora
+from tests.parts import WITHOUT_TILES, Unfused, as_decoder, make_rows, random_lora
 from tests.tiny import tiny_model
 
-pytestmark = pytest.mark.skipif(not cpu.multiplies_tiles(), reason=WITHOUT_AMX)
+pytestmark = pytest.mark.skipif(not cpu.multiplies_tiles(), reason=WITHOUT_TILES)
 SHAPES = {
     "all": LoraConfig(r=4, alpha=12),
     "odd": LoraConfig(r=3, alpha=6, target_modules=("k_proj", "v_proj", "up_proj"), layers=(0, 2)),

@@ -17,10 +17,10 @@ from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.nn.packing import pack
 from fortwo.train.losses import Row, compute_losses
-from tests.parts import WITHOUT_AMX, Unfused, as_decoder, make_rows, random_lora
+from tests.parts import WITHOUT_TILES, Unfused, as_decoder, make_rows, random_lora
 from tests.tiny import tiny_model
 
-tiled = pytest.mark.skipif(not cpu.multiplies_tiles(), reason=WITHOUT_AMX)
+tiled = pytest.mark.skipif(not cpu.multiplies_tiles(), reason=WITHOUT_TILES)
 CONFIGS = [
     LoraConfig(r=16, alpha=32),
     LoraConfig(r=16, alpha=32, dropout=0.15),

@@ -80,8 +80,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _attend(direction: str, qkv_TNE: Tensor, *arguments: Tensor | int) -> None:
-    """The kernel on AMX's tiles where there are such, else the one for every processor."""
+    """The kernel by blocks of bf16 where there is one, else the one for every processor."""
     if qkv_TNE.dtype == torch.bfloat16 and qkv_TNE.shape[2] % 32 == 0 and cpu.multiplies_tiles():
-        getattr(cpu.kernels(), f"attention{direction}_amx")(*arguments)
+        getattr(cpu.kernels(), f"attention{direction}_tiled")(*arguments)
     else:
         cpu.run(f"attention{direction}", qkv_TNE.dtype, *arguments)

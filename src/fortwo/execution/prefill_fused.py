@@ -1,8 +1,8 @@
-"""Prompts through all layers in one kernel (prefill_amx.c), the adapters of each included; steps of many rows, too.
+"""Prompts through all layers in one kernel (prefill.c), the adapters of each included; steps of many rows, too.
 
-Products are in bf16, on processors with AMX's tiles, whatever the weights are held in; what is carried from layer to
-layer is fp32. `decoder` computes the same from torch's operations, for everything else and for comparison. Shape
-suffixes as in `decoder`.
+Products are in bf16, on processors with AMX or AVX-512's bf16 products, whatever the weights are held in; what is
+carried from layer to layer is fp32. `decoder` computes the same from torch's operations, for everything else and for
+comparison. Shape suffixes as in `decoder`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fortwo.nn.lora import Update
 from fortwo.quantization.formats import Weight
 from fortwo.quantization.tiles import PANEL
 
-FORMATS = ("bf16", "int8", "gguf", "int4")
+WIDENED = ("int8", "gguf", "int4")  # formats of weights that the kernel makes bf16
 MANY = 512  # tokens
 
 
@@ -43,13 +43,14 @@ class Prefill:
         self._shape = Shape(decoder)
         weight = decoder.layers[0].qkv_OD
         weight_format = weight.choice.format_for(MANY) if isinstance(weight, Weight) else None
-        fits = weight_format in FORMATS and Step(decoder).laid and self.fits(decoder.config)
+        computed = weight_format == "bf16" or (weight_format in WIDENED and cpu.widens())
+        fits = computed and Step(decoder).laid and self.fits(decoder.config)
         self._layers = layers_of(decoder, weight_format) if weight_format is not None and fits else None
 
     @staticmethod
     def fits(config: DecoderConfig) -> bool:
-        """Whether the kernel computes the network's features, the processor has tiles, and all of the network's sizes
-        are whole panels."""
+        """Whether the kernel computes the network's features, the processor has such products, and all of the network's
+        sizes are whole panels."""
         c = config
         whole = all(size % PANEL == 0 for size in (c.hidden, c.intermediate, c.head_size))
         return whole and c.features <= COMPUTED and cpu.multiplies_tiles()

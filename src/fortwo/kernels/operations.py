@@ -226,6 +226,6 @@ def _loss(name: str, logits_NV: Tensor) -> Callable[..., None]:
     """The kernel of a loss that takes these logits."""
     by_vectors = logits_NV.dtype == torch.bfloat16 and logits_NV.shape[1] % 32 == 0 and cpu.multiplies_tiles()
     kernel: Callable[..., None] = getattr(
-        cpu.kernels(), f"{name}_amx" if by_vectors else cpu.typed(name, logits_NV.dtype)
+        cpu.kernels(), f"{name}_tiled" if by_vectors else cpu.typed(name, logits_NV.dtype)
     )
     return kernel

@@ -20,7 +20,7 @@ from fortwo.quantization.tiles import Memory
 
 GROUP, TILE = 32, 16
 QUADS = GROUP // 4
-WIDE = 24  # rows from which on such weights are made bf16 for AMX's tiles
+WIDE = 24  # rows from which on AMX multiplies such weights as bf16
 MIDDLE = {6: 32, 8: 128}  # the code of zero, where a group has no minimum
 
 
@@ -184,7 +184,7 @@ def _product(struct: tuple[Any, ...], outputs: int, x_TI: Tensor) -> Tensor:
     T = x_TI.shape[0]
     y_TO = x_TI.new_empty(T, outputs)
     kernels = cpu.kernels()
-    multiply = kernels.quantized_gemm_amx if T >= WIDE and cpu.multiplies_tiles() else kernels.quantized_gemm
+    multiply = kernels.quantized_gemm_tiled if T >= WIDE and cpu.widens() else kernels.quantized_gemm
     multiply(cpu.ffi.new("quantized_weight *", struct), T, x_TI.contiguous(), y_TO)
     return y_TO
 

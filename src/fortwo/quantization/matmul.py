@@ -100,9 +100,9 @@ def product(
     """x @ weight.T, and for `more` = (h, B) + h @ B.T; x (rows, in), weight (out, in), any of them may be a transposed
     view. No gradient: see lora.
 
-    A bf16 weight is multiplied with x rounded to bf16, and summed in fp32: on the CPU by AMX's tiles, or else as fp32,
-    a part of the weight after the other, since torch's own product of bf16 rounds each sum to bf16. The result has the
-    type of x, or `dtype`. A `Weight` takes the format that is chosen for this many rows.
+    A bf16 weight is multiplied with x rounded to bf16, and summed in fp32: on the CPU by blocks (tiles.h), or else as
+    fp32, a part of the weight after the other, since torch's own product of bf16 rounds each sum to bf16. The result
+    has the type of x, or `dtype`. A `Weight` takes the format that is chosen for this many rows.
     """
     dtype = x_TI.dtype if dtype is None else dtype
     if isinstance(weight_OI, Tiles):
@@ -154,8 +154,8 @@ def frozen_product(x_TI: Tensor, weight_OI: Tensor | Tiles | Multiplies) -> Tens
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether there are products in bf16 on the device that may be faster than fp32: on the CPU, those by AMX's
-    tiles."""
+    """Whether there are products in bf16 on the device that may be faster than fp32: on the CPU, those by
+    blocks."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return cpu.multiplies_tiles()

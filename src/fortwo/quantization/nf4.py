@@ -1,7 +1,7 @@
 """NF4: 4-bit NormalFloat in blocks of 64 with double quantisation (Dettmers et al. 2023, arXiv:2305.14314).
 
 Levels and layout are bitsandbytes'. A product makes the weight dense part by part and throws each part away: what is in
-memory is the codes and one part; where the processor has tiles (gemm_amx.c), a part is what fits into a core's cache.
+memory is the codes and one part; where the processor has tiles (gemm_bf16.c), a part is what fits into a core's cache.
 Shape suffixes as in `formats`; B blocks.
 """
 

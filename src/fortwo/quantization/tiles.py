@@ -1,4 +1,4 @@
-"""bf16 products by AMX's tiles (gemm_amx.c), and frozen weights laid out as that kernel reads them.
+"""bf16 products by blocks (gemm_bf16.c), and frozen weights laid out as that kernel reads them.
 
 Sums are fp32. Only where `cpu.multiplies_tiles`. Shape suffixes as in `decoder`.
 """

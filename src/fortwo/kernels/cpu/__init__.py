@@ -57,14 +57,22 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def multiplies_tiles() -> bool:
-    """Whether the kernels in use are those for AMX, and the system lets this process use its tiles."""
+    """Whether the kernels in use multiply bf16 by blocks (tiles.h): on AMX's tiles, where the system lets this process
+    use them, or by AVX-512's products of pairs."""
     library = lib()
     return library is not None and _tiles(library)
 
 
+def widens() -> bool:
+    """Whether weights in 4 to 8 bits are multiplied by many rows faster as bf16: on AMX's tiles. AVX-512 multiplies
+    bytes faster than bf16."""
+    library = lib()
+    return library is not None and _tiles(library) and hasattr(library, "quantized_gemm_tiled")
+
+
 @cache
 def _tiles(library: Kernels) -> bool:
-    return hasattr(library, "gemm_bf16") and bool(library.amx_allowed())
+    return hasattr(library, "gemm_bf16") and bool(library.tiles_allowed())
 
 
 def pointer(tensor: Tensor | None, strided: bool = False) -> Any:

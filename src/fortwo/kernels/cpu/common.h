@@ -6,8 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
-#define AVX512_BF16
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define AVX512
+#define TILED
 #endif
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #define AMX

@@ -2,7 +2,7 @@
 #include "element.h"
 #include "elementwise.h"
 
-#if defined(ELEMENT_BFLOAT16) && defined(AVX512_BF16)
+#if defined(ELEMENT_BFLOAT16) && defined(AVX512)
 #define OWN_ROWS /* elementwise_avx512.c has them */
 #endif
 

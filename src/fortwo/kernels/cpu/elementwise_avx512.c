@@ -2,7 +2,7 @@
 #include "vectors.h"
 #include "elementwise.h"
 
-#ifdef AVX512_BF16
+#ifdef AVX512
 
 float add_norm_row_bfloat16(long D, const float *x, const bf16 *y, const float *weight, float eps, float *sum, bf16 *out) {
     __m512 left, right, more, again, squares[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -93,8 +93,8 @@ void rotate_row_bfloat16(long N, long rotated, long E, const bf16 *x, const floa
             __m512 c = _mm512_maskz_loadu_ps(own, cosine + e), s = _mm512_mul_ps(_mm512_maskz_loadu_ps(own, sine + e), _mm512_set1_ps(sign));
             __m512 left = widened(_mm256_maskz_loadu_epi16(own, from)), right = widened(_mm256_maskz_loadu_epi16(own, from + E / 2));
             __m512 turned_left = _mm512_fnmadd_ps(right, s, _mm512_mul_ps(left, c)), turned_right = _mm512_fmadd_ps(left, s, _mm512_mul_ps(right, c));
-            _mm256_mask_storeu_epi16(to, own, (__m256i)_mm512_cvtneps_pbh(turned_left));
-            _mm256_mask_storeu_epi16(to + E / 2, own, (__m256i)_mm512_cvtneps_pbh(turned_right));
+            _mm256_mask_storeu_epi16(to, own, half_as_bf16(turned_left));
+            _mm256_mask_storeu_epi16(to + E / 2, own, half_as_bf16(turned_right));
         }
     memcpy(out + rotated * E, x + rotated * E, (N - rotated) * E * sizeof(bf16));
 }

@@ -4,12 +4,13 @@
    Tensors are contiguous, rows first, and on the CPU; a pointer marked "may be null" is optional. Letters: T tokens, B rows of a decode step, D hidden
    size, H query heads, K key/value heads, E head size, I intermediate size or inputs, O outputs, V vocabulary, R rank, or rows of a pack.
 
-   The sources are compiled once for each instruction level. Functions whose names contain `amx`, the gemm_* functions, pack_panels, prefill and
-   train_layers_* exist at the level amx alone. Below it the operations of the level below take their place.
+   The sources are compiled once for each instruction level. Functions whose names contain `tiled`, the gemm_* functions, pack_panels, prefill and
+   train_layers_* exist where the processor multiplies bf16: at the level amx, and at avx512 with AVX-512's bf16 instructions. Elsewhere plain operations
+   take their place.
 
    What a new level has to provide: for 8-bit products the micro-kernel `block_by_dots` of quantized_gemm.c, or one beside it as quantized_gemm_amx.h
-   has it (configure, multiply a block of rounded rows by a tile of 16 outputs); for bf16 products the micro-kernel of gemm_amx.h (`tile_step` with
-   `tiles_clear`, `tiles_loaded` and `tiles_stored`: a block of 32 x 32 sums plus 32 rows times one step of a panel), and `pack` of gemm_amx.c, which
+   has it (configure, multiply a block of rounded rows by a tile of 16 outputs); for bf16 products the micro-kernel of tiles.h (`tile_step` with
+   `tiles_clear`, `tiles_loaded` and `tiles_stored`: a block of 32 x 32 sums plus 32 rows times one step of a panel), and `pack` of gemm_bf16.c, which
    writes the panels that it reads. The drivers (shares of threads, blocking for the cache, epilogues) call nothing else. Row functions
    (elementwise.h) may be replaced as elementwise_avx512.c does. Then the level is named in isa.py. */
 #pragma once
@@ -40,17 +41,17 @@ void dropout_bfloat16(long size, long seed, long kept, const bf16 *x, bf16 *out)
 void rotate_float32(long T, long N, long rotated, long E, const float *x, const float *cosine, const float *sine, float sign, float *out);
 void rotate_bfloat16(long T, long N, long rotated, long E, const bf16 *x, const float *cosine, const float *sine, float sign, bf16 *out);
 
-/* ---- Attention and losses; fp32 and bf16. The variants with amx take bf16, E and V multiples of 32. */
+/* ---- Attention and losses; fp32 and bf16. The tiled variants take bf16, E and V multiples of 32. */
 /* Attention over R rows laid end to end behind a shared prefix of P tokens: [P | rest of row 0 | rest of row 1 | ...]. A token attends to the prefix and
    to its own row up to itself. qkv (T, H + 2K, E); lse (T, H): the logarithm of each softmax's sum, which backward reads. */
 void attention_float32(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const float *qkv, float *out, float *lse);
 void attention_bfloat16(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, bf16 *out, float *lse);
-void attention_amx(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, bf16 *out, float *lse);
+void attention_tiled(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, bf16 *out, float *lse);
 void attention_backward_float32(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const float *qkv, const float *lse,
                                 const float *grad, float *grad_qkv);
 void attention_backward_bfloat16(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, const float *lse,
                                  const bf16 *grad, bf16 *grad_qkv);
-void attention_backward_amx(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, const float *lse,
+void attention_backward_tiled(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, const float *lse,
                             const bf16 *grad, bf16 *grad_qkv);
 /* Row b of qkv (B, H + 2K, E) is at positions[b] of row rows[b] of the cache, in fp16 (half = 1) or fp32 (half = 0). Its keys and values are written
    there, then its queries attend to everything up to there. E is a multiple of 16. */
@@ -59,11 +60,11 @@ void decode_attention(long B, long H, long K, long E, long row_step, long head_s
 /* The cross-entropy of each row of logits (N, V) with a token; the logits become the gradient of the losses' sum. */
 void cross_entropy_float32(long N, long V, float *logits, const long *tokens, float *loss);
 void cross_entropy_bfloat16(long N, long V, bf16 *logits, const long *tokens, float *loss);
-void cross_entropy_amx(long N, long V, bf16 *logits, const long *tokens, float *loss);
+void cross_entropy_tiled(long N, long V, bf16 *logits, const long *tokens, float *loss);
 /* KL(p || q) of the softmaxes of each row of wanted (p) and of logits (q), both (N, V); the logits become the gradient of the losses' sum. */
 void kl_divergence_float32(long N, long V, float *logits, const float *wanted, float *loss);
 void kl_divergence_bfloat16(long N, long V, bf16 *logits, const bf16 *wanted, float *loss);
-void kl_divergence_amx(long N, long V, bf16 *logits, const bf16 *wanted, float *loss);
+void kl_divergence_tiled(long N, long V, bf16 *logits, const bf16 *wanted, float *loss);
 
 /* ---- Optimizer, adamw.c */
 /* The sum of squares, the same with any number of threads. */
@@ -84,9 +85,9 @@ typedef struct { /* one or several parts below each other, each with bits of its
 
 /* Packs a weight (O, I) in 4 or 8 bits whose scales and minima (O, I / 32) are given; q must be zero. */
 void quantize(long bits, long O, long I, const float *weight, const float *scale, const float *minimum, uint8_t *q);
-/* y (T, O) = x (T, I) W', with x rounded to 16 bits. The amx variant rounds both to bf16, and O and I are multiples of 16 and 32. */
+/* y (T, O) = x (T, I) W', with x rounded to 16 bits. The tiled variant rounds both to bf16, and O and I are multiples of 16 and 32. */
 void quantized_gemm(const quantized_weight *w, long T, const float *x, float *y);
-void quantized_gemm_amx(const quantized_weight *w, long T, const float *x, float *y);
+void quantized_gemm_tiled(const quantized_weight *w, long T, const float *x, float *y);
 
 /* ---- Weights in NF4, nf4.c */
 /* The codes and the largest magnitudes of blocks of 64 numbers. between (15): the middles of neighbouring levels. */
@@ -97,9 +98,9 @@ void nf4_dense_float32(long first, long blocks, const uint8_t *codes, const uint
 void nf4_dense_bfloat16(long first, long blocks, const uint8_t *codes, const uint8_t *largest, const float *map, const float *scale, const float *offset,
                         const float *levels, bf16 *out);
 
-/* ---- Products in bf16 with sums in fp32, gemm_amx.c */
-/* Whether the operating system lets this process use AMX's tiles. */
-int amx_allowed(void);
+/* ---- Products in bf16 with sums in fp32, gemm_bf16.c */
+/* Whether the products by blocks can be used: not where the operating system keeps this process from AMX's tiles. */
+int tiles_allowed(void);
 /* All panels of b (N, K), whose steps b_n from row to row and b_k from column to column are given; one of them is 1. */
 void pack_panels(long N, long K, const bf16 *b, long b_n, long b_k, bf16 *to);
 /* c (M, N) = a b' + a2 b2' (K2 = 0: without the second); c is bf16, or fp32 where `wide`, with c_row numbers from row to row. Steps of b that are both 0
@@ -139,7 +140,7 @@ void pack_adapter(long count, const adapter_matrix *matrices, int8_t *to);
 /* Changes y (rows, O), one fused product of x (rows, I), as N adapters do. index: layer * PRODUCTS + product. */
 void add_adapters(long N, const adapter *adapters, const long *members, long index, long rows, long I, long O, const float *x, float *y);
 
-/* ---- The whole decoder, for serving: decode_step.c and prefill_amx.c */
+/* ---- The whole decoder, for serving: decode_step.c and prefill.c */
 typedef struct { /* null where the family has no bias, or no norms of heads */
     const float *attention_norm, *mlp_norm, *bias, *q_norm, *k_norm;
     quantized_weight w[PRODUCTS];
@@ -175,7 +176,7 @@ typedef struct { /* tokens start to start + length - 1, after `before` tokens th
 void prefill(long T, long R, const decoder_shape *s, const decoder_layer *layers, const long *tokens, const prompt_piece *pieces,
              const cache_place *places, long N, const adapter *adapters, const long *members, float *out);
 
-/* ---- The whole decoder, for training: train_layers_amx.c */
+/* ---- The whole decoder, for training: train_layers.c */
 typedef struct { /* a target's B (outputs, rank), which is added to the columns from `column` on */
     float *B;
     long column, outputs, rank;

@@ -152,12 +152,12 @@ uint8_t *quantized_gemm_begin(const quantized_rows *x, long widest) {
         scratch.size = WIDTH * widest;
         scratch.at = aligned_alloc(64, scratch.size);
     }
-    if (uses_tiles(x->rows)) tiles_begin(x->rows);
+    if (uses_tiles(x->rows)) byte_tiles_begin(x->rows);
     return scratch.at;
 }
 
 void quantized_gemm_end(const quantized_rows *x) {
-    if (uses_tiles(x->rows)) tiles_end();
+    if (uses_tiles(x->rows)) byte_tiles_end();
 }
 
 /* Computes outputs o to o + 15 of all rows. y points to row 0, output 0. */

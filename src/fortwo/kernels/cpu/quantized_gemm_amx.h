@@ -1,6 +1,6 @@
 /* The micro-kernel of quantized_gemm.c on AMX's tiles for 8-bit numbers. */
 #pragma once
-#include "gemm_amx.h"
+#include "gemm_bf16.h"
 #include "quantized_gemm.h"
 
 #ifdef AMX
@@ -9,9 +9,9 @@
 #define RING 4 /* groups that are computed ahead: what a tile stores can only be read a while later */
 #define LAG 2
 
-static inline int uses_tiles(long rows) { return rows >= FILLED && amx_allowed(); }
+static inline int uses_tiles(long rows) { return rows >= FILLED && tiles_allowed(); }
 
-static inline void tiles_begin(long rows) {
+static inline void byte_tiles_begin(long rows) {
     struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape __attribute__((aligned(64))) = {.palette = 1};
     for (int i = 0; i < 2; i++) shape.bytes[i] = 64, shape.rows[i] = 2 * rows;     /* results */
     for (int i = 2; i < 4; i++) shape.bytes[i] = GROUP, shape.rows[i] = 2 * rows;  /* x */
@@ -19,7 +19,7 @@ static inline void tiles_begin(long rows) {
     load_shape(&shape);
 }
 
-static inline void tiles_end(void) { _tile_release(); }
+static inline void byte_tiles_end(void) { _tile_release(); }
 
 /* The numbers of a tile as bytes: q itself with 8 bits, else unpacked to `to`. */
 static inline __attribute__((always_inline)) const uint8_t *unpacked_groups(int bits, long G, const uint8_t *q, uint8_t *to) {
@@ -66,8 +66,8 @@ static inline __attribute__((always_inline)) void block_by_tiles(int bits, int r
 }
 #else /* without this micro-kernel block_by_dots multiplies every block */
 static inline int uses_tiles(long rows) { return (void)rows, 0; }
-static inline void tiles_begin(long rows) { (void)rows; }
-static inline void tiles_end(void) {}
+static inline void byte_tiles_begin(long rows) { (void)rows; }
+static inline void byte_tiles_end(void) {}
 static inline const uint8_t *tiles_unpacked(long bits, long G, const uint8_t *q, uint8_t *to) { return (void)bits, (void)G, (void)to, q; }
 #define block_by_tiles(...) (void)0
 #endif

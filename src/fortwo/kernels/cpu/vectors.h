@@ -1,8 +1,8 @@
-/* Rows of bf16 by vectors of 32, for processors that round to bf16. */
+/* Rows of bf16 by vectors of 32, for AVX-512. */
 #pragma once
 #include "common.h"
 
-#ifdef AVX512_BF16
+#ifdef AVX512
 #include <immintrin.h>
 
 /* `exponential` of sixteen numbers. */
@@ -21,7 +21,19 @@ static inline __m512 exponentials(__m512 x) {
 }
 
 static inline __mmask16 mask16(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1; }
-static inline __m512i as_bf16(__m512 left, __m512 right) { return (__m512i)_mm512_cvtne2ps_pbh(right, left); } /* 32 numbers as bf16 */
+/* Sixteen numbers as bf16, and 32. */
+#ifdef __AVX512BF16__
+static inline __m256i half_as_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+static inline __m512i as_bf16(__m512 left, __m512 right) { return (__m512i)_mm512_cvtne2ps_pbh(right, left); }
+#else
+static inline __m256i half_as_bf16(__m512 x) {
+    __m512i bits = _mm512_castps_si512(x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, last), _mm512_set1_epi32(0x7fff)), 16));
+}
+static inline __m512i as_bf16(__m512 left, __m512 right) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(half_as_bf16(left)), half_as_bf16(right), 1);
+}
+#endif
 static inline __m512 widened(__m256i all) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(all), 16)); }
 
 static inline void as_floats(__m512i all, __m512 *left, __m512 *right) {

@@ -1,14 +1,14 @@
-/* Products in bf16 with sums in fp32, on AMX's tiles: packing, and the drivers. As many panels as fit into a core's cache are packed at once, then
+/* Products in bf16 with sums in fp32: packing, and the drivers. As many panels as fit into a core's cache are packed at once, then
    the rows of the left operand are multiplied by them, read in place. */
-#include "gemm_amx.h"
+#include "gemm_bf16.h"
 
-#ifdef AMX
+#ifdef TILED
 #include <sys/syscall.h>
 #include <unistd.h>
 
 static inline __m512i nf4_values(const normal_floats *w, long at) { /* the 16 values of the block that contains number `at` */
     __m512 all = _mm512_mul_ps(_mm512_loadu_ps(w->levels), _mm512_set1_ps(nf4_largest(w, at / NF4_BLOCK)));
-    return _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(all));
+    return _mm512_castsi256_si512(half_as_bf16(all));
 }
 
 static inline __m512i nf4_step(const normal_floats *w, long at, __m512i values) { /* 32 numbers */
@@ -112,11 +112,48 @@ void pack(const gemm_operand *f, long N, long first, long last, bf16 *to, long a
         }
 }
 
-int amx_allowed(void) {
+#ifdef AMX
+int tiles_allowed(void) {
     static int allowed = -1;
     if (allowed < 0) allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
     return allowed;
 }
+#else
+int pairs_are_faster;
+
+#ifdef __AVX512BF16__
+/* Seconds of some steps by one of the two products: the least of a few runs, since other load can only make a run slower. */
+static double step_seconds(int pairs) {
+    bf16 a[SQUARE] __attribute__((aligned(64))) = {0}, b[SQUARE] __attribute__((aligned(64))) = {0};
+    tile_sums held;
+    double least = 1;
+    pairs_are_faster = pairs;
+    for (int run = 0; run < 9; run++) {
+        double began = omp_get_wtime(), seconds;
+        tiles_clear(&held);
+        for (int i = 0; i < 20; i++) tile_step(&held, 32, 32, a, STEP, b);
+        written_for_tiles(&held);
+        seconds = omp_get_wtime() - began;
+        least = seconds < least ? seconds : least;
+    }
+    return least;
+}
+#endif
+
+/* Chooses the product by measuring it for some microseconds. On some processors pairs take twice as long as fp32, on others half
+   as long. */
+int tiles_allowed(void) {
+    static int chosen;
+    if (!chosen) {
+#ifdef __AVX512BF16__
+        double pairs = step_seconds(1);
+        pairs_are_faster = pairs < step_seconds(0);
+#endif
+        chosen = 1;
+    }
+    return 1;
+}
+#endif
 
 /* Writes 32 rows of `count` numbers (a multiple of 32), `row` numbers apart, as columns of 32. */
 void transpose_rows(const bf16 *rows, long row, long count, bf16 *to, long to_row) {
@@ -161,17 +198,18 @@ static strip strip_of(const gemm_operand *f, long M, long m, bf16 *edge) {
 /* Multiplies a strip of each operand by one panel, with fp32 sums (32, 32). Meanwhile it prefetches the `tall` lines of memory, c_row bytes apart,
    that are written next: waiting for them took a fourth of a product. */
 static void block(int count, const strip *s, const bf16 *const *panels, float *sums, const char *c, long c_row, long tall) {
+    tile_sums held;
     long each = (PANEL + s->all - 1) / s->all, line = 0;
-    tiles_clear();
+    tiles_clear(&held);
     for (int i = 0; i < count; i++, s++) {
         const bf16 *panel = panels[i];
         for (long k = 0; k < s->whole; k++, panel += 2 * TILE) {
             for (long end = line + each; line < tall && line < end; line++) __builtin_prefetch(c + line * c_row, 1);
-            tile_step(s->a + k * STEP, s->a_row, panel);
+            tile_step(&held, 32, 32, s->a + k * STEP, s->a_row, panel);
         }
-        for (long k = s->whole; k < s->all; k++, panel += 2 * TILE) tile_step(s->edge + (k - s->whole) * STEP, s->edge_row, panel);
+        for (long k = s->whole; k < s->all; k++, panel += 2 * TILE) tile_step(&held, 32, 32, s->edge + (k - s->whole) * STEP, s->edge_row, panel);
     }
-    tiles_stored(sums, PANEL);
+    tiles_stored(&held, 32, 32, sums, PANEL);
 }
 
 /* c (M, N) = the sum of a b' over two operands (K = 0: without the second). */
@@ -195,7 +233,7 @@ static void gemm_operands(long M, long N, const gemm_operand f[2], void *c, long
         }
         bf16 *edge = scratch.at + size;
         float sums[PANEL * PANEL] __attribute__((aligned(64)));
-        amx_begin_bf16();
+        tiles_begin();
 #pragma omp for schedule(dynamic) nowait
         for (long task = 0; task < across * down; task++) {
             long group = task / down, part = task % down, first = group * panels / across, last = (group + 1) * panels / across;
@@ -222,12 +260,12 @@ static void gemm_operands(long M, long N, const gemm_operand f[2], void *c, long
                         if (wide) {
                             _mm512_mask_storeu_ps((float *)c + at, (__mmask16)mask, left);
                             _mm512_mask_storeu_ps((float *)c + at + 16, mask >> 16, right);
-                        } else _mm512_mask_storeu_epi16((bf16 *)c + at, mask, (__m512i)_mm512_cvtne2ps_pbh(right, left));
+                        } else _mm512_mask_storeu_epi16((bf16 *)c + at, mask, as_bf16(left, right));
                     }
                 }
             }
         }
-        _tile_release();
+        tiles_end();
     }
 }
 
@@ -247,7 +285,7 @@ void gemm_bf16_long_sum(long M, long N, long K, const bf16 *a, long a_row, const
     {
         bf16 *to = aligned_alloc(64, most * RUN * SQUARE * sizeof(bf16)), *edge = aligned_alloc(64, RUN * SQUARE * sizeof(bf16));
         float *all = aligned_alloc(64, strips * most * SQUARE * sizeof(float));
-        amx_begin_bf16();
+        tiles_begin();
 #pragma omp for schedule(dynamic) nowait
         for (long group = 0; group < groups; group++) {
             long first = group * panels / groups, last = (group + 1) * panels / groups, each = (PANEL + last - first - 1) / (last - first);
@@ -265,20 +303,21 @@ void gemm_bf16_long_sum(long M, long N, long K, const bf16 *a, long a_row, const
                     }
                     for (long n = first; n < last; n++) {
                         float *sums = all + (m * most + n - first) * SQUARE;
-                        if (k) tiles_loaded(sums, PANEL);
-                        else tiles_clear();
+                        tile_sums held;
+                        if (k) tiles_loaded(&held, sums, PANEL);
+                        else tiles_clear(&held);
                         for (long i = 0; i < here; i++) {
                             for (long end = line + each; line < end; line++) __builtin_prefetch(next + line / RUN * a_row + line % RUN * STEP, 0, 2);
-                            tile_step(at + i * STEP, row, to + ((n - first) * RUN + i) * SQUARE);
+                            tile_step(&held, 32, 32, at + i * STEP, row, to + ((n - first) * RUN + i) * SQUARE);
                         }
-                        tiles_stored(sums, PANEL);
+                        tiles_stored(&held, 32, 32, sums, PANEL);
                         for (long r = 0; k + here == steps_of(K) && r < tall; r++)
                             memcpy(c + (m * PANEL + r) * N + n * PANEL, sums + r * PANEL, (N - n * PANEL < PANEL ? N - n * PANEL : PANEL) * sizeof(float));
                     }
                 }
             }
         }
-        _tile_release();
+        tiles_end();
         free(to);
         free(edge);
         free(all);

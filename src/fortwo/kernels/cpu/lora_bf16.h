@@ -1,8 +1,8 @@
 /* What the product with LoRA shares with the layers. */
 #pragma once
-#include "attention_amx.h"
+#include "attention_bf16.h"
 
-#ifdef AMX
+#ifdef TILED
 /* What backward needs of a product: the mask of dropout, and x A' as columns. */
 typedef struct {
     uint32_t *mask;

@@ -1,10 +1,10 @@
-/* A frozen product with its LoRA matrices, forward and backward, in bf16 on AMX's tiles. The numbers are those of elementwise.c and gemm_amx.c, one
+/* A frozen product with its LoRA matrices, forward and backward, in bf16. The numbers are those of elementwise.c and gemm_bf16.c, one
    operation after the other. Rows are taken in strips of 32: the input of a product is made strip by strip together with its share in A, and each block
    of results goes on at once to the operation that follows. */
-#include "lora_amx.h"
+#include "lora_bf16.h"
 #include "elementwise.h"
 
-#ifdef AMX
+#ifdef TILED
 #define LOW 4 /* strips up to which all sums of a panel are kept together */
 
 /* Writes n numbers, multiplied by scale, as bf16. */
@@ -12,7 +12,7 @@ static inline void scale_to_bf16(long n, const float *from, float scale, bf16 *t
     __m512 by = _mm512_set1_ps(scale);
     for (long i = 0; i < n; i += 16) {
         __m512 all = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask16(n - i), from + i), by);
-        _mm256_mask_storeu_epi16(to + i, mask16(n - i), (__m256i)_mm512_cvtneps_pbh(all));
+        _mm256_mask_storeu_epi16(to + i, mask16(n - i), half_as_bf16(all));
     }
 }
 
@@ -63,7 +63,7 @@ void lora_shrink(const lora_product *p, int back, long tall, long K, const bf16 
         for (long half = 0; half < 2 && rank + half * 16 < p->R; half++) {
             long first = 0, last = K / STEP;
             if (back) output_steps_of(p, rank + half * 16, &first, &last);
-            tile_gemm_32x16(last - first, a + first * STEP, K, panels + first * SQUARE + half * TILE, sums + half * 16);
+            tile_gemm(32, 16, last - first, a + first * STEP, K, panels + first * SQUARE + half * TILE, sums + half * 16, PANEL, 0);
         }
         memset(sums + tall * PANEL, 0, (PANEL - tall) * PANEL * sizeof(float));
         for (long r = 0; r < PANEL; r++) store_bf16(h + r * padded_to_steps(p->R) + rank, _mm512_load_ps(sums + r * PANEL), _mm512_load_ps(sums + r * PANEL + 16));
@@ -102,18 +102,19 @@ typedef struct {
 /* Multiplies two spans, with sums (32, 32). Meanwhile it prefetches lines that are read or written next, and at each step `more` lines of the next
    strip at `ahead`: waiting for them took a third of a product. */
 static void multiply_spans(const span *s, float *sums, int add, int fetched, lines *l, long more, const char **ahead) {
+    tile_sums held;
     long each = (PANEL + s->count - 1) / s->count, line = 0;
-    if (add) tiles_loaded(sums, PANEL);
-    else tiles_clear();
+    if (add) tiles_loaded(&held, sums, PANEL);
+    else tiles_clear(&held);
     for (long k = 0; k < s->count; k++) {
         for (long end = line + each; line < PANEL && line < end; line++)
             for (int i = 0; i < fetched; i++, l[i - 1].at += l[i - 1].row) __builtin_prefetch(l[i].at, 1);
         for (long i = 0; i < more; i++, *ahead += 64) __builtin_prefetch(*ahead, 0, 2);
-        tile_step(s->a + k * STEP, s->a_row, s->panel + k * SQUARE);
+        tile_step(&held, 32, 32, s->a + k * STEP, s->a_row, s->panel + k * SQUARE);
     }
     s++;
-    for (long k = 0; k < s->count; k++) tile_step(s->a + k * STEP, s->a_row, s->panel + k * SQUARE);
-    tiles_stored(sums, PANEL);
+    for (long k = 0; k < s->count; k++) tile_step(&held, 32, 32, s->a + k * STEP, s->a_row, s->panel + k * SQUARE);
+    tiles_stored(&held, 32, 32, sums, PANEL);
 }
 
 /* The number of groups for some units of work, of `bytes` of panels each; at least `wanted`. */
@@ -218,7 +219,7 @@ static void apply_backward_epilogue(const training_pass *t, const lora_product *
     float share[SQUARE] __attribute__((aligned(64)));
     int drops = R && t->kept;
     __m512 scale = _mm512_set1_ps(drops ? 4294967296.0f / t->kept : 1), left, right, more, again;
-    if (drops) tile_gemm_32x32(R / STEP, w->h + s * PANEL * R, R, own.A + n * R * PANEL, share, PANEL, 0);
+    if (drops) tile_gemm(32, 32, R / STEP, w->h + s * PANEL * R, R, own.A + n * R * PANEL, share, PANEL, 0);
     for (long r = 0; r < tall_of(t->T, s * PANEL); r++) {
         __m512i found = as_bf16(_mm512_load_ps(sums + r * PANEL), _mm512_load_ps(sums + r * PANEL + 16));
         if (drops) {
@@ -254,8 +255,8 @@ static void add_to_A(const training_pass *t, const lora_product *p, long n, cons
         _mm512_store_si512(row + TILE, _mm512_permutex2var_epi16(even, high, odd));
     }
     for (long r = 0; r < p->R; r += PANEL) {
-        if (p->R - r > 16) tile_gemm_32x32(Tp / STEP, transposed + r * Tp, Tp, panel, sums, PANEL, 0);
-        else tile_gemm_16x32(Tp / STEP, transposed + r * Tp, Tp, panel, sums);
+        if (p->R - r > 16) tile_gemm(32, 32, Tp / STEP, transposed + r * Tp, Tp, panel, sums, PANEL, 0);
+        else tile_gemm(16, 32, Tp / STEP, transposed + r * Tp, Tp, panel, sums, PANEL, 0);
         add_block(p->R - r < PANEL ? p->R - r : PANEL, sums, to + r * I, I);
     }
 }
@@ -288,8 +289,8 @@ static void add_to_B(const training_pass *t, const lora_product *p, long n, cons
         if (!one->rank || from >= end) continue;
         if (!packed++) pack(&f, PANEL, 0, 1, panel, 0);
         for (long r = 0; r < one->rank; r += PANEL) {
-            if (one->rank - r > 16) tile_gemm_32x32(Tp / STEP, transposed + (rank + r) * Tp, Tp, panel, sums, PANEL, 0);
-            else tile_gemm_16x32(Tp / STEP, transposed + (rank + r) * Tp, Tp, panel, sums);
+            if (one->rank - r > 16) tile_gemm(32, 32, Tp / STEP, transposed + (rank + r) * Tp, Tp, panel, sums, PANEL, 0);
+            else tile_gemm(16, 32, Tp / STEP, transposed + (rank + r) * Tp, Tp, panel, sums, PANEL, 0);
             add_turned(sums, from - o, end - o, one->rank - r, one->rank, (float *)((char *)one->B + shift) + (o - one->column) * one->rank + r, one->scale);
         }
     }

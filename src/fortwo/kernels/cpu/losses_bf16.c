@@ -1,8 +1,7 @@
-/* The losses of losses.c for bf16, by vectors; each exponential is computed once. They are used at the level amx alone, so that other levels keep
-   their bits. */
-#include "gemm_amx.h"
+/* The losses of losses.c for bf16, by vectors; each exponential is computed once. They are used where products are in bf16. */
+#include "gemm_bf16.h"
 
-#ifdef AMX
+#ifdef TILED
 /* Writes e^(x - highest) of a row, and returns the sum. */
 static float exponentials_of_row(const bf16 *row, long V, float *highest, float *mass) {
     __m512 left, right, top = _mm512_set1_ps(-INFINITY), sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -24,7 +23,7 @@ static float exponentials_of_row(const bf16 *row, long V, float *highest, float 
     return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
 }
 
-void cross_entropy_amx(long N, long V, bf16 *logits, const long *tokens, float *loss) {
+void cross_entropy_tiled(long N, long V, bf16 *logits, const long *tokens, float *loss) {
 #pragma omp parallel
     {
         float *mass = aligned_alloc(64, V * sizeof(float));
@@ -42,7 +41,7 @@ void cross_entropy_amx(long N, long V, bf16 *logits, const long *tokens, float *
     }
 }
 
-void kl_divergence_amx(long N, long V, bf16 *logits, const bf16 *wanted, float *loss) {
+void kl_divergence_tiled(long N, long V, bf16 *logits, const bf16 *wanted, float *loss) {
 #pragma omp parallel
     {
         float *mass = aligned_alloc(64, 2 * V * sizeof(float)), *other_mass = mass + V;

@@ -1,9 +1,9 @@
 /* The decoder's layers for training an adapter, forward and backward. All threads go through the layers together and wait for each other at the end
    of each phase. */
-#include "lora_amx.h"
+#include "lora_bf16.h"
 #include "elementwise.h"
 
-#ifdef AMX
+#ifdef TILED
 static product_memory product_memory_of(scratch_arena *scratch, const training_pass *t, const lora_product *p) {
     product_memory m = {take(scratch, t->kept && p->R ? t->T * p->I / 8 : 0), 0};
     m.transposed = take(scratch, padded_to_steps(t->T) * (padded_to_steps(p->R) + PANEL) * 2);
@@ -118,7 +118,7 @@ void train_layers_forward(const training_pass *t, const train_layer *layers, flo
     char *places = reserve_workspaces(&scratch, t, layers, 2, 0, &apart);
 #pragma omp parallel
     {
-        amx_begin_bf16();
+        tiles_begin();
         workspace w = workspace_at(t, layers, places);
         pack_layer_loras(layers, 0, &w);
 #pragma omp barrier
@@ -129,7 +129,7 @@ void train_layers_forward(const training_pass *t, const train_layer *layers, flo
             layer_forward(t, own, &m, &w, next ? next->x : out, next, &next_w);
             w = next_w;
         }
-        _tile_release();
+        tiles_end();
     }
 }
 
@@ -198,7 +198,7 @@ void train_layers_backward(const training_pass *t, const train_layer *layers, co
     gradients g = gradients_of(&scratch, t, layers);
 #pragma omp parallel
     {
-        amx_begin_bf16();
+        tiles_begin();
         const train_layer *top = layers + L - 1;
         workspace w = workspace_at(t, top, places + (L - 1) % 2 * apart);
         pack_layer_loras(top, 1, &w);
@@ -222,7 +222,7 @@ void train_layers_backward(const training_pass *t, const train_layer *layers, co
             layer_backward(t, own, &m, &w, &g, shift, below ? g.along : grad_x, below, &below_w);
             w = below_w;
         }
-        _tile_release();
+        tiles_end();
     }
 }
 #endif

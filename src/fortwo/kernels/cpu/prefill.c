@@ -1,11 +1,11 @@
-/* Prompts, and steps of many rows, through all layers, with the adapters of each, in bf16 on AMX's tiles. Sums, and what goes from layer to layer,
+/* Prompts, and steps of many rows, through all layers, with the adapters of each, in bf16. Sums, and what goes from layer to layer,
    are fp32. Rows are taken in strips of 32. */
-#include "attention_amx.h"
+#include "attention_bf16.h"
 #include "adapters_int8.h"
 #include "decode_attention.h"
 #include "elementwise.h"
 
-#ifdef AMX
+#ifdef TILED
 #define QUERIES 64 /* tokens whose queries form one task of attention */
 
 #define FEW 8 /* rows of a strip up to which an adapter is multiplied without tiles */
@@ -100,21 +100,16 @@ static void shrink_strip(const strip_adapters *all, long pair, long index, long 
     bf16 *h = (bf16 *)all->h + pair * PANEL * all->h_row, tile[TILE] __attribute__((aligned(64)));
     float sums[PANEL * own->ranks] __attribute__((aligned(64)));
     vector once = (vector){0} + 1;
+    tile_sums held;
     for (long first = 0; first < own->ranks; first += WIDTH) {
         const int8_t *A = one->weights + own->A + first / WIDTH * BLOCK_BYTES(K);
-        _tile_zero(0);
-        _tile_zero(1);
+        tiles_clear(&held);
         for (long k = 0; k < K / STEP; k++) {
             for (long i = 0; i < 16; i++) block_bf16(A + SCALES + (k * 16 + i) * 2 * WIDTH, once, once, tile + i * STEP);
             written_for_tiles(tile);
-            _tile_loadd(6, tile, 64);
-            _tile_loadd(4, a + k * STEP, 2 * K);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, a + 16 * K + k * STEP, 2 * K);
-            _tile_dpbf16ps(1, 5, 6);
+            tile_step(&held, 32, 16, a + k * STEP, K, tile);
         }
-        _tile_stored(0, sums + first, 4 * own->ranks);
-        _tile_stored(1, sums + 16 * own->ranks + first, 4 * own->ranks);
+        tiles_stored(&held, 32, 16, sums + first, own->ranks);
         for (long r = 0; r < PANEL; r++) *(vector *)(sums + r * own->ranks + first) *= *(const vector *)A;
     }
     memset(h, 0, PANEL * all->h_row * sizeof(bf16));
@@ -145,7 +140,7 @@ static inline __attribute__((always_inline)) void dequantize_group(int bits, lon
         for (int j = 0; j < 4; j++) four[j] = (__m512)(__builtin_convertvector((integers)(found >> 8 * j & 255), vector) * d[i / 4] + m[i / 4]);
 #pragma GCC unroll 2
         for (int j = 0; j < 4; j += 2) {
-            __m512i both = (__m512i)_mm512_cvtne2ps_pbh(four[j + 1], four[j]);
+            __m512i both = as_bf16(four[j], four[j + 1]);
             _mm512_storeu_si512(tile + (i * 2 + j / 2) * STEP, _mm512_permutexvar_epi16(pairs, both));
         }
     }
@@ -205,11 +200,12 @@ static void pack_outputs(const int8_t *B, long from, bf16 *tile) {
 /* Multiplies a strip of x by a panel of outputs o to o + 31, and adds what adapters change, with sums (32, 32). ahead: prefetch the panels that
    follow. */
 static void panel_gemm_block(const strip_adapters *all, long m, long index, long o, long K, const bf16 *a, const bf16 *panel, int ahead, float *sums) {
-    tiles_clear();
+    tile_sums held;
+    tiles_clear(&held);
     for (long k = 0; k < K / STEP; k++, panel += 2 * TILE) {
         if (ahead)
             for (long i = 0; i < 2 * TILE; i += 32) __builtin_prefetch(panel + 16 * TILE + i, 0, 2);
-        tile_step(a + k * STEP, K, panel);
+        tile_step(&held, 32, 32, a + k * STEP, K, panel);
     }
     for (long pair = all->first[m]; pair < all->first[m + 1]; pair++) {
         if (all->many[pair] <= FEW) continue;
@@ -226,19 +222,12 @@ static void panel_gemm_block(const strip_adapters *all, long m, long index, long
                     pack_outputs(B, k * 16, tiles[0]);
                     pack_outputs(B + BLOCK_BYTES(ranks), k * 16, tiles[1]);
                     written_for_tiles(tiles[0]);
-                    _tile_loadd(6, tiles[0], 64);
-                    _tile_loadd(7, tiles[1], 64);
-                    _tile_loadd(4, h + k * STEP, 2 * all->h_row);
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_dpbf16ps(1, 4, 7);
-                    _tile_loadd(5, h + 16 * all->h_row + k * STEP, 2 * all->h_row);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
+                    tile_step(&held, 32, 32, h + k * STEP, all->h_row, tiles[0]);
                 }
             h += padded_to_steps(ranks);
         }
     }
-    tiles_stored(sums, PANEL);
+    tiles_stored(&held, 32, 32, sums, PANEL);
     for (long pair = all->first[m]; pair < all->first[m + 1]; pair++) {
         if (all->many[pair] <= FEW) expand_few(all, pair, index, o, sums);
         scale_pair(all, pair, index, o, sums);
@@ -396,7 +385,7 @@ void prefill(long T, long R, const decoder_shape *s, const decoder_layer *layers
     float *x = aligned_alloc(64, (T * (D + 2 * E) * sizeof(float) + 63) / 64 * 64), *cosine = x + T * D, *sine = cosine + T * E;
 #pragma omp parallel
     {
-        amx_begin_bf16();
+        tiles_begin();
 #pragma omp for schedule(static)
         for (long t = 0; t < T; t++) {
             memcpy(x + t * D, s->embedding + tokens[t] * D, D * sizeof(float));
@@ -422,7 +411,7 @@ void prefill(long T, long R, const decoder_shape *s, const decoder_layer *layers
         }
 #pragma omp for schedule(static)
         for (long t = 0; t < T; t++) add_norm_row_float32(D, x + t * D, 0, s->norm, s->eps, 0, out + t * D);
-        _tile_release();
+        tiles_end();
     }
     free(memory);
     free(x);
@@ -431,7 +420,8 @@ void prefill(long T, long R, const decoder_shape *s, const decoder_layer *layers
     free_strip_adapters(&all);
 }
 
-void quantized_gemm_amx(const quantized_weight *w, long T, const float *x, float *y) {
+#ifdef AMX
+void quantized_gemm_tiled(const quantized_weight *w, long T, const float *x, float *y) {
     long I = w->I;
     long strips = (T + PANEL - 1) / PANEL;
     strip_adapters none = strip_adapters_of(T, 0, 0, 0, 0);
@@ -439,13 +429,14 @@ void quantized_gemm_amx(const quantized_weight *w, long T, const float *x, float
     memset(a + T * I, 0, (strips * PANEL - T) * I * sizeof(bf16));
 #pragma omp parallel
     {
-        amx_begin_bf16();
+        tiles_begin();
 #pragma omp for schedule(static)
         for (long i = 0; i < T * I; i += 32) store_bf16(a + i, _mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + 16));
         panel_gemm(STORE_FP32, &none, 0, T, w, a, 0, y, w->O);
-        _tile_release();
+        tiles_end();
     }
     free(a);
     free_strip_adapters(&none);
 }
+#endif
 #endif

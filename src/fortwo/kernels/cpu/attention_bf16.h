@@ -1,9 +1,9 @@
-/* What attention on AMX's tiles shares with the kernels of whole layers. */
+/* What attention in bf16 shares with the kernels of whole layers. */
 #pragma once
-#include "gemm_amx.h"
+#include "gemm_bf16.h"
 #include <sys/mman.h>
 
-#ifdef AMX
+#ifdef TILED
 #define LARGE_PAGE (1 << 21)
 
 /* A thread's own memory, in large pages where it is large. Parts are taken from it one after the other, each aligned to a line of the cache. */

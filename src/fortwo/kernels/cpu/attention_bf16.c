@@ -1,8 +1,8 @@
-/* Attention over packed rows as in attention.c, in bf16 on AMX's tiles. A task is one key/value head of one row: its queries, of all heads that share
+/* Attention over packed rows as in attention.c, in bf16. A task is one key/value head of one row: its queries, of all heads that share
    it, form one matrix. Scores, sums and gradients are fp32; probabilities and their gradients are rounded to bf16 for the products. */
-#include "attention_amx.h"
+#include "attention_bf16.h"
 
-#ifdef AMX
+#ifdef TILED
 #define CHUNK 256 /* queries whose probabilities are kept together in backward */
 
 /* Packs rows (count, E) for products that are summed over E. The outputs are the rows; those beyond `count` are zero. */
@@ -96,13 +96,13 @@ void attend_with_tiles(const packed_task *t, long H, long G, long N, long E, con
     memset(q + t->M * E, 0, (t->Mp - t->M) * E * sizeof(bf16));
     for (long m = 0; m < t->M; m += 32) {
         long seen = keys_seen(t, m + 31, G), tall = t->M - m < 32 ? t->M - m : 32;
-        for (long s = 0; s < seen; s += PANEL) tile_gemm_32x32(E / STEP, q + m * E, E, keys + s * E, scores + s, t->Sp, 0);
+        for (long s = 0; s < seen; s += PANEL) tile_gemm(32, 32, E / STEP, q + m * E, E, keys + s * E, scores + s, t->Sp, 0);
         EACH_QUERY(row, m, tall) {
             float *at = lse ? lse + (t->start + i) * H + t->k * G + g : &unused;
             sums[row] = unscaled_softmax(scores + row * t->Sp, t->before + i + 1, seen, scaling, mass + row * t->Sp, at);
         }
         memset(mass + tall * t->Sp, 0, (32 - tall) * t->Sp * sizeof(bf16));
-        for (long e = 0; e < E; e += PANEL) tile_gemm_32x32(seen / STEP, mass, t->Sp, values + e * t->Sp, mixed + e, E, 0);
+        for (long e = 0; e < E; e += PANEL) tile_gemm(32, 32, seen / STEP, mass, t->Sp, values + e * t->Sp, mixed + e, E, 0);
         EACH_QUERY(row, m, tall) {
             bf16 *to = out + ((t->start + i) * H + t->k * G + g) * E;
             __m512 by = _mm512_set1_ps(1 / sums[row]);
@@ -132,12 +132,12 @@ void attention_shared(long P, long R, const long *starts, const long *lengths, l
     }
 }
 
-void attention_amx(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, bf16 *out, float *lse) {
+void attention_tiled(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, bf16 *out, float *lse) {
 #pragma omp parallel
     {
-        amx_begin_bf16();
+        tiles_begin();
         attention_shared(P, R, starts, lengths, H, K, E, qkv, out, lse);
-        _tile_release();
+        tiles_end();
     }
 }
 
@@ -177,8 +177,8 @@ void attention_backward_shared(long P, long R, const long *starts, const long *l
             pack_columns(blocks * 32, E, g_rows, 0, g_columns);
             for (long b = 0; b < blocks; b++) {
                 long m = 32 * b, all = seen[b] = keys_seen(&t, from + m + 31, G), tall = count - m < 32 ? count - m : 32;
-                for (long s = 0; s < all; s += PANEL) tile_gemm_32x32(E / STEP, q + m * E, E, keys + s * E, scores + s, t.Sp, 0);
-                for (long s = 0; s < all; s += PANEL) tile_gemm_32x32(E / STEP, of_out + m * E, E, values + s * E, slopes + s, t.Sp, 0);
+                for (long s = 0; s < all; s += PANEL) tile_gemm(32, 32, E / STEP, q + m * E, E, keys + s * E, scores + s, t.Sp, 0);
+                for (long s = 0; s < all; s += PANEL) tile_gemm(32, 32, E / STEP, of_out + m * E, E, values + s * E, slopes + s, t.Sp, 0);
                 EACH_QUERY(row, from + m, tall) {
                     long at = row * t.Sp;
                     float sum = lse[(t.start + i) * H + t.k * G + g];
@@ -188,7 +188,7 @@ void attention_backward_shared(long P, long R, const long *starts, const long *l
                 memset(slope + tall * t.Sp, 0, (32 - tall) * t.Sp * sizeof(bf16));
                 transpose_rows(mass, t.Sp, all, turned_p + m, CHUNK);
                 transpose_rows(slope, t.Sp, all, turned_slopes + m, CHUNK);
-                for (long e = 0; e < E; e += PANEL) tile_gemm_32x32(all / STEP, slope, t.Sp, key_columns + e * t.Sp, grad_q + e, E, 0);
+                for (long e = 0; e < E; e += PANEL) tile_gemm(32, 32, all / STEP, slope, t.Sp, key_columns + e * t.Sp, grad_q + e, E, 0);
                 EACH_QUERY(row, from + m, tall) {
                     bf16 *to = grad_qkv + ((t.start + i) * N + t.k * G + g) * E;
                     const float *at = grad_q + row * E;
@@ -201,8 +201,8 @@ void attention_backward_shared(long P, long R, const long *starts, const long *l
                 while (seen[b] <= s) b++; /* queries before this block attend to none of these keys */
                 for (long e = 0; e < E; e += PANEL) {
                     long at = e * blocks * STEP + b * SQUARE;
-                    tile_gemm_32x32(blocks - b, turned_slopes + s * CHUNK + 32 * b, CHUNK, q_columns + at, grad_k + s * E + e, E, 1);
-                    tile_gemm_32x32(blocks - b, turned_p + s * CHUNK + 32 * b, CHUNK, g_columns + at, grad_v + s * E + e, E, 1);
+                    tile_gemm(32, 32, blocks - b, turned_slopes + s * CHUNK + 32 * b, CHUNK, q_columns + at, grad_k + s * E + e, E, 1);
+                    tile_gemm(32, 32, blocks - b, turned_p + s * CHUNK + 32 * b, CHUNK, g_columns + at, grad_v + s * E + e, E, 1);
                 }
             }
         }
@@ -239,14 +239,14 @@ void attention_backward_shared(long P, long R, const long *starts, const long *l
 
 long attention_between(long P, long R, long K, long E) { return 2 * (R + 1) * K * P * E; }
 
-void attention_backward_amx(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, const float *lse,
+void attention_backward_tiled(long P, long R, const long *starts, const long *lengths, long H, long K, long E, const bf16 *qkv, const float *lse,
                               const bf16 *grad, bf16 *grad_qkv) {
     float *between = malloc((attention_between(P, R, K, E) + 1) * sizeof(float));
 #pragma omp parallel
     {
-        amx_begin_bf16();
+        tiles_begin();
         attention_backward_shared(P, R, starts, lengths, H, K, E, qkv, lse, grad, between, grad_qkv);
-        _tile_release();
+        tiles_end();
     }
     free(between);
 }
