@@ -29,6 +29,7 @@ from fortwo.train.estimate import (
     RunCost,
     TokenCounts,
     cache_tokens,
+    choose_micro_tokens,
     memory,
     override_cost,
     sft_cost,
@@ -222,3 +223,11 @@ def test_a_trial_notices_busy_processors() -> None:
 )
 def test_bf16_has_to_be_measured_faster(trained: dict[str, float], faster: bool) -> None:
     assert Machine(trained, 50).faster_in_bf16 == faster
+
+
+@pytest.mark.parametrize(
+    ("rate", "tokens"), [(0.0, 160), (40.0, 160), (218.0, 160), (400.0, 320), (1230.0, 1280), (50_000.0, 1280)]
+)
+def test_a_slower_machine_trains_in_shorter_micro_steps(rate: float, tokens: int) -> None:
+    assert choose_micro_tokens(rate) == tokens
+    assert choose_micro_tokens(rate * 1.02) == tokens  # the noise of a measurement changes nothing

@@ -445,6 +445,7 @@ def test_memory_and_time_are_estimated_from_the_machine() -> None:
     assert plan(examples_42(), small).computed["bytes"] > BASE.bytes
 
 
+AT_ONCE = {"micro_step_tokens": 1280}
 FASTER, SLOWER = {"fp32": 300, "bf16": 900}, {"fp32": 300, "bf16": 150}
 
 
@@ -461,9 +462,9 @@ FASTER, SLOWER = {"fp32": 300, "bf16": 900}, {"fp32": 300, "bf16": 150}
 def test_bf16_where_a_trial_shows_that_it_is_faster(
     trained: dict[str, float], config: dict[str, bool], shown: tuple[bool, str], rate: float
 ) -> None:
-    made = plan(examples_42(), replace(MACHINE, trained=trained), training_config=config)
+    made = plan(examples_42(), replace(MACHINE, trained=trained), training_config=AT_ONCE | config)
     assert setting(made, "bf16") == shown
-    plain = plan(examples_42(), MACHINE, training_config={"bf16": False})
+    plain = plan(examples_42(), MACHINE, training_config=AT_ONCE | {"bf16": False})
     assert made.computed["training_seconds"] == pytest.approx(plain.computed["training_seconds"] * 300 / rate, abs=0.2)
     full, copied = plain.computed["bytes"], made.computed["bytes"] - (BASE.bf16_copy if shown[0] else 0)
     assert copied < full if shown[0] else copied == full  # activations are half as wide
@@ -484,18 +485,22 @@ def test_the_slower_type_is_taken_where_only_that_fits() -> None:
 
 
 def test_layers_are_computed_again_where_their_activations_do_not_fit() -> None:
-    plenty = plan(examples_42())
+    plenty = plan(examples_42(), training_config=AT_ONCE)
     assert setting(plenty, "gradient_checkpointing") == (False, "auto")
     needed = plenty.computed["bytes"]
-    assert setting(plan(examples_42(), replace(MACHINE, memory=needed)), "gradient_checkpointing") == (False, "auto")
-    short = plan(examples_42(), replace(MACHINE, memory=needed - 1))
+    assert setting(
+        plan(examples_42(), replace(MACHINE, memory=needed), training_config=AT_ONCE), "gradient_checkpointing"
+    ) == (False, "auto")
+    short = plan(examples_42(), replace(MACHINE, memory=needed - 1), training_config=AT_ONCE)
     assert setting(short, "gradient_checkpointing") == (True, "auto")
     assert short.computed["bytes"] < needed - 1
     assert "memory" not in warned(short)
     (reason,) = (one.reason for one in short.settings if one.name == "gradient_checkpointing")
     assert reason.count("GiB") == 2
     for asked, like in ((True, short), (False, plenty)):
-        made = plan(examples_42(), replace(MACHINE, memory=1), training_config={"gradient_checkpointing": asked})
+        made = plan(
+            examples_42(), replace(MACHINE, memory=1), training_config=AT_ONCE | {"gradient_checkpointing": asked}
+        )
         assert setting(made, "gradient_checkpointing") == (asked, "user")
         assert made.computed["bytes"] == like.computed["bytes"]
 

@@ -29,7 +29,10 @@ BEST_COPIES = 2  # further copies of the adapter if the best one is kept
 HEAD_BYTES = 40 << 20  # logits that are in memory at once
 HEAD_COPIES = 5  # copies of them: the adapter's, the teacher's, the gradient, and results of their products
 FRAGMENTATION = 1.05  # memory that tensors of changing sizes occupy, relative to their sizes
-MICRO_TOKENS = 1280  # of a micro-step beyond the prefix, unless the request says otherwise
+MICRO_TOKENS = 1280  # most tokens of a micro-step beyond the prefix, unless the request says otherwise
+FEWEST_MICRO_TOKENS = 160  # with fewer, reading the weights takes longer than multiplying them
+WAIT = 0.5  # seconds for which replies wait for a job, about
+LONGER_PASS = 0.6  # the share of a micro-step that its backward takes; replies have the device before and after it
 WORTHWHILE = 1.1  # how many times as fast as fp32 training in bf16 must be to be chosen
 PASSES = 3  # of a token that is trained on, to one that is only read: backward is two
 CACHE_OVERALLOCATION = 1.5  # rows that the cache allocates, relative to those in use
@@ -169,6 +172,13 @@ class Machine:
         """Whether bf16 was measured to be faster by more than two measurements of the same thing differ."""
         fp32, bf16 = self.trained.get("fp32", 0.0), self.trained.get("bf16", 0.0)
         return bf16 > WORTHWHILE * fp32
+
+
+def choose_micro_tokens(tokens_per_second: float) -> int:
+    """The tokens of a micro-step of which neither forward nor backward takes much longer than WAIT: MICRO_TOKENS, or
+    that halved some times, since near values would make the bits of a run depend on the noise of a measurement."""
+    wanted = max(1.0, tokens_per_second) * WAIT / LONGER_PASS
+    return max(FEWEST_MICRO_TOKENS, MICRO_TOKENS >> max(0, round(math.log2(MICRO_TOKENS / wanted))))
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,9 @@ def accumulate_gradients(
         began = time.perf_counter()
         found = compute_losses(backend, lora, prefix, batch, plan["gradient_checkpointing"])
         total = found.ce / max(1, ce_weight) + kl_weight * found.kl / max(1, kl_tokens)
+        seconds += time.perf_counter() - began
+        yield MicroStepped(tokens)
+        began = time.perf_counter()
         total.backward()
         ce += float(found.ce.detach()) / max(1, ce_weight)
         kl += float(found.kl.detach()) / max(1, kl_tokens)

@@ -23,7 +23,6 @@ from fortwo.train.adapter import check_target_modules, choose_adapter, mean_rank
 from fortwo.train.dataset_stats import AffectedLines, DatasetWarnings, RowLengths, ValidationStats
 from fortwo.train.diagnosis import diagnose, plan_warnings, validation_warnings
 from fortwo.train.estimate import (
-    MICRO_TOKENS,
     MOMENTS,
     MOMENTS_8_BIT,
     BaseFacts,
@@ -31,6 +30,7 @@ from fortwo.train.estimate import (
     Memory,
     TokenCounts,
     cache_tokens,
+    choose_micro_tokens,
     format_size,
     memory,
     override_cost,
@@ -152,7 +152,7 @@ def resolve(
     for name in ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed"):
         builder.choose(name, getattr(recipe, name), REASONS[name])
     longest = max(row.prompt + row.answer for row in counts.rows) - counts.prefix
-    at_once = builder.choose("micro_step_tokens", MICRO_TOKENS, REASONS["micro_step_tokens"])
+    at_once = _choose_micro_step(builder, machine)
     together = min(micro_step, counts.prefix + max(at_once, longest))
     ranks = mean_ranks(adapter, base.targets)
     best, replies = objective == "override" or validation_rows > 0, cache_tokens(counts, objective != "override")
@@ -307,6 +307,14 @@ def _count_answers(examples: Collection[Example]) -> int:
         if len(found) == ANSWERS_COUNTED:
             break
     return len(found)
+
+
+def _choose_micro_step(builder: PlanBuilder, machine: Machine) -> int:
+    """Choose micro_step_tokens by the rate that was measured for the type of the products."""
+    bf16 = builder.given.get("bf16", machine.faster_in_bf16)
+    rate = machine.trained.get("bf16" if bf16 else "fp32") or max(machine.trained.values())
+    reason = f"{REASONS['micro_step_tokens']} This machine trains on {rate:.0f} tokens/s."
+    return builder.choose("micro_step_tokens", choose_micro_tokens(rate), reason, "auto")
 
 
 def _choose_bf16(builder: PlanBuilder, machine: Machine, least: Callable[[bool], Memory]) -> Machine:

@@ -224,7 +224,8 @@ REASONS = {
     f"every {SAVE_SECONDS} seconds, before each evaluation and at the end.",
     "save_strategy": 'Makes checkpoints by steps, after each epoch, or with "no" only to pause the job.',
     "save_total_limit": f"The newest {SAVE_TOTAL_LIMIT} are kept by default, and none once the job is done.",
-    "micro_step_tokens": "A micro-step has at most this many tokens beyond the prefix, so that replies wait less.",
+    "micro_step_tokens": "A micro-step has at most this many tokens beyond the prefix, so that replies wait about half "
+    "a second.",
     "cosine_with_restarts": "The rate falls to zero before each evaluation; if targets are missed, it starts again "
     "from the full rate.",
     "warmup_steps": "AdamW's first estimates are inaccurate, so the first few steps use a low rate.",
