@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fortwo.engine.registry import ModelRegistry
     from fortwo.hub.catalog import Catalog
     from fortwo.jobs.files import FileStore
+    from fortwo.jobs.workers import TrainingCluster
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,9 @@ class JobRunner:
         store: JobStore,
         checkpoints: CheckpointStore,
         files: FileStore,
+        cluster: TrainingCluster | None = None,
     ) -> None:
+        """cluster: its workers compute the gradients; None for this process."""
         self._settings = settings
         self._registry = registry
         self._store = store
@@ -66,8 +69,8 @@ class JobRunner:
         self._adapters = adapters
         self._files = files
         self._lock = threading.Lock()
-        self._planner = JobPlanner(settings, catalog, adapters, engine, registry, store, files)
-        self._executor = JobExecutor(adapters, engine, registry, store, checkpoints, self._lock)
+        self._planner = JobPlanner(settings, catalog, adapters, engine, registry, store, files, cluster)
+        self._executor = JobExecutor(adapters, engine, registry, store, checkpoints, self._lock, cluster)
         self._active: JobRun | None = None
         self._wake = threading.Event()
         self._closing = False

@@ -1,0 +1,230 @@
+"""Training with workers of a Ray cluster, by Ray Train: the server's side.
+
+The server keeps the run: plan, rows, optimizer, evaluations, checkpoints and events are those of its own process. For
+every step it sends the adapter and the rows to the workers, and gets the summed gradient back. A worker that dies loses
+nothing therefore: Ray Train starts the group again, and the step is computed again.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.exceptions
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor
+
+from fortwo.errors import InvalidRequest, Unavailable
+from fortwo.kernels import isa
+from fortwo.quantization.matmul import fp32_kernel
+from fortwo.records import Phase, Plan, TrainEvents, Waiting
+from fortwo.scale.exchange import News, StepExchange
+from fortwo.scale.gradients import RunSpec, Step, versions
+from fortwo.scale.ray_worker import train_loop
+from fortwo.settings import Settings
+from fortwo.train import plan as plans
+from fortwo.train.losses import Accumulated, Row
+from fortwo.train.retry_policy import RowMix
+
+if TYPE_CHECKING:
+    from fortwo.engine.registry import LoadedModel
+    from fortwo.nn.lora import Lora
+
+log = logging.getLogger(__name__)
+
+RESTARTS = 3  # of the workers of one run
+STORE_BYTES = 1 << 30  # of Ray's object store on this machine, where the server starts Ray
+CLOSE_SECONDS = 10.0  # how long the end of a run waits for its workers
+
+
+class RayTraining:
+    """A connection to a Ray cluster, as jobs.workers.TrainingCluster. Raises Unavailable if the cluster cannot be
+    reached."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        connect(settings.ray_address)
+        self._results = Path(tempfile.mkdtemp(prefix="fortwo-ray-"))
+
+    def close(self) -> None:
+        """Leave the cluster; one that was started here ends."""
+        ray.shutdown()
+        shutil.rmtree(self._results, ignore_errors=True)
+
+    def check(self, workers: int) -> None:
+        """Raises InvalidRequest if the cluster has too few CPUs for so many workers."""
+        needed, there = workers * self._settings.worker_cpus, int(_resources().get("CPU", 0))
+        if needed > there:
+            each = f", {self._settings.worker_cpus} for each (FORTWO_WORKER_CPUS)" if needed > workers else ""
+            raise InvalidRequest(
+                f"workers = {workers} need {needed} CPUs{each}, and the Ray cluster has {there}.",
+                param="workers",
+                hint=f"Give at most {there // self._settings.worker_cpus} workers, or add nodes to the cluster.",
+            )
+
+    def start(
+        self, base: LoadedModel, weights: str, plan: Plan, workers: int, parent: Mapping[str, Tensor] | None
+    ) -> RayWorkers:
+        """Start the workers of a run; they load the base while the server prepares the run."""
+        settings = self._settings
+        spec = RunSpec(
+            model=base.id,
+            digest=base.digest,
+            models_dir=settings.models_dir.absolute(),
+            weights=weights,
+            plan=plans.to_json(plan),
+            isa=settings.isa,
+            threads=settings.worker_cpus,
+            fp32_kernel=fp32_kernel(),
+            versions=versions(),
+            parent=parent,
+        )
+        gpu = base.decoder.device.type == "cuda"
+        return RayWorkers(spec, workers, gpu, self._results)
+
+
+class RayWorkers:
+    """The workers of one run, as train.workers.GradientWorkers."""
+
+    def __init__(self, spec: RunSpec, workers: int, gpu: bool, results: Path) -> None:
+        self._workers = workers
+        self._number = 0  # of the last step
+        self._groups = 0  # of workers that have begun
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._exchange = ray.remote(num_cpus=0, scheduling_strategy=here)(StepExchange).remote()
+        self._folder = Path(tempfile.mkdtemp(dir=results))
+        resources = {"CPU": spec.threads, **({"GPU": 1} if gpu else {})}
+        trainer = TorchTrainer(
+            train_loop,
+            train_loop_config={"spec": spec, "exchange": self._exchange},
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources),
+            run_config=RunConfig(
+                name="run",
+                storage_path=str(self._folder),
+                failure_config=FailureConfig(max_failures=RESTARTS),
+                worker_runtime_env={"env_vars": isa.library_caps(spec.isa)},
+            ),
+        )
+        self._ended: Future[None] = Future()
+        threading.Thread(target=self._fit, args=(trainer,), name="fortwo-ray-train", daemon=True).start()
+
+    def _fit(self, trainer: Any) -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            self._ended.set_exception(error)
+        else:
+            self._ended.set_result(None)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let the workers end, and wait for it CLOSE_SECONDS at most: they finish their step first."""
+        try:
+            ray.get(self._exchange.close.remote(), timeout=CLOSE_SECONDS)
+            self._ended.exception(CLOSE_SECONDS)
+        except (ray.exceptions.RayError, TimeoutError):
+            log.warning("The workers of a run have not ended after %g seconds.", CLOSE_SECONDS)
+
+    def accumulate(self, prefix: int, lora: Lora, rows: list[Row], mix: RowMix) -> TrainEvents[Accumulated]:
+        """As GradientWorkers.accumulate. Raises Unavailable when the workers have given up."""
+        began = time.perf_counter()
+        assert lora.flat_N is not None
+        assert lora.flat_N.grad is not None
+        self._number += 1
+        seed = int(torch.randint(2**62, ()))  # drawn here, so that a run that is resumed draws the same
+        weights_N = lora.flat_N.detach().cpu().numpy()
+        reference = self._call(lambda: ray.put(Step(prefix, rows, mix, seed, weights_N)))
+        self._call(lambda: self._exchange.post.remote(self._number, [reference]))
+        while (news := (yield from self._news())).gradient is None:
+            yield self._begun(news.groups)
+            began = time.perf_counter()
+        found = news.gradient.found
+        with torch.no_grad():
+            lora.flat_N.grad.add_(torch.tensor(news.gradient.gradient_N, device=lora.flat_N.device))
+        seconds = time.perf_counter() - began
+        return Accumulated(found.loss, found.parts, found.tokens, seconds, found.supervised, found.metrics)
+
+    def _begun(self, groups: int) -> Phase:
+        """The event of a group of workers that has begun."""
+        first, self._groups = self._groups == 0, groups
+        count = f"{self._workers} {'worker' if self._workers == 1 else 'workers'}"
+        if first:
+            return Phase("running", f"{count} of the Ray cluster compute the gradients.")
+        return Phase("running", f"A worker died. {count} were started again, and compute the step under way again.")
+
+    def _news(self) -> TrainEvents[News]:
+        """What the workers say about the last step. Raises what ended them."""
+        reply = self._call(lambda: self._exchange.news.remote(self._number, self._groups))
+        while not self._call(lambda: ray.wait([reply], timeout=0)[0]):
+            if self._ended.done():
+                raise _ended(self._ended.exception())
+            yield Waiting()
+        news: News = self._call(lambda: ray.get(reply))
+        if news.error is not None:
+            shown = {name: news.error[name] for name in ("param", "hint", "code")}
+            raise Unavailable(news.error["message"], **shown)
+        return news
+
+    def _call(self, call: Any) -> Any:
+        """The result of a call of Ray. Raises Unavailable for Ray's own errors."""
+        try:
+            return call()
+        except (ray.exceptions.RayError, ConnectionError) as error:
+            raise _ended(error) from error
+
+
+def _ended(error: BaseException | None) -> Unavailable:
+    reason = "they ended before the run did" if error is None else " ".join(str(error).split())
+    return Unavailable(
+        f"The workers of the Ray cluster do not compute any more: {reason}",
+        hint="See the logs of Ray (/tmp/ray/session_latest/logs). Then resume the job: it continues from its last "
+        "checkpoint.",
+    )
+
+
+def connect(address: str | None) -> None:
+    """Connect this process to the cluster at `address`, or start Ray on this machine. Raises InvalidRequest for an
+    address of Ray's client, and Unavailable if there is no such cluster."""
+    if address is not None and address.startswith("ray://"):
+        raise InvalidRequest(
+            f"FORTWO_RAY_ADDRESS = {address!r} is an address of Ray's client, through which a server cannot train.",
+            param="ray_address",
+            hint="Run the server on a machine that has joined the cluster (ray start --address=HOST:PORT), and set "
+            "FORTWO_RAY_ADDRESS to HOST:PORT or auto.",
+        )
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address is None:
+            ray.init(object_store_memory=STORE_BYTES, **quiet)
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+        where = (
+            "Ray could not be started on this machine" if address is None else f"no Ray cluster answers at {address}"
+        )
+        raise Unavailable(
+            f"FORTWO_TRAIN is ray, and {where}: {' '.join(str(error).split())}",
+            param="ray_address",
+            hint="Start a cluster with: ray start --head. Set FORTWO_RAY_ADDRESS to its HOST:PORT, or remove it, and "
+            "the server starts Ray on this machine.",
+        ) from None
+
+
+def _resources() -> dict[str, float]:
+    try:
+        resources: dict[str, float] = ray.cluster_resources()
+    except ray.exceptions.RayError as error:
+        raise _ended(error) from error
+    return resources
