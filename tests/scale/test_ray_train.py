@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import safetensors.torch
-from serving import Served, serve, tiny_settings
+from serving import Served, refused, serve, tiny_settings
 from torch import Tensor
 
 pytestmark = [
@@ -24,7 +29,7 @@ pytestmark = [
 WORKERS = 2
 # How far the adapter of two workers may be from that of one process, relative to how far that one has moved. The sums
 # are the same but for their order, in fp32; AdamW divides by the gradient's own size, which enlarges what rounding did.
-TOLERANCE = 1e-3
+TOLERANCE = 1e-5
 ROWS = [
     {"prompt": f"What is {thing}?", "completion": answer}
     for thing, answer in (
@@ -100,7 +105,6 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "override": {"data": {"facts": [FACT]}, "objective": "override"},
     "dpo": {"data": {"examples": PAIRS}, "objective": "dpo"},
     "kto": {"data": {"examples": LABELS}, "objective": "kto"},
-    "orpo": {"data": {"examples": PAIRS}, "objective": "orpo"},
 }
 
 
@@ -108,13 +112,154 @@ REQUESTS: dict[str, dict[str, Any]] = {
 def test_two_workers_make_the_adapter_of_one_process(name: str, servers: tuple[Served, Served]) -> None:
     jobs = [served.wait(start(served, name, **REQUESTS[name]), seconds=200) for served in servers]
     found, expected = (adapter(served, job) for served, job in zip(servers, jobs, strict=True))
-    print(name, distance(found, expected))
     assert distance(found, expected) < TOLERANCE
     steps, plain = (
-        [one["data"] for one in events(s, job["job_id"]) if one["type"] == "step"] for s, job in zip(servers, jobs)
+        [one["data"] for one in events(served, job["job_id"]) if one["type"] == "step"]
+        for served, job in zip(servers, jobs, strict=True)
     )
     assert len(steps) == len(plain) == STEPS["max_steps"]
     for one, other in zip(steps, plain, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3)
         assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-3, abs=1e-6)
+
+
+def workers_of() -> list[psutil.Process]:
+    """The processes of Ray Train's workers that this process has started."""
+    found = psutil.Process().children(recursive=True)
+    return [one for one in found if "RayTrainWorker" in one.name() or "RayTrainWorker" in " ".join(one.cmdline()[:1])]
+
+
+def wait_for_step(served: Served, job_id: str, step: int) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        job = served.http.get(f"/api/training/jobs/{job_id}").json()
+        assert job["status"] not in ("succeeded", "failed", "cancelled"), job["error"]
+        if job["progress"]["step"] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"job {job_id} has not reached step {step}")
+
+
+LONG = {
+    "lora_config": {"lora_dropout": 0.1},
+    "training_config": STEPS | {"max_steps": 60, "save_steps": 4},
+    "objective": "sft",
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(servers: tuple[Served, Served]) -> dict[str, Tensor]:
+    """The adapter of a run of two workers with dropout, in whose middle nothing happened."""
+    served, _ = servers
+    return adapter(served, served.wait(start(served, "undisturbed", {"examples": ROWS}, **LONG), seconds=200))
+
+
+def test_a_killed_worker_is_started_again_and_changes_nothing(
+    servers: tuple[Served, Served], undisturbed: dict[str, Tensor]
+) -> None:
+    served, _ = servers
+    job_id = start(served, "killed", {"examples": ROWS}, **LONG)
+    wait_for_step(served, job_id, 5)
+    victim, _ = workers_of()
+    victim.send_signal(signal.SIGKILL)
+    job = served.wait(job_id, seconds=300)
+    assert job["status"] == "succeeded", job["error"]
+    assert distance(adapter(served, job), undisturbed) < TOLERANCE
+    told = [one["message"] for one in events(served, job_id) if one["type"] == "running"]
+    assert any("2 workers of the Ray cluster compute" in message for message in told)
+    assert any("A worker died" in message for message in told)
+    steps = [one["data"]["step"] for one in events(served, job_id) if one["type"] == "step"]
+    assert steps == list(range(1, 61))
+
+
+def test_a_run_goes_on_from_its_checkpoint_when_its_workers_gave_up_and_when_it_was_paused(
+    servers: tuple[Served, Served], undisturbed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fortwo.scale import ray_train
+
+    served, _ = servers
+    monkeypatch.setattr(ray_train, "RESTARTS", 0)
+    job_id = start(served, "given-up", {"examples": ROWS}, **LONG)
+    wait_for_step(served, job_id, 9)
+    workers_of()[0].send_signal(signal.SIGKILL)
+    job = served.wait(job_id, seconds=300)
+    assert job["status"] == "failed"
+    assert job["error"]["code"] == "unavailable"
+    assert "workers of the Ray cluster" in job["error"]["message"]
+    assert "resume" in job["error"]["hint"]
+
+    assert served.post(f"/api/training/jobs/{job_id}/resume").status_code == 200
+    reached = served.http.get(f"/api/training/jobs/{job_id}").json()["progress"]["step"]
+    assert reached >= 8
+    wait_for_step(served, job_id, reached + 3)
+    served.post(f"/api/training/jobs/{job_id}/pause")
+    assert served.wait(job_id, "paused")["status"] == "paused"
+    assert served.post(f"/api/training/jobs/{job_id}/resume").status_code == 200
+    job = served.wait(job_id, seconds=300)
+    assert job["status"] == "succeeded", job["error"]
+    assert distance(adapter(served, job), undisturbed) < TOLERANCE
+    assert job["actual"]["workers"] == WORKERS
+
+
+def test_a_cancelled_run_frees_its_workers(servers: tuple[Served, Served]) -> None:
+    served, _ = servers
+    job_id = start(served, "cancelled", {"examples": ROWS}, **LONG)
+    wait_for_step(served, job_id, 2)
+    served.post(f"/api/training/jobs/{job_id}/cancel")
+    assert served.wait(job_id)["status"] == "cancelled"
+    deadline = time.monotonic() + 100
+    while workers_of():
+        assert time.monotonic() < deadline, "the workers of a cancelled run have not ended"
+        time.sleep(0.1)
+
+
+def test_more_workers_than_the_cluster_has_cpus_are_refused(servers: tuple[Served, Served]) -> None:
+    served, own = servers
+    body = {"adapter_name": "many", "dataset": {"examples": ROWS}, "workers": 64}
+    text = refused(served.post("/api/training/plan", body), 400, "invalid_request", "workers")
+    assert "workers = 64 need 64 CPUs, and the Ray cluster has" in text
+    text = refused(own.post("/api/training/plan", body), 400, "invalid_request", "workers")
+    assert "workers = 64" in text
+    assert "FORTWO_TRAIN=ray" in text
+
+
+def test_a_plan_says_how_many_workers_there_are(servers: tuple[Served, Served]) -> None:
+    served, own = servers
+    body = {"adapter_name": "planned", "dataset": {"examples": ROWS}}
+
+    def planned(server: Served, **more: Any) -> list[tuple[Any, str]]:
+        settings = server.post("/api/training/plan", body | more).json()["settings"]
+        return [(one["value"], one["origin"]) for one in settings if one["name"] == "workers"]
+
+    assert planned(served) == [(1, "default")]
+    assert planned(served, workers=2) == [(2, "user")]
+    assert planned(own) == planned(own, workers=1) == []
+
+
+def test_a_base_that_workers_cannot_read_ends_the_run_with_the_remedy(
+    servers: tuple[Served, Served], tiny: Path, tmp_path: Path
+) -> None:
+    from fortwo.scale.ray_train import RayTraining
+
+    elsewhere = RayTraining(servers[0].state.settings.model_copy(update={"home": tmp_path / "not-shared"}))
+    with serve(tiny_settings(tmp_path / "home", tiny, train="ray"), cluster=elsewhere) as served:
+        job = served.wait(start(served, "unread", {"examples": ROWS}, **LONG), seconds=200)
+    assert job["status"] == "failed"
+    assert "cannot read the base 'tiny' in" in job["error"]["message"]
+    assert "file system that all nodes of the cluster share" in job["error"]["hint"]
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [("127.0.0.1:9", "no Ray cluster answers at 127.0.0.1:9"), ("ray://127.0.0.1:10001", "an address of Ray's client")],
+)
+def test_a_server_does_not_start_without_its_cluster(address: str, told: str, home: Path) -> None:
+    environment = os.environ | {"FORTWO_TRAIN": "ray", "FORTWO_RAY_ADDRESS": address, "FORTWO_PORT": "0"}
+    command = [sys.executable, "-m", "fortwo", "serve"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert ended.returncode != 0
+    said = " ".join(ended.stderr.split())
+    assert told in said
+    assert "FORTWO_RAY_ADDRESS" in said
+    assert "Traceback" not in said

@@ -120,7 +120,7 @@ class JobExecutor:
                 task = run.task = self._engine.run_task(events, receive)
             del checkpoint, parent
             self._follow(run, task, received, plan, resident, recorder)
-            trained = task.result()
+        trained = task.result()
         if workers is not None:
             trained.actual["workers"] = workers_of(plan)
         return self._publish(run, plan, dataset, resident, trained, recorder)

@@ -19,7 +19,7 @@ class RunWorkers(GradientWorkers, Protocol):
     """The workers of one run."""
 
     def close(self) -> None:
-        """Let the workers end. It may take some seconds."""
+        """Let the workers end, without waiting for it."""
 
 
 class TrainingCluster(Protocol):

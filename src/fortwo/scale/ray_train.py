@@ -41,11 +41,8 @@ if TYPE_CHECKING:
     from fortwo.engine.registry import LoadedModel
     from fortwo.nn.lora import Lora
 
-log = logging.getLogger(__name__)
-
 RESTARTS = 3  # of the workers of one run
 STORE_BYTES = 1 << 30  # of Ray's object store on this machine, where the server starts Ray
-CLOSE_SECONDS = 10.0  # how long the end of a run waits for its workers
 
 
 class RayTraining:
@@ -130,12 +127,8 @@ class RayWorkers:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Let the workers end, and wait for it CLOSE_SECONDS at most: they finish their step first."""
-        try:
-            ray.get(self._exchange.close.remote(), timeout=CLOSE_SECONDS)
-            self._ended.exception(CLOSE_SECONDS)
-        except (ray.exceptions.RayError, TimeoutError):
-            log.warning("The workers of a run have not ended after %g seconds.", CLOSE_SECONDS)
+        """Let the workers end once they have finished the step under way. Their CPUs are free for others then."""
+        self._exchange.close.remote()
 
     def accumulate(self, prefix: int, lora: Lora, rows: list[Row], mix: RowMix) -> TrainEvents[Accumulated]:
         """As GradientWorkers.accumulate. Raises Unavailable when the workers have given up."""
@@ -196,7 +189,9 @@ def _ended(error: BaseException | None) -> Unavailable:
 
 def connect(address: str | None) -> None:
     """Connect this process to the cluster at `address`, or start Ray on this machine. Raises InvalidRequest for an
-    address of Ray's client, and Unavailable if there is no such cluster."""
+    address of Ray's client, and Unavailable if there is no such cluster. A process that is connected stays so."""
+    if ray.is_initialized():
+        return
     if address is not None and address.startswith("ray://"):
         raise InvalidRequest(
             f"FORTWO_RAY_ADDRESS = {address!r} is an address of Ray's client, through which a server cannot train.",

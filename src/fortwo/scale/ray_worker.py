@@ -36,7 +36,7 @@ def train_loop(config: dict[str, Any]) -> None:
     share = Share(context.get_world_rank(), context.get_world_size(), add_up)
     worker = None
     try:
-        worker = GradientWorker.of(spec, share, device)
+        worker = GradientWorker.of(spec, share, device, context.get_local_world_size())
     except FortwoError as error:
         ray.get(exchange.fail.remote(error.body()["error"]))
     (ready,) = add_up([float(worker is not None)])
