@@ -86,8 +86,8 @@ class GradientWorker:
 
     @classmethod
     def of(cls, spec: RunSpec, share: Share, device: torch.device, on_node: int = 1) -> GradientWorker:
-        """Load the base. on_node: how many workers share the memory of this machine. Raises Conflict where versions or the base differ from the head's, and Unavailable where the
-        base does not fit into the memory."""
+        """Load the base. on_node: how many workers share the memory of this machine. Raises Conflict where versions or
+        the base differ from the head's, and Unavailable where the base does not fit into the memory."""
         check_versions(spec.versions, versions())
         isa.cap(spec.isa)
         cpu.prepare()
@@ -96,11 +96,8 @@ class GradientWorker:
         take_fp32_kernel(spec.fp32_kernel)
         plan = plans.from_json(spec.plan)
         info = find_base(spec.models_dir, spec.model, spec.digest)
-        check_memory(
-            Catalog(spec.models_dir).config(spec.model),
-            spec,
-            memory(device) // (on_node if device.type == "cpu" else 1),
-        )
+        available = memory(device) // (on_node if device.type == "cpu" else 1)
+        check_memory(Catalog(spec.models_dir).config(spec.model), spec, available)
         network = read_network(
             info, device, spec.weights, spec.threads, Measurements(spec.models_dir.parent), lambda measure: measure()
         )
