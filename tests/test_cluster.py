@@ -11,6 +11,7 @@ import pytest
 
 from fortwo.errors import InvalidRequest
 from fortwo.jobs.workers import planned_workers
+from fortwo.settings import Settings
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -50,4 +51,16 @@ def test_several_workers_need_a_cluster_and_one_is_what_there_is() -> None:
     ) as raised:
         planned_workers(2, None)
     assert raised.value.param == "workers"
+    assert "FORTWO_TRAIN=ray" in str(raised.value.hint)
+
+
+def test_several_jobs_at_once_need_a_cluster(home: Path) -> None:
+    from fortwo.cli.cluster import training_cluster
+
+    with (
+        pytest.raises(InvalidRequest, match="FORTWO_JOBS = 3") as raised,
+        training_cluster(Settings(home=home, jobs=3)),
+    ):
+        pass
+    assert raised.value.param == "jobs"
     assert "FORTWO_TRAIN=ray" in str(raised.value.hint)

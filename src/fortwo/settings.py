@@ -93,6 +93,9 @@ class Settings(BaseSettings):
     worker_cpus: int = Field(
         1, ge=1, description="CPUs of the Ray cluster that a training worker takes, and threads that it computes with."
     )
+    jobs: int = Field(
+        1, ge=1, le=64, description="Jobs that run at once, if the workers of a Ray cluster compute their gradients."
+    )
     resume: bool = Field(
         False,
         description="Whether a starting server resumes the jobs that ran when the last one ended. Off by default: a "

@@ -58,7 +58,7 @@ def servers(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
 
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets must be short
     os.environ["RAY_TMPDIR"] = folder
-    settings = tiny_settings(tmp_path_factory.mktemp("ray"), tiny, train="ray")
+    settings = tiny_settings(tmp_path_factory.mktemp("ray"), tiny, train="ray", jobs=2)
     cluster = RayTraining(settings)
     try:
         with (
@@ -126,8 +126,9 @@ def test_two_workers_make_the_adapter_of_one_process(name: str, servers: tuple[S
 
 def workers_of() -> list[psutil.Process]:
     """The processes of Ray Train's workers that this process has started."""
-    found = psutil.Process().children(recursive=True)
-    return [one for one in found if "RayTrainWorker" in one.name() or "RayTrainWorker" in " ".join(one.cmdline()[:1])]
+    alive = [one for one in psutil.process_iter(["status"]) if one.info["status"] != psutil.STATUS_ZOMBIE]
+    started = {one.pid for one in psutil.Process().children(recursive=True)}
+    return [one for one in alive if one.pid in started and one.name().startswith("ray::RayTrainWo")]
 
 
 def wait_for_step(served: Served, job_id: str, step: int) -> None:
@@ -263,3 +264,14 @@ def test_a_server_does_not_start_without_its_cluster(address: str, told: str, ho
     assert told in said
     assert "FORTWO_RAY_ADDRESS" in said
     assert "Traceback" not in said
+
+
+def test_two_jobs_run_at_once_and_make_what_each_makes_alone(servers: tuple[Served, Served]) -> None:
+    served, own = servers
+    config = {**REQUESTS["sft"], "training_config": STEPS | {"max_steps": 30}}
+    ids = [start(served, f"at-once-{number}", **config, workers=1) for number in (1, 2)]
+    expected = adapter(own, own.wait(start(own, "alone", **config), seconds=200))
+    jobs = [served.wait(job_id, seconds=300) for job_id in ids]
+    for job in jobs:
+        assert distance(adapter(served, job), expected) < TOLERANCE
+    assert max(job["started_at"] for job in jobs) < min(job["finished_at"] for job in jobs)

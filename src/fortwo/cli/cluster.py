@@ -17,8 +17,15 @@ if TYPE_CHECKING:
 @contextmanager
 def training_cluster(settings: Settings) -> Iterator[TrainingCluster | None]:
     """What computes the gradients of jobs; None where FORTWO_TRAIN is own, and then nothing of Ray is imported. Raises
-    InvalidRequest if Ray is not installed, and Unavailable if the cluster cannot be reached."""
+    InvalidRequest if Ray is not installed or several jobs are to run without it, and Unavailable if the cluster cannot
+    be reached."""
     if settings.train == "own":
+        if settings.jobs > 1:
+            raise InvalidRequest(
+                f"FORTWO_JOBS = {settings.jobs}, but this server computes the gradients itself, one job after another.",
+                param="jobs",
+                hint="Set FORTWO_TRAIN=ray, or remove FORTWO_JOBS.",
+            )
         yield None
         return
     isa.cap(settings.isa)  # before torch is imported

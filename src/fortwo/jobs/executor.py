@@ -109,7 +109,7 @@ class JobExecutor:
             received.put(event)
 
         with ExitStack() as ending:
-            workers = self._start_workers(plan, resident, parent, recorder)
+            workers = self._start_workers(plan, resident, run.saved_step, parent, recorder)
             if workers is not None:
                 ending.callback(workers.close)
             with self._lock:
@@ -126,7 +126,12 @@ class JobExecutor:
         return self._publish(run, plan, dataset, resident, trained, recorder)
 
     def _start_workers(
-        self, plan: Plan, resident: LoadedModel, parent: Mapping[str, Tensor] | None, recorder: ProgressRecorder
+        self,
+        plan: Plan,
+        resident: LoadedModel,
+        steps_done: int,
+        parent: Mapping[str, Tensor] | None,
+        recorder: ProgressRecorder,
     ) -> RunWorkers | None:
         """The workers that compute the gradients, if not this process does."""
         workers = workers_of(plan)
@@ -137,7 +142,7 @@ class JobExecutor:
             return None
         compared = parent if plan.objective == "kto" else None
         weights = self._registry.training_weights(resident)
-        return self._cluster.start(resident, weights, plan, workers, compared)
+        return self._cluster.start(resident, weights, plan, workers, steps_done, compared)
 
     def _follow(
         self,

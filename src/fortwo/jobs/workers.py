@@ -29,10 +29,17 @@ class TrainingCluster(Protocol):
         """Raises InvalidRequest if there can never be so many workers at once."""
 
     def start(
-        self, base: LoadedModel, weights: str, plan: Plan, workers: int, parent: Mapping[str, Tensor] | None
+        self,
+        base: LoadedModel,
+        weights: str,
+        plan: Plan,
+        workers: int,
+        steps_done: int,
+        parent: Mapping[str, Tensor] | None,
     ) -> RunWorkers:
         """Start the workers of a run, without waiting for them. weights: ModelRegistry.training_weights of the base;
-        parent: the tensors of the adapter that KTO compares with, if there is one."""
+        steps_done: those before the checkpoint from which the run resumes; parent: the tensors of the adapter that KTO
+        compares with, if there is one."""
 
 
 def planned_workers(requested: int | None, cluster: TrainingCluster | None) -> int | None:

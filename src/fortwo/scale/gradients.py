@@ -6,6 +6,7 @@ to step but the base, so another one can take its place at any time. This module
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,12 +65,12 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. rows: all of them; weights_N: the adapter, flat; seed: of the step's dropout."""
+    """One optimizer step. number: from 1; rows: all of them; weights_N: the adapter, flat."""
 
+    number: int
     prefix: int
     rows: list[Row]
     mix: RowMix
-    seed: int
     weights_N: np.ndarray
 
 
@@ -116,7 +117,7 @@ class GradientWorker:
 
     def compute(self, step: Step) -> Accumulated:
         """Compute the gradient of this worker's share. The numbers that are returned are about all rows."""
-        torch.manual_seed(step.seed + self.share.rank)
+        torch.manual_seed(dropout_seed(self.plan["seed"], step.number, self.share.rank))
         with torch.no_grad():
             self.flat_N.copy_(torch.tensor(step.weights_N))
             self.gradient_N.zero_()
@@ -133,6 +134,12 @@ class GradientWorker:
             except StopIteration as end:
                 found: Accumulated = end.value
                 return found
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """What a worker draws the dropout of a step from: the same when a step is computed again, and after a resume."""
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def check_versions(head: Mapping[str, str], here: Mapping[str, str]) -> None:

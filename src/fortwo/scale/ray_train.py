@@ -71,7 +71,13 @@ class RayTraining:
             )
 
     def start(
-        self, base: LoadedModel, weights: str, plan: Plan, workers: int, parent: Mapping[str, Tensor] | None
+        self,
+        base: LoadedModel,
+        weights: str,
+        plan: Plan,
+        workers: int,
+        steps_done: int,
+        parent: Mapping[str, Tensor] | None,
     ) -> RayWorkers:
         """Start the workers of a run; they load the base while the server prepares the run."""
         settings = self._settings
@@ -88,15 +94,15 @@ class RayTraining:
             parent=parent,
         )
         gpu = base.decoder.device.type == "cuda"
-        return RayWorkers(spec, workers, gpu, self._results)
+        return RayWorkers(spec, workers, steps_done, gpu, self._results)
 
 
 class RayWorkers:
     """The workers of one run, as train.workers.GradientWorkers."""
 
-    def __init__(self, spec: RunSpec, workers: int, gpu: bool, results: Path) -> None:
+    def __init__(self, spec: RunSpec, workers: int, steps_done: int, gpu: bool, results: Path) -> None:
         self._workers = workers
-        self._number = 0  # of the last step
+        self._number = steps_done  # of the last step
         self._groups = 0  # of workers that have begun
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._exchange = ray.remote(num_cpus=0, scheduling_strategy=here)(StepExchange).remote()
@@ -136,9 +142,8 @@ class RayWorkers:
         assert lora.flat_N is not None
         assert lora.flat_N.grad is not None
         self._number += 1
-        seed = int(torch.randint(2**62, ()))  # drawn here, so that a run that is resumed draws the same
         weights_N = lora.flat_N.detach().cpu().numpy()
-        reference = self._call(lambda: ray.put(Step(prefix, rows, mix, seed, weights_N)))
+        reference = self._call(lambda: ray.put(Step(self._number, prefix, rows, mix, weights_N)))
         self._call(lambda: self._exchange.post.remote(self._number, [reference]))
         while (news := (yield from self._news())).gradient is None:
             yield self._begun(news.groups)
@@ -155,7 +160,7 @@ class RayWorkers:
         count = f"{self._workers} {'worker' if self._workers == 1 else 'workers'}"
         if first:
             return Phase("running", f"{count} of the Ray cluster compute the gradients.")
-        return Phase("running", f"A worker died. {count} were started again, and compute the step under way again.")
+        return Phase("running", f"A worker died. {count} began anew, with step {self._number}.")
 
     def _news(self) -> TrainEvents[News]:
         """What the workers say about the last step. Raises what ended them."""
