@@ -253,7 +253,11 @@ def test_a_base_that_workers_cannot_read_ends_the_run_with_the_remedy(
 
 @pytest.mark.parametrize(
     ("address", "told"),
-    [("127.0.0.1:9", "no Ray cluster answers at 127.0.0.1:9"), ("ray://127.0.0.1:10001", "an address of Ray's client")],
+    [
+        ("127.0.0.1:9", "no Ray cluster answers at 127.0.0.1:9"),
+        ("cluster", "no Ray cluster answers at cluster: this is not of the form HOST:PORT"),
+        ("ray://127.0.0.1:10001", "an address of Ray's client"),
+    ],
 )
 def test_a_server_does_not_start_without_its_cluster(address: str, told: str, home: Path) -> None:
     environment = os.environ | {"FORTWO_TRAIN": "ray", "FORTWO_RAY_ADDRESS": address, "FORTWO_PORT": "0"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from fortwo.nn.lora import Lora
 
 RESTARTS = 3  # of the workers of one run
+CONNECT_SECONDS = 5.0
 STORE_BYTES = 1 << 30  # of Ray's object store on this machine, where the server starts Ray
 
 
@@ -204,13 +206,15 @@ def connect(address: str | None) -> None:
             hint="Run the server on a machine that has joined the cluster (ray start --address=HOST:PORT), and set "
             "FORTWO_RAY_ADDRESS to HOST:PORT or auto.",
         )
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address is None:
-            ray.init(object_store_memory=STORE_BYTES, **quiet)
+            ray.init(include_dashboard=False, object_store_memory=STORE_BYTES, **quiet)
         else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+            if address != "auto":
+                _reach(address)
+            ray.init(address=address, **quiet)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         where = (
             "Ray could not be started on this machine" if address is None else f"no Ray cluster answers at {address}"
         )
@@ -220,6 +224,15 @@ def connect(address: str | None) -> None:
             hint="Start a cluster with: ray start --head. Set FORTWO_RAY_ADDRESS to its HOST:PORT, or remove it, and "
             "the server starts Ray on this machine.",
         ) from None
+
+
+def _reach(address: str) -> None:
+    """Raises OSError if nothing listens at HOST:PORT, which Ray would try for minutes, and ValueError for an address of
+    another form."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError("this is not of the form HOST:PORT.")
+    socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def _resources() -> dict[str, float]:
