@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -187,7 +188,10 @@ def test_a_run_goes_on_from_its_checkpoint_when_its_workers_gave_up_and_when_it_
     job = served.wait(job_id, seconds=300)
     assert job["status"] == "failed"
     assert job["error"]["code"] == "unavailable"
-    assert "workers of the Ray cluster" in job["error"]["message"]
+    assert re.fullmatch(
+        r"The workers of the Ray cluster do not compute any more: worker \d: .*", job["error"]["message"]
+    )
+    assert len(job["error"]["message"]) < 300
     assert "resume" in job["error"]["hint"]
 
     assert served.post(f"/api/training/jobs/{job_id}/resume").status_code == 200
@@ -279,3 +283,21 @@ def test_two_jobs_run_at_once_and_make_what_each_makes_alone(servers: tuple[Serv
     for job in jobs:
         assert distance(adapter(served, job), expected) < TOLERANCE
     assert max(job["started_at"] for job in jobs) < min(job["finished_at"] for job in jobs)
+
+
+def test_a_server_starts_ray_and_ends_it_with_itself(tiny: Path, home: Path) -> None:
+    settings = tiny_settings(home, tiny)
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    environment = os.environ | {"FORTWO_TRAIN": "ray", "FORTWO_PORT": "0", "RAY_TMPDIR": folder}
+    command = [sys.executable, "-m", "fortwo", "serve"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert "fortwo listens on" in server.stdout.readline()
+        started = psutil.Process(server.pid).children(recursive=True)
+        assert any("raylet" in one.name() for one in started)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) in (0, -signal.SIGTERM)  # as without Ray
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert alive == []
+    shutil.rmtree(folder, ignore_errors=True)
+    assert settings.home.exists()

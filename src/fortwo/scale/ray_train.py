@@ -8,14 +8,15 @@ nothing therefore: Ray Train starts the group again, and the step is computed ag
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import signal
 import socket
 import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -54,12 +55,10 @@ class RayTraining:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         connect(settings.ray_address)
-        self._results = Path(tempfile.mkdtemp(prefix="fortwo-ray-"))
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
         ray.shutdown()
-        shutil.rmtree(self._results, ignore_errors=True)
 
     def check(self, workers: int) -> None:
         """Raises InvalidRequest if the cluster has too few CPUs for so many workers."""
@@ -96,19 +95,26 @@ class RayTraining:
             parent=parent,
         )
         gpu = base.decoder.device.type == "cuda"
-        return RayWorkers(spec, workers, steps_done, gpu, self._results)
+        if gpu and workers > (there := int(_resources().get("GPU", 0))):
+            raise InvalidRequest(
+                f"workers = {workers} need a GPU each, because this server computes on one, and the Ray cluster has "
+                f"{there}.",
+                param="workers",
+                hint=f"Give at most {there} workers, add nodes with GPUs, or set FORTWO_DEVICE to cpu.",
+            )
+        return RayWorkers(spec, workers, steps_done, gpu)
 
 
 class RayWorkers:
     """The workers of one run, as train.workers.GradientWorkers."""
 
-    def __init__(self, spec: RunSpec, workers: int, steps_done: int, gpu: bool, results: Path) -> None:
+    def __init__(self, spec: RunSpec, workers: int, steps_done: int, gpu: bool) -> None:
         self._workers = workers
         self._number = steps_done  # of the last step
         self._groups = 0  # of workers that have begun
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._exchange = ray.remote(num_cpus=0, scheduling_strategy=here)(StepExchange).remote()
-        self._folder = Path(tempfile.mkdtemp(dir=results))
+        self._folder = tempfile.mkdtemp(prefix="fortwo-ray-")  # Ray Train wants one, and writes next to nothing
         resources = {"CPU": spec.threads, **({"GPU": 1} if gpu else {})}
         trainer = TorchTrainer(
             train_loop,
@@ -117,7 +123,7 @@ class RayWorkers:
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources),
             run_config=RunConfig(
                 name="run",
-                storage_path=str(self._folder),
+                storage_path=self._folder,
                 failure_config=FailureConfig(max_failures=RESTARTS),
                 worker_runtime_env={"env_vars": isa.library_caps(spec.isa)},
             ),
@@ -186,12 +192,26 @@ class RayWorkers:
 
 
 def _ended(error: BaseException | None) -> Unavailable:
-    reason = "they ended before the run did" if error is None else " ".join(str(error).split())
     return Unavailable(
-        f"The workers of the Ray cluster do not compute any more: {reason}",
+        f"The workers of the Ray cluster do not compute any more: {_reason(error)}",
         hint="See the logs of Ray (/tmp/ray/session_latest/logs). Then resume the job: it continues from its last "
         "checkpoint.",
     )
+
+
+def _reason(error: BaseException | None) -> str:
+    """One line about what ended the workers. Of several, one that died is told before those that missed it."""
+    if error is None:
+        return "they ended before the run did."
+    failures = sorted(getattr(error, "worker_failures", {}).items(), key=lambda one: not _died(one[1]))
+    rank, cause = failures[0] if failures else (None, error)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+    line = lines[0] if _died(cause) else lines[-1]  # the end of a traceback says what happened
+    return line if rank is None else f"worker {rank}: {line}"
+
+
+def _died(error: BaseException) -> bool:
+    return isinstance(error, ray.exceptions.RayError)
 
 
 def connect(address: str | None) -> None:
@@ -207,9 +227,11 @@ def connect(address: str | None) -> None:
             "FORTWO_RAY_ADDRESS to HOST:PORT or auto.",
         )
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address is None:
-            ray.init(include_dashboard=False, object_store_memory=STORE_BYTES, **quiet)
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to Ray's makers
+            ray.init(address="local", include_dashboard=False, object_store_memory=STORE_BYTES, **quiet)
         else:
             if address != "auto":
                 _reach(address)
@@ -224,6 +246,8 @@ def connect(address: str | None) -> None:
             hint="Start a cluster with: ray start --head. Set FORTWO_RAY_ADDRESS to its HOST:PORT, or remove it, and "
             "the server starts Ray on this machine.",
         ) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaces it
 
 
 def _reach(address: str) -> None:
