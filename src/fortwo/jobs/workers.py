@@ -41,6 +41,9 @@ class TrainingCluster(Protocol):
         steps_done: those before the checkpoint from which the run resumes; parent: the tensors of the adapter that KTO
         compares with, if there is one."""
 
+    def close(self) -> None:
+        """Leave the cluster."""
+
 
 def planned_workers(requested: int | None, cluster: TrainingCluster | None) -> int | None:
     """The number of workers of a run; None where the server computes the gradients itself. Raises InvalidRequest for a

@@ -54,11 +54,12 @@ class RayTraining:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        connect(settings.ray_address)
+        self._connected = connect(settings.ray_address)
 
     def close(self) -> None:
-        """Leave the cluster; one that was started here ends."""
-        ray.shutdown()
+        """Leave the cluster, if this is what joined it; one that was started here ends."""
+        if self._connected:
+            ray.shutdown()
 
     def check(self, workers: int) -> None:
         """Raises InvalidRequest if the cluster has too few CPUs for so many workers."""
@@ -214,11 +215,11 @@ def _died(error: BaseException) -> bool:
     return isinstance(error, ray.exceptions.RayError)
 
 
-def connect(address: str | None) -> None:
-    """Connect this process to the cluster at `address`, or start Ray on this machine. Raises InvalidRequest for an
-    address of Ray's client, and Unavailable if there is no such cluster. A process that is connected stays so."""
+def connect(address: str | None) -> bool:
+    """Connect this process to the cluster at `address`, or start Ray on this machine; False if the process is connected
+    already. Raises InvalidRequest for an address of Ray's client, and Unavailable if there is no such cluster."""
     if ray.is_initialized():
-        return
+        return False
     if address is not None and address.startswith("ray://"):
         raise InvalidRequest(
             f"FORTWO_RAY_ADDRESS = {address!r} is an address of Ray's client, through which a server cannot train.",
@@ -248,6 +249,7 @@ def connect(address: str | None) -> None:
         ) from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaces it
+    return True
 
 
 def _reach(address: str) -> None:

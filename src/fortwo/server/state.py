@@ -43,7 +43,8 @@ CONTROL_THREADS, CONTROL_WAITING = 8, 64  # requests that wait for the device or
 class AppState:
     """Everything the server uses, built here and released by `close`. Building it imports torch, but loads no model.
     Raises InvalidRequest for a host that needs an API key and for an API key that is not a server's, Conflict when
-    another server uses the home. cluster: its workers compute the gradients of jobs; None for this process."""
+    another server uses the home. cluster: its workers compute the gradients of jobs, and it is closed with the
+    state; None for this process."""
 
     def __init__(self, settings: Settings, cluster: TrainingCluster | None = None) -> None:
         with ExitStack() as built:
@@ -58,6 +59,8 @@ class AppState:
             self._closing = built.pop_all()
 
     def _build(self, settings: Settings, cluster: TrainingCluster | None, built: ExitStack) -> None:
+        if cluster is not None:
+            built.callback(cluster.close)
         isa.cap(settings.isa)  # before torch is imported
         from fortwo.adapters.store import AdapterStore
         from fortwo.engine.engine import Engine
