@@ -25,6 +25,8 @@ from fortwo.hub.catalog import Catalog
 from fortwo.kernels import cpu, isa
 from fortwo.settings import Settings
 
+TESTS = Path(__file__).resolve().parent
+
 isa.cap(os.environ.get("FORTWO_ISA", "auto"))
 
 
@@ -133,7 +135,7 @@ def left_out(config: pytest.Config) -> list[str]:
         or config.option.keyword
         or config.option.markexpr not in ("", "not real")  # no test of the kernels needs the real model
         or config.option.deselect
-        or any(not Path(one).is_dir() for one in config.args)
+        or not {Path(one).resolve() for one in config.args} & {TESTS, TESTS.parent}
     )
     if chosen or config.option.collectonly:
         return []

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from fortwo.hub.catalog import Catalog
+from fortwo.jobs.workers import TrainingCluster
 from fortwo.server.state import AppState
 from fortwo.server.uvicorn_server import Server
 from fortwo.settings import Settings
@@ -49,9 +50,9 @@ class Served:
 
 
 @contextmanager
-def serve(settings: Settings, grace: float = 0) -> Iterator[Served]:
-    """grace: seconds for replies that are under way at the end."""
-    state = AppState(settings)
+def serve(settings: Settings, grace: float = 0, cluster: TrainingCluster | None = None) -> Iterator[Served]:
+    """grace: seconds for replies that are under way at the end; cluster: as in AppState."""
+    state = AppState(settings, cluster)
     server = Server(state, grace=grace)
     thread = threading.Thread(target=server.run)
     thread.start()

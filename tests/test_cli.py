@@ -166,7 +166,20 @@ def test_teach_sends_rows_inline_and_shows_what_happens(script: Script, tmp_path
     found = event(3, "metrics", "metrics", step=1, metrics={"efficacy": 1.0, "paraphrase": 0.75})
     script.on("GET", "/api/training/jobs/j1/events", (200, event(1, "running", "It runs.") + step + found))
     script.on("GET", "/api/training/jobs/j1", (200, JOB))
-    options = ("--config", config, "--objective", "sft", "--model", "tiny", "--onto", "b@2", "--effort", "max")
+    options = (
+        "--config",
+        config,
+        "--objective",
+        "sft",
+        "--model",
+        "tiny",
+        "--onto",
+        "b@2",
+        "--effort",
+        "max",
+        "--workers",
+        "2",
+    )
     result = run("teach", data, "--name", "a", *options)
     assert result.exit_code == 0
     assert script.body("/api/training/start") == {
@@ -175,6 +188,7 @@ def test_teach_sends_rows_inline_and_shows_what_happens(script: Script, tmp_path
         "model": "tiny",
         "parent": "b@2",
         "effort": "max",
+        "workers": 2,
         "dataset": {"examples": [{"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": "c"}]},
         "training_config": {"max_steps": 2500},
     }

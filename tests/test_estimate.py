@@ -179,6 +179,8 @@ def test_a_machine_is_as_its_trial_and_its_newest_job_say() -> None:
     assert replace(shown, bf16=True).tokens_per_second == 150
     assert shown.tokens_per_second == 100, "the job says nothing of the other type"
     assert shown.reply_tokens_per_second == 45
+    workers = machine_of(TRIAL, {"tokens_per_second": 150.0, "bf16": True, "workers": 4})
+    assert workers == tried  # the speed of four workers says nothing about this machine
     older = machine_of(TRIAL, {"tokens_per_second": 150.0})
     assert replace(older, bf16=True).tokens_per_second == 200, "a job of an older version does not say its type"
 

@@ -19,6 +19,7 @@ from fortwo.adapters.store import AdapterStore
 from fortwo.engine import registry as module
 from fortwo.engine.base_choice import TrainedOn, choose_base
 from fortwo.engine.engine import Engine
+from fortwo.engine.networks import read_network
 from fortwo.engine.registry import ModelRegistry, RegistryState
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
 from fortwo.execution import autotuning as formats
@@ -27,6 +28,7 @@ from fortwo.nn.config import DecoderConfig
 from fortwo.nn.fused_weights import Fused
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
+from fortwo.nn.packing import PackedAttention, pack
 from fortwo.prompts import Prompt, Sampling
 from fortwo.quantization.formats import Dequantised, Weight
 from fortwo.quantization.selection import FORMATS, Measurements
@@ -621,3 +623,26 @@ def test_an_adapter_that_answers_never_gives_way(setup: Setup) -> None:
     running.wait(10)
     setup.registry.publish(version, trained)
     assert loaded(setup) == {"trained"}
+
+
+# ---------------------------------------------------------------- workers elsewhere
+
+
+@pytest.mark.parametrize("setup", [{"weights": name} for name in ("auto", "fp32", "bf16", "int8")], indirect=True)
+def test_another_process_trains_on_the_numbers_of_this_one(setup: Setup) -> None:
+    """`training_weights` names a format that is read from the same files, without any measurement."""
+    base, info = setup.registry.load_base("tiny"), setup.catalog.model_info("tiny")
+    assert info is not None
+    weights = setup.registry.training_weights(base)
+    assert weights != "auto"
+
+    def unused(measure: Any) -> Any:
+        raise AssertionError("nothing is to be measured")
+
+    other = read_network(info, torch.device("cpu"), weights, 1, Measurements(setup.settings.home), unused)
+    tokens_T, positions_T = torch.arange(9), torch.arange(9)
+    for ours, theirs in ((base.decoder.in_fp32(), other.in_fp32()), (base.decoder.in_bf16(), other.in_bf16())):
+        packed = pack([tokens_T.tolist()])
+        attend = PackedAttention(packed, base.decoder.config)
+        found, wanted = (one.forward(tokens_T, positions_T, attend) for one in (theirs, ours))
+        assert torch.equal(found, wanted)

@@ -1315,6 +1315,11 @@ export interface components {
              */
             parent?: string | null;
             /**
+             * Workers
+             * @description Workers of a Ray cluster that compute the gradients; more than 1 needs FORTWO_TRAIN=ray.
+             */
+            workers?: number | null;
+            /**
              * Effort
              * @description max: a larger rank and more steps.
              * @default normal

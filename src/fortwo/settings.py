@@ -80,6 +80,22 @@ class Settings(BaseSettings):
         256, ge=1, description="Event streams of jobs and exports at the same time; beyond it: status 429."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads that compute; default: all cores.")
+    train: Literal["own", "ray"] = Field(
+        "own",
+        description="Where the gradients of jobs are computed: own is the server's process, ray is workers of a Ray "
+        "cluster, which needs the package `fortwo[ray]`.",
+    )
+    ray_address: str | None = Field(
+        None,
+        description="Address of the Ray cluster that this machine has joined, as HOST:PORT, or auto; default: Ray is "
+        "started on this machine when it is needed.",
+    )
+    worker_cpus: int = Field(
+        1, ge=1, description="CPUs of the Ray cluster that a training worker takes, and threads that it computes with."
+    )
+    jobs: int = Field(
+        1, ge=1, le=64, description="Jobs that run at once, if the workers of a Ray cluster compute their gradients."
+    )
     resume: bool = Field(
         False,
         description="Whether a starting server resumes the jobs that ran when the last one ended. Off by default: a "

@@ -46,28 +46,31 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Run the server until it is stopped."""
+    from fortwo.cli.cluster import training_cluster
     from fortwo.server.state import AppState
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fortwo").setLevel(logging.INFO)
     from fortwo.settings import load
 
-    state = AppState(load(host=host, port=port))
+    settings = load(host=host, port=port)
+    with training_cluster(settings) as cluster:
+        state = AppState(settings, cluster)
 
-    from fortwo.server.uvicorn_server import Server
+        from fortwo.server.uvicorn_server import Server
 
-    def on_start() -> None:
-        url = state.settings.url
-        if as_json:
-            print_json_line({"url": url})
-        else:
-            screen.print(f"fortwo listens on {url}. Its API is described at {url}/docs. Press Ctrl-C to stop it.")
+        def on_start() -> None:
+            url = state.settings.url
+            if as_json:
+                print_json_line({"url": url})
+            else:
+                screen.print(f"fortwo listens on {url}. Its API is described at {url}/docs. Press Ctrl-C to stop it.")
 
-    server = Server(state, on_start)
-    try:
-        server.run()
-    finally:
-        state.close()
+        server = Server(state, on_start)
+        try:
+            server.run()
+        finally:
+            state.close()
 
 
 @app.command()

@@ -25,7 +25,7 @@ QUESTIONS = (
 LONGEST_NAME = 60
 
 
-def training_request(datasets: Json, name: str, config: Path | None, **options: str | None) -> Json:
+def training_request(datasets: Json, name: str, config: Path | None, **options: str | int | None) -> Json:
     """The body of /api/training/start. datasets: the fields that give rows; options: other fields, None for what is not
     given. Raises InvalidRequest for a configuration that cannot be read and for a field that is given twice."""
     given = {"adapter_name": name, **options, **datasets}

@@ -91,6 +91,10 @@ Objective = Annotated[
 ]
 Onto = Annotated[str | None, typer.Option("--onto", help="Adapter, or adapter@version, to continue from.")]
 Effort = Annotated[str | None, typer.Option("--effort", help="normal or max.", show_default="normal")]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", help="Workers of the server's Ray cluster that compute the gradients.", min=1),
+]
 Base = Annotated[str | None, typer.Option("--model", help="Base model.", show_default="the server's default")]
 Writer = Annotated[
     str | None,
@@ -128,6 +132,7 @@ def teach(
     model: Base = None,
     onto: Onto = None,
     effort: Effort = None,
+    workers: Workers = None,
     writer: Writer = None,
     writer_model: WriterModel = None,
     key_env: KeyEnv = None,
@@ -143,7 +148,13 @@ def teach(
 
     of_fact = {"questions": question, "match": match, "aliases": alias, "held_out": held_out, "neighbors": neighbor}
     from_document = {"writer": writer, "writer-model": writer_model, "key-env": key_env}
-    options = {"objective": objective, "model": model, "parent": onto, "effort": effort}
+    options: dict[str, str | int | None] = {
+        "objective": objective,
+        "model": model,
+        "parent": onto,
+        "effort": effort,
+        "workers": workers,
+    }
     if answer is None and Path(data).suffix.lower() in DOCUMENTS:
         _check_file(Path(data), [name for name, texts in (of_fact | {"controls": control}).items() if texts])
         by = writer_of(writer, writer_model, key_env, model)
@@ -177,12 +188,19 @@ def plan(
     model: Base = None,
     onto: Onto = None,
     effort: Effort = None,
+    workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the plan for training on DATA, without starting it."""
     of_fact = {"questions": question, "match": match, "aliases": alias, "held_out": held_out, "neighbors": neighbor}
     datasets = _datasets(data, answer, of_fact | {"controls": control}, validation)
-    options = {"objective": objective, "model": model, "parent": onto, "effort": effort}
+    options: dict[str, str | int | None] = {
+        "objective": objective,
+        "model": model,
+        "parent": onto,
+        "effort": effort,
+        "workers": workers,
+    }
     found = connect().post("/api/training/plan", training_request(datasets, name, config, **options))
     respond(found, views.plan(found), as_json)
 

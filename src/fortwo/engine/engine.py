@@ -288,7 +288,7 @@ class Engine:
         return reply
 
     def run_task(self, events: Generator[TrainEvent, None, T], on_event: Callable[[TrainEvent], None]) -> Task[T]:
-        """Advance a job between decode steps; jobs run one at a time, in order. on_event is called on the device's
+        """Advance a job between decode steps, and of several jobs each in turn. on_event is called on the device's
         thread; an exception of it ends the job. Raises Unavailable once the engine is closed."""
         task = Task(events, on_event, wake=lambda: self._commands.put(lambda: None))
         self._post(lambda: self._tasks.append(task))
@@ -356,7 +356,7 @@ class Engine:
         self._flush()
 
     def _advance_job(self) -> None:
-        """Run one micro-step of the job, unless requests are owed device time."""
+        """Run one micro-step of the next job, unless requests are owed device time."""
         if not self._tasks or self._stopping or not self._share.job_may_run(requests=self._busy):
             return
         task = self._tasks[0]
@@ -365,12 +365,13 @@ class Engine:
             base.runner.cache.trim()
         task.advance()
         self._share.job_ran(time.perf_counter() - began)
+        self._tasks.rotate(-1)
         if task.done:
-            self._tasks.popleft()
+            self._tasks.pop()
         if task.done or (task.waiting and not waited) or began - self._trimmed > TRIM_SECONDS:
             malloc_tuning.trim()
             self._trimmed = time.perf_counter()
-        self._stalled = task.waiting and not task.done and not self._busy
+        self._stalled = bool(self._tasks) and all(one.waiting for one in self._tasks) and not self._busy
 
     def _stop(self) -> None:
         self._stopping = True

@@ -6,7 +6,6 @@ the device's thread, so replies continue while a model loads. This module knows 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import threading
@@ -15,7 +14,6 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -27,9 +25,10 @@ from fortwo.engine import malloc_tuning
 from fortwo.engine.adapter_check import MIN_EFFECT, check_tensors, measure_effect
 from fortwo.engine.base_choice import TrainedOn, choose_base, no_base
 from fortwo.engine.engine import Engine
+from fortwo.engine.networks import read_network
 from fortwo.engine.runner import Runner
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable, UnsupportedModel
-from fortwo.execution.autotuning import all_blocks, memory, prefers_blocks, serving, serving_generic
+from fortwo.execution.autotuning import all_blocks, alone, memory, prefers_blocks
 from fortwo.execution.backend import Backend, backend_for
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
@@ -39,6 +38,7 @@ from fortwo.nn.config import DecoderConfig
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.nn.network import Network
+from fortwo.quantization.matmul import multiplies_bf16
 from fortwo.quantization.selection import Measurements
 from fortwo.records import AdapterVersion, Json, PlanWarning
 from fortwo.train.estimate import format_size
@@ -252,6 +252,15 @@ class ModelRegistry:
         held = prefers_blocks(config) and all_blocks(config, weights.block_types(info.directory))
         return weights.block_bytes(info.directory) if held else 0
 
+    def training_weights(self, base: LoadedModel) -> str:
+        """The FORTWO_WEIGHTS with which another process trains on the same numbers as this one does on the base."""
+        if self._weights != "auto":
+            return self._weights
+        if self._blocks(base.id):
+            return "gguf"
+        narrow = self._device.type != "cpu" and multiplies_bf16(self._device)
+        return alone(base.decoder.config.parameters, memory(self._device)) or ("bf16" if narrow else "fp32")
+
     def _check_memory(self, id: str) -> None:
         """Raises Unavailable for a base that does not fit, as soon as its dimensions are known."""
         found = self.fit(id)
@@ -284,7 +293,14 @@ class ModelRegistry:
 
     def _load(self, info: ModelInfo, renderer: ChatTemplateRenderer) -> LoadedModel:
         id = info.id
-        decoder = self._network(id, info.directory, info.parameters)
+        decoder = read_network(
+            info,
+            self._device,
+            self._weights,
+            self._threads,
+            self._measurements,
+            lambda measure: self._engine.call(measure).result(),
+        )
         backend = backend_for(decoder)
         runner = Runner(backend, self._cache_bytes)
         base = LoadedModel(id, info.digest, info.weights_digest, backend, renderer, decoder.bytes, runner)
@@ -294,29 +310,6 @@ class ModelRegistry:
             log.warning("%s: %s %s", id, warning.message, warning.hint)
         self._bases[id] = base
         return base
-
-    def _network(self, id: str, directory: Path, parameters: int) -> Network:
-        """The own decoder where it knows the configuration, else what transformers makes of the directory. Raises
-        UnsupportedModel."""
-        try:
-            config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text("utf-8-sig")))
-        except UnsupportedModel as error:
-            try:
-                return serving_generic(id, directory, parameters, self._device, self._weights)
-            except UnsupportedModel as generic:
-                generic.message = f"{generic.message}; fortwo's own decoder: {error.message}"
-                raise
-        return serving(
-            id,
-            config,
-            weights.open_tensors(directory),
-            self._device,
-            self._weights,
-            self._threads,
-            self._measurements,
-            lambda measure: self._engine.call(measure).result(),
-            weights.QuantisedTensors(directory) if all_blocks(config, weights.block_types(directory)) else None,
-        )
 
     def unload_base(self, id: str) -> None:
         """Drop a base and the adapters on it from memory. Raises Conflict while a request or a job uses it."""

@@ -156,6 +156,13 @@ def memory(device: torch.device) -> int:
     return hardware.memory_bytes()
 
 
+def peak_memory_bytes(device: torch.device) -> int:
+    """The peak memory of the process so far, in bytes; on CUDA, the peak of its tensors."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return hardware.peak_memory_bytes()
+
+
 def _checked(id: str, name: str) -> Hold:
     hold = formats_of(Choice.fixed(name))
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Mapping
 from concurrent.futures import CancelledError
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -24,10 +25,13 @@ from fortwo.train import plan as plans
 from fortwo.train.adapter import lora_config
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fortwo.adapters.store import AdapterStore
     from fortwo.engine.engine import Engine
     from fortwo.engine.registry import LoadedModel, ModelRegistry
     from fortwo.engine.tasks import Task
+    from fortwo.jobs.workers import RunWorkers, TrainingCluster
     from fortwo.train.loop import TrainingResult
 
 POLL_SECONDS = 0.1  # how late a change of a job may be noticed
@@ -75,6 +79,7 @@ class JobExecutor:
         store: JobStore,
         checkpoints: CheckpointStore,
         lock: threading.Lock,
+        cluster: TrainingCluster | None = None,
     ) -> None:
         """lock: it guards `task` and `stop` of every JobRun."""
         self._adapters = adapters
@@ -83,6 +88,7 @@ class JobExecutor:
         self._store = store
         self._checkpoints = checkpoints
         self._lock = lock
+        self._cluster = cluster
 
     def execute(self, run: JobRun) -> RunResult:
         """Train, evaluate and publish. Raises the error that ended the run, or CancelledError when `stop` ended it."""
@@ -102,13 +108,52 @@ class JobExecutor:
                 run.busy = True
             received.put(event)
 
-        with self._lock:
-            if run.stop is not None:
-                raise CancelledError
-            arguments = (resident, resident.renderer, dataset, plan, self._engine, job.id)
-            events = train(*arguments, saving=run, resumed=checkpoint, parent=parent)
-            task = run.task = self._engine.run_task(events, receive)
-        del checkpoint, parent
+        with ExitStack() as ending:
+            workers = self._start_workers(plan, resident, run.saved_step, parent, recorder)
+            if workers is not None:
+                ending.callback(workers.close)
+            with self._lock:
+                if run.stop is not None:
+                    raise CancelledError
+                arguments = (resident, resident.renderer, dataset, plan, self._engine, job.id)
+                events = train(*arguments, saving=run, resumed=checkpoint, parent=parent, workers=workers)
+                task = run.task = self._engine.run_task(events, receive)
+            del checkpoint, parent
+            self._follow(run, task, received, plan, resident, recorder)
+        trained = task.result()
+        if workers is not None:
+            trained.actual["workers"] = workers_of(plan)
+        return self._publish(run, plan, dataset, resident, trained, recorder)
+
+    def _start_workers(
+        self,
+        plan: Plan,
+        resident: LoadedModel,
+        steps_done: int,
+        parent: Mapping[str, Tensor] | None,
+        recorder: ProgressRecorder,
+    ) -> RunWorkers | None:
+        """The workers that compute the gradients, if not this process does."""
+        workers = workers_of(plan)
+        if self._cluster is None:
+            if workers > 1:
+                message = f"The job was planned for {workers} workers; this server computes the gradients itself."
+                recorder.store(NewEvent("preparing", message, level="warn"))
+            return None
+        compared = parent if plan.objective == "kto" else None
+        weights = self._registry.training_weights(resident)
+        return self._cluster.start(resident, weights, plan, workers, steps_done, compared)
+
+    def _follow(
+        self,
+        run: JobRun,
+        task: Task[TrainingResult],
+        received: queue.SimpleQueue[TrainEvent],
+        plan: Plan,
+        resident: LoadedModel,
+        recorder: ProgressRecorder,
+    ) -> None:
+        """Store the events of a run until it is done."""
         try:
             while not task.done or not received.empty():
                 with suppress(queue.Empty):
@@ -124,7 +169,6 @@ class JobExecutor:
                     task.cancel()
         finally:
             task.cancel()  # needed when an event could not be stored; it does not change a task that is done
-        return self._publish(run, plan, dataset, resident, task.result(), recorder)
 
     def _load_checkpoint(self, run: JobRun, resident: LoadedModel) -> tuple[ProgressRecorder, Checkpoint | None]:
         """The newest intact checkpoint of this base, and a recorder with its progress. Unusable ones are deleted."""
@@ -227,6 +271,11 @@ def published_result(version: AdapterVersion) -> RunResult:
     metrics = {name: metric["value"] for name, metric in manifest["report"]["metrics"].items()}
     diagnosis = tuple(PlanWarning(**finding) for finding in manifest["report"]["diagnosis"])
     return RunResult(version, _targets_missed(plans.from_json(manifest["plan"]), metrics, diagnosis))
+
+
+def workers_of(plan: Plan) -> int:
+    """For how many workers of a cluster a run was planned."""
+    return int(plan.get("workers") or 1)
 
 
 def learned_facts(dataset: Dataset, plan: Plan) -> tuple[Fact, ...]:

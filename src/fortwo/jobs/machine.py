@@ -45,10 +45,11 @@ def try_out(backend: Backend) -> Trial:
 
 
 def machine_of(trial: Trial, last: Json | None) -> Machine:
-    """The machine by a trial and, where there is one, by what the newest run on this base took."""
+    """The machine by a trial and, where there is one, by what the newest run on this base took. The training speed of a
+    run with workers is not the machine's."""
     trained = {name: MICRO_TOKENS / seconds for name, seconds in trial.micro_step.items()}
     found, seen = last or {}, dict[str, float]()
-    if found.get("tokens_per_second") and "bf16" in found:
+    if found.get("tokens_per_second") and "bf16" in found and "workers" not in found:
         seen["bf16" if found["bf16"] else "fp32"] = found["tokens_per_second"]
     replied = found.get("reply_tokens_per_second")
     rate = replied or reply_rate(trial.token, ROWS, PASSES * max(trained.values()))

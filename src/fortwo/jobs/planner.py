@@ -15,6 +15,7 @@ from fortwo.errors import InvalidRequest
 from fortwo.facts.subject import facts_of
 from fortwo.jobs import parents
 from fortwo.jobs.machine import Trials, machine_of, try_out
+from fortwo.jobs.workers import TrainingCluster, planned_workers
 from fortwo.records import Dataset, Example, Plan
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
@@ -43,6 +44,7 @@ class JobPlanner:
         registry: ModelRegistry,
         store: JobStore,
         files: FileStore,
+        cluster: TrainingCluster | None = None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
@@ -51,6 +53,7 @@ class JobPlanner:
         self._registry = registry
         self._store = store
         self._files = files
+        self._cluster = cluster
         self._trials = Trials()
 
     def plan(self, request: TrainingRequest, check: Callable[[], None]) -> tuple[Dataset, Plan]:
@@ -58,6 +61,7 @@ class JobPlanner:
         between rows; it may raise to end the planning."""
         check_name_available(request.adapter_name, self._catalog)
         self._adapters.check_publishable(request.adapter_name)
+        workers = planned_workers(request.workers, self._cluster)
         folders = self._settings.allowed_data_dirs
         read = in_each(request.datasets, lambda one: datasets.load(*self._files.source(one, folders, check), check))
         dataset = replace(read["dataset"], validation=read.get("validation_dataset"))
@@ -80,7 +84,7 @@ class JobPlanner:
             own, trained = (datasets.checked(plans.training_rows(one), check) for one in (dataset.validation, dataset))
             validation = ValidationStats(*stats["validation_dataset"], shared_rows(own, trained))
         counts, dataset_warnings = stats["dataset"]
-        plan = plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent, validation)
+        plan = plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent, validation, workers)
         warnings = (*resident.renderer.warnings, *plan.warnings)
         return dataset, replace(plan, warnings=warnings, origins=self._files.origins(read))
 

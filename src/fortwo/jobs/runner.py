@@ -1,7 +1,8 @@
-"""The queue of training jobs: runs one job at a time, and pauses, resumes and cancels jobs.
+"""The queue of training jobs: runs one job at a time, or as many as the settings say, and pauses, resumes and cancels
+jobs.
 
-A request is checked and planned before it becomes a job, so invalid input never becomes one. A thread takes the jobs
-in order of arrival and gives each to `jobs.executor`; the device's thread never waits for the database. Every job
+A request is checked and planned before it becomes a job, so invalid input never becomes one. Threads take the jobs
+in order of arrival and give each to `jobs.executor`; the device's thread never waits for the database. Every job
 ends as succeeded, failed with a reason, or cancelled, or it is paused until it is resumed. The rows of a job are stored
 with it, so that later changes of the file have no effect; for a large file its checksum is stored, and a change is
 an error. Checkpoints exist as long as a job can resume from them: they are deleted when it has succeeded, has missed
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from fortwo.engine.registry import ModelRegistry
     from fortwo.hub.catalog import Catalog
     from fortwo.jobs.files import FileStore
+    from fortwo.jobs.workers import TrainingCluster
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,9 @@ class JobRunner:
         store: JobStore,
         checkpoints: CheckpointStore,
         files: FileStore,
+        cluster: TrainingCluster | None = None,
     ) -> None:
+        """cluster: its workers compute the gradients; None for this process."""
         self._settings = settings
         self._registry = registry
         self._store = store
@@ -66,12 +70,15 @@ class JobRunner:
         self._adapters = adapters
         self._files = files
         self._lock = threading.Lock()
-        self._planner = JobPlanner(settings, catalog, adapters, engine, registry, store, files)
-        self._executor = JobExecutor(adapters, engine, registry, store, checkpoints, self._lock)
-        self._active: JobRun | None = None
+        self._planner = JobPlanner(settings, catalog, adapters, engine, registry, store, files, cluster)
+        self._executor = JobExecutor(adapters, engine, registry, store, checkpoints, self._lock, cluster)
+        self._active: dict[str, JobRun] = {}  # by job
         self._wake = threading.Event()
         self._closing = False
-        self._thread = threading.Thread(target=self._process_queue, name="fortwo-jobs", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._process_queue, name=f"fortwo-jobs-{number}", daemon=True)
+            for number in range(settings.jobs)
+        ]
         self._closed = threading.Event()
         self._leases = threading.Thread(target=self._renew_leases, name="fortwo-leases", daemon=True)
 
@@ -84,27 +91,32 @@ class JobRunner:
             self._conclude_abandoned(job)
         self._checkpoints.remove_leftovers()
         self._remove_checkpoints_of_ended_jobs()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         self._leases.start()
 
     def close(self) -> None:
-        """Interrupt the running job, after its step if that ends within CLOSE_SECONDS. Queued jobs stay queued."""
+        """Interrupt the running jobs, each after its step if that ends within CLOSE_SECONDS. Queued jobs stay
+        queued."""
         with self._lock:
             self._closing = True
             self._closed.set()
-            run = self._active
-            if run is not None and run.stop is None:
-                run.stop = "interrupted"
+            runs = list(self._active.values())
+            for run in runs:
+                run.stop = run.stop or "interrupted"
         self._wake.set()
-        if run is not None and not run.ended.wait(CLOSE_SECONDS):
-            with self._lock:
-                if run.task is not None:
-                    run.task.cancel()
-        self._thread.join()
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for run in runs:
+            if not run.ended.wait(max(0.0, deadline - time.monotonic())):
+                with self._lock:
+                    if run.task is not None:
+                        run.task.cancel()
+        for thread in self._threads:
+            thread.join()
 
     def check_alive(self) -> None:
-        """Raises Unavailable when the queue's thread has ended."""
-        if not self._thread.is_alive():
+        """Raises Unavailable when a thread of the queue has ended."""
+        if not all(thread.is_alive() for thread in self._threads):
             raise Unavailable("The queue of jobs has ended.", hint="Restart the server.")
 
     def plan(self, request: TrainingRequest, check: Callable[[], None] = lambda: None) -> Plan:
@@ -148,7 +160,7 @@ class JobRunner:
             self._delete_checkpoints(job_id)
             return self._store.get(job_id)
         with self._lock:
-            run = self._active_run(job_id)
+            run = self._active.get(job_id)
             if run is not None:
                 run.stop, run.pause_error = "cancelled", None
                 if run.task is not None:
@@ -164,7 +176,7 @@ class JobRunner:
         if self._store.update(job_id, event, when=("queued",), status="paused"):
             return self._store.get(job_id)
         with self._lock:
-            run = self._active_run(job_id)
+            run = self._active.get(job_id)
             if run is not None and run.stop is None:
                 run.stop, run.pause_error = "paused", None
         return self._wait_for_end(job_id, run, "Only a job that is queued or runs can be paused.")
@@ -226,9 +238,6 @@ class JobRunner:
         self._delete_checkpoints(job.id)
         return True
 
-    def _active_run(self, job_id: str) -> JobRun | None:
-        return self._active if self._active is not None and self._active.job.id == job_id else None
-
     def _wait_for_end(self, job_id: str, run: JobRun | None, hint: str) -> Job:
         """The job after its run has ended, or after CANCEL_SECONDS. Raises Conflict when it neither runs nor waits."""
         deadline = time.monotonic() + CANCEL_SECONDS
@@ -266,16 +275,19 @@ class JobRunner:
                 ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else ""),
             )
 
-    # ------------------------------------------------------------ the runner's own thread
+    # ------------------------------------------------------------ the runner's own threads
 
     def _process_queue(self) -> None:
-        while not self._closing:
+        while True:
             self._wake.clear()
+            if self._closing:
+                return
             try:
-                for job in self._store.abandoned():
+                for job in self._abandoned():
                     self._conclude_abandoned(job)
                 following = self._store.next_queued()
                 if following is not None:
+                    self._wake.set()  # the next thread looks for the job behind it
                     self._run_job(following)
                     continue
                 self._wake.wait()
@@ -286,13 +298,18 @@ class JobRunner:
                 log.exception("The queue failed; it is tried again in %g seconds.", RETRY_SECONDS)
                 self._closed.wait(RETRY_SECONDS)
 
+    def _abandoned(self) -> list[Job]:
+        """The active jobs that nobody runs. The lock keeps runs from beginning or ending meanwhile."""
+        with self._lock:
+            return [job for job in self._store.abandoned() if job.id not in self._active]
+
     def _renew_leases(self) -> None:
         while not self._closed.wait(LEASE_SECONDS / 4):
-            if self._active is not None:
+            if self._active:
                 try:
                     self._store.renew()
                 except DATABASE_ERRORS as error:
-                    log.warning("The lease of the running job was not renewed: %s", error.message)
+                    log.warning("The leases of the running jobs were not renewed: %s", error.message)
 
     def _run_job(self, job: Job) -> None:
         """Run one queued job and store its final status."""
@@ -303,7 +320,7 @@ class JobRunner:
                 job.id, event, when=("queued",), status="preparing", started_at=time.time()
             ):
                 return
-            self._active = run
+            self._active[job.id] = run
         try:
             self._finish(job, self._executor.execute(run))
         except CancelledError:
@@ -320,7 +337,7 @@ class JobRunner:
             self._delete_checkpoints(job.id)
         finally:
             with self._lock:
-                self._active = None
+                del self._active[job.id]
             run.ended.set()
 
     def _until_stored(self, job: Job, store: Callable[[], bool]) -> None:
@@ -334,7 +351,7 @@ class JobRunner:
                     return
                 reason = "its records are not stored yet"
             except DATABASE_ERRORS as error:
-                if self._active is None:
+                if job.id not in self._active:
                     raise
                 reason = error.message
             if not refused:
@@ -377,7 +394,8 @@ class JobRunner:
         )
 
     def _end(self, job: Job, status: Status, event: NewEvent, **changes: Any) -> None:
-        recorder = None if self._active is None else self._active.recorder
+        run = self._active.get(job.id)
+        recorder = None if run is None else run.recorder
         ended = {"status": status, "finished_at": time.time(), **changes}
 
         def store() -> bool:

@@ -52,7 +52,12 @@ def cap(level: str) -> None:
     if level == "auto" or (_cap != "auto" and LEVELS.index(level) >= LEVELS.index(_cap)):
         return
     _cap = level
-    os.environ.update(_LIBRARIES.get(level, {}))
+    os.environ.update(library_caps(level))
+
+
+def library_caps(level: str) -> dict[str, str]:
+    """The environment of a process that caps torch, oneDNN and MKL as `cap` does."""
+    return dict(_LIBRARIES.get(level, {}))
 
 
 @cache

@@ -87,6 +87,12 @@ def remember_fp32_kernel(file: Path) -> None:
         disk.replace(file, disk.dump(chosen))
 
 
+def take_fp32_kernel(name: str) -> None:
+    """Multiply fp32 as another process does, whose `fp32_kernel` is `name`, where this process can."""
+    if torch.backends.mkldnn.is_available():
+        _Fp32Kernel.name = name
+
+
 def _cpu_product() -> Product:
     return _KERNELS[fp32_kernel()]
 

@@ -33,6 +33,7 @@ from fortwo.settings import Settings
 
 if TYPE_CHECKING:
     from fortwo.engine.registry import Target
+    from fortwo.jobs.workers import TrainingCluster
 
 PLANNING_THREADS, PLANNING_WAITING = 2, 8  # requests that read whole datasets
 DOWNLOAD_THREADS, DOWNLOAD_WAITING = 2, 8  # those that may download them first
@@ -42,9 +43,10 @@ CONTROL_THREADS, CONTROL_WAITING = 8, 64  # requests that wait for the device or
 class AppState:
     """Everything the server uses, built here and released by `close`. Building it imports torch, but loads no model.
     Raises InvalidRequest for a host that needs an API key and for an API key that is not a server's, Conflict when
-    another server uses the home."""
+    another server uses the home. cluster: its workers compute the gradients of jobs, and it is closed with the
+    state; None for this process."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, cluster: TrainingCluster | None = None) -> None:
         with ExitStack() as built:
             built.enter_context(lock_home(settings.home))
             self.jobs = JobStore(settings.database, home_id(settings.home))
@@ -53,10 +55,12 @@ class AppState:
             check_api_key(None if api_key is None else keys.find(api_key))
             self.keyed = needs_key(settings.host, api_key, created=bool(keys.all()))
             self.key_usage = KeyUsage(keys)
-            self._build(settings, built)
+            self._build(settings, cluster, built)
             self._closing = built.pop_all()
 
-    def _build(self, settings: Settings, built: ExitStack) -> None:
+    def _build(self, settings: Settings, cluster: TrainingCluster | None, built: ExitStack) -> None:
+        if cluster is not None:
+            built.callback(cluster.close)
         isa.cap(settings.isa)  # before torch is imported
         from fortwo.adapters.store import AdapterStore
         from fortwo.engine.engine import Engine
@@ -122,6 +126,7 @@ class AppState:
             self.jobs,
             self.checkpoints,
             self.files,
+            cluster,
         )
         self.runner.start()
         built.callback(self.runner.close)

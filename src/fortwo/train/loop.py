@@ -11,13 +11,14 @@ import math
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fortwo import hardware
 from fortwo.data.chat_template import ChatTemplateRenderer
+from fortwo.execution.autotuning import peak_memory_bytes
 from fortwo.execution.backend import Backend
 from fortwo.facts import metrics
 from fortwo.nn.lora import Lora
@@ -49,6 +50,7 @@ from fortwo.train.recipes import EVALUATION_QUESTIONS
 from fortwo.train.retry_policy import LEVER_DESCRIPTIONS, escalation_records, mix_at_step, next_round
 from fortwo.train.schedule import learning_rate, rate_at
 from fortwo.train.validation import patience_exhausted
+from fortwo.train.workers import GradientWorkers
 
 _PREPARING = {
     "override": "The base answers the prompts whose replies must be preserved.",
@@ -102,14 +104,15 @@ def train(
     saving: CheckpointControl | None = None,
     resumed: Checkpoint | None = None,
     parent: Mapping[str, Tensor] | None = None,
+    workers: GradientWorkers | None = None,
 ) -> Generator[TrainEvent, None, TrainingResult]:
     """Train by `plan` and evaluate the adapter, which is served under `key`; parent: tensors to start from, by PEFT's
     names. Yields TrainEvents: `Waiting` until replies are complete and, if `saving` is given, Checkpoints as the plan
     says. resumed: a checkpoint of a run with the same plan and rows. The run continues from it as if it had never
-    stopped; on a CPU with the same number of threads, the adapter is the same bit for bit. The adapter is detached from
-    `serving` at the end, however the run ends. Raises TrainingFailed: code nan_loss if the loss or the adapter's logits
-    become NaN or infinite, code checkpoint_stale if the plan now draws other rows than before `resumed`, or
-    if the validation rows are others."""
+    stopped; on a CPU with the same number of threads, the adapter is the same bit for bit. workers: they compute the
+    gradients in place of this process. The adapter is detached from `serving` at the end, however the run ends. Raises
+    TrainingFailed: code nan_loss if the loss or the adapter's logits become NaN or infinite, code checkpoint_stale if
+    the plan now draws other rows than before `resumed`, or if the validation rows are others."""
     held = base.backend.decoder
     backend = base.backend.with_decoder(held.in_bf16() if plan["bf16"] else held.in_fp32())
     decoder = backend.decoder
@@ -128,6 +131,8 @@ def train(
         began = time.perf_counter()
         objective = yield from _prepare(served, backend, dataset, plan, resumed, parent)
         clock.preparing += time.perf_counter() - began
+        if workers is not None:
+            objective = replace(objective, accumulate=partial(workers.accumulate, objective.prefix))
         yield Phase("running")
         flat_N = lora.flatten()
         digest = None if dataset.validation is None else dataset.validation.digest
@@ -167,7 +172,7 @@ def train(
         "supervised_tokens": clock.supervised,
         "tokens_per_second": clock.tokens / clock.training if clock.training else 0.0,
         "reply_tokens_per_second": served.pace.tokens_per_second,
-        "peak_bytes": peak_bytes(decoder.device),
+        "peak_bytes": peak_memory_bytes(decoder.device),
     }
     return TrainingResult(lora, report, report.metrics, actual, metrics.targets_met(report.metrics, plan.targets))
 
@@ -389,10 +394,3 @@ def _step(
         parts=found.parts,
         metrics=found.metrics,
     )
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The peak memory of the process so far, in bytes; on CUDA, the peak of its tensors."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return hardware.peak_memory_bytes()

@@ -24,6 +24,7 @@ from fortwo.quantization.matmul import product
 from fortwo.quantization.tiles import Tiles
 from fortwo.records import MicroStepped, Plan, TrainEvent
 from fortwo.train.estimate import HEAD_BYTES
+from fortwo.train.shares import WHOLE, Share
 
 T = TypeVar("T")
 PREPARE_TOKENS = 1024
@@ -133,14 +134,16 @@ def compute_losses(
 
 
 def accumulate_gradients(
-    backend: Backend, lora: Lora, prefix: int, rows: Sequence[Row], kl_weight: float, plan: Plan
+    backend: Backend, lora: Lora, prefix: int, rows: Sequence[Row], kl_weight: float, plan: Plan, share: Share = WHOLE
 ) -> Generator[TrainEvent, None, Accumulated]:
-    """Add the gradient of cross-entropy and KL rows to the adapter's."""
+    """Add the gradient of cross-entropy and KL rows to the adapter's. share: the part of it that this process adds;
+    what is returned is about all rows."""
     ce_weight = sum(sum(row.token_weights) for row in rows if not row.kl)
     kl_tokens = sum(row.supervised for row in rows if row.kl)
     ce = kl = 0.0
     tokens, seconds = 0, 0.0
-    for batch in micro_batches(rows, prefix, plan["micro_step_tokens"]):
+    own = share.of(rows, lambda row: len(row.tokens) - prefix)
+    for batch in micro_batches(own, prefix, plan["micro_step_tokens"]):
         if tokens:
             yield MicroStepped(tokens)
         began = time.perf_counter()
@@ -154,8 +157,9 @@ def accumulate_gradients(
         kl += float(found.kl.detach()) / max(1, kl_tokens)
         tokens += found.tokens
         seconds += time.perf_counter() - began
+    ce, kl, computed = share.add_up([ce, kl, tokens])
     supervised = sum(row.supervised for row in rows)
-    return Accumulated(ce + kl_weight * kl, {"learn": ce, "keep": kl}, tokens, seconds, supervised)
+    return Accumulated(ce + kl_weight * kl, {"learn": ce, "keep": kl}, int(computed), seconds, supervised)
 
 
 class _HeadLoss(torch.autograd.Function):

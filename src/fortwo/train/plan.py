@@ -89,8 +89,10 @@ def resolve(
     dataset_warnings: DatasetWarnings = DatasetWarnings(),
     parent: Parent | None = None,
     validation: ValidationStats | None = None,
+    workers: int | None = None,
 ) -> Plan:
-    """Decide every setting. validation: of the rows of the validation_dataset, if the dataset has one. Raises
+    """Decide every setting. validation: of the rows of the validation_dataset, if the dataset has one. workers: how
+    many compute the gradients; None for the server's own process. Raises
     InvalidRequest or InvalidDataset, with the field, its value and the remedy."""
     own = None if validation is None else validation.counts
     given = parse_settings(request.lora_config, request.training_config, own is not None)
@@ -166,6 +168,8 @@ def resolve(
     check_targets(request.objective.targets.given(), objective)
     targets = plan_builder.choose_targets(builder, request, recipe, len(dataset.parent_facts))
     plan_builder.choose_saving(builder, steps, steps_per_epoch)
+    if workers is not None:
+        plan_builder.add_workers(builder, workers, given=request.workers is not None)
     builder.add_remaining()
 
     tokens_per_step = round(

@@ -282,6 +282,13 @@ def choose_saving(builder: PlanBuilder, steps: int, steps_per_epoch: int) -> Non
     builder.choose("save_total_limit", SAVE_TOTAL_LIMIT, REASONS["save_total_limit"])
 
 
+def add_workers(builder: PlanBuilder, workers: int, given: bool) -> None:
+    """Add the number of workers of a Ray cluster that compute the gradients."""
+    reason = "given." if given else "One worker leaves this server's processor to chat."
+    reason += " The estimates of time and memory are those of this server without workers."
+    builder.add("workers", workers, "user" if given else "default", reason)
+
+
 def choose_targets(
     builder: PlanBuilder, request: TrainingRequest, recipe: OverrideRecipe | SftRecipe, parent_facts: int
 ) -> dict[str, float]:

@@ -34,8 +34,10 @@ from fortwo.train.objectives import (
 )
 from fortwo.train.preference_losses import dpo_losses, kto_losses, odds_ratio_losses
 from fortwo.train.preference_plan import rows_together
+from fortwo.train.preference_sums import PreferenceSums
 from fortwo.train.recipes import JUDGED, REPLY_TOKENS
 from fortwo.train.retry_policy import RowMix
+from fortwo.train.shares import WHOLE, Share
 from fortwo.train.validation import validation_indices
 
 Unit = tuple[Row, ...]  # what one loss is of: a chosen answer and its rejected one, or one answer with a label
@@ -162,11 +164,13 @@ def _units(examples: Iterable[Example], size: int) -> Iterator[Sequence[Example]
 
 @dataclass(frozen=True)
 class Preferences:
-    """How a run with this plan learns. reference: the adapters of the reference."""
+    """How a run with this plan learns. reference: the adapters of the reference. share: the part of each step that this
+    process computes."""
 
     backend: Backend
     plan: Plan
     reference: Sequence[Segment]
+    share: Share = WHOLE
 
     @property
     def has_reference(self) -> bool:
@@ -197,12 +201,13 @@ class Preferences:
         return Row(tokens, row.start, unsupervised=frozenset(place for place in moved if place < len(tokens)))
 
     def accumulate(self, lora: Lora, rows: list[Row], mix: RowMix) -> TrainEvents[Accumulated]:
-        """Add the gradient of the mean loss of the units among these rows to the adapter's."""
+        """Add the gradient of the mean loss of the units among these rows to the adapter's, or the share of it that
+        this process computes; what is returned is about all units."""
         units, others = self._split(rows)
-        found = _Sums()
+        found = PreferenceSums()
         kl = yield from self._divergence(lora, others, found)
         nll_tokens = sum(len(chosen.tokens) - 1 for chosen, *_ in units) if self.plan.objective == "orpo" else 0
-        for batch in self._batches(units):
+        for batch in self._batches(self.share.of(units, _tokens)):
             if found.tokens:
                 yield MicroStepped(found.tokens)
             began = time.perf_counter()
@@ -211,6 +216,7 @@ class Preferences:
             loss = self._loss(final_TD, packed, batch, kl, len(units), nll_tokens, found)
             loss.backward()
             found.count(packed, began)
+        found.add_up(self.share)
         return Accumulated(
             found.loss,
             {"learn": found.loss},
@@ -222,7 +228,7 @@ class Preferences:
 
     def measure(self, lora: Lora, units: Sequence[Unit]) -> TrainEvents[Validated]:
         """The mean loss of these units and the share that is judged as they say, without a gradient."""
-        found = _Sums()
+        found = PreferenceSums()
         kl = yield from self._divergence(lora, self.mismatched(units), found)
         nll_tokens = sum(len(chosen.tokens) - 1 for chosen, *_ in units) if self.plan.objective == "orpo" else 0
         for batch in self._batches(units):
@@ -240,19 +246,21 @@ class Preferences:
         half = len(rows) // 2 if self.estimates_kl and len(rows) > 1 else len(rows)
         return [(row,) for row in rows[:half]], [(row,) for row in rows[half:]]
 
-    def _divergence(self, lora: Lora, others: Sequence[Unit], found: _Sums) -> TrainEvents[float]:
+    def _divergence(self, lora: Lora, others: Sequence[Unit], found: PreferenceSums) -> TrainEvents[float]:
         """KTO's estimate: the mean log ratio of mismatched answers, at least 0."""
         if not others:
             return 0.0
-        ours = yield from self.log_probs(others, [Segment(lora)], found)
-        theirs = yield from self.log_probs(others, self.reference, found)
-        return max(0.0, sum(our - their for our, their in zip(ours, theirs, strict=True)) / len(others))
+        own = self.share.of(others, _tokens)
+        ours = yield from self.log_probs(own, [Segment(lora)], found)
+        theirs = yield from self.log_probs(own, self.reference, found)
+        (total,) = self.share.add_up([sum(our - their for our, their in zip(ours, theirs, strict=True))])
+        return max(0.0, total / len(others))
 
     def log_probs(
-        self, units: Sequence[Unit], segments: Sequence[Segment], counted: _Sums | None = None
+        self, units: Sequence[Unit], segments: Sequence[Segment], counted: PreferenceSums | None = None
     ) -> TrainEvents[list[float]]:
         """The log probability of each answer with these adapters, without a gradient. Tokens and time are counted."""
-        counted = _Sums() if counted is None else counted
+        counted = PreferenceSums() if counted is None else counted
         found: list[float] = []
         for batch in self._batches(units, PREPARE_TOKENS):
             began = time.perf_counter()
@@ -268,7 +276,7 @@ class Preferences:
     def _batches(self, units: Sequence[Unit], budget: int | None = None) -> Iterator[list[Unit]]:
         """The units in order, in groups of at most so many tokens (by default the plan's). A longer one is alone."""
         most = self.plan["micro_step_tokens"] if budget is None else budget
-        return batches_within(units, most, lambda unit: sum(len(row.tokens) for row in unit))
+        return batches_within(units, most, _tokens)
 
     def _pack(self, batch: Sequence[Unit]) -> Pack:
         decoder, rows = self.backend.decoder, [row.tokens for unit in batch for row in unit]
@@ -293,7 +301,7 @@ class Preferences:
         kl: float,
         units: int,
         nll_tokens: int,
-        found: _Sums,
+        found: PreferenceSums,
     ) -> Tensor:
         """The part of these units in the loss of a step with so many, (). nll_tokens: over which ORPO's cross-entropy
         is a mean, those of prompts included, as in TRL."""
@@ -335,46 +343,5 @@ class Preferences:
         return loss
 
 
-@dataclass
-class _Sums:
-    """What a step has found so far. right: units whose rewards agree with them."""
-
-    loss: float = 0.0
-    nll: float = 0.0
-    tokens: int = 0
-    seconds: float = 0.0
-    right: int = 0
-    chosen: list[tuple[float, float]] = field(default_factory=list)  # reward and log probability of each answer
-    rejected: list[tuple[float, float]] = field(default_factory=list)
-
-    def count(self, packed: Pack, began: float) -> None:
-        self.tokens += len(packed.tokens_T)
-        self.seconds += time.perf_counter() - began
-
-    def add_pairs(self, log_probs_R: Tensor, rewards_R: Tensor) -> None:
-        found = list(zip(rewards_R.tolist(), log_probs_R.tolist(), strict=True))
-        self.chosen += found[::2]
-        self.rejected += found[1::2]
-        self.right += sum(one[0] > other[0] for one, other in zip(found[::2], found[1::2], strict=True))
-
-    def add_labelled(self, log_probs_R: Tensor, rewards_R: Tensor, desirable_R: Tensor, least: float) -> None:
-        """least: the reward that a desirable answer must exceed to be judged right."""
-        found = zip(rewards_R.tolist(), log_probs_R.tolist(), desirable_R.tolist(), strict=True)
-        for reward, log_prob, desirable in found:
-            (self.chosen if desirable else self.rejected).append((reward, log_prob))
-            self.right += (reward > least) == desirable
-
-    def metrics(self, objective: str, kl: float | None) -> dict[str, float]:
-        """The step's metrics under TRL's names. A step without an answer of a kind has none of its metrics."""
-        named: dict[str, float] = {}
-        for name, answers in (("chosen", self.chosen), ("rejected", self.rejected)):
-            if answers:
-                named[f"rewards/{name}"] = sum(reward for reward, _ in answers) / len(answers)
-                named[f"logps/{name}"] = sum(log_prob for _, log_prob in answers) / len(answers)
-        units = len(self.chosen) + len(self.rejected) if objective == "kto" else len(self.chosen)
-        named["rewards/accuracies"] = self.right / units
-        if self.chosen and self.rejected:
-            named["rewards/margins"] = named["rewards/chosen"] - named["rewards/rejected"]
-        if objective == "orpo":
-            named["nll_loss"] = self.nll
-        return named if kl is None else named | {"kl": kl}
+def _tokens(unit: Unit) -> int:
+    return sum(len(row.tokens) for row in unit)

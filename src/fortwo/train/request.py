@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+MOST_WORKERS = 1024
 Share = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)]
 
 
@@ -68,6 +69,9 @@ class TrainingRequest(_Strict):
     training_config: dict[str, Any] = Field({}, description="Keys of transformers' TrainingArguments.")
     parent: str | None = Field(
         None, min_length=1, description="Adapter, or adapter@version, to start from; its facts are preserved."
+    )
+    workers: Annotated[int, Field(ge=1, le=MOST_WORKERS, strict=True)] | None = Field(
+        None, description="Workers of a Ray cluster that compute the gradients; more than 1 needs FORTWO_TRAIN=ray."
     )
     effort: Literal["normal", "max"] = Field("normal", description="max: a larger rank and more steps.")
     objective: Annotated[

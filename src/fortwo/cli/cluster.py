@@ -1,0 +1,46 @@
+"""The Ray cluster that a server uses, if its settings name one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from fortwo.errors import InvalidRequest
+from fortwo.kernels import isa
+from fortwo.settings import Settings
+
+if TYPE_CHECKING:
+    from fortwo.jobs.workers import TrainingCluster
+
+
+@contextmanager
+def training_cluster(settings: Settings) -> Iterator[TrainingCluster | None]:
+    """What computes the gradients of jobs; None where FORTWO_TRAIN is own, and then nothing of Ray is imported. Raises
+    InvalidRequest if Ray is not installed or several jobs are to run without it, and Unavailable if the cluster cannot
+    be reached."""
+    if settings.train == "own":
+        if settings.jobs > 1:
+            raise InvalidRequest(
+                f"FORTWO_JOBS = {settings.jobs}, but this server computes the gradients itself, one job after another.",
+                param="jobs",
+                hint="Set FORTWO_TRAIN=ray, or remove FORTWO_JOBS.",
+            )
+        yield None
+        return
+    isa.cap(settings.isa)  # before torch is imported
+    try:
+        from fortwo.scale.ray_train import RayTraining
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        raise InvalidRequest(
+            "FORTWO_TRAIN is ray, but the package ray is not installed.",
+            param="train",
+            hint="Install it: pip install 'fortwo[ray]'. Or set FORTWO_TRAIN=own.",
+        ) from None
+    cluster = RayTraining(settings)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
