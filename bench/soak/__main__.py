@@ -75,8 +75,8 @@ def main() -> int:
                 case "home":
                     faults += home.damage_each(folder)
                 case "ready":
-                    for what, seconds in ready.start_times(folder, given.count).items():
-                        print(f"{what}: {seconds:.2f} s")
+                    for what, (seconds, processor) in ready.start_times(folder, given.count).items():
+                        print(f"{what}: {seconds:.2f} s, {processor:.2f} s of the processor")
     return min(faults, 1)
 
 

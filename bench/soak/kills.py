@@ -127,9 +127,8 @@ def _use(server: Running, said: Acknowledged, adapter: Path, seed: float) -> Non
                     http.post(f"/api/adapters/{name}/export", json={"to": "peft"})
                 case "delete":
                     _delete(http, said, chance)
-            for one in http.get("/api/adapters").json().get("adapters", []):
-                for version in one["versions"]:
-                    said.versions.setdefault(version["id"], version["digest"])
+            for version in http.get("/api/adapters").json().get("adapters", []):
+                said.versions.setdefault(f"{version['name']}@{version['version']}", version["digest"])
 
 
 def _delete(http: httpx.Client, said: Acknowledged, chance: random.Random) -> None:

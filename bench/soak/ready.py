@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 import sqlite3
 import statistics
@@ -18,32 +20,43 @@ PATHS = ("/v1/models", "/api/adapters", "/api/training/jobs", "/readyz")
 VERSIONS_OF_ONE = 20  # versions of one adapter
 
 
-def start_times(folder: Path, count: int, times: int = 3) -> dict[str, float]:
-    """Medians in seconds: of the start with `count` jobs and versions, of the start without, of the first answer of
-    each path, and of the import of torch alone."""
+def start_times(folder: Path, count: int, times: int = 3) -> dict[str, tuple[float, float]]:
+    """Medians of seconds and of processor seconds: of the start without jobs and versions, of that with `count` of
+    each, of the first answer of each path, and of the import of torch alone."""
     empty, full = new_home(folder, "empty"), new_home(folder, "full")
     with running(full) as server:
         server.train("taught", steps=1)
         server.wait_until_idle()
     _multiply(full, count)
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     for _ in range(times):
         found.setdefault("import torch", []).append(_import_torch())
-        with running(empty) as server:
-            found.setdefault("an empty home", []).append(server.seconds)
-        with running(full) as server:
-            found.setdefault(f"{count} jobs and versions", []).append(server.seconds)
-            for path in PATHS:
-                began = time.monotonic()
-                server.http.get(path).raise_for_status()
-                found.setdefault(f"GET {path}", []).append(time.monotonic() - began)
-    return {what: statistics.median(seconds) for what, seconds in found.items()}
+        for what, home in (("an empty home", empty), (f"{count} jobs and versions", full)):
+            with running(home) as server:
+                found.setdefault(what, []).append((server.seconds, processor_seconds(server.process.pid)))
+                for path in PATHS if home == full else ():
+                    before, began = processor_seconds(server.process.pid), time.monotonic()
+                    server.http.get(path).raise_for_status()
+                    spent = processor_seconds(server.process.pid) - before
+                    found.setdefault(f"GET {path}", []).append((time.monotonic() - began, spent))
+    return {what: _medians(seconds) for what, seconds in found.items()}
 
 
-def _import_torch() -> float:
-    began = time.monotonic()
+def _medians(seconds: list[tuple[float, float]]) -> tuple[float, float]:
+    return statistics.median(one for one, _ in seconds), statistics.median(one for _, one in seconds)
+
+
+def processor_seconds(pid: int) -> float:
+    """What all threads of a process have used so far, which does not depend on what else the machine does."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _import_torch() -> tuple[float, float]:
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", "import torch"], check=True)
-    return time.monotonic() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.monotonic() - began, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def _multiply(home: Path, count: int) -> None:
