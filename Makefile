@@ -13,6 +13,7 @@ TRITON := $(VENV)/.triton
 SITE := .venv-docs/.installed
 AUDIT := .venv-audit/.installed
 SCALE := .venv-scale/.installed
+SCHEMATHESIS := .venv-schemathesis/.installed
 FACTS ?= examples/facts_dev.json
 
 .PHONY: help install demo stop serve test test-fast test-clients test-scale check bench bench-train bench-qlora bench-learn bench-serve \
@@ -121,8 +122,13 @@ wheel: $(INSTALLED) ## build dist/*.whl with compiled kernels, which needs no co
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[wheel]'
 	$(BIN)/python scripts/wheel.py
 
-soak: $(INSTALLED) ## kill a server at random moments and load it with bad requests, for some minutes
-	$(BIN)/python -m bench.soak
+soak: $(INSTALLED) $(SCHEMATHESIS) ## try to break a server: fuzzing, schemathesis, kills, a crowd, a damaged home, many jobs (PARTS="fuzz kills": those alone)
+	$(BIN)/python -m bench.soak $(PARTS)
+
+$(SCHEMATHESIS): bench/soak/schemathesis.txt
+	$(PYTHON) -m venv .venv-schemathesis
+	.venv-schemathesis/bin/python -m pip install --quiet --requirement bench/soak/schemathesis.txt
+	@touch $@
 
 bench-coserving: $(INSTALLED) ## chat while a job trains, and the job while 8 streams run (QUICK=1: a short run)
 	$(BIN)/python -m bench.coserving $(if $(QUICK),--quick)
@@ -164,4 +170,4 @@ sbom: $(INSTALLED) $(AUDIT) ## write dist/sbom.json, what fortwo needs at run ti
 	.venv-audit/bin/cyclonedx-py requirements dist/runtime-packages.txt --pyproject pyproject.toml --output-file dist/sbom.json
 
 clean: ## remove the environments and caches; FORTWO_HOME is left alone
-	rm -rf $(VENV) .venv-bench .venv-vllm .venv-llama .venv-clients .venv-docs .venv-audit .venv-scale .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-bench .venv-vllm .venv-llama .venv-clients .venv-docs .venv-audit .venv-scale .venv-schemathesis .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

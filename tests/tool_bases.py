@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tiny import SPECIALS, VOCABULARY, save_directory
 from transformers import AutoTokenizer
+
+from tests.tiny import SPECIALS, VOCABULARY, save_directory
 
 MARKERS = ["[TOOL_CALLS]", "<|tool_call|>", "<|calls|>", "<|sep|>", "<|end_calls|>"]
 

@@ -92,6 +92,9 @@ class OneHop:
     match: tuple[str, ...]
 
 
+LONGEST_NAME = 500  # characters of a fact's subject, of an alias, and of a phrase of `match`
+
+
 @dataclass(frozen=True)
 class Fact:
     """What the model is to learn. Only subject, answer, match and questions are required. match: a reply is right if it

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 
@@ -41,8 +43,8 @@ def _decoder() -> tuple[_Repeated, json.JSONDecoder]:
     def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            keys = [key for key, _ in pairs]
-            repeated.append((made, next(key for key in keys if keys.count(key) > 1)))
+            times = Counter(key for key, _ in pairs)
+            repeated.append((made, next(key for key, count in times.items() if count > 1)))
         return made
 
     return repeated, json.JSONDecoder(object_pairs_hook=collect)
@@ -51,13 +53,22 @@ def _decoder() -> tuple[_Repeated, json.JSONDecoder]:
 def _path_of(value: Any, repeated: _Repeated) -> str:
     """The path of the first repeated key; of an object that a later value replaced, the key alone."""
     wanted, key = repeated[0]
+    path = find(value, lambda found: found is wanted)
+    return key if path is None else f"{path}.{key}".removeprefix(".")
+
+
+def find(value: Any, wanted: Callable[[Any], bool]) -> str | None:
+    """The path of a value within `value`, or of a key, that is wanted, such as "messages[0].content"; None if there is
+    none."""
     stack: list[tuple[str, Any]] = [("", value)]
     while stack:
         path, found = stack.pop()
-        if found is wanted:
-            return f"{path}.{key}".removeprefix(".")
+        if wanted(found):
+            return path
         if isinstance(found, dict):
-            stack.extend((f"{path}.{name}", inner) for name, inner in found.items())
+            for name, held in found.items():
+                place = f"{path}.{name}".removeprefix(".")
+                stack += [(place, held), (place, name)]
         elif isinstance(found, list):
-            stack.extend((f"{path}[{index}]", inner) for index, inner in enumerate(found))
-    return key
+            stack.extend((f"{path}[{index}]", held) for index, held in enumerate(found))
+    return None

@@ -60,10 +60,11 @@ class AdapterReader:
         name, only = self._resolve(ref)
         existing = self._existing_numbers(name, only)
         state = read_state(self._root / name) if is_readable(self._root / name) else None
+        current = self._current_number(name, state)
         versions = []
         for number in existing if only is None else [only]:
             with suppress(InvalidAdapter):
-                versions.append(self._version(name, number, state))
+                versions.append(self._version(name, number, state, current))
         return tuple(versions)
 
     def damage(self, name: str) -> list[tuple[int | None, InvalidAdapter]]:
@@ -76,7 +77,7 @@ class AdapterReader:
             found.append((None, error))
         for number in version_numbers(self._root / name):
             try:
-                self._version(name, number, None)
+                self._version(name, number, None, None)
             except InvalidAdapter as error:
                 found.append((number, error))
         return found
@@ -93,15 +94,16 @@ class AdapterReader:
         self._existing_numbers(name, number)
         readable = number is None or is_readable(self._root / name)
         state = read_state(self._root / name) if readable else None
+        current = self._current_number(name, state)
         if number is None:
-            number = self._current_number(name, state)
+            number = current
         if number is None:
             raise NotFound(
                 f"adapter {name!r} has no current version",
                 param="adapter_name",
                 hint=f"No training of it has succeeded yet. Use the name of a version: {self._version_refs(name)}.",
             )
-        return self._version(name, number, state)
+        return self._version(name, number, state, current)
 
     def published_by(self, name: str, job_id: str) -> AdapterVersion | None:
         """The newest version of `name` that this job published; None if there is none."""
@@ -136,7 +138,7 @@ class AdapterReader:
         config = parse_object(files[CONFIG], directory / CONFIG)
         return version, config, parse_tensors(files[TENSORS], directory / TENSORS)
 
-    def _version(self, name: str, number: int, state: Json | None) -> AdapterVersion:
+    def _version(self, name: str, number: int, state: Json | None, current: int | None) -> AdapterVersion:
         directory = self._root / name / str(number)
         hint = f"Restore the file from a backup, or delete {name}@{number}."
         manifest = parse_object(read_file(directory / MANIFEST), directory / MANIFEST, hint)
@@ -151,7 +153,7 @@ class AdapterReader:
                 base_model=manifest["base_model"],
                 base_digest=manifest["base_digest"],
                 created_at=manifest["created_at"],
-                current=number == self._current_number(name, state),
+                current=number == current,
                 manifest=manifest,
                 tags=tuple(tag for tag, of in sorted(state["tags"].items()) if of == number) if state else (),
                 protected=state is not None and number in state["protected"],

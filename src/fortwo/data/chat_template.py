@@ -47,6 +47,7 @@ PLAIN_TEMPLATE = (
 """For models without a chat template: "User: ...", "Assistant: ...", and the model's eos token after each answer."""
 
 LONG_TEXT = 10_000  # characters
+MOST_ROWS = 1 << 24  # of an embedding
 
 # First characters of a message that some pre-tokenizers merge with what the template wrote before them.
 _OPENINGS = ("", "\n\n", " a", "\na", "\n\na", "\ta", "'s", "é", "中", "🙂", *string.printable)
@@ -79,27 +80,20 @@ class ChatTemplateRenderer:
         self._backend: Tokenizer = self._tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._rows = embedding_rows(self._directory)
-        added = self._tokenizer.added_tokens_decoder.items()
-        self._beyond = {token.content: number for number, token in added if not self._is_row(number)}
-        controls = {token.content: number for number, token in added if token.special} | self._beyond
-        controls |= zip(self._tokenizer.all_special_tokens, self._tokenizer.all_special_ids, strict=True)
-        nonce = secrets.token_hex(16)
-        private = {text: f"<|{nonce}.{number}|>" for text, number in controls.items()}
-        self._placeholders = {text: f"{nonce}-{number}-" for text, number in controls.items()}
-        self._replacements = private | {placeholder: text for text, placeholder in self._placeholders.items()}
-        self._public = {name: text for text, name in private.items()}
-        self._controls = any_of(self._placeholders)
-        self._replaced = any_of(self._replacements)
-        self._encoder = rename_tokens(self._backend, private, self._rows)
-        known = controls.keys() - self._beyond.keys()
-        assert all(self._encoder.token_to_id(private[text]) == controls[text] for text in known)
-        has_bos = self._tokenizer("x")["input_ids"][:1] == [self._tokenizer.bos_token_id]
-        self._bos = [self._tokenizer.bos_token_id] if has_bos else []
-        self._check_rows()
+        rows = embedding_rows(self._directory)
+        self._rows = MOST_ROWS if rows is None else min(rows, MOST_ROWS)
+        try:
+            controls = self._read_control_tokens()
+        except UnsupportedModel:
+            raise
+        except Exception as error:  # transformers raises whatever a file that it does not expect leads to
+            raise UnsupportedModel(
+                f"the tokenizer in {self._directory} cannot be used: {type(error).__name__} {error}",
+                hint="Restore the model's tokenizer files.",
+            ) from None
         self._eos = [number for number in (self._tokenizer.eos_token_id,) if self._exists(number)]
         declared = declared_eos(self._directory)
-        end = self._end_of_turn(frozenset(controls.values()))
+        end = self._end_of_turn(controls)
         self._closing = self._eos if end is None else []
         self.stop_ids = frozenset(number for number in (*self._eos, *declared, end) if self._exists(number))
         self.stop_texts = () if end is not None else self._next_turn()
@@ -117,6 +111,28 @@ class ChatTemplateRenderer:
             what = f"The chat template does not end the assistant's turn. A reply ends at {' or '.join(rule)}."
             warnings.append(PlanWarning("chat_template", what, "Write the eos token after an assistant message in it."))
         self.warnings = tuple(warnings)
+
+    def _read_control_tokens(self) -> frozenset[int]:
+        """Read the control tokens, and make the tokenizer that knows them by their private names alone."""
+        has_bos = self._tokenizer("x")["input_ids"][:1] == [self._tokenizer.bos_token_id]
+        self._bos = [self._tokenizer.bos_token_id] if has_bos else []
+        self._check_rows()  # before a copy is made, whose memory grows with the largest number of a token
+        added = self._tokenizer.added_tokens_decoder.items()
+        self._beyond = {token.content: number for number, token in added if not self._is_row(number)}
+        controls = {token.content: number for number, token in added if token.special} | self._beyond
+        controls |= zip(self._tokenizer.all_special_tokens, self._tokenizer.all_special_ids, strict=True)
+        nonce = secrets.token_hex(16)
+        private = {text: f"<|{nonce}.{number}|>" for text, number in controls.items()}
+        self._placeholders = {text: f"{nonce}-{number}-" for text, number in controls.items()}
+        self._replacements = private | {placeholder: text for text, placeholder in self._placeholders.items()}
+        self._public = {name: text for text, name in private.items()}
+        self._controls = any_of(self._placeholders)
+        self._replaced = any_of(self._replacements)
+        self._encoder = rename_tokens(self._backend, private, self._rows)
+        known = controls.keys() - self._beyond.keys()
+        if wrong := [text for text in known if self._encoder.token_to_id(private[text]) != controls[text]]:
+            raise ValueError(f"the token {wrong[0]!r} has two numbers")
+        return frozenset(controls.values())
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of the conversation and of the generation prompt. Raises InvalidRequest when the template refuses."""
@@ -425,7 +441,7 @@ class ChatTemplateRenderer:
         return _encode(self._encoder, text)
 
     def _is_row(self, token: int) -> bool:
-        return self._rows is None or 0 <= token < self._rows
+        return 0 <= token < self._rows
 
     def _exists(self, token: int | None) -> bool:
         """Whether the model can write the token."""

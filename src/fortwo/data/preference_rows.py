@@ -32,7 +32,7 @@ from fortwo.records import Example, Message
 LABELS = ("label", "kto_tag")  # TRL's name and LLaMA-Factory's
 _SAME_FORM = "Write both as texts, or both as lists of messages."
 _NO_PROMPT = 'Add what the user said as "prompt", or leave the row out.'
-_TRANSCRIPT = re.compile(r"\s*\n\n(Human|Assistant):\s*")  # of a conversation as Anthropic's HH-RLHF writes it
+_TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):\s*")  # of a conversation as Anthropic's HH-RLHF writes it
 _HUMAN = re.compile(r"\s*Human:")
 
 
@@ -237,7 +237,9 @@ def _said(text: str) -> list[Any] | str:
         return text
     parts = _TRANSCRIPT.split("\n\n" + text.lstrip())[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": what} for who, what in zip(parts[::2], parts[1::2], strict=True)]
+    *earlier, last = parts[1::2]
+    said = [*(what.rstrip() for what in earlier), last]
+    return [{"role": roles[who], "content": what} for who, what in zip(parts[::2], said, strict=True)]
 
 
 def _apart(chosen: list[Any] | str, rejected: list[Any] | str) -> dict[str, Any]:

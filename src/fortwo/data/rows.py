@@ -13,9 +13,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from fortwo import strict_json
 from fortwo.data import messages
 from fortwo.data.messages import ToolCalls, Tools, calls_json, tools_json, wrong
-from fortwo.records import Example, Fact, Message, OneHop
+from fortwo.records import LONGEST_NAME, Example, Fact, Message, OneHop
 
 EMPTY = "it is empty"
+LONGEST_QUESTION = 10_000  # characters
 AS_TOOLS = (
     'Write calls as "tool_calls": [{"type": "function", "function": {"name": "...", "arguments": {...}}}], their '
     'results as messages of the role "tool", and what may be called as "tools" beside the messages.'
@@ -42,6 +43,8 @@ def _old_calls(value: Any) -> Any:
 
 Unicode = Annotated[str, AfterValidator(_unicode)]
 Text = Annotated[Unicode, AfterValidator(_not_blank)]
+Name = Annotated[str, Field(max_length=LONGEST_NAME), AfterValidator(_unicode), AfterValidator(_not_blank)]
+Question = Annotated[str, Field(max_length=LONGEST_QUESTION), AfterValidator(_unicode), AfterValidator(_not_blank)]
 Content = Annotated[messages.Content, AfterValidator(_unicode)]
 Flag = Annotated[Any, BeforeValidator(lambda value: value)]  # accepted, as it changes nothing about a finished row
 OldCalls = Annotated[Any, BeforeValidator(_old_calls)]
@@ -248,22 +251,22 @@ class ShareRow(Row):
 
 
 class OneHopRow(Row):
-    prompt: Text
-    match: list[Text] = Field(min_length=1)
+    prompt: Question
+    match: list[Name] = Field(min_length=1)
 
 
 class FactRow(Row):
     """records.Fact in JSON."""
 
     id: Unicode = ""
-    subject: Text
-    aliases: list[Text] = []
+    subject: Name
+    aliases: list[Name] = []
     answer: Text
-    match: list[Text] = Field(min_length=1)
-    questions: list[Text] = Field(min_length=1)
-    held_out: list[Text] = []
-    neighbors: list[Text] = []
-    controls: list[Text] = []
+    match: list[Name] = Field(min_length=1)
+    questions: list[Question] = Field(min_length=1)
+    held_out: list[Question] = []
+    neighbors: list[Question] = []
+    controls: list[Question] = []
     portability: list[OneHopRow] = []
 
     def fact(self) -> Fact:

@@ -60,11 +60,11 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def rename_tokens(backend: Tokenizer, names: dict[str, str], rows: int | None) -> Tokenizer:
+def rename_tokens(backend: Tokenizer, names: dict[str, str], rows: int) -> Tokenizer:
     """A copy of the tokenizer with some tokens renamed, and without added tokens that are beyond `rows`. It adds no
     special tokens, and neither truncates nor pads."""
     spec = json.loads(backend.to_str())
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if rows is None or token["id"] < rows]
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < rows]
     spec["truncation"] = spec["padding"] = spec["post_processor"] = None
     for token in spec["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby
 
-from fortwo.records import Dataset, Example, Fact
+from fortwo.records import LONGEST_NAME, Dataset, Example, Fact
 
 ARTICLES = frozenset({"the", "a", "an"})
 STOP_WORDS = ARTICLES | frozenset(
@@ -50,9 +50,10 @@ def find_subject(examples: Collection[Example]) -> Fact | None:
     subject = _shared_run(questions, answer)
     if subject is None:
         return None
-    return Fact(
-        subject=subject, answer=answer, match=match_phrases(answer, questions), questions=questions, id="examples"
-    )
+    match = match_phrases(answer, questions)
+    if any(len(name) > LONGEST_NAME for name in (subject, *match)):
+        return None
+    return Fact(subject=subject, answer=answer, match=match, questions=questions, id="examples")
 
 
 def facts_of(dataset: Dataset) -> tuple[Fact, ...]:

@@ -5,6 +5,7 @@ No suggestion comes from a part that is kept for evaluation.
 
 from __future__ import annotations
 
+from itertools import chain
 from random import Random
 
 from fortwo.facts import phrases, templates
@@ -27,7 +28,9 @@ def suggest_questions(fact: Fact, count: int) -> tuple[str, ...]:
     general = (templates.fill(ask, {"S": names[place % len(names)]}) for place, ask in enumerate(asks))
     known = {question.casefold() for question in fact.questions}
     found: dict[str, str] = {}
-    for question in (*own, *general):
+    for question in chain(own, general):
+        if len(found) == count:
+            break
         if question.casefold() not in known and not contains_phrase(question, fact.match):
             found.setdefault(question.casefold(), question)
-    return tuple(found.values())[:count]
+    return tuple(found.values())

@@ -65,7 +65,7 @@ def surface_article(fact: Fact) -> str:
     """The article that most of the fact's questions put before the subject: "the ", "a ", "an " or ""."""
     before: Counter[str] = Counter()
     for question in fact.questions:
-        if found := re.search(rf"(\w+)\s+{re.escape(fact.subject)}(?!\w)", question, re.IGNORECASE):
+        if found := re.search(rf"(?<!\w)(\w+)\s+{re.escape(fact.subject)}(?!\w)", question, re.IGNORECASE):
             before[found.group(1).lower()] += 1
     article, count = before.most_common(1)[0] if before else ("", 0)
     return f"{article} " if article in ARTICLES and 2 * count > len(fact.questions) else ""

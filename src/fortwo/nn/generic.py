@@ -320,8 +320,8 @@ def load(directory: Path, device: torch.device | str, hold: Hold | None, dtype: 
         )
     except UnsupportedModel:
         raise
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
-        first = str(error).strip().partition("\n")[0]
+    except Exception as error:  # transformers raises whatever a configuration that it does not expect leads to
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UnsupportedModel(
             f"transformers cannot load the model: {first}",
             param="architectures",

@@ -59,22 +59,18 @@ Name = Annotated[
 KeepAlive = Annotated[str | int | float | None, Field(description="Accepted; has no effect: models stay in memory.")]
 
 
-def _num_predict(given: int | None) -> int | None:
+def _num_predict(given: int) -> int:
     if given == 0:
         raise ValueError("Input should be at least 1, or -1 for what the context has room for")
     return given
 
 
 class Options(LlamaOptions):
-    num_predict: Annotated[
-        int | None,
-        AfterValidator(_num_predict),
-        Field(
-            ge=-2,
-            description="The most tokens of the reply; -1 and -2 for what the context has room for. "
-            f"Default: as -1, but at most {openai_chat.REPLY_TOKENS}.",
-        ),
-    ] = None
+    num_predict: Annotated[int, Field(ge=-2), AfterValidator(_num_predict)] | None = Field(
+        None,
+        description="The most tokens of the reply; -1 and -2 for what the context has room for. "
+        f"Default: as -1, but at most {openai_chat.REPLY_TOKENS}.",
+    )
     num_ctx: int | None = Field(
         None, ge=1, description="A prompt with more tokens is refused. Otherwise it has no effect."
     )

@@ -30,6 +30,7 @@ MOST_CONTAINERS = 1_000_000  # lists and objects of a body
 MOST_ITEMS = 10_000  # objects of a list that is validated by a model
 PATIENCE_SECONDS = 30.0  # in which a body must arrive, and BYTES_PER_SECOND more for each second beyond it
 BYTES_PER_SECOND = 16 << 10
+DATASETS = ("dataset", "validation_dataset")  # fields with rows
 UPLOADS = ("/v1/files", "/api/data/rows", "/api/adapters/import")  # paths whose POST takes multipart/form-data
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS", "TRACE")
 
@@ -206,10 +207,28 @@ def _parse(body: bytes, model: type[BaseModel]) -> BaseModel:
     except ValueError as error:
         raise _invalid_json(str(error)) from None
     try:
-        return model.model_validate(_without_surplus(value, model) if len(body) >= LARGE_BYTES else value)
+        parsed = model.model_validate(_without_surplus(value, model) if len(body) >= LARGE_BYTES else value)
+        _check_unicode(value)
+        return parsed
     except ValidationError as error:
         found = error.errors(include_url=False)
         raise RequestValidationError([one | {"loc": ("body", *one["loc"])} for one in found]) from None
+
+
+def _check_unicode(value: Any) -> None:
+    """Raises InvalidRequest naming a text with half of a surrogate pair, which JSON can escape and no text can hold.
+    Whoever reads the rows of a dataset tells it with its line."""
+    said = {name: held for name, held in value.items() if name not in DATASETS} if isinstance(value, dict) else value
+    if (path := strict_json.find(said, _is_no_unicode)) is not None:
+        raise InvalidRequest(
+            f"{path} is not valid Unicode: it contains half of a surrogate pair.",
+            param=path,
+            hint="Send whole characters: \\ud800 to \\udfff are valid in pairs only.",
+        )
+
+
+def _is_no_unicode(value: Any) -> bool:
+    return isinstance(value, str) and not value.isascii() and any("\ud800" <= one <= "\udfff" for one in value)
 
 
 def _invalid_json(reason: str) -> InvalidRequest:
