@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -17,6 +17,9 @@ from fortwo.hub.catalog import Catalog
 from fortwo.server.state import AppState
 from fortwo.server.uvicorn_server import Server
 from fortwo.settings import Settings
+
+if TYPE_CHECKING:
+    from fortwo.server.state import MakeEngine
 
 ENDED = ("succeeded", "failed", "cancelled")
 
@@ -49,9 +52,9 @@ class Served:
 
 
 @contextmanager
-def serve(settings: Settings, grace: float = 0) -> Iterator[Served]:
+def serve(settings: Settings, grace: float = 0, make_engine: MakeEngine | None = None) -> Iterator[Served]:
     """grace: seconds for replies that are under way at the end."""
-    state = AppState(settings)
+    state = AppState(settings, make_engine)
     server = Server(state, grace=grace)
     thread = threading.Thread(target=server.run)
     thread.start()

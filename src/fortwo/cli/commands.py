@@ -50,9 +50,11 @@ def serve(
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fortwo").setLevel(logging.INFO)
+    from fortwo.cli.engines import make_engine
     from fortwo.settings import load
 
-    state = AppState(load(host=host, port=port))
+    settings = load(host=host, port=port)
+    state = AppState(settings, make_engine(settings))
 
     from fortwo.server.uvicorn_server import Server
 

@@ -1,0 +1,383 @@
+"""The engine whose replies vLLM computes. Training, and all that surrounds a reply, stay as with the own engine.
+
+A thread with an event loop, `fortwo-vllm`, talks to vLLM: it writes the replies, as the device's thread does where
+fortwo computes them. The device's thread trains, and never waits for vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fortwo import disk
+from fortwo.adapters.version_files import CONFIG
+from fortwo.data.chat_template import ChatTemplateRenderer
+from fortwo.engine.engine import Engine, compile_constraint
+from fortwo.engine.generation import Reply, ReplyTokenizer
+from fortwo.engine.runner import Runner
+from fortwo.engine.statistics import BaseLoad
+from fortwo.errors import Conflict, FortwoError, InvalidRequest, NotFound, Unavailable
+from fortwo.hub.catalog import Catalog
+from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
+from fortwo.prompts import Delta, Prompt
+from fortwo.records import AdapterVersion
+from fortwo.scale.vllm import completions, features, proof
+from fortwo.scale.vllm.adapters import Served, Training, forget
+from fortwo.scale.vllm.client import ServedModel, VllmClient
+from fortwo.scale.vllm.process import VllmProcess
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+IMPOSSIBLE_RANK = 1_000_000
+CLOSE_SECONDS = 5.0
+
+
+class _Reply(Reply):
+    """A reply that a coroutine writes. stop: cancels that, on its loop."""
+
+    stop: Callable[[], None] = staticmethod(lambda: None)
+
+    def cancel(self) -> None:
+        super().cancel()
+        self.stop()
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """tokens: of a prompt; base: their log-probabilities by fortwo; noise: the distance of vLLM's from these."""
+
+    tokens: tuple[int, ...]
+    base: tuple[float, ...]
+    noise: float
+
+
+class VllmEngine(Engine):
+    """process: the vLLM that this engine starts and ends, None for one that runs already. folder: where adapters in
+    training are written; vLLM must see it, and the store, under the same path. Else as Engine."""
+
+    def __init__(
+        self,
+        threads: int | None,
+        flush: Callable[[], None],
+        client: VllmClient,
+        catalog: Catalog,
+        folder: Path,
+        process: VllmProcess | None = None,
+    ) -> None:
+        super().__init__(threads)  # deltas come from the other thread alone
+        self._flush_deltas = flush
+        self._flushing = False
+        self._client = client
+        self._catalog = catalog
+        self._folder = folder
+        self._process = process
+        self._model: ServedModel | None = None
+        self._max_rank: int | None = None
+        self._probes: dict[str, _Probe] = {}
+        self._versions: dict[str, Served] = {}
+        self._training: dict[str, Training] = {}
+        self._replies: set[_Reply] = set()
+        self._loop = asyncio.new_event_loop()
+        self._http_thread = threading.Thread(target=self._loop.run_forever, name="fortwo-vllm", daemon=True)
+
+    # ------------------------------------------------------------ any thread
+
+    @property
+    def name(self) -> str:
+        return f"vLLM at {self._client.url}"
+
+    @property
+    def elsewhere(self) -> bool:
+        return True
+
+    def start(self) -> None:
+        """Start the threads, and vLLM if it is this engine's own, and wait until vLLM answers. Raises Unavailable for a
+        vLLM that cannot be reached or does not serve adapters, and NotFound where it cannot read the home."""
+        super().start()
+        self._http_thread.start()
+        try:
+            if self._process is not None:
+                self._process.start()
+            self._wait(self._connect())
+        except BaseException:
+            self.close()
+            raise
+        assert self._model is not None
+        log.info("Replies come from %s, which serves %s.", self.name, self._model.name)
+
+    def close(self) -> None:
+        super().close()
+        for reply in self._copy_replies():
+            reply.cancel()
+        if self._http_thread.ident is not None:
+            with suppress(TimeoutError, FortwoError):
+                asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result(CLOSE_SECONDS)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._http_thread.join()
+        self._loop.close()
+        if self._process is not None:
+            self._process.stop()
+
+    def add_base(self, id: str, runner: Runner, tokenizer: ReplyTokenizer) -> None:
+        """Serve this base from now on. Raises Conflict where vLLM serves another one."""
+        assert isinstance(tokenizer, ChatTemplateRenderer)
+        model, info = self._wait(self._client.model()), self._catalog.model_info(id)
+        assert info is not None
+        tokens = tuple(tokenizer.encode_prompt([proof.PROBE]))
+        base = self.call(lambda: proof.own_logprobs(runner, tokens, None)).result()
+        try:
+            noise = proof.distance(base, self._wait(self._logprobs(model.name, tokens)))
+        except InvalidRequest as error:  # a token that its vocabulary lacks, for example
+            raise proof.other_base(model, self._client.url, info, error.message.rstrip(".")) from None
+        proof.check_base(model, self._client.url, info, noise)
+        self._model = model
+        self._probes[id] = _Probe(tokens, tuple(base), noise)
+        if model.context is not None:
+            runner.cache.context = min(runner.cache.context, model.context)
+        super().add_base(id, runner, tokenizer)
+
+    def remove_base(self, id: str) -> None:
+        if count := self.count_requests(id):
+            raise Conflict(
+                f"Base model {id!r} cannot be removed: {count} request(s) use it.",
+                param="model",
+                hint="Try again when they are done.",
+            )
+        super().remove_base(id)
+
+    def check_lora(self, name: str, config: LoraConfig) -> None:
+        features.check(name, config, self._max_rank)
+
+    def attach(self, base: str, key: str, lora: Lora, *, version: AdapterVersion | None = None) -> None:
+        """Serve `lora` under `key`. A version is pushed now, and what vLLM computes with it is compared with what
+        fortwo does; an adapter in training is pushed when it is asked. Raises InvalidRequest for what vLLM lacks,
+        before anything is pushed, InvalidAdapter for another effect, and what VllmClient.load raises."""
+        runner = self._base(base).runner
+        self.check_lora(f"Adapter {key if version is None else version.id}", lora.config)
+        if version is None:
+            self._training[key] = Training(key, base, lora, self._folder)
+            return
+        served, probe = Served.of(version), self._probes[base]
+        self._wait(served.push(self._client))
+        own = self.call(lambda: proof.own_logprobs(runner, probe.tokens, lora)).result()
+        theirs = self._wait(self._logprobs(served.name, probe.tokens))
+        if (wrong := proof.check_adapter(version.id, probe.base, own, theirs, probe.noise)) is not None:
+            self._wait(forget(served, self._client, delete=False))
+            raise wrong
+        self._versions[key] = served
+
+    def detach(self, base: str, key: str) -> None:
+        """Stop serving the adapter `key`; requests that still use it are cancelled. vLLM unloads it soon after."""
+        for reply in self._copy_replies():
+            if reply.prompt.adapter == key:
+                reply.cancel()
+        if (version := self._versions.pop(key, None)) is not None:
+            self._forget(version, delete=False)
+        training = self._training.pop(key, None)
+        if training is not None and training.state is not None:
+            self._forget(training.state, delete=True)
+
+    def count_requests(self, base: str, adapter: str | None = None) -> int:
+        prompts = [reply.prompt for reply in self._copy_replies()]
+        return sum(prompt.base == base and adapter in (None, prompt.adapter) for prompt in prompts)
+
+    def loads(self) -> list[BaseLoad]:
+        """vLLM knows which of the requests wait, and what its cache holds; its own /metrics says so."""
+        return [BaseLoad(base, self.count_requests(base), 0, 0, None) for base in list(self._bases)]
+
+    def submit(self, prompt: Prompt, on_delta: Callable[[Delta], None] | None = None) -> Reply:
+        """As Engine.submit; on_delta is called on the thread that talks to vLLM. What vLLM refuses, and its failures,
+        are the reply's end. Raises InvalidRequest for what vLLM lacks, too."""
+        base = self._base(prompt.base)
+        completions.check(prompt)
+        compile_constraint(base.tokenizer, prompt.sampling)
+        reply = _Reply(prompt, base.max_reply_tokens(prompt), base.tokenizer, on_delta)
+        served = self._served(prompt)
+        with self._gate:
+            if self._closed:
+                raise Unavailable("The server is shutting down.", hint="Try again when it is back.")
+            self._replies.add(reply)
+        stop_ids = frozenset() if prompt.sampling.ignore_eos else base.tokenizer.stop_ids
+        self._loop.call_soon_threadsafe(self._begin, reply, served, stop_ids)
+        return reply
+
+    def _served(self, prompt: Prompt) -> Served | None:
+        """The adapter that answers; None for the base."""
+        key = prompt.adapter
+        if key is None:
+            return None
+        if (version := self._versions.get(key)) is not None:
+            return version
+        training = self._training.get(key)
+        if training is None:
+            raise NotFound(f"Adapter {key!r} is not loaded on {prompt.base!r}.", param="model", hint="Load it first.")
+        if training.state is None or (not self.count_requests(prompt.base, key) and training.changed()):
+            if training.state is not None:
+                self._forget(training.state, delete=True)
+            return training.take()
+        return training.state
+
+    def _copy_replies(self) -> list[_Reply]:
+        with self._gate:
+            return list(self._replies)
+
+    def _wait(self, call: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine that talks to vLLM. Not for the device's thread."""
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+
+    def _forget(self, served: Served, *, delete: bool) -> None:
+        async def run() -> None:
+            try:
+                await forget(served, self._client, delete=delete)
+            except FortwoError as error:
+                log.warning("vLLM was not told to unload %s: %s", served.name, error.message)
+
+        asyncio.run_coroutine_threadsafe(run(), self._loop)
+
+    # ------------------------------------------------------------ the thread that talks to vLLM
+
+    async def _connect(self) -> None:
+        """Find out what vLLM serves, and by an adapter that no vLLM can load, whether and how it loads adapters."""
+        await self._until_ready()
+        self._model = await self._client.model()
+        probe = (self._folder / "probe").resolve()
+        probe.mkdir(parents=True, exist_ok=True)
+        rank = {"peft_type": "LORA", "r": IMPOSSIBLE_RANK, "lora_alpha": 1, "target_modules": ["q_proj"]}
+        (probe / CONFIG).write_bytes(disk.dump(rank))
+        try:
+            await self._client.load("fortwo-probe", probe)
+        except InvalidRequest as error:
+            self._max_rank = features.max_rank(error.message)
+
+    async def _until_ready(self) -> None:
+        """Wait for a vLLM that this engine started. Raises Unavailable when it has ended."""
+        while self._process is not None:
+            try:
+                await self._client.model()
+                return
+            except Unavailable as error:
+                if error.code != "vllm_unreachable":
+                    raise
+            self._process.check_alive()
+            await asyncio.sleep(0.2)
+
+    async def _logprobs(self, model: str, tokens: tuple[int, ...]) -> list[float]:
+        """vLLM's log-probabilities of all tokens but the first."""
+        answer = await self._client.prompt_outputs(completions.prompt_outputs(tokens, model, 0))
+        found = completions.read_prompt_logprobs(answer, tokens, 0)
+        return [one.logprob for one in found if one.logprob is not None]
+
+    def _begin(self, reply: _Reply, served: Served | None, stop_ids: frozenset[int]) -> None:
+        task = self._loop.create_task(self._answer(reply, served, stop_ids))
+
+        def stop() -> None:
+            with suppress(RuntimeError):  # the loop is closed, and all replies have ended
+                self._loop.call_soon_threadsafe(task.cancel)
+
+        reply.stop = stop
+        if reply.cancel_requested:  # before there was a task
+            task.cancel()
+
+    async def _answer(self, reply: _Reply, served: Served | None, stop_ids: frozenset[int]) -> None:
+        """Write the reply. It ends, whatever happens."""
+        try:
+            try:
+                await self._stream(reply, served, stop_ids)
+            except NotFound:
+                if served is None or reply.tokens:
+                    raise
+                served.pushed = False  # vLLM was started again
+                await self._stream(reply, served, stop_ids)
+        except asyncio.CancelledError:
+            reply.end("cancelled")
+        except FortwoError as error:
+            reply.fail(error)
+        except Exception as error:
+            log.exception("A reply of vLLM could not be read.")
+            reply.end("error", f"{type(error).__name__}: {error}")
+        finally:
+            with self._gate:
+                self._replies.discard(reply)
+            self._flush_soon()
+
+    async def _stream(self, reply: _Reply, served: Served | None, stop_ids: frozenset[int]) -> None:
+        assert self._model is not None
+        model, prompt, began = self._model.name, reply.prompt, time.perf_counter()
+        if served is not None:
+            await served.push(self._client)
+            model = served.name
+        if (count := prompt.sampling.prompt_logprobs) is not None:
+            answer = await self._client.prompt_outputs(completions.prompt_outputs(prompt.tokens, model, count))
+            reply.add_prompt_outputs(completions.read_prompt_logprobs(answer, prompt.tokens, count), ())
+        if reply.max_tokens == 0:
+            reply.end("length")
+            return
+        last = completions.Chunk()
+        body = completions.completion(prompt, model, reply.max_tokens, stop_ids)
+        async with aclosing(self._client.stream(body)) as events:
+            async for data in events:
+                chunk = completions.read_chunk(data, prompt.sampling.logprobs)
+                if chunk.finished is not None:
+                    last = chunk  # the next event has what the cache knew, which belongs to the reply
+                    continue
+                if chunk.cached_tokens is not None:
+                    reply.cached_tokens = chunk.cached_tokens
+                    self.statistics.cached_tokens += 0 if prompt.background else chunk.cached_tokens
+                self._write(reply, chunk, began)
+                if reply.done:
+                    return
+        self._write(reply, last, began)
+        if not reply.done:
+            _end(reply, last.finished)
+
+    def _write(self, reply: _Reply, chunk: completions.Chunk, began: float) -> None:
+        for token, logprob in zip(chunk.tokens, chunk.logprobs, strict=True):
+            if not reply.done:
+                self._count(reply, began)
+                reply.push(token, logprob)
+        self._flush_soon()
+
+    def _count(self, reply: _Reply, began: float) -> None:
+        """Count a token of a client's reply before it is added."""
+        if reply.prompt.background:
+            return
+        if not reply.tokens:
+            self.statistics.prompt_tokens += len(reply.prompt.tokens)
+            self.statistics.first_token_seconds.observe(time.perf_counter() - began)
+        self.statistics.generated_tokens += 1
+
+    def _flush_soon(self) -> None:
+        """Pass on the deltas of all replies that have new ones in this turn of the loop, together."""
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush_now)
+
+    def _flush_now(self) -> None:
+        self._flushing = False
+        self._flush_deltas()
+
+    async def _finish(self) -> None:
+        """Wait for what runs, then close the connections."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
+        self._flush_deltas()
+        await self._client.close()
+
+
+def _end(reply: Reply, finished: str | None) -> None:
+    """End a reply that has fewer tokens than it might, for vLLM's reason."""
+    if finished == "length":
+        reply.end("length")
+    elif finished == "stop":
+        reply.end("stop")
+    else:
+        why = "ended the reply before its end" if finished is None else f"ended the reply with {finished!r}"
+        reply.fail(Unavailable(f"vLLM {why}.", hint="Ask again; the log of vLLM has more.", code="vllm_gone"))
