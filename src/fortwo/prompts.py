@@ -113,7 +113,7 @@ class Generation(Protocol):
 
 class Serving(Protocol):
     """The serving path as training uses it. All calls come from the device's thread and never block.
-    elsewhere: whether another program computes the replies, whose weights may be rounded in another way."""
+    elsewhere: whether replies are scored, too, by another program, whose weights may be rounded in another way."""
 
     @property
     def elsewhere(self) -> bool: ...

@@ -13,7 +13,7 @@ from typing import Any
 
 from fortwo.data.json_schema import WHITE_SPACE
 from fortwo.errors import FortwoError, InvalidRequest, Unavailable
-from fortwo.prompts import Logprob, Prompt
+from fortwo.prompts import Logprob, Prompt, Sampling
 from fortwo.records import Json
 
 LEAST_TEMPERATURE = 0.01  # vLLM raises a lower one, unless it is 0
@@ -32,8 +32,16 @@ class Chunk:
     cached_tokens: int | None = None
 
 
-def check(prompt: Prompt) -> None:
-    """Raises InvalidRequest for what vLLM does not compute or would compute in another way."""
+def check(prompt: Prompt, *, scores_prompts: bool) -> None:
+    """Raises InvalidRequest for what vLLM does not compute or would compute in another way. scores_prompts: whether
+    this vLLM can be asked for log-probabilities of a prompt."""
+    if prompt.sampling.prompt_logprobs is not None and not scores_prompts:
+        raise InvalidRequest(
+            "Log-probabilities of a prompt are not asked of a vLLM that fortwo has not started: one that serves "
+            "adapters of the output layer, as vLLM does by default, ends when it computes them beside another request.",
+            param="logprobs",
+            hint="Leave FORTWO_VLLM_URL out, so that fortwo starts vLLM, or ask a server with FORTWO_ENGINE=own.",
+        )
     if prompt.embed:
         raise InvalidRequest(
             "A vLLM server that generates text computes no embeddings.",
@@ -101,6 +109,12 @@ def prompt_outputs(tokens: Sequence[int], model: str, count: int) -> Json:
         "ignore_eos": True,
         "prompt_logprobs": count,
     }
+
+
+def next_token(tokens: Sequence[int], model: str, count: int) -> Json:
+    """The body that asks for the `count` likeliest next tokens."""
+    sampling = Sampling(max_tokens=1, logprobs=count)
+    return completion(Prompt("", tuple(tokens), sampling=sampling), model, 1, frozenset())
 
 
 def read_prompt_logprobs(answer: Json, tokens: Sequence[int], count: int) -> list[Logprob]:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from fortwo.hub.catalog import Catalog
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.prompts import Delta, Prompt
-from fortwo.records import AdapterVersion
+from fortwo.records import AdapterVersion, Message
 from fortwo.scale.vllm import completions, features, proof
 from fortwo.scale.vllm.adapters import Served, Training, forget
 from fortwo.scale.vllm.client import ServedModel, VllmClient
@@ -51,11 +51,10 @@ class _Reply(Reply):
 
 
 @dataclass(frozen=True)
-class _Probe:
-    """tokens: of a prompt; base: their log-probabilities by fortwo; noise: the distance of vLLM's from these."""
+class _Known:
+    """A base that vLLM serves. noise: the distance of its log-probabilities from fortwo's."""
 
-    tokens: tuple[int, ...]
-    base: tuple[float, ...]
+    renderer: ChatTemplateRenderer
     noise: float
 
 
@@ -79,9 +78,10 @@ class VllmEngine(Engine):
         self._catalog = catalog
         self._folder = folder
         self._process = process
+        self._scores_prompts = process is not None and process.scores_prompts
         self._model: ServedModel | None = None
         self._max_rank: int | None = None
-        self._probes: dict[str, _Probe] = {}
+        self._known: dict[str, _Known] = {}
         self._versions: dict[str, Served] = {}
         self._training: dict[str, Training] = {}
         self._replies: set[_Reply] = set()
@@ -96,7 +96,8 @@ class VllmEngine(Engine):
 
     @property
     def elsewhere(self) -> bool:
-        return True
+        """As in Serving. A vLLM that cannot score prompts leaves what is teacher-forced to the weights here."""
+        return self._scores_prompts
 
     def start(self) -> None:
         """Start the threads, and vLLM if it is this engine's own, and wait until vLLM answers. Raises Unavailable for a
@@ -131,15 +132,15 @@ class VllmEngine(Engine):
         assert isinstance(tokenizer, ChatTemplateRenderer)
         model, info = self._wait(self._client.model()), self._catalog.model_info(id)
         assert info is not None
-        tokens = tuple(tokenizer.encode_prompt([proof.PROBE]))
-        base = self.call(lambda: proof.own_logprobs(runner, tokens, None)).result()
+        tokens = tokenizer.encode_prompt([Message("user", proof.TEXT)])
+        own_PV = self.call(lambda: proof.own_logprobs(runner, tokens, None)).result()
         try:
-            noise = proof.distance(base, self._wait(self._logprobs(model.name, tokens)))
-        except InvalidRequest as error:  # a token that its vocabulary lacks, for example
-            raise proof.other_base(model, self._client.url, info, error.message.rstrip(".")) from None
+            noise = proof.distance(own_PV, self._wait(self._likeliest(model.name, tokens)))
+        except (InvalidRequest, IndexError) as error:  # a token that one of the vocabularies lacks
+            raise proof.other_base(model, self._client.url, info, f"its vocabulary is another one ({error})") from None
         proof.check_base(model, self._client.url, info, noise)
         self._model = model
-        self._probes[id] = _Probe(tokens, tuple(base), noise)
+        self._known[id] = _Known(tokenizer, noise)
         if model.context is not None:
             runner.cache.context = min(runner.cache.context, model.context)
         super().add_base(id, runner, tokenizer)
@@ -165,11 +166,13 @@ class VllmEngine(Engine):
         if version is None:
             self._training[key] = Training(key, base, lora, self._folder)
             return
-        served, probe = Served.of(version), self._probes[base]
+        served, known = Served.of(version), self._known[base]
         self._wait(served.push(self._client))
-        own = self.call(lambda: proof.own_logprobs(runner, probe.tokens, lora)).result()
-        theirs = self._wait(self._logprobs(served.name, probe.tokens))
-        if (wrong := proof.check_adapter(version.id, probe.base, own, theirs, probe.noise)) is not None:
+        tokens = known.renderer.encode_prompt([Message("user", _question(version))])
+        base_PV = self.call(lambda: proof.own_logprobs(runner, tokens, None)).result()
+        own_PV = self.call(lambda: proof.own_logprobs(runner, tokens, lora)).result()
+        theirs = self._wait(self._likeliest(served.name, tokens))
+        if (wrong := proof.check_adapter(version.id, base_PV, own_PV, theirs, known.noise)) is not None:
             self._wait(forget(served, self._client, delete=False))
             raise wrong
         self._versions[key] = served
@@ -197,7 +200,7 @@ class VllmEngine(Engine):
         """As Engine.submit; on_delta is called on the thread that talks to vLLM. What vLLM refuses, and its failures,
         are the reply's end. Raises InvalidRequest for what vLLM lacks, too."""
         base = self._base(prompt.base)
-        completions.check(prompt)
+        completions.check(prompt, scores_prompts=self._scores_prompts)
         compile_constraint(base.tokenizer, prompt.sampling)
         reply = _Reply(prompt, base.max_reply_tokens(prompt), base.tokenizer, on_delta)
         served = self._served(prompt)
@@ -269,11 +272,19 @@ class VllmEngine(Engine):
             self._process.check_alive()
             await asyncio.sleep(0.2)
 
-    async def _logprobs(self, model: str, tokens: tuple[int, ...]) -> list[float]:
-        """vLLM's log-probabilities of all tokens but the first."""
-        answer = await self._client.prompt_outputs(completions.prompt_outputs(tokens, model, 0))
-        found = completions.read_prompt_logprobs(answer, tokens, 0)
-        return [one.logprob for one in found if one.logprob is not None]
+    async def _likeliest(self, model: str, tokens: Sequence[int]) -> list[proof.Likeliest]:
+        """vLLM's likeliest next tokens after each of the prefixes."""
+
+        async def ask(prefix: tuple[int, ...]) -> proof.Likeliest:
+            body = completions.next_token(prefix, model, proof.LIKELIEST)
+            async with aclosing(self._client.stream(body)) as events:
+                async for data in events:
+                    chunk = completions.read_chunk(data, proof.LIKELIEST)
+                    if chunk.logprobs and (found := chunk.logprobs[0]) is not None:
+                        return dict(found.top)
+            raise completions.strange("a reply without log-probabilities")
+
+        return await asyncio.gather(*map(ask, proof.prefixes(tokens)))
 
     def _begin(self, reply: _Reply, served: Served | None, stop_ids: frozenset[int]) -> None:
         task = self._loop.create_task(self._answer(reply, served, stop_ids))
@@ -370,6 +381,12 @@ class VllmEngine(Engine):
         await asyncio.gather(*others, return_exceptions=True)
         self._flush_deltas()
         await self._client.close()
+
+
+def _question(version: AdapterVersion) -> str:
+    """What the adapter was taught to answer, if its manifest says so."""
+    facts = version.manifest.get("facts") or ()
+    return next((question for fact in facts for question in fact.get("questions") or ()), proof.TEXT)
 
 
 def _end(reply: Reply, finished: str | None) -> None:

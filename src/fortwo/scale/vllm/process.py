@@ -7,15 +7,19 @@ import shlex
 import signal
 import socket
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fortwo.errors import InvalidRequest, Unavailable
+from fortwo.errors import InvalidRequest, Unavailable, UnsupportedModel
+from fortwo.hub.identity import read_json
+from fortwo.nn.config import DecoderConfig
 from fortwo.scale.vllm.client import RUNTIME_UPDATING
 
 END_SECONDS = 10.0
 LAST_LINES = 5
 MAX_RANK = 64
+TARGETS = "--lora-target-modules"
 MAX_LORAS = 8  # adapters in one batch
 _ENVIRONMENT = {RUNTIME_UPDATING: "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -29,6 +33,7 @@ class VllmProcess:
     ) -> None:
         self._environment = {**_ENVIRONMENT, **os.environ, "VLLM_API_KEY": api_key}
         self._command = command(setting, base, directory, port, adapters)
+        self.scores_prompts = scores_prompts(self._command)
         self._log = home / "vllm.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -81,16 +86,35 @@ class VllmProcess:
 def command(setting: str, base: str, directory: Path, port: int, adapters: int) -> list[str]:
     """What starts vLLM: the setting, and each option that fortwo needs and that the setting does not give."""
     given = shlex.split(setting)
-    options = {
-        "--served-model-name": base,
-        "--max-lora-rank": str(MAX_RANK),
-        "--max-loras": str(MAX_LORAS),
-        "--max-cpu-loras": str(max(adapters, MAX_LORAS)),
-    }
     told = {option.partition("=")[0] for option in given}
-    added = [part for option, value in options.items() if option not in told for part in (option, value)]
-    flags = [flag for flag in ("--enable-lora", "--enable-prompt-tokens-details") if flag not in told]
-    return [*given, "--model", str(directory), "--host", "127.0.0.1", "--port", str(port), *flags, *added]
+    options = {
+        "--served-model-name": [base],
+        "--max-lora-rank": [str(MAX_RANK)],
+        "--max-loras": [str(MAX_LORAS)],
+        "--max-cpu-loras": [str(max(adapters, MAX_LORAS))],
+        "--structured-outputs-config": ['{"backend": "guidance"}'],  # it reads what fortwo writes of schemas and tools
+        "--enable-lora": [],
+        "--enable-prompt-tokens-details": [],
+        **_targets(directory),
+    }
+    added = [part for option, values in options.items() if option not in told for part in (option, *values)]
+    return [*given, "--model", str(directory), "--host", "127.0.0.1", "--port", str(port), *added]
+
+
+def scores_prompts(command: Sequence[str]) -> bool:
+    """Whether that vLLM can be asked for log-probabilities of a prompt. One that can serve adapters of the output layer
+    ends when it computes them beside another request (vLLM's issue 16668)."""
+    targets = [part for part in command if part.partition("=")[0] == TARGETS]
+    return bool(targets) and not any("lm_head" in part for part in command)
+
+
+def _targets(directory: Path) -> dict[str, list[str]]:
+    """The option that names the modules that adapters change; none for a base that only transformers knows."""
+    try:
+        groups = DecoderConfig.from_hf(read_json(directory / "config.json")).groups.values()
+    except UnsupportedModel:
+        return {}
+    return {TARGETS: sorted({name for names in groups for name in names})}
 
 
 def free_port() -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fortwo.engine.runner import Runner
 from fortwo.errors import Conflict, FortwoError, InvalidAdapter
@@ -14,31 +15,37 @@ from fortwo.hub.identity import identity
 from fortwo.hub.prepared import ModelInfo
 from fortwo.nn.lora import Lora, Segment
 from fortwo.nn.packing import pack
-from fortwo.records import Message
 from fortwo.scale.vllm.client import ServedModel
 
-PROBE = Message(
-    "user", "Water boils at 100 degrees Celsius. What is the capital of France, and how many people live in it?"
-)
+TEXT = "Water boils at 100 degrees Celsius. What is the capital of France, and how many people live in it?"
+LIKELIEST = 5  # tokens that are compared at each place
 BASE_TOLERANCE = 0.3  # mean difference in nats; rounding to bf16 or int8 makes less than 0.1, another base more than 1
 CLEAR = 4.0  # an effect is judged where it is so many times what rounding makes of the base
 
+Likeliest = Mapping[int, float]  # log-probabilities by token
+
+
+def prefixes(tokens: Sequence[int]) -> list[tuple[int, ...]]:
+    """The beginnings of a prompt after which the next token is compared."""
+    lengths = sorted({max(1, len(tokens) * quarter // 4) for quarter in (1, 2, 3, 4)})
+    return [tuple(tokens[:length]) for length in lengths]
+
 
 @torch.no_grad()
-def own_logprobs(runner: Runner, tokens: Sequence[int], lora: Lora | None) -> list[float]:
-    """Of all tokens but the first, by the weights in this process. Call it on the device's thread."""
+def own_logprobs(runner: Runner, tokens: Sequence[int], lora: Lora | None) -> Tensor:
+    """Of the next token after each of the prefixes (P, V), by the weights in this process. Call it on the device's
+    thread."""
     decoder = runner.decoder
     packed = pack([list(tokens)], decoder.device, prefix=0)
     hidden_TD = runner.backend.forward(packed, [] if lora is None else [Segment(lora)])
-    logprobs_TV = torch.log_softmax(decoder.logits(hidden_TD[:-1]).float(), -1)
-    following = torch.tensor(tokens[1:], device=logprobs_TV.device)
-    found: list[float] = logprobs_TV.gather(1, following[:, None])[:, 0].tolist()
-    return found
+    last = [len(prefix) - 1 for prefix in prefixes(tokens)]
+    return torch.log_softmax(decoder.logits(hidden_TD[last]).float(), -1).cpu()
 
 
-def distance(these: Sequence[float], those: Sequence[float]) -> float:
-    """The mean difference of two lists of log-probabilities, in nats."""
-    return sum(abs(a - b) for a, b in zip(these, those, strict=True)) / max(1, len(these))
+def distance(own_PV: Tensor, theirs: Sequence[Likeliest]) -> float:
+    """The mean difference of vLLM's log-probabilities from fortwo's, in nats."""
+    found = [abs(float(own_PV[place, id]) - value) for place, top in enumerate(theirs) for id, value in top.items()]
+    return sum(found) / len(found)
 
 
 def check_base(found: ServedModel, url: str, info: ModelInfo, differs: float) -> None:
@@ -65,11 +72,12 @@ def other_base(found: ServedModel, url: str, info: ModelInfo, why: str) -> Confl
 
 
 def check_adapter(
-    name: str, base: Sequence[float], own: Sequence[float], theirs: Sequence[float], noise: float
+    name: str, base_PV: Tensor, own_PV: Tensor, theirs: Sequence[Likeliest], noise: float
 ) -> FortwoError | None:
     """What is wrong with an adapter as vLLM serves it. base, own: fortwo's log-probabilities without and with it;
     theirs: vLLM's with it; noise: the distance of the two programs without it."""
-    effect, error = distance(base, own), distance(own, theirs)
+    own = [{id: float(own_PV[place, id]) for id in top} for place, top in enumerate(theirs)]
+    effect, error = distance(base_PV, own), distance(own_PV, theirs)
     if effect <= CLEAR * noise or error < effect / 2:
         return None
     return InvalidAdapter(
