@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +154,7 @@ def test_the_command_has_what_fortwo_needs_and_keeps_what_is_given(tmp_path: Pat
     base = save_directory(tmp_path)
     plain = process.command("vllm serve", "base", base, 8001, 64)
     assert plain[:2] == ["vllm", "serve"]
-    pairs = dict(zip(plain, plain[1:], strict=False))
+    pairs = dict(pairwise(plain))
     assert (pairs["--model"], pairs["--port"], pairs["--max-lora-rank"]) == (str(base), "8001", "64")
     assert {"--enable-lora", "q_proj", "down_proj"} <= set(plain)
     assert process.scores_prompts(plain)
@@ -173,8 +175,8 @@ def test_a_command_that_ends_shows_its_last_lines(tmp_path: Path) -> None:
     started = process.VllmProcess("sh -c 'echo no memory; exit 3'", "base", tmp_path, 1, 8, "key", tmp_path)
     started.start()
     try:
-        while started._process is not None and started._process.poll() is None:
-            pass
+        while not started.ended:
+            time.sleep(0.01)
         with pytest.raises(Unavailable, match="status 3: no memory") as found:
             started.check_alive()
         assert "vllm.log" in (found.value.hint or "")

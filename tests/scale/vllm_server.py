@@ -20,7 +20,7 @@ PYTHON = Path(os.environ.get("VLLM_TEST_PYTHON", ROOT / ".venv-vllm" / "bin" / "
 COMMAND = (
     f"{shlex.quote(str(PYTHON))} -m vllm.entrypoints.openai.api_server"  # its command `vllm` looks for another name
 )
-START_SECONDS = 300
+START_SECONDS = 600
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",

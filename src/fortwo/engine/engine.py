@@ -275,6 +275,10 @@ class Engine:
             loads.append(BaseLoad(base.id, *counts, cache.tokens, cache.bound))
         return loads
 
+    def ready(self) -> Future[None]:
+        """Done once the device has had its turn; another engine's has more to wait for."""
+        return self.call(lambda: None)
+
     def has_job(self) -> bool:
         """Whether a job runs or waits."""
         return self.call(lambda: bool(self._tasks)).result()

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +193,18 @@ class VllmEngine(Engine):
         prompts = [reply.prompt for reply in self._copy_replies()]
         return sum(prompt.base == base and adapter in (None, prompt.adapter) for prompt in prompts)
 
+    def ready(self) -> Future[None]:
+        """Done once the device has had its turn and vLLM has answered. Its exception is Unavailable."""
+
+        async def ask() -> None:
+            await asyncio.wrap_future(super(VllmEngine, self).ready())
+            try:
+                await self._client.model()
+            except FortwoError as error:
+                raise self._explained(error) from None
+
+        return asyncio.run_coroutine_threadsafe(ask(), self._loop)
+
     def loads(self) -> list[BaseLoad]:
         """vLLM knows which of the requests wait, and what its cache holds; its own /metrics says so."""
         return [BaseLoad(base, self.count_requests(base), 0, 0, None) for base in list(self._bases)]
@@ -310,7 +323,7 @@ class VllmEngine(Engine):
         except asyncio.CancelledError:
             reply.end("cancelled")
         except FortwoError as error:
-            reply.fail(error)
+            reply.fail(self._explained(error))
         except Exception as error:
             log.exception("A reply of vLLM could not be read.")
             reply.end("error", f"{type(error).__name__}: {error}")
@@ -318,6 +331,16 @@ class VllmEngine(Engine):
             with self._gate:
                 self._replies.discard(reply)
             self._flush_soon()
+
+    def _explained(self, error: FortwoError) -> FortwoError:
+        """Why vLLM did not answer, where fortwo knows more than the connection says."""
+        if not isinstance(error, Unavailable) or self._process is None or not self._process.ended:
+            return error
+        return Unavailable(
+            "The vLLM that fortwo started has ended.",
+            hint="The end of vllm.log in FORTWO_HOME says why. Start fortwo again.",
+            code="vllm_ended",
+        )
 
     async def _stream(self, reply: _Reply, served: Served | None, stop_ids: frozenset[int]) -> None:
         assert self._model is not None

@@ -57,9 +57,14 @@ class VllmProcess:
                 "that runs.",
             ) from None
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended by itself."""
+        return self._process is not None and self._process.poll() is not None
+
     def check_alive(self) -> None:
         """Raises Unavailable with the end of its output when it has ended."""
-        if self._process is None or self._process.poll() is None:
+        if self._process is None or not self.ended:
             return
         lines = self._log.read_text("utf-8", "replace").splitlines()[-LAST_LINES:]
         raise Unavailable(
