@@ -19,7 +19,9 @@ from torch import Tensor
 from fortwo import disk
 from fortwo.adapters.version_files import CONFIG, TENSORS
 from fortwo.hub import weights
+from fortwo.nn.config import Shape
 from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
 from fortwo.records import AdapterVersion, Json
 from fortwo.scale.vllm.client import VllmClient
 
@@ -28,8 +30,8 @@ DIGITS = 12  # of a digest, in a name
 
 @dataclass(eq=False)
 class Served:
-    """An adapter as vLLM knows it. unwritten: configuration and tensors of an adapter in training, until they are in
-    the folder. pushed: whether vLLM was told of it, and is believed to have it still."""
+    """An adapter as vLLM knows it. unwritten: configuration and tensors of one that the store does not have, until they
+    are in the folder. pushed: whether vLLM was told of it, and is believed to have it still."""
 
     name: str
     folder: Path
@@ -41,6 +43,15 @@ class Served:
     def of(cls, version: AdapterVersion) -> Served:
         digest = version.digest.removeprefix("sha256:")[:DIGITS]
         return cls(f"{version.id}-{digest}", Path(version.path).resolve())
+
+    @classmethod
+    def plain(cls, base: str, digest: str, network: Shape, folder: Path) -> Served:
+        """An adapter of zeros. vLLM 0.32 on a CPU gives the rows of a batch that have no adapter the update of one that
+        another row has; with this one they have an adapter, and reply as the base."""
+        target = next(name for names in network.groups.values() for name in names)
+        lora = Lora.init(LoraConfig(r=1, target_modules=(target,)), network, seed=0)
+        name = f"{base}-{digest[:DIGITS]}"
+        return cls(name, folder.resolve() / name, (lora.config.to_peft(base), lora.state()))
 
     async def push(self, client: VllmClient) -> None:
         """Have vLLM load it unless it has it. Raises what VllmClient.load raises, and StorageFailed."""
@@ -82,7 +93,7 @@ class Training:
         """The present tensors, copied, under a new name."""
         self._tensors = {name: tensor.cpu().clone() for name, tensor in self._lora.state().items()}
         name = f"{self._key}-{uuid4().hex[:DIGITS]}"
-        self.state = Served(name, self._folder / name, (self._lora.config.to_peft(self._base), self._tensors))
+        self.state = Served(name, self._folder.resolve() / name, (self._lora.config.to_peft(self._base), self._tensors))
         return self.state
 
 

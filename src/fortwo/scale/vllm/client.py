@@ -153,7 +153,7 @@ class VllmClient:
             return NotFound(
                 f"vLLM at {self.url} does not serve it: {message}",
                 param="model",
-                hint="vLLM was started again with another base. Start it with the base of the adapters.",
+                hint="Ask again. If it stays so, another program unloads adapters of this vLLM.",
             )
         return completions.refused({"message": message, "code": status})
 

@@ -53,10 +53,12 @@ class _Reply(Reply):
 
 @dataclass(frozen=True)
 class _Known:
-    """A base that vLLM serves. noise: the distance of its log-probabilities from fortwo's."""
+    """A base that vLLM serves. noise: the distance of its log-probabilities from fortwo's; plain: an adapter that
+    changes nothing, by which the base replies."""
 
     renderer: ChatTemplateRenderer
     noise: float
+    plain: Served
 
 
 class VllmEngine(Engine):
@@ -80,7 +82,6 @@ class VllmEngine(Engine):
         self._folder = folder
         self._process = process
         self._scores_prompts = process is not None and process.scores_prompts
-        self._model: ServedModel | None = None
         self._max_rank: int | None = None
         self._known: dict[str, _Known] = {}
         self._versions: dict[str, Served] = {}
@@ -108,12 +109,11 @@ class VllmEngine(Engine):
         try:
             if self._process is not None:
                 self._process.start()
-            self._wait(self._connect())
+            model = self._wait(self._connect())
         except BaseException:
             self.close()
             raise
-        assert self._model is not None
-        log.info("Replies come from %s, which serves %s.", self.name, self._model.name)
+        log.info("Replies come from %s, which serves %s.", self.name, model.name)
 
     def close(self) -> None:
         super().close()
@@ -135,13 +135,14 @@ class VllmEngine(Engine):
         assert info is not None
         tokens = tokenizer.encode_prompt([Message("user", proof.TEXT)])
         own_PV = self.call(lambda: proof.own_logprobs(runner, tokens, None)).result()
+        plain = Served.plain(id, info.digest, runner.decoder.config, self._folder)
         try:
-            noise = proof.distance(own_PV, self._wait(self._likeliest(model.name, tokens)))
-        except (InvalidRequest, IndexError) as error:  # a token that one of the vocabularies lacks
-            raise proof.other_base(model, self._client.url, info, f"its vocabulary is another one ({error})") from None
+            self._wait(plain.push(self._client))
+            noise = proof.distance(own_PV, self._wait(self._likeliest(plain.name, tokens)))
+        except (InvalidRequest, IndexError) as error:  # other shapes, or a token that one of the vocabularies lacks
+            raise proof.other_base(model, self._client.url, info, f"it has other tensors or tokens ({error})") from None
         proof.check_base(model, self._client.url, info, noise)
-        self._model = model
-        self._known[id] = _Known(tokenizer, noise)
+        self._known[id] = _Known(tokenizer, noise, plain)
         if model.context is not None:
             runner.cache.context = min(runner.cache.context, model.context)
         super().add_base(id, runner, tokenizer)
@@ -225,11 +226,11 @@ class VllmEngine(Engine):
         self._loop.call_soon_threadsafe(self._begin, reply, served, stop_ids)
         return reply
 
-    def _served(self, prompt: Prompt) -> Served | None:
-        """The adapter that answers; None for the base."""
+    def _served(self, prompt: Prompt) -> Served:
+        """The adapter that answers."""
         key = prompt.adapter
         if key is None:
-            return None
+            return self._known[prompt.base].plain
         if (version := self._versions.get(key)) is not None:
             return version
         training = self._training.get(key)
@@ -260,10 +261,10 @@ class VllmEngine(Engine):
 
     # ------------------------------------------------------------ the thread that talks to vLLM
 
-    async def _connect(self) -> None:
+    async def _connect(self) -> ServedModel:
         """Find out what vLLM serves, and by an adapter that no vLLM can load, whether and how it loads adapters."""
         await self._until_ready()
-        self._model = await self._client.model()
+        model = await self._client.model()
         probe = (self._folder / "probe").resolve()
         probe.mkdir(parents=True, exist_ok=True)
         rank = {"peft_type": "LORA", "r": IMPOSSIBLE_RANK, "lora_alpha": 1, "target_modules": ["q_proj"]}
@@ -272,6 +273,7 @@ class VllmEngine(Engine):
             await self._client.load("fortwo-probe", probe)
         except InvalidRequest as error:
             self._max_rank = features.max_rank(error.message)
+        return model
 
     async def _until_ready(self) -> None:
         """Wait for a vLLM that this engine started. Raises Unavailable when it has ended."""
@@ -299,7 +301,7 @@ class VllmEngine(Engine):
 
         return await asyncio.gather(*map(ask, proof.prefixes(tokens)))
 
-    def _begin(self, reply: _Reply, served: Served | None, stop_ids: frozenset[int]) -> None:
+    def _begin(self, reply: _Reply, served: Served, stop_ids: frozenset[int]) -> None:
         task = self._loop.create_task(self._answer(reply, served, stop_ids))
 
         def stop() -> None:
@@ -310,13 +312,13 @@ class VllmEngine(Engine):
         if reply.cancel_requested:  # before there was a task
             task.cancel()
 
-    async def _answer(self, reply: _Reply, served: Served | None, stop_ids: frozenset[int]) -> None:
+    async def _answer(self, reply: _Reply, served: Served, stop_ids: frozenset[int]) -> None:
         """Write the reply. It ends, whatever happens."""
         try:
             try:
                 await self._stream(reply, served, stop_ids)
             except NotFound:
-                if served is None or reply.tokens:
+                if reply.tokens:
                     raise
                 served.pushed = False  # vLLM was started again
                 await self._stream(reply, served, stop_ids)
@@ -342,12 +344,9 @@ class VllmEngine(Engine):
             code="vllm_ended",
         )
 
-    async def _stream(self, reply: _Reply, served: Served | None, stop_ids: frozenset[int]) -> None:
-        assert self._model is not None
-        model, prompt, began = self._model.name, reply.prompt, time.perf_counter()
-        if served is not None:
-            await served.push(self._client)
-            model = served.name
+    async def _stream(self, reply: _Reply, served: Served, stop_ids: frozenset[int]) -> None:
+        model, prompt, began = served.name, reply.prompt, time.perf_counter()
+        await served.push(self._client)
         if (count := prompt.sampling.prompt_logprobs) is not None:
             answer = await self._client.prompt_outputs(completions.prompt_outputs(prompt.tokens, model, count))
             reply.add_prompt_outputs(completions.read_prompt_logprobs(answer, prompt.tokens, count), ())
