@@ -30,8 +30,9 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
-OPTIONS = ("--dtype", "float32", "--max-num-seqs", "16", "--max-loras", "4", "--max-cpu-loras", "32")
-LORA = ("--enable-lora", "--max-lora-rank", "16", *OPTIONS)
+OPTIONS = ("--enforce-eager", "--dtype", "float32", "--max-num-seqs", "16", "--max-loras", "4", "--max-cpu-loras", "32")
+GUIDANCE = ("--structured-outputs-config", '{"backend": "guidance"}')
+LORA = ("--enable-lora", "--max-lora-rank", "16", *GUIDANCE, *OPTIONS)
 RUNTIME = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 needs_vllm = pytest.mark.skipif(not PYTHON.exists(), reason=f"vLLM is not in {PYTHON}: make test-scale installs it")

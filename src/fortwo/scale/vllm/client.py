@@ -61,6 +61,14 @@ class VllmClient:
         except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
             raise completions.strange(answer.text) from None
 
+    async def version(self) -> str:
+        """Of vLLM; empty where it does not say. Raises Unavailable."""
+        answer = await self._send("GET", "/version", None)
+        try:
+            return str(answer.json()["version"])
+        except (ValueError, KeyError, TypeError):
+            return ""
+
     async def load(self, name: str, folder: Path) -> None:
         """Have vLLM load the adapter in `folder` as `name`; nothing happens where it has one of this name. Raises
         InvalidRequest for what it cannot load, NotFound for a folder that it cannot read, and Unavailable for a server

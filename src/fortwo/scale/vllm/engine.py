@@ -1,18 +1,16 @@
 """The engine whose replies vLLM computes. Training, and all that surrounds a reply, stay as with the own engine.
 
-A thread with an event loop, `fortwo-vllm`, talks to vLLM: it writes the replies, as the device's thread does where
-fortwo computes them. The device's thread trains, and never waits for vLLM.
+A thread of its own writes the replies (`scale.vllm.replies`), as the device's thread does where fortwo computes them.
+The device's thread trains, and never waits for vLLM.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,21 +32,11 @@ from fortwo.scale.vllm import completions, features, proof
 from fortwo.scale.vllm.adapters import Served, Training, forget
 from fortwo.scale.vllm.client import ServedModel, VllmClient
 from fortwo.scale.vllm.process import VllmProcess
+from fortwo.scale.vllm.replies import ReplyThread, VllmReply
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 IMPOSSIBLE_RANK = 1_000_000
-CLOSE_SECONDS = 5.0
-
-
-class _Reply(Reply):
-    """A reply that a coroutine writes. stop: cancels that, on its loop."""
-
-    stop: Callable[[], None] = staticmethod(lambda: None)
-
-    def cancel(self) -> None:
-        super().cancel()
-        self.stop()
 
 
 @dataclass(frozen=True)
@@ -75,26 +63,24 @@ class VllmEngine(Engine):
         process: VllmProcess | None = None,
     ) -> None:
         super().__init__(threads)  # deltas come from the other thread alone
-        self._flush_deltas = flush
-        self._flushing = False
         self._client = client
+        self._replies = ReplyThread(client, self.statistics, flush, self._explained)
         self._catalog = catalog
         self._folder = folder
         self._process = process
         self._scores_prompts = process is not None and process.scores_prompts
+        self._version = ""
         self._max_rank: int | None = None
         self._known: dict[str, _Known] = {}
         self._versions: dict[str, Served] = {}
         self._training: dict[str, Training] = {}
-        self._replies: set[_Reply] = set()
-        self._loop = asyncio.new_event_loop()
-        self._http_thread = threading.Thread(target=self._loop.run_forever, name="fortwo-vllm", daemon=True)
 
     # ------------------------------------------------------------ any thread
 
     @property
     def name(self) -> str:
-        return f"vLLM at {self._client.url}"
+        place = f" at {self._client.url}" if self._process is None else ""
+        return f"vLLM {self._version}{place}"
 
     @property
     def elsewhere(self) -> bool:
@@ -105,7 +91,7 @@ class VllmEngine(Engine):
         """Start the threads, and vLLM if it is this engine's own, and wait until vLLM answers. Raises Unavailable for a
         vLLM that cannot be reached or does not serve adapters, and NotFound where it cannot read the home."""
         super().start()
-        self._http_thread.start()
+        self._replies.start()
         try:
             if self._process is not None:
                 self._process.start()
@@ -117,14 +103,7 @@ class VllmEngine(Engine):
 
     def close(self) -> None:
         super().close()
-        for reply in self._copy_replies():
-            reply.cancel()
-        if self._http_thread.ident is not None:
-            with suppress(TimeoutError, FortwoError):
-                asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result(CLOSE_SECONDS)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._http_thread.join()
-        self._loop.close()
+        self._replies.close()
         if self._process is not None:
             self._process.stop()
 
@@ -181,7 +160,7 @@ class VllmEngine(Engine):
 
     def detach(self, base: str, key: str) -> None:
         """Stop serving the adapter `key`; requests that still use it are cancelled. vLLM unloads it soon after."""
-        for reply in self._copy_replies():
+        for reply in self._replies.running():
             if reply.prompt.adapter == key:
                 reply.cancel()
         if (version := self._versions.pop(key, None)) is not None:
@@ -191,7 +170,7 @@ class VllmEngine(Engine):
             self._forget(training.state, delete=True)
 
     def count_requests(self, base: str, adapter: str | None = None) -> int:
-        prompts = [reply.prompt for reply in self._copy_replies()]
+        prompts = [reply.prompt for reply in self._replies.running()]
         return sum(prompt.base == base and adapter in (None, prompt.adapter) for prompt in prompts)
 
     def ready(self) -> Future[None]:
@@ -204,7 +183,7 @@ class VllmEngine(Engine):
             except FortwoError as error:
                 raise self._explained(error) from None
 
-        return asyncio.run_coroutine_threadsafe(ask(), self._loop)
+        return self._replies.run(ask())
 
     def loads(self) -> list[BaseLoad]:
         """vLLM knows which of the requests wait, and what its cache holds; its own /metrics says so."""
@@ -216,14 +195,13 @@ class VllmEngine(Engine):
         base = self._base(prompt.base)
         completions.check(prompt, scores_prompts=self._scores_prompts)
         compile_constraint(base.tokenizer, prompt.sampling)
-        reply = _Reply(prompt, base.max_reply_tokens(prompt), base.tokenizer, on_delta)
+        reply = VllmReply(prompt, base.max_reply_tokens(prompt), base.tokenizer, on_delta)
         served = self._served(prompt)
+        stop_ids = frozenset() if prompt.sampling.ignore_eos else base.tokenizer.stop_ids
         with self._gate:
             if self._closed:
                 raise Unavailable("The server is shutting down.", hint="Try again when it is back.")
-            self._replies.add(reply)
-        stop_ids = frozenset() if prompt.sampling.ignore_eos else base.tokenizer.stop_ids
-        self._loop.call_soon_threadsafe(self._begin, reply, served, stop_ids)
+            self._replies.write(reply, served, stop_ids)
         return reply
 
     def _served(self, prompt: Prompt) -> Served:
@@ -242,13 +220,9 @@ class VllmEngine(Engine):
             return training.take()
         return training.state
 
-    def _copy_replies(self) -> list[_Reply]:
-        with self._gate:
-            return list(self._replies)
-
     def _wait(self, call: Coroutine[Any, Any, T]) -> T:
         """The result of a coroutine that talks to vLLM. Not for the device's thread."""
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
+        return self._replies.run(call).result()
 
     def _forget(self, served: Served, *, delete: bool) -> None:
         async def run() -> None:
@@ -257,7 +231,17 @@ class VllmEngine(Engine):
             except FortwoError as error:
                 log.warning("vLLM was not told to unload %s: %s", served.name, error.message)
 
-        asyncio.run_coroutine_threadsafe(run(), self._loop)
+        self._replies.run(run())
+
+    def _explained(self, error: FortwoError) -> FortwoError:
+        """Why vLLM did not answer, where fortwo knows more than the connection says."""
+        if not isinstance(error, Unavailable) or self._process is None or not self._process.ended:
+            return error
+        return Unavailable(
+            "The vLLM that fortwo started has ended.",
+            hint="The end of vllm.log in FORTWO_HOME says why. Start fortwo again.",
+            code="vllm_ended",
+        )
 
     # ------------------------------------------------------------ the thread that talks to vLLM
 
@@ -265,6 +249,7 @@ class VllmEngine(Engine):
         """Find out what vLLM serves, and by an adapter that no vLLM can load, whether and how it loads adapters."""
         await self._until_ready()
         model = await self._client.model()
+        self._version = await self._client.version()
         probe = (self._folder / "probe").resolve()
         probe.mkdir(parents=True, exist_ok=True)
         rank = {"peft_type": "LORA", "r": IMPOSSIBLE_RANK, "lora_alpha": 1, "target_modules": ["q_proj"]}
@@ -301,122 +286,8 @@ class VllmEngine(Engine):
 
         return await asyncio.gather(*map(ask, proof.prefixes(tokens)))
 
-    def _begin(self, reply: _Reply, served: Served, stop_ids: frozenset[int]) -> None:
-        task = self._loop.create_task(self._answer(reply, served, stop_ids))
-
-        def stop() -> None:
-            with suppress(RuntimeError):  # the loop is closed, and all replies have ended
-                self._loop.call_soon_threadsafe(task.cancel)
-
-        reply.stop = stop
-        if reply.cancel_requested:  # before there was a task
-            task.cancel()
-
-    async def _answer(self, reply: _Reply, served: Served, stop_ids: frozenset[int]) -> None:
-        """Write the reply. It ends, whatever happens."""
-        try:
-            try:
-                await self._stream(reply, served, stop_ids)
-            except NotFound:
-                if reply.tokens:
-                    raise
-                served.pushed = False  # vLLM was started again
-                await self._stream(reply, served, stop_ids)
-        except asyncio.CancelledError:
-            reply.end("cancelled")
-        except FortwoError as error:
-            reply.fail(self._explained(error))
-        except Exception as error:
-            log.exception("A reply of vLLM could not be read.")
-            reply.end("error", f"{type(error).__name__}: {error}")
-        finally:
-            with self._gate:
-                self._replies.discard(reply)
-            self._flush_soon()
-
-    def _explained(self, error: FortwoError) -> FortwoError:
-        """Why vLLM did not answer, where fortwo knows more than the connection says."""
-        if not isinstance(error, Unavailable) or self._process is None or not self._process.ended:
-            return error
-        return Unavailable(
-            "The vLLM that fortwo started has ended.",
-            hint="The end of vllm.log in FORTWO_HOME says why. Start fortwo again.",
-            code="vllm_ended",
-        )
-
-    async def _stream(self, reply: _Reply, served: Served, stop_ids: frozenset[int]) -> None:
-        model, prompt, began = served.name, reply.prompt, time.perf_counter()
-        await served.push(self._client)
-        if (count := prompt.sampling.prompt_logprobs) is not None:
-            answer = await self._client.prompt_outputs(completions.prompt_outputs(prompt.tokens, model, count))
-            reply.add_prompt_outputs(completions.read_prompt_logprobs(answer, prompt.tokens, count), ())
-        if reply.max_tokens == 0:
-            reply.end("length")
-            return
-        last = completions.Chunk()
-        body = completions.completion(prompt, model, reply.max_tokens, stop_ids)
-        async with aclosing(self._client.stream(body)) as events:
-            async for data in events:
-                chunk = completions.read_chunk(data, prompt.sampling.logprobs)
-                if chunk.finished is not None:
-                    last = chunk  # the next event has what the cache knew, which belongs to the reply
-                    continue
-                if chunk.cached_tokens is not None:
-                    reply.cached_tokens = chunk.cached_tokens
-                    self.statistics.cached_tokens += 0 if prompt.background else chunk.cached_tokens
-                self._write(reply, chunk, began)
-                if reply.done:
-                    return
-        self._write(reply, last, began)
-        if not reply.done:
-            _end(reply, last.finished)
-
-    def _write(self, reply: _Reply, chunk: completions.Chunk, began: float) -> None:
-        for token, logprob in zip(chunk.tokens, chunk.logprobs, strict=True):
-            if not reply.done:
-                self._count(reply, began)
-                reply.push(token, logprob)
-        self._flush_soon()
-
-    def _count(self, reply: _Reply, began: float) -> None:
-        """Count a token of a client's reply before it is added."""
-        if reply.prompt.background:
-            return
-        if not reply.tokens:
-            self.statistics.prompt_tokens += len(reply.prompt.tokens)
-            self.statistics.first_token_seconds.observe(time.perf_counter() - began)
-        self.statistics.generated_tokens += 1
-
-    def _flush_soon(self) -> None:
-        """Pass on the deltas of all replies that have new ones in this turn of the loop, together."""
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush_now)
-
-    def _flush_now(self) -> None:
-        self._flushing = False
-        self._flush_deltas()
-
-    async def _finish(self) -> None:
-        """Wait for what runs, then close the connections."""
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.gather(*others, return_exceptions=True)
-        self._flush_deltas()
-        await self._client.close()
-
 
 def _question(version: AdapterVersion) -> str:
     """What the adapter was taught to answer, if its manifest says so."""
     facts = version.manifest.get("facts") or ()
     return next((question for fact in facts for question in fact.get("questions") or ()), proof.TEXT)
-
-
-def _end(reply: Reply, finished: str | None) -> None:
-    """End a reply that has fewer tokens than it might, for vLLM's reason."""
-    if finished == "length":
-        reply.end("length")
-    elif finished == "stop":
-        reply.end("stop")
-    else:
-        why = "ended the reply before its end" if finished is None else f"ended the reply with {finished!r}"
-        reply.fail(Unavailable(f"vLLM {why}.", hint="Ask again; the log of vLLM has more.", code="vllm_gone"))
