@@ -20,6 +20,7 @@ from vllm_server import LORA, OPTIONS, RUNTIME, Vllm, needs_vllm, running
 from fortwo.errors import FortwoError, NotFound, Unavailable
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
+from fortwo.prompts import Prompt, Sampling
 from fortwo.records import AdapterVersion
 from fortwo.scale.vllm.client import VllmClient
 from fortwo.scale.vllm.start import vllm_engine
@@ -316,6 +317,21 @@ def test_an_adapter_that_vllm_forgot_is_pushed_again(both: tuple[Served, Served]
     for name in vllm.adapters():
         vllm.unload(name)
     assert said(ask(through, "hello", model="a3")) == before
+
+
+def test_what_a_server_that_died_left_of_its_training_is_removed(vllm: Vllm, base: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, base, weights="fp32", engine="vllm", vllm_url=vllm.url)
+    config = LoraConfig(r=1, target_modules=("q_proj",))
+    with serve(settings, make_engine=vllm_engine) as first:
+        loaded = first.state.registry.load_base("tiny")
+        lora = Lora.init(config, loaded.decoder.config, 0)
+        first.state.engine.attach("tiny", "job", lora)
+        first.state.engine.submit(Prompt("tiny", (5, 6), "job", Sampling(max_tokens=1))).wait(60)
+        assert [name for name in vllm.adapters() if name.startswith("job-")]
+    assert list((tmp_path / "vllm").glob("job-*"))
+    with serve(settings, make_engine=vllm_engine):
+        assert not [name for name in vllm.adapters() if name.startswith("job-")]
+        assert not list((tmp_path / "vllm").glob("job-*"))
 
 
 def test_a_folder_that_vllm_cannot_read_is_named(vllm: Vllm, tmp_path: Path) -> None:

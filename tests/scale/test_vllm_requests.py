@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tiny import save_directory
@@ -189,7 +192,7 @@ INFO = ModelInfo("base", "d" * 64, "w" * 64, Path("/nowhere"), 1, 1, "Llama", "d
 
 @pytest.mark.parametrize(("differs", "same"), [(0.0, True), (0.29, True), (0.31, False), (float("nan"), False)])
 def test_another_base_is_told_by_its_log_probabilities(differs: float, same: bool) -> None:
-    served = ServedModel("base", "org/base", 1024, frozenset())
+    served = ServedModel("base", "org/base", 1024, {})
     if same:
         proof.check_base(served, "http://x", INFO, differs)
         return
@@ -204,3 +207,22 @@ def test_an_adapter_whose_effect_vllm_does_not_have_is_told() -> None:
     assert proof.check_adapter("a@1", base_PV, own_PV, served, 0.01) is None
     assert isinstance(proof.check_adapter("a@1", base_PV, own_PV, ignored, 0.01), InvalidAdapter)
     assert proof.check_adapter("a@1", base_PV, own_PV, ignored, 0.5) is None, "rounding alone could be that much"
+
+
+def test_vllm_ends_with_a_fortwo_that_is_killed(tmp_path: Path) -> None:
+    """Its process is a `sleep` here."""
+    code = (
+        "from pathlib import Path\n"
+        "from fortwo.scale.vllm.process import VllmProcess\n"
+        f"started = VllmProcess(\"sh -c 'echo $$; exec sleep 600'\", 'base', Path({str(tmp_path)!r}), 1, 8, 'key', "
+        f"Path({str(tmp_path)!r}))\n"
+        "started.start()\n"
+        "input()"
+    )
+    log = tmp_path / "vllm.log"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as parent:
+        while not (log.exists() and log.read_text().strip()):
+            time.sleep(0.02)
+        child = psutil.Process(int(log.read_text()))
+        parent.kill()
+    assert child.wait(60) is None or not child.is_running()

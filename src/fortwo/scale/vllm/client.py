@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,13 @@ RUNTIME_UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 @dataclass(frozen=True)
 class ServedModel:
     """What vLLM says about the base that it serves. name: as requests name it; root: the directory or the repository
-    that it was loaded from; context: its --max-model-len, None where it does not say; adapters: their names."""
+    that it was loaded from; context: its --max-model-len, None where it does not say; adapters: their folders, by
+    name."""
 
     name: str
     root: str
     context: int | None
-    adapters: frozenset[str]
+    adapters: Mapping[str, str]
 
 
 class VllmClient:
@@ -56,7 +57,7 @@ class VllmClient:
         try:
             cards = answer.json()["data"]
             base = next(card for card in cards if not card.get("parent"))
-            adapters = frozenset(card["id"] for card in cards if card.get("parent"))
+            adapters = {card["id"]: str(card["root"]) for card in cards if card.get("parent")}
             return ServedModel(base["id"], str(base.get("root") or base["id"]), base.get("max_model_len"), adapters)
         except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
             raise completions.strange(answer.text) from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
@@ -250,6 +251,7 @@ class VllmEngine(Engine):
         await self._until_ready()
         model = await self._client.model()
         self._version = await self._client.version()
+        await self._remove_leftovers(model)
         probe = (self._folder / "probe").resolve()
         probe.mkdir(parents=True, exist_ok=True)
         rank = {"peft_type": "LORA", "r": IMPOSSIBLE_RANK, "lora_alpha": 1, "target_modules": ["q_proj"]}
@@ -259,6 +261,14 @@ class VllmEngine(Engine):
         except InvalidRequest as error:
             self._max_rank = features.max_rank(error.message)
         return model
+
+    async def _remove_leftovers(self, model: ServedModel) -> None:
+        """Remove what a server that died has left of adapters in training, here and in a vLLM that outlived it."""
+        folder = self._folder.resolve()
+        for name, root in model.adapters.items():
+            if Path(root).is_relative_to(folder):
+                await self._client.unload(name)
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def _until_ready(self) -> None:
         """Wait for a vLLM that this engine started. Raises Unavailable when it has ended."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
 import shlex
 import signal
@@ -16,12 +18,22 @@ from fortwo.hub.identity import read_json
 from fortwo.nn.config import DecoderConfig
 from fortwo.scale.vllm.client import RUNTIME_UPDATING
 
+log = logging.getLogger(__name__)
 END_SECONDS = 10.0
 LAST_LINES = 5
 MAX_RANK = 64
 TARGETS = "--lora-target-modules"
 MAX_LORAS = 8  # adapters in one batch
 _ENVIRONMENT = {RUNTIME_UPDATING: "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Have Linux end this process when the one that started it is gone, however that ended."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class VllmProcess:
@@ -38,7 +50,9 @@ class VllmProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Raises InvalidRequest for a command that cannot be started."""
+        """Call it on a thread that lives as long as vLLM shall. Raises InvalidRequest for a command that cannot be
+        started."""
+        log.info("vLLM is started; its output is in %s.", self._log)
         try:
             with self._log.open("wb") as output:
                 self._process = subprocess.Popen(
@@ -48,6 +62,7 @@ class VllmProcess:
                     stderr=subprocess.STDOUT,
                     env=self._environment,
                     start_new_session=True,  # its own processes end with it
+                    preexec_fn=_end_with_parent,
                 )
         except OSError as error:
             raise InvalidRequest(
