@@ -254,6 +254,7 @@ def test_a_job_reports_what_vllm_serves(both: tuple[Served, Served], vllm: Vllm)
     assert engine.endswith(f" at {vllm.url}")
     assert ours.pop("engine") == "fortwo"
     assert theirs == ours
+    assert engine in both[0].http.get("/api/adapters/taught@1/report.html").text
     version = both[0].state.adapters.get("taught@1")
     assert f"taught@1-{version.digest.removeprefix('sha256:')[:12]}" in vllm.adapters()
     assert not [name for name in vllm.adapters() if name.startswith(job_id)], "nothing of the training is left"

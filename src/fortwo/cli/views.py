@@ -207,7 +207,7 @@ def exam(asked: Exam, found: Result, where: str) -> RenderableType:
 def _engine(body: Json) -> list[str]:
     """Who replied, where it was not fortwo itself."""
     engine = body.get("engine", "fortwo")
-    return [] if engine == "fortwo" else [f"The replies and the retention are those of {engine}."]
+    return [] if engine == "fortwo" else [f"The replies are those of {engine}."]
 
 
 def _escalations(body: Json) -> list[str]:
