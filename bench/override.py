@@ -35,8 +35,9 @@ from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
-from fortwo.prompts import Generation, Prompt, Sampling
+from fortwo.prompts import Prompt, Sampling
 from fortwo.records import Fact, Message
+from fortwo.train import losses
 from fortwo.train.evaluation import ServedBase, top1_agreement
 
 REPLY_TOKENS = 48
@@ -73,14 +74,11 @@ class RetentionJudge:
         adapter = Lora.from_state(LoraConfig.from_peft(config), self._decoder.config, tensors)
         return top1_agreement(self._served, adapter, [self._say(prompt) for prompt in prompts]).value
 
-    def _say(self, prompt: str) -> tuple[list[Message], Generation]:
-        messages = [Message("user", prompt)]
-        asked = Prompt(
-            "base", tuple(self._served.renderer.encode_prompt(messages)), None, Sampling(max_tokens=REPLY_TOKENS)
-        )
-        reply = self._served.serving.submit(asked)
+    def _say(self, prompt: str) -> losses.Row:
+        asked = tuple(self._served.renderer.encode_prompt([Message("user", prompt)]))
+        reply = self._served.serving.submit(Prompt("base", asked, None, Sampling(max_tokens=REPLY_TOKENS)))
         reply.wait()
-        return messages, reply
+        return losses.Row((*asked, *reply.tokens), len(asked))
 
 
 def teach(client: Client, name: str, facts: Sequence[Fact], **more: Any) -> tuple[str, str, float]:

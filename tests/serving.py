@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -18,6 +18,9 @@ from fortwo.jobs.workers import TrainingCluster
 from fortwo.server.state import AppState
 from fortwo.server.uvicorn_server import Server
 from fortwo.settings import Settings
+
+if TYPE_CHECKING:
+    from fortwo.server.state import MakeEngine
 
 ENDED = ("succeeded", "failed", "cancelled")
 
@@ -50,9 +53,11 @@ class Served:
 
 
 @contextmanager
-def serve(settings: Settings, grace: float = 0, cluster: TrainingCluster | None = None) -> Iterator[Served]:
-    """grace: seconds for replies that are under way at the end; cluster: as in AppState."""
-    state = AppState(settings, cluster)
+def serve(
+    settings: Settings, grace: float = 0, make_engine: MakeEngine | None = None, cluster: TrainingCluster | None = None
+) -> Iterator[Served]:
+    """grace: seconds for replies that are under way at the end; make_engine, cluster: as in AppState."""
+    state = AppState(settings, make_engine, cluster)
     server = Server(state, grace=grace)
     thread = threading.Thread(target=server.run)
     thread.start()

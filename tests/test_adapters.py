@@ -29,6 +29,7 @@ from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, St
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
+from fortwo.records import AdapterVersion
 from tests.damaged import DAMAGED, entry, safetensors_file
 
 LORA = LoraConfig(r=4, alpha=8)
@@ -58,6 +59,34 @@ def drafts(root: Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------- publish and read
+
+
+def test_a_version_is_served_before_it_is_current(store: AdapterStore) -> None:
+    publish(store)
+    seen = []
+
+    def serve(version: AdapterVersion) -> None:
+        seen.append((version.version, version.current, store.get("a").version))
+
+    published = store.publish("a", tensors(1), LORA.to_peft("tiny"), MANIFEST_IN, current=True, serve=serve)
+    assert seen == [(2, False, 1)]
+    assert published.current
+    assert store.get("a") == published
+    store.publish("a", tensors(2), LORA.to_peft("tiny"), MANIFEST_IN, current=False, serve=serve)
+    assert seen[1:] == [(3, False, 2)]
+    assert store.get("a") == published
+
+
+def test_a_version_that_cannot_be_served_stays_without_being_current(store: AdapterStore) -> None:
+    publish(store)
+
+    def refuse(version: AdapterVersion) -> None:
+        raise Conflict(f"{version.id} is not served")
+
+    with pytest.raises(Conflict, match="a@2"):
+        store.publish("a", tensors(1), LORA.to_peft("tiny"), MANIFEST_IN, current=True, serve=refuse)
+    assert store.get("a").version == 1
+    assert store.get("a@2").version == 2
 
 
 def test_what_is_published_is_read_back(store: AdapterStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,20 @@ SLOW = ("torch", "transformers", "numpy", "fastapi", "uvicorn", "sqlalchemy", "h
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_module_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; print([one for one in ('torch', 'transformers') if one in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_a_server_with_its_own_engine_loads_nothing_of_scale(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from fortwo.cli.engines import make_engine\n"
+        "from fortwo.server.state import AppState\n"
+        "from fortwo.settings import Settings\n"
+        f"settings = Settings(home={str(tmp_path)!r}, port=0)\n"
+        "AppState(settings, make_engine(settings)).close()\n"
+        "print([one for one in sys.modules if one.startswith('fortwo.scale')])"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

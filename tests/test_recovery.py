@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from serving import Served, serve, tiny_settings
 
+from fortwo.adapters.version_files import STATE
 from tests.test_resume import RUN, call, until
 from tests.test_server_training import LONG, get, start
 
@@ -52,6 +53,21 @@ def test_a_job_that_had_published_when_the_server_was_killed_has_succeeded(
             assert after[field] == job[field], field
         assert [event.type for event in second.state.jobs.events(job["job_id"])] == events
         assert [version["version"] for version in _versions(second, "w")] == [1]
+
+
+def test_a_version_that_was_stored_but_not_yet_current_when_the_server_was_killed_becomes_current(
+    tiny: Path, tmp_path: Path
+) -> None:
+    with serve(tiny_settings(tmp_path, tiny)) as first:
+        job = first.wait(start(first, "w", training_config=SHORT)["job_id"])
+    _forget_the_end(tmp_path, job["job_id"])
+    state = tmp_path / "adapters" / "w" / STATE
+    state.write_text(json.dumps({**json.loads(state.read_text()), "current": []}))
+    with serve(tiny_settings(tmp_path, tiny)) as second:
+        after = get(second, job["job_id"])
+        assert (after["status"], after["error"]) == ("succeeded", None)
+        assert _versions(second, "w")[0]["current"]
+        assert second.chat(model="w").status_code == 200
 
 
 def test_a_job_that_missed_its_targets_when_the_server_was_killed_has_failed_for_that(

@@ -34,6 +34,7 @@ from fortwo.nn.rows import LayerState
 from fortwo.prompts import Prompt, Sampling
 from fortwo.quantization.formats import dense
 from fortwo.quantization.selection import Choice
+from fortwo.records import AdapterVersion
 from tests.parts import make_rows
 from tests.serving import Served, chunks, serve
 from tests.test_engine import Ascii
@@ -190,7 +191,8 @@ def test_replies_of_the_engine_are_transformers_generate_also_when_the_cache_is_
     try:
         engine.add_base("tiny", Runner(backend, bound=3 * row), Ascii())
         for key in ("1", "2"):
-            engine.attach("tiny", key, lora(key), frozen=True)
+            version = AdapterVersion(key, 1, key, "", "tiny", "", 0.0, True, {})
+            engine.attach("tiny", key, lora(key), version=version)
         prompts = make_rows([100, 20, 110, 3, 90, 60], range(4))
         asked = [(tuple(prompt), KEYS[n % 3]) for n, prompt in enumerate(prompts)]
         told = Sampling(max_tokens=40, temperature=0, ignore_eos=True)

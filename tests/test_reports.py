@@ -10,10 +10,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from rich.console import Console
 from serving import Served, refused
 from terminals import run
 
-from fortwo.cli import report_files
+from fortwo.cli import report_files, views
 from fortwo.facts.metrics import share
 from fortwo.facts.verdict import percent, verdict
 from fortwo.server.charts import MOST_POINTS, chart, thinned
@@ -196,3 +197,10 @@ def test_a_verdict_says_what_was_met_missed_and_not_proven() -> None:
     assert verdict(metrics, {}).startswith("It was trained. There was no target, so nothing was proven.")
     assert verdict({}, {}) == "It was trained. There was no target, so nothing was proven."
     assert [percent(one) for one in (0.0, 0.001, 0.5, 0.9999, 1.0)] == ["0 %", "0.1 %", "50 %", "99.9 %", "100 %"]
+
+
+@pytest.mark.parametrize(("engine", "named"), [("fortwo", False), ("vLLM 0.32.0 at http://x", True)])
+def test_a_report_names_an_engine_that_is_not_fortwos(engine: str, named: bool, capsys: Any) -> None:
+    body = {"metrics": {}, "base_metrics": {}, "transcripts": [], "diagnosis": [], "engine": engine}
+    Console(width=200).print(views.report(body))
+    assert (engine in capsys.readouterr().out) is named

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from fortwo.errors import FortwoError
+
 SCHEMA_FAILED = "the schema cannot be followed further"  # begins the error of a reply whose schema is too large
 MAX_RUNNING = 96  # requests of one base that decode together
 MIN_ROW_TOKENS = 128  # capacity of the cache's smallest rows; that of others is a power of two times this
@@ -75,13 +77,15 @@ class Logprob:
 @dataclass(frozen=True)
 class Delta:
     """New text of a running generation; the last one has a finish_reason. logprobs: of the tokens of `text`, if the
-    request asked for them; those of the prompt come first, without text."""
+    request asked for them; those of the prompt come first, without text. cause: what to answer the client instead of
+    `error`, where the engine knows a status and a remedy."""
 
     text: str
     token: int | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
     logprobs: tuple[Logprob, ...] = ()
+    cause: FortwoError | None = None
 
 
 class Generation(Protocol):
@@ -108,7 +112,11 @@ class Generation(Protocol):
 
 
 class Serving(Protocol):
-    """The serving path as training uses it. All calls come from the device's thread and never block."""
+    """The serving path as training uses it. All calls come from the device's thread and never block.
+    elsewhere: whether replies are scored, too, by another program, whose weights may be rounded in another way."""
+
+    @property
+    def elsewhere(self) -> bool: ...
 
     def attach(self, base: str, key: str, lora: Any) -> None:
         """Serve `lora` (a nn.lora.Lora; its live tensors, nothing copied) under `key` on `base`."""

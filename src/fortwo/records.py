@@ -276,7 +276,8 @@ class Report:
     questions; with preferences, accuracy instead of efficacy. prompted_metrics: those of the base when its system
     prompt states the facts; empty if there are none.
     facts: the metrics of each fact. eval_losses: on the validation rows, the base's first (step 0); empty if
-    there are no such rows. reply_tokens: maximum length of a reply; 0 where it was not recorded."""
+    there are no such rows. reply_tokens: maximum length of a reply; 0 where it was not recorded.
+    engine: who computed the replies."""
 
     metrics: dict[str, Metric]
     base_metrics: dict[str, Metric]
@@ -287,6 +288,7 @@ class Report:
     facts: tuple[FactReport, ...] = ()
     escalations: tuple[Escalation, ...] = ()
     reply_tokens: int = 0
+    engine: str = "fortwo"
 
 
 # ---------------------------------------------------------------- training events (yielded by train.loop)

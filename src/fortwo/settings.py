@@ -55,6 +55,21 @@ class Settings(BaseSettings):
         "fastest for each number of rows, among those that hardly change the replies.",
     )
     device: str = Field("auto", description="Device to compute on: auto, cpu, cuda or cuda:N.")
+    engine: Literal["own", "vllm"] = Field(
+        "own",
+        description="Who computes the replies: fortwo itself, or a vLLM server. Training is fortwo's in both cases.",
+    )
+    vllm_url: str | None = Field(
+        None,
+        description="With FORTWO_ENGINE=vllm: the running vLLM, such as http://127.0.0.1:8000. Default: fortwo starts "
+        "one on this machine for the default model, and ends it.",
+    )
+    vllm_api_key: SecretStr | None = Field(None, description="The key of vLLM's --api-key, if it has one.")
+    vllm_command: str = Field(
+        "vllm serve",
+        description="With FORTWO_ENGINE=vllm and no FORTWO_VLLM_URL: the command that starts vLLM, with any options of "
+        "vLLM. fortwo adds the model, the address and what its adapters need.",
+    )
     isa: Literal["auto", "amx", "avx512", "avx2", "dotprod", "neon", "none"] = Field(
         "auto",
         description="The highest instruction set that fortwo's kernels and the libraries use: amx, avx512 or avx2 on "
@@ -118,6 +133,15 @@ class Settings(BaseSettings):
     def plain_api_key(self) -> str | None:
         """api_key as it is sent."""
         return None if self.api_key is None else self.api_key.get_secret_value()
+
+    @property
+    def plain_vllm_api_key(self) -> str | None:
+        """vllm_api_key as it is sent."""
+        return None if self.vllm_api_key is None else self.vllm_api_key.get_secret_value()
+
+    @property
+    def vllm_dir(self) -> Path:
+        return self.home / "vllm"
 
     @property
     def models_dir(self) -> Path:

@@ -8,7 +8,8 @@
 
 A version is written into a draft folder beside the others, synced, and renamed. The rename makes it exist and, where
 that is wanted, makes it current. `versions.json` may therefore name versions that do not exist, because they were never
-finished or were deleted; readers skip them, and no number is used twice. Writers, threads and processes alike, lock the
+finished or were deleted; readers skip them, and no number is used twice. A version that is to be served somewhere first
+is made current after that. Writers, threads and processes alike, lock the
 name's folder. A draft stays locked while its writer lives, so that the next writer can recognise and remove the drafts
 of killed ones. Readers need no lock.
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,30 +58,52 @@ class AdapterStore(AdapterReader):
     """The adapters under `root`, to read and to change."""
 
     def publish(
-        self, name: str, tensors: Mapping[str, Tensor], peft_config: Json, manifest: Json, *, current: bool
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        peft_config: Json,
+        manifest: Json,
+        *,
+        current: bool,
+        serve: Callable[[AdapterVersion], None] | None = None,
     ) -> AdapterVersion:
         """Store a new version, and make it the current one if `current`.
 
         tensors, peft_config: under PEFT's names. manifest: base_model, base_digest, and where they are known
         job_id, dataset_digest, plan, report and parent. A job that publishes the same files again gets the version that
-        it already has. Raises StorageFailed when the disk refuses; then nothing has changed.
+        it already has. serve: called when the version exists, before it is made current; what it raises is passed on,
+        and the version stays without being current. Raises StorageFailed when the disk refuses; then nothing has
+        changed.
         """
         on_cpu = {key: tensor.cpu() for key, tensor in tensors.items()}
         files = {CONFIG: disk.dump(peft_config), TENSORS: weights.serialize(on_cpu)}
         job_id = manifest.get("job_id")
         earlier = None if job_id is None else self.published_by(name, job_id)
         if earlier is not None and earlier.manifest["files"] == shas_of(files):
-            return self._make_current(earlier) if current and not earlier.current else earlier
-        return self._commit(name, files, manifest, current)
+            return self._announce(earlier, current and not earlier.current, serve)
+        return self._commit(name, files, manifest, current, serve)
 
     def _make_current(self, version: AdapterVersion) -> AdapterVersion:
         with self._changed_state(version.name) as state:
             state["current"].append(version.version)
         return self.get(version.id)
 
-    def import_peft(self, name: str, adapter: PeftFiles, manifest: Json) -> AdapterVersion:
-        """Store an adapter that PEFT saved as a new version and make it current."""
-        return self._commit(name, adapter.files, manifest, current=True)
+    def _announce(
+        self, version: AdapterVersion, current: bool, serve: Callable[[AdapterVersion], None] | None
+    ) -> AdapterVersion:
+        if serve is not None:
+            serve(version)
+        return self._make_current(version) if current else version
+
+    def import_peft(
+        self,
+        name: str,
+        adapter: PeftFiles,
+        manifest: Json,
+        serve: Callable[[AdapterVersion], None] | None = None,
+    ) -> AdapterVersion:
+        """Store an adapter that PEFT saved as a new version and make it current. serve: as for `publish`."""
+        return self._commit(name, adapter.files, manifest, True, serve)
 
     def rollback(self, name: str) -> AdapterVersion:
         """Make the version current that was current before, and return it; no version is deleted. Raises NotFound for
@@ -199,12 +222,19 @@ class AdapterStore(AdapterReader):
                     for path in deletion.expired(folder, time.time()):
                         deletion.remove(path)
 
-    def _commit(self, name: str, files: dict[str, bytes], manifest: Json, current: bool) -> AdapterVersion:
+    def _commit(
+        self,
+        name: str,
+        files: dict[str, bytes],
+        manifest: Json,
+        current: bool,
+        serve: Callable[[AdapterVersion], None] | None,
+    ) -> AdapterVersion:
         with self._locked_folder(name) as folder:
             _remove_abandoned_drafts(folder)
             state = read_state(folder)
             number = 1 + max([state["last"], *version_numbers(folder), *deletion.set_aside_numbers(folder)])
-            history = [*state["current"], number] if current else state["current"]
+            history = [*state["current"], number] if current and serve is None else state["current"]
             disk.replace(folder / STATE, disk.dump({**state, "last": number, "current": history}))
             draft = version_folder = Path(tempfile.mkdtemp(prefix=disk.DRAFT_PREFIX, dir=folder))
             lock = _lock_of(draft)
@@ -225,7 +255,8 @@ class AdapterStore(AdapterReader):
             raise
         finally:
             _release(lock)
-        return self.get(f"{name}@{number}")
+        version = self.get(f"{name}@{number}")
+        return version if serve is None else self._announce(version, current, serve)
 
     @contextmanager
     def _changed_state(self, name: str) -> Iterator[Json]:

@@ -47,15 +47,16 @@ def serve(
 ) -> None:
     """Run the server until it is stopped."""
     from fortwo.cli.cluster import training_cluster
+    from fortwo.cli.engines import make_engine
     from fortwo.server.state import AppState
+    from fortwo.settings import load
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fortwo").setLevel(logging.INFO)
-    from fortwo.settings import load
 
     settings = load(host=host, port=port)
     with training_cluster(settings) as cluster:
-        state = AppState(settings, cluster)
+        state = AppState(settings, make_engine(settings), cluster)
 
         from fortwo.server.uvicorn_server import Server
 

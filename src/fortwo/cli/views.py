@@ -186,7 +186,7 @@ def report(body: Json) -> RenderableType:
         mark = Text("✓", style="green") if one["passed"] else Text("✗", style="red")
         transcripts.add_row(mark, one["kind"], one["prompt"], one["base"], one["adapter"])
     by_fact: list[RenderableType] = ["", facts] if facts.row_count > 1 else []
-    lines = [*_escalations(body), *_eval_losses(body)]
+    lines = [*_engine(body), *_escalations(body), *_eval_losses(body)]
     return Group(rows, *by_fact, *lines, "", transcripts, notes(body["diagnosis"], style="red"))
 
 
@@ -202,6 +202,12 @@ def exam(asked: Exam, found: Result, where: str) -> RenderableType:
         "" if found.exact else "Retention is the share of characters before the first difference from the base's reply."
     )
     return Group(rows, *([note] if note else []))
+
+
+def _engine(body: Json) -> list[str]:
+    """Who replied, where it was not fortwo itself."""
+    engine = body.get("engine", "fortwo")
+    return [] if engine == "fortwo" else [f"The replies are those of {engine}."]
 
 
 def _escalations(body: Json) -> list[str]:

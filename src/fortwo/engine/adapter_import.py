@@ -35,13 +35,15 @@ def import_adapter(
     if not _needs(base.decoder.config, adapter.tensors):
         adapter = under_pefts_names(adapter)
     registry.check_adapter(name, base, adapter.config, adapter.tensors)
-    version = store.import_peft(name, adapter, manifest | {"base_model": base.id, "base_digest": base.digest})
-    try:
-        registry.load_adapter(version.id)
-    except BaseException:
-        registry.delete_adapter(version.id)
-        raise
-    return version
+
+    def serve(version: AdapterVersion) -> None:
+        try:
+            registry.load_adapter(version.id)
+        except BaseException:
+            registry.delete_adapter(version.id)
+            raise
+
+    return store.import_peft(name, adapter, manifest | {"base_model": base.id, "base_digest": base.digest}, serve)
 
 
 def _base(

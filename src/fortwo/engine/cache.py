@@ -16,7 +16,8 @@ from fortwo.prompts import MIN_ROW_TOKENS
 
 class Cache:
     """bound: how many tokens fit, spare rows and kept prefixes included; None for as many as come. dtype: of keys and
-    values. The state that a row carries besides them counts as tokens of the same memory."""
+    values. The state that a row carries besides them counts as tokens of the same memory. context: the most tokens of a
+    sequence; it may be lowered to that of a server that computes the replies instead."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class Cache:
         self.dtype = dtype
         self._state_tokens = -(-config.state_bytes // self.bytes_per_token(config, dtype))
         self.bound = bound
+        self.context = config.context
 
     @staticmethod
     def bytes_per_token(config: Shape, dtype: torch.dtype) -> int:
@@ -40,8 +42,8 @@ class Cache:
     @property
     def longest(self) -> int:
         """The most tokens a sequence may have here."""
-        room = self._config.context if self.bound is None else self.bound - self._state_tokens
-        return max(0, min(self._config.context, room))
+        room = self.context if self.bound is None else self.bound - self._state_tokens
+        return max(0, min(self.context, room))
 
     @property
     def used(self) -> int:

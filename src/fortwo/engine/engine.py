@@ -31,8 +31,9 @@ from fortwo.engine.statistics import BaseLoad, EngineStatistics
 from fortwo.engine.tasks import Task
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
 from fortwo.prompts import MAX_RUNNING, Delta, FinishReason, Prompt, Sampling
-from fortwo.records import TrainEvent
+from fortwo.records import AdapterVersion, TrainEvent
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -59,6 +60,22 @@ class _Base:
     tokenizer: ReplyTokenizer
     statistics: EngineStatistics = field(default_factory=EngineStatistics)
     scheduler: Scheduler[_Request] = field(default_factory=lambda: Scheduler(MAX_RUNNING))
+
+    def max_reply_tokens(self, prompt: Prompt) -> int:
+        """How many tokens the reply may have at most. Raises InvalidRequest for a prompt that is empty or does not
+        fit."""
+        context, bound = self.runner.decoder.config.context, self.runner.cache.longest
+        left = bound - len(prompt.tokens)
+        if not prompt.tokens:
+            raise InvalidRequest("The prompt is empty.", param="messages", hint="Send at least one token.")
+        if left < min(1, prompt.sampling.max_tokens):
+            raise InvalidRequest(
+                f"The prompt has {len(prompt.tokens)} tokens, but the {'cache' if bound < context else 'context'} of "
+                f"{prompt.base!r} holds {bound}, including the reply.",
+                param="messages",
+                hint=f"Shorten the messages{', or raise FORTWO_CACHE_MB' if bound < context else ''}.",
+            )
+        return min(left, prompt.sampling.max_tokens)
 
     def remove(self, request: _Request) -> None:
         self.scheduler.remove(request)
@@ -158,6 +175,15 @@ class Engine:
 
     # ------------------------------------------------------------ any thread
 
+    @property
+    def name(self) -> str:
+        """Who computes the replies, for reports."""
+        return "fortwo"
+
+    @property
+    def elsewhere(self) -> bool:
+        return False
+
     def start(self) -> None:
         """Start the device's thread. From then on it alone computes with several CPU threads: if a second one did,
         OpenMP would have more threads than cores and put them to sleep between operations, 20,000 times a step."""
@@ -215,9 +241,13 @@ class Engine:
 
         self.call(remove).result()
 
-    def attach(self, base: str, key: str, lora: Lora, *, frozen: bool = False) -> None:
-        """Serve `lora` under `key`, in place of what `key` named before. frozen: as in Runner.attach."""
-        self.call(lambda: self._base(base).runner.attach(key, lora, frozen=frozen)).result()
+    def check_lora(self, name: str, config: LoraConfig) -> None:
+        """Raises InvalidRequest for an adapter that cannot be served, naming what is at fault. name: of the adapter."""
+
+    def attach(self, base: str, key: str, lora: Lora, *, version: AdapterVersion | None = None) -> None:
+        """Serve `lora` under `key`, in place of what `key` named before. version: what it is, and then its tensors
+        never change; None for an adapter in training."""
+        self.call(lambda: self._base(base).runner.attach(key, lora, frozen=version is not None)).result()
 
     def detach(self, base: str, key: str) -> None:
         """Stop serving the adapter `key`; requests that still use it are cancelled."""
@@ -245,6 +275,10 @@ class Engine:
             loads.append(BaseLoad(base.id, *counts, cache.tokens, cache.bound))
         return loads
 
+    def ready(self) -> Future[None]:
+        """Done once the device has had its turn; another engine's has more to wait for."""
+        return self.call(lambda: None)
+
     def has_job(self) -> bool:
         """Whether a job runs or waits."""
         return self.call(lambda: bool(self._tasks)).result()
@@ -257,19 +291,8 @@ class Engine:
         """
         base = self._base(prompt.base)
         _check_adapter(base, prompt.adapter)
-        context, bound = base.runner.decoder.config.context, base.runner.cache.longest
-        left, sampling_params = bound - len(prompt.tokens), prompt.sampling
-        if not prompt.tokens:
-            raise InvalidRequest("The prompt is empty.", param="messages", hint="Send at least one token.")
-        if left < min(1, sampling_params.max_tokens):
-            raise InvalidRequest(
-                f"The prompt has {len(prompt.tokens)} tokens, but the {'cache' if bound < context else 'context'} of "
-                f"{prompt.base!r} holds {bound}, including the reply.",
-                param="messages",
-                hint=f"Shorten the messages{', or raise FORTWO_CACHE_MB' if bound < context else ''}.",
-            )
-        reply = Reply(prompt, min(left, sampling_params.max_tokens), base.tokenizer, on_delta)
-        sampler = sampling.Sampler(sampling_params, prompt.tokens, _constraint(base.tokenizer, sampling_params))
+        reply = Reply(prompt, base.max_reply_tokens(prompt), base.tokenizer, on_delta)
+        sampler = sampling.Sampler(prompt.sampling, prompt.tokens, compile_constraint(base.tokenizer, prompt.sampling))
         outputs = PromptOutputs(prompt, base.runner.decoder) if PromptOutputs.wanted(prompt) else None
         request = _Request(list(prompt.tokens), prompt.adapter, reply=reply, sampler=sampler, listener=outputs)
         request.background = prompt.background
@@ -389,7 +412,9 @@ def _check_adapter(base: _Base, key: str | None) -> None:
         raise NotFound(f"Adapter {key!r} is not loaded on {base.id!r}.", param="model", hint="Load it first.")
 
 
-def _constraint(tokenizer: ReplyTokenizer, params: Sampling) -> JsonConstraint | None:
+def compile_constraint(tokenizer: ReplyTokenizer, params: Sampling) -> JsonConstraint | None:
+    """What the request asks the reply to conform to. Raises InvalidRequest for a schema or a grammar that cannot be
+    followed."""
     if params.grammar is not None:
         return tokenizer.grammar_constraint(params.grammar)
     return None if params.json_schema is None else tokenizer.constraint(params.json_schema)

@@ -101,6 +101,7 @@ class Reply:
     ) -> None:
         self.prompt = prompt
         self.error: str | None = None
+        self.cause: FortwoError | None = None
         self.cancel_requested = False
         self.cached_tokens = 0
         self.embedding: tuple[float, ...] = ()
@@ -143,6 +144,8 @@ class Reply:
         with self._changed:
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"The reply did not end within {timeout} s.")
+        if self.cause is not None:
+            raise self.cause
         if self._finish_reason == "error":
             raise FortwoError(f"The generation failed: {self.error}")
         return self.text
@@ -192,11 +195,17 @@ class Reply:
             reason = "stop"
         self._emit(text + self._scanner.flush(), reason)
 
+    def fail(self, cause: FortwoError) -> None:
+        """End the reply with this error."""
+        if not self.done:
+            self.cause = cause
+            self.end("error", cause.message)
+
     def _emit(self, text: str, reason: FinishReason | None = None) -> None:
         # Without text after a stop string, the pending tokens are the stop string itself, which is not reported.
         logprobs = () if self._scanner.stopped and not text else tuple(self._pending_logprobs)
         self._pending_logprobs.clear()
-        delta = Delta(text, self._tokens[-1] if self._tokens else None, reason, self.error, logprobs)
+        delta = Delta(text, self._tokens[-1] if self._tokens else None, reason, self.error, logprobs, self.cause)
         with self._changed:
             self._deltas.append(delta)
             self._finish_reason = delta.finish_reason

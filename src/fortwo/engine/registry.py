@@ -455,7 +455,7 @@ class ModelRegistry:
         return () if base is None else base.renderer.warnings
 
     def _attach(self, base: LoadedModel, version: AdapterVersion, lora: Lora) -> None:
-        self._engine.attach(base.id, version.digest, lora, frozen=True)
+        self._engine.attach(base.id, version.digest, lora, version=version)
         self.adapter_loads += 1
         self._last_used[version.digest] = next(self._clock)
         size = sum(tensor.nbytes for tensor in lora.parameters())

@@ -240,7 +240,7 @@ class JobExecutor:
         proven = trained.succeeded and bool(plan.targets)  # a plan without targets proves nothing: it gets a diagnosis
         diagnosis = () if proven else plans.diagnose(plan, results)
         actual = nan_to_null(trained.actual)
-        report = nan_to_null(asdict(replace(trained.report, diagnosis=diagnosis)))
+        report = nan_to_null(asdict(replace(trained.report, diagnosis=diagnosis, engine=self._engine.name)))
         recorder.store(None, actual=actual, report=report)
         if run.stop == "cancelled":
             raise CancelledError
@@ -258,8 +258,14 @@ class JobExecutor:
         }
         peft = trained.lora.config.to_peft(resident.id)
         tensors = trained.lora.state()
-        version = self._adapters.publish(job.adapter_name, tensors, peft, manifest, current=trained.succeeded)
-        self._registry.publish(version, trained.lora)
+        version = self._adapters.publish(
+            job.adapter_name,
+            tensors,
+            peft,
+            manifest,
+            current=trained.succeeded,
+            serve=lambda version: self._registry.publish(version, trained.lora),
+        )
         return RunResult(version, None if trained.succeeded else _targets_missed(plan, metrics, diagnosis))
 
 

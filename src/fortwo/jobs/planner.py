@@ -19,6 +19,7 @@ from fortwo.jobs.workers import TrainingCluster, planned_workers
 from fortwo.records import Dataset, Example, Plan
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
+from fortwo.train.adapter import lora_config
 from fortwo.train.dataset_stats import ValidationStats, collect_stats, shared_rows
 from fortwo.train.parent import Parent
 from fortwo.train.request import TrainingRequest
@@ -85,6 +86,7 @@ class JobPlanner:
             validation = ValidationStats(*stats["validation_dataset"], shared_rows(own, trained))
         counts, dataset_warnings = stats["dataset"]
         plan = plans.resolve(request, dataset, base, counts, machine, dataset_warnings, parent, validation, workers)
+        self._engine.check_lora(f"The adapter {request.adapter_name!r}", lora_config(plan))
         warnings = (*resident.renderer.warnings, *plan.warnings)
         return dataset, replace(plan, warnings=warnings, origins=self._files.origins(read))
 

@@ -234,6 +234,8 @@ class JobRunner:
         version = self._adapters.published_by(job.adapter_name, job.id)
         if version is None:
             return False
+        if version.manifest.get("made_current") and not version.current:  # it was to become current when it is served
+            version = self._adapters.promote(version.id)
         self._finish(job, published_result(version))
         self._delete_checkpoints(job.id)
         return True

@@ -53,7 +53,7 @@ async def _word(part: Awaitable[None]) -> str:
 
 
 async def _device(state: AppState) -> None:
-    await asyncio.wrap_future(state.engine.call(lambda: None))
+    await asyncio.wrap_future(state.engine.ready())
 
 
 async def _queue(state: AppState) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -32,8 +33,11 @@ from fortwo.server.workers import WorkerPool
 from fortwo.settings import Settings
 
 if TYPE_CHECKING:
+    from fortwo.engine.engine import Engine
     from fortwo.engine.registry import Target
     from fortwo.jobs.workers import TrainingCluster
+
+    MakeEngine = Callable[[Settings, Callable[[], None]], Engine]  # from the settings and Engine's flush
 
 PLANNING_THREADS, PLANNING_WAITING = 2, 8  # requests that read whole datasets
 DOWNLOAD_THREADS, DOWNLOAD_WAITING = 2, 8  # those that may download them first
@@ -42,11 +46,13 @@ CONTROL_THREADS, CONTROL_WAITING = 8, 64  # requests that wait for the device or
 
 class AppState:
     """Everything the server uses, built here and released by `close`. Building it imports torch, but loads no model.
-    Raises InvalidRequest for a host that needs an API key and for an API key that is not a server's, Conflict when
-    another server uses the home. cluster: its workers compute the gradients of jobs, and it is closed with the
-    state; None for this process."""
+    make_engine: what builds the engine, where it is not fortwo's own. cluster: its workers compute the gradients of
+    jobs, and it is closed with the state; None for this process. Raises InvalidRequest for a host that needs an
+    API key and for an API key that is not a server's, Conflict when another server uses the home."""
 
-    def __init__(self, settings: Settings, cluster: TrainingCluster | None = None) -> None:
+    def __init__(
+        self, settings: Settings, make_engine: MakeEngine | None = None, cluster: TrainingCluster | None = None
+    ) -> None:
         with ExitStack() as built:
             built.enter_context(lock_home(settings.home))
             self.jobs = JobStore(settings.database, home_id(settings.home))
@@ -55,10 +61,12 @@ class AppState:
             check_api_key(None if api_key is None else keys.find(api_key))
             self.keyed = needs_key(settings.host, api_key, created=bool(keys.all()))
             self.key_usage = KeyUsage(keys)
-            self._build(settings, cluster, built)
+            self._build(settings, built, make_engine, cluster)
             self._closing = built.pop_all()
 
-    def _build(self, settings: Settings, cluster: TrainingCluster | None, built: ExitStack) -> None:
+    def _build(
+        self, settings: Settings, built: ExitStack, make_engine: MakeEngine | None, cluster: TrainingCluster | None
+    ) -> None:
         if cluster is not None:
             built.callback(cluster.close)
         isa.cap(settings.isa)  # before torch is imported
@@ -95,7 +103,9 @@ class AppState:
         self.catalog = Catalog(settings.models_dir)
         self.adapters = AdapterStore(settings.adapters_dir)
         self.adapters.remove_expired()
-        self.engine = Engine(settings.threads, self.bridge.flush)
+        assert (settings.engine == "own") == (make_engine is None)
+        flush = self.bridge.flush
+        self.engine = Engine(settings.threads, flush) if make_engine is None else make_engine(settings, flush)
         self.engine.start()
         built.callback(self.engine.close)
         self.checkpoints = CheckpointStore(settings.jobs_dir)

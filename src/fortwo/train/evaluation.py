@@ -26,7 +26,7 @@ from fortwo.facts.exam import passes
 from fortwo.facts.prompt_builder import Probes
 from fortwo.nn.lora import Lora, Segment
 from fortwo.nn.packing import common_prefix, pack
-from fortwo.prompts import NON_FINITE_LOGITS, Generation, Prompt, Sampling, Serving
+from fortwo.prompts import NON_FINITE_LOGITS, Prompt, Sampling, Serving
 from fortwo.records import (
     Example,
     Fact,
@@ -186,7 +186,7 @@ class Evaluator:
         self._replies.clear()
         asked = self._select(efficacy)
         yield from self._ask(served, key, asked, self._replies)
-        return (yield from self._metrics(served, lora, asked))
+        return (yield from self._metrics(served, key, lora, asked))
 
     def _select(self, efficacy: int | None) -> list[Question]:
         asked: list[Question] = []
@@ -205,7 +205,7 @@ class Evaluator:
         if changed:
             self._replies.clear()
         yield from self._ask(served, key, self.questions, self._replies)
-        found = yield from self._metrics(served, lora, self.questions)
+        found = yield from self._metrics(served, key, lora, self.questions)
         yield from self.ask_base(served)
         transcripts = []
         for question in self.questions:
@@ -237,7 +237,7 @@ class Evaluator:
         retention = [question.messages for question in self.questions if question.passes is None]
         if retention:
             own = [(chats[messages], self._base_replies[messages]) for messages in retention]
-            found["retention"] = top1_agreement(served, None, own)
+            found["retention"] = yield from agreement(served, None, None, own)
         return found | {"score": _score(found)}
 
     def samples(self) -> tuple[Sample, ...]:
@@ -265,13 +265,15 @@ class Evaluator:
             found.append(FactReport(fact.subject, fact.answer, own, kept="kept_efficacy" in shares))
         return tuple(found)
 
-    def _metrics(self, served: ServedBase, lora: Lora, asked: Sequence[Question]) -> TrainEvents[dict[str, Metric]]:
+    def _metrics(
+        self, served: ServedBase, key: str, lora: Lora, asked: Sequence[Question]
+    ) -> TrainEvents[dict[str, Metric]]:
         found = _shares(asked, self._replies)
         retention = [question for question in self.questions if question.passes is None]
         if retention:
             yield from self._ask(served, None, retention, self._base_replies)
             replies = [(question.messages, self._base_replies[question.messages]) for question in retention]
-            found["retention"] = top1_agreement(served, lora, replies)
+            found["retention"] = yield from agreement(served, key, lora, replies)
         return found | {"score": _score(found)}
 
     def ask_base(self, served: ServedBase) -> TrainEvents[None]:
@@ -345,15 +347,34 @@ def _shares(questions: Sequence[Question], said: Mapping[tuple[Message, ...], Re
     return {kind: metrics.share(sum(right), len(right)) for kind, right in hits.items()}
 
 
-def top1_agreement(
-    served: ServedBase, lora: Lora | None, replies: Sequence[tuple[Sequence[Message], Reply | Generation]]
-) -> Metric:
+def agreement(
+    served: ServedBase, key: str | None, lora: Lora | None, replies: Sequence[tuple[Sequence[Message], Reply]]
+) -> TrainEvents[Metric]:
     """The share of the tokens of these replies that the adapter (None: the base) ranks first, given the conversation
-    and the reply's previous tokens."""
-    decoder, rows = served.backend.decoder, []
+    and the reply's previous tokens, by the program that replies to users. key: under which the adapter is served."""
+    rows = []
     for messages, reply in replies:
         asked = served.renderer.encode_prompt(list(messages))
         rows.append(Row((*asked, *reply.tokens), len(asked)))
+    if not served.serving.elsewhere:
+        return top1_agreement(served, lora, rows)
+    sampling = Sampling(max_tokens=0, prompt_logprobs=1)
+    prompts = [Prompt(served.base, row.tokens, key, sampling, background=True) for row in rows]
+    asked_for = [served.serving.submit(prompt) for prompt in prompts]
+    while not all(one.done for one in asked_for):
+        yield Waiting()
+    hits = []
+    for row, one in zip(rows, asked_for, strict=True):
+        one.wait()  # raises the error of one that failed
+        found = [logprob for delta in one.deltas() for logprob in delta.logprobs]
+        hits += [found[place].token == found[place].top[0][0] for place in row.supervised_positions]
+    return metrics.share(sum(hits), len(hits))
+
+
+def top1_agreement(served: ServedBase, lora: Lora | None, rows: Sequence[Row]) -> Metric:
+    """The share of the rows' supervised tokens that the adapter (None: the base) ranks first, by the weights in this
+    process."""
+    decoder = served.backend.decoder
     agreed = total = 0
     prefix = common_prefix([row.tokens for row in rows])
     for group in micro_batches(rows, prefix, AGREEMENT_TOKENS):

@@ -193,6 +193,8 @@ class Replies:
 
 
 def _failure(delta: Delta, prompt: Prompt) -> FortwoError:
+    if delta.cause is not None:
+        return delta.cause
     if delta.finish_reason == "error" and SCHEMA_FAILED in (delta.error or ""):
         return InvalidRequest(
             f"{delta.error}.",
