@@ -222,7 +222,7 @@ class JobRunner:
         version = self._adapters.published_by(job.adapter_name, job.id)
         if version is None:
             return False
-        self._finish(job, published_result(version))
+        self._finish(job, published_result(self._adapters.finish_publication(version)))
         self._delete_checkpoints(job.id)
         return True
 
