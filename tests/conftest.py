@@ -23,6 +23,8 @@ from fortwo.hub.catalog import Catalog
 from fortwo.kernels import cpu, isa
 from fortwo.settings import Settings
 
+TESTS = Path(__file__).resolve().parent
+
 isa.cap(os.environ.get("FORTWO_ISA", "auto"))
 
 
@@ -96,7 +98,7 @@ def tab(chromium: Any, site: Served) -> Iterator[Any]:
 
 SLOW_FILES = (
     *("test_resume", "test_server_", "test_checkpoints", "test_retry_policy", "test_parent", "test_backends"),
-    *("test_catalog", "test_batching", "test_loop", "test_objectives", "test_engine", "test_nf4"),
+    *("test_ray_serve", "test_catalog", "test_batching", "test_loop", "test_objectives", "test_engine", "test_nf4"),
 )
 
 
@@ -129,7 +131,7 @@ def left_out(config: pytest.Config) -> list[str]:
         config.option.keyword
         or config.option.markexpr
         or config.option.deselect
-        or any(not Path(one).is_dir() for one in config.args)
+        or not {Path(one).resolve() for one in config.args} & {TESTS, TESTS.parent}
     )
     if chosen or config.option.collectonly:
         return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +49,9 @@ class Served:
 
 
 @contextmanager
-def serve(settings: Settings, grace: float = 0) -> Iterator[Served]:
+def serve(settings: Settings, grace: float = 0, create: Callable[[Settings], AppState] = AppState) -> Iterator[Served]:
     """grace: seconds for replies that are under way at the end."""
-    state = AppState(settings)
+    state = create(settings)
     server = Server(state, grace=grace)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -80,6 +80,17 @@ class Settings(BaseSettings):
         256, ge=1, description="Event streams of jobs and exports at the same time; beyond it: status 429."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads that compute; default: all cores.")
+    ray_address: str | None = Field(
+        None,
+        description="Address of the Ray cluster that this machine has joined, as HOST:PORT, or auto; default: Ray is "
+        "started on this machine when it is needed.",
+    )
+    replicas: int | None = Field(
+        None,
+        ge=1,
+        description="Engines that answer requests, each in a process of its own (docs/guide-scale.md); needs the "
+        "package ray. Default: the server's own engine answers them.",
+    )
     resume: bool = Field(
         False,
         description="Whether a starting server resumes the jobs that ran when the last one ended. Off by default: a "

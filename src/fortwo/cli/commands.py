@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group
@@ -22,6 +22,10 @@ from fortwo.cli.teaching import teaching
 from fortwo.cli.terminal import AsJson, CommandGroup, connect, print_json_line, respond, screen
 from fortwo.cli.versions import versions
 from fortwo.errors import InvalidRequest, NotFound
+
+if TYPE_CHECKING:
+    from fortwo.server.state import AppState
+    from fortwo.settings import Settings
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -43,16 +47,18 @@ app.add_typer(backups)
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="5001")] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(help="Engines that answer requests, each in a process of its own.", show_default="none"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the server until it is stopped."""
-    from fortwo.server.state import AppState
-
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fortwo").setLevel(logging.INFO)
     from fortwo.settings import load
 
-    state = AppState(load(host=host, port=port))
+    state = _state(load(host=host, port=port, replicas=replicas))
 
     from fortwo.server.uvicorn_server import Server
 
@@ -68,6 +74,25 @@ def serve(
         server.run()
     finally:
         state.close()
+
+
+def _state(settings: Settings) -> AppState:
+    """The server's state; with replicas if the settings want some."""
+    if settings.replicas is None:
+        from fortwo.server.state import AppState
+
+        return AppState(settings)
+    try:
+        from fortwo.scale.replicated import create
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        raise InvalidRequest(
+            f"replicas = {settings.replicas} needs the package ray with Serve, which is not installed.",
+            param="replicas",
+            hint="Install it: pip install 'fortwo[ray]'",
+        ) from None
+    return create(settings)
 
 
 @app.command()

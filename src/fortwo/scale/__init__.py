@@ -1,1 +1,4 @@
-"""Past one machine: vLLM serves, Ray trains and keeps replicas. Nothing below imports this package, and a single machine never loads it."""
+"""Past one machine: vLLM serves, Ray trains and keeps replicas.
+
+Nothing below imports this package, and a single machine never loads it.
+"""
