@@ -210,11 +210,16 @@ class ModelRegistry:
         return loaded
 
     def unpin(self, target: Target) -> None:
-        """Undo one `pin`."""
+        """Undo one `pin`, when the device's thread has accepted what was submitted before: an unload that waits for
+        that thread sees the pin or the requests. Does not block."""
         if (key := target.adapter_key) is not None:
-            with self._pin_lock:
-                self._pins[key] -= 1
-                self._pins += Counter()  # drops entries of zero
+            with suppress(Unavailable):  # the engine is closed
+                self._engine.call(lambda: self._unpin(key))
+
+    def _unpin(self, key: str) -> None:
+        with self._pin_lock:
+            self._pins[key] -= 1
+            self._pins += Counter()  # drops entries of zero
 
     def load_base(self, id: str, progress: ProgressCallback | None = None) -> LoadedModel:
         """The base in memory, fetched and converted first if necessary; progress as in Catalog.prepare.

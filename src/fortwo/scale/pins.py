@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from fortwo.errors import Conflict, NotFound
+from fortwo.errors import Conflict
 from fortwo.server.errors import PLAIN_PATHS
 from fortwo.server.ollama import without_tag
 from fortwo.server.scopes import CHAT_PATHS
@@ -36,10 +36,6 @@ class Pin:
                 hint="Let all machines see the same FORTWO_HOME, its models included.",
                 code="replica_differs",
             )
-
-
-class VersionGone(NotFound):
-    """What was pinned was deleted before the replica read it; the name may mean another version now."""
 
 
 def requested_model(path: str, body: bytes, default: str) -> str | None:

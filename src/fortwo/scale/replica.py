@@ -27,7 +27,7 @@ from fortwo.errors import Conflict, FortwoError, NotFound, Unavailable
 from fortwo.home import ID
 from fortwo.hub.catalog import Catalog
 from fortwo.records import Json
-from fortwo.scale.pins import Pin, VersionGone
+from fortwo.scale.pins import Pin
 from fortwo.server import errors, llama_cpp, ollama
 from fortwo.server.openai import chat, completions, embeddings, responses
 from fortwo.server.state import ServingState
@@ -97,16 +97,23 @@ class ReplicaState(ServingState):
             self._closing = built.pop_all()
 
     async def resolve(self, model: str) -> Target:
-        """The weights that the head pinned for this request. Raises VersionGone for a deleted version, and Conflict if
+        """The weights that the head pinned for this request. Raises what ModelRegistry.resolve raises, and Conflict if
         they are not the head's."""
         call = _call.get()
         try:
             target = await super().resolve(call.pin.ref)
-        except NotFound as error:
-            call.gone = True
-            raise VersionGone(error.message, param=error.param, hint=error.hint) from None
+        except FortwoError:
+            call.gone = not await run_in_threadpool(self._exists, call.pin.ref)
+            raise
         call.pin.check(target.model.digest if target.adapter_key is None else target.adapter_key)
         return replace(target, name=model)
+
+    def _exists(self, ref: str) -> bool:
+        try:
+            self.registry.version_of(ref)
+        except NotFound:
+            return False
+        return True
 
     async def load(self, ref: str) -> None:
         """Load a base, a version or a checkpoint, if necessary. Raises what ModelRegistry.resolve raises."""
