@@ -30,12 +30,19 @@ from fortwo.scale.pins import Pin, requested_model
     ],
 )
 def test_the_model_of_a_request(path: str, body: Any, model: str | None) -> None:
-    assert requested_model(path, json.dumps(body).encode(), "default") == model
+    assert requested_model(path, b"", json.dumps(body).encode(), "default") == model
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"model": "a"', b"\xff\xfe", b"[" * 100_000])
 def test_a_body_that_cannot_be_read_names_none(body: bytes) -> None:
-    assert requested_model("/completion", body, "default") is None
+    assert requested_model("/completion", b"", body, "default") is None
+
+
+@pytest.mark.parametrize(
+    ("query", "model"), [(b"", "default"), (b"model=42%403", "42@3"), (b"model=", ""), (b"a=b&model=x", "x")]
+)
+def test_the_model_in_a_query(query: bytes, model: str) -> None:
+    assert requested_model("/props", query, b"", "default") == model
 
 
 def test_another_digest_is_refused() -> None:

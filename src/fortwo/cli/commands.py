@@ -21,7 +21,7 @@ from fortwo.cli.keys import keys
 from fortwo.cli.teaching import teaching
 from fortwo.cli.terminal import AsJson, CommandGroup, connect, print_json_line, respond, screen
 from fortwo.cli.versions import versions
-from fortwo.errors import InvalidRequest, NotFound
+from fortwo.errors import Conflict, InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from fortwo.server.state import AppState
@@ -206,6 +206,27 @@ def doctor(
 
     found = examine(settings.home, settings.weights, settings.isa)
     respond(asdict(found), shown(found), as_json)
+
+
+@app.command()
+def replicas(
+    count: Annotated[int | None, typer.Argument(help="How many there should be.", show_default="no change")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the replicas of a server that was started with --replicas, or change how many there are."""
+    from fortwo.cli.client import Refused
+
+    client = connect()
+    try:
+        found = client.get("/api/replicas") if count is None else client.put("/api/replicas", {"replicas": count})
+    except Refused as error:
+        if error.code != "unknown_path":
+            raise
+        raise Conflict(
+            "The server has no replicas: its own engine answers.",
+            hint="Start it with `fortwo serve --replicas N` (docs/guide-scale.md).",
+        ) from None
+    respond(found, views.replicas(found), as_json)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fortwo.errors import FortwoError, Unavailable
 from fortwo.records import Json
-from fortwo.scale.pins import REPLICA_PATHS, Pin, requested_model
+from fortwo.scale.pins import REPLICA_ROUTES, Pin, requested_model
 from fortwo.scale.replica import GONE
 from fortwo.server import sse
 from fortwo.server.admission import Admission
@@ -40,7 +40,7 @@ class ReplicaLost(Unavailable):
 
 
 class ForwardMiddleware:
-    """ASGI middleware: answers the requests of REPLICA_PATHS by a replica, and leaves the others to the application,
+    """ASGI middleware: answers the requests of REPLICA_ROUTES by a replica, and leaves the others to the application,
     also those whose model it cannot pin: the application knows what is wrong with them.
 
     pin: the Pin of a model's name; raises FortwoError. default: the default model, as in requested_model. Every replica
@@ -61,13 +61,13 @@ class ForwardMiddleware:
         self._default = default
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in REPLICA_PATHS:
+        if scope["type"] != "http" or (scope["method"], scope["path"]) not in REPLICA_ROUTES:
             await self._app(scope, receive, send)
             return
         body = await _read(receive)
         if body is None:  # the client has gone
             return
-        model = await self._model(scope["path"], body)
+        model = await self._model(scope, body)
         pin = None if model is None else await self._pinned(model)
         if model is None or pin is None:
             await self._app(scope, _replay(body, receive), send)
@@ -86,10 +86,9 @@ class ForwardMiddleware:
         finally:
             self._admission.release(answer, 1, asyncio.get_running_loop().time() - began)
 
-    async def _model(self, path: str, body: bytes) -> str | None:
-        if len(body) >= LARGE_BYTES:
-            return await run_in_threadpool(requested_model, path, body, self._default)
-        return requested_model(path, body, self._default)
+    async def _model(self, scope: Scope, body: bytes) -> str | None:
+        given = scope["path"], scope["query_string"], body, self._default
+        return await run_in_threadpool(requested_model, *given) if len(body) >= LARGE_BYTES else requested_model(*given)
 
     async def _pinned(self, model: str) -> Pin | None:
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from urllib.parse import parse_qsl
 
 from fortwo.errors import Conflict
 from fortwo.server.errors import PLAIN_PATHS
@@ -15,7 +16,8 @@ from fortwo.server.scopes import CHAT_PATHS
 
 # Of llama.cpp's API: the paths whose requests may leave the model out.
 DEFAULTED_PATHS = frozenset({"/tokenize", "/detokenize", "/apply-template", "/completion"})
-REPLICA_PATHS = CHAT_PATHS  # all by POST
+PROPS = "/props"  # the only one by GET, with the model in the query
+REPLICA_ROUTES = frozenset(("POST", path) for path in CHAT_PATHS) | {("GET", PROPS)}
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,11 @@ class Pin:
             )
 
 
-def requested_model(path: str, body: bytes, default: str) -> str | None:
+def requested_model(path: str, query: bytes, body: bytes, default: str) -> str | None:
     """The model that a request names, without Ollama's :latest; None if the body has none where the API wants one, or
-    cannot be read. path: one of REPLICA_PATHS; default: what llama.cpp's paths mean without a model."""
+    cannot be read. path: of REPLICA_ROUTES; default: what llama.cpp's paths mean without a model."""
+    if path == PROPS:
+        return dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True)).get("model", default)
     try:
         given = json.loads(body)
     except (ValueError, RecursionError):

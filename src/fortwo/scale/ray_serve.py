@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -54,12 +56,15 @@ class ReplicaSet:
         self.wanted = settings.replicas
         self._settings = settings
         self._name = f"fortwo-{home_id(settings.home)[:12]}"
-        self._local = connect(settings)
+        self._local = settings.ray_address is None
+        self._connected = connect(settings)
+        self._deployed = False
         try:
             self._arguments = _arguments(settings, self.wanted)
             _check_machines(*self._arguments)
             serve.start(proxy_location="Disabled")
             self._deploy()
+            self._deployed = True
             self._wait()
             self.handle: DeploymentHandle[Any] = serve.get_app_handle(self._name)
         except BaseException:
@@ -116,8 +121,11 @@ class ReplicaSet:
         self._deploy()
 
     def describe(self) -> list[Json]:
-        """What each replica that answers holds and does (see Replica.describe), by id."""
-        found = self._ask("describe", seconds=DESCRIBE_SECONDS)
+        """What each replica holds and does (see Replica.describe), by id; nothing while one does not answer."""
+        try:
+            found = self._ask("describe", seconds=DESCRIBE_SECONDS)
+        except TimeoutError:
+            return []
         return sorted(found, key=lambda one: str(one["id"]))
 
     def before_current(self, version: AdapterVersion) -> None:
@@ -168,21 +176,24 @@ class ReplicaSet:
         return [one for one in answers if not isinstance(one, BaseException)]
 
     def close(self) -> None:
-        """Stop the replicas, and Ray if it was started here."""
-        if not ray.is_initialized():
-            return
-        if not self._local:
+        """Stop the replicas, and leave Ray. One that was started for them ends."""
+        if self._deployed and not (self._local and self._connected):
             serve.delete(self._name)
-        ray.shutdown()
+        if self._connected:
+            ray.shutdown()
+        self._deployed = self._connected = False
 
 
 def connect(settings: Settings) -> bool:
-    """Join the cluster of settings.ray_address, or start one for this process. Returns whether it is this process's
-    own. Raises Unavailable."""
+    """Join the cluster of settings.ray_address, or start one for this process. False if this process is connected
+    already. Raises Unavailable."""
+    if ray.is_initialized():
+        return False
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # fortwo sends nothing about its users anywhere
     address = settings.ray_address
     own: Json = {} if address else {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    ends = signal.getsignal(signal.SIGTERM)  # Ray's handler would end the server without its shutdown
     try:
         ray.init(address or LOCAL, namespace="fortwo", log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, RayError) as error:
@@ -193,7 +204,9 @@ def connect(settings: Settings) -> bool:
             hint="Start a cluster with: ray start --head. Set FORTWO_RAY_ADDRESS to its HOST:PORT, or remove it, and "
             "the server starts Ray on this machine.",
         ) from None
-    return address is None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ends)
+    return True
 
 
 def _arguments(settings: Settings, replicas: int) -> tuple[Json, str, dict[str, str]]:

@@ -237,10 +237,12 @@ class Replica:
         return {"id": context.replica_id.unique_id, "machine": socket.gethostname(), "pid": os.getpid()}
 
     async def describe(self) -> Json:
-        """Where it runs, and what it holds and does."""
-        loaded = self._state.registry.state()
+        """Where it runs, what it holds and does, and the tokens since its start."""
+        loaded, counted = self._state.registry.state(), self._state.engine.statistics
         return {
             **self._who(),
+            "prompt_tokens": counted.prompt_tokens,
+            "generation_tokens": counted.generated_tokens,
             "replies": self._state.admission.active,
             "bases": sorted(id for id, model in loaded.models.items() if model.state == "loaded"),
             "adapters": sorted(self._names.get(digest, digest) for digest in loaded.adapters),

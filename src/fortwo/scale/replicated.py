@@ -6,12 +6,14 @@ Its own engine runs jobs and their exams. It alone has the database and writes t
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware import Middleware
 
@@ -61,6 +63,20 @@ class ReplicatedState(AppState):
         """Raises Unavailable when no replica answers."""
         if not await run_in_threadpool(self.replicas.describe):
             raise Unavailable("no replica answers", hint="GET /api/replicas shows those that do.")
+
+    async def families(self) -> Sequence[Metric]:
+        wanted = GaugeMetricFamily("fortwo_replicas_wanted", "Replicas that there should be.", self.replicas.wanted)
+        replies = GaugeMetricFamily("fortwo_replica_replies_active", "Replies that run or wait.", labels=["replica"])
+        adapters = GaugeMetricFamily("fortwo_replica_adapters_loaded", "Adapters in memory.", labels=["replica"])
+        read = CounterMetricFamily("fortwo_replica_prompt_tokens", "Tokens of prompts.", labels=["replica"])
+        written = CounterMetricFamily("fortwo_replica_generation_tokens", "Tokens of replies.", labels=["replica"])
+        for one in await run_in_threadpool(self.replicas.describe):
+            label = [one["id"]]
+            replies.add_metric(label, one["replies"])
+            adapters.add_metric(label, len(one["adapters"]))
+            read.add_metric(label, one["prompt_tokens"])
+            written.add_metric(label, one["generation_tokens"])
+        return wanted, replies, adapters, read, written
 
     async def pin(self, model: str) -> Pin:
         """What the name means now. A base is prepared first if necessary, because replicas only read the home. Raises

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
+from prometheus_client.metrics_core import Metric
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -170,6 +171,10 @@ class AppState(ServingState):
     def checks(self) -> dict[str, Callable[[], Awaitable[None]]]:
         """What /readyz asks by name, besides device, queue and database; each raises FortwoError if it is not ready."""
         return {}
+
+    async def families(self) -> Sequence[Metric]:
+        """Families of metrics besides those of `server.metrics`."""
+        return ()
 
     def readers(self, *sources: Json) -> WorkerPool:
         """The threads for a request that reads these datasets. A download may take hours, so it takes none of those
