@@ -8,6 +8,8 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -31,7 +33,7 @@ from fortwo.home import home_id
 from fortwo.hub.catalog import Catalog
 from fortwo.jobs.api_keys import ApiKeyStore
 from fortwo.scale.forwarding import last_event
-from fortwo.scale.ray_serve import ReplicaRefused
+from fortwo.scale.ray_serve import ReplicaRefused, check_machines
 from fortwo.scale.replica import StoreNotShared, check_home
 from fortwo.scale.replicated import check_address, create
 
@@ -439,6 +441,28 @@ def test_an_address_in_use_is_refused_before_replicas_start() -> None:
         with pytest.raises(Conflict, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
             check_address("127.0.0.1", port)
     check_address("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:10001", "cluster", "cluster:name"])
+def test_a_cluster_that_does_not_answer(home: Path, address: str) -> None:
+    """In a process of its own, because this one may be connected already."""
+    environment = {**os.environ, "FORTWO_HOME": str(home), "FORTWO_RAY_ADDRESS": address, "FORTWO_PORT": "0"}
+    command = [sys.executable, "-m", "fortwo", "serve", "--replicas", "1", "--json"]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert found.returncode == 1
+    error = json.loads(found.stdout)["error"]
+    assert (error["code"], error["param"]) == ("unavailable", "ray_address")
+    assert f"No Ray cluster answers at {address}" in error["message"]
+    assert "ray start --head" in error["hint"]
+
+
+def test_each_machine_is_asked_whether_it_sees_the_home(replicas: Served) -> None:
+    home, id = replicas.state.settings.home, home_id(replicas.state.settings.home)
+    check_machines(home, id, {})
+    with pytest.raises(StoreNotShared, match=r"is another one than the head's") as refusal:
+        check_machines(home, "0" * 32, {})
+    assert refusal.value.param == "home"
+    assert "Mount the head's FORTWO_HOME" in str(refusal.value.hint)
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,7 @@ class _Answer:
         place = "" if pin.ref == self._anywhere else pin.ref
         call = self._handle.options(stream=True, multiplexed_model_id=place)
         scope = {name: self._scope[name] for name in SENT_ON if name in self._scope}
+        scope["headers"] = [one for one in scope["headers"] if one[0] != b"authorization"]  # keys stay at the head
         parts = call.answer.remote(scope, self._body, vars(pin))
         finished = False
         try:

@@ -9,19 +9,21 @@ import hashlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ReplicaState
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fortwo.errors import Conflict, FortwoError, Unavailable, all_of
+from fortwo.errors import Conflict, FortwoError, InvalidRequest, Unavailable, all_of
 from fortwo.home import home_id
 from fortwo.hub.catalog import Catalog
 from fortwo.prompts import MAX_RUNNING
@@ -37,6 +39,8 @@ START_SECONDS = 600  # for the first replica to be ready
 CONTROL_SECONDS = 120  # for all replicas to load a version or to drop one
 DESCRIBE_SECONDS = 5
 HEALTH_SECONDS = 5
+CONNECT_SECONDS = 5
+STARTS = 3  # of a replica that ends while it starts
 POLL_SECONDS = 0.2
 DEPLOYMENT = "Replica"
 
@@ -49,7 +53,7 @@ class ReplicaSet:
     """Started on construction; `close` stops the replicas. A store's Followers.
 
     settings.replicas: how many there are. Raises Unavailable when the cluster cannot be reached or no replica becomes
-    ready, and StoreNotShared when a machine cannot read the home."""
+    ready, StoreNotShared when a machine cannot read the home, and InvalidRequest for too few GPUs."""
 
     def __init__(self, settings: Settings) -> None:
         assert settings.replicas is not None
@@ -60,8 +64,9 @@ class ReplicaSet:
         self._connected = connect(settings)
         self._deployed = False
         try:
+            self._check_gpus()
             self._arguments = _arguments(settings, self.wanted)
-            _check_machines(*self._arguments)
+            check_machines(settings.home.absolute(), *self._arguments[1:])
             serve.start(proxy_location="Disabled")
             self._deploy()
             self._deployed = True
@@ -70,6 +75,17 @@ class ReplicaSet:
         except BaseException:
             self.close()
             raise
+
+    def _check_gpus(self) -> None:
+        """Raises InvalidRequest when this machine has fewer GPUs than replicas; a cluster may still grow."""
+        there = int(ray.cluster_resources().get("GPU", 0))
+        if self._local and self._settings.device.startswith("cuda") and there < self.wanted:
+            raise InvalidRequest(
+                f"replicas = {self.wanted} with device = {self._settings.device!r} need a GPU each, and this machine "
+                f"has {there}.",
+                param="replicas",
+                hint="Start fewer replicas, set FORTWO_DEVICE to cpu, or join a cluster with FORTWO_RAY_ADDRESS.",
+            )
 
     def _deploy(self) -> None:
         """Tell Serve how many replicas there should be. Those that run stay as they are."""
@@ -82,6 +98,7 @@ class ReplicaSet:
             graceful_shutdown_timeout_s=self._settings.request_timeout,
             graceful_shutdown_wait_loop_s=POLL_SECONDS,
             health_check_period_s=HEALTH_SECONDS,
+            max_constructor_retry_count=STARTS,
             ray_actor_options={
                 "num_cpus": 0 if self._local else threads,
                 "num_gpus": 1 if self._settings.device.startswith("cuda") else 0,
@@ -127,6 +144,11 @@ class ReplicaSet:
         except TimeoutError:
             return []
         return sorted(found, key=lambda one: str(one["id"]))
+
+    def running(self) -> int:
+        """How many replicas pass Serve's health checks."""
+        states = serve.status().applications[self._name].deployments[DEPLOYMENT].replica_states
+        return int(states.get(ReplicaState.RUNNING, 0))
 
     def before_current(self, version: AdapterVersion) -> None:
         pin = Pin(version.id, version.id, version.digest)
@@ -195,18 +217,30 @@ def connect(settings: Settings) -> bool:
     own: Json = {} if address else {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     ends = signal.getsignal(signal.SIGTERM)  # Ray's handler would end the server without its shutdown
     try:
+        if address not in (None, "auto"):
+            _find(address)
         ray.init(address or LOCAL, namespace="fortwo", log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, RayError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         where = f"No Ray cluster answers at {address}" if address else "Ray could not be started on this machine"
         raise Unavailable(
             f"{where}: {' '.join(str(error).split())}",
             param="ray_address",
             hint="Start a cluster with: ray start --head. Set FORTWO_RAY_ADDRESS to its HOST:PORT, or remove it, and "
-            "the server starts Ray on this machine.",
+            "the server starts Ray on this machine. For a cluster with tokens, which are Ray's default, set "
+            "RAY_AUTH_MODE=token and put its token into ~/.ray/auth_token.",
         ) from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, ends)
     return True
+
+
+def _find(address: str) -> None:
+    """Raises OSError when nothing listens there, for which Ray would look for minutes, and ValueError for what is not
+    HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise ValueError(f"{address!r} is not HOST:PORT.")
+    socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def _arguments(settings: Settings, replicas: int) -> tuple[Json, str, dict[str, str]]:
@@ -220,24 +254,22 @@ def _arguments(settings: Settings, replicas: int) -> tuple[Json, str, dict[str, 
     return {**given, **more}, home_id(settings.home), {info.id: info.digest for info in infos if info is not None}
 
 
-def _check_machines(settings: Json, id: str, digests: dict[str, str]) -> None:
+def check_machines(home: Path, id: str, digests: dict[str, str]) -> None:
     """Raises StoreNotShared, with all findings, unless each machine of the cluster sees the head's home."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     checks = [
         ray.remote(_check_machine)
         .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-        .remote(settings["home"], id, digests, node["NodeManagerHostname"])
+        .remote(home, id, digests, node["NodeManagerHostname"])
         for node in nodes
     ]
     if findings := [error for error in ray.get(checks) if error is not None]:
         raise all_of(findings)
 
 
-def _check_machine(home: str, id: str, digests: dict[str, str], machine: str) -> FortwoError | None:
-    from pathlib import Path
-
+def _check_machine(home: Path, id: str, digests: dict[str, str], machine: str) -> FortwoError | None:
     try:
-        check_home(Path(home), id, digests, machine)
+        check_home(home, id, digests, machine)
     except FortwoError as error:
         return error
     return None

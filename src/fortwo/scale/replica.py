@@ -150,7 +150,7 @@ class Replica:
         self._hold: Callable[[str], Any] = serve.multiplexed(max_num_models_per_replica=loaded.max_adapters)(
             self._loader()
         )
-        with suppress(NotFound):
+        with suppress(FortwoError):  # requests for it get the reason
             if self._state.catalog.model_info(loaded.default_model) is not None:
                 self._state.registry.load_base(loaded.default_model)
 

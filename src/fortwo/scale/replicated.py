@@ -60,9 +60,9 @@ class ReplicatedState(AppState):
         return {"replicas": self._check_replicas}
 
     async def _check_replicas(self) -> None:
-        """Raises Unavailable when no replica answers."""
-        if not await run_in_threadpool(self.replicas.describe):
-            raise Unavailable("no replica answers", hint="GET /api/replicas shows those that do.")
+        """Raises Unavailable when no replica runs."""
+        if not await run_in_threadpool(self.replicas.running):
+            raise Unavailable("no replica runs", hint="GET /api/replicas shows those that do.")
 
     async def families(self) -> Sequence[Metric]:
         wanted = GaugeMetricFamily("fortwo_replicas_wanted", "Replicas that there should be.", self.replicas.wanted)
