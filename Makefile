@@ -40,7 +40,8 @@ serve: $(INSTALLED) ## run the server in the foreground
 	@$(BIN)/fortwo serve
 
 test: $(INSTALLED) $(TRITON) ## run all tests, those on the real model included
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not real" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m real
 
 test-fast: $(INSTALLED) ## run the tests that need neither the real model nor a server, in a few minutes
 	$(BIN)/python -m pytest -m "not real and not slow and not browser"

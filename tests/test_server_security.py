@@ -232,7 +232,7 @@ def test_a_reply_that_the_engines_end_cuts_off_says_so(tiny: Path, tmp_path: Pat
     ends: list[httpx.Response] = []
     with serve(tiny_settings(tmp_path, tiny)) as served:
         served.chat()
-        thread = threading.Thread(target=lambda: ends.append(served.chat(max_tokens=900)))
+        thread = threading.Thread(target=lambda: ends.append(served.chat(max_tokens=900, ignore_eos=True)))
         thread.start()
         while not served.state.engine.count_requests("tiny"):
             pass
