@@ -280,6 +280,23 @@ def _can_roll_back(adapters: Any, name: str) -> bool:
     return len(deletion.history(read_state(folder), version_numbers(folder))) > 1
 
 
+def test_a_job_of_the_head_is_served_by_the_replicas(replicas: Served) -> None:
+    examples = [{"prompt": "the", "completion": "one"}, {"prompt": "he", "completion": "two"}]
+    body = {
+        "adapter_name": "taught",
+        "dataset": {"examples": examples},
+        "objective": "sft",
+        "training_config": {"max_steps": 2, "learning_rate": 0.01},
+    }
+    started = replicas.post("/api/training/start", body)
+    assert started.status_code == 202, started.text
+    job = replicas.wait(started.json()["job_id"], "succeeded", seconds=READY_SECONDS)
+    assert job["status"] == "succeeded", job["error"]
+    digest = job["adapter"]["digest"]
+    assert all("taught@1" in one["adapters"] for one in listed(replicas))
+    assert replicas.chat(model="taught").json()["system_fingerprint"] == f"fp_{digest[:12]}"
+
+
 def test_a_version_that_is_deleted_on_the_way_is_replaced_by_its_successor(replicas: Served, decoder: Any) -> None:
     name = "leaving"
     first = publish(replicas, decoder, name, 1)

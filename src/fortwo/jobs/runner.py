@@ -222,7 +222,12 @@ class JobRunner:
         version = self._adapters.published_by(job.adapter_name, job.id)
         if version is None:
             return False
-        self._finish(job, published_result(self._adapters.finish_publication(version)))
+        try:
+            version = self._adapters.finish_publication(version)
+        except FortwoError as error:  # its followers refuse it
+            self._fail(job, error.body()["error"])
+            return True
+        self._finish(job, published_result(version))
         self._delete_checkpoints(job.id)
         return True
 
