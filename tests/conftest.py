@@ -100,7 +100,7 @@ def tab(chromium: Any, site: Served) -> Iterator[Any]:
 
 SLOW_FILES = (
     *("test_resume", "test_server_", "test_checkpoints", "test_retry_policy", "test_parent", "test_backends"),
-    *("test_catalog", "test_batching", "test_loop", "test_objectives", "test_engine", "test_nf4"),
+    *("test_ray_serve", "test_catalog", "test_batching", "test_loop", "test_objectives", "test_engine", "test_nf4"),
 )
 
 

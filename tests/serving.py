@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from fortwo.hub.catalog import Catalog
-from fortwo.jobs.workers import TrainingCluster
 from fortwo.server.state import AppState
 from fortwo.server.uvicorn_server import Server
 from fortwo.settings import Settings
 
 if TYPE_CHECKING:
-    from fortwo.server.state import MakeEngine
+    pass
 
 ENDED = ("succeeded", "failed", "cancelled")
 
@@ -45,7 +44,7 @@ class Served:
         """The job once its status is one of these (or any end)."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            job = self.http.get(f"/api/training/jobs/{job_id}").json()
+            job: dict[str, Any] = self.http.get(f"/api/training/jobs/{job_id}").json()
             if job["status"] in (*statuses, *ENDED):
                 return job
             time.sleep(0.02)
@@ -53,11 +52,9 @@ class Served:
 
 
 @contextmanager
-def serve(
-    settings: Settings, grace: float = 0, make_engine: MakeEngine | None = None, cluster: TrainingCluster | None = None
-) -> Iterator[Served]:
-    """grace: seconds for replies that are under way at the end; make_engine, cluster: as in AppState."""
-    state = AppState(settings, make_engine, cluster)
+def serve(settings: Settings, grace: float = 0, create: Callable[[Settings], AppState] = AppState) -> Iterator[Served]:
+    """grace: seconds for replies that are under way at the end."""
+    state = create(settings)
     server = Server(state, grace=grace)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -247,6 +249,37 @@ def test_a_failed_job_is_exit_status_1_and_names_the_version(script: Script) -> 
     assert result.exit_code == 1
     assert "paraphrase 0.2 missed 0.9\nMore." in result.output
     assert "chat --model a@2" in result.output
+
+
+def test_replicas_are_shown_and_their_number_is_changed(script: Script) -> None:
+    one = {"id": "r1", "machine": "m", "pid": 7, "replies": 3, "bases": ["tiny"], "adapters": ["a@1", "b@2"]}
+    found = {"wanted": 2, "replicas": [one]}
+    script.on("GET", "/api/replicas", (200, found))
+    script.on("PUT", "/api/replicas", (200, found))
+    output = run("replicas").output
+    assert "1 of 2 replicas answer" in output
+    assert output.splitlines()[-1].split() == ["r1", "m", "7", "3", "tiny", "a@1,", "b@2"]
+    assert json.loads(run("replicas", "2", "--json").stdout) == found
+    assert script.body("/api/replicas") is None
+    assert script.asked[-1][:3] == ("PUT", "/api/replicas", {"replicas": 2})
+    missing = {"message": "There is no GET /api/replicas.", "code": "unknown_path", "hint": "/docs", "param": None}
+    script.on("GET", "/api/replicas", (404, {"error": missing}))
+    result = run("replicas")
+    assert result.exit_code == 1
+    assert "fortwo serve --replicas" in result.stderr
+
+
+def test_replicas_without_ray_are_refused(home: Path) -> None:
+    code = (
+        "import sys\nsys.modules['ray'] = None\n"  # what importing it finds where it is not installed
+        "from fortwo.cli import app\napp(['serve', '--replicas', '2', '--json'])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 1
+    error = json.loads(found.stdout)["error"]
+    assert (error["param"], "replicas = 2" in error["message"]) == ("replicas", True)
+    assert "pip install 'fortwo[ray]'" in error["hint"]
+    assert not (home / "fortwo.db").exists()
 
 
 def test_versions_are_handled_by_commands(script: Script) -> None:

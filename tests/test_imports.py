@@ -33,11 +33,10 @@ def test_module_loads_no_torch(module: str) -> None:
 def test_a_server_with_its_own_engine_loads_nothing_of_scale(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from fortwo.cli.engines import make_engine\n"
-        "from fortwo.server.state import AppState\n"
+        "from fortwo.cli.engines import create_state\n"
         "from fortwo.settings import Settings\n"
         f"settings = Settings(home={str(tmp_path)!r}, port=0)\n"
-        "AppState(settings, make_engine(settings)).close()\n"
+        "create_state(settings, None).close()\n"
         "print([one for one in sys.modules if one.startswith('fortwo.scale')])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -585,6 +585,35 @@ def test_the_adapter_that_was_asked_for_least_recently_gives_way(setup: Setup) -
     assert loaded(setup) == {"two", "three"}
 
 
+def test_an_unload_that_waits_for_the_device_sees_what_was_submitted_meanwhile(setup: Setup) -> None:
+    fill(setup, "one")
+    target = setup.registry.resolve("one")
+    assert setup.registry.pin(target)
+    busy, unloading = threading.Event(), threading.Event()
+    setup.engine.call(busy.wait)
+    errors: list[Exception] = []
+
+    def unload() -> None:
+        unloading.set()
+        try:
+            setup.registry.unload_adapter("one")
+        except Conflict as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=unload)
+    thread.start()
+    unloading.wait()
+    time.sleep(0.2)  # until the unload waits for the device; too short a time makes the test pass
+    prompt = Prompt("tiny", (1, 2, 3), target.adapter_key, Sampling(max_tokens=4))
+    reply = setup.engine.submit(prompt)
+    setup.registry.unpin(target)
+    busy.set()
+    thread.join()
+    reply.wait(10)
+    assert len(errors) == 1
+    setup.registry.unload_adapter("one")
+
+
 @pytest.mark.parametrize("setup", [{"max_adapters": 1}], indirect=True)
 def test_an_adapter_that_is_about_to_be_asked_never_gives_way(setup: Setup) -> None:
     fill(setup, "one", "two")

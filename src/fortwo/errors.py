@@ -7,7 +7,9 @@ into an HTTP response, `cli` into two lines of text; nothing else formats errors
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
+E = TypeVar("E", bound="FortwoError")
 LONGEST = 4000  # characters of a message, hint or param that are shown
 
 
@@ -58,7 +60,7 @@ class InvalidRequest(FortwoError):
     status = 400
 
 
-def all_of(errors: Sequence[InvalidRequest]) -> InvalidRequest:
+def all_of(errors: Sequence[E]) -> E:
     """Several findings as one error, with param, code and class of the first. errors: at least one."""
     first = errors[0]
     if len(errors) == 1:

@@ -111,6 +111,12 @@ class Settings(BaseSettings):
     jobs: int = Field(
         1, ge=1, le=64, description="Jobs that run at once, if the workers of a Ray cluster compute their gradients."
     )
+    replicas: int | None = Field(
+        None,
+        ge=1,
+        description="Engines that answer requests, each in a process of its own (docs/guide-scale.md); needs the "
+        "package ray. Default: the server's own engine answers them.",
+    )
     resume: bool = Field(
         False,
         description="Whether a starting server resumes the jobs that ran when the last one ended. Off by default: a "

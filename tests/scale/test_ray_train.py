@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import pytest
 import safetensors.torch
 from serving import Served, refused, serve, tiny_settings
 from torch import Tensor
+
+from fortwo.server.state import AppState
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,7 +66,7 @@ def servers(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     cluster = RayTraining(settings)
     try:
         with (
-            serve(settings, cluster=cluster) as with_workers,
+            serve(settings, create=partial(AppState, cluster=cluster)) as with_workers,
             serve(tiny_settings(tmp_path_factory.mktemp("own"), tiny)) as own,
         ):
             yield with_workers, own
@@ -248,7 +251,9 @@ def test_a_base_that_workers_cannot_read_ends_the_run_with_the_remedy(
     from fortwo.scale.ray_train import RayTraining
 
     elsewhere = RayTraining(servers[0].state.settings.model_copy(update={"home": tmp_path / "not-shared"}))
-    with serve(tiny_settings(tmp_path / "home", tiny, train="ray"), cluster=elsewhere) as served:
+    with serve(
+        tiny_settings(tmp_path / "home", tiny, train="ray"), create=partial(AppState, cluster=elsewhere)
+    ) as served:
         job = served.wait(start(served, "unread", {"examples": ROWS}, **LONG), seconds=200)
     assert job["status"] == "failed"
     assert "cannot read the base 'tiny' in" in job["error"]["message"]

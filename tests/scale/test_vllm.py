@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def through(base: Path, vllm: Vllm, tmp_path_factory: pytest.TempPathFactory) ->
     """A fortwo server whose replies come from vLLM."""
     home = tmp_path_factory.mktemp("through")
     settings = tiny_settings(home, base, weights="fp32", engine="vllm", vllm_url=vllm.url)
-    with serve(settings, make_engine=vllm_engine) as served:
+    with serve(settings, create=partial(AppState, make_engine=vllm_engine)) as served:
         yield served
 
 
@@ -323,14 +324,14 @@ def test_an_adapter_that_vllm_forgot_is_pushed_again(both: tuple[Served, Served]
 def test_what_a_server_that_died_left_of_its_training_is_removed(vllm: Vllm, base: Path, tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path, base, weights="fp32", engine="vllm", vllm_url=vllm.url)
     config = LoraConfig(r=1, target_modules=("q_proj",))
-    with serve(settings, make_engine=vllm_engine) as first:
+    with serve(settings, create=partial(AppState, make_engine=vllm_engine)) as first:
         loaded = first.state.registry.load_base("tiny")
         lora = Lora.init(config, loaded.decoder.config, 0)
         first.state.engine.attach("tiny", "job", lora)
         first.state.engine.submit(Prompt("tiny", (5, 6), "job", Sampling(max_tokens=1))).wait(60)
         assert [name for name in vllm.adapters() if name.startswith("job-")]
     assert list((tmp_path / "vllm").glob("job-*"))
-    with serve(settings, make_engine=vllm_engine):
+    with serve(settings, create=partial(AppState, make_engine=vllm_engine)):
         assert not [name for name in vllm.adapters() if name.startswith("job-")]
         assert not list((tmp_path / "vllm").glob("job-*"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vllm_server import COMMAND, ENVIRONMENT, needs_vllm
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.scale.vllm.start import vllm_engine
+from fortwo.server.state import AppState
 from fortwo.settings import Settings
 
 pytestmark = [needs_vllm, pytest.mark.real, pytest.mark.slow]
@@ -39,7 +41,10 @@ def both(real_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         command = f"{COMMAND} --dtype float32 --max-model-len 1024 --max-num-seqs 16 --max-lora-rank 16"
         common: dict[str, Any] = {"port": 0, "weights": "fp32"}
         vllm = Settings(home=homes[0], engine="vllm", vllm_command=command, **common)
-        with serve(vllm, make_engine=vllm_engine) as through, serve(Settings(home=homes[1], **common)) as own:
+        with (
+            serve(vllm, create=partial(AppState, make_engine=vllm_engine)) as through,
+            serve(Settings(home=homes[1], **common)) as own,
+        ):
             for served in (through, own):
                 for seed in range(8):
                     publish(served, f"a{seed}", seed)

@@ -13,6 +13,9 @@ is made current after that. Writers, threads and processes alike, lock the
 name's folder. A draft stays locked while its writer lives, so that the next writer can recognise and remove the drafts
 of killed ones. Readers need no lock.
 
+A store may have followers, which serve the same files elsewhere. They are told before a version becomes current and
+before versions are deleted, and what they raise keeps everything as it was.
+
 This module does not know what the tensors mean. torch is imported only to read or write them.
 """
 
@@ -21,10 +24,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -44,7 +47,7 @@ from fortwo.adapters.version_files import (
     shas_of,
     version_numbers,
 )
-from fortwo.errors import Conflict, InvalidRequest, NotFound
+from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound
 from fortwo.hub import weights
 from fortwo.records import AdapterVersion, Json
 
@@ -54,8 +57,24 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 
 
+class Followers(Protocol):
+    """Those who serve the versions of a store besides its own process."""
+
+    def before_current(self, version: AdapterVersion) -> None:
+        """Get ready to serve a version that is about to become current. What is raised keeps the earlier one."""
+
+    def before_delete(self, versions: Sequence[AdapterVersion]) -> None:
+        """Stop serving versions that are about to be deleted. What is raised keeps them. Raises Conflict while requests
+        use one of them."""
+
+
 class AdapterStore(AdapterReader):
-    """The adapters under `root`, to read and to change."""
+    """The adapters under `root`, to read and to change. The methods that change something also raise what the followers
+    raise."""
+
+    def __init__(self, root: Path, followers: Followers | None = None) -> None:
+        super().__init__(root)
+        self._followers = followers
 
     def publish(
         self,
@@ -80,15 +99,23 @@ class AdapterStore(AdapterReader):
         job_id = manifest.get("job_id")
         earlier = None if job_id is None else self.published_by(name, job_id)
         if earlier is not None and earlier.manifest["files"] == shas_of(files):
-            return self._announce(earlier, current and not earlier.current, serve)
+            return self._serve(earlier, current and not earlier.current, serve)
         return self._commit(name, files, manifest, current, serve)
 
     def _make_current(self, version: AdapterVersion) -> AdapterVersion:
         with self._changed_state(version.name) as state:
+            self._announce(version.name, version.version)
             state["current"].append(version.version)
         return self.get(version.id)
 
-    def _announce(
+    def finish_publication(self, version: AdapterVersion) -> AdapterVersion:
+        """Make a version current that was to be made current when it was stored, but whose writer was killed before.
+        Raises what `promote` raises."""
+        meant = version.manifest.get("made_current", False)
+        waits = meant and version.version not in read_state(self._root / version.name)["current"]
+        return self._make_current(version) if waits else version
+
+    def _serve(
         self, version: AdapterVersion, current: bool, serve: Callable[[AdapterVersion], None] | None
     ) -> AdapterVersion:
         if serve is not None:
@@ -119,6 +146,7 @@ class AdapterStore(AdapterReader):
                     param="adapter_name",
                     hint=f"Use the name of a version: {self._version_refs(name)}.",
                 )
+            self._announce(name, history[-2])
             disk.replace(folder / STATE, disk.dump({**state, "current": history[:-1]}))
         return self.get(name)
 
@@ -172,6 +200,8 @@ class AdapterStore(AdapterReader):
                     param="adapter_name",
                     hint=f"Run `fortwo adapters unprotect {name}@{kept[0]}` first.",
                 )
+            self._announce_change(name, [one for one in existing if one not in deleted])
+            self._before_delete(name, deleted)
             for version in deleted:
                 deletion.remove(folder / str(version)) if permanently else deletion.set_aside(folder, version)
 
@@ -205,6 +235,8 @@ class AdapterStore(AdapterReader):
             with self._locked_folder(name) as folder:
                 own = self.versions(name) if version_numbers(folder) else ()
                 superfluous = deletion.superfluous(own, read_state(folder), parents, keep)
+                if apply:
+                    self._before_delete(name, superfluous)
                 found = [(number, folder / str(number), f"{name} has {keep} newer versions") for number in superfluous]
                 why = f"deleted over {deletion.DAYS} days ago"
                 found += [(deletion.number_of(path), path, why) for path in deletion.expired(folder, time.time())]
@@ -234,7 +266,8 @@ class AdapterStore(AdapterReader):
             _remove_abandoned_drafts(folder)
             state = read_state(folder)
             number = 1 + max([state["last"], *version_numbers(folder), *deletion.set_aside_numbers(folder)])
-            history = [*state["current"], number] if current and serve is None else state["current"]
+            at_once = current and serve is None and self._followers is None  # otherwise once it can be served
+            history = [*state["current"], number] if at_once else state["current"]
             disk.replace(folder / STATE, disk.dump({**state, "last": number, "current": history}))
             draft = version_folder = Path(tempfile.mkdtemp(prefix=disk.DRAFT_PREFIX, dir=folder))
             lock = _lock_of(draft)
@@ -256,7 +289,29 @@ class AdapterStore(AdapterReader):
         finally:
             _release(lock)
         version = self.get(f"{name}@{number}")
-        return version if serve is None else self._announce(version, current, serve)
+        return version if at_once else self._serve(version, current, serve)
+
+    def _announce(self, name: str, number: int) -> None:
+        """Tell the followers of a version that is about to become current."""
+        if self._followers is not None:
+            self._followers.before_current(self.get(f"{name}@{number}"))
+
+    def _announce_change(self, name: str, left: Collection[int]) -> None:
+        """Tell the followers if another version becomes current when only these versions are left."""
+        state = read_state(self._root / name) if is_readable(self._root / name) else {"current": []}
+        history = deletion.history(state, left)
+        if history and history[-1] != self._current_number(name, state):
+            self._announce(name, history[-1])
+
+    def _before_delete(self, name: str, numbers: Collection[int]) -> None:
+        """Tell the followers of versions that are about to be deleted; damaged ones are served by nobody."""
+        if self._followers is None or not numbers:
+            return
+        versions = []
+        for number in numbers:
+            with suppress(InvalidAdapter):
+                versions.append(self.get(f"{name}@{number}"))
+        self._followers.before_delete(versions)
 
     @contextmanager
     def _changed_state(self, name: str) -> Iterator[Json]:

@@ -55,8 +55,8 @@ class Client:
     def post(self, path: str, body: Json | None = None) -> Any:
         return self._call("POST", path, body)
 
-    def put(self, path: str) -> Any:
-        return self._call("PUT", path)
+    def put(self, path: str, body: Json | None = None) -> Any:
+        return self._call("PUT", path, body)
 
     def delete(self, path: str) -> Any:
         return self._call("DELETE", path)

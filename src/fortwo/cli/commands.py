@@ -21,7 +21,7 @@ from fortwo.cli.keys import keys
 from fortwo.cli.teaching import teaching
 from fortwo.cli.terminal import AsJson, CommandGroup, connect, print_json_line, respond, screen
 from fortwo.cli.versions import versions
-from fortwo.errors import InvalidRequest, NotFound
+from fortwo.errors import Conflict, InvalidRequest, NotFound
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -43,20 +43,23 @@ app.add_typer(backups)
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="5001")] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(help="Engines that answer requests, each in a process of its own.", show_default="none"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the server until it is stopped."""
     from fortwo.cli.cluster import training_cluster
-    from fortwo.cli.engines import make_engine
-    from fortwo.server.state import AppState
+    from fortwo.cli.engines import create_state
     from fortwo.settings import load
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fortwo").setLevel(logging.INFO)
 
-    settings = load(host=host, port=port)
+    settings = load(host=host, port=port, replicas=replicas)
     with training_cluster(settings) as cluster:
-        state = AppState(settings, make_engine(settings), cluster)
+        state = create_state(settings, cluster)
 
         from fortwo.server.uvicorn_server import Server
 
@@ -185,6 +188,27 @@ def doctor(
 
     found = examine(settings.home, settings.weights, settings.isa)
     respond(asdict(found), shown(found), as_json)
+
+
+@app.command()
+def replicas(
+    count: Annotated[int | None, typer.Argument(help="How many there should be.", show_default="no change")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the replicas of a server that was started with --replicas, or change how many there are."""
+    from fortwo.cli.client import Refused
+
+    client = connect()
+    try:
+        found = client.get("/api/replicas") if count is None else client.put("/api/replicas", {"replicas": count})
+    except Refused as error:
+        if error.code != "unknown_path":
+            raise
+        raise Conflict(
+            "The server has no replicas: its own engine answers.",
+            hint="Start it with `fortwo serve --replicas N` (docs/guide-scale.md).",
+        ) from None
+    respond(found, views.replicas(found), as_json)
 
 
 @app.command()

@@ -143,6 +143,16 @@ def outcome(job: Json) -> RenderableType:
     return Group(*lines)
 
 
+def replicas(found: Json) -> Table:
+    """The replicas that answer."""
+    title = f"{len(found['replicas'])} of {found['wanted']} replicas answer"
+    rows = table("replica", "machine", "process", "replies", "bases", "adapters", title=title, wrapped=("adapters",))
+    for one in found["replicas"]:
+        names = ", ".join(one["bases"]), ", ".join(one["adapters"])
+        rows.add_row(one["id"], one["machine"], str(one["pid"]), str(one["replies"]), *names)
+    return rows
+
+
 def plan_against_actual(planned: Json, actual: Json) -> Table:
     """The values computed before the run beside those measured in it."""
     rows = table("", "plan", "actual", title="Plan against actual", wrapped=("plan", "actual"))

@@ -172,6 +172,16 @@ class ModelRegistry:
         names."""
         if base := self._bases.get(model):
             return Target(base, None, model)
+        version = self.version_of(model)
+        serving_base = None if version is None else self._base_serving(version)
+        if version is None or serving_base is None:
+            return None
+        self._last_used[version.digest] = next(self._clock)
+        return Target(serving_base, version.digest, model)
+
+    def version_of(self, model: str) -> AdapterVersion | None:
+        """The version or checkpoint that a model name means; None if it is a base. Raises NotFound listing the known
+        names."""
         ids = self._catalog_ids()
         if model in ids:
             return None
@@ -184,14 +194,9 @@ class ModelRegistry:
                 hint=f"Base models: {', '.join(ids)}. Adapters: {', '.join(names) if names else 'none yet'}.",
             )
         try:
-            version = source.get(model)
+            return source.get(model)
         except NotFound as error:
             raise NotFound(error.message, param="model", hint=error.hint) from None
-        serving_base = self._base_serving(version)
-        if serving_base is None:
-            return None
-        self._last_used[version.digest] = next(self._clock)
-        return Target(serving_base, version.digest, model)
 
     def pin(self, target: Target) -> bool:
         """Keep the target's adapter in memory until `unpin`; False if it was unloaded since `resolve`. Does not
@@ -205,11 +210,16 @@ class ModelRegistry:
         return loaded
 
     def unpin(self, target: Target) -> None:
-        """Undo one `pin`."""
+        """Undo one `pin`, when the device's thread has accepted what was submitted before: an unload that waits for
+        that thread sees the pin or the requests. Does not block."""
         if (key := target.adapter_key) is not None:
-            with self._pin_lock:
-                self._pins[key] -= 1
-                self._pins += Counter()  # drops entries of zero
+            with suppress(Unavailable):  # the engine is closed
+                self._engine.call(lambda: self._unpin(key))
+
+    def _unpin(self, key: str) -> None:
+        with self._pin_lock:
+            self._pins[key] -= 1
+            self._pins += Counter()  # drops entries of zero
 
     def load_base(self, id: str, progress: ProgressCallback | None = None) -> LoadedModel:
         """The base in memory, fetched and converted first if necessary; progress as in Catalog.prepare.

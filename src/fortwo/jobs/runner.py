@@ -234,8 +234,11 @@ class JobRunner:
         version = self._adapters.published_by(job.adapter_name, job.id)
         if version is None:
             return False
-        if version.manifest.get("made_current") and not version.current:  # it was to become current when it is served
-            version = self._adapters.promote(version.id)
+        try:
+            version = self._adapters.finish_publication(version)
+        except FortwoError as error:  # its followers refuse it
+            self._fail(job, error.body()["error"])
+            return True
         self._finish(job, published_result(version))
         self._delete_checkpoints(job.id)
         return True

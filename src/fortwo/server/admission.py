@@ -24,11 +24,11 @@ class ActiveRequest(Protocol):
 
 
 class Admission:
-    """limit: the number of replies that may run and wait at the same time."""
+    """limit: the number of replies that may run and wait at the same time; it may be changed."""
 
     def __init__(self, limit: int) -> None:
         self.closed = False
-        self._limit = limit
+        self.limit = limit
         self._requests: dict[ActiveRequest, int] = {}  # with the number of their replies
         self._seconds = 1.0  # moving average of how long a reply takes
 
@@ -42,17 +42,17 @@ class Admission:
         never would, Unavailable during shutdown."""
         if self.closed:
             raise shutting_down()
-        if replies > self._limit:
+        if replies > self.limit:
             raise InvalidRequest(
-                f"The request asks for {replies} replies, but this server gives at most {self._limit} at once.",
+                f"The request asks for {replies} replies, but this server gives at most {self.limit} at once.",
                 param="n",
                 hint="Split the request, or raise FORTWO_QUEUE.",
             )
         active = self.active
-        if active + replies > self._limit:
+        if active + replies > self.limit:
             # Little's law: a reply ends every self._seconds / active seconds.
             raise Overloaded(
-                f"The server is at its limit of {self._limit} replies: {active} run or wait.",
+                f"The server is at its limit of {self.limit} replies: {active} run or wait.",
                 retry_after=max(1, math.ceil(replies * self._seconds / active)),
                 hint="Try again after the seconds in the header Retry-After, or raise FORTWO_QUEUE.",
             )

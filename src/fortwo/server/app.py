@@ -42,6 +42,8 @@ def create_app(state: AppState) -> FastAPI:
     app.state.fortwo = state
     errors.install(app)
     # The middleware that is added last sees a request first.
+    for one in state.middleware:
+        app.add_middleware(one.cls, *one.args, **one.kwargs)
     app.add_middleware(
         RequestBodyMiddleware,
         max_bytes=state.settings.max_body_mb << 20,
@@ -69,7 +71,7 @@ def create_app(state: AppState) -> FastAPI:
         machine.router,
         metrics.router,
     )
-    for router in (*own, *openai.routers, vllm.router, llama_cpp.router):
+    for router in (*own, *openai.routers, vllm.router, llama_cpp.router, *state.routers):
         app.include_router(router, dependencies=keyed, responses=docs.ERRORS)
     for router in (ollama.router, ollama_models.router):
         app.include_router(router, dependencies=keyed, responses=docs.PLAIN_ERRORS)

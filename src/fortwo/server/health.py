@@ -34,7 +34,8 @@ async def healthz() -> Json:
 )
 async def readyz(state: AppStateDep) -> JSONResponse:
     """Each part is "ok" or says in words what is wrong. status 200 if all are ok, otherwise 503."""
-    parts = {"device": _device(state), "queue": _queue(state), "database": _database(state)}
+    parts: dict[str, Awaitable[None]] = {"device": _device(state), "queue": _queue(state), "database": _database(state)}
+    parts |= {name: check() for name, check in state.checks().items()}
     words = await asyncio.gather(*(_word(part) for part in parts.values()))
     checks = dict(zip(parts, words, strict=True))
     ready = all(word == "ok" for word in words)

@@ -7,7 +7,7 @@ the device. Labels are routes, methods, statuses and names of bases: never a pro
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -15,6 +15,7 @@ from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from fortwo.engine import statistics
@@ -33,7 +34,7 @@ router = APIRouter(tags=["server"])
 async def metrics(state: AppStateDep) -> PlainTextResponse:
     jobs = await asyncio.get_running_loop().run_in_executor(state.probes, _read_jobs, state.jobs)
     now = CollectorRegistry()
-    now.register(_State(state, jobs))
+    now.register(_State(state, jobs, await state.families()))
     return PlainTextResponse(
         generate_latest(state.request_metrics.registry) + generate_latest(now), media_type=CONTENT_TYPE
     )
@@ -58,17 +59,19 @@ def _read_jobs(store: JobStore) -> _Jobs | None:
 class _State(Collector):
     """What is read when Prometheus asks."""
 
-    def __init__(self, state: AppState, jobs: _Jobs | None) -> None:
+    def __init__(self, state: AppState, jobs: _Jobs | None, more: Iterable[Metric]) -> None:
         self._state = state
         self._jobs = jobs
+        self._more = more
 
-    def collect(self) -> Iterator[Family]:
+    def collect(self) -> Iterator[Metric]:
         yield from _engine(self._state.engine.statistics)
         yield from _bases(self._state.engine.loads())
         yield from _server(self._state)
         yield _gauge("fortwo_database_up", "Whether the database can be read.", int(self._jobs is not None))
         if self._jobs is not None:
             yield from _training(self._jobs)
+        yield from self._more
 
 
 def _engine(found: statistics.EngineStatistics) -> Iterator[Family]:

@@ -7,7 +7,7 @@ import re
 from fortwo.jobs.api_keys import ADMIN, CHAT, READ, TRAIN
 from fortwo.server.request_body import SAFE_METHODS
 
-_CHAT = frozenset(
+CHAT_PATHS = frozenset(
     "/v1/chat/completions /v1/completions /v1/responses /v1/embeddings /api/chat /api/generate /api/embed "
     "/api/embeddings /tokenize /detokenize /apply-template /completion".split()
 )
@@ -27,7 +27,7 @@ _TRAIN = re.compile(
 
 def needed_scope(method: str, path: str) -> str:
     """read, chat, train or admin. path: decoded, as it is routed."""
-    if path in _CHAT:
+    if path in CHAT_PATHS:
         return CHAT
     if method in SAFE_METHODS:
         return TRAIN if _CONTENT.fullmatch(path) else READ

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import Depends, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
+from prometheus_client.metrics_core import Metric
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fortwo.home import home_id, lock_home
@@ -33,6 +36,7 @@ from fortwo.server.workers import WorkerPool
 from fortwo.settings import Settings
 
 if TYPE_CHECKING:
+    from fortwo.adapters.store import AdapterStore
     from fortwo.engine.engine import Engine
     from fortwo.engine.registry import Target
     from fortwo.jobs.workers import TrainingCluster
@@ -44,11 +48,85 @@ DOWNLOAD_THREADS, DOWNLOAD_WAITING = 2, 8  # those that may download them first
 CONTROL_THREADS, CONTROL_WAITING = 8, 64  # requests that wait for the device or for a job's step
 
 
-class AppState:
+class ServingState:
+    """What answers requests to models: catalog, adapters, engine and registry, with their limits."""
+
+    def _build_serving(
+        self, settings: Settings, built: ExitStack, measured: Path, make_engine: MakeEngine | None = None
+    ) -> None:
+        """measured: folder of the files that remember what was measured on this machine."""
+        isa.cap(settings.isa)  # before torch is imported
+        from fortwo.engine.engine import Engine
+        from fortwo.engine.registry import ModelRegistry
+        from fortwo.hub.catalog import Catalog
+        from fortwo.jobs.checkpoints import CheckpointStore
+        from fortwo.kernels import cpu
+        from fortwo.quantization.matmul import remember_fp32_kernel
+        from fortwo.quantization.selection import Measurements
+
+        cpu.prepare()
+        self.settings = settings
+        self.admission = Admission(MAX_RUNNING + settings.queue)
+        self.bridge = EventLoopBridge()
+        self._load_limiter = CapacityLimiter(1)  # the registry loads one model at a time
+        self._loads: dict[str, asyncio.Future[Target]] = {}
+        remember_fp32_kernel(measured / "fp32_kernel.json")
+        self.catalog = Catalog(settings.models_dir)
+        self.adapters = self._adapter_store(settings)
+        assert (settings.engine == "own") == (make_engine is None)
+        flush = self.bridge.flush
+        self.engine = Engine(settings.threads, flush) if make_engine is None else make_engine(settings, flush)
+        self.engine.start()
+        built.callback(self.engine.close)
+        self.checkpoints = CheckpointStore(settings.jobs_dir)
+        self.registry = ModelRegistry(
+            self.catalog,
+            self.adapters,
+            self.engine,
+            self.checkpoints,
+            measurements=Measurements(measured),
+            device=settings.device,
+            weights=settings.weights,
+            threads=settings.threads,
+            max_adapters=settings.max_adapters,
+            cache_mb=settings.cache_mb,
+        )
+
+    def _adapter_store(self, settings: Settings) -> AdapterStore:
+        from fortwo.adapters.store import AdapterStore
+
+        return AdapterStore(settings.adapters_dir)
+
+    async def resolve(self, model: str) -> Target:
+        """The weights that a model name means, loaded if necessary. Waiting for the load takes no thread that other
+        requests need, and may be cancelled. Raises what ModelRegistry.resolve raises."""
+        target = await run_in_threadpool(self.registry.find, model)
+        return await asyncio.shield(self._load(model)) if target is None else target
+
+    def _load(self, model: str) -> asyncio.Future[Target]:
+        """The load that all requests for this name share."""
+        if (load := self._loads.get(model)) is None:
+            loading = to_thread.run_sync(self.registry.resolve, model, limiter=self._load_limiter)
+            load = self._loads[model] = asyncio.ensure_future(loading)
+            load.add_done_callback(lambda done: self._loaded(model, done))
+        return load
+
+    def _loaded(self, model: str, load: asyncio.Future[Target]) -> None:
+        del self._loads[model]
+        if not load.cancelled():
+            load.exception()  # marks it as retrieved: all that waited may have gone
+
+
+class AppState(ServingState):
     """Everything the server uses, built here and released by `close`. Building it imports torch, but loads no model.
     make_engine: what builds the engine, where it is not fortwo's own. cluster: its workers compute the gradients of
     jobs, and it is closed with the state; None for this process. Raises InvalidRequest for a host that needs an
-    API key and for an API key that is not a server's, Conflict when another server uses the home."""
+    API key and for an API key that is not a server's, Conflict when another server uses the home.
+
+    middleware: sees a request last, right before its route; routers: what the server answers besides fortwo's API."""
+
+    middleware: Sequence[Middleware] = ()
+    routers: Sequence[APIRouter] = ()
 
     def __init__(
         self, settings: Settings, make_engine: MakeEngine | None = None, cluster: TrainingCluster | None = None
@@ -69,28 +147,14 @@ class AppState:
     ) -> None:
         if cluster is not None:
             built.callback(cluster.close)
-        isa.cap(settings.isa)  # before torch is imported
-        from fortwo.adapters.store import AdapterStore
-        from fortwo.engine.engine import Engine
-        from fortwo.engine.registry import ModelRegistry
-        from fortwo.hub.catalog import Catalog
+        self._build_serving(settings, built, settings.home, make_engine)
         from fortwo.hub.datasets import HubDatasets
-        from fortwo.jobs.checkpoints import CheckpointStore
         from fortwo.jobs.files import FileStore
         from fortwo.jobs.idempotency import AnswerStore
         from fortwo.jobs.runner import JobRunner
-        from fortwo.kernels import cpu
-        from fortwo.quantization.matmul import remember_fp32_kernel
-        from fortwo.quantization.selection import Measurements
         from fortwo.server.job_events import JobEvents
 
-        cpu.prepare()
-        self.settings = settings
         self.request_metrics = RequestMetrics()
-        self.admission = Admission(MAX_RUNNING + settings.queue)
-        self.bridge = EventLoopBridge()
-        self._load_limiter = CapacityLimiter(1)  # the registry loads one model at a time
-        self._loads: dict[str, asyncio.Future[Target]] = {}
         self.planning = WorkerPool("planning", PLANNING_THREADS, PLANNING_WAITING)
         built.callback(self.planning.close)
         self.downloads = WorkerPool("downloads", DOWNLOAD_THREADS, DOWNLOAD_WAITING)
@@ -99,28 +163,7 @@ class AppState:
         built.callback(self.probes.shutdown, wait=False)
         self.control = WorkerPool("control", CONTROL_THREADS, CONTROL_WAITING)
         built.callback(self.control.close)
-        remember_fp32_kernel(settings.home / "fp32_kernel.json")
-        self.catalog = Catalog(settings.models_dir)
-        self.adapters = AdapterStore(settings.adapters_dir)
         self.adapters.remove_expired()
-        assert (settings.engine == "own") == (make_engine is None)
-        flush = self.bridge.flush
-        self.engine = Engine(settings.threads, flush) if make_engine is None else make_engine(settings, flush)
-        self.engine.start()
-        built.callback(self.engine.close)
-        self.checkpoints = CheckpointStore(settings.jobs_dir)
-        self.registry = ModelRegistry(
-            self.catalog,
-            self.adapters,
-            self.engine,
-            self.checkpoints,
-            measurements=Measurements(settings.home),
-            device=settings.device,
-            weights=settings.weights,
-            threads=settings.threads,
-            max_adapters=settings.max_adapters,
-            cache_mb=settings.cache_mb,
-        )
         self.streams = StreamLimit(settings.max_streams)
         self.job_events = JobEvents(self.jobs, self.streams)
         self.exports = ExportQueue(settings)
@@ -141,34 +184,27 @@ class AppState:
         self.runner.start()
         built.callback(self.runner.close)
 
+    def checks(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        """What /readyz asks by name, besides device, queue and database; each raises FortwoError if it is not ready."""
+        return {}
+
+    async def families(self) -> Sequence[Metric]:
+        """Families of metrics besides those of `server.metrics`."""
+        return ()
+
     def readers(self, *sources: Json) -> WorkerPool:
         """The threads for a request that reads these datasets. A download may take hours, so it takes none of those
         that other requests need."""
         return self.downloads if any("hub" in source for source in sources) else self.planning
 
     async def resolve(self, model: str) -> Target:
-        """The weights that a model name means, loaded if necessary. Waiting for the load takes no thread that other
-        requests need, and may be cancelled. Raises what ModelRegistry.resolve raises."""
-        ref = model
-        if model.startswith(fine_tuned_models.PREFIX):
-            ref = await run_in_threadpool(fine_tuned_models.adapter_ref, model, self.jobs)
-        target = await run_in_threadpool(self.registry.find, ref)
-        if target is None:
-            target = await asyncio.shield(self._load(ref))
-        return replace(target, name=model)
+        ref = await run_in_threadpool(self.ref_of, model)
+        return replace(await super().resolve(ref), name=model)
 
-    def _load(self, model: str) -> asyncio.Future[Target]:
-        """The load that all requests for this name share."""
-        if (load := self._loads.get(model)) is None:
-            loading = to_thread.run_sync(self.registry.resolve, model, limiter=self._load_limiter)
-            load = self._loads[model] = asyncio.ensure_future(loading)
-            load.add_done_callback(lambda done: self._loaded(model, done))
-        return load
-
-    def _loaded(self, model: str, load: asyncio.Future[Target]) -> None:
-        del self._loads[model]
-        if not load.cancelled():
-            load.exception()  # marks it as retrieved: all that waited may have gone
+    def ref_of(self, model: str) -> str:
+        """The base, adapter or version that a model name means: the same, but for a fine-tuned model's name. Raises
+        NotFound."""
+        return fine_tuned_models.adapter_ref(model, self.jobs) if model.startswith(fine_tuned_models.PREFIX) else model
 
     def end_calls(self) -> None:
         """Tell long calls to stop, because the server is shutting down."""

@@ -318,7 +318,8 @@ def _choose_micro_step(builder: PlanBuilder, machine: Machine) -> int:
     bf16 = builder.given.get("bf16", machine.faster_in_bf16)
     rate = machine.trained.get("bf16" if bf16 else "fp32") or max(machine.trained.values())
     reason = f"{REASONS['micro_step_tokens']} This machine trains on {rate:.0f} tokens/s."
-    return builder.choose("micro_step_tokens", choose_micro_tokens(rate), reason, "auto")
+    chosen: int = builder.choose("micro_step_tokens", choose_micro_tokens(rate), reason, "auto")
+    return chosen
 
 
 def _choose_bf16(builder: PlanBuilder, machine: Machine, least: Callable[[bool], Memory]) -> Machine:
