@@ -26,6 +26,7 @@ from fortwo.execution.cpu import CpuBackend
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
 from fortwo.nn.packing import PackedAttention, pack
 from fortwo.prompts import Prompt, Sampling
 from fortwo.quantization.selection import Measurements
@@ -46,14 +47,14 @@ from fortwo.records import (
 from fortwo.train import objectives
 from fortwo.train.adapter import lora_config
 from fortwo.train.estimate import BaseFacts, Machine, RowLength, TokenCounts
-from fortwo.train.evaluation import Evaluator, ServedBase
+from fortwo.train.evaluation import Evaluator, ServedBase, agreement
 from fortwo.train.loop import TrainingResult, train
 from fortwo.train.losses import Row, compute_losses
 from fortwo.train.parent import Parent
 from fortwo.train.plan import resolve, training_rows
 from fortwo.train.recipes import RETENTION_PROBES
 from fortwo.train.request import TrainingRequest
-from tests.parts import packed_hidden
+from tests.parts import packed_hidden, random_lora
 
 ROWS = Dataset(
     "0" * 64,
@@ -505,6 +506,30 @@ def test_an_adapters_own_words_are_drawn_once_they_are_not_the_bases(school: Sch
     assert said == [list(odd)] * len(said)
     assert len(strayed) == 8 * 2
     assert all(row.teacher_ND is not None and len(row.teacher_ND) == len(odd) for row in strayed)
+
+
+def test_retention_is_the_same_by_the_weights_here_and_by_whoever_replies(
+    school: School, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = ServedBase("tiny", school.base.backend, school.base.renderer, school.engine)
+    chats = [[Message("user", text)] for text in ("hello", "what is 42", "why")]
+
+    def run(events: Any) -> Any:
+        return school.engine.run_task(events, lambda _: None).result(60)
+
+    said = list(zip(chats, run(served.reply_to_chats(chats, None, 12)), strict=True))
+    lora = random_lora(school.base.decoder, 3, LoraConfig(r=2, alpha=1))
+    school.engine.attach("tiny", "scored", lora)
+    try:
+        for key, adapter in ((None, None), ("scored", lora)):
+            here = run(agreement(served, key, adapter, said))
+            monkeypatch.setattr(Engine, "elsewhere", True)
+            assert run(agreement(served, key, adapter, said)) == here
+            monkeypatch.setattr(Engine, "elsewhere", False)
+            assert here.n == 36
+            assert (here.value == 1) is (key is None), "the adapter changes something"
+    finally:
+        school.engine.detach("tiny", "scored")
 
 
 @pytest.mark.parametrize(("specificity", "asked"), [((1.0, 1.0), 0), ((1.0, 0.9), 1)])
