@@ -207,6 +207,7 @@ class Replica:
         wanted = Pin(**pin)
         try:
             await self._hold(wanted.ref)
+            await self._state.load(wanted.ref)  # Serve does not know what the registry has unloaded since
             await self._check(wanted)
         except FortwoError as error:
             full = isinstance(error, Unavailable) and error.code == Unavailable.code
@@ -239,6 +240,7 @@ class Replica:
     async def describe(self) -> Json:
         """Where it runs, what it holds and does, and the tokens since its start."""
         loaded, counted = self._state.registry.state(), self._state.engine.statistics
+        self._names = {digest: name for digest, name in self._names.items() if digest in loaded.adapters}
         return {
             **self._who(),
             "prompt_tokens": counted.prompt_tokens,
