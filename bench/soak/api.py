@@ -21,7 +21,7 @@ def call_everything(folder: Path, seconds: int, seed: int = 1) -> int:
         server.train("taught", steps=3)
         server.wait_until_idle()
         url = f"{server.http.base_url}/openapi.json"
-        command = [
+        command: list[str] = [
             str(PROGRAM),
             "run",
             url,
