@@ -80,6 +80,10 @@ class Settings(BaseSettings):
         256, ge=1, description="Event streams of jobs and exports at the same time; beyond it: status 429."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads that compute; default: all cores.")
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="What the server's log on standard error consists of: lines of text, or a JSON object a line.",
+    )
     resume: bool = Field(
         False,
         description="Whether a starting server resumes the jobs that ran when the last one ended. Off by default: a "

@@ -6,7 +6,7 @@ that `fortwo --help` answers at once.
 
 from __future__ import annotations
 
-import logging
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -46,13 +46,14 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Run the server until it is stopped."""
+    from fortwo.server import logs, telemetry
     from fortwo.server.state import AppState
-
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("fortwo").setLevel(logging.INFO)
     from fortwo.settings import load
 
-    state = AppState(load(host=host, port=port))
+    settings = load(host=host, port=port)
+    logs.configure(settings.log_format)
+    flush_spans = telemetry.start(os.environ)
+    state = AppState(settings)
 
     from fortwo.server.uvicorn_server import Server
 
@@ -63,7 +64,7 @@ def serve(
         else:
             screen.print(f"fortwo listens on {url}. Its API is described at {url}/docs. Press Ctrl-C to stop it.")
 
-    server = Server(state, on_start)
+    server = Server(state, on_start, on_stop=flush_spans)
     try:
         server.run()
     finally:

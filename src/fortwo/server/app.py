@@ -24,8 +24,8 @@ from fortwo.server import (
     versions,
     vllm,
 )
+from fortwo.server.observation import ObservationMiddleware
 from fortwo.server.request_body import RequestBodyMiddleware
-from fortwo.server.request_metrics import RequestMetricsMiddleware
 from fortwo.server.security import SecurityMiddleware
 from fortwo.server.state import AppState, ShutdownMiddleware
 
@@ -55,7 +55,7 @@ def create_app(state: AppState) -> FastAPI:
         usage=state.key_usage,
     )
     app.add_middleware(errors.UnexpectedErrorMiddleware)
-    app.add_middleware(RequestMetricsMiddleware, metrics=state.request_metrics)
+    app.add_middleware(ObservationMiddleware, metrics=state.request_metrics)
     keyed = [docs.API_KEY] if state.keyed else []
     own = (
         models.router,
