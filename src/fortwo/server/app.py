@@ -38,6 +38,8 @@ def create_app(state: AppState) -> FastAPI:
         openapi_url=docs.OPENAPI_PATH,
         docs_url=None,  # FastAPI's own page loads its scripts from the internet
         redoc_url=None,
+        # Its own spans have the query of a request; server.observation makes ours.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.fortwo = state
     errors.install(app)

@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import SpanKind, use_span
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -63,8 +63,8 @@ class ObservationMiddleware:
             await send(message)
 
         method = scope["method"] if scope["method"] in METHODS else "other"
-        context = remote_context(headers)
-        with TRACER.start_as_current_span(method, context, SpanKind.SERVER, record_exception=False) as span:
+        span = TRACER.start_span(method, remote_context(headers), SpanKind.SERVER)
+        with use_span(span, end_on_exit=True, record_exception=False):
             try:
                 await self._app(scope, receive, send_and_note)
             finally:
