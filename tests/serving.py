@@ -75,7 +75,8 @@ def refused(response: httpx.Response, status: int, code: str, param: str | None 
     """Check the one shape of errors; its message and hint as one text."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
-    assert set(error) == {"message", "type", "code", "param", "hint"}
+    assert set(error) == {"message", "type", "code", "param", "hint", "request_id"}
+    assert error["request_id"] == response.headers["x-request-id"]
     assert (error["code"], error["param"]) == (code, param), error
     assert error["message"]
     assert error["hint"]

@@ -117,6 +117,10 @@ class Settings(BaseSettings):
         description="Engines that answer requests, each in a process of its own (docs/guide-scale.md); needs the "
         "package ray. Default: the server's own engine answers them.",
     )
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="What the server's log on standard error consists of: lines of text, or a JSON object a line.",
+    )
     resume: bool = Field(
         False,
         description="Whether a starting server resumes the jobs that ran when the last one ended. Off by default: a "

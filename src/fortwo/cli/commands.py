@@ -6,7 +6,7 @@ that `fortwo --help` answers at once.
 
 from __future__ import annotations
 
-import logging
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -52,12 +52,12 @@ def serve(
     """Run the server until it is stopped."""
     from fortwo.cli.cluster import training_cluster
     from fortwo.cli.engines import create_state
+    from fortwo.server import logs, telemetry
     from fortwo.settings import load
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("fortwo").setLevel(logging.INFO)
-
     settings = load(host=host, port=port, replicas=replicas)
+    logs.configure(settings.log_format)
+    flush_spans = telemetry.start(os.environ)
     with training_cluster(settings) as cluster:
         state = create_state(settings, cluster)
 
@@ -70,7 +70,7 @@ def serve(
             else:
                 screen.print(f"fortwo listens on {url}. Its API is described at {url}/docs. Press Ctrl-C to stop it.")
 
-        server = Server(state, on_start)
+        server = Server(state, on_start, on_stop=flush_spans)
         try:
             server.run()
         finally:

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -51,6 +52,7 @@ class _Request(Sequence):
     sampler: sampling.Sampler
     listener: PromptOutputs | None
     accepted: float = field(default_factory=time.perf_counter)
+    context: Context = field(default_factory=copy_context)  # of the HTTP request or the job that asks
 
 
 @dataclass(eq=False)
@@ -96,7 +98,8 @@ class _Base:
 
     def preempt(self, request: _Request) -> None:
         """Free the request's slot because the cache is full; it is computed again when there is room."""
-        log.info("The cache is full: a request of %d tokens is preempted and waits again.", len(request.tokens))
+        full = "The cache is full: a request of %d tokens is preempted and waits again."
+        request.context.run(log.info, full, len(request.tokens))
         self.statistics.preemptions += 1
         self.runner.release(request, keep=False)
         self.scheduler.preempt(request)
@@ -140,7 +143,8 @@ class _Base:
         try:
             return allocate(request)
         except Exception as error:
-            log.exception("Allocating memory for a request of %d tokens failed.", len(request.tokens))
+            failed = "Allocating memory for a request of %d tokens failed."
+            request.context.run(log.exception, failed, len(request.tokens))
             self.end(request, "error", f"{type(error).__name__}: {error}")
             return None
 
@@ -205,11 +209,12 @@ class Engine:
     def call(self, fn: Callable[[], T]) -> Future[T]:
         """Run fn on the device's thread, between two steps. Raises Unavailable once the engine is closed."""
         future: Future[T] = Future()
+        context = copy_context()
 
         def run() -> None:
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(fn())
+                    future.set_result(context.run(fn))
                 except BaseException as error:
                     future.set_exception(error)
 
@@ -430,6 +435,7 @@ def _advance(base: _Base, requests: list[_Request], forward: Callable[[], Tensor
     except Exception as error:
         log.exception("A forward of %d request(s) failed.", len(requests))
         for request in requests:
+            request.context.run(log.error, "A reply ends because its forward failed.")
             base.end(request, "error", f"{type(error).__name__}: {error}")
         return
     for request, sampled in zip(requests, rows, strict=True):
@@ -447,7 +453,7 @@ def _advance(base: _Base, requests: list[_Request], forward: Callable[[], Tensor
             else:
                 request.reply.end("length")
         except Exception as error:
-            log.exception("Turning a token into text failed.")
+            request.context.run(log.exception, "Turning a token into text failed.")
             request.reply.end("error", f"{type(error).__name__}: {error}")
         if request.reply.done:
             base.remove(request)

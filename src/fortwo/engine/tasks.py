@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from contextvars import copy_context
 from typing import Generic, TypeVar
 
 from fortwo.records import TrainEvent, Waiting
@@ -24,6 +25,7 @@ class Task(Generic[T]):
         self._events = events
         self._on_event = on_event
         self._wake = wake
+        self._context = copy_context()  # of the job that starts it
         self._outcome: Future[T] = Future()
         self._cancel_requested = False
         self.waiting = False  # whether its last event was Waiting
@@ -51,7 +53,7 @@ class Task(Generic[T]):
             self.end()
             return
         try:
-            event = next(self._events)
+            event = self._context.run(next, self._events)
             self.waiting = isinstance(event, Waiting)
             if not self.waiting:
                 self._on_event(event)
@@ -71,7 +73,7 @@ class Task(Generic[T]):
 
     def _close(self) -> BaseException | None:
         try:
-            self._events.close()
+            self._context.run(self._events.close)
         except BaseException as error:
             return error
         return None

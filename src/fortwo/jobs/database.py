@@ -18,14 +18,31 @@ from typing import Any
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import URL, Engine, create_engine, event, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, ProgrammingError
+from sqlalchemy import URL, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    NoSuchModuleError,
+    ProgrammingError,
+)
 
 from fortwo.errors import InvalidRequest, StorageFailed, Unavailable
 from fortwo.home import PRIVATE
 
-LOCK_SECONDS = 10  # how long a statement waits for another writer of SQLite
+LOCK_SECONDS = 10  # how long a statement waits for another writer, and a connection for its server
 RETRY_SECONDS = 5
+MIGRATION_LOCK = 4242  # PostgreSQL's number of the lock that a server holds while it migrates the schema
+# Errors of PostgreSQL that end when somebody does something, by the beginning of their SQLSTATE.
+NEEDS_SOMEBODY = {
+    "25006": "Use a server that can be written: this one is read-only.",
+    "28": "Correct the user and the password in FORTWO_DATABASE_URL.",
+    "3D": "Create the database, or correct its name in FORTWO_DATABASE_URL.",
+    "42501": "Grant the user of FORTWO_DATABASE_URL all rights on the database and its schema.",
+    "531": "Free space on the disk of the database's server.",
+    "XX": "See the log of the database's server, and restore it from a backup.",
+}
 RESTORE = "Stop the server and restore the file from a backup, or move it away to begin with an empty database."
 
 
@@ -54,15 +71,23 @@ def migrations(database_url: str) -> Config:
 
 
 def connect(database_url: str) -> Engine:
-    """An engine. SQLite gets a write-ahead log, foreign keys, and waits for another writer. Raises InvalidRequest for
-    what is not a URL of a database."""
+    """An engine. SQLite gets a write-ahead log, foreign keys, and waits for another writer; connections to a server are
+    tried before they are used again, because it may have been restarted. Raises InvalidRequest for what is not a URL of
+    a database."""
     try:
-        engine = create_engine(database_url, json_serializer=partial(json.dumps, allow_nan=False))
+        url = make_url(database_url)
+        engine = create_engine(
+            url,
+            json_serializer=partial(json.dumps, allow_nan=False),
+            pool_pre_ping=url.get_backend_name() != "sqlite",
+            connect_args=_limits(url),
+        )
     except (ArgumentError, NoSuchModuleError, ImportError, ValueError) as error:
         raise InvalidRequest(
-            f"database_url = {database_url!r} cannot be used: {error}",
+            f"database_url = {_shown(database_url)} cannot be used: {error}",
             param="database_url",
-            hint="Write it like sqlite:////folder/fortwo.db, or install the driver that it names.",
+            hint="Write it like sqlite:////folder/fortwo.db or postgresql+psycopg://user:password@host/database. The "
+            "driver of PostgreSQL is installed by: pip install 'fortwo[postgres]'",
         ) from None
     if engine.dialect.name == "sqlite":
 
@@ -73,6 +98,14 @@ def connect(database_url: str) -> Engine:
                 connection.execute(f"PRAGMA {pragma}")
 
     return engine
+
+
+def _limits(url: URL) -> dict[str, Any]:
+    """How long PostgreSQL waits, for drivers that take its own settings and where the URL does not say it."""
+    if url.drivername not in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2"):
+        return {}
+    limits = {"connect_timeout": LOCK_SECONDS, "options": f"-c lock_timeout={LOCK_SECONDS}s"}
+    return {name: value for name, value in limits.items() if name not in url.query}
 
 
 def _make_private(engine: Engine) -> None:
@@ -110,12 +143,14 @@ def upgrade(engine: Engine, database_url: str) -> None:
     with errors_of(engine):
         try:
             with engine.begin() as connection:
+                if engine.dialect.name == "postgresql":  # servers that share a database may start together
+                    connection.execute(text(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})"))
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
         except CommandError as error:
             raise DatabaseFailed(
                 f"The database {_named(engine.url)} was written by a newer version of fortwo: {error}.",
-                hint="Install that version, or move the file away to begin with an empty database.",
+                hint="Install that version, or begin with an empty database.",
             ) from None
 
 
@@ -124,8 +159,10 @@ def errors_of(engine: Engine) -> Iterator[None]:
     """Inside, errors of the database are raised as DatabaseLocked or DatabaseFailed. Wrong statements are not."""
     try:
         yield
-    except (IntegrityError, ProgrammingError):
-        raise
+    except (IntegrityError, ProgrammingError, DataError) as error:
+        if _remedy(error.orig) is None:
+            raise
+        raise _meaning(engine, error.orig) from error
     except (DBAPIError, sqlite3.Error) as error:
         raise _meaning(engine, error.orig if isinstance(error, DBAPIError) else error) from error
 
@@ -133,7 +170,16 @@ def errors_of(engine: Engine) -> Iterator[None]:
 def _meaning(engine: Engine, error: BaseException | None) -> DatabaseLocked | DatabaseFailed:
     name = getattr(error, "sqlite_errorname", "") or ""
     file = _named(engine.url)
-    if engine.dialect.name != "sqlite" or name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+    remedy = _remedy(error)
+    if remedy is not None:
+        return DatabaseFailed(f"The database {file} cannot be used: {error}.", hint=remedy)
+    if engine.dialect.name != "sqlite":
+        return DatabaseLocked(
+            f"The database {file} cannot be used now: {error}.",
+            hint="See that its server runs, and that FORTWO_DATABASE_URL has the right address, user, password and "
+            "database; otherwise try again.",
+        )
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return DatabaseLocked(
             f"The database {file} cannot be used now: {error}.",
             hint="Another program may hold it: end that, or try again.",
@@ -147,5 +193,23 @@ def _meaning(engine: Engine, error: BaseException | None) -> DatabaseLocked | Da
     )
 
 
+def _remedy(error: BaseException | None) -> str | None:
+    """What somebody must do about an error of PostgreSQL; None where waiting may help, and for other databases. When
+    the connection itself is refused, the driver gives no SQLSTATE."""
+    state = getattr(error, "sqlstate", None) or ""
+    found = [remedy for beginning, remedy in NEEDS_SOMEBODY.items() if state.startswith(beginning)]
+    return found[0] if found else None
+
+
 def _named(url: URL) -> str:
-    return url.database or "in memory" if url.drivername.startswith("sqlite") else url.render_as_string()
+    """As messages name it: without a password, which the query of a URL may have too."""
+    if url.drivername.startswith("sqlite"):
+        return url.database or "in memory"
+    return url.set(query={}).render_as_string()
+
+
+def _shown(database_url: str) -> str:
+    try:
+        return repr(_named(make_url(database_url)))
+    except (ArgumentError, ValueError):
+        return "(not shown, it may have a password)" if "@" in database_url else repr(database_url)

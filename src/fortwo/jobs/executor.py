@@ -20,7 +20,8 @@ from fortwo.facts.subject import facts_of
 from fortwo.jobs.checkpoints import CheckpointStore
 from fortwo.jobs.progress import ProgressRecorder, initial_progress, nan_to_null
 from fortwo.jobs.store import Job, JobStore, NewEvent
-from fortwo.records import AdapterVersion, Checkpoint, Dataset, Fact, Plan, PlanWarning, TrainEvent
+from fortwo.jobs.tracing import JobSpan
+from fortwo.records import AdapterVersion, Checkpoint, Dataset, Fact, Phase, Plan, PlanWarning, TrainEvent
 from fortwo.train import plan as plans
 from fortwo.train.adapter import lora_config
 
@@ -44,7 +45,7 @@ class JobRun:
 
     stop: why the run is to end early, if it is. saved_step: the step of the last checkpoint; busy: whether one is being
     written. pause_error: why the checkpoint that a pause needs could not be written. ended: set when the run is
-    over. recorder: it may hold what the database refused.
+    over. recorder: it may hold what the database refused. span: of this run.
     """
 
     job: Job
@@ -56,6 +57,10 @@ class JobRun:
     pause_error: StorageFailed | None = None
     recorder: ProgressRecorder | None = None
     ended: threading.Event = field(default_factory=threading.Event)
+    span: JobSpan = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.span = JobSpan(self.job)
 
     @property
     def wanted(self) -> bool:
@@ -161,6 +166,8 @@ class JobExecutor:
                     if isinstance(event, Checkpoint):
                         self._save_checkpoint(run, event, plan, resident, recorder)
                     else:
+                        if isinstance(event, Phase):
+                            run.span.enter_phase(event.name)
                         recorder.record(event)
                 if received.empty():
                     recorder.flush()
@@ -233,6 +240,7 @@ class JobExecutor:
     ) -> RunResult:
         """Store the report, then publish the adapter. It becomes the current version only if it met its targets."""
         job = run.job
+        run.span.enter_phase("publishing")
         metrics = {name: metric.value for name, metric in trained.report.metrics.items()}
         evals = [(one.step, one.loss) for one in trained.report.eval_losses]
         results = {**trained.actual, "metrics": metrics, "eval_losses": evals}

@@ -38,7 +38,8 @@ def restore(settings: Settings, source: Path) -> Manifest:
         raise InvalidRequest(
             "database_url is set, but a backup's database becomes fortwo.db of the home.",
             param="database_url",
-            hint="Unset FORTWO_DATABASE_URL, restore, and copy the database to where it belongs.",
+            hint="Unset FORTWO_DATABASE_URL, restore, and copy the file to where it belongs. PostgreSQL is restored by "
+            "its own program, from what pg_dump wrote.",
         )
     home = settings.home.resolve()
     try:

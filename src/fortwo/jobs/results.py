@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fortwo.errors import StorageFailed
 from fortwo.jobs.store import Event, JobStore
+
+if TYPE_CHECKING:
+    from fortwo.jobs.files import FileStore
+
+log = logging.getLogger(__name__)
 
 RESULTS = "fine-tune-results"  # the purpose of such a file
 COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")  # OpenAI's
@@ -31,6 +38,14 @@ def step_metrics_csv(store: JobStore, job_id: str) -> bytes:
     table.writeheader()
     table.writerows(rows[step] for step in sorted(rows))
     return text.getvalue().encode()
+
+
+def store_results(store: JobStore, files: FileStore, job_id: str) -> None:
+    """Write the file of step metrics that OpenAI's API promises. When the disk refuses, the job ends without it."""
+    try:
+        files.put(result_file_id(job_id), "step_metrics.csv", RESULTS, step_metrics_csv(store, job_id))
+    except StorageFailed as error:
+        log.warning("The step metrics of job %s were not written: %s", job_id, error.message)
 
 
 def eval_losses(store: JobStore, job_id: str) -> dict[int, float | None]:

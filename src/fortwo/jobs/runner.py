@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
+from fortwo import log_context
 from fortwo.data import datasets
-from fortwo.errors import Conflict, FortwoError, NotFound, StorageFailed, TrainingFailed, Unavailable
+from fortwo.errors import Conflict, FortwoError, NotFound, TrainingFailed, Unavailable
 from fortwo.jobs.checkpoints import CheckpointStore
 from fortwo.jobs.database import DATABASE_ERRORS
 from fortwo.jobs.executor import POLL_SECONDS, JobExecutor, JobRun, RunResult, published_result
 from fortwo.jobs.planner import JobPlanner
 from fortwo.jobs.progress import initial_progress
-from fortwo.jobs.results import RESULTS, result_file_id, step_metrics_csv
+from fortwo.jobs.results import store_results
 from fortwo.jobs.store import ACTIVE, INTERRUPTED, LEASE_SECONDS, Job, JobStore, NewEvent, Status
+from fortwo.jobs.tracing import name_request_of
 from fortwo.records import Json, Plan
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
@@ -148,6 +150,7 @@ class JobRunner:
             file_ids=request.file_ids,
             also=also,
         )
+        name_request_of(job.id)
         self._wake.set()
         return job
 
@@ -326,6 +329,11 @@ class JobRunner:
             ):
                 return
             self._active[job.id] = run
+        with log_context.about_job(job.id), run.span:
+            self._execute(run)
+
+    def _execute(self, run: JobRun) -> None:
+        job = run.job
         try:
             self._finish(job, self._executor.execute(run))
         except CancelledError:
@@ -383,9 +391,11 @@ class JobRunner:
             self._end(job, "cancelled", NewEvent("cancelled", "The job was cancelled.", level="warn"))
             self._delete_checkpoints(job.id)
         elif run.stop == "paused":
+            run.span.note_end("paused")
             event = NewEvent("paused", f"The job was paused after step {run.saved_step}.")
             self._until_stored(job, lambda: self._store.update(job.id, event, status="paused"))
         elif run.stop == "interrupted" and self._settings.resume:
+            run.span.note_end("queued")
             self._requeue(job.id, ACTIVE)
         else:
             self._fail(job, INTERRUPTED)
@@ -401,21 +411,15 @@ class JobRunner:
     def _end(self, job: Job, status: Status, event: NewEvent, **changes: Any) -> None:
         run = self._active.get(job.id)
         recorder = None if run is None else run.recorder
+        if run is not None:
+            run.span.note_end(status, changes.get("error"))
         ended = {"status": status, "finished_at": time.time(), **changes}
 
         def store() -> bool:
             if recorder is not None and not recorder.flush():
                 return False
             if job.fine_tuning is not None and changes.get("adapter") is not None:
-                self._store_results(job)
+                store_results(self._store, self._files, job.id)
             return self._store.update(job.id, event, **ended)
 
         self._until_stored(job, store)
-
-    def _store_results(self, job: Job) -> None:
-        """Write the file of step metrics that OpenAI's API promises. When the disk refuses, the job ends without it."""
-        try:
-            content = step_metrics_csv(self._store, job.id)
-            self._files.put(result_file_id(job.id), "step_metrics.csv", RESULTS, content)
-        except StorageFailed as error:
-            log.warning("The step metrics of job %s were not written: %s", job.id, error.message)

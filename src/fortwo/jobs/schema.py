@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, String, Text
+from sqlalchemy import JSON, BigInteger, Double, ForeignKey, Index, String, Text, TypeDecorator
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from fortwo.records import Json
+
+
+class WrittenText(TypeDecorator[str]):
+    """Text that somebody wrote. The replacement character takes the place of NUL, which PostgreSQL cannot store."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Any) -> str | None:
+        return None if value is None else value.replace("\0", "\ufffd")
 
 
 class TableBase(DeclarativeBase):
@@ -48,7 +58,7 @@ class EventRow(TableBase):
     created_at: Mapped[float]
     level: Mapped[str] = mapped_column(String(8))
     type: Mapped[str] = mapped_column(String(32))
-    message: Mapped[str] = mapped_column(Text)
+    message: Mapped[str] = mapped_column(WrittenText)
     data: Mapped[Json]
 
     __table_args__ = (Index("events_by_job", "job_id", "id"), {"sqlite_autoincrement": True})
@@ -61,7 +71,7 @@ class FileRow(TableBase):
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     owner: Mapped[str] = mapped_column(String(32))
-    filename: Mapped[str] = mapped_column(Text)
+    filename: Mapped[str] = mapped_column(WrittenText)
     purpose: Mapped[str] = mapped_column(String(32))
     bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64))

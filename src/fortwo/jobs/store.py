@@ -108,9 +108,13 @@ class JobStore:
         self._engine = connect(database_url)
         self.owner = owner
         self._listeners: list[Callable[[str], None]] = []
-        upgrade(self._engine, database_url)
-        with self.transaction() as session:  # jobs of before there were owners
-            session.execute(update(JobRow).where(JobRow.owner.is_(None)).values(owner=owner))
+        try:
+            upgrade(self._engine, database_url)
+            with self.transaction() as session:  # jobs of before there were owners
+                session.execute(update(JobRow).where(JobRow.owner.is_(None)).values(owner=owner))
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         self._engine.dispose()
@@ -299,7 +303,9 @@ class JobStore:
         return True
 
     def append_event(self, job_id: str, event: NewEvent) -> None:
+        """The row of the job is locked first, so that its events become visible in the order of their ids."""
         with self.transaction() as session:
+            session.execute(update(JobRow).where(JobRow.id == job_id).values(status=JobRow.status))
             session.add(_event_row(job_id, event))
         self._changed(job_id)
 

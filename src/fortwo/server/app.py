@@ -24,8 +24,8 @@ from fortwo.server import (
     versions,
     vllm,
 )
+from fortwo.server.observation import ObservationMiddleware
 from fortwo.server.request_body import RequestBodyMiddleware
-from fortwo.server.request_metrics import RequestMetricsMiddleware
 from fortwo.server.security import SecurityMiddleware
 from fortwo.server.state import AppState, ShutdownMiddleware
 
@@ -38,6 +38,8 @@ def create_app(state: AppState) -> FastAPI:
         openapi_url=docs.OPENAPI_PATH,
         docs_url=None,  # FastAPI's own page loads its scripts from the internet
         redoc_url=None,
+        # Its own spans have the query of a request; server.observation makes ours.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.fortwo = state
     errors.install(app)
@@ -57,7 +59,7 @@ def create_app(state: AppState) -> FastAPI:
         usage=state.key_usage,
     )
     app.add_middleware(errors.UnexpectedErrorMiddleware)
-    app.add_middleware(RequestMetricsMiddleware, metrics=state.request_metrics)
+    app.add_middleware(ObservationMiddleware, metrics=state.request_metrics)
     keyed = [docs.API_KEY] if state.keyed else []
     own = (
         models.router,

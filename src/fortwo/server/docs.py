@@ -28,10 +28,18 @@ API_KEY = Depends(
 
 _TEXT = {"type": "string"}
 _MAYBE_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}
-_FIELDS = {"message": _TEXT, "type": _TEXT, "code": _TEXT, "param": _MAYBE_TEXT, "hint": _MAYBE_TEXT}
+_FIELDS = {
+    "message": _TEXT,
+    "type": _TEXT,
+    "code": _TEXT,
+    "param": _MAYBE_TEXT,
+    "hint": _MAYBE_TEXT,
+    "request_id": _TEXT,
+}
 _ERROR_BODY = {
     "title": "ErrorBody",
-    "description": "What every error says: message is what is wrong, hint the remedy, param the field at fault.",
+    "description": "What every error says: message is what is wrong, hint the remedy, param the field at fault, "
+    "request_id the id of the request in the server's log.",
     "type": "object",
     "properties": {"error": {"type": "object", "properties": _FIELDS, "required": list(_FIELDS)}},
     "required": ["error"],

@@ -1,4 +1,5 @@
-"""HTTP responses of errors, of one shape: {"error": {message, type, code, param, hint}}, or {"error": text} for Ollama.
+"""HTTP responses of errors, of one shape: {"error": {message, type, code, param, hint, request_id}}, or {"error": text}
+for Ollama.
 
 Validation errors of pydantic, unknown routes and unexpected exceptions become fortwo's own errors.
 """
@@ -17,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fortwo import log_context
 from fortwo.errors import FortwoError, InvalidRequest, NotFound, all_of
 from fortwo.records import Json
 
@@ -75,13 +77,19 @@ class ErrorResponse(Response):
         self._more = retry | headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = plain_body(self._error) if scope["path"] in PLAIN_PATHS else self._error.body()
+        body = plain_body(self._error) if scope["path"] in PLAIN_PATHS else error_document(self._error)
         await JSONResponse(body, self.status_code, self._more)(scope, receive, send)
 
 
 def respond(error: FortwoError, headers: dict[str, str] | None = None) -> Response:
     """The response for an error, with a Retry-After header if it has retry_after."""
     return ErrorResponse(error, headers or {})
+
+
+def error_document(error: FortwoError) -> Json:
+    """The HTTP body of an error, with the id of the request that it answers."""
+    fields: Json = error.body()["error"] | {"request_id": log_context.request_id.get()}
+    return {"error": fields}
 
 
 def plain_body(error: FortwoError) -> Json:
@@ -91,8 +99,8 @@ def plain_body(error: FortwoError) -> Json:
 
 
 def unexpected(error: BaseException) -> FortwoError:
-    """Log an exception in full under a number; the error for the client has only the number."""
-    number = uuid.uuid4().hex[:12]
+    """Log an exception in full under a number, which is the request's id; the error for the client has only that."""
+    number = log_context.request_id.get() or uuid.uuid4().hex[:12]
     log.error("Unexpected error %s", number, exc_info=error)
     return FortwoError(
         f"An unexpected error happened. Its number in the server's log is {number}.",

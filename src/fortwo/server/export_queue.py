@@ -30,6 +30,7 @@ from fortwo.errors import Conflict, FortwoError, NotFound, Overloaded
 from fortwo.records import Json
 from fortwo.server import sse
 from fortwo.server.admission import shutting_down
+from fortwo.server.errors import error_document
 from fortwo.settings import Settings
 
 KEEP_SECONDS = 24 * 3600  # that an export is kept after its end
@@ -216,7 +217,7 @@ class ExportQueue:
                 return
             else:
                 await changed.wait()
-        yield sse.encode(shutting_down().body(), event="shutdown")
+        yield sse.encode(error_document(shutting_down()), event="shutdown")
 
     async def _work(self) -> None:
         while True:

@@ -15,6 +15,7 @@ from fastapi.concurrency import run_in_threadpool
 from fortwo.jobs.store import JobStore
 from fortwo.server import sse
 from fortwo.server.admission import shutting_down
+from fortwo.server.errors import error_document
 from fortwo.server.streams import StreamLimit
 
 READ_SECONDS = 0.1  # the shortest time between two reads of a stream
@@ -124,4 +125,4 @@ class JobEvents:
                 await asyncio.sleep(READ_SECONDS)
             except TimeoutError:
                 self._feeds[job_id].reads.clear()
-        yield sse.encode(shutting_down().body(), event="shutdown")
+        yield sse.encode(error_document(shutting_down()), event="shutdown")

@@ -19,7 +19,7 @@ from fortwo.hub.template_files import choose_template
 from fortwo.prompts import MAX_RUNNING, Delta, Prompt
 from fortwo.records import Json
 from fortwo.server import sse
-from fortwo.server.errors import unexpected
+from fortwo.server.errors import error_document, unexpected
 from fortwo.server.llama_options import UNLIMITED, LlamaOptions, json_schema
 from fortwo.server.openai.chat import ChatMessage
 from fortwo.server.openai.parameters import Model, Parameters, Strict, check_known, check_length, only
@@ -229,9 +229,9 @@ async def _events(replies: Replies, frame: Json) -> AsyncIterator[bytes]:
                 if delta.finish_reason is not None:
                     yield sse.encode(frame | _end(replies, delta))
     except FortwoError as error:
-        yield sse.encode(error.body())
+        yield sse.encode(error_document(error))
     except Exception as error:
-        yield sse.encode(unexpected(error).body())
+        yield sse.encode(error_document(unexpected(error)))
 
 
 def _end(replies: Replies, delta: Delta) -> Json:

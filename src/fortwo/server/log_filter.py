@@ -36,8 +36,8 @@ class RepeatFilter(logging.Filter):
 
 
 def install() -> None:
-    """Filter the loggers that speak for every connection."""
-    for name in ("asyncio", "uvicorn.error"):
+    """Filter the loggers that speak for every connection, and those for every batch of spans."""
+    for name in ("asyncio", "uvicorn.error", "opentelemetry.exporter.otlp.proto.http.trace_exporter"):
         logger = logging.getLogger(name)
         if not any(isinstance(one, RepeatFilter) for one in logger.filters):
             logger.addFilter(RepeatFilter())

@@ -12,6 +12,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fortwo import hardware
 from fortwo.errors import FortwoError, InvalidRequest, Unavailable
+from fortwo.server.observation import HEADER, new_request_id
 from fortwo.server.request_body import BodyTimeout
 
 HEADER_SECONDS = 10.0  # from a connection's first moment, or a request's first byte, to the end of the headers
@@ -117,10 +118,11 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: FortwoError) -> None:
         """Answer outside of the application and close the connection."""
-        body = json.dumps(error.body()).encode()
+        request_id = new_request_id()
+        body = json.dumps({"error": error.body()["error"] | {"request_id": request_id}}).encode()
         head = (
             f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            f"content-length: {len(body)}\r\n{HEADER.lower()}: {request_id}\r\nconnection: close\r\n\r\n"
         )
         if not self.transport.is_closing():
             self.transport.write(head.encode() + body)

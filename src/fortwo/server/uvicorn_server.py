@@ -6,6 +6,7 @@ error that names the reason; then the application's state is closed.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 
@@ -23,17 +24,23 @@ CLOSE_SECONDS = 5  # after that, for connections to send their last bytes
 
 class Server(uvicorn.Server):
     """Serves an open AppState, and closes it at the end. on_start: called when the server listens. grace: seconds that
-    replies in flight get at shutdown."""
+    replies in flight get at shutdown. on_stop: called last of all."""
 
     def __init__(
-        self, state: AppState, on_start: Callable[[], None] | None = None, grace: float = GRACE_SECONDS
+        self,
+        state: AppState,
+        on_start: Callable[[], None] | None = None,
+        grace: float = GRACE_SECONDS,
+        on_stop: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
                 create_app(state),
                 host=state.settings.host,
                 port=state.settings.port,
+                log_config=None,
                 log_level="warning",
+                access_log=False,  # server.observation writes it
                 timeout_graceful_shutdown=CLOSE_SECONDS,
                 http=limited(state.settings.max_connections),
                 backlog=BACKLOG,
@@ -43,6 +50,7 @@ class Server(uvicorn.Server):
         self._state = state
         self._on_start = on_start
         self._grace = grace
+        self._on_stop = on_stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -57,3 +65,4 @@ class Server(uvicorn.Server):
         await self._state.exports.close()
         await super().shutdown(sockets)
         self._state.close()  # here, because uvicorn then ends the process with the signal that it received
+        await asyncio.to_thread(self._on_stop)

@@ -7,6 +7,7 @@ dropped if it has not begun, and is told to stop if it has.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 import threading
 import time
@@ -83,7 +84,7 @@ class WorkerPool:
                     retry_after=max(1, math.ceil(self._seconds * self._limit / self._threads)),
                     hint="Try again after the seconds in the header Retry-After.",
                 )
-            future = self._pool.submit(call)
+            future = self._pool.submit(contextvars.copy_context().run, call)
             self._inside[future] = stop
         future.add_done_callback(self._forget)
         return future

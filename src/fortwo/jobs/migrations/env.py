@@ -19,5 +19,7 @@ given = context.config.attributes.get("connection")
 if given is not None:
     run(given)
 else:
-    with connect(context.config.get_main_option("sqlalchemy.url") or "").begin() as opened:
+    engine = connect(context.config.get_main_option("sqlalchemy.url") or "")
+    with engine.begin() as opened:
         run(opened)
+    engine.dispose()

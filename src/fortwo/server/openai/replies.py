@@ -7,6 +7,7 @@ down, one of the replies fails), all replies end and the client, if it is still 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -20,8 +21,9 @@ from fortwo.errors import DeadlineExceeded, FortwoError, InvalidRequest, Unavail
 from fortwo.prompts import SCHEMA_FAILED, Delta, Generation, Prompt
 from fortwo.records import Json
 from fortwo.server import sse
-from fortwo.server.errors import unexpected
+from fortwo.server.errors import error_document, unexpected
 from fortwo.server.state import AppState
+from fortwo.server.tracing import GenerationSpan
 from fortwo.server.workers import until_disconnect
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ class Replies:
         self._admitted = limit
         self._streamed = streamed
         self._loop = asyncio.get_running_loop()
-        self._began = self._loop.time()
+        self._began, self._began_ns = self._loop.time(), time.time_ns()
+        self._span: GenerationSpan | None = None
         self._generations: list[Generation] = []
         self._items: list[StreamItem] = []  # received and not yet passed on
         self._failure: FortwoError | None = None  # to be raised after them
@@ -59,7 +62,7 @@ class Replies:
     async def target(self, model: str) -> AsyncIterator[Target]:
         """The weights that a model name means, loaded if necessary and pinned inside the context. Raises what
         AppState.resolve raises, and the reason when the request ends while it waits."""
-        registry = self._state.registry
+        registry, self._model = self._state.registry, model
         try:
             while not registry.pin(target := await self._resolve(model)):
                 pass  # it was unloaded since it was resolved
@@ -85,6 +88,8 @@ class Replies:
         """Submit the prompts; each is there `n` times in a row. Raises what Engine.submit raises; then all are
         cancelled."""
         self._prompts, self._n = prompts, n
+        if prompts:
+            self._span = GenerationSpan(self._model, prompts, n, self._began_ns)
         try:
             await run_in_threadpool(self._submit)  # compiling a schema takes a while
         except BaseException:
@@ -103,6 +108,8 @@ class Replies:
 
     def _on_delta(self, index: int, delta: Delta) -> None:
         """Called on the device's thread."""
+        if delta.token is not None and self._span is not None:
+            self._span.token()
         if self._streamed or delta.finish_reason is not None:
             self._state.bridge.add(self._loop, partial(self._receive, index, delta))
 
@@ -126,6 +133,8 @@ class Replies:
         self._deadline_timer.cancel()
         for generation in self._generations:
             generation.cancel()
+        if self._span is not None:
+            self._span.end(self.usage(), self._generations, self._failure)
 
     def stop(self) -> None:
         """End all replies now, because the server is shutting down."""
@@ -251,8 +260,8 @@ def stream(
             usage = {"choices": [], "usage": replies.usage()}
             yield (sse.encode(frame | usage) if with_usage else b"") + b"data: [DONE]\n\n"
         except FortwoError as error:
-            yield sse.encode(error.body())
+            yield sse.encode(error_document(error))
         except Exception as error:
-            yield sse.encode(unexpected(error).body())
+            yield sse.encode(error_document(unexpected(error)))
 
     return sse.EventStream(events(), replies.deadline + sse.KEEP_ALIVE_SECONDS, replies.close)
