@@ -223,9 +223,9 @@ def main() -> None:
     else:
         with node(given.adapters, given.max_adapters) as (state, names):
             costs = known or measure(state, names, sum(workload.prompt) // 2, given.max_adapters)
+            if given.costs is not None:
+                given.costs.write_text(json.dumps(asdict(costs), indent=2) + "\n")
             measured = figures(Client(state, names).play(requests))
-    if given.costs is not None:
-        given.costs.write_text(json.dumps(asdict(costs), indent=2) + "\n")
     predicted = figures(simulate(requests, Node(costs, given.max_adapters)))
     Console(width=120).print(f"{len(requests)} requests in {workload.seconds:g} s", show(predicted, measured))
 
