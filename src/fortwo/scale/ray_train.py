@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 RESTARTS = 3  # of the workers of one run
 CONNECT_SECONDS = 5.0
+LONGEST = 300  # characters of Ray's own messages that are shown
 STORE_BYTES = 1 << 30  # of Ray's object store on this machine, where the server starts Ray
 
 
@@ -207,7 +209,7 @@ def _reason(error: BaseException | None) -> str:
     failures = sorted(getattr(error, "worker_failures", {}).items(), key=lambda one: not _died(one[1]))
     rank, cause = failures[0] if failures else (None, error)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
-    line = lines[0] if _died(cause) else lines[-1]  # the end of a traceback says what happened
+    line = shorten(lines[0] if _died(cause) else lines[-1], LONGEST)  # the end of a traceback says what happened
     return line if rank is None else f"worker {rank}: {line}"
 
 
