@@ -29,6 +29,7 @@ from rich.table import Table
 from bench import adapters
 from bench.serving import home
 from bench.simulator import Arrival, Figures, MeasuredCosts, Node, Outcome, Workload, arrivals, figures, simulate
+from fortwo.errors import Unavailable
 from fortwo.prompts import Delta, Prompt, Sampling
 from fortwo.server.state import AppState
 
@@ -39,7 +40,6 @@ ROWS = (1, 2, 4, 8, 16, 32)  # that decode together
 TOKENS = (16, 64, 256, 1024)  # of prompts that are computed together
 STEPS = 12  # of a measured reply
 REPEATS = 3
-VOCABULARY = 20_000  # tokens of random prompts are below this number
 
 
 @contextmanager
@@ -74,8 +74,14 @@ class Client:
     def send(self, arrival: Arrival) -> Outcome:
         """Send it now. Its outcome fills up; `wait` says when it is complete."""
         outcome = Outcome(arrival)
-        tokens = tuple(self._random.randrange(100, VOCABULARY) for _ in range(arrival.prompt))
-        target = self._target(arrival)
+        try:
+            target = self._target(arrival)
+        except Unavailable as error:
+            outcome.refused = error.message
+            self._ended.release()
+            return outcome
+        vocabulary = target.model.decoder.config.vocabulary
+        tokens = tuple(self._random.randrange(vocabulary) for _ in range(arrival.prompt))
         sampling = Sampling(max_tokens=arrival.reply, ignore_eos=True, logprobs=0)  # with them, each token is reported
 
         def on_delta(delta: Delta) -> None:

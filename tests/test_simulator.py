@@ -6,22 +6,26 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench import simulator
-from bench.simulate import show
+from bench import adapters, simulator
+from bench.simulate import Client, show
 from bench.simulator import Arrival, MeasuredCosts, Node, Workload, arrivals, figures, simulate
 from fortwo.engine import engine as real
+from fortwo.engine.adapter_import import import_adapter
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence as Running
 from fortwo.execution.backend import backend_for
 from fortwo.prompts import Prompt, Sampling
+from fortwo.server.state import AppState
 from tests.parts import as_decoder
+from tests.serving import tiny_settings
 from tests.test_engine import Ascii
 from tests.tiny import tiny_model
 
@@ -114,6 +118,7 @@ REQUESTS = st.lists(
 )
 
 
+@settings(max_examples=40)
 @given(REQUESTS, st.integers(1, 4), st.integers(0, 8), st.integers(1, 6))
 def test_every_request_gets_all_its_tokens_or_is_refused(
     requests: list[Arrival], max_adapters: int, queue: int, running: int
@@ -197,6 +202,24 @@ def test_measured_costs_are_on_lines_and_in_proportion_beyond() -> None:
     costs = MeasuredCosts({1: 1.0, 3: 2.0, 5: 2.5}, {10: 1.0}, 0, 0)
     assert [costs.decode(rows) for rows in (1, 2, 3, 4, 5, 10)] == [1.0, 1.5, 2.0, 2.25, 2.5, 5.0]
     assert [costs.prefill(tokens) for tokens in (1, 10, 20)] == [1.0, 1.0, 2.0]
+
+
+@pytest.mark.slow
+def test_a_real_run_answers_or_refuses_each_request(home: Path, tiny: Path) -> None:
+    """The adapter imported last is in memory. The other one finds the only place taken by one that answers."""
+    state = AppState(tiny_settings(home, tiny, max_adapters=1))
+    try:
+        names = []
+        for folder in adapters.write(home / "made", 2, "tiny", tiny / "config.json"):
+            import_adapter(folder.name, folder, state.catalog, state.adapters, state.registry)
+            names.append(folder.name)
+        outcomes = Client(state, names).play([Arrival(0, 9, 900, 1), Arrival(0, 9, 2, 0), Arrival(0, 9, 3)])
+    finally:
+        state.close()
+    assert [len(one.tokens) for one in outcomes] == [900, 0, 3]
+    assert "all 1 adapters in memory are in use" in str(outcomes[1].refused)
+    assert outcomes[0].tokens == sorted(outcomes[0].tokens)
+    assert figures(outcomes).refused == 1
 
 
 def test_the_table_shows_the_difference_of_the_prediction() -> None:
