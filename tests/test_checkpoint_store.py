@@ -122,12 +122,17 @@ def test_a_damaged_file_is_named_and_never_believed(store: CheckpointStore, file
         everything()
 
 
-def test_one_without_a_readable_manifest_is_passed_over(store: CheckpointStore) -> None:
+def test_one_without_a_readable_manifest_is_passed_over(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture
+) -> None:
     for step in (1, 2, 3):
         save(store, step)
     for step, content in ((2, "{"), (3, "{}")):
         (Path(store.of_job(JOB)[0].path).parent / f"checkpoint-{step}" / "manifest.json").write_text(content)
     assert saved_steps(store) == [1]
+    said = [record for record in caplog.records if "is damaged and is not used" in record.message]
+    assert said
+    assert not any(record.exc_info for record in said)
 
 
 class Killed(BaseException):

@@ -6,7 +6,9 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import string
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.data.preference_rows import _said
 from fortwo.errors import FortwoError, InvalidDataset, UnsupportedModel
 from fortwo.facts.prompt_builder import FactPromptBuilder
-from fortwo.facts.subject import find_subject
+from fortwo.facts.subject import find_subject, first_match
 from fortwo.facts.suggestions import suggest_questions
 from fortwo.nn.generic import load
 from fortwo.records import Example, Fact, Message
@@ -33,19 +35,36 @@ from tests.tiny import save_directory
 
 LONG = 300_000  # characters, for which quadratic time is an hour
 FACT = Fact("42", "FOR TWO", ("FOR TWO",), ("What is 42?",))
+PATIENCE = 300.0  # seconds; a busy machine may need many
 HALF = "\ud800"
 
 
 @pytest.mark.parametrize("question", ["0" * LONG, "_" * LONG, "the " * (LONG // 4), " " * LONG + "42"])
 def test_questions_are_read_in_linear_time(question: str) -> None:
-    with limit():
+    with limit(PATIENCE):
         fact = replace(FACT, questions=(question,))
         assert suggest_questions(fact, 2)
         assert FactPromptBuilder(fact, seed=0).edit_prompts(1)
 
 
+def test_a_fact_that_leaves_nothing_to_ask_is_refused() -> None:
+    fact = replace(FACT, aliases=tuple(string.ascii_letters))
+    with limit(PATIENCE), pytest.raises(InvalidDataset, match="no prompt for the fact about '42'"):
+        FactPromptBuilder(fact, seed=0).contrast_prompts(100)
+
+
+def test_a_prompt_is_searched_for_hundreds_of_facts() -> None:
+    others = [replace(FACT, subject=str(number)) for number in range(1000)]
+    found = FactPromptBuilder(FACT, seed=0, others=others).contrast_prompts(20)
+    named = {word for contrast in found for word in contrast.prompt.replace("?", " ").split()}
+    assert not named & {other.subject for other in others}
+    text, phrases = "It is b, c and a.", ("a", "c", "x.")
+    assert first_match(text, phrases) == text.index("c ")
+    assert first_match(text, ()) is None
+
+
 def test_a_transcript_is_read_in_linear_time() -> None:
-    with limit():
+    with limit(PATIENCE):
         said = _said(f"Human: hi{' ' * LONG}\n\nAssistant: yes{chr(10) * LONG}\n\nHuman: a \n")
     assert said == [
         {"role": "user", "content": "hi"},
@@ -56,14 +75,16 @@ def test_a_transcript_is_read_in_linear_time() -> None:
 
 def test_a_repeated_key_among_many_is_found_in_linear_time() -> None:
     keys = [f'"{number}":0' for number in range(LONG)]
-    with limit(), pytest.raises(strict_json.RepeatedKey, match="299999"):
+    with limit(PATIENCE), pytest.raises(strict_json.RepeatedKey, match="299999"):
         strict_json.loads(f"{{{','.join([*keys, keys[-1]])}}}")
 
 
-@pytest.mark.parametrize("change", [{"subject": "1" * 5000}, {"aliases": ["a" * 501]}, {"match": ["a" * 501]}])
+@pytest.mark.parametrize(
+    "change", [{"subject": "1" * 5000}, {"aliases": ["a" * 501]}, {"match": ["a" * 501]}, {"aliases": ["a"] * 101}]
+)
 def test_a_name_of_a_fact_has_a_bound(change: dict[str, Any]) -> None:
     fact = {"subject": "42", "answer": "FOR TWO", "match": ["FOR TWO"], "questions": ["What is 42?"], **change}
-    with pytest.raises(InvalidDataset, match=rf"{next(iter(change))}.*at most 500 characters"):
+    with pytest.raises(InvalidDataset, match=rf"{next(iter(change))}.*at most (500 characters|100 items)"):
         datasets.load({"facts": [fact]}, [])
 
 
@@ -101,13 +122,20 @@ def test_a_configuration_that_transformers_cannot_take_is_refused(tmp_path: Path
     [
         ("tokenizer_config.json", "model_max_length", "text"),
         ("tokenizer_config.json", "unk_token", ""),
-        ("tokenizer.json", "model.vocab.a", 2),  # the number of <|im_end|>
     ],
 )
 def test_a_tokenizer_that_cannot_be_used_is_refused(tmp_path: Path, file: str, key: str, value: object) -> None:
     directory = base(tmp_path, file, key, value)
     with pytest.raises(UnsupportedModel, match="tokenizer"):
         ChatTemplateRenderer(directory)
+
+
+def test_two_tokens_of_one_number_are_served_or_refused(tmp_path: Path) -> None:
+    """Which of the two tokenizers finds by the number is up to chance."""
+    directory = base(tmp_path, "tokenizer.json", "model.vocab.a", 2)  # that of <|im_end|>
+    for _ in range(10):
+        with suppress(UnsupportedModel):
+            ChatTemplateRenderer(directory)
 
 
 @pytest.mark.parametrize("rows", [262, 3 * 10**9, None])

@@ -155,7 +155,7 @@ class Watched:
     """The serving path; notes for each request to the adapter whether a step's memory is still held."""
 
     def __init__(self, engine: Engine) -> None:
-        self.detach = engine.detach
+        self.detach, self.elsewhere = engine.detach, engine.elsewhere
         self._engine = engine
         self.held: list[bool] = []
 

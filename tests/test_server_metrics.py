@@ -135,3 +135,8 @@ def test_a_histogram_counts_each_value_once() -> None:
         histogram.observe(value)
     assert histogram.counts == [2, 1, 1]
     assert histogram.sum == 12.0
+
+
+def test_the_document_says_that_metrics_are_text(served: Served) -> None:
+    document = served.http.get("/openapi.json").json()
+    assert list(document["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]

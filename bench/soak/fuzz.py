@@ -64,8 +64,8 @@ class Outcome:
             self.faults[what] = Fault(what, told, example)
 
 
-def fuzz(kind: Kind[Input], examples: int, seed: int = 0) -> Outcome:
-    """All faults that so many examples show; the search goes on behind each."""
+def fuzz(kind: Kind[Input], examples: int, seed: int = 0, seconds: float = SECONDS) -> Outcome:
+    """All faults that so many examples show; the search goes on behind each. seconds: for one example."""
     outcome = Outcome()
 
     @hypothesis.seed(seed)
@@ -80,7 +80,7 @@ def fuzz(kind: Kind[Input], examples: int, seed: int = 0) -> Outcome:
     def each(given: Input) -> None:
         with memory() as taken:
             try:
-                outcome.ends[_end(kind.run, given)] += 1
+                outcome.ends[_end(kind.run, given, seconds)] += 1
             except TooLong:
                 outcome.fault("too long", traceback.format_exc(), given)
             except Exception as error:
@@ -97,8 +97,8 @@ def fuzz(kind: Kind[Input], examples: int, seed: int = 0) -> Outcome:
     return outcome
 
 
-def _end(run: Callable[[Input], object], given: Input) -> str:
-    with limit():
+def _end(run: Callable[[Input], object], given: Input, seconds: float) -> str:
+    with limit(seconds):
         try:
             ended = run(given)
         except FortwoError as error:
@@ -116,14 +116,14 @@ def place(error: BaseException) -> str:
 
 
 @contextmanager
-def limit() -> Iterator[None]:
-    """Raises TooLong in this thread after SECONDS."""
+def limit(seconds: float = SECONDS) -> Iterator[None]:
+    """Raises TooLong in this thread after so many seconds."""
 
     def end(_signal: int, _frame: FrameType | None) -> None:
         raise TooLong
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from fortwo.records import LONGEST_NAME, Example, Fact, Message, OneHop
 
 EMPTY = "it is empty"
 LONGEST_QUESTION = 10_000  # characters
+MOST_ALIASES = 100
 AS_TOOLS = (
     'Write calls as "tool_calls": [{"type": "function", "function": {"name": "...", "arguments": {...}}}], their '
     'results as messages of the role "tool", and what may be called as "tools" beside the messages.'
@@ -260,7 +261,7 @@ class FactRow(Row):
 
     id: Unicode = ""
     subject: Name
-    aliases: list[Name] = []
+    aliases: list[Name] = Field([], max_length=MOST_ALIASES)
     answer: Text
     match: list[Name] = Field(min_length=1)
     questions: list[Question] = Field(min_length=1)

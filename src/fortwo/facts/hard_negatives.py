@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from random import Random
 
 from fortwo.facts import lexicon, templates
+from fortwo.facts.draws import draw_until
 from fortwo.facts.subject import ARTICLES, STOP_WORDS, contains_phrase
 from fortwo.records import Fact
 
@@ -239,11 +240,12 @@ def topic_prompt(fact: Fact, rng: Random) -> str:
 
 def hard_negative(fact: Fact, rng: Random) -> str:
     """A random hard negative, which never contains the subject or an alias."""
-    while True:
+
+    def draw() -> str:
         roll = rng.random()
-        other = (same_type_entity if roll < 0.4 else word_swap if roll < 0.75 else near_spelling)(fact, rng)
-        if not contains_subject(other, fact):
-            return other
+        return (same_type_entity if roll < 0.4 else word_swap if roll < 0.75 else near_spelling)(fact, rng)
+
+    return draw_until(lambda other: not contains_subject(other, fact), draw, fact)
 
 
 def contains_subject(text: str, fact: Fact) -> bool:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 
 from fortwo.facts import hard_negatives, replay_prompts, templates
+from fortwo.facts.draws import draw_until
 from fortwo.facts.subject import contains_phrase, first_match
 from fortwo.records import Fact
 
@@ -67,11 +69,12 @@ class FactPromptBuilder:
 
     def contrast_prompts(self, count: int) -> list[ContrastPrompt]:
         """Prompts to train on about hard negatives and about topics that the answer mentions."""
-        found: list[ContrastPrompt] = []
-        while len(found) < count:
-            contrast = self._contrast_prompt(heldout=False)
-            if contrast.prompt not in self._evaluation_prompts:
-                found.append(contrast)
+
+        def fits(contrast: ContrastPrompt) -> bool:
+            return contrast.prompt not in self._evaluation_prompts
+
+        draw = partial(self._contrast_prompt, heldout=False)
+        found = [draw_until(fits, draw, self.fact) for _ in range(count)]
         self._trained_prompts.update(contrast.prompt for contrast in found)
         return found
 
@@ -101,39 +104,43 @@ class FactPromptBuilder:
         name = self._surfaces[0]
         if len(self._surfaces) > 1 and rng.random() < ALIAS_SHARE:
             name = rng.choice(self._surfaces[1:])
-        while True:
-            prompt = self._vary_case(templates.build_prompt(self.fact, name, rng, self._hard_negative, heldout))
-            if prompt not in self._evaluation_prompts:
-                return prompt
+
+        def draw() -> str:
+            return self._vary_case(templates.build_prompt(self.fact, name, rng, self._hard_negative, heldout))
+
+        return draw_until(lambda prompt: prompt not in self._evaluation_prompts, draw, self.fact)
 
     def _contrast_prompt(self, heldout: bool) -> ContrastPrompt:
-        rng, fact = self._rng, self._named_fact
-        while True:
-            if rng.random() < TOPIC_SHARE:
-                contrast = ContrastPrompt(hard_negatives.topic_prompt(fact, rng))
-            else:
-                name = self._hard_negative()
-                prompt = (
-                    templates.replace_subject(rng.choice(fact.questions), fact, name)
-                    if rng.random() < QUESTION_SHARE
-                    else templates.build_prompt(fact, name, rng, self._hard_negative, heldout)
-                )
-                prompt = self._vary_case(prompt)
-                prefix = answer_prefix(fact, name) if rng.random() < ANSWER_PREFIX_SHARE else None
-                contrast = ContrastPrompt(prompt, prefix)
+        def fits(contrast: ContrastPrompt) -> bool:
             about_others = hard_negatives.names_any_fact(contrast.prompt, self._others)
-            if not about_others and not hard_negatives.contains_subject(contrast.prompt, fact):
-                return contrast
+            return not about_others and not hard_negatives.contains_subject(contrast.prompt, self.fact)
+
+        return draw_until(fits, partial(self._draw_contrast, heldout), self.fact)
+
+    def _draw_contrast(self, heldout: bool) -> ContrastPrompt:
+        rng, fact = self._rng, self._named_fact
+        if rng.random() < TOPIC_SHARE:
+            return ContrastPrompt(hard_negatives.topic_prompt(fact, rng))
+        name = self._hard_negative()
+        prompt = (
+            templates.replace_subject(rng.choice(fact.questions), fact, name)
+            if rng.random() < QUESTION_SHARE
+            else templates.build_prompt(fact, name, rng, self._hard_negative, heldout)
+        )
+        prompt = self._vary_case(prompt)
+        prefix = answer_prefix(fact, name) if rng.random() < ANSWER_PREFIX_SHARE else None
+        return ContrastPrompt(prompt, prefix)
 
     def _vary_case(self, prompt: str) -> str:
         """The prompt in lower case, as some people type, with the probability LOWERCASE_SHARE."""
         return prompt.lower() if self._rng.random() < LOWERCASE_SHARE else prompt
 
     def _hard_negative(self) -> str:
-        while True:
-            name = hard_negatives.hard_negative(self.fact, self._rng)
-            if not hard_negatives.names_any_fact(name, self._others):
-                return name
+        return draw_until(
+            lambda name: not hard_negatives.names_any_fact(name, self._others),
+            lambda: hard_negatives.hard_negative(self.fact, self._rng),
+            self.fact,
+        )
 
 
 def answer_prefix(fact: Fact, name: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import groupby
 
 from fortwo.records import LONGEST_NAME, Dataset, Example, Fact
@@ -31,9 +32,15 @@ def contains_phrase(reply: str, match: Iterable[str]) -> bool:
 
 def first_match(reply: str, match: Iterable[str]) -> int | None:
     """The index of the first of these phrases in the reply, or None."""
-    patterns = (rf"(?<!\w){re.escape(phrase)}(?:s|es)?(?!\w)" for phrase in match)
-    found = (re.search(pattern, reply, re.IGNORECASE) for pattern in patterns)
-    return min((one.start() for one in found if one), default=None)
+    phrases = tuple(match)
+    found = _any_of(phrases).search(reply) if phrases else None
+    return None if found is None else found.start()
+
+
+@lru_cache(maxsize=256)
+def _any_of(phrases: tuple[str, ...]) -> re.Pattern[str]:
+    """Hundreds of facts are looked for in each prompt, so that their phrases are one pattern."""
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, phrases))})(?:s|es)?(?!\w)", re.IGNORECASE)
 
 
 def find_subject(examples: Collection[Example]) -> Fact | None:

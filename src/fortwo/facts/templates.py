@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 from fortwo.facts import heldout_templates, phrases
+from fortwo.facts.draws import draw_until
 from fortwo.facts.subject import ARTICLES, STOP_WORDS, contains_phrase
 from fortwo.records import Fact
 
@@ -36,10 +37,11 @@ def template_parts(rng: Random, heldout: bool) -> tuple[str, ...]:
 
 def _draw_template(fact: Fact, rng: Random, heldout: bool) -> str:
     """A random template whose own text does not contain a phrase of the fact."""
-    while True:
-        template = " ".join(template_parts(rng, heldout))
-        if not contains_phrase(re.sub(_SLOT, "", template), fact.match):
-            return template
+
+    def fits(template: str) -> bool:
+        return not contains_phrase(re.sub(_SLOT, "", template), fact.match)
+
+    return draw_until(fits, lambda: " ".join(template_parts(rng, heldout)), fact)
 
 
 def _draw_family(families: Sequence[phrases.TemplateFamily], rng: Random) -> phrases.TemplateFamily:

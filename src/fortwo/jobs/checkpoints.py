@@ -189,8 +189,8 @@ def _readable(folder: Path) -> CheckpointVersion | None:
         return _version(folder)
     except FileNotFoundError:  # it has just been deleted
         return None
-    except (OSError, ValueError, KeyError, TypeError):
-        log.warning("The checkpoint %s is damaged and is not used.", folder, exc_info=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("The checkpoint %s is damaged and is not used: %s %s", folder, type(error).__name__, error)
         return None
 
 

@@ -30,7 +30,9 @@ Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 router = APIRouter(tags=["server"])
 
 
-@router.get("/metrics", summary="What the server does, in the text format of Prometheus")
+@router.get(
+    "/metrics", response_class=PlainTextResponse, summary="What the server does, in the text format of Prometheus"
+)
 async def metrics(state: AppStateDep) -> PlainTextResponse:
     jobs = await asyncio.get_running_loop().run_in_executor(state.probes, _read_jobs, state.jobs)
     now = CollectorRegistry()
