@@ -3,8 +3,9 @@
     python -m bench.simulate                                        # measure, predict, serve for real, compare
     python -m bench.simulate --costs costs.json --predict --adapters 1000 --rate 20
 
-The costs of steps are measured with the engine that serves, and kept in the file that --costs names; where the file
-exists they are read from it. The real run goes through the registry and the engine, without HTTP.
+The costs of steps are measured with the engine that serves, before and after the real run; the prediction takes the
+mean of both. --costs names a file in which they are kept. The real run goes through the registry and the engine,
+without HTTP.
 """
 
 from __future__ import annotations
@@ -28,7 +29,19 @@ from rich.table import Table
 
 from bench import adapters
 from bench.serving import home
-from bench.simulator import Arrival, Figures, MeasuredCosts, Node, Outcome, Workload, arrivals, figures, simulate
+from bench.simulator import (
+    Arrival,
+    Figures,
+    MeasuredCosts,
+    Node,
+    Outcome,
+    Workload,
+    arrivals,
+    drift,
+    figures,
+    mean,
+    simulate,
+)
 from fortwo.errors import Unavailable
 from fortwo.prompts import Delta, Prompt, Sampling
 from fortwo.server.state import AppState
@@ -214,26 +227,29 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=1.0, help="exponent of the adapters' popularity")
     parser.add_argument("--max-adapters", type=int, default=8, help="in memory at once")
-    parser.add_argument("--costs", type=Path, help="file of measured costs; written if it does not exist")
+    parser.add_argument("--costs", type=Path, help="file of measured costs: written, and with --predict read")
     parser.add_argument("--predict", action="store_true", help="do not serve for real")
     given = parser.parse_args()
-    known = read(given.costs) if given.costs is not None and given.costs.exists() else None
-    if given.predict and known is None:
+    if given.predict and (given.costs is None or not given.costs.exists()):
         parser.error("--predict needs --costs with a file of an earlier run")
     workload = Workload(given.rate, given.seconds, tuple(given.prompt), tuple(given.reply), given.adapters, given.alpha)
     requests = arrivals(workload)
+    screen = Console(width=120)
     measured = None
     if given.predict:
-        assert known is not None
-        costs = known
+        costs = read(given.costs)
     else:
         with node(given.adapters, given.max_adapters) as (state, names):
-            costs = known or measure(state, names, sum(workload.prompt) // 2, given.max_adapters)
-            if given.costs is not None:
-                given.costs.write_text(json.dumps(asdict(costs), indent=2) + "\n")
+            length = sum(workload.prompt) // 2
+            before = measure(state, names, length, given.max_adapters)
             measured = figures(Client(state, names).play(requests))
+            after = measure(state, names, length, given.max_adapters)
+        costs = mean(before, after)
+        screen.print(f"Steps took {drift(before, after):.2f} times as long after the run as before it.")
+        if given.costs is not None:
+            given.costs.write_text(json.dumps(asdict(costs), indent=2) + "\n")
     predicted = figures(simulate(requests, Node(costs, given.max_adapters)))
-    Console(width=120).print(f"{len(requests)} requests in {workload.seconds:g} s", show(predicted, measured))
+    screen.print(f"{len(requests)} requests in {workload.seconds:g} s", show(predicted, measured))
 
 
 if __name__ == "__main__":

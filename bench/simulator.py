@@ -92,6 +92,26 @@ class MeasuredCosts:
         return _between(self.prefill_seconds, tokens)
 
 
+def mean(first: MeasuredCosts, other: MeasuredCosts) -> MeasuredCosts:
+    """The costs halfway between two measurements of the same places."""
+
+    def halfway(one: Mapping[int, float], two: Mapping[int, float]) -> dict[int, float]:
+        return {place: (seconds + two[place]) / 2 for place, seconds in one.items()}
+
+    return MeasuredCosts(
+        halfway(first.decode_seconds, other.decode_seconds),
+        halfway(first.prefill_seconds, other.prefill_seconds),
+        (first.adapter_load + other.adapter_load) / 2,
+        (first.adapter_check + other.adapter_check) / 2,
+    )
+
+
+def drift(first: MeasuredCosts, other: MeasuredCosts) -> float:
+    """By how much steps of decoding got slower between two measurements of the same places, the median of all places:
+    1 if they took as long. Far from 1, other programs used the machine, and predictions cannot hold."""
+    return statistics.median(other.decode_seconds[rows] / seconds for rows, seconds in first.decode_seconds.items())
+
+
 def _between(measured: Mapping[int, float], place: int) -> float:
     places = sorted(measured)
     if place <= places[0]:

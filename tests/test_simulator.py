@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import adapters, simulator
 from bench.simulate import Client, show
-from bench.simulator import Arrival, MeasuredCosts, Node, Workload, arrivals, figures, simulate
+from bench.simulator import Arrival, MeasuredCosts, Node, Workload, arrivals, drift, figures, mean, simulate
 from fortwo.engine import engine as real
 from fortwo.engine.adapter_import import import_adapter
 from fortwo.engine.engine import Engine
@@ -202,6 +202,14 @@ def test_measured_costs_are_on_lines_and_in_proportion_beyond() -> None:
     costs = MeasuredCosts({1: 1.0, 3: 2.0, 5: 2.5}, {10: 1.0}, 0, 0)
     assert [costs.decode(rows) for rows in (1, 2, 3, 4, 5, 10)] == [1.0, 1.5, 2.0, 2.25, 2.5, 5.0]
     assert [costs.prefill(tokens) for tokens in (1, 10, 20)] == [1.0, 1.0, 2.0]
+
+
+def test_two_measurements_have_a_mean_and_a_drift() -> None:
+    before = MeasuredCosts({1: 1.0, 2: 2.0, 4: 3.0}, {16: 1.0}, 0.2, 0.1)
+    after = MeasuredCosts({1: 2.0, 2: 3.0, 4: 3.0}, {16: 2.0}, 0.4, 0.3)
+    assert mean(before, after) == MeasuredCosts({1: 1.5, 2: 2.5, 4: 3.0}, {16: 1.5}, pytest.approx(0.3), 0.2)
+    assert drift(before, after) == 1.5
+    assert drift(after, after) == 1.0
 
 
 @pytest.mark.slow
