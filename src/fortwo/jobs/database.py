@@ -194,8 +194,8 @@ def _meaning(engine: Engine, error: BaseException | None) -> DatabaseLocked | Da
 
 
 def _remedy(error: BaseException | None) -> str | None:
-    """What somebody must do about an error of PostgreSQL; None where waiting may help, and for other databases. When the
-    connection itself is refused, the driver gives no SQLSTATE."""
+    """What somebody must do about an error of PostgreSQL; None where waiting may help, and for other databases. When
+    the connection itself is refused, the driver gives no SQLSTATE."""
     state = getattr(error, "sqlstate", None) or ""
     found = [remedy for beginning, remedy in NEEDS_SOMEBODY.items() if state.startswith(beginning)]
     return found[0] if found else None
