@@ -27,7 +27,7 @@ def _binaries() -> Path | None:
     found = shutil.which("initdb")
     debian = [path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/initdb")]
     debian.sort(key=lambda folder: float(folder.parent.name))
-    return Path(found).parent if found else debian[-1] if debian else None
+    return Path(found).resolve().parent if found else debian[-1] if debian else None
 
 
 def _account() -> dict[str, Any]:

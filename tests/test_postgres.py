@@ -230,6 +230,19 @@ def test_a_job_is_paused_survives_restarts_and_is_published(
         assert connection.execute("SELECT status FROM jobs").fetchall() == [("succeeded",)]
 
 
+def test_what_pg_dump_wrote_comes_back(postgres: Postgres, store: JobStore, url: str) -> None:
+    job, other = create(store), postgres.database()
+    dump = str(postgres.folder / "dump")
+    postgres.run("pg_dump", "--format=custom", f"--file={dump}", url.replace("+psycopg", ""))
+    postgres.run("pg_restore", f"--dbname={other.replace('+psycopg', '')}", dump)
+    restored = JobStore(other, "here")
+    assert restored.jobs() == [job]
+    assert create(restored).owner == "here"
+    restored.append_event(job.id, NewEvent("step", "one"))  # ids go on behind those that were restored
+    assert [event.type for event in restored.events(job.id)] == ["queued", "step"]
+    restored.close()
+
+
 def test_a_backup_says_how_the_database_is_backed_up(url: str, tmp_path: Path) -> None:
     settings = Settings(home=tmp_path / "home", database_url=url)
     for refused in (lambda: backup(settings, tmp_path / "b"), lambda: restore(settings, tmp_path / "b")):

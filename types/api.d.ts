@@ -1651,7 +1651,7 @@ export interface components {
         };
         /**
          * ErrorBody
-         * @description What every error says: message is what is wrong, hint the remedy, param the field at fault.
+         * @description What every error says: message is what is wrong, hint the remedy, param the field at fault, request_id the id of the request in the server's log.
          */
         ErrorBody: {
             error: {
@@ -1660,6 +1660,7 @@ export interface components {
                 code: string;
                 param: string | null;
                 hint: string | null;
+                request_id: string;
             };
         };
     };
