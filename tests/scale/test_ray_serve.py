@@ -460,7 +460,7 @@ def test_an_address_in_use_is_refused_before_replicas_start() -> None:
     check_address("127.0.0.1", port)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:10001", "cluster", "cluster:name"])
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "cluster", "cluster:name"])
 def test_a_cluster_that_does_not_answer(home: Path, address: str) -> None:
     """In a process of its own, because this one may be connected already."""
     environment = {**os.environ, "FORTWO_HOME": str(home), "FORTWO_RAY_ADDRESS": address, "FORTWO_PORT": "0"}

@@ -263,8 +263,8 @@ def test_a_base_that_workers_cannot_read_ends_the_run_with_the_remedy(
 @pytest.mark.parametrize(
     ("address", "told"),
     [
-        ("127.0.0.1:9", "no Ray cluster answers at 127.0.0.1:9"),
-        ("cluster", "no Ray cluster answers at cluster: this is not of the form HOST:PORT"),
+        ("127.0.0.1:9", "No Ray cluster answers at 127.0.0.1:9"),
+        ("cluster", "No Ray cluster answers at cluster: 'cluster' is not HOST:PORT"),
         ("ray://127.0.0.1:10001", "an address of Ray's client"),
     ],
 )

@@ -8,9 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import signal
-import socket
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,17 +26,16 @@ from fortwo.hub.catalog import Catalog
 from fortwo.prompts import MAX_RUNNING
 from fortwo.records import AdapterVersion, Json
 from fortwo.scale.pins import Pin
+from fortwo.scale.ray_cluster import connect
 from fortwo.scale.replica import Replica, check_home
 from fortwo.settings import Settings
 
 log = logging.getLogger(__name__)
-LOCAL = "local"  # Ray's word for a cluster of this process's own
 OBJECT_STORE_BYTES = 100 << 20  # of a local cluster: only parts of replies lie in it
 START_SECONDS = 600  # for the first replica to be ready
 CONTROL_SECONDS = 120  # for all replicas to load a version or to drop one
 DESCRIBE_SECONDS = 5
 HEALTH_SECONDS = 5
-CONNECT_SECONDS = 5
 STARTS = 3  # of a replica that ends while it starts
 POLL_SECONDS = 0.2
 DEPLOYMENT = "Replica"
@@ -61,7 +57,8 @@ class ReplicaSet:
         self._settings = settings
         self._name = f"fortwo-{home_id(settings.home)[:12]}"
         self._local = settings.ray_address is None
-        self._connected = connect(settings)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        self._connected = connect(settings.ray_address, OBJECT_STORE_BYTES)
         self._deployed = False
         try:
             self._check_gpus()
@@ -204,43 +201,6 @@ class ReplicaSet:
         if self._connected:
             ray.shutdown()
         self._deployed = self._connected = False
-
-
-def connect(settings: Settings) -> bool:
-    """Join the cluster of settings.ray_address, or start one for this process. False if this process is connected
-    already. Raises Unavailable."""
-    if ray.is_initialized():
-        return False
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # fortwo sends nothing about its users anywhere
-    address = settings.ray_address
-    own: Json = {} if address else {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    ends = signal.getsignal(signal.SIGTERM)  # Ray's handler would end the server without its shutdown
-    try:
-        if address not in (None, "auto"):
-            _find(address)
-        ray.init(address or LOCAL, namespace="fortwo", log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        where = f"No Ray cluster answers at {address}" if address else "Ray could not be started on this machine"
-        raise Unavailable(
-            f"{where}: {' '.join(str(error).split())}",
-            param="ray_address",
-            hint="Start a cluster with: ray start --head. Set FORTWO_RAY_ADDRESS to its HOST:PORT, or remove it, and "
-            "the server starts Ray on this machine. For a cluster with tokens, which are Ray's default, set "
-            "RAY_AUTH_MODE=token and put its token into ~/.ray/auth_token.",
-        ) from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, ends)
-    return True
-
-
-def _find(address: str) -> None:
-    """Raises OSError when nothing listens there, for which Ray would look for minutes, and ValueError for what is not
-    HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or "/" in host:
-        raise ValueError(f"{address!r} is not HOST:PORT.")
-    socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def _arguments(settings: Settings, replicas: int) -> tuple[Json, str, dict[str, str]]:

@@ -7,11 +7,7 @@ nothing therefore: Ray Train starts the group again, and the step is computed ag
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
-import signal
-import socket
 import tempfile
 import threading
 import time
@@ -34,6 +30,7 @@ from fortwo.quantization.matmul import fp32_kernel
 from fortwo.records import Phase, Plan, TrainEvents, Waiting
 from fortwo.scale.exchange import News, StepExchange
 from fortwo.scale.gradients import RunSpec, Step, versions
+from fortwo.scale.ray_cluster import connect
 from fortwo.scale.ray_worker import train_loop
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
@@ -45,7 +42,6 @@ if TYPE_CHECKING:
     from fortwo.nn.lora import Lora
 
 RESTARTS = 3  # of the workers of one run
-CONNECT_SECONDS = 5.0
 LONGEST = 300  # characters of Ray's own messages that are shown
 STORE_BYTES = 1 << 30  # of Ray's object store on this machine, where the server starts Ray
 
@@ -56,7 +52,7 @@ class RayTraining:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._connected = connect(settings.ray_address)
+        self._connected = connect(settings.ray_address, STORE_BYTES)
 
     def close(self) -> None:
         """Leave the cluster, if this is what joined it; one that was started here ends."""
@@ -215,52 +211,6 @@ def _reason(error: BaseException | None) -> str:
 
 def _died(error: BaseException) -> bool:
     return isinstance(error, ray.exceptions.RayError)
-
-
-def connect(address: str | None) -> bool:
-    """Connect this process to the cluster at `address`, or start Ray on this machine; False if the process is connected
-    already. Raises InvalidRequest for an address of Ray's client, and Unavailable if there is no such cluster."""
-    if ray.is_initialized():
-        return False
-    if address is not None and address.startswith("ray://"):
-        raise InvalidRequest(
-            f"FORTWO_RAY_ADDRESS = {address!r} is an address of Ray's client, through which a server cannot train.",
-            param="ray_address",
-            hint="Run the server on a machine that has joined the cluster (ray start --address=HOST:PORT), and set "
-            "FORTWO_RAY_ADDRESS to HOST:PORT or auto.",
-        )
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        if address is None:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to Ray's makers
-            ray.init(address="local", include_dashboard=False, object_store_memory=STORE_BYTES, **quiet)
-        else:
-            if address != "auto":
-                _reach(address)
-            ray.init(address=address, **quiet)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        where = (
-            "Ray could not be started on this machine" if address is None else f"no Ray cluster answers at {address}"
-        )
-        raise Unavailable(
-            f"FORTWO_TRAIN is ray, and {where}: {' '.join(str(error).split())}",
-            param="ray_address",
-            hint="Start a cluster with: ray start --head. Set FORTWO_RAY_ADDRESS to its HOST:PORT, or remove it, and "
-            "the server starts Ray on this machine.",
-        ) from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaces it
-    return True
-
-
-def _reach(address: str) -> None:
-    """Raises OSError if nothing listens at HOST:PORT, which Ray would try for minutes, and ValueError for an address of
-    another form."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ValueError("this is not of the form HOST:PORT.")
-    socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def _resources() -> dict[str, float]:
