@@ -736,3 +736,9 @@ def test_the_manifest_is_json_that_people_can_read(store: AdapterStore) -> None:
     text = (Path(store.get("a").path) / MANIFEST).read_text("utf-8")
     assert json.loads(text)["files"].keys() == {CONFIG, TENSORS}
     assert "\n" in text
+
+
+def test_any_text_may_be_asked_for(store: AdapterStore) -> None:
+    publish(store, "there")
+    asked = ("there", "There", "there@1", "not-there", "", ".", "..", "../there", "there/1", "a\0b", "x" * 5000)
+    assert [one for one in asked if store.has(one)] == ["there"] == list(store.names())

@@ -40,6 +40,10 @@ class AdapterReader:
         """The names of all adapters that have a version, sorted."""
         return tuple(name for name in self._folders() if version_numbers(self._root / name))
 
+    def has(self, name: str) -> bool:
+        """Whether an adapter of this name has a version; any text may be asked for."""
+        return disk.NAME.fullmatch(name) is not None and bool(version_numbers(self._root / name))
+
     def deleted(self) -> list[Json]:
         """The versions that can be restored, each as {name, version, deleted_at}."""
         return [

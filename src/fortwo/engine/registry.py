@@ -185,13 +185,13 @@ class ModelRegistry:
         ids = self._catalog_ids()
         if model in ids:
             return None
-        names = self._store.names()
         source = self._source(model)
-        if model.partition("@")[0] not in names and source is self._store:
+        if source is self._store and not self._store.has(model.partition("@")[0]):
+            names = ", ".join(self._store.names())
             raise NotFound(
                 f"There is no model {model!r}.",
                 param="model",
-                hint=f"Base models: {', '.join(ids)}. Adapters: {', '.join(names) if names else 'none yet'}.",
+                hint=f"Base models: {', '.join(ids)}. Adapters: {names or 'none yet'}.",
             )
         try:
             return source.get(model)
