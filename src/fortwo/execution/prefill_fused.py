@@ -1,6 +1,6 @@
 """Prompts through all layers in one kernel (prefill.c), the adapters of each included; steps of many rows, too.
 
-Products are in bf16, on processors with AMX or AVX-512's bf16 products, whatever the weights are held in; what is
+Products are in bf16, on processors with AMX or AVX-512; on AMX whatever the weights are held in. What is
 carried from layer to layer is fp32. `decoder` computes the same from torch's operations, for everything else and for
 comparison. Shape suffixes as in `decoder`.
 """

@@ -1,5 +1,5 @@
 """The decoder's layers to train an adapter on, by one kernel there and one back, in bf16
-(train_layers.c), on processors with AMX or AVX-512's bf16 products.
+(train_layers.c), on processors with AMX or AVX-512.
 
 The same numbers to the bit as the decoder's own operations find, one after the other. Shape suffixes as in `decoder`.
 """

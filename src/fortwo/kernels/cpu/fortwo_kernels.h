@@ -5,7 +5,7 @@
    size, H query heads, K key/value heads, E head size, I intermediate size or inputs, O outputs, V vocabulary, R rank, or rows of a pack.
 
    The sources are compiled once for each instruction level. Functions whose names contain `tiled`, the gemm_* functions, pack_panels, prefill and
-   train_layers_* exist where the processor multiplies bf16: at the level amx, and at avx512 with AVX-512's bf16 instructions. Elsewhere plain operations
+   train_layers_* exist where the processor multiplies bf16: at the levels amx and avx512. Elsewhere plain operations
    take their place.
 
    What a new level has to provide: for 8-bit products the micro-kernel `block_by_dots` of quantized_gemm.c, or one beside it as quantized_gemm_amx.h
