@@ -20,7 +20,7 @@ from fortwo.jobs.checkpoints import CheckpointStore
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.prompts import Prompt
-from fortwo.records import Checkpoint, Dataset, Evaluated, Phase, Plan, TrainEvent, Waiting
+from fortwo.records import Checkpoint, Dataset, Evaluated, MicroStepped, Phase, Plan, TrainEvent, Waiting
 from fortwo.train import objectives
 from fortwo.train.adapter import lora_config
 from fortwo.train.checkpoints import Best, Clock, RunState, is_due
@@ -48,11 +48,17 @@ class Saver:
     safe = True
 
 
+def after_a_step(events: Iterator[TrainEvent]) -> TrainEvent:
+    """What comes once the micro-steps of a step are over."""
+    return next(event for event in events if not isinstance(event, MicroStepped))
+
+
 class Asked:
     """The serving path, with what was asked of the plain base."""
 
     def __init__(self, engine: Any) -> None:
         self.attach, self.detach, self._submit = engine.attach, engine.detach, engine.submit
+        self.elsewhere = engine.elsewhere
         self.of_the_base: list[Prompt] = []
 
     def submit(self, prompt: Prompt) -> Any:
@@ -198,7 +204,7 @@ def test_a_checkpoint_that_is_wanted_is_made_behind_the_step_and_the_run_stands_
     saver = Saver()
     events = train(school.base, school.base.renderer, ROWS, school.plan(), school.engine, "still", saver)
     next(event for event in events if isinstance(event, Phase) and event.name == "running")
-    assert [step.step for step in steps([next(events)])] == [1]
+    assert [step.step for step in steps([after_a_step(events)])] == [1]
     assert not saver.safe
     saver.wanted = True
     made = next(events)
@@ -207,7 +213,7 @@ def test_a_checkpoint_that_is_wanted_is_made_behind_the_step_and_the_run_stands_
     assert [next(events) for _ in range(5)] == [Waiting()] * 5
     assert saver.safe
     saver.wanted = False
-    assert [step.step for step in steps([next(events)])] == [2]
+    assert [step.step for step in steps([after_a_step(events)])] == [2]
     events.close()
 
 
@@ -250,7 +256,7 @@ def test_no_checkpoint_is_made_while_the_last_one_is_not_kept(school: School) ->
     events = train(school.base, school.base.renderer, ROWS, plan, school.engine, "busy", saver)
     next(event for event in events if isinstance(event, Checkpoint))
     saver.busy = True
-    assert steps([next(events)])[0].step == 2
+    assert steps([after_a_step(events)])[0].step == 2
     assert [next(events) for _ in range(5)] == [Waiting()] * 5
     saver.busy = False
     following = next(events)

@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,11 @@ def test_a_request_has_one_line_with_the_template_of_its_route(
         answer = served.http.get("/v1/models/some-name?token=sesame")
         served.chat(max_tokens=-1)
         served.http.get("/healthz")
-    first, second, third = (line for line in caplog.records if line.name == "fortwo.access")
+        deadline = time.monotonic() + 30
+        while len(lines := [line for line in caplog.records if line.name == "fortwo.access"]) < 3:
+            assert time.monotonic() < deadline  # a line is written once the response is sent
+            time.sleep(0.01)
+    first, second, third = lines
     assert (first.method, first.route, first.status) == ("GET", "/v1/models/{model}", 404)
     assert first.bytes == len(answer.content)
     assert first.milliseconds > 0

@@ -168,17 +168,22 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("schema", "named"),
-    [({"$ref": "#"}, "followed"), ({"$ref": "#/x"}, "/x"), ({"const": HALF}, "hex escape"), (nested(200), "recursion")],
+    ("schema", "named", "within"),
+    [
+        ({"$ref": "#"}, "followed", ""),
+        ({"$ref": "#/x"}, "/x", ""),
+        ({"const": HALF}, "half of a surrogate pair", ".const"),
+        (nested(200), "recursion", ""),
+    ],
 )
 def test_a_schema_that_cannot_be_followed_is_the_clients_mistake(
-    served: Served, schema: dict[str, Any], named: str
+    served: Served, schema: dict[str, Any], named: str, within: str
 ) -> None:
     format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     body = {"model": "tiny", "messages": [USER], "response_format": format}
     headers = {"Content-Type": "application/json"}
     response = served.http.post("/v1/chat/completions", content=json.dumps(body), headers=headers)
-    assert named in refused(response, 400, "invalid_request", "response_format.json_schema.schema")
+    assert named in refused(response, 400, "invalid_request", f"response_format.json_schema.schema{within}")
 
 
 @pytest.mark.parametrize("seed", range(4))

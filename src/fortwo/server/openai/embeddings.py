@@ -59,7 +59,7 @@ async def vectors_of(request: Request, state: AppState, body: EmbeddingRequest) 
         prompts = await run_in_threadpool(_prompts, target, body)
         for batch in _batches(prompts):
             if vectors:
-                replies = Replies(state, request, len(batch), deadline=replies.deadline)
+                replies = Replies(state, request, len(batch), deadline=replies.deadline, model=body.model)
             await replies.submit(batch)
             await replies.collect()
             vectors += replies.embeddings()

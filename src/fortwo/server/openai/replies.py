@@ -36,15 +36,22 @@ StreamItem = tuple[int, Delta]  # the index of a prompt, and a delta of its repl
 
 class Replies:
     """An ActiveRequest of at most `limit` replies, admitted on construction, before its model is loaded. deadline: on
-    the event loop's clock; None for that of the settings. Raises what Admission.admit raises."""
+    the event loop's clock; None for that of the settings. model: its name, if `target` is not asked. Raises what
+    Admission.admit raises."""
 
     def __init__(
-        self, state: AppState, request: Request, limit: int, streamed: bool = False, deadline: float | None = None
+        self,
+        state: AppState,
+        request: Request,
+        limit: int,
+        streamed: bool = False,
+        deadline: float | None = None,
+        model: str = "",
     ) -> None:
         self._state = state
         self._request = request
         self._timeout = state.settings.request_timeout
-        self._admitted = limit
+        self._admitted, self._model = limit, model
         self._streamed = streamed
         self._loop = asyncio.get_running_loop()
         self._began, self._began_ns = self._loop.time(), time.time_ns()
