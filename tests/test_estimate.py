@@ -228,7 +228,7 @@ def test_bf16_has_to_be_measured_faster(trained: dict[str, float], faster: bool)
 
 
 @pytest.mark.parametrize(
-    ("rate", "tokens"), [(0.0, 160), (40.0, 160), (218.0, 160), (400.0, 320), (1230.0, 1280), (50_000.0, 1280)]
+    ("rate", "tokens"), [(0.0, 320), (40.0, 320), (218.0, 320), (400.0, 320), (1230.0, 1280), (50_000.0, 1280)]
 )
 def test_a_slower_machine_trains_in_shorter_micro_steps(rate: float, tokens: int) -> None:
     assert choose_micro_tokens(rate) == tokens
