@@ -103,7 +103,7 @@ def test_whole_numbers_multiply_as_the_dense_weight_does(kind: str, rows: int) -
 def test_parts_multiply_as_the_dense_weight_does(kinds: list[str], outputs: list[int], rows: int) -> None:
     held, x = below(kinds, outputs, 256), random(rows, 256, seed=1)
     assert isinstance(held, Parts)
-    assert relative(held.product(x), x @ held.dense().t()) < (5e-3 if rows > WIDE and cpu.multiplies_tiles() else 5e-5)
+    assert relative(held.product(x), x @ held.dense().t()) < (5e-3 if rows > WIDE and cpu.widens() else 5e-5)
 
 
 def test_without_kernels_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:

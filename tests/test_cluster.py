@@ -64,3 +64,15 @@ def test_several_jobs_at_once_need_a_cluster(home: Path) -> None:
         pass
     assert raised.value.param == "jobs"
     assert "FORTWO_TRAIN=ray" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize(("name", "value"), [("engine", "vllm"), ("train", "ray")])
+def test_replicas_compute_replies_themselves_and_train_in_the_head(home: Path, name: str, value: str) -> None:
+    from fortwo.cli.engines import check_together
+
+    check_together(Settings(home=home, replicas=2))
+    check_together(Settings(home=home, **{name: value}))
+    with pytest.raises(InvalidRequest, match=f"replicas = 2 cannot have {name} = '{value}'") as raised:
+        check_together(Settings(home=home, replicas=2, **{name: value}))
+    assert raised.value.param == name
+    assert f"FORTWO_{name.upper()}" in str(raised.value.hint)

@@ -15,6 +15,18 @@ if TYPE_CHECKING:
 
 
 @contextmanager
+def needing_ray(message: str, param: str, instead: str = "") -> Iterator[None]:
+    """Inside, modules that need Ray are imported. Raises InvalidRequest if it is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        hint = f"Install it: pip install 'fortwo[ray]'{'.' if instead else ''}{instead}"
+        raise InvalidRequest(message, param=param, hint=hint) from None
+
+
+@contextmanager
 def training_cluster(settings: Settings) -> Iterator[TrainingCluster | None]:
     """What computes the gradients of jobs; None where FORTWO_TRAIN is own, and then nothing of Ray is imported. Raises
     InvalidRequest if Ray is not installed or several jobs are to run without it, and Unavailable if the cluster cannot
@@ -29,16 +41,10 @@ def training_cluster(settings: Settings) -> Iterator[TrainingCluster | None]:
         yield None
         return
     isa.cap(settings.isa)  # before torch is imported
-    try:
+    with needing_ray(
+        "FORTWO_TRAIN is ray, but the package ray is not installed.", "train", " Or set FORTWO_TRAIN=own."
+    ):
         from fortwo.scale.ray_train import RayTraining
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "ray":
-            raise
-        raise InvalidRequest(
-            "FORTWO_TRAIN is ray, but the package ray is not installed.",
-            param="train",
-            hint="Install it: pip install 'fortwo[ray]'. Or set FORTWO_TRAIN=own.",
-        ) from None
     cluster = RayTraining(settings)
     try:
         yield cluster

@@ -51,11 +51,12 @@ def serve(
 ) -> None:
     """Run the server until it is stopped."""
     from fortwo.cli.cluster import training_cluster
-    from fortwo.cli.engines import create_state
+    from fortwo.cli.engines import check_together, create_state
     from fortwo.server import logs, telemetry
     from fortwo.settings import load
 
     settings = load(host=host, port=port, replicas=replicas)
+    check_together(settings)
     logs.configure(settings.log_format)
     flush_spans = telemetry.start(os.environ)
     with training_cluster(settings) as cluster:

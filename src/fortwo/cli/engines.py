@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fortwo.cli.cluster import needing_ray
 from fortwo.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -12,30 +13,27 @@ if TYPE_CHECKING:
     from fortwo.settings import Settings
 
 
-def create_state(settings: Settings, cluster: TrainingCluster | None) -> AppState:
-    """The state of a server with these settings. Raises InvalidRequest for settings that do not go together or need a
-    package that is not installed, and what AppState raises."""
-    if settings.replicas is None:
-        from fortwo.server.state import AppState
-
-        return AppState(settings, _make_engine(settings), cluster)
-    for name, value, alone in (("engine", settings.engine, "own"), ("train", settings.train, "own")):
-        if value != alone:
+def check_together(settings: Settings) -> None:
+    """Raises InvalidRequest for settings that do not go together. To be called before anything is started."""
+    for name, value in {"engine": settings.engine, "train": settings.train}.items():
+        if settings.replicas is not None and value != "own":
             raise InvalidRequest(
                 f"A server with replicas = {settings.replicas} cannot have {name} = {value!r}",
                 param=name,
                 hint=f"Remove FORTWO_{name.upper()}, or FORTWO_REPLICAS and --replicas.",
             )
-    try:
+
+
+def create_state(settings: Settings, cluster: TrainingCluster | None) -> AppState:
+    """The state of a server with these settings. Raises InvalidRequest if they need a package that is not installed,
+    and what AppState raises."""
+    if settings.replicas is None:
+        from fortwo.server.state import AppState
+
+        return AppState(settings, _make_engine(settings), cluster)
+    missing = f"replicas = {settings.replicas} needs the package ray with Serve, which is not installed."
+    with needing_ray(missing, "replicas"):
         from fortwo.scale.replicated import create
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "ray":
-            raise
-        raise InvalidRequest(
-            f"replicas = {settings.replicas} needs the package ray with Serve, which is not installed.",
-            param="replicas",
-            hint="Install it: pip install 'fortwo[ray]'",
-        ) from None
     return create(settings)
 
 

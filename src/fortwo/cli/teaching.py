@@ -148,13 +148,7 @@ def teach(
 
     of_fact = {"questions": question, "match": match, "aliases": alias, "held_out": held_out, "neighbors": neighbor}
     from_document = {"writer": writer, "writer-model": writer_model, "key-env": key_env}
-    options: dict[str, str | int | None] = {
-        "objective": objective,
-        "model": model,
-        "parent": onto,
-        "effort": effort,
-        "workers": workers,
-    }
+    options = _options(objective, model, onto, effort, workers)
     if answer is None and Path(data).suffix.lower() in DOCUMENTS:
         _check_file(Path(data), [name for name, texts in (of_fact | {"controls": control}).items() if texts])
         by = writer_of(writer, writer_model, key_env, model)
@@ -194,13 +188,7 @@ def plan(
     """Show the plan for training on DATA, without starting it."""
     of_fact = {"questions": question, "match": match, "aliases": alias, "held_out": held_out, "neighbors": neighbor}
     datasets = _datasets(data, answer, of_fact | {"controls": control}, validation)
-    options: dict[str, str | int | None] = {
-        "objective": objective,
-        "model": model,
-        "parent": onto,
-        "effort": effort,
-        "workers": workers,
-    }
+    options = _options(objective, model, onto, effort, workers)
     found = connect().post("/api/training/plan", training_request(datasets, name, config, **options))
     respond(found, views.plan(found), as_json)
 
@@ -225,6 +213,13 @@ def watch(
     if not once:
         with suppress(KeyboardInterrupt):
             watched.watch()
+
+
+def _options(
+    objective: str | None, model: str | None, onto: str | None, effort: str | None, workers: int | None
+) -> dict[str, str | int | None]:
+    """The fields of a request that have an option of their own."""
+    return {"objective": objective, "model": model, "parent": onto, "effort": effort, "workers": workers}
 
 
 def _datasets(

@@ -86,9 +86,9 @@ def respond(error: FortwoError, headers: dict[str, str] | None = None) -> Respon
     return ErrorResponse(error, headers or {})
 
 
-def error_document(error: FortwoError) -> Json:
-    """The HTTP body of an error, with the id of the request that it answers."""
-    fields: Json = error.body()["error"] | {"request_id": log_context.request_id.get()}
+def error_document(error: FortwoError, request_id: str | None = None) -> Json:
+    """The HTTP body of an error, with the id of the request that it answers: by default the one under way."""
+    fields: Json = error.body()["error"] | {"request_id": request_id or log_context.request_id.get()}
     return {"error": fields}
 
 

@@ -12,6 +12,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from fortwo import hardware
 from fortwo.errors import FortwoError, InvalidRequest, Unavailable
+from fortwo.server.errors import error_document
 from fortwo.server.observation import HEADER, new_request_id
 from fortwo.server.request_body import BodyTimeout
 
@@ -119,7 +120,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _refuse(self, error: FortwoError) -> None:
         """Answer outside of the application and close the connection."""
         request_id = new_request_id()
-        body = json.dumps({"error": error.body()["error"] | {"request_id": request_id}}).encode()
+        body = json.dumps(error_document(error, request_id)).encode()
         head = (
             f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\n{HEADER.lower()}: {request_id}\r\nconnection: close\r\n\r\n"

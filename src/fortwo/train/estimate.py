@@ -164,14 +164,21 @@ class Machine:
     @property
     def tokens_per_second(self) -> float:
         """Tokens trained a second in the type that the estimates are for."""
-        name = "bf16" if self.bf16 else "fp32"
-        return self.seen.get(name) or self.trained.get(name) or max(self.trained.values())
+        return self.seen.get(_type_name(self.bf16)) or self.trial_rate(self.bf16)
+
+    def trial_rate(self, bf16: bool) -> float:
+        """Tokens trained a second in a type, as the trial measured it, or in the fastest if it was not tried."""
+        return self.trained.get(_type_name(bf16)) or max(self.trained.values())
 
     @property
     def faster_in_bf16(self) -> bool:
         """Whether bf16 was measured to be faster by more than two measurements of the same thing differ."""
         fp32, bf16 = self.trained.get("fp32", 0.0), self.trained.get("bf16", 0.0)
         return bf16 > WORTHWHILE * fp32
+
+
+def _type_name(bf16: bool) -> str:
+    return "bf16" if bf16 else "fp32"
 
 
 def choose_micro_tokens(tokens_per_second: float) -> int:

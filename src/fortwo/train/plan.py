@@ -315,8 +315,7 @@ def _count_answers(examples: Collection[Example]) -> int:
 
 def _choose_micro_step(builder: PlanBuilder, machine: Machine) -> int:
     """Choose micro_step_tokens by the rate that was measured for the type of the products."""
-    bf16 = builder.given.get("bf16", machine.faster_in_bf16)
-    rate = machine.trained.get("bf16" if bf16 else "fp32") or max(machine.trained.values())
+    rate = machine.trial_rate(builder.given.get("bf16", machine.faster_in_bf16))
     reason = f"{REASONS['micro_step_tokens']} This machine trains on {rate:.0f} tokens/s."
     chosen: int = builder.choose("micro_step_tokens", choose_micro_tokens(rate), reason, "auto")
     return chosen
