@@ -25,6 +25,7 @@ from fortwo.engine import malloc_tuning
 from fortwo.execution.backend import backend_for
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
+from fortwo.kernels import isa
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora import Lora
@@ -79,6 +80,7 @@ def medians(calls: Sequence[Call]) -> list[float]:
 
 def main() -> None:
     settings = load()
+    isa.cap(settings.isa)
     directory = Catalog(settings.models_dir).prepare(settings.default_model)
     config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
     decoder = Decoder(config, weights.open_tensors(directory)).in_bf16()

@@ -22,6 +22,7 @@ from fortwo.execution.backend import backend_for
 from fortwo.facts.replay_prompts import PROMPTS
 from fortwo.hub import weights
 from fortwo.hub.catalog import Catalog
+from fortwo.kernels import isa
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder, formats_of
 from fortwo.quantization.selection import FORMATS, Choice
@@ -74,6 +75,7 @@ def step_seconds(decoder: Decoder, prompt: list[int], count: int) -> float:
 
 def main() -> None:
     settings = load()
+    isa.cap(settings.isa)
     directory = Catalog(settings.models_dir).prepare(settings.default_model)
     config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text()))
     exact, renderer = Decoder(config, weights.open_tensors(directory)), ChatTemplateRenderer(directory)
