@@ -23,8 +23,10 @@ from bench.soak.server import Running, new_home, running, started
 from fortwo.adapters.store import AdapterStore
 from fortwo.jobs.database import migrations
 
-LONGEST_LIFE = 8.0  # seconds from the first answer to a kill at a random moment
+LONGEST_LIFE = 5.0  # seconds from the first answer to a kill at a random moment
 PATIENCE = 30.0  # seconds for a chosen moment to come
+TIMES = 2  # of each chosen moment
+MIGRATED = (0.3, 0.5, 0.7, 0.9)  # parts of a start after which a migration is killed
 NAMES = ("a", "b", "c")
 # Each moment is that at which a path appears in the home.
 MOMENTS = {
@@ -50,7 +52,7 @@ class Acknowledged:
 
 
 def kill_often(folder: Path, count: int, seed: int) -> int:
-    """The number of faults after `count` kills at random moments, one at each chosen moment, and two of a migration."""
+    """The number of faults after `count` kills at random moments, TIMES at each chosen moment, and those of a migration."""
     chance = random.Random(seed)
     home, said = new_home(folder, "kills"), Acknowledged()
     found: Counter[str] = Counter()
@@ -73,15 +75,16 @@ def kill_often(folder: Path, count: int, seed: int) -> int:
 
     for _ in range(count):
         life(partial(_sleep, chance.uniform(0.0, LONGEST_LIFE)))
-    missed = [moment for moment, pattern in MOMENTS.items() if not life(partial(_appears, home, pattern))]
-    for part in (0.5, 0.9):
+    chosen = [*MOMENTS.items()] * TIMES
+    missed = [moment for moment, pattern in chosen if not life(partial(_appears, home, pattern))]
+    for part in MIGRATED:
         found.update(_killed_migration(folder, part))
     with running(home, FORTWO_RESUME="true") as server:
         server.wait_until_idle()
         found.update(faults(home, server, said))
         ends = Counter(job["status"] for job in server.jobs())
     waits.sort()
-    print(f"kills: {count} at random, {len(MOMENTS) - len(missed)} at chosen moments, 2 of a migration")
+    print(f"kills: {count} at random, {len(chosen) - len(missed)} at chosen moments, {len(MIGRATED)} of a migration")
     if missed:
         print(f"moments that did not come: {', '.join(missed)}")
     print(f"jobs: {dict(ends)}; files: {len(said.files)}; versions: {len(said.versions)}")
