@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fortwo.jobs.store import JobStore
+
 TORCH_FREE = (
     "fortwo",
     "fortwo.cli",
@@ -38,6 +40,22 @@ def test_a_server_with_its_own_engine_loads_nothing_of_scale(tmp_path: Path) -> 
         f"settings = Settings(home={str(tmp_path)!r}, port=0)\n"
         "create_state(settings, None).close()\n"
         "print([one for one in sys.modules if one.startswith('fortwo.scale')])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_a_start_loads_neither_transformers_nor_alembic(tmp_path: Path) -> None:
+    """Together they would be a third of it. The first base that is loaded needs the one, a migration the other."""
+    JobStore(f"sqlite:///{tmp_path / 'fortwo.db'}").close()
+    code = (
+        "import sys\n"
+        "from fortwo.cli.engines import create_state\n"
+        "from fortwo.settings import Settings\n"
+        f"settings = Settings(home={str(tmp_path)!r}, port=0)\n"
+        "create_state(settings, None).close()\n"
+        "from fortwo.server import uvicorn_server\n"
+        "print([one for one in ('transformers', 'alembic') if one in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -11,11 +11,12 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy.event import listens_for
 from sqlalchemy.exc import StatementError
 
 from fortwo.errors import InvalidRequest, NotFound
-from fortwo.jobs.database import DatabaseFailed, DatabaseLocked, connect, migrations
+from fortwo.jobs.database import DatabaseFailed, DatabaseLocked, connect, migrations, newest_revision
 from fortwo.jobs.schema import TableBase
 from fortwo.jobs.store import LEASE_SECONDS, Job, JobStore, NewEvent
 
@@ -285,6 +286,10 @@ def test_the_migrations_make_the_schema_that_the_code_declares(store: JobStore, 
         differences = compare_metadata(MigrationContext.configure(connection), TableBase.metadata)
     engine.dispose()
     assert differences == []
+
+
+def test_the_newest_revision_is_the_one_that_alembic_ends_at(url: str) -> None:
+    assert newest_revision() == ScriptDirectory.from_config(migrations(url)).get_current_head()
 
 
 def test_the_first_schema_is_upgraded_and_its_jobs_are_kept(url: str, tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from fortwo.errors import UnsupportedModel
 from fortwo.hub.identity import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def declared_eos(directory: Path) -> set[int]:
@@ -51,6 +54,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
             f"{directory} has no tokenizer.json",
             hint="Save the tokenizer there with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...).",
         )
+    from transformers import PreTrainedTokenizerFast  # half a second, which a start needs not wait for
+
     try:
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on a file it cannot read

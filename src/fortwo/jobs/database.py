@@ -13,12 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alembic import command
-from alembic.config import Config
-from alembic.util import CommandError
-from sqlalchemy import URL, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import (
     ArgumentError,
     DataError,
@@ -31,6 +28,10 @@ from sqlalchemy.exc import (
 from fortwo.errors import InvalidRequest, StorageFailed, Unavailable
 from fortwo.home import PRIVATE
 
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+MIGRATIONS = Path(__file__).parent / "migrations"
 LOCK_SECONDS = 10  # how long a statement waits for another writer, and a connection for its server
 RETRY_SECONDS = 5
 MIGRATION_LOCK = 4242  # PostgreSQL's number of the lock that a server holds while it migrates the schema
@@ -64,8 +65,10 @@ DATABASE_ERRORS = (DatabaseLocked, DatabaseFailed)
 
 def migrations(database_url: str) -> Config:
     """Alembic's configuration. The migrations are part of the package, so that no alembic.ini is needed."""
+    from alembic.config import Config
+
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.set_main_option("sqlalchemy.url", database_url.replace("%", "%%"))
     return config
 
@@ -139,19 +142,38 @@ def upgrade(engine: Engine, database_url: str) -> None:
     that cannot be created, is damaged, or was written by a newer fortwo, and DatabaseLocked."""
     _make_private(engine)
     check(engine)
+    with errors_of(engine), engine.begin() as connection:
+        if engine.dialect.name == "postgresql":  # servers that share a database may start together
+            connection.execute(text(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})"))
+        if _revision(connection) != newest_revision():
+            _migrate(connection, database_url)
+
+
+def _revision(connection: Connection) -> str | None:
+    """Of the schema; None for an empty database."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+
+
+def newest_revision() -> str:
+    """That of the last migration, whose file begins with it."""
+    return max(file.name for file in (MIGRATIONS / "versions").glob("[0-9]*.py")).partition("_")[0]
+
+
+def _migrate(connection: Connection, database_url: str) -> None:
+    from alembic import command  # only here, because its import takes a tenth of a start
+    from alembic.util import CommandError
+
     config = migrations(database_url)
-    with errors_of(engine):
-        try:
-            with engine.begin() as connection:
-                if engine.dialect.name == "postgresql":  # servers that share a database may start together
-                    connection.execute(text(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})"))
-                config.attributes["connection"] = connection
-                command.upgrade(config, "head")
-        except CommandError as error:
-            raise DatabaseFailed(
-                f"The database {_named(engine.url)} was written by a newer version of fortwo: {error}.",
-                hint="Install that version, or begin with an empty database.",
-            ) from None
+    config.attributes["connection"] = connection
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise DatabaseFailed(
+            f"The database {_named(connection.engine.url)} was written by a newer version of fortwo: {error}.",
+            hint="Install that version, or begin with an empty database.",
+        ) from None
 
 
 @contextmanager
