@@ -389,6 +389,12 @@ def test_damaged_catalog_file_is_named(catalog: Catalog, home: Path) -> None:
         catalog.entries()
 
 
+def test_a_folder_in_place_of_the_catalog_file_is_named(catalog: Catalog, home: Path) -> None:
+    (home / "models" / "catalog.json").mkdir(parents=True)
+    with pytest.raises(StorageFailed, match=r"catalog\.json is damaged: Is a directory"):
+        catalog.entries()
+
+
 def run(code: str, **environment: str) -> str:
     """stdout of a fresh interpreter."""
     result = subprocess.run(

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from serving import Served, refused, serve, tiny_settings
 
 from fortwo.hub.catalog import Catalog
 from tests.test_server_native import publish, say
+from tests.tiny import save_gguf, tiny_model
 
 
 def run(served: Served, *words: str) -> str:
@@ -83,6 +85,24 @@ def test_a_damaged_base_is_shown_and_breaks_no_list(tiny: Path, tmp_path: Path) 
         assert "base.json is damaged" in run(served, "models", "list")
         assert "second is ready" in run(served, "models", "fetch", "second")
         assert served.http.get("/api/models/second").json()["state"] == "on disk"
+
+
+@pytest.mark.parametrize("content", [None, "", "[]"])
+def test_a_damaged_config_of_a_base_is_refused_and_mended_by_deleting_its_folder(
+    tiny: Path, tmp_path: Path, content: str | None
+) -> None:
+    settings = tiny_settings(tmp_path, tiny)
+    file = save_gguf(tmp_path / "converted.gguf", tiny_model("llama", num_hidden_layers=1))
+    catalog = Catalog(settings.models_dir)
+    catalog.add("converted", file)
+    config = catalog.prepare("converted") / "config.json"
+    config.unlink() if content is None else config.write_text(content)
+    with serve(settings) as served:
+        told = refused(served.chat(model="converted"), 400, "unsupported_model", "model")
+        assert f"{config} is missing, or is no JSON object" in told
+        assert f"delete the folder {config.parent}" in told
+        shutil.rmtree(config.parent)
+        assert served.chat(model="converted").is_success
 
 
 UNENDED = (

@@ -4,7 +4,8 @@ fuzz:  files and bodies that hypothesis makes of valid ones end as a success or 
 api:   schemathesis calls every path of the OpenAPI document.
 kills: a server that trains, imports, exports, uploads and deletes is killed at random and at chosen moments.
 crowd: many clients, some of which hang up or send bad bodies, while a job trains.
-home:  files of the home are damaged in turn, and the database is locked, corrupt or gone.
+home:  the files of a home are damaged in turn.
+disk:  the database is locked, the home cannot be written, the disk is full, the clock goes backwards.
 ready: the time from the start to the first answer with many jobs and versions.
 """
 
@@ -19,10 +20,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.soak import api, crowd, fuzz, home, kills, kinds, ready
+from bench.soak import api, crowd, fuzz, home, hostile_disk, kills, kinds, ready
 from bench.soak.fuzz import Kind
 
-PARTS = ("fuzz", "api", "kills", "crowd", "home", "ready")
+PARTS = ("fuzz", "api", "kills", "crowd", "home", "disk", "ready")
 
 
 def fuzz_all(folder: Path, examples: int, seed: int, only: str) -> int:
@@ -52,7 +53,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--examples", type=int, default=100, help="fuzz: of each kind")
-    parser.add_argument("--kind", default="", help="fuzz: only kinds whose names contain this")
+    parser.add_argument("--only", default="", help="fuzz: kinds, home: files, whose names contain this")
     parser.add_argument("--seconds", type=int, default=120, help="api: the time for schemathesis")
     parser.add_argument("--kills", type=int, default=12, help="kills: at random moments")
     parser.add_argument("--requests", type=int, default=2000, help="crowd: of all clients together")
@@ -65,7 +66,7 @@ def main() -> int:
             folder = Path(name)
             match part:
                 case "fuzz":
-                    faults += fuzz_all(folder, given.examples, given.seed, given.kind)
+                    faults += fuzz_all(folder, given.examples, given.seed, given.only)
                 case "api":
                     faults += api.call_everything(folder, given.seconds, given.seed)
                 case "kills":
@@ -73,7 +74,9 @@ def main() -> int:
                 case "crowd":
                     faults += crowd.ask(folder, given.requests, given.seed)
                 case "home":
-                    faults += home.damage_each(folder)
+                    faults += home.damage_each(folder, given.only)
+                case "disk":
+                    faults += hostile_disk.try_each(folder)
                 case "ready":
                     for what, (seconds, processor) in ready.start_times(folder, given.count).items():
                         print(f"{what}: {seconds:.2f} s, {processor:.2f} s of the processor")

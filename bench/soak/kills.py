@@ -52,7 +52,7 @@ class Acknowledged:
 
 
 def kill_often(folder: Path, count: int, seed: int) -> int:
-    """The number of faults after `count` kills at random moments, TIMES at each chosen moment, and those of a migration."""
+    """The number of faults after `count` kills at random moments, and those at chosen moments and of a migration."""
     chance = random.Random(seed)
     home, said = new_home(folder, "kills"), Acknowledged()
     found: Counter[str] = Counter()

@@ -31,11 +31,11 @@ class Running:
     def jobs(self) -> list[dict[str, Any]]:
         return list(self.http.get("/api/training/jobs?limit=1000").raise_for_status().json()["jobs"])
 
-    def train(self, name: str, steps: int, **more: Any) -> str:
-        """The id of a job that was started."""
-        config = {"max_steps": steps, "save_steps": 10, "per_device_train_batch_size": 4, **more}
-        body = {"adapter_name": name, "objective": "sft", "dataset": {"examples": ROWS}, "training_config": config}
-        return str(self.http.post("/api/training/start", json=body).raise_for_status().json()["job_id"])
+    def job(self, id: str) -> dict[str, Any]:
+        return dict(self.http.get(f"/api/training/jobs/{id}").raise_for_status().json())
+
+    def train(self, name: str, steps: int) -> str:
+        return train(self.http, name, steps)
 
     def idle(self) -> bool:
         return not any(job["status"] in UNDER_WAY for job in self.jobs())
@@ -47,6 +47,13 @@ class Running:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def train(http: httpx.Client, name: str, steps: int) -> str:
+    """The id of a job that was started."""
+    config = {"max_steps": steps, "save_steps": 10, "per_device_train_batch_size": 4}
+    body = {"adapter_name": name, "objective": "sft", "dataset": {"examples": ROWS}, "training_config": config}
+    return str(http.post("/api/training/start", json=body).raise_for_status().json()["job_id"])
 
 
 def new_home(folder: Path, name: str) -> Path:

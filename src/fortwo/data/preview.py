@@ -5,7 +5,6 @@ Torch-free: a model's tokenizer and chat template are read, never its weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise, takewhile
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from fortwo.data import datasets
 from fortwo.errors import InvalidDataset, NotFound, UnsupportedModel
+from fortwo.hub.identity import read_config
 from fortwo.nn.config import CONTEXT_NAMES, DecoderConfig
 from fortwo.records import Example, Fact
 
@@ -134,7 +134,7 @@ def _role(example: Example, ends: Sequence[int], index: int) -> str | None:
 
 def context_length(directory: Path) -> int:
     """The most tokens of a row for the model in `directory`. Raises UnsupportedModel where config.json does not say."""
-    config = json.loads((directory / "config.json").read_text("utf-8-sig"))
+    config = read_config(directory)
     try:
         return DecoderConfig.from_hf(config).context
     except UnsupportedModel:  # a network that transformers computes

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 
 from fortwo.errors import UnsupportedModel
 from fortwo.execution.autotuning import Run, all_blocks, serving, serving_generic
 from fortwo.hub import weights
+from fortwo.hub.identity import read_config
 from fortwo.hub.prepared import ModelInfo
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.network import Network
@@ -27,8 +26,9 @@ def read_network(
     arguments behind it: as in `execution.autotuning.serving`. Raises UnsupportedModel, and InvalidRequest for a format
     that the base cannot have."""
     directory = info.directory
+    described = read_config(directory)
     try:
-        config = DecoderConfig.from_hf(json.loads((directory / "config.json").read_text("utf-8-sig")))
+        config = DecoderConfig.from_hf(described)
     except UnsupportedModel as error:
         try:
             return serving_generic(info.id, directory, info.parameters, device, setting)

@@ -189,10 +189,9 @@ class Catalog:
             added = _ADDED.validate_json(self._file.read_bytes())
         except FileNotFoundError:
             return {}
-        except ValidationError as error:
-            raise StorageFailed(
-                f"{self._file} is damaged: {error.errors()[0]['msg']}", hint="Repair or delete the file."
-            ) from None
+        except (OSError, ValidationError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+            raise StorageFailed(f"{self._file} is damaged: {reason}", hint="Repair or delete the file.") from None
         if wrong := [id for id in added if not disk.NAME.fullmatch(id)]:
             raise StorageFailed(
                 f"{self._file} has the id {wrong[0]!r}, which is not allowed", hint="Delete this line of the file."

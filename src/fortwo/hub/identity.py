@@ -83,6 +83,18 @@ def read_json(file: Path) -> Json:
     return content if isinstance(content, dict) else {}
 
 
+def read_config(directory: Path) -> Json:
+    """config.json of a prepared base. Raises UnsupportedModel where it is missing or damaged."""
+    file = directory / "config.json"
+    if not (config := read_json(file)):
+        raise UnsupportedModel(
+            f"{file} is missing, or is no JSON object with keys",
+            param="model",
+            hint=f"Restore it, or delete the folder {directory}: the model is then prepared again when it is used.",
+        )
+    return config
+
+
 def _tokenizer(directory: Path) -> Json:
     """tokenizer.json without what is switched off here, and the special tokens by name."""
     spec = {
