@@ -18,7 +18,10 @@ from bench.soak.server import Running, new_home, running, used
 
 CLIENTS = 64
 HANG_UPS, BAD = 0.2, 0.1  # shares of all requests
-WARM_UP = 200  # requests before memory is read for the first time
+CACHE_MB = "16"  # which some thousand requests fill
+WARM_UP, FULL = 500, 0.9  # requests, until this share of the cache is in use and memory is read for the first time
+MOST_WARM_UPS = 10
+PARTS = 4  # after each of which memory is read
 GROWTH = 0.05  # of memory, that is no fault
 BODIES = (
     b'{"model": "tiny", "mess',
@@ -36,14 +39,21 @@ def ask(folder: Path, requests: int, seed: int) -> int:
     wait are answers), memory, files or threads that are not given back."""
     outcomes: Counter[str] = Counter()
     chats: list[float] = []
-    with running(new_home(folder, "crowd"), FORTWO_CACHE_MB="64") as server:
+    with running(new_home(folder, "crowd"), FORTWO_CACHE_MB=CACHE_MB) as server:
         server.train("long", 1_000_000)
-        _crowd(server, WARM_UP, seed + 1, Counter(), [])
-        before = _settled(server)
-        began = time.monotonic()
-        _crowd(server, requests, seed, outcomes, chats)
-        seconds = time.monotonic() - began
-        after = _settled(server)
+        for number in range(MOST_WARM_UPS):
+            _crowd(server, WARM_UP, seed + PARTS + number, Counter(), [])
+            if _cache_usage(server) > FULL:
+                break
+        print(f"warm-up: {WARM_UP * (number + 1)} requests, cache {_cache_usage(server):.0%} full", flush=True)
+        found = [_settled(server)]
+        seconds = 0.0
+        for number in range(PARTS):
+            began = time.monotonic()
+            _crowd(server, requests // PARTS, seed + number, outcomes, chats)
+            seconds += time.monotonic() - began
+            found.append(_settled(server))
+        before, after = found[0], found[-1]
         step = server.jobs()[0]["progress"]["step"]
         server.process.send_signal(signal.SIGTERM)
         stopped = time.monotonic()
@@ -51,12 +61,21 @@ def ask(folder: Path, requests: int, seed: int) -> int:
     chats.sort()
     print(f"{sum(outcomes.values())} requests of {CLIENTS} clients in {seconds:.0f} s: {dict(outcomes.most_common())}")
     print(f"chat: median {chats[len(chats) // 2]:.2f} s, p99 {chats[len(chats) * 99 // 100]:.2f} s; job at step {step}")
-    print(f"memory {before[0] >> 20} -> {after[0] >> 20} MiB; files {before[1]} -> {after[1]}; threads", end=" ")
+    print(
+        f"memory {' -> '.join(f'{one[0] >> 20}' for one in found)} MiB; files {before[1]} -> {after[1]}; threads",
+        end=" ",
+    )
     print(f"{before[2]} -> {after[2]}; SIGTERM to the end {time.monotonic() - stopped:.1f} s")
     wrong = sum(count for end, count in outcomes.items() if not end.isdigit() and end != "hung up")
     wrong += sum(count for end, count in outcomes.items() if end.isdigit() and int(end) >= 500 and end != "503")
     grown = after[0] > before[0] * (1 + GROWTH)
     return wrong + grown + (after[1] > before[1]) + (after[2] > before[2])
+
+
+def _cache_usage(server: Running) -> float:
+    """The share of its limit that the cache has memory for."""
+    lines = server.http.get("/metrics").text.splitlines()
+    return max(float(line.split()[-1]) for line in lines if line.startswith("fortwo_cache_usage_ratio{"))
 
 
 def _settled(server: Running) -> tuple[int, int, int]:
