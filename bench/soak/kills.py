@@ -76,6 +76,7 @@ def kill_often(folder: Path, count: int, seed: int) -> int:
     for _ in range(count):
         life(partial(_sleep, chance.uniform(0.0, LONGEST_LIFE)))
     chosen = [*MOMENTS.items()] * TIMES
+    print(f"after {count} kills at random: faults {dict(found) or 'none'}", flush=True)
     missed = [moment for moment, pattern in chosen if not life(partial(_appears, home, pattern))]
     for part in MIGRATED:
         found.update(_killed_migration(folder, part))
@@ -154,8 +155,9 @@ def _appears(home: Path, pattern: str, before: set[Path]) -> bool:
     """Whether a new path of the pattern appears in time; returns at once."""
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
-        if any(path not in before for path in home.glob(pattern)):
-            return True
+        with suppress(FileNotFoundError):  # a folder that was deleted meanwhile
+            if any(path not in before for path in home.glob(pattern)):
+                return True
         time.sleep(0.001)
     return False
 
