@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fortwo.jobs.store import JobStore
+from tests.tiny import save_directory
 
 TORCH_FREE = (
     "fortwo",
@@ -59,6 +60,23 @@ def test_a_start_loads_neither_transformers_nor_alembic(tmp_path: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_several_threads_may_be_the_first_that_need_a_tokenizer(tmp_path: Path) -> None:
+    save_directory(tmp_path)
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from pathlib import Path\n"
+        "from threading import Barrier\n"
+        "from fortwo.data.tokenizer_files import load_tokenizer\n"
+        "together = Barrier(4)\n"
+        "def load(_):\n"
+        "    together.wait()\n"
+        f"    return load_tokenizer(Path({str(tmp_path)!r}))\n"
+        "print(len(list(ThreadPoolExecutor(4).map(load, range(4)))))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout.strip() == "4", found.stderr
 
 
 def test_help_imports_only_what_a_terminal_needs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,16 +49,20 @@ def embedding_rows(directory: Path) -> int | None:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """Raises UnsupportedModel for a tokenizer.json that is missing or cannot be read."""
+    """Raises UnsupportedModel for a tokenizer.json that is missing or cannot be read.
+
+    transformers is imported only here, because that takes a fifth of a start. It replaces its own module meanwhile, so
+    that a `from transformers import` in another thread would fail; import_module waits."""
     if not (directory / "tokenizer.json").is_file():
         raise UnsupportedModel(
             f"{directory} has no tokenizer.json",
             hint="Save the tokenizer there with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...).",
         )
-    from transformers import PreTrainedTokenizerFast  # half a second, which a start needs not wait for
-
+    transformers = import_module("transformers")
     try:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        tokenizer: PreTrainedTokenizerFast = transformers.PreTrainedTokenizerFast.from_pretrained(
+            directory, local_files_only=True
+        )
     except Exception as error:  # the tokenizers library raises bare Exception on a file it cannot read
         raise UnsupportedModel(
             f"{directory / 'tokenizer.json'} cannot be read: {error}", hint="Restore the model's tokenizer files."

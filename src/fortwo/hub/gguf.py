@@ -10,6 +10,7 @@ import functools
 import json
 import shutil
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,13 +98,12 @@ def _dequantized(
 
 
 def _convert_tokenizer(file: Path, target: Path) -> None:
-    from transformers import AutoTokenizer
-
+    transformers = import_module("transformers")  # see data.tokenizer_files.load_tokenizer
     alone = target / ".gguf"  # transformers would also read tokenizer files that lie beside the GGUF file
     alone.mkdir()
     (alone / file.name).symlink_to(file.absolute())
     try:
-        AutoTokenizer.from_pretrained(alone, gguf_file=file.name).save_pretrained(target)
+        transformers.AutoTokenizer.from_pretrained(alone, gguf_file=file.name).save_pretrained(target)
     except Exception as error:  # transformers' converters raise whatever a tokenizer they do not know leads to
         raise UnsupportedModel(
             f"the tokenizer in {file} cannot be read: {error}", hint="Add the model's Hugging Face directory instead."
