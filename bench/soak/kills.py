@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 from alembic import command
 
-from bench.soak.server import Running, new_home, running, started
+from bench.soak.server import Running, new_home, running, started, train
 from fortwo.adapters.store import AdapterStore
 from fortwo.jobs.database import migrations
 
@@ -44,11 +44,16 @@ MOMENTS = {
 @dataclass
 class Acknowledged:
     """What the server said is stored: sha256 by id of a file, and digest by id of a version. doubtful: ids whose
-    deletion was asked for and not answered."""
+    deletion was asked for and not answered. errors: answers with a status from 500 on."""
 
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     doubtful: set[str] = field(default_factory=set)
+    errors: list[str] = field(default_factory=list)
+
+    def see(self, answer: httpx.Response) -> None:
+        if answer.is_server_error:
+            self.errors.append(f"{answer.request.method} {answer.request.url.path}: {answer.status_code}")
 
 
 def kill_often(folder: Path, count: int, seed: int) -> int:
@@ -83,6 +88,7 @@ def kill_often(folder: Path, count: int, seed: int) -> int:
     with running(home, FORTWO_RESUME="true") as server:
         server.wait_until_idle()
         found.update(faults(home, server, said))
+        found.update(said.errors)
         ends = Counter(job["status"] for job in server.jobs())
     waits.sort()
     print(f"kills: {count} at random, {len(chosen) - len(missed)} at chosen moments, {len(MIGRATED)} of a migration")
@@ -110,14 +116,16 @@ def _use(server: Running, said: Acknowledged, adapter: Path, seed: float) -> Non
     """Train, import, upload, export and delete until the server is gone."""
     chance = random.Random(seed)
     with (
-        httpx.Client(base_url=server.http.base_url, timeout=30, trust_env=False) as http,
+        httpx.Client(
+            base_url=server.http.base_url, timeout=30, trust_env=False, event_hooks={"response": [said.see]}
+        ) as http,
         suppress(httpx.TransportError),
     ):
         while True:
             name = chance.choice(NAMES)
             match chance.choice(("train", "import", "upload", "upload", "export", "delete")):
                 case "train" if server.idle():
-                    server.train(name, chance.choice((5, 30)))
+                    train(http, name, chance.choice((5, 30)))
                 case "import":
                     body = {"lora_name": f"imported{chance.randrange(4)}", "lora_path": str(adapter)}
                     http.post("/v1/load_lora_adapter", json=body)
