@@ -12,7 +12,8 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy.event import listens_for
+from sqlalchemy import Engine
+from sqlalchemy.event import listen, listens_for, remove
 from sqlalchemy.exc import StatementError
 
 from fortwo.errors import InvalidRequest, NotFound
@@ -286,6 +287,35 @@ def test_the_migrations_make_the_schema_that_the_code_declares(store: JobStore, 
         differences = compare_metadata(MigrationContext.configure(connection), TableBase.metadata)
     engine.dispose()
     assert differences == []
+
+
+def test_a_migration_that_is_killed_at_any_statement_is_done_at_the_next_start(tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    killed = 0
+    for statement in range(1, 100):
+        url = f"sqlite:///{tmp_path / f'{statement}.db'}"
+        command.upgrade(migrations(url), "0001")
+        seen = 0
+
+        def end(*_: object, statement: int = statement) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == statement:
+                raise Killed
+
+        listen(Engine, "after_cursor_execute", end)
+        try:
+            JobStore(url).close()
+        except Killed:
+            killed += 1
+        finally:
+            remove(Engine, "after_cursor_execute", end)
+        JobStore(url).close()
+        if seen < statement:
+            break
+    assert killed > 10
 
 
 def test_the_newest_revision_is_the_one_that_alembic_ends_at(url: str) -> None:

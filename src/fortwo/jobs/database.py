@@ -162,9 +162,12 @@ def newest_revision() -> str:
 
 
 def _migrate(connection: Connection, database_url: str) -> None:
+    """All migrations in one transaction, so that a server that is killed meanwhile leaves the schema as it was."""
     from alembic import command  # only here, because its import takes a tenth of a start
     from alembic.util import CommandError
 
+    if connection.engine.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # sqlite3 begins no transaction before it changes a schema
     config = migrations(database_url)
     config.attributes["connection"] = connection
     try:
