@@ -133,7 +133,7 @@ wheel: $(INSTALLED) ## build dist/*.whl with compiled kernels, which needs no co
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[wheel]'
 	$(BIN)/python scripts/wheel.py
 
-soak: $(INSTALLED) $(SCHEMATHESIS) ## try to break a server: fuzzing, schemathesis, kills, a crowd, a damaged home, many jobs (PARTS="fuzz kills": those alone)
+soak: $(INSTALLED) $(SCHEMATHESIS) ## try to break a server: fuzzing, schemathesis, kills, a crowd, a damaged home, a hostile disk, many jobs (PARTS="fuzz kills": those alone)
 	$(BIN)/python -m bench.soak $(PARTS)
 
 $(SCHEMATHESIS): bench/soak/schemathesis.txt
