@@ -75,7 +75,7 @@ def test_the_head_answers_by_the_replica_of_a_worker(home: Path, tiny: Path) -> 
         while not _answers(client, head["readinessProbe"]["httpGet"]["path"]):
             assert time.monotonic() < deadline, log.read_text("utf-8", "replace")[-3000:]
             time.sleep(0.5)
-        body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
+        body = {"messages": [{"role": "user", "content": "hello"}], "model": "tiny", "max_tokens": 4, "temperature": 0}
         answer = client.post("/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["completion_tokens"] > 0
