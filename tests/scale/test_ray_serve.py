@@ -107,6 +107,8 @@ def test_the_whole_and_each_replica_are_ready(replicas: Served) -> None:
     assert len({one["pid"] for one in found}) == 2
     assert all(one["bases"] == ["tiny"] for one in found)
     assert os.getpid() not in {one["pid"] for one in found}
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert {os.getpriority(os.PRIO_PROCESS, one["pid"]) for one in found} == {own}, "other programs would come first"
 
 
 def test_each_api_answers_as_a_server_alone_does(replicas: Served, served: Served, decoder: Any) -> None:

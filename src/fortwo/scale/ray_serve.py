@@ -58,6 +58,7 @@ class ReplicaSet:
         self._name = f"fortwo-{home_id(settings.home)[:12]}"
         self._local = settings.ray_address is None
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        os.environ.setdefault("RAY_worker_niceness", "0")  # a Ray started here would give replicas 15
         self._connected = connect(settings.ray_address, OBJECT_STORE_BYTES)
         self._deployed = False
         try:
