@@ -109,6 +109,8 @@ def test_the_whole_and_each_replica_are_ready(replicas: Served) -> None:
     assert os.getpid() not in {one["pid"] for one in found}
     own = os.getpriority(os.PRIO_PROCESS, 0)
     assert {os.getpriority(os.PRIO_PROCESS, one["pid"]) for one in found} == {own}, "other programs would come first"
+    for one in found:
+        assert b"\0GOMP_SPINCOUNT=1000\0" in Path(f"/proc/{one['pid']}/environ").read_bytes(), "threads would spin"
 
 
 def test_each_api_answers_as_a_server_alone_does(replicas: Served, served: Served, decoder: Any) -> None:
