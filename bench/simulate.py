@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +42,7 @@ from bench.simulator import (
     mean,
     simulate,
 )
-from fortwo.errors import Unavailable
+from fortwo.errors import NotFound, Unavailable
 from fortwo.prompts import Delta, Prompt, Sampling
 from fortwo.server.state import AppState
 
@@ -120,8 +120,16 @@ class Client:
     def is_loaded(self, arrival: Arrival) -> bool:
         return arrival.adapter is None or self._state.registry.find(self._names[arrival.adapter]) is not None
 
+    def unload(self) -> None:
+        """Drop all adapters from memory: a simulation begins without any."""
+        for name in self._names:
+            with suppress(NotFound):  # it is not in memory
+                self._state.registry.unload_adapter(name)
+
     def play(self, requests: list[Arrival]) -> list[Outcome]:
-        """Send each when it is due; one thread loads adapters, as the server's does."""
+        """Send each when it is due, beginning without an adapter in memory; one thread loads them, as the server's
+        does."""
+        self.unload()
         self._began = time.perf_counter()
         sent: list[Outcome | Future[Outcome]] = []
         with ThreadPoolExecutor(1) as loader:

@@ -8,6 +8,7 @@ from rich.table import Table
 from bench import coserving, learn, train
 from bench.coserving import Job, figures
 from bench.learn import ENDED, LATE, REACHED, Learned, ending, verdict
+from bench.replicas import table
 from bench.streams import Heard, lines
 from bench.train import JUDGED, PEERS, WARM_UP, Run, best, rate, verdicts
 
@@ -133,3 +134,17 @@ def test_lines_have_the_time_at_which_they_ended() -> None:
     pieces = [(1.0, b"data: a\n\nda"), (2.0, b"ta: b"), (3.0, b"\n\ndata: c\n")]
     assert [line for line in lines(pieces) if line[1]] == [(1.0, b"data: a"), (3.0, b"data: b"), (3.0, b"data: c")]
     assert list(lines([(1.0, b"cut")])) == [(1.0, b"cut")]
+
+
+def test_what_a_replica_adds_is_the_median_of_the_pairs() -> None:
+    def heard(*times: float) -> Heard:
+        return Heard(1.0, list(times), 9, 5)
+
+    own = [heard(1.1, 1.5), heard(1.2, 1.6), heard(1.3, 1.7)]
+    replica = [heard(1.11, 1.55), heard(1.5, 1.9), heard(1.32, 1.76)]
+    rows = list(zip(*(column.cells for column in table(own, replica).columns[1:]), strict=True))
+    assert rows == [
+        ("200.0", "320.0", "20.0"),
+        ("100.0", "110.0", "10.0"),
+        ("600.0", "760.0", "60.0"),
+    ]

@@ -1,91 +1,39 @@
-"""The files in deploy/ agree with the server's settings, and the steps of the image for CPUs work: its wheel is built
-and installed, and its entrypoint serves, as far as a machine without a container engine can show it."""
+"""The files in deploy/ agree with the server's settings."""
 
 from __future__ import annotations
 
 import configparser
-import http.client
-import json
-import os
 import re
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-import sysconfig
-import time
-import tomllib
-import venv
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
+from deployment import (
+    DEPLOY,
+    DOCKERFILES,
+    DRAIN_SECONDS,
+    PROJECT,
+    ROOT,
+    VERSION,
+    VOLUME,
+    healthcheck,
+    objects,
+    stages,
+)
 from packaging.requirements import Requirement
 
-from fortwo.hub.catalog import Catalog
-from fortwo.jobs import runner
-from fortwo.kernels import build, isa
-from fortwo.server import health, security, uvicorn_server
+from fortwo.server import health, security
 from fortwo.settings import Settings
 
-ROOT = Path(__file__).parent.parent
-DEPLOY = ROOT / "deploy"
-DOCKERFILES = [DEPLOY / "Dockerfile", DEPLOY / "Dockerfile.cuda"]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-VERSION = PROJECT["version"]
-VOLUME = "/var/lib/fortwo"
-# Replies, then the job's step, then the last bytes of connections.
-DRAIN_SECONDS = uvicorn_server.GRACE_SECONDS + runner.CLOSE_SECONDS + uvicorn_server.CLOSE_SECONDS
 FOLDERS_OF_DATA = "FORTWO_DATA_DIRS"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage of a Dockerfile. steps: (instruction, the rest of it), flags of RUN and COPY left out."""
-
-    base: str
-    steps: list[tuple[str, str]]
-
-    def values(self, instruction: str) -> list[str]:
-        return [rest for name, rest in self.steps if name == instruction]
-
-    @property
-    def env(self) -> dict[str, str]:
-        words = [word for rest in self.values("ENV") for word in shlex.split(rest)]
-        arguments = [rest for rest in self.values("ARG") if "=" in rest]
-        return dict(word.split("=", 1) for word in [*arguments, *words])
-
-
-def stages(dockerfile: Path) -> list[Stage]:
-    lines = [line for line in dockerfile.read_text().splitlines() if line.strip() and not line.startswith("#")]
-    found: list[Stage] = []
-    for line in "\n".join(lines).replace("\\\n", " ").splitlines():
-        name, rest = line.split(maxsplit=1)
-        if name == "FROM":
-            found.append(Stage(rest.split()[0], []))
-        else:
-            found[-1].steps.append((name, re.sub(r"^(--\S+\s+)+", "", rest) if name in ("RUN", "COPY") else rest))
-    return found
-
-
-def healthcheck(stage: Stage) -> list[str]:
-    (check,) = stage.values("HEALTHCHECK")
-    words: list[str] = json.loads(check[check.index("[") :])
-    return words
 
 
 def seconds(text: str) -> int:
     return int(text.removesuffix("s"))
-
-
-# ------------------------------------------------------------ what the files say
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda file: file.name)
@@ -157,12 +105,8 @@ def test_compose_for_gpus_changes_the_same_service() -> None:
     assert (ROOT / service["build"]["dockerfile"]).samefile(DOCKERFILES[1])
 
 
-def kubernetes() -> dict[str, Any]:
-    return {one["kind"]: one for one in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())}
-
-
 def test_kubernetes_asks_the_paths_that_need_no_key_and_waits_for_the_drain() -> None:
-    pod = kubernetes()["StatefulSet"]["spec"]["template"]["spec"]
+    pod = objects("kubernetes.yaml")["StatefulSet"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     probes = {name: container[f"{name}Probe"] for name in ("startup", "liveness", "readiness")}
     for probe in probes.values():
@@ -174,9 +118,9 @@ def test_kubernetes_asks_the_paths_that_need_no_key_and_waits_for_the_drain() ->
 
 
 def test_kubernetes_gives_the_image_its_user_its_volume_its_port_and_a_secret_from_elsewhere() -> None:
-    objects, image = kubernetes(), stages(DOCKERFILES[0])[-1]
-    assert "Secret" not in objects
-    stateful = objects["StatefulSet"]["spec"]
+    made, image = objects("kubernetes.yaml"), stages(DOCKERFILES[0])[-1]
+    assert "Secret" not in made
+    stateful = made["StatefulSet"]["spec"]
     pod = stateful["template"]["spec"]
     (container,) = pod["containers"]
     user = pod["securityContext"]
@@ -191,16 +135,74 @@ def test_kubernetes_gives_the_image_its_user_its_volume_its_port_and_a_secret_fr
     assert key["name"] == "FORTWO_API_KEY"
     assert "secretKeyRef" in key["valueFrom"]
     assert {*container["resources"]} == {"requests", "limits"}
-    (port,) = objects["Service"]["spec"]["ports"]
+    (port,) = made["Service"]["spec"]["ports"]
     assert str(port["port"]) == str(container["ports"][0]["containerPort"]) == image.env["FORTWO_PORT"]
-    assert objects["Service"]["spec"]["selector"] == stateful["template"]["metadata"]["labels"]
+    assert made["Service"]["spec"]["selector"] == stateful["template"]["metadata"]["labels"]
 
 
 def test_kubernetes_does_not_set_the_port_to_the_address_of_the_service() -> None:
-    objects = kubernetes()
-    variable = f"{objects['Service']['metadata']['name'].upper()}_PORT"
+    made = objects("kubernetes.yaml")
+    variable = f"{made['Service']['metadata']['name'].upper()}_PORT"
     assert variable == "FORTWO_PORT", "Kubernetes calls the address of a service so"
-    assert objects["StatefulSet"]["spec"]["template"]["spec"]["enableServiceLinks"] is False
+    assert made["StatefulSet"]["spec"]["template"]["spec"]["enableServiceLinks"] is False
+
+
+def ray_pods() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The pod of the head and that of a replica."""
+    cluster = objects("kuberay.yaml")["RayCluster"]["spec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    return cluster["headGroupSpec"]["template"]["spec"], workers["template"]["spec"]
+
+
+def test_kuberay_gives_each_replica_its_pod_and_the_head_none() -> None:
+    cluster = objects("kuberay.yaml")["RayCluster"]["spec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    (head,), (replica,) = (pod["containers"] for pod in ray_pods())
+    env = {one["name"]: one.get("value") for one in head["env"]}
+    assert set(env) <= {f"FORTWO_{name.upper()}" for name in Settings.model_fields}
+    assert int(env["FORTWO_REPLICAS"]) == workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"]
+    assert env["FORTWO_THREADS"] == replica["resources"]["requests"]["cpu"] == replica["resources"]["limits"]["cpu"]
+    assert cluster["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
+    assert env["FORTWO_RAY_ADDRESS"] == "auto"
+
+
+def test_kuberay_runs_the_tested_ray_with_a_token() -> None:
+    made = objects("kuberay.yaml")
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    assert f"ray=={made['RayCluster']['spec']['rayVersion']}" in constraints
+    assert made["RayCluster"]["spec"]["authOptions"] == {"mode": "token"}, "whoever reaches Ray's port runs code"
+    assert "Secret" not in made
+    for pod in ray_pods():
+        (container,) = pod["containers"]
+        assert container["image"] == f"fortwo:{VERSION}-ray"
+        assert "$KUBERAY_GEN_RAY_START_CMD" in container["args"][0]
+    assert made["RayCluster"]["metadata"]["annotations"] == {"ray.io/overwrite-container-cmd": "true"}
+
+
+def test_kuberay_lets_the_head_alone_write_to_the_home_that_all_pods_see() -> None:
+    made, image = objects("kuberay.yaml"), stages(DOCKERFILES[0])[-1]
+    claim = made["PersistentVolumeClaim"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    mounts = []
+    for pod in ray_pods():
+        assert image.values("USER") == [f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}"]
+        assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+        (container,) = pod["containers"]
+        assert container["securityContext"]["readOnlyRootFilesystem"]
+        mounts.append({one["mountPath"]: one.get("readOnly", False) for one in container["volumeMounts"]})
+    assert mounts == [{VOLUME: False, "/tmp": False}, {VOLUME: True, "/tmp": False}]
+
+
+def test_kuberay_waits_for_the_replicas_at_the_start_and_for_the_drain_at_the_end() -> None:
+    pod, _ = ray_pods()
+    (head,) = pod["containers"]
+    source = (ROOT / "src" / "fortwo" / "scale" / "ray_serve.py").read_text()  # it needs Ray, which is not here
+    limit = int(re.findall(r"^START_SECONDS = (\d+)", source, re.MULTILINE)[0])
+    assert head["startupProbe"]["periodSeconds"] * head["startupProbe"]["failureThreshold"] > limit
+    for name in ("startup", "liveness", "readiness"):
+        assert head[f"{name}Probe"]["httpGet"]["path"] in security.OPEN_PATHS
+    assert head["readinessProbe"]["timeoutSeconds"] > health.READY_SECONDS
+    assert pod["terminationGracePeriodSeconds"] > DRAIN_SECONDS
 
 
 def unit() -> configparser.ConfigParser:
@@ -231,188 +233,3 @@ def test_systemd_takes_the_unit_and_finds_it_closed(tmp_path: Path) -> None:
         done = subprocess.run(["systemd-analyze", *check, str(copy)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert copy.name not in done.stderr
-
-
-# ------------------------------------------------------------ the steps of the image, executed
-
-
-@dataclass(frozen=True)
-class Image:
-    """root: stands for / of the container; its volume is `volume`. bin: what is first in its PATH."""
-
-    root: Path
-    stage: Stage
-
-    @property
-    def volume(self) -> Path:
-        return self.root / VOLUME.removeprefix("/")
-
-    @property
-    def bin(self) -> Path:
-        return self.root / "venv" / "bin"
-
-    def environment(self, **more: str) -> dict[str, str]:
-        """What the container's process sees."""
-        made = {name: value.replace(VOLUME, str(self.volume)) for name, value in self.stage.env.items()}
-        path = os.pathsep.join((str(self.bin), str(Path(sys.executable).parent), os.environ["PATH"]))
-        return {**clean(), "HOME": str(self.volume), "PATH": path, **made, **more}
-
-    def run(self, command: str, cwd: Path, **more: str) -> None:
-        """Execute a step of a Dockerfile. Raises AssertionError with its output if it fails."""
-        for folder in ("/wheels", "/constraints.txt"):
-            command = re.sub(rf"(?<!\w){folder}", f"{self.root}{folder}", command)
-        done = subprocess.run(
-            ["sh", "-euc", command], cwd=cwd, env=self.environment(**more), capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-
-    def files(self) -> set[Path]:
-        return {path for path in (self.root / "venv").rglob("*") if path.is_file()}
-
-
-def clean() -> dict[str, str]:
-    """The environment without what would change fortwo or Python, but for the level of instructions."""
-    mine = ("FORTWO_", "PYTHON", "XDG_", "VIRTUAL_ENV", "CC")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(mine)}
-    return kept | {name: value for name, value in os.environ.items() if name == "FORTWO_ISA"}
-
-
-def environment_beside(folder: Path) -> None:
-    """A virtual environment that sees every package of this one but fortwo, so that pip finds them installed."""
-    venv.create(folder, with_pip=False)
-    packages = folder / "others"
-    packages.mkdir()
-    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if not path.name.lower().startswith(("fortwo", "_editable", "__editable")) and path.suffix != ".pth":
-            (packages / path.name).symlink_to(path)
-    major, minor = sys.version_info[:2]
-    (folder / "lib" / f"python{major}.{minor}" / "site-packages" / "others.pth").write_text(str(packages))
-
-
-def quick_compiler(folder: Path) -> Path:
-    """A C compiler that compiles for this processor's level without optimising, and nothing for the other levels."""
-    own = [one.flags for one in build.SHIPPED if one.level == isa.level() and one.needs <= isa.flags()]
-    wanted = f"*{shlex.quote(' '.join(own[0]))}*" if own else "none"
-    script = folder / "quick-cc"
-    script.write_text(
-        f"""#!/bin/sh
-case "$*" in
-    {wanted} | *-shared*) exec cc "$@" -O0 ;;
-esac
-while [ "$1" != -o ]; do shift; done
-exec cc -x c -c /dev/null -o "$2"
-"""
-    )
-    script.chmod(0o755)
-    return script
-
-
-def execute(image: Image, stage: Stage, cwd: Path, **more: str) -> None:
-    """Carry out COPY and RUN. Left out: the step that adds a user to the machine."""
-    for name, rest in stage.steps:
-        if name == "COPY":
-            *sources, target = rest.split()
-            for source in sources:
-                place = cwd / target
-                if (ROOT / source).is_dir():
-                    ignore = shutil.ignore_patterns("__pycache__", "compiled")
-                    shutil.copytree(ROOT / source, place, ignore=ignore, dirs_exist_ok=True)
-                else:
-                    place.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(ROOT / source, place)
-        elif name == "RUN" and not rest.startswith("useradd"):
-            image.run(rest, cwd, **more)
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    root = tmp_path_factory.mktemp("image")
-    wheel, last = stages(DOCKERFILES[0])
-    made = Image(root, last)
-    environment_beside(root / "venv")
-    (source := root / "source").mkdir()
-    made.volume.mkdir(parents=True)
-    execute(made, wheel, source, CC=str(quick_compiler(root)))
-    shutil.copy(ROOT / "constraints.txt", root)
-    execute(made, last, made.volume)
-    return made
-
-
-@contextmanager
-def started(image: Image, **more: str) -> Iterator[subprocess.Popen[str]]:
-    """The container's process: ENTRYPOINT and CMD in its WORKDIR."""
-    words = [word for name in ("ENTRYPOINT", "CMD") for word in json.loads(image.stage.values(name)[0])]
-    process = subprocess.Popen(
-        [str(image.bin / words[0]), *words[1:]],
-        cwd=image.volume,
-        env=image.environment(**more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def is_well(image: Image, port: str) -> bool:
-    """Whether the image's HEALTHCHECK is content."""
-    name, *rest = healthcheck(image.stage)
-    command = [str(image.bin / name), *rest]
-    return subprocess.run(command, env=image.environment(FORTWO_PORT=port), capture_output=True).returncode == 0
-
-
-@pytest.mark.slow
-def test_the_image_refuses_to_start_without_a_key(image: Image) -> None:
-    with started(image) as process:
-        said, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "there is no API key" in said
-    assert "FORTWO_API_KEY" in said
-
-
-@pytest.mark.slow
-def test_the_image_serves_with_a_key_writes_only_to_its_volume_and_ends_in_time(image: Image, tiny: Path) -> None:
-    Catalog(image.volume / "home" / "models").add("tiny", tiny)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    before = image.files()
-    assert not is_well(image, port)
-    with started(image, FORTWO_API_KEY="secret", FORTWO_PORT=port, FORTWO_DEFAULT_MODEL="tiny") as process:
-        wait_for(process, port)
-        assert is_well(image, port)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
-            assert client.get("/readyz").json()["status"] == "ok"
-            body = {"messages": [{"role": "user", "content": "hello"}], "model": "tiny", "max_tokens": 4}
-            assert client.post("/v1/chat/completions", json=body).status_code == 401
-            key = {"Authorization": "Bearer secret"}
-            answer = client.post("/v1/chat/completions", json=body, headers=key)
-            assert answer.json()["usage"]["completion_tokens"] > 0
-            database = {"dataset": {"path": str(image.volume / "home" / "fortwo.db")}, "adapter_name": "a"}
-            refused = client.post("/api/training/plan", json=database, headers=key)
-            assert refused.status_code == 400
-            assert "may lie" in refused.text or "allowed" in refused.text
-        process.send_signal(signal.SIGTERM)
-        grace = kubernetes()["StatefulSet"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
-        said, _ = process.communicate(timeout=grace)
-    assert process.returncode in (0, -signal.SIGTERM), said
-    assert image.files() == before, "the image's own files are read-only"
-    assert not (image.volume / "cache" / "fortwo").exists(), "the wheel brings the kernels"
-
-
-def wait_for(process: subprocess.Popen[str], port: str) -> None:
-    """Wait until the server listens."""
-    while process.poll() is None:
-        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=5)
-        try:
-            connection.request("GET", "/healthz")
-            if connection.getresponse().status == 200:
-                return
-        except OSError:
-            time.sleep(0.1)
-        finally:
-            connection.close()
-    raise AssertionError(f"the server ended: {process.communicate()[0]}")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter, quants
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fortwo.errors import UnsupportedModel
@@ -165,6 +166,17 @@ def test_quantised_tensors_are_dequantised_as_gguf_defines(tmp_path: Path, kind:
     found = weights.open_tensors(converted(file))["model.layers.1.mlp.up_proj.weight"].numpy()
     assert np.array_equal(found, quants.dequantize(packed, kind).astype(np.float32))
     assert 0 < np.abs(found - values).max() < 0.05
+
+
+def test_the_safetensors_files_of_a_converted_file_are_its_weights_alone(tmp_path: Path) -> None:
+    """Programs such as vLLM load the tensors of all of them."""
+    model = tiny_model("qwen2")
+    packed = quants.quantize(model.state_dict()["model.layers.1.mlp.up_proj.weight"].numpy(), GGMLQuantizationType.Q4_1)
+    extra = {"blk.1.ffn_up.weight": (packed, GGMLQuantizationType.Q4_1)}
+    target = converted(save_gguf(tmp_path / "tiny.gguf", model, without="blk.1.ffn_up", extra=extra))
+    assert weights.block_bytes(target) > 0
+    loaded = [name for file in target.glob("*.safetensors") for name in load_file(file)]
+    assert sorted(loaded) == sorted(weights.open_tensors(target))
 
 
 def test_llama3_scaling_of_positions_is_recovered(tmp_path: Path) -> None:

@@ -214,14 +214,15 @@ def test_two_measurements_have_a_mean_and_a_drift() -> None:
 
 @pytest.mark.slow
 def test_a_real_run_answers_or_refuses_each_request(home: Path, tiny: Path) -> None:
-    """The adapter imported last is in memory. The other one finds the only place taken by one that answers."""
+    """A run begins as a simulation does, without an adapter in memory, although the one imported last was there. So it
+    is loaded after the other one, and finds the only place taken by that."""
     state = AppState(tiny_settings(home, tiny, max_adapters=1))
     try:
         names = []
         for folder in adapters.write(home / "made", 2, "tiny", tiny / "config.json"):
             import_adapter(folder.name, folder, state.catalog, state.adapters, state.registry)
             names.append(folder.name)
-        outcomes = Client(state, names).play([Arrival(0, 9, 900, 1), Arrival(0, 9, 2, 0), Arrival(0, 9, 3)])
+        outcomes = Client(state, names).play([Arrival(0, 9, 900, 0), Arrival(0, 9, 2, 1), Arrival(0, 9, 3)])
     finally:
         state.close()
     assert [len(one.tokens) for one in outcomes] == [900, 0, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import os
 import random
@@ -28,6 +29,7 @@ from tiny import save_directory, tiny_model
 
 pytest.importorskip("ray", reason="Ray is not installed here: make test-scale installs it and runs these tests")
 
+from fortwo import log_context
 from fortwo.errors import Conflict, FortwoError
 from fortwo.home import home_id
 from fortwo.hub.catalog import Catalog
@@ -105,6 +107,10 @@ def test_the_whole_and_each_replica_are_ready(replicas: Served) -> None:
     assert len({one["pid"] for one in found}) == 2
     assert all(one["bases"] == ["tiny"] for one in found)
     assert os.getpid() not in {one["pid"] for one in found}
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert {os.getpriority(os.PRIO_PROCESS, one["pid"]) for one in found} == {own}, "other programs would come first"
+    for one in found:
+        assert b"\0GOMP_SPINCOUNT=1000\0" in Path(f"/proc/{one['pid']}/environ").read_bytes(), "threads would spin"
 
 
 def test_each_api_answers_as_a_server_alone_does(replicas: Served, served: Served, decoder: Any) -> None:
@@ -125,6 +131,8 @@ def test_each_api_answers_as_a_server_alone_does(replicas: Served, served: Serve
             here, there = replicas.post(path, body), served.post(path, body)
             assert here.status_code == there.status_code, (path, body, here.text)
             assert _lasting(here.json()) == _lasting(there.json()), (path, body)
+            if path.startswith("/v1/") and not here.is_success:
+                assert here.json()["error"]["request_id"] == here.headers["x-request-id"]
     assert replicas.state.registry.state().models == {}  # the head computed none of it
 
 
@@ -133,6 +141,7 @@ def _lasting(body: Any) -> Any:
     if isinstance(body, dict):
         passing = (
             "id",
+            "request_id",
             "created",
             "created_at",
             "hint",
@@ -496,3 +505,11 @@ def test_a_stream_ends_with_an_error_of_its_own_form(path: str, kind: str, end: 
     assert event.startswith(end)
     assert event.endswith(b"\n")
     assert last_event(path, "application/json", FortwoError("gone"), 7) is None
+
+
+def test_the_error_that_ends_a_stream_names_the_request() -> None:
+    found = contextvars.copy_context()
+    found.run(log_context.request_id.set, "req_1")
+    event = found.run(last_event, "/v1/chat/completions", "text/event-stream", FortwoError("gone"), 7)
+    assert event is not None
+    assert json.loads(event.removeprefix(b"data: "))["error"]["request_id"] == "req_1"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ProgressCallback = Callable[[str, int, int], None]  # label, amount done, total amount
 
 SAFE_WEIGHTS_NAME = "model.safetensors"
-BLOCKS_NAME = "blocks.safetensors"  # the weights once more, as a quantised file has them
+BLOCKS_NAME = "model.blocks"  # the weights once more, as a quantised file has them; others load every *.safetensors
 SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
 _CHUNK_BYTES = 1 << 24
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}

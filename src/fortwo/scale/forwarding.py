@@ -19,13 +19,14 @@ from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableE
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fortwo import log_context
 from fortwo.errors import FortwoError, Unavailable
 from fortwo.records import Json
 from fortwo.scale.pins import REPLICA_ROUTES, Pin, requested_model
 from fortwo.scale.replica import GONE
 from fortwo.server import sse
 from fortwo.server.admission import Admission
-from fortwo.server.errors import plain_body, respond, unexpected
+from fortwo.server.errors import error_document, plain_body, respond, unexpected
 from fortwo.server.request_body import LARGE_BYTES
 from fortwo.server.workers import until_disconnect
 
@@ -184,7 +185,7 @@ class _Answer:
         call = self._handle.options(stream=True, multiplexed_model_id=place)
         scope = {name: self._scope[name] for name in SENT_ON if name in self._scope}
         scope["headers"] = [one for one in scope["headers"] if one[0] != b"authorization"]  # keys stay at the head
-        parts = call.answer.remote(scope, self._body, vars(pin))
+        parts = call.answer.remote(scope, self._body, vars(pin), log_context.request_id.get())
         finished = False
         try:
             async for part in parts:
@@ -234,7 +235,7 @@ def last_event(path: str, kind: str, error: FortwoError, number: int) -> bytes |
     if not kind.startswith("text/event-stream"):
         return None
     if path != "/v1/responses":
-        return sse.encode(error.body())
+        return sse.encode(error_document(error))
     fields: Json = {"code": error.code, "message": error.message, "param": error.param}
     return sse.encode({"type": "error", "sequence_number": number, **fields}, event="error")
 

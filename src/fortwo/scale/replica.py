@@ -23,6 +23,7 @@ from fastapi.concurrency import run_in_threadpool
 from ray import serve
 from starlette.types import Message
 
+from fortwo import log_context
 from fortwo.errors import Conflict, FortwoError, NotFound, Unavailable
 from fortwo.home import ID
 from fortwo.hub.catalog import Catalog
@@ -161,8 +162,10 @@ class Replica:
 
         return load
 
-    async def answer(self, scope: Json, body: bytes, pin: Json) -> AsyncIterator[Any]:
-        """A response: {status, headers}, then the parts of its body; or GONE alone."""
+    async def answer(self, scope: Json, body: bytes, pin: Json, request_id: str | None) -> AsyncIterator[Any]:
+        """A response: {status, headers}, then the parts of its body; or GONE alone. request_id: the head's, which an
+        error and this replica's log name."""
+        log_context.request_id.set(request_id)  # of this task alone
         call = _Call(Pin(**pin))
         with suppress(FortwoError):  # the route meets the same error, and words it as its API does
             await self._hold(call.pin.ref)
