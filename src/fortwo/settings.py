@@ -44,6 +44,12 @@ class Settings(BaseSettings):
         "key, which may do everything, or with one of `fortwo keys create`.",
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL of the database; default: SQLite under home.")
+    adapters_url: str | None = Field(
+        None,
+        description="URL of fsspec under which all versions of adapters are kept for several servers, such as "
+        "s3://bucket/folder (needs `fortwo[s3]`); the home is a cache of it (docs/guide-scale.md). Default: they are "
+        "in the home alone.",
+    )
     data_dirs: tuple[Path, ...] = Field(
         default_factory=lambda: (Path.cwd(),), description="Folders in which dataset paths may lie, besides home/data."
     )
