@@ -44,8 +44,8 @@ class RemoteStore:
             raise InvalidRequest(
                 f"adapters_url = {url!r} cannot be opened: {error}",
                 param="adapters_url",
-                hint="For s3://bucket/folder install it: pip install 'fortwo[s3]'. Other URLs need their own package of "
-                "fsspec.",
+                hint="For s3://bucket/folder install it: pip install 'fortwo[s3]'. For another URL install the package "
+                "of fsspec that the message names.",
             ) from None
         self._is_local = hasattr(self._fs, "auto_mkdir")
         if self._is_local:

@@ -299,7 +299,8 @@ class AdapterStore(AdapterReader):
 
     def _next_number(self, folder: Path) -> int:
         """A number that no version has had."""
-        return 1 + max([read_state(folder)["last"], *version_numbers(folder), *deletion.set_aside_numbers(folder)])
+        last: int = read_state(folder)["last"]
+        return 1 + max([last, *version_numbers(folder), *deletion.set_aside_numbers(folder)])
 
     def _add(self, folder: Path, number: int, draft: Path, current: bool, last: bool) -> None:
         """Turn a draft into a version, and make it the current one if `current`. last: versions.json says now that the

@@ -106,7 +106,9 @@ class ReplicaState(ServingState):
             self._closing = built.pop_all()
 
     def _adapter_store(self, settings: Settings, built: ExitStack) -> AdapterStore:
-        return open_store(settings.adapters_dir if settings.adapters_url is None else self._fetched, settings.adapters_url)
+        return open_store(
+            settings.adapters_dir if settings.adapters_url is None else self._fetched, settings.adapters_url
+        )
 
     async def resolve(self, model: str) -> Target:
         """The weights that the head pinned for this request. Raises what ModelRegistry.resolve raises, and Conflict if
