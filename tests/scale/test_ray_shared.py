@@ -23,9 +23,8 @@ from fortwo.records import AdapterVersion
 from fortwo.scale.replica import check_home
 from fortwo.scale.replicated import create
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::DeprecationWarning"
-)
+IGNORED = ("FutureWarning", "ResourceWarning", "DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(*(f"ignore::{one}" for one in IGNORED))
 
 
 @pytest.fixture(scope="module")
