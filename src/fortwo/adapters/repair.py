@@ -32,7 +32,7 @@ def repairs(root: Path) -> Iterator[Repair]:
             continue
         yield from unfinished(folder)
         numbers = version_numbers(folder)
-        damage = store.damage(folder.name)
+        versions, damage = store.inspect(folder.name)
         state = next((error.message for number, error in damage if number is None), None)
         if state is None and numbers and not (folder / STATE).exists():
             state = f"{folder / STATE} is missing"
@@ -44,7 +44,7 @@ def repairs(root: Path) -> Iterator[Repair]:
         for number, error in damage:
             if number is not None:
                 yield Repair(error.message, f"Not repaired. {error.hint}")
-        for version in store.versions(folder.name) if numbers else ():
+        for version in versions:
             for problem in _changed(version, fetched=(root / CACHED).exists()):
                 remedy = f"Not repaired. Restore the file from a backup, or delete {version.id} and train again."
                 yield Repair(problem, remedy)

@@ -38,8 +38,9 @@ def main() -> None:
 
 
 def run(order: Json, progress: Callable[[str, int, int], None]) -> Json:
-    """Export as ordered. order: adapter, to, quantization and exam as `export` takes them; models, adapters,
-    output: folders; adapters_url: the setting. Returns notes and exam as in Exported.body, and files with path (below output), bytes and sha256."""
+    """Export as ordered. order: adapter, to, quantization and exam as `export` takes them; models, adapters, output:
+    folders; adapters_url: the setting. Returns notes and exam as in Exported.body, and files with path (below output),
+    bytes and sha256."""
     output = Path(order["output"])
     done = export(
         order["adapter"],
