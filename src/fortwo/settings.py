@@ -114,6 +114,11 @@ class Settings(BaseSettings):
     worker_cpus: int = Field(
         1, ge=1, description="CPUs of the Ray cluster that a training worker takes, and threads that it computes with."
     )
+    shard: bool = Field(
+        False,
+        description="With FORTWO_TRAIN=ray: whether each worker of a run holds only its part of the base's layers, for "
+        "a base that does not fit one worker (docs/guide-scale.md).",
+    )
     jobs: int = Field(
         1, ge=1, le=64, description="Jobs that run at once, if the workers of a Ray cluster compute their gradients."
     )
