@@ -49,8 +49,8 @@ def versions() -> dict[str, str]:
 class RunSpec:
     """What every worker of a run needs to know. models_dir: where it reads the base; digest: of the base; weights:
     FORTWO_WEIGHTS with which it trains on the same numbers as the head; isa, threads: as in the settings, for a worker;
-    fp32_kernel: the head's; versions: the head's; shard: the setting; parent: the tensors that KTO compares with, if the
-    run has a parent."""
+    fp32_kernel: the head's; versions: the head's; shard: the setting; parent: the tensors that KTO compares with, if
+    the run has a parent."""
 
     model: str
     digest: str
