@@ -64,8 +64,7 @@ class SharedAdapterStore(AdapterStore):
             raise Conflict(
                 f"adapters_url = {self._remote.url!r} is another store than the one that {self._root} belongs to",
                 param="adapters_url",
-                hint="Set FORTWO_ADAPTERS_URL back, or use another FORTWO_HOME. To move the versions to the new store, "
-                f"remove {mark} first.",
+                hint="Set FORTWO_ADAPTERS_URL back, or use another FORTWO_HOME.",
             )
         for name in self._folders():
             with self._locked_folder(name) as folder:
