@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 
 from fortwo import disk
 from fortwo.adapters import deletion
+from fortwo.adapters.drafts import publish_draft
 from fortwo.adapters.refs import parse_ref
 from fortwo.adapters.remote import RemoteStore
-from fortwo.adapters.store import AdapterStore, Followers, publish_draft
+from fortwo.adapters.store import AdapterStore, Followers
 from fortwo.adapters.version_files import CACHED, CONFIG, MANIFEST, STATE, TENSORS, read_state, version_numbers
 from fortwo.errors import Conflict, FortwoError, InvalidAdapter, InvalidRequest, NotFound
 from fortwo.records import AdapterVersion, Json

@@ -29,10 +29,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from fortwo import disk
 from fortwo.adapters import deletion
+from fortwo.adapters.drafts import LOCK, lock_of, publish_draft, release, remove_abandoned_drafts
 from fortwo.adapters.peft_files import PeftFiles
 from fortwo.adapters.reader import AdapterReader
 from fortwo.adapters.refs import check_name, parse_ref
@@ -53,8 +54,6 @@ from fortwo.records import AdapterVersion, Json
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-LOCK = ".lock"
 
 
 class Followers(Protocol):
@@ -272,10 +271,10 @@ class AdapterStore(AdapterReader):
     ) -> AdapterVersion:
         at_once = current and serve is None and self._followers is None  # otherwise once it can be served
         with self._locked_folder(name) as folder:
-            _remove_abandoned_drafts(folder)
+            remove_abandoned_drafts(folder)
             read_state(folder)  # a damaged one is found before anything is written
             draft = version_folder = Path(tempfile.mkdtemp(prefix=disk.DRAFT_PREFIX, dir=folder))
-            lock = _lock_of(draft)
+            lock = lock_of(draft)
             lock.acquire()
         try:
             for file, content in files.items():
@@ -293,7 +292,7 @@ class AdapterStore(AdapterReader):
                 raise disk.storage_failed(version_folder, error) from error
             raise
         finally:
-            _release(lock)
+            release(lock)
         version = self.get(f"{name}@{number}")
         return version if at_once else self._serve(version, current, serve)
 
@@ -371,36 +370,3 @@ class AdapterStore(AdapterReader):
                 yield folder
         except OSError as error:
             raise disk.storage_failed(folder, error) from error
-
-
-def publish_draft(draft: Path, folder: Path) -> None:
-    draft.rename(folder)
-    try:
-        disk.sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _lock_of(draft: Path) -> FileLock:
-    """The lock that the writer of a draft holds, at the latest until its process ends. It lies beside the draft, which
-    becomes the version."""
-    return FileLock(draft.with_name(draft.name + LOCK))
-
-
-def _release(lock: FileLock) -> None:
-    lock.release()
-    Path(lock.lock_file).unlink(missing_ok=True)
-
-
-def _remove_abandoned_drafts(folder: Path) -> None:
-    """Remove the drafts of writers that were killed."""
-    names = {path.name.removesuffix(LOCK) for path in folder.glob(f"{disk.DRAFT_PREFIX}*")}
-    for draft in (folder / name for name in names):
-        lock = _lock_of(draft)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:  # its writer is alive
-            continue
-        shutil.rmtree(draft, ignore_errors=True)
-        _release(lock)
