@@ -21,11 +21,12 @@ from filelock import FileLock
 from tiny import tiny_model
 from torch import Tensor
 
+from fortwo import disk
 from fortwo.adapters.comparison import compare
 from fortwo.adapters.peft_files import read_directory
 from fortwo.adapters.store import AdapterStore
 from fortwo.adapters.version_files import CONFIG, MANIFEST, TENSORS
-from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, StorageFailed
+from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, StorageFailed, Unavailable
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
@@ -742,3 +743,48 @@ def test_any_text_may_be_asked_for(store: AdapterStore) -> None:
     publish(store, "there")
     asked = ("there", "There", "there@1", "not-there", "", ".", "..", "../there", "there/1", "a\0b", "x" * 5000)
     assert [one for one in asked if store.has(one)] == ["there"] == list(store.names())
+
+
+def test_an_inspection_reads_each_file_once(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(store)
+    publish(store)
+    (folder(store) / "1" / MANIFEST).write_bytes(b"{}")
+    root, opened = folder(store), list[str]()
+    real = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        opened.append(path.relative_to(root).as_posix())
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    versions, damage = store.inspect("a")
+    assert [one.id for one in versions] == ["a@2"]
+    assert [number for number, _ in damage] == [1]
+    assert sorted(opened) == ["1/manifest.json", "2/manifest.json", "versions.json"]
+
+
+def test_a_publication_writes_the_list_of_versions_once(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    real = disk.replace
+
+    def replace(path: Path, content: bytes) -> None:
+        written.append(path.name)
+        real(path, content)
+
+    monkeypatch.setattr(disk, "replace", replace)
+    for current, serve in ((True, None), (False, None), (True, lambda version: None), (False, lambda version: None)):
+        written.clear()
+        store.publish("a", tensors(), LORA.to_peft("tiny"), MANIFEST_IN, current=current, serve=serve)
+        assert written == ["versions.json"]
+    assert [one.version for one in store.versions("a") if one.current] == [3]
+
+
+def test_a_number_is_not_used_twice_after_a_version_that_could_not_be_served(store: AdapterStore) -> None:
+    def refuse(version: AdapterVersion) -> None:
+        raise Unavailable("no", hint="later")
+
+    publish(store)
+    with pytest.raises(Unavailable):
+        store.publish("a", tensors(1), LORA.to_peft("tiny"), MANIFEST_IN, current=True, serve=refuse)
+    store.delete("a@2", permanently=True)
+    assert publish(store) == 3

@@ -54,6 +54,18 @@ def test_several_workers_need_a_cluster_and_one_is_what_there_is() -> None:
     assert "FORTWO_TRAIN=ray" in str(raised.value.hint)
 
 
+def test_a_sharded_base_needs_a_cluster(home: Path) -> None:
+    from fortwo.cli.cluster import training_cluster
+
+    with (
+        pytest.raises(InvalidRequest, match="FORTWO_SHARD") as raised,
+        training_cluster(Settings(home=home, shard=True)),
+    ):
+        pass
+    assert raised.value.param == "shard"
+    assert "FORTWO_TRAIN=ray" in str(raised.value.hint)
+
+
 def test_several_jobs_at_once_need_a_cluster(home: Path) -> None:
     from fortwo.cli.cluster import training_cluster
 

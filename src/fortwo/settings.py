@@ -44,6 +44,12 @@ class Settings(BaseSettings):
         "key, which may do everything, or with one of `fortwo keys create`.",
     )
     database_url: str | None = Field(None, description="SQLAlchemy URL of the database; default: SQLite under home.")
+    adapters_url: str | None = Field(
+        None,
+        description="URL of fsspec under which all versions of adapters are kept for several servers, such as "
+        "s3://bucket/folder (needs `fortwo[s3]`); the home is a cache of it (docs/guide-scale.md). Default: they are "
+        "in the home alone.",
+    )
     data_dirs: tuple[Path, ...] = Field(
         default_factory=lambda: (Path.cwd(),), description="Folders in which dataset paths may lie, besides home/data."
     )
@@ -107,6 +113,11 @@ class Settings(BaseSettings):
     )
     worker_cpus: int = Field(
         1, ge=1, description="CPUs of the Ray cluster that a training worker takes, and threads that it computes with."
+    )
+    shard: bool = Field(
+        False,
+        description="With FORTWO_TRAIN=ray: whether each worker of a run holds only its part of the base's layers, for "
+        "a base that does not fit one worker (docs/guide-scale.md).",
     )
     jobs: int = Field(
         1, ge=1, le=64, description="Jobs that run at once, if the workers of a Ray cluster compute their gradients."

@@ -85,7 +85,8 @@ def test_another_base_of_the_same_name_is_refused_with_both_digests(models: Path
 def test_a_base_that_does_not_fit_is_refused_and_sharding_is_named(models: Path) -> None:
     config = Catalog(models).config("tiny")
     check_memory(config, spec(models), 1 << 40)
-    with pytest.raises(Unavailable, match=r"does not shard it over workers \(FSDP\)") as raised:
+    with pytest.raises(Unavailable, match="holds the whole base") as raised:
         check_memory(config, spec(models), 200 << 20)
     assert raised.value.code == "out_of_memory"
     assert "has 0.2 GiB" in raised.value.message
+    assert "FORTWO_SHARD" in str(raised.value.hint)

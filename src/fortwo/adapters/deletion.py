@@ -44,12 +44,12 @@ def history(state: Json, numbers: Collection[int]) -> list[int]:
 def set_aside(folder: Path, number: int) -> None:
     """Delete a version so that `bring_back` can restore it."""
     os.utime(folder / str(number))
-    os.rename(folder / str(number), _place(folder, number))
+    os.rename(folder / str(number), place(folder, number))
     disk.sync(folder)
 
 
 def bring_back(folder: Path, number: int) -> None:
-    os.rename(_place(folder, number), folder / str(number))
+    os.rename(place(folder, number), folder / str(number))
     disk.sync(folder)
 
 
@@ -70,12 +70,12 @@ def set_aside_numbers(folder: Path) -> list[int]:
 
 def deleted_at(folder: Path, number: int) -> float:
     """When a version was deleted, in seconds since 1970."""
-    return _place(folder, number).stat().st_mtime
+    return place(folder, number).stat().st_mtime
 
 
 def expired(folder: Path, now: float) -> list[Path]:
     """The deleted versions that can be restored no longer."""
-    paths = (_place(folder, number) for number in set_aside_numbers(folder))
+    paths = (place(folder, number) for number in set_aside_numbers(folder))
     return [path for path in paths if path.stat().st_mtime < now - DAYS * 86400]
 
 
@@ -88,5 +88,5 @@ def number_of(path: Path) -> int:
     return int(path.name.removeprefix(_PREFIX))
 
 
-def _place(folder: Path, number: int) -> Path:
+def place(folder: Path, number: int) -> Path:
     return folder / f"{_PREFIX}{number}"

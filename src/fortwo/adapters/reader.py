@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,10 @@ from fortwo.records import AdapterVersion, Json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Damage = tuple[int | None, InvalidAdapter]
+"""The number of the version, or None for versions.json, and the error with its remedy."""
 
 
 class AdapterReader:
@@ -59,32 +63,32 @@ class AdapterReader:
 
     def versions(self, ref: str) -> tuple[AdapterVersion, ...]:
         """The versions that `ref` means, oldest first: a bare name means all. Damaged versions are left out; `get` and
-        `damage` say what is wrong with them. If versions.json is damaged, none of them is the current one. Raises
+        `inspect` say what is wrong with them. If versions.json is damaged, none of them is the current one. Raises
         NotFound when there is no version."""
         name, only = self._resolve(ref)
         existing = self._existing_numbers(name, only)
-        state = read_state(self._root / name) if is_readable(self._root / name) else None
-        current = self._current_number(name, state)
-        versions = []
-        for number in existing if only is None else [only]:
-            with suppress(InvalidAdapter):
-                versions.append(self._version(name, number, state, current))
-        return tuple(versions)
+        return self._inspect(name, existing if only is None else [only])[0]
 
-    def damage(self, name: str) -> list[tuple[int | None, InvalidAdapter]]:
-        """What is wrong with the files that describe an adapter's versions: the number of the version, or None for
-        versions.json, and the error with its remedy. Tensors are not read."""
-        found: list[tuple[int | None, InvalidAdapter]] = []
+    def inspect(self, name: str) -> tuple[tuple[AdapterVersion, ...], list[Damage]]:
+        """All versions of an adapter as `versions` has them, and what is wrong with the files that describe it. Each
+        file is read once, and tensors are not read."""
+        return self._inspect(name, version_numbers(self._root / name))
+
+    def _inspect(self, name: str, numbers: Sequence[int]) -> tuple[tuple[AdapterVersion, ...], list[Damage]]:
+        state: Json | None = None
+        found: list[Damage] = []
         try:
-            read_state(self._root / name)
+            state = read_state(self._root / name)
         except InvalidAdapter as error:
             found.append((None, error))
-        for number in version_numbers(self._root / name):
+        current = self._current_number(name, state)
+        versions = []
+        for number in numbers:
             try:
-                self._version(name, number, None, None)
+                versions.append(self._version(name, number, state, current))
             except InvalidAdapter as error:
                 found.append((number, error))
-        return found
+        return tuple(versions), found
 
     def check_publishable(self, name: str) -> None:
         """Raises InvalidAdapter when no version of `name` could be published, because versions.json is damaged."""

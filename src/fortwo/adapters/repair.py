@@ -17,7 +17,7 @@ from pathlib import Path
 from fortwo import disk
 from fortwo.adapters import deletion
 from fortwo.adapters.store import AdapterStore
-from fortwo.adapters.version_files import CONFIG, STATE, TENSORS, version_numbers
+from fortwo.adapters.version_files import CACHED, CONFIG, STATE, TENSORS, version_numbers
 from fortwo.errors import InvalidAdapter
 from fortwo.records import AdapterVersion, Json, Repair
 
@@ -32,7 +32,7 @@ def repairs(root: Path) -> Iterator[Repair]:
             continue
         yield from unfinished(folder)
         numbers = version_numbers(folder)
-        damage = store.damage(folder.name)
+        versions, damage = store.inspect(folder.name)
         state = next((error.message for number, error in damage if number is None), None)
         if state is None and numbers and not (folder / STATE).exists():
             state = f"{folder / STATE} is missing"
@@ -44,8 +44,8 @@ def repairs(root: Path) -> Iterator[Repair]:
         for number, error in damage:
             if number is not None:
                 yield Repair(error.message, f"Not repaired. {error.hint}")
-        for version in store.versions(folder.name) if numbers else ():
-            for problem in _changed(version):
+        for version in versions:
+            for problem in _changed(version, fetched=(root / CACHED).exists()):
                 remedy = f"Not repaired. Restore the file from a backup, or delete {version.id} and train again."
                 yield Repair(problem, remedy)
 
@@ -80,9 +80,12 @@ def _was_made_current(manifest: Json) -> bool:
         return manifest.get("plan") is None  # it was imported
 
 
-def _changed(version: AdapterVersion) -> Iterator[str]:
+def _changed(version: AdapterVersion, fetched: bool) -> Iterator[str]:
+    """fetched: the store is a cache, whose files come when they are read."""
     for file in (CONFIG, TENSORS):
         path = Path(version.path) / file
+        if fetched and not path.exists():
+            continue
         try:
             with path.open("rb") as content:
                 found = hashlib.file_digest(content, "sha256").hexdigest()

@@ -29,10 +29,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from fortwo import disk
 from fortwo.adapters import deletion
+from fortwo.adapters.drafts import LOCK, lock_of, publish_draft, release, remove_abandoned_drafts
 from fortwo.adapters.peft_files import PeftFiles
 from fortwo.adapters.reader import AdapterReader
 from fortwo.adapters.refs import check_name, parse_ref
@@ -53,8 +54,6 @@ from fortwo.records import AdapterVersion, Json
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-LOCK = ".lock"
 
 
 class Followers(Protocol):
@@ -103,9 +102,14 @@ class AdapterStore(AdapterReader):
         return self._commit(name, files, manifest, current, serve)
 
     def _make_current(self, version: AdapterVersion) -> AdapterVersion:
-        with self._changed_state(version.name) as state:
-            self._announce(version.name, version.version)
-            state["current"].append(version.version)
+        name, number = version.name, version.version
+
+        def change(state: Json) -> None:
+            self._announce(name, number)
+            state["last"] = max(state["last"], number)
+            state["current"].append(number)
+
+        self._change(name, change)
         return self.get(version.id)
 
     def finish_publication(self, version: AdapterVersion) -> AdapterVersion:
@@ -137,9 +141,9 @@ class AdapterStore(AdapterReader):
         an unknown name and Conflict when no earlier version was current."""
         check_name(name)
         self._existing_numbers(name)
-        with self._locked_folder(name) as folder:
-            state = read_state(folder)
-            history = deletion.history(state, version_numbers(folder))
+
+        def change(state: Json) -> None:
+            history = deletion.history(state, version_numbers(self._root / name))
             if len(history) < 2:
                 raise Conflict(
                     f"adapter {name!r} has no earlier version that was current",
@@ -147,7 +151,9 @@ class AdapterStore(AdapterReader):
                     hint=f"Use the name of a version: {self._version_refs(name)}.",
                 )
             self._announce(name, history[-2])
-            disk.replace(folder / STATE, disk.dump({**state, "current": history[:-1]}))
+            state["current"] = history[:-1]
+
+        self._change(name, change)
         return self.get(name)
 
     def promote(self, ref: str) -> AdapterVersion:
@@ -165,23 +171,28 @@ class AdapterStore(AdapterReader):
                 param="tag",
                 hint="Use 1 to 64 letters, digits, '.' or '_'; begin with a letter.",
             )
-        with self._changed_state(version.name) as state:
-            state["tags"][tag] = version.version
+        self._change(version.name, lambda state: state["tags"].update({tag: version.version}))
         return self.get(version.id)
 
     def untag(self, name: str, tag: str) -> None:
         """Forget a tag. Raises NotFound."""
         self._existing_numbers(name)
-        with self._changed_state(name) as state:
+
+        def change(state: Json) -> None:
             if state["tags"].pop(tag, None) is None:
                 raise self._no_tag(name, tag, state["tags"])
+
+        self._change(name, change)
 
     def protect(self, ref: str, protected: bool) -> AdapterVersion:
         """Let a version be deleted no longer, or again. Raises NotFound, and InvalidRequest for a bare name."""
         version = self._named_version(ref)
-        with self._changed_state(version.name) as state:
+
+        def change(state: Json) -> None:
             others = [number for number in state["protected"] if number != version.version]
             state["protected"] = [*others, version.version] if protected else others
+
+        self._change(version.name, change)
         return self.get(version.id)
 
     def delete(self, ref: str, *, permanently: bool = False) -> None:
@@ -202,8 +213,7 @@ class AdapterStore(AdapterReader):
                 )
             self._announce_change(name, [one for one in existing if one not in deleted])
             self._before_delete(name, deleted)
-            for version in deleted:
-                deletion.remove(folder / str(version)) if permanently else deletion.set_aside(folder, version)
+            self._remove(folder, [folder / str(version) for version in deleted], permanently)
 
     def restore(self, ref: str) -> tuple[AdapterVersion, ...]:
         """Bring back a deleted version, or with a bare name all that were deleted, as they were. Raises NotFound."""
@@ -218,8 +228,7 @@ class AdapterStore(AdapterReader):
                 hint=f"These can: {others}." if others else f"Deleted versions are kept for {deletion.DAYS} days.",
             )
         with self._locked_folder(name) as folder:
-            for one in wanted:
-                deletion.bring_back(folder, one)
+            self._bring_back(folder, wanted)
         return tuple(self.get(f"{name}@{one}") for one in wanted)
 
     def prune(self, keep: int, *, apply: bool, needed: Collection[str] = ()) -> list[Json]:
@@ -235,15 +244,14 @@ class AdapterStore(AdapterReader):
             with self._locked_folder(name) as folder:
                 own = self.versions(name) if version_numbers(folder) else ()
                 superfluous = deletion.superfluous(own, read_state(folder), parents, keep)
-                if apply:
-                    self._before_delete(name, superfluous)
                 found = [(number, folder / str(number), f"{name} has {keep} newer versions") for number in superfluous]
                 why = f"deleted over {deletion.DAYS} days ago"
                 found += [(deletion.number_of(path), path, why) for path in deletion.expired(folder, time.time())]
                 for number, path, why in found:
                     listed.append({"id": f"{name}@{number}", "bytes": deletion.size(path), "why": why})
-                    if apply:
-                        deletion.remove(path)
+                if apply and found:
+                    self._before_delete(name, superfluous)
+                    self._remove(folder, [path for _, path, _ in found], permanently=True)
         return listed
 
     def remove_expired(self) -> None:
@@ -251,8 +259,7 @@ class AdapterStore(AdapterReader):
         for name in self._folders():
             if deletion.expired(self._root / name, time.time()):
                 with self._locked_folder(name) as folder:
-                    for path in deletion.expired(folder, time.time()):
-                        deletion.remove(path)
+                    self._remove(folder, deletion.expired(folder, time.time()), permanently=True)
 
     def _commit(
         self,
@@ -262,34 +269,61 @@ class AdapterStore(AdapterReader):
         current: bool,
         serve: Callable[[AdapterVersion], None] | None,
     ) -> AdapterVersion:
+        at_once = current and serve is None and self._followers is None  # otherwise once it can be served
         with self._locked_folder(name) as folder:
-            _remove_abandoned_drafts(folder)
-            state = read_state(folder)
-            number = 1 + max([state["last"], *version_numbers(folder), *deletion.set_aside_numbers(folder)])
-            at_once = current and serve is None and self._followers is None  # otherwise once it can be served
-            history = [*state["current"], number] if at_once else state["current"]
-            disk.replace(folder / STATE, disk.dump({**state, "last": number, "current": history}))
+            remove_abandoned_drafts(folder)
+            read_state(folder)  # a damaged one is found before anything is written
             draft = version_folder = Path(tempfile.mkdtemp(prefix=disk.DRAFT_PREFIX, dir=folder))
-            lock = _lock_of(draft)
+            lock = lock_of(draft)
             lock.acquire()
-        identity = {"name": name, "version": number, "created_at": time.time(), "made_current": current}
-        complete = {**manifest, **identity, "files": shas_of(files)}
         try:
             for file, content in files.items():
                 disk.write(draft / file, content)
-            disk.write(draft / MANIFEST, disk.dump(complete))
-            disk.sync(draft)
-            version_folder = draft.rename(folder / str(number))
-            disk.sync(folder)
+            with self._locked_folder(name) as folder:
+                number = self._next_number(folder)
+                version_folder = folder / str(number)
+                identity = {"name": name, "version": number, "created_at": time.time(), "made_current": current}
+                disk.write(draft / MANIFEST, disk.dump({**manifest, **identity, "files": shas_of(files)}))
+                disk.sync(draft)
+                self._add(folder, number, draft, at_once, last=at_once or not current)
         except BaseException as error:
-            shutil.rmtree(version_folder, ignore_errors=True)
+            shutil.rmtree(draft, ignore_errors=True)
             if isinstance(error, OSError):
                 raise disk.storage_failed(version_folder, error) from error
             raise
         finally:
-            _release(lock)
+            release(lock)
         version = self.get(f"{name}@{number}")
         return version if at_once else self._serve(version, current, serve)
+
+    def _next_number(self, folder: Path) -> int:
+        """A number that no version has had."""
+        last: int = read_state(folder)["last"]
+        return 1 + max([last, *version_numbers(folder), *deletion.set_aside_numbers(folder)])
+
+    def _add(self, folder: Path, number: int, draft: Path, current: bool, last: bool) -> None:
+        """Turn a draft into a version, and make it the current one if `current`. last: versions.json says now that the
+        number was used; else it will when the version becomes current."""
+
+        def change(state: Json) -> None:
+            state["last"] = number
+            state["current"] += [number] if current else []
+
+        if last:
+            self._update(folder, change)
+        publish_draft(draft, folder / str(number))
+
+    def _remove(self, folder: Path, paths: Sequence[Path], permanently: bool) -> None:
+        """Delete versions, which may have been set aside."""
+        last = max(map(deletion.number_of, paths), default=0)
+        if is_readable(folder) and read_state(folder)["last"] < last:  # no number is used twice
+            self._update(folder, lambda state: state.update(last=last))
+        for path in paths:
+            deletion.remove(path) if permanently else deletion.set_aside(folder, deletion.number_of(path))
+
+    def _bring_back(self, folder: Path, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            deletion.bring_back(folder, number)
 
     def _announce(self, name: str, number: int) -> None:
         """Tell the followers of a version that is about to become current."""
@@ -313,13 +347,16 @@ class AdapterStore(AdapterReader):
                 versions.append(self.get(f"{name}@{number}"))
         self._followers.before_delete(versions)
 
-    @contextmanager
-    def _changed_state(self, name: str) -> Iterator[Json]:
-        """versions.json of `name`, to be changed: it is written at the end unless an error is raised."""
+    def _change(self, name: str, change: Callable[[Json], None]) -> None:
+        """Change versions.json. What `change` raises leaves it as it was."""
         with self._locked_folder(name) as folder:
-            state = read_state(folder)
-            yield state
-            disk.replace(folder / STATE, disk.dump(state))
+            self._update(folder, change)
+
+    def _update(self, folder: Path, change: Callable[[Json], None]) -> None:
+        """The same in a folder that is locked."""
+        state = read_state(folder)
+        change(state)
+        disk.replace(folder / STATE, disk.dump(state))
 
     @contextmanager
     def _locked_folder(self, name: str) -> Iterator[Path]:
@@ -333,27 +370,3 @@ class AdapterStore(AdapterReader):
                 yield folder
         except OSError as error:
             raise disk.storage_failed(folder, error) from error
-
-
-def _lock_of(draft: Path) -> FileLock:
-    """The lock that the writer of a draft holds, at the latest until its process ends. It lies beside the draft, which
-    becomes the version."""
-    return FileLock(draft.with_name(draft.name + LOCK))
-
-
-def _release(lock: FileLock) -> None:
-    lock.release()
-    Path(lock.lock_file).unlink(missing_ok=True)
-
-
-def _remove_abandoned_drafts(folder: Path) -> None:
-    """Remove the drafts of writers that were killed."""
-    names = {path.name.removesuffix(LOCK) for path in folder.glob(f"{disk.DRAFT_PREFIX}*")}
-    for draft in (folder / name for name in names):
-        lock = _lock_of(draft)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:  # its writer is alive
-            continue
-        shutil.rmtree(draft, ignore_errors=True)
-        _release(lock)

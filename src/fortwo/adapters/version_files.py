@@ -22,6 +22,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 MANIFEST = "manifest.json"
 STATE = "versions.json"
+CACHED = ".store"  # in a store that is the cache of one under a URL: the id of that one
 NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 TAG = re.compile(r"[A-Za-z][A-Za-z0-9_.]{0,63}")
 

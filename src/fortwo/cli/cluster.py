@@ -32,6 +32,12 @@ def training_cluster(settings: Settings) -> Iterator[TrainingCluster | None]:
     InvalidRequest if Ray is not installed or several jobs are to run without it, and Unavailable if the cluster cannot
     be reached."""
     if settings.train == "own":
+        if settings.shard:
+            raise InvalidRequest(
+                "FORTWO_SHARD is set, but this server computes the gradients itself, on the whole base.",
+                param="shard",
+                hint="Set FORTWO_TRAIN=ray, or remove FORTWO_SHARD.",
+            )
         if settings.jobs > 1:
             raise InvalidRequest(
                 f"FORTWO_JOBS = {settings.jobs}, but this server computes the gradients itself, one job after another.",

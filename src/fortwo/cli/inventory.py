@@ -252,13 +252,14 @@ def export_adapter(
     as_json: AsJson = False,
 ) -> None:
     """Write an adapter for another program, and run its exam there again. Needs no server."""
-    from fortwo.adapters.store import AdapterStore
+    from fortwo.adapters.shared import open_store
     from fortwo.cli.terminal import progress_bars
     from fortwo.export.exporter import check_form, export
     from fortwo.settings import load
 
     check_form(to, quantization)
-    store = AdapterStore(load().adapters_dir)
+    settings = load()
+    store = open_store(settings.adapters_dir, settings.adapters_url)
     version = store.get(name)
     folder = Path(f"{version.name}-{version.version}-{to}") if output is None else output
     with progress_bars(error_screen) as progress:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fortwo.adapters.store import AdapterStore
+from fortwo.adapters.shared import open_store
 from fortwo.data.datasets import file_sha256
 from fortwo.errors import FortwoError
 from fortwo.export.exporter import export
@@ -39,14 +39,15 @@ def main() -> None:
 
 def run(order: Json, progress: Callable[[str, int, int], None]) -> Json:
     """Export as ordered. order: adapter, to, quantization and exam as `export` takes them; models, adapters, output:
-    folders. Returns notes and exam as in Exported.body, and files with path (below output), bytes and sha256."""
+    folders; adapters_url: the setting. Returns notes and exam as in Exported.body, and files with path (below output),
+    bytes and sha256."""
     output = Path(order["output"])
     done = export(
         order["adapter"],
         order["to"],
         output,
         Catalog(Path(order["models"])),
-        AdapterStore(Path(order["adapters"])),
+        open_store(Path(order["adapters"]), order["adapters_url"]),
         progress,
         quantization=order["quantization"],
         with_exam=order["exam"],

@@ -113,7 +113,7 @@ class Decoder:
         shared = head_VD is read_VD and isinstance(read_VD, Blocks)
         self.head: Frozen = self.embedding_VD if shared else held(head_VD, True)
         del head_VD, read_VD  # they are not needed beside what they are held in
-        self.layers = [read_layer(fused, index, held) for index in range(c.layers)]
+        self.layers: Sequence[Layer] = [read_layer(fused, index, held) for index in range(c.layers)]
         fused.raise_unused()
         self.inverse_frequency_E2 = inverse_frequency(c.rope).to(self.device)
         self._window_frequency_E2 = None if c.window_rope is None else inverse_frequency(c.window_rope).to(self.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,10 +29,11 @@ from fortwo.nn.lora import Lora, Segment
 from fortwo.quantization.matmul import take_fp32_kernel
 from fortwo.quantization.selection import Measurements
 from fortwo.records import Json, Plan
+from fortwo.scale.sharded import ShardedLayers, read_sharded
 from fortwo.train import plan as plans
 from fortwo.train.adapter import lora_config
 from fortwo.train.estimate import format_size
-from fortwo.train.fit import fit
+from fortwo.train.fit import PER_PARAMETER, fit
 from fortwo.train.losses import Accumulated, Row, accumulate_gradients
 from fortwo.train.preferences import Preferences
 from fortwo.train.retry_policy import RowMix
@@ -48,8 +49,8 @@ def versions() -> dict[str, str]:
 class RunSpec:
     """What every worker of a run needs to know. models_dir: where it reads the base; digest: of the base; weights:
     FORTWO_WEIGHTS with which it trains on the same numbers as the head; isa, threads: as in the settings, for a worker;
-    fp32_kernel: the head's; versions: the head's; parent: the tensors that KTO compares with, if the run has a
-    parent."""
+    fp32_kernel: the head's; versions: the head's; shard: the setting; parent: the tensors that KTO compares with, if
+    the run has a parent."""
 
     model: str
     digest: str
@@ -60,6 +61,7 @@ class RunSpec:
     threads: int
     fp32_kernel: str
     versions: dict[str, str]
+    shard: bool = False
     parent: Mapping[str, Tensor] | None = None
 
 
@@ -98,12 +100,13 @@ class GradientWorker:
         plan = plans.from_json(spec.plan)
         info = find_base(spec.models_dir, spec.model, spec.digest)
         available = memory(device) // (on_node if device.type == "cpu" else 1)
-        check_memory(Catalog(spec.models_dir).config(spec.model), spec, available)
-        network = read_network(
-            info, device, spec.weights, spec.threads, Measurements(spec.models_dir.parent), lambda measure: measure()
-        )
-        backend = backend_for(network)
-        backend = backend.with_decoder(network.in_bf16() if plan["bf16"] else network.in_fp32())
+        check_memory(Catalog(spec.models_dir).config(spec.model), spec, available, share.size)
+        backend: Backend
+        if spec.shard:
+            backend, layers = read_sharded(info, device, spec.weights, plan["bf16"], share.rank, share.size)
+            share = draining(share, layers)
+        else:
+            backend = _read_whole(spec, info, device, plan)
         config, shape = lora_config(plan), backend.decoder.config
         lora = Lora.init(config, shape, seed=0, device=device)
         parent = None if spec.parent is None else Lora.from_state(config, shape, spec.parent, device)
@@ -134,6 +137,24 @@ class GradientWorker:
             except StopIteration as end:
                 found: Accumulated = end.value
                 return found
+
+
+def _read_whole(spec: RunSpec, info: ModelInfo, device: torch.device, plan: Plan) -> Backend:
+    network = read_network(
+        info, device, spec.weights, spec.threads, Measurements(spec.models_dir.parent), lambda measure: measure()
+    )
+    backend = backend_for(network)
+    return backend.with_decoder(network.in_bf16() if plan["bf16"] else network.in_fp32())
+
+
+def draining(share: Share, layers: ShardedLayers) -> Share:
+    """A share whose process helps the others to compute theirs before numbers are added up."""
+
+    def add_up(numbers: list[float]) -> list[float]:
+        layers.drain()
+        return share.add_up(numbers)
+
+    return replace(share, add_up=add_up)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -179,15 +200,30 @@ def find_base(models_dir: Path, model: str, digest: str) -> ModelInfo:
     return info
 
 
-def check_memory(config: Json, spec: RunSpec, available: int) -> None:
-    """Raises Unavailable where a worker with so many bytes cannot hold the base. config: the base's config.json."""
+def check_memory(config: Json, spec: RunSpec, available: int, workers: int = 1) -> None:
+    """Raises Unavailable where a worker with so many bytes cannot hold the base, or its part of a sharded one. config:
+    the base's config.json."""
     found = fit(config, spec.weights, available)
-    if found is not None and found.teach > available:
+    if found is None:
+        return
+    needed, how = found.teach, "Every worker holds the whole base"
+    hint = "Set FORTWO_SHARD=true, so that each holds a part of it, or FORTWO_WEIGHTS to a smaller format (bf16, nf4)"
+    if spec.shard:
+        whole = round(PER_PARAMETER[spec.weights] * _in_layers(config, found.parameters))
+        needed, how = needed - whole + whole // workers, f"Each of the {workers} workers holds a part of its layers"
+        hint = "Give more workers, or set FORTWO_WEIGHTS to bf16"
+    if needed > available:
         raise Unavailable(
-            f"Training on {spec.model!r} needs {format_size(found.teach)} of memory in every worker, and a worker on "
-            f"{platform.node()} has {format_size(available)}. Every worker holds the whole base: fortwo does not shard "
-            "it over workers (FSDP).",
+            f"Training on {spec.model!r} needs {format_size(needed)} of memory in every worker, and a worker on "
+            f"{platform.node()} has {format_size(available)}. {how}.",
             param="model",
-            hint="Set FORTWO_WEIGHTS to a smaller format (bf16, nf4), or use nodes with more memory.",
+            hint=f"{hint}, or use nodes with more memory.",
             code="out_of_memory",
         )
+
+
+def _in_layers(config: Json, parameters: int) -> int:
+    """How many of the parameters are those of layers."""
+    text = config.get("text_config") or config
+    embedding: int = text["hidden_size"] * text["vocab_size"]
+    return parameters - embedding * (1 if config.get("tie_word_embeddings", False) else 2)

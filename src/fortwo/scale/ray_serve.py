@@ -208,7 +208,7 @@ class ReplicaSet:
         self._deployed = self._connected = False
 
 
-def _arguments(settings: Settings, replicas: int) -> tuple[Json, str, dict[str, str]]:
+def _arguments(settings: Settings, replicas: int) -> tuple[Json, str | None, dict[str, str]]:
     """Of each Replica."""
     given = settings.model_dump(mode="json", exclude={"api_key", "database_url", "replicas"}, exclude_none=True)
     threads = settings.threads or max(1, (os.cpu_count() or 1) // replicas)
@@ -216,11 +216,12 @@ def _arguments(settings: Settings, replicas: int) -> tuple[Json, str, dict[str, 
     more = {"home": str(settings.home.absolute()), "threads": threads, "device": device}
     catalog = Catalog(settings.models_dir)
     infos = [catalog.model_info(entry.id) for entry in catalog.entries()]
-    return {**given, **more}, home_id(settings.home), {info.id: info.digest for info in infos if info is not None}
+    id = home_id(settings.home) if settings.adapters_url is None else None  # else each machine may have its own home
+    return {**given, **more}, id, {info.id: info.digest for info in infos if info is not None}
 
 
-def check_machines(home: Path, id: str, digests: dict[str, str]) -> None:
-    """Raises StoreNotShared, with all findings, unless each machine of the cluster sees the head's home."""
+def check_machines(home: Path, id: str | None, digests: dict[str, str]) -> None:
+    """Raises StoreNotShared, with all findings, unless each machine of the cluster passes `check_home`."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     checks = [
         ray.remote(_check_machine)
@@ -232,7 +233,7 @@ def check_machines(home: Path, id: str, digests: dict[str, str]) -> None:
         raise all_of(findings)
 
 
-def _check_machine(home: Path, id: str, digests: dict[str, str], machine: str) -> FortwoError | None:
+def _check_machine(home: Path, id: str | None, digests: dict[str, str], machine: str) -> FortwoError | None:
     try:
         check_home(home, id, digests, machine)
     except FortwoError as error:

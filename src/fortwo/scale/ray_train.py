@@ -32,6 +32,7 @@ from fortwo.scale.exchange import News, StepExchange
 from fortwo.scale.gradients import RunSpec, Step, versions
 from fortwo.scale.ray_cluster import connect
 from fortwo.scale.ray_worker import train_loop
+from fortwo.scale.sharded import check_shardable
 from fortwo.settings import Settings
 from fortwo.train import plan as plans
 from fortwo.train.losses import Accumulated, Row
@@ -81,6 +82,8 @@ class RayTraining:
     ) -> RayWorkers:
         """Start the workers of a run; they load the base while the server prepares the run."""
         settings = self._settings
+        if settings.shard:
+            check_shardable(weights, plan)
         spec = RunSpec(
             model=base.id,
             digest=base.digest,
@@ -91,6 +94,7 @@ class RayTraining:
             threads=settings.worker_cpus,
             fp32_kernel=fp32_kernel(),
             versions=versions(),
+            shard=settings.shard,
             parent=parent,
         )
         gpu = base.decoder.device.type == "cuda"

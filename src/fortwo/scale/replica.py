@@ -24,6 +24,7 @@ from ray import serve
 from starlette.types import Message
 
 from fortwo import log_context
+from fortwo.adapters.shared import open_store
 from fortwo.errors import Conflict, FortwoError, NotFound, Unavailable
 from fortwo.home import ID
 from fortwo.hub.catalog import Catalog
@@ -35,6 +36,7 @@ from fortwo.server.state import ServingState
 from fortwo.settings import Settings
 
 if TYPE_CHECKING:
+    from fortwo.adapters.store import AdapterStore
     from fortwo.engine.registry import Target
 
 MEASURED = ("measured.json", "fp32_kernel.json")  # what a machine remembers about itself
@@ -56,9 +58,25 @@ class StoreNotShared(Conflict):
     code = "store_not_shared"
 
 
-def check_home(home: Path, id: str, digests: Mapping[str, str], machine: str) -> None:
+def check_home(home: Path, id: str | None, digests: Mapping[str, str], machine: str) -> None:
     """Raises StoreNotShared unless `home` is, on this machine, the head's: its id, and the digests of the prepared
-    bases that the head has, by name."""
+    bases that the head has, by name. id: None where adapters are kept under a URL, and each machine has its own home.
+    """
+    if id is not None:
+        _check_id(home, id, machine)
+    catalog = Catalog(home / "models")
+    for base, digest in digests.items():
+        with suppress(NotFound):
+            info = catalog.model_info(base)
+            if info is not None and info.digest != digest:
+                raise StoreNotShared(
+                    f"The base {base!r} of {machine} has the digest {info.digest}, but the head's has {digest}.",
+                    param="model",
+                    hint=f"Let {home / 'models'} be the head's, or remove the model there and prepare it again.",
+                )
+
+
+def _check_id(home: Path, id: str, machine: str) -> None:
     hint = f"Mount the head's FORTWO_HOME at {home} on every machine of the cluster, for example by NFS."
     try:
         found = (home / ID).read_text("ascii", "replace").strip()
@@ -72,21 +90,11 @@ def check_home(home: Path, id: str, digests: Mapping[str, str], machine: str) ->
             param="home",
             hint=hint,
         )
-    catalog = Catalog(home / "models")
-    for base, digest in digests.items():
-        with suppress(NotFound):
-            info = catalog.model_info(base)
-            if info is not None and info.digest != digest:
-                raise StoreNotShared(
-                    f"The base {base!r} of {machine} has the digest {info.digest}, but the head's has {digest}.",
-                    param="model",
-                    hint=f"Let {home / 'models'} be the head's, or remove the model there and prepare it again.",
-                )
 
 
 class ReplicaState(ServingState):
     """The engine of a replica. Measurements of this machine are kept in a folder of its own, which begins with those of
-    the home."""
+    the home. Where adapters are kept under a URL, that folder also has those that the replica has fetched."""
 
     def __init__(self, settings: Settings) -> None:
         with ExitStack() as built:
@@ -94,8 +102,14 @@ class ReplicaState(ServingState):
             for file in MEASURED:
                 with suppress(FileNotFoundError):
                     shutil.copy(settings.home / file, measured)
+            self._fetched = measured / "adapters"
             self._build_serving(settings, built, measured)
             self._closing = built.pop_all()
+
+    def _adapter_store(self, settings: Settings, built: ExitStack) -> AdapterStore:
+        return open_store(
+            settings.adapters_dir if settings.adapters_url is None else self._fetched, settings.adapters_url
+        )
 
     async def resolve(self, model: str) -> Target:
         """The weights that the head pinned for this request. Raises what ModelRegistry.resolve raises, and Conflict if
@@ -141,7 +155,7 @@ class Replica:
 
     settings: those of the head as JSON; home_id, digests: as in check_home. Raises what check_home raises."""
 
-    def __init__(self, settings: Json, home_id: str, digests: Mapping[str, str]) -> None:
+    def __init__(self, settings: Json, home_id: str | None, digests: Mapping[str, str]) -> None:
         loaded = Settings(**settings)
         check_home(loaded.home, home_id, digests, socket.gethostname())
         self._state = ReplicaState(loaded)

@@ -25,7 +25,7 @@ from fortwo.scale.forwarding import ForwardMiddleware
 from fortwo.scale.pins import Pin
 from fortwo.scale.ray_serve import ReplicaSet
 from fortwo.server.request_body import JsonRoute
-from fortwo.server.state import AppState
+from fortwo.server.state import AppState, join_store
 from fortwo.settings import Settings
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class ReplicatedState(AppState):
         )
         self.routers = (_router(self),)
 
-    def _adapter_store(self, settings: Settings) -> AdapterStore:
-        return AdapterStore(settings.adapters_dir, self.replicas)
+    def _adapter_store(self, settings: Settings, built: ExitStack) -> AdapterStore:
+        return join_store(settings, built, self.replicas)
 
     def checks(self) -> dict[str, Callable[[], Awaitable[None]]]:
         return {"replicas": self._check_replicas}

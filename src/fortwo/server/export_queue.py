@@ -276,6 +276,7 @@ class ExportQueue:
             "exam": export.with_exam,
             "models": str(settings.models_dir.absolute()),
             "adapters": str(settings.adapters_dir.absolute()),
+            "adapters_url": settings.adapters_url,
             "output": str(folder / FILES),
         }
         threads = {} if settings.threads is None else {"OMP_NUM_THREADS": str(settings.threads)}

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 
+from fortwo.adapters.reader import Damage
 from fortwo.data.preview import preview
 from fortwo.errors import Conflict, InvalidAdapter, NotFound
 from fortwo.hub.datasets import DatasetReference, find
@@ -33,10 +34,10 @@ router = APIRouter(prefix="/api", route_class=JsonRoute)
 @router.get("/adapters", tags=["adapters"], summary="All versions of all adapters")
 def adapters(state: AppStateDep) -> Json:
     """`damaged` lists files of adapters that cannot be read, each with a remedy; `deleted` what can be restored."""
-    names = state.adapters.names()
+    found = {name: state.adapters.inspect(name) for name in state.adapters.names()}
     return {
-        "adapters": [version_body(state, version) for name in names for version in state.adapters.versions(name)],
-        "damaged": [damage for name in names for damage in _damage(state, name)],
+        "adapters": [version_body(state, version) for versions, _ in found.values() for version in versions],
+        "damaged": [body for name, (_, damage) in found.items() for body in _damaged(name, damage)],
         "deleted": state.adapters.deleted(),
     }
 
@@ -46,7 +47,9 @@ def adapter(state: AppStateDep, name: str) -> Json:
     """`manifest` is that of the named version, or of the current one, or null."""
     bare, at, _ = name.partition("@")
     named = state.adapters.get(name) if at else None
-    versions = state.adapters.versions(bare)
+    if not state.adapters.has(bare):
+        state.adapters.get(bare)  # raises NotFound
+    versions, damage = state.adapters.inspect(bare)
     current = next((version for version in versions if version.current), None)
     shown = current if named is None else named
     return {
@@ -54,15 +57,14 @@ def adapter(state: AppStateDep, name: str) -> Json:
         "current": None if current is None else current.version,
         "manifest": None if shown is None else shown.manifest,
         "versions": [version_body(state, version) for version in versions],
-        "damaged": _damage(state, bare),
+        "damaged": _damaged(bare, damage),
     }
 
 
-def _damage(state: AppState, name: str) -> list[Json]:
+def _damaged(name: str, damage: list[Damage]) -> list[Json]:
     """version: None for the file that says which version is current."""
     return [
-        {"name": name, "version": version, "message": error.message, "hint": error.hint}
-        for version, error in state.adapters.damage(name)
+        {"name": name, "version": version, "message": error.message, "hint": error.hint} for version, error in damage
     ]
 
 

@@ -36,7 +36,7 @@ from fortwo.server.workers import WorkerPool
 from fortwo.settings import Settings
 
 if TYPE_CHECKING:
-    from fortwo.adapters.store import AdapterStore
+    from fortwo.adapters.store import AdapterStore, Followers
     from fortwo.engine.engine import Engine
     from fortwo.engine.registry import Target
     from fortwo.jobs.workers import TrainingCluster
@@ -46,6 +46,19 @@ if TYPE_CHECKING:
 PLANNING_THREADS, PLANNING_WAITING = 2, 8  # requests that read whole datasets
 DOWNLOAD_THREADS, DOWNLOAD_WAITING = 2, 8  # those that may download them first
 CONTROL_THREADS, CONTROL_WAITING = 8, 64  # requests that wait for the device or for a job's step
+
+
+def join_store(settings: Settings, built: ExitStack, followers: Followers | None = None) -> AdapterStore:
+    """The home's adapters, which take over what other servers publish if they are kept under a URL. Raises what
+    `open_store` and SharedAdapterStore.join raise."""
+    from fortwo.adapters.shared import SharedAdapterStore, open_store
+
+    store = open_store(settings.adapters_dir, settings.adapters_url, followers)
+    if isinstance(store, SharedAdapterStore):
+        store.join()
+        store.follow()
+        built.callback(store.close)
+    return store
 
 
 class ServingState:
@@ -72,7 +85,7 @@ class ServingState:
         self._loads: dict[str, asyncio.Future[Target]] = {}
         remember_fp32_kernel(measured / "fp32_kernel.json")
         self.catalog = Catalog(settings.models_dir)
-        self.adapters = self._adapter_store(settings)
+        self.adapters = self._adapter_store(settings, built)
         assert (settings.engine == "own") == (make_engine is None)
         flush = self.bridge.flush
         self.engine = Engine(settings.threads, flush) if make_engine is None else make_engine(settings, flush)
@@ -92,10 +105,8 @@ class ServingState:
             cache_mb=settings.cache_mb,
         )
 
-    def _adapter_store(self, settings: Settings) -> AdapterStore:
-        from fortwo.adapters.store import AdapterStore
-
-        return AdapterStore(settings.adapters_dir)
+    def _adapter_store(self, settings: Settings, built: ExitStack) -> AdapterStore:
+        return join_store(settings, built)
 
     async def resolve(self, model: str) -> Target:
         """The weights that a model name means, loaded if necessary. Waiting for the load takes no thread that other
