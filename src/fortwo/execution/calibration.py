@@ -33,8 +33,8 @@ HeadLoss = Callable[[Tensor, Head, Tensor], Tensor]
 @dataclass(frozen=True)
 class Trial:
     """What a trial of a few layers found: seconds of a micro-step by the type of its products, those of a short one,
-    and seconds of one token for each of many replies. memory: bytes of the device. waiting: threads of this process that
-    waited for a processor meanwhile, on average; None where the operating system does not tell."""
+    and seconds of one token for each of many replies. memory: bytes of the device. waiting: threads of this process
+    that waited for a processor meanwhile, on average; None where the operating system does not tell."""
 
     micro_step: Mapping[str, float]
     short_step: Mapping[str, float]
