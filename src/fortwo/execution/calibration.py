@@ -32,11 +32,12 @@ HeadLoss = Callable[[Tensor, Head, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial of a few layers found: seconds of a micro-step by the type of its products, and seconds of one token
-    for each of many replies. memory: bytes of the device. waiting: threads of this process that waited for a processor
-    meanwhile, on average; None where the operating system does not tell."""
+    """What a trial of a few layers found: seconds of a micro-step by the type of its products, those of a short one,
+    and seconds of one token for each of many replies. memory: bytes of the device. waiting: threads of this process
+    that waited for a processor meanwhile, on average; None where the operating system does not tell."""
 
     micro_step: Mapping[str, float]
+    short_step: Mapping[str, float]
     token: float
     memory: int | None = None
     waiting: float | None = None
@@ -47,15 +48,24 @@ class Trial:
 
     def with_repeat(self, other: Trial) -> Trial:
         """Of both trials the faster figures, since other load can only make one slower, and the smaller disturbance."""
-        faster = {name: min(seconds, other.micro_step[name]) for name, seconds in self.micro_step.items()}
         waiting = None if self.waiting is None or other.waiting is None else min(self.waiting, other.waiting)
-        return Trial(faster, min(self.token, other.token), other.memory, waiting)
+        return Trial(
+            _fastest_of(self.micro_step, other.micro_step),
+            _fastest_of(self.short_step, other.short_step),
+            min(self.token, other.token),
+            other.memory,
+            waiting,
+        )
 
 
-def measure_throughput(backend: Backend, tokens: int, rows: int, length: int, head_loss: HeadLoss) -> Trial:
-    """Measure. It must run on the device's thread. tokens: of a micro-step; rows: of a micro-step, and replies that run
-    together; length: tokens before the one of each reply that is measured; head_loss: of hidden states (N, D) by the
-    head (V, D), against those of a teacher.
+def _fastest_of(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {name: min(seconds, other[name]) for name, seconds in one.items()}
+
+
+def measure_throughput(backend: Backend, tokens: int, short: int, rows: int, length: int, head_loss: HeadLoss) -> Trial:
+    """Measure. It must run on the device's thread. tokens: of a micro-step; short: of a short one, which is one row;
+    rows: of a micro-step, and replies that run together; length: tokens before the one of each reply that is measured;
+    head_loss: of hidden states (N, D) by the head (V, D), against those of a teacher.
 
     The CPU tries both types, since which one is faster depends on its instructions and on the shapes. A GPU with bf16
     products, where a first run compiles kernels, tries that alone. A small model stays in fp32, as it is served.
@@ -66,9 +76,10 @@ def measure_throughput(backend: Backend, tokens: int, rows: int, length: int, he
         types = ["bf16" if multiplies_bf16(decoder.device) else "fp32"]
     began, waited = time.perf_counter(), _waited()
     seconds = {name: _micro_step_seconds(backend, name == "bf16", tokens, rows, head_loss) for name in types}
+    short_seconds = {name: _micro_step_seconds(backend, name == "bf16", short, 1, head_loss) for name in types}
     token = _token_seconds(backend, rows, length)
     waiting = None if waited is None else ((_waited() or waited) - waited) / (time.perf_counter() - began)
-    return Trial(seconds, token, autotuning.memory(decoder.device), waiting)
+    return Trial(seconds, short_seconds, token, autotuning.memory(decoder.device), waiting)
 
 
 def _waited() -> float | None:

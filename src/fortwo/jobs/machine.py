@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fortwo.train.estimate import MICRO_TOKENS, PASSES, Machine
+from fortwo.train.estimate import MICRO_TOKENS, PASSES, SHORT_TOKENS, Machine
 
 if TYPE_CHECKING:
     from fortwo.execution.backend import Backend
@@ -41,19 +41,20 @@ def try_out(backend: Backend) -> Trial:
     from fortwo.execution.calibration import measure_throughput
     from fortwo.train.losses import head_loss
 
-    return measure_throughput(backend, MICRO_TOKENS, ROWS, ASKED + REPLY, head_loss)
+    return measure_throughput(backend, MICRO_TOKENS, SHORT_TOKENS, ROWS, ASKED + REPLY, head_loss)
 
 
 def machine_of(trial: Trial, last: Json | None) -> Machine:
     """The machine by a trial and, where there is one, by what the newest run on this base took. The training speed of a
     run with workers is not the machine's."""
     trained = {name: MICRO_TOKENS / seconds for name, seconds in trial.micro_step.items()}
+    short = {name: SHORT_TOKENS / seconds for name, seconds in trial.short_step.items()}
     found, seen = last or {}, dict[str, float]()
     if found.get("tokens_per_second") and "bf16" in found and "workers" not in found:
         seen["bf16" if found["bf16"] else "fp32"] = found["tokens_per_second"]
     replied = found.get("reply_tokens_per_second")
     rate = replied or reply_rate(trial.token, ROWS, PASSES * max(trained.values()))
-    return Machine(trained, rate, trial.memory, seen)
+    return Machine(trained, rate, trial.memory, seen, short)
 
 
 def reply_rate(step: float, rows: int, read: float) -> float:

@@ -30,6 +30,7 @@ HEAD_BYTES = 40 << 20  # logits that are in memory at once
 HEAD_COPIES = 5  # copies of them: the adapter's, the teacher's, the gradient, and results of their products
 FRAGMENTATION = 1.05  # memory that tensors of changing sizes occupy, relative to their sizes
 MICRO_TOKENS = 1280  # most tokens of a micro-step beyond the prefix, unless the request says otherwise
+SHORT_TOKENS = 64  # of the short micro-step whose time a trial measures, too
 FEWEST_MICRO_TOKENS = 320  # 160 made steps up to 1.7 times as long as one piece did, 320 up to 1.25 times
 WAIT = 0.5  # seconds for which replies wait for a job, about
 LONGER_PASS = 0.6  # the share of a micro-step that its backward takes; replies have the device before and after it
@@ -152,29 +153,42 @@ class Machine:
 
     trained: tokens trained a second by the type of the products, fp32 and bf16, as a trial measured it; a type that is
     missing was not worth a trial. reply_tokens_per_second: of replies, their prompts included. memory: bytes, None if
-    unknown. seen: as `trained`, from the newest job. bf16: the type that the estimates are for.
+    unknown. seen: as `trained`, from the newest job. short: as `trained`, in micro-steps of SHORT_TOKENS instead of
+    MICRO_TOKENS. bf16, micro_step: the type and the tokens of a micro-step that the estimates are for.
     """
 
     trained: Mapping[str, float]
     reply_tokens_per_second: float
     memory: int | None = None
     seen: Mapping[str, float] = field(default_factory=dict)
+    short: Mapping[str, float] = field(default_factory=dict)
     bf16: bool = False
+    micro_step: float = MICRO_TOKENS
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens trained a second in the type that the estimates are for."""
+        """Tokens trained a second in the type, and in micro-steps of the size, that the estimates are for."""
         return self.seen.get(_type_name(self.bf16)) or self.trial_rate(self.bf16)
 
     def trial_rate(self, bf16: bool) -> float:
         """Tokens trained a second in a type, as the trial measured it, or in the fastest if it was not tried."""
-        return self.trained.get(_type_name(bf16)) or max(self.trained.values())
+        return self.rates.get(_type_name(bf16)) or max(self.rates.values())
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Tokens trained a second by type, in micro-steps of the size that the estimates are for. A micro-step's time
+        grows with its tokens as between the two that the trial measured."""
+        return {name: self._rate(rate, self.short.get(name, rate)) for name, rate in self.trained.items()}
+
+    def _rate(self, long: float, short: float) -> float:
+        at_least = SHORT_TOKENS / short
+        each = max(0.0, MICRO_TOKENS / long - at_least) / (MICRO_TOKENS - SHORT_TOKENS)
+        return self.micro_step / max(self.micro_step / long, at_least + (self.micro_step - SHORT_TOKENS) * each)
 
     @property
     def faster_in_bf16(self) -> bool:
         """Whether bf16 was measured to be faster by more than two measurements of the same thing differ."""
-        fp32, bf16 = self.trained.get("fp32", 0.0), self.trained.get("bf16", 0.0)
-        return bf16 > WORTHWHILE * fp32
+        return self.rates.get("bf16", 0.0) > WORTHWHILE * self.rates.get("fp32", 0.0)
 
 
 def _type_name(bf16: bool) -> str:

@@ -156,6 +156,7 @@ def resolve(
     longest = max(row.prompt + row.answer for row in counts.rows) - counts.prefix
     at_once = _choose_micro_step(builder, machine)
     together = min(micro_step, counts.prefix + max(at_once, longest))
+    machine = replace(machine, micro_step=together)
     ranks = mean_ranks(adapter, base.targets)
     best, replies = objective == "override" or validation_rows > 0, cache_tokens(counts, objective != "override")
     moments = MOMENTS_8_BIT if builder["optim"] in EIGHT_BIT_OPTIMIZERS else MOMENTS
@@ -325,7 +326,7 @@ def _choose_bf16(builder: PlanBuilder, machine: Machine, least: Callable[[bool],
     """Choose bf16: what was measured to be faster here, unless only the other type fits. Returns the machine, whose
     estimates are for the chosen type. least: the least memory that a run needs with bf16 true or false."""
     bf16, available = machine.faster_in_bf16, machine.memory
-    rates = " and ".join(f"{rate:.0f} tokens/s in {name}" for name, rate in machine.trained.items())
+    rates = " and ".join(f"{rate:.0f} tokens/s in {name}" for name, rate in machine.rates.items())
     reason = f"{REASONS['bf16']}: {rates}."
     needed = least(bf16).training
     if available is not None and needed > available >= least(not bf16).training:

@@ -5,42 +5,42 @@
 
 static inline float *allocate(long floats) { return calloc(floats, sizeof(float)); }
 
-/* c[m][n] (+)= sum over k of a[m * a_row + k * a_column] * b[k * b_row + n], for `rows` x `vectors` results that stay in registers. */
-static inline __attribute__((always_inline)) void small_gemm_tile(int rows, int vectors, long K, const float *a, long a_row, long a_column,
+/* c[m][n] (+)= sum over k of a[m * a_row + k * a_column] * b[k * b_row + n], for `rows` x (`beside` registers) results that stay in registers. */
+static inline __attribute__((always_inline)) void small_gemm_tile(int rows, int beside, long K, const float *a, long a_row, long a_column,
                                                        const float *b, long b_row, float *c, long c_row, int add) {
-    vector sums[4][4];
+    lanes sums[4][BESIDE];
     for (int m = 0; m < rows; m++)
-        for (int n = 0; n < vectors; n++) sums[m][n] = add ? *(vector *)(c + m * c_row + n * WIDTH) : (vector){0};
+        for (int n = 0; n < beside; n++) sums[m][n] = add ? *(lanes *)(c + m * c_row + n * LANES) : (lanes){0};
     for (long k = 0; k < K; k++)
-        for (int n = 0; n < vectors; n++) {
-            vector right = *(const vector *)(b + k * b_row + n * WIDTH);
+        for (int n = 0; n < beside; n++) {
+            lanes right = *(const lanes *)(b + k * b_row + n * LANES);
             for (int m = 0; m < rows; m++) sums[m][n] += a[m * a_row + k * a_column] * right;
         }
     for (int m = 0; m < rows; m++)
-        for (int n = 0; n < vectors; n++) *(vector *)(c + m * c_row + n * WIDTH) = sums[m][n];
+        for (int n = 0; n < beside; n++) *(lanes *)(c + m * c_row + n * LANES) = sums[m][n];
 }
 
 /* A small product in fp32. N is a multiple of WIDTH. */
 static void small_gemm(long M, long N, long K, const float *a, long a_row, long a_column, const float *b, long b_row, float *c, long c_row, int add) {
     for (long n = 0; n < N;) {
-        int wide = N - n >= 4 * WIDTH;
+        int wide = N - n >= BESIDE * LANES;
         for (long m = 0; m < M;) {
             const float *left = a + m * a_row;
             float *to = c + m * c_row + n;
             if (M - m >= 4) {
-                if (wide) small_gemm_tile(4, 4, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
+                if (wide) small_gemm_tile(4, BESIDE, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
                 else small_gemm_tile(4, 1, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
                 m += 4;
             } else if (M - m == 3 && wide) {
-                small_gemm_tile(3, 4, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
+                small_gemm_tile(3, BESIDE, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
                 m += 3;
             } else {
-                if (wide) small_gemm_tile(1, 4, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
+                if (wide) small_gemm_tile(1, BESIDE, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
                 else small_gemm_tile(1, 1, K, left, a_row, a_column, b + n, b_row, to, c_row, add);
                 m++;
             }
         }
-        n += wide ? 4 * WIDTH : WIDTH;
+        n += wide ? BESIDE * LANES : LANES;
     }
 }
 

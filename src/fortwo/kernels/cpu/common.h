@@ -19,7 +19,21 @@
 #define WIDTH 16
 #define PAD(n) (((n) + WIDTH - 1) / WIDTH * WIDTH)
 
+/* Numbers in fp32 of one of the processor's registers, and the registers of a row whose sums of four rows fit into all of them. Loops that keep many
+   sums use these: gcc keeps a vector that is wider than a register in memory. */
+#if defined(AVX512)
+#define LANES 16
+#define BESIDE 4
+#elif defined(__AVX__)
+#define LANES 8
+#define BESIDE 2
+#else
+#define LANES 4
+#define BESIDE 4
+#endif
+
 typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t integers __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDTH), aligned(4)));
 

@@ -2,26 +2,57 @@
 #pragma once
 #include "quantized_gemm.h"
 
-/* The sums of sixteen vectors, in their order. */
-static inline vector sums_of(const vector *v) {
-    vector halves[8], quarters[4], eighths[2];
+/* The sums of as many registers as one has numbers, in their order. */
+#define FOLD(a, b, places) (__builtin_shuffle(a, b, places[0]) + __builtin_shuffle(a, b, places[1]))
+#if LANES == 16
+static inline lanes sums_of(const lanes *v) {
+    lanes halves[8], quarters[4], eighths[2];
     const integers half[2] = {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}, {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31}};
     const integers quarter[2] = {{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}, {4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31}};
     const integers eighth[2] = {{0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29}, {2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31}};
     const integers one[2] = {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31}};
-#define FOLD(a, b, lanes) (__builtin_shuffle(a, b, lanes[0]) + __builtin_shuffle(a, b, lanes[1]))
     for (int i = 0; i < 8; i++) halves[i] = FOLD(v[2 * i], v[2 * i + 1], half);
     for (int i = 0; i < 4; i++) quarters[i] = FOLD(halves[2 * i], halves[2 * i + 1], quarter);
     for (int i = 0; i < 2; i++) eighths[i] = FOLD(quarters[2 * i], quarters[2 * i + 1], eighth);
     return FOLD(eighths[0], eighths[1], one);
-#undef FOLD
 }
+#elif LANES == 8
+static inline lanes sums_of(const lanes *v) {
+    typedef int32_t places __attribute__((vector_size(32)));
+    lanes halves[4], quarters[2];
+    const places half[2] = {{0, 1, 2, 3, 8, 9, 10, 11}, {4, 5, 6, 7, 12, 13, 14, 15}};
+    const places quarter[2] = {{0, 1, 4, 5, 8, 9, 12, 13}, {2, 3, 6, 7, 10, 11, 14, 15}}, one[2] = {{0, 2, 4, 6, 8, 10, 12, 14}, {1, 3, 5, 7, 9, 11, 13, 15}};
+    for (int i = 0; i < 4; i++) halves[i] = FOLD(v[2 * i], v[2 * i + 1], half);
+    for (int i = 0; i < 2; i++) quarters[i] = FOLD(halves[2 * i], halves[2 * i + 1], quarter);
+    return FOLD(quarters[0], quarters[1], one);
+}
+#else
+static inline lanes sums_of(const lanes *v) {
+    typedef int32_t places __attribute__((vector_size(16)));
+    const places half[2] = {{0, 1, 4, 5}, {2, 3, 6, 7}}, one[2] = {{0, 2, 4, 6}, {1, 3, 5, 7}};
+    lanes halves[2] = {FOLD(v[0], v[1], half), FOLD(v[2], v[3], half)};
+    return FOLD(halves[0], halves[1], one);
+}
+#endif
+#undef FOLD
 
 #define TOGETHER 4 /* queries that read a key or a value together */
 
-/* Sixteen numbers in fp16 or fp32. */
-static inline __attribute__((always_inline)) vector load_vector(int half, const void *from, long at) {
-    return half ? load_fp16((const uint16_t *)from + at) : *(const vector *)((const float *)from + at);
+/* A register of numbers in fp16 or fp32. */
+static inline __attribute__((always_inline)) lanes load_lanes(int half, const void *from, long at) {
+    if (!half) return *(const lanes *)((const float *)from + at);
+    const uint16_t *own = (const uint16_t *)from + at;
+#if LANES == 16
+    return load_fp16(own);
+#elif defined(__F16C__)
+    return (lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)own));
+#elif defined(__ARM_NEON)
+    return (lanes)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(own)));
+#else
+    lanes to;
+    for (int n = 0; n < LANES; n++) to[n] = from_fp16(own[n]);
+    return to;
+#endif
 }
 
 static inline void store_vector(int half, void *to, long at, const float *from) {
@@ -29,46 +60,46 @@ static inline void store_vector(int half, void *to, long at, const float *from) 
     else *(vector *)((float *)to + at) = *(const vector *)from;
 }
 
-/* The scores of `count` queries at q with sixteen keys from number s on; the last key is repeated where there are fewer. */
-static inline __attribute__((always_inline)) void score_sixteen(int half, int count, long E, long s, long seen, const float *q, const void *keys,
-                                                                long first, float scaling, float *scores, long row) {
-    vector sums[TOGETHER][WIDTH];
-    for (int n = 0; n < WIDTH; n++) {
+/* The scores of `count` queries at q with a register of keys from number s on; the last key is repeated where there are fewer. */
+static inline __attribute__((always_inline)) void score_keys(int half, int count, long E, long s, long seen, const float *q, const void *keys,
+                                                             long first, float scaling, float *scores, long row) {
+    lanes sums[TOGETHER][LANES];
+    for (int n = 0; n < LANES; n++) {
         long k = first + (s + n < seen ? s + n : seen - 1) * E;
-        vector own[TOGETHER] = {{0}};
-        for (long e = 0; e < E; e += WIDTH) {
-            vector key = load_vector(half, keys, k + e);
-            for (int g = 0; g < count; g++) own[g] += *(const vector *)(q + g * E + e) * key;
+        lanes own[TOGETHER] = {{0}};
+        for (long e = 0; e < E; e += LANES) {
+            lanes key = load_lanes(half, keys, k + e);
+            for (int g = 0; g < count; g++) own[g] += *(const lanes *)(q + g * E + e) * key;
         }
         for (int g = 0; g < count; g++) sums[g][n] = own[g];
     }
-    for (int g = 0; g < count; g++) *(vector *)(scores + g * row + s) = sums_of(sums[g]) * scaling;
+    for (int g = 0; g < count; g++) *(lanes *)(scores + g * row + s) = sums_of(sums[g]) * scaling;
 }
 
-/* `wide` vectors of out (count, E) from e on: the sum of the values, each multiplied by its probability. */
-static inline __attribute__((always_inline)) void mix_values(int half, int count, int wide, long E, long e, long seen, const float *p, long row,
+/* `beside` registers of out (count, E) from e on: the sum of the values, each multiplied by its probability. */
+static inline __attribute__((always_inline)) void mix_values(int half, int count, int beside, long E, long e, long seen, const float *p, long row,
                                                              const void *values, long first, float *out) {
-    vector sums[TOGETHER][4] = {{{0}}};
+    lanes sums[TOGETHER][BESIDE] = {{{0}}};
     for (long s = 0; s < seen; s++)
-        for (int n = 0; n < wide; n++) {
-            vector value = load_vector(half, values, first + s * E + e + n * WIDTH);
+        for (int n = 0; n < beside; n++) {
+            lanes value = load_lanes(half, values, first + s * E + e + n * LANES);
             for (int g = 0; g < count; g++) sums[g][n] += p[g * row + s] * value;
         }
     for (int g = 0; g < count; g++)
-        for (int n = 0; n < wide; n++) *(vector *)(out + g * E + e + n * WIDTH) = sums[g][n];
+        for (int n = 0; n < beside; n++) *(lanes *)(out + g * E + e + n * LANES) = sums[g][n];
 }
 
 static inline __attribute__((always_inline)) void attend_together(int half, int count, long E, long seen, const float *q, const void *keys,
                                                                   const void *values, long first, float *out, float *scores) {
     long row = PAD(seen), size = half ? sizeof(uint16_t) : sizeof(float), e = 0;
     float scaling = 1 / sqrtf((float)E);
-    for (long s = 0; s < seen; s += WIDTH) {
-        for (long b = 0; b < WIDTH * E * size; b += 64) __builtin_prefetch((const char *)values + (first + s * E) * size + b);
-        score_sixteen(half, count, E, s, seen, q, keys, first, scaling, scores, row);
+    for (long s = 0; s < seen; s += LANES) {
+        for (long b = 0; b < LANES * E * size; b += 64) __builtin_prefetch((const char *)values + (first + s * E) * size + b);
+        score_keys(half, count, E, s, seen, q, keys, first, scaling, scores, row);
     }
     for (int g = 0; g < count; g++) softmax(scores + g * row, seen, seen);
-    for (; e + 4 * WIDTH <= E; e += 4 * WIDTH) mix_values(half, count, 4, E, e, seen, scores, row, values, first, out);
-    for (; e < E; e += WIDTH) mix_values(half, count, 1, E, e, seen, scores, row, values, first, out);
+    for (; e + BESIDE * LANES <= E; e += BESIDE * LANES) mix_values(half, count, BESIDE, E, e, seen, scores, row, values, first, out);
+    for (; e < E; e += LANES) mix_values(half, count, 1, E, e, seen, scores, row, values, first, out);
 }
 
 /* G queries at q, of one token and one key/value head, attend to `seen` keys and values, which begin at number `first`. out (G, E); scores has room

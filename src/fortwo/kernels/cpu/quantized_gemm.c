@@ -7,36 +7,52 @@
    are exact whole numbers. One byte, as llama.cpp uses, is faster from 8 rows on, but changes what the model says. */
 #include "quantized_gemm.h"
 #include "quantized_gemm_amx.h"
+#include "quantized_gemm_avx2.h"
 
+quantized_rows quantized_rows_of(long T, long I) { /* the caller frees x.a */
+    long rows = T >= MOST_ROWS ? MOST_ROWS : T >= 4 ? 4 : T >= 2 ? 2 : 1, blocks = (T + rows - 1) / rows, all = blocks * rows;
+    long groups = all * (I / GROUP);
+    int8_t *a = aligned_alloc(64, (all * 2 * I + groups * 3 * sizeof(float) + 63) / 64 * 64);
+    float *scale = (float *)(a + 2 * all * I);
+    return (quantized_rows){T, I, rows, blocks, a, scale, scale + groups, scale + 2 * groups};
+}
+
+/* Rounds row t, into every block that contains it. */
+void quantize_row(const quantized_rows *x, long t, const float *row) {
+    long G = x->I / GROUP;
+    for (long g = 0; g < G; g++) {
+        const float *from = row + g * GROUP;
+        float size[GROUP];
+        for (int i = 0; i < GROUP; i++) size[i] = fabsf(from[i]);
+        float top = largest(size, GROUP), by = top > 0 ? LARGEST / top : 0;
+        int32_t begin = 0, sum = 0, whole[GROUP];
+        for (int i = 0; i < GROUP; i++) whole[i] = (int32_t)rintf(from[i] * by);
+        for (int i = 0; i < GROUP / 2; i++) begin += whole[i], sum += whole[i] + whole[GROUP / 2 + i];
+        for (long b = t / x->rows; b < x->blocks; b++) {
+            long r = t - block_start(x, b), at = b * G + g;
+            if (r < 0 || r >= x->rows) continue;
+#ifdef PAIRS
+            int16_t *pairs = (int16_t *)x->a + (at * x->rows + r) * GROUP;
+            for (int i = 0; i < GROUP; i++) pairs[pair_place(i)] = (int16_t)whole[i];
+#else
+            int8_t *high = x->a + (at * 2 * x->rows + r) * GROUP, *low = high + x->rows * GROUP;
+            for (int i = 0; i < GROUP; i++) high[i] = (int8_t)((whole[i] + 128) >> 8);
+            for (int i = 0; i < GROUP; i++) low[i] = (int8_t)whole[i];
+#endif
+            x->scale[at * x->rows + r] = top / LARGEST;
+            x->offset[at * x->rows + r] = top / LARGEST * sum;
+            x->begins[at * x->rows + r] = top / LARGEST * begin;
+        }
+    }
+}
+
+#ifndef PAIRS
 /* Returns sums + the dot products of the four unsigned bytes of each w[n] with the four signed bytes at a. */
 #if defined(__AVX512VNNI__)
 static inline __attribute__((always_inline)) integers dot4(int bits, integers sums, words w, const int8_t *a) {
     int32_t four;
     memcpy(&four, a, 4);
     return (void)bits, (integers)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, _mm512_set1_epi32(four));
-}
-#elif defined(__AVX2__)
-static inline __attribute__((always_inline)) integers dot4(int bits, integers sums, words w, const int8_t *a) {
-    union { words all; __m256i half[2]; } from = {w};
-    union { integers all; __m256i half[2]; } to = {sums};
-    int32_t four;
-    memcpy(&four, a, 4);
-    __m256i by = _mm256_set1_epi32(four), one = _mm256_set1_epi16(1);
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; h++) {
-        __m256i own = from.half[h];
-#ifdef __AVXVNNI__
-        (void)bits, (void)one, to.half[h] = _mm256_dpbusd_avx_epi32(to.half[h], own, by);
-#else
-        if (bits == 8) { /* pairs of products of 8 bits do not fit into 16 bits */
-            __m256i odd = _mm256_and_si256(own, _mm256_set1_epi8(1)), doubled;
-            own = _mm256_and_si256(_mm256_srli_epi16(own, 1), _mm256_set1_epi8(127));
-            doubled = _mm256_slli_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(own, by), one), 1);
-            to.half[h] = _mm256_add_epi32(_mm256_add_epi32(to.half[h], doubled), _mm256_madd_epi16(_mm256_maddubs_epi16(odd, by), one));
-        } else to.half[h] = _mm256_add_epi32(to.half[h], _mm256_madd_epi16(_mm256_maddubs_epi16(own, by), one));
-#endif
-    }
-    return to.all;
 }
 #elif defined(__ARM_NEON)
 static inline __attribute__((always_inline)) integers dot4(int bits, integers sums, words w, const int8_t *a) {
@@ -68,38 +84,6 @@ static __attribute__((noinline)) integers dot4(int bits, integers sums, words w,
     return (void)bits, sums;
 }
 #endif
-
-quantized_rows quantized_rows_of(long T, long I) { /* the caller frees x.a */
-    long rows = T >= MOST_ROWS ? MOST_ROWS : T >= 4 ? 4 : T >= 2 ? 2 : 1, blocks = (T + rows - 1) / rows, all = blocks * rows;
-    long groups = all * (I / GROUP);
-    int8_t *a = aligned_alloc(64, (all * 2 * I + groups * 3 * sizeof(float) + 63) / 64 * 64);
-    float *scale = (float *)(a + 2 * all * I);
-    return (quantized_rows){T, I, rows, blocks, a, scale, scale + groups, scale + 2 * groups};
-}
-
-/* Rounds row t, into every block that contains it. */
-void quantize_row(const quantized_rows *x, long t, const float *row) {
-    long G = x->I / GROUP;
-    for (long g = 0; g < G; g++) {
-        const float *from = row + g * GROUP;
-        float size[GROUP];
-        for (int i = 0; i < GROUP; i++) size[i] = fabsf(from[i]);
-        float top = largest(size, GROUP), by = top > 0 ? LARGEST / top : 0;
-        int32_t begin = 0, sum = 0, whole[GROUP];
-        for (int i = 0; i < GROUP; i++) whole[i] = (int32_t)rintf(from[i] * by);
-        for (int i = 0; i < GROUP / 2; i++) begin += whole[i], sum += whole[i] + whole[GROUP / 2 + i];
-        for (long b = t / x->rows; b < x->blocks; b++) {
-            long r = t - block_start(x, b), at = b * G + g;
-            if (r < 0 || r >= x->rows) continue;
-            int8_t *high = x->a + (at * 2 * x->rows + r) * GROUP, *low = high + x->rows * GROUP;
-            for (int i = 0; i < GROUP; i++) high[i] = (int8_t)((whole[i] + 128) >> 8);
-            for (int i = 0; i < GROUP; i++) low[i] = (int8_t)whole[i];
-            x->scale[at * x->rows + r] = top / LARGEST;
-            x->offset[at * x->rows + r] = top / LARGEST * sum;
-            x->begins[at * x->rows + r] = top / LARGEST * begin;
-        }
-    }
-}
 
 /* The micro-kernel for every level: one block of rows times one tile. a and its scales and offsets are the block's; q, scale and minimum are the
    tile's. */
@@ -143,6 +127,7 @@ static inline __attribute__((always_inline)) void block_by_dots(int bits, int ro
     }
     store_sums(rows, sums, y, y_row, wide);
 }
+#endif
 
 /* Prepares a thread for products with rounded rows, until quantized_gemm_end. Returns scratch for one tile of a weight with up to `widest` inputs. */
 uint8_t *quantized_gemm_begin(const quantized_rows *x, long widest) {
@@ -171,7 +156,12 @@ void quantized_gemm_tile(const quantized_weight *w, const quantized_rows *x, lon
         long at = b * x->rows * G;
         const float *x_scale = x->scale + at, *offset = x->offset + at, *begins = x->begins + at;
         float *to = y + block_start(x, b) * y_row + o;
+#ifdef PAIRS
+#define DOTS(bits, rows) \
+    block_by_pairs(bits, rows, G, tile.q, tile.scale, tile.minimum, (const int16_t *)a, x_scale, offset, begins, to, y_row, wide)
+#else
 #define DOTS(bits, rows) block_by_dots(bits, rows, G, tile.q, tile.scale, tile.minimum, a, x_scale, offset, begins, to, y_row, wide)
+#endif
 #define TILES(bits, rows) block_by_tiles(bits, rows, G, tile.q, tile.scale, tile.minimum, a, x_scale, offset, to, y_row, wide)
 #define BLOCKS_OF(bits)                               \
     case bits * 16 + 1: DOTS(bits, 1); break;         \

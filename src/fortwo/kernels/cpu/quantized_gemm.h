@@ -11,12 +11,19 @@
 #define GROUP 32
 #define QUADS (GROUP / 4)
 #define LARGEST 32639 /* 127 * 256 + 127 */
-#ifdef __ARM_NEON
+#if defined(__ARM_NEON) || (defined(__AVX2__) && !defined(AVX512))
 #define MOST_ROWS 4 /* that are multiplied at once: as many as the registers hold */
 #else
 #define MOST_ROWS 8
 #endif
 #define PREFETCH_BYTES 4096 /* bytes of the weight that are prefetched */
+
+static inline float from_fp16(uint16_t x) {
+    union { uint32_t bits; float value; } all = {(uint32_t)(x & 0x7fff) << 13};
+    all.value *= 0x1p112f;
+    all.bits |= (uint32_t)(x & 0x8000) << 16;
+    return all.value;
+}
 
 /* Sixteen fp16 numbers. */
 static inline vector load_fp16(const uint16_t *from) {
@@ -26,14 +33,13 @@ static inline vector load_fp16(const uint16_t *from) {
     vector to;
     for (int n = 0; n < WIDTH; n++) to[n] = ((const __fp16 *)from)[n];
     return to;
+#elif defined(__F16C__)
+    union { __m256 half[2]; vector all; } to;
+    for (int n = 0; n < 2; n++) to.half[n] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from + n));
+    return to.all;
 #else
     vector to;
-    for (int n = 0; n < WIDTH; n++) {
-        union { uint32_t bits; float value; } all = {(uint32_t)(from[n] & 0x7fff) << 13};
-        all.value *= 0x1p112f;
-        all.bits |= (uint32_t)(from[n] & 0x8000) << 16;
-        to[n] = all.value;
-    }
+    for (int n = 0; n < WIDTH; n++) to[n] = from_fp16(from[n]);
     return to;
 #endif
 }
@@ -43,6 +49,9 @@ static inline void store_fp16(uint16_t *to, vector from) {
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)from, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__ARM_NEON)
     for (int n = 0; n < WIDTH; n++) ((__fp16 *)to)[n] = from[n];
+#elif defined(__F16C__)
+    union { vector all; __m256 half[2]; } own = {from};
+    for (int n = 0; n < 2; n++) _mm_storeu_si128((__m128i *)to + n, _mm256_cvtps_ph(own.half[n], _MM_FROUND_TO_NEAREST_INT));
 #else
     for (int n = 0; n < WIDTH; n++) {
         union { float value; uint32_t bits; } x = {from[n]}, small;
