@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +81,19 @@ def test_a_peak_is_no_less_than_what_was_taken() -> None:
     before = hardware.peak_memory_bytes()
     block = bytearray(b"x") * (before + 2**26)
     assert hardware.peak_memory_bytes() >= len(block)
+
+
+WAITS = "from fortwo.server.state import AppState; from fortwo.settings import load; AppState(load())"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch brings OpenMP of another maker")
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+def test_the_threads_of_a_server_soon_sleep_where_they_wait(given: dict[str, str], spins: str, tmp_path: Path) -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    environment |= {"FORTWO_HOME": str(tmp_path), "OMP_DISPLAY_ENV": "verbose", **given}
+    told = subprocess.run([sys.executable, "-c", WAITS], env=environment, capture_output=True, text=True, check=True)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in told.stderr

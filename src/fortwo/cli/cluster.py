@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from fortwo import hardware
 from fortwo.errors import InvalidRequest
 from fortwo.kernels import isa
 from fortwo.settings import Settings
@@ -46,7 +47,8 @@ def training_cluster(settings: Settings) -> Iterator[TrainingCluster | None]:
             )
         yield None
         return
-    isa.cap(settings.isa)  # before torch is imported
+    hardware.limit_spinning()  # both before torch is imported
+    isa.cap(settings.isa)
     with needing_ray(
         "FORTWO_TRAIN is ray, but the package ray is not installed.", "train", " Or set FORTWO_TRAIN=own."
     ):

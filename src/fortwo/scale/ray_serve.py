@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ReplicaState
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from fortwo import hardware
 from fortwo.errors import Conflict, FortwoError, InvalidRequest, Unavailable, all_of
 from fortwo.home import home_id
 from fortwo.hub.catalog import Catalog
@@ -31,9 +32,6 @@ from fortwo.scale.replica import Replica, check_home
 from fortwo.settings import Settings
 
 log = logging.getLogger(__name__)
-# Of replicas of a Ray that is started here. By default they would come after other programs (niceness 15), and where
-# those use the cores, too, their threads would wait for each other by spinning: a token took 17 times as long.
-ENVIRONMENT = {"RAY_worker_niceness": "0", "GOMP_SPINCOUNT": "1000"}
 OBJECT_STORE_BYTES = 100 << 20  # of a local cluster: only parts of replies lie in it
 START_SECONDS = 600  # for the first replica to be ready
 CONTROL_SECONDS = 120  # for all replicas to load a version or to drop one
@@ -61,8 +59,8 @@ class ReplicaSet:
         self._name = f"fortwo-{home_id(settings.home)[:12]}"
         self._local = settings.ray_address is None
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        hardware.limit_spinning()  # a Ray that is started here hands its environment on
+        os.environ.setdefault("RAY_worker_niceness", "0")  # by default, replicas come after all other programs
         self._connected = connect(settings.ray_address, OBJECT_STORE_BYTES)
         self._deployed = False
         try:

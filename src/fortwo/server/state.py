@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from fortwo import hardware
 from fortwo.home import home_id, lock_home
 from fortwo.jobs import fine_tuned_models
 from fortwo.jobs.api_keys import ApiKeyStore
@@ -68,7 +69,8 @@ class ServingState:
         self, settings: Settings, built: ExitStack, measured: Path, make_engine: MakeEngine | None = None
     ) -> None:
         """measured: folder of the files that remember what was measured on this machine."""
-        isa.cap(settings.isa)  # before torch is imported
+        hardware.limit_spinning()  # both before torch is imported
+        isa.cap(settings.isa)
         from fortwo.engine.engine import Engine
         from fortwo.engine.registry import ModelRegistry
         from fortwo.hub.catalog import Catalog
