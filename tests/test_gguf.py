@@ -179,6 +179,15 @@ def test_the_safetensors_files_of_a_converted_file_are_its_weights_alone(tmp_pat
     assert sorted(loaded) == sorted(weights.open_tensors(target))
 
 
+def test_blocks_that_an_earlier_version_has_written_are_found_and_renamed(tmp_path: Path) -> None:
+    weights.write_blocks(tmp_path, {"one": "Q8_0"}, {"one": np.zeros((2, 34), np.uint8)})
+    size = (tmp_path / "model.blocks").stat().st_size
+    (tmp_path / "model.blocks").rename(tmp_path / "blocks.safetensors")
+    assert weights.block_bytes(tmp_path) == size
+    assert weights.block_types(tmp_path) == {"one": "Q8_0"}
+    assert [file.name for file in tmp_path.iterdir()] == ["model.blocks"]
+
+
 def test_llama3_scaling_of_positions_is_recovered(tmp_path: Path) -> None:
     rope = {**LLAMA3_ROPE, "rope_theta": 500000.0}
     model = tiny_model("llama", head_dim=64, max_position_embeddings=131072, rope_parameters=rope)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +30,7 @@ ProgressCallback = Callable[[str, int, int], None]  # label, amount done, total 
 
 SAFE_WEIGHTS_NAME = "model.safetensors"
 BLOCKS_NAME = "model.blocks"  # the weights once more, as a quantised file has them; others load every *.safetensors
+OLDER_BLOCKS_NAME = "blocks.safetensors"
 SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
 _CHUNK_BYTES = 1 << 24
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -199,17 +200,27 @@ def write_blocks(directory: Path, types: Mapping[str, str], tensors: Mapping[str
 def block_types(directory: Path) -> dict[str, str]:
     """ggml's type of each tensor that `write_blocks` has written; none for a directory without. Raises UnsupportedModel
     when the file is damaged."""
-    if not (directory / BLOCKS_NAME).is_file():
+    if not (file := _blocks_file(directory)).is_file():
         return {}
-    with _open(directory / BLOCKS_NAME, "numpy") as opened:
+    with _open(file, "numpy") as opened:
         types: dict[str, str] = json.loads(opened.metadata()["types"])
     return types
 
 
 def block_bytes(directory: Path) -> int:
     """Bytes of what `write_blocks` has written; 0 for a directory without."""
-    file = directory / BLOCKS_NAME
+    file = _blocks_file(directory)
     return file.stat().st_size if file.is_file() else 0
+
+
+def _blocks_file(directory: Path) -> Path:
+    """Where the blocks lie. Earlier versions gave the file another name, by which vLLM loads it too; it is renamed
+    where the directory may be written."""
+    file, older = directory / BLOCKS_NAME, directory / OLDER_BLOCKS_NAME
+    if not file.exists() and older.is_file():
+        with suppress(OSError):
+            older.replace(file)
+    return file if file.exists() else older
 
 
 class QuantisedTensors(Mapping[str, "Read"]):
@@ -225,7 +236,7 @@ class QuantisedTensors(Mapping[str, "Read"]):
 
         if name not in self._types:
             return self._others[name]
-        with _open(self._directory / BLOCKS_NAME, "pt") as opened:
+        with _open(_blocks_file(self._directory), "pt") as opened:
             return Blocks(((self._types[name], opened.get_tensor(name).clone()),))
 
     def __contains__(self, name: object) -> bool:
