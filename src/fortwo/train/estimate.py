@@ -351,8 +351,9 @@ def memory(
     kept = base.kv_bytes_per_token * replies + base.state_bytes * at_once
     if base.cache is not None:
         kept = min(kept, base.kv_bytes_per_token * base.cache)
+    growing = kept * (1 + 1 / CACHE_OVERALLOCATION)  # what it had so far is there twice while the cache grows
     training = constant + FRAGMENTATION * (activations + HEAD_COPIES * HEAD_BYTES)
-    return Memory(round(training), round(constant + kept))
+    return Memory(round(training), round(constant + growing))
 
 
 def cache_tokens(counts: TokenCounts, sft: bool) -> int:
