@@ -16,7 +16,7 @@ import torch
 from fortwo.engine.engine import Engine
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
-from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable, UnsupportedModel
 from fortwo.execution.backend import backend_for
 from fortwo.nn.config import DecoderConfig
 from fortwo.nn.decoder import Decoder
@@ -255,6 +255,8 @@ def test_a_row_that_is_not_a_number_ends_with_an_error_and_its_neighbours_do_not
     both = engine.call(lambda: (engine.submit(prompt(adapter="nan")), engine.submit(prompt()))).result()
     until(lambda: both[0].done)
     assert (both[0].finish_reason, both[0].text) == ("error", "")
+    with pytest.raises(UnsupportedModel, match="not finite"):
+        both[0].wait(10)
     assert both[1].wait(10) == alone("hello", 12)
 
 

@@ -30,10 +30,10 @@ from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import FairShare, Scheduler, Sequence, split_budget
 from fortwo.engine.statistics import BaseLoad, EngineStatistics
 from fortwo.engine.tasks import Task
-from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable, UnsupportedModel
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
-from fortwo.prompts import MAX_RUNNING, Delta, FinishReason, Prompt, Sampling
+from fortwo.prompts import MAX_RUNNING, NON_FINITE_LOGITS, Delta, FinishReason, Prompt, Sampling
 from fortwo.records import AdapterVersion, TrainEvent
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ T = TypeVar("T")
 
 CORES = min(torch.get_num_threads(), hardware.cores())  # read before an engine changes the number
 PROMPT_TOKENS = 2048  # prompt tokens computed in a turn when no reply is running
+DAMAGED = "Its weights, or those of its adapter, are damaged: fetch the base again, or take another version."
 PROMPT_TOKENS_WHILE_DECODING = 256  # the same while replies run; bounds how long they are held up
 TRIM_SECONDS = 20.0  # how often memory that a job freed is returned to the system, which takes half a second
 POLL_SECONDS = 0.05  # how often a job is advanced that waits although no request runs
@@ -440,6 +441,8 @@ def _advance(base: _Base, requests: list[_Request], forward: Callable[[], Tensor
         return
     for request, sampled in zip(requests, rows, strict=True):
         if isinstance(sampled, str):
+            if sampled == NON_FINITE_LOGITS:
+                request.reply.fail(UnsupportedModel(sampled, param="model", hint=DAMAGED))
             base.end(request, "error", sampled)
             continue
         try:
