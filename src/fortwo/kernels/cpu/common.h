@@ -34,6 +34,7 @@
 
 typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t lane_words __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t integers __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(4 * WIDTH), aligned(4)));
 

@@ -40,19 +40,7 @@ static inline lanes sums_of(const lanes *v) {
 
 /* A register of numbers in fp16 or fp32. */
 static inline __attribute__((always_inline)) lanes load_lanes(int half, const void *from, long at) {
-    if (!half) return *(const lanes *)((const float *)from + at);
-    const uint16_t *own = (const uint16_t *)from + at;
-#if LANES == 16
-    return load_fp16(own);
-#elif defined(__F16C__)
-    return (lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)own));
-#elif defined(__ARM_NEON)
-    return (lanes)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(own)));
-#else
-    lanes to;
-    for (int n = 0; n < LANES; n++) to[n] = from_fp16(own[n]);
-    return to;
-#endif
+    return half ? load_lanes_fp16((const uint16_t *)from + at) : *(const lanes *)((const float *)from + at);
 }
 
 static inline void store_vector(int half, void *to, long at, const float *from) {

@@ -8,6 +8,7 @@
 #include "quantized_gemm.h"
 #include "quantized_gemm_amx.h"
 #include "quantized_gemm_avx2.h"
+#include "quantized_gemm_neon.h"
 
 quantized_rows quantized_rows_of(long T, long I) { /* the caller frees x.a */
     long rows = T >= MOST_ROWS ? MOST_ROWS : T >= 4 ? 4 : T >= 2 ? 2 : 1, blocks = (T + rows - 1) / rows, all = blocks * rows;
@@ -46,7 +47,7 @@ void quantize_row(const quantized_rows *x, long t, const float *row) {
     }
 }
 
-#ifndef PAIRS
+#if !defined(PAIRS) && !defined(__ARM_FEATURE_DOTPROD)
 /* Returns sums + the dot products of the four unsigned bytes of each w[n] with the four signed bytes at a. */
 #if defined(__AVX512VNNI__)
 static inline __attribute__((always_inline)) integers dot4(int bits, integers sums, words w, const int8_t *a) {
@@ -62,19 +63,11 @@ static inline __attribute__((always_inline)) integers dot4(int bits, integers su
     memcpy(&four, a, 4);
     int8x16_t by = vreinterpretq_s8_s32(vdupq_n_s32(four));
 #pragma GCC unroll 4
-    for (int p = 0; p < 4; p++) {
-#ifdef __ARM_FEATURE_MATMUL_INT8
-        (void)bits, to.part[p] = vusdotq_s32(to.part[p], from.part[p], by);
-#else /* Both sides are signed. Only weights in 8 bits reach beyond 127: they give up 128, which comes back with the sum of the four. */
+    for (int p = 0; p < 4; p++) { /* Both sides are signed. Weights in 8 bits give up 128, which comes back with the sum of the four. */
         int8x16_t own = vreinterpretq_s8_u8(bits == 8 ? veorq_u8(from.part[p], vdupq_n_u8(128)) : from.part[p]);
         if (bits == 8) to.part[p] = vaddq_s32(to.part[p], vdupq_n_s32((a[0] + a[1] + a[2] + a[3]) * 128));
-#ifdef __ARM_FEATURE_DOTPROD
-        to.part[p] = vdotq_s32(to.part[p], own, by);
-#else
         int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(own), vget_low_s8(by))), high = vpaddlq_s16(vmull_high_s8(own, by));
         to.part[p] = vaddq_s32(to.part[p], vpaddq_s32(low, high));
-#endif
-#endif
     }
     return to.all;
 }
@@ -159,6 +152,8 @@ void quantized_gemm_tile(const quantized_weight *w, const quantized_rows *x, lon
 #ifdef PAIRS
 #define DOTS(bits, rows) \
     block_by_pairs(bits, rows, G, tile.q, tile.scale, tile.minimum, (const int16_t *)a, x_scale, offset, begins, to, y_row, wide)
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define DOTS(bits, rows) block_by_sdot(bits, rows, G, tile.q, tile.scale, tile.minimum, a, x_scale, offset, begins, to, y_row, wide)
 #else
 #define DOTS(bits, rows) block_by_dots(bits, rows, G, tile.q, tile.scale, tile.minimum, a, x_scale, offset, begins, to, y_row, wide)
 #endif

@@ -44,6 +44,21 @@ static inline vector load_fp16(const uint16_t *from) {
 #endif
 }
 
+/* A register of fp16 numbers. */
+static inline __attribute__((always_inline)) lanes load_lanes_fp16(const uint16_t *from) {
+#if LANES == 16
+    return load_fp16(from);
+#elif defined(__F16C__)
+    return (lanes)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#elif defined(__ARM_NEON)
+    return (lanes)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+#else
+    lanes to;
+    for (int n = 0; n < LANES; n++) to[n] = from_fp16(from[n]);
+    return to;
+#endif
+}
+
 static inline void store_fp16(uint16_t *to, vector from) {
 #ifdef __AVX512F__
     _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)from, _MM_FROUND_TO_NEAREST_INT));
@@ -93,19 +108,22 @@ static inline quantized_tile tile_of(const quantized_weight *w, long o) {
     return (quantized_tile){bits, w->part[p].q + inner * w->I * bits / 8, w->part[p].scale + inner * G * (bits == 6 ? 2 : 1), minimum ? minimum + inner * G : 0};
 }
 
-/* A group's sixteen outputs of quad i, as bytes. */
-static inline __attribute__((always_inline)) words group_codes(int bits, const uint8_t *q, int i) {
-    if (bits == 8) return *(const words *)(q + i * 4 * WIDTH);
-    words low = *(const words *)(q + i / 2 * 4 * WIDTH), high;
-    low = (i % 2 ? low >> 4 : low) & 0x0f0f0f0f;
-    if (bits == 4) return low;
-    if (bits == 5) {
-        high = *(const words *)(q + QUADS / 2 * 4 * WIDTH);
-        return low | ((i < 4 ? high << (4 - i) : high >> (i - 4)) & 0x10101010);
+/* A group's outputs of quad i, as bytes: all sixteen, or as many as a register has, from those at q on. */
+#define GROUP_CODES(type, name)                                                                                    \
+    static inline __attribute__((always_inline)) type name(int bits, const uint8_t *q, int i) {                    \
+        if (bits == 8) return *(const type *)(q + i * 4 * WIDTH);                                                  \
+        type low = *(const type *)(q + i / 2 * 4 * WIDTH), high;                                                   \
+        low = (i % 2 ? low >> 4 : low) & 0x0f0f0f0f;                                                               \
+        if (bits == 4) return low;                                                                                 \
+        if (bits == 5) {                                                                                           \
+            high = *(const type *)(q + QUADS / 2 * 4 * WIDTH);                                                     \
+            return low | ((i < 4 ? high << (4 - i) : high >> (i - 4)) & 0x10101010);                               \
+        }                                                                                                          \
+        high = *(const type *)(q + (QUADS / 2 + i / 4) * 4 * WIDTH);                                               \
+        return low | ((i % 4 < 2 ? high << (4 - i % 4 * 2) : high >> (i % 4 * 2 - 4)) & 0x30303030);               \
     }
-    high = *(const words *)(q + (QUADS / 2 + i / 4) * 4 * WIDTH);
-    return low | ((i % 4 < 2 ? high << (4 - i % 4 * 2) : high >> (i % 4 * 2 - 4)) & 0x30303030);
-}
+GROUP_CODES(words, group_codes)
+GROUP_CODES(lane_words, lane_codes)
 
 /* Scales of the sixteen outputs of group g, and what is added to scale * q: with 6 bits those of one half, else of the whole group. */
 static inline __attribute__((always_inline)) void group_scales(int bits, long g, int half, const uint16_t *scale, const uint16_t *minimum, vector *d, vector *m) {

@@ -6,24 +6,9 @@
 #if defined(__AVX2__) && !defined(AVX512)
 #define PAIRS
 #define QUARTER 4 /* rows whose sums the registers hold */
-typedef uint32_t codes __attribute__((vector_size(32), aligned(4)));
 
 /* The place of number i of a row's group. */
 static inline int pair_place(int i) { return i / 4 * 4 + (i % 2) * 2 + i % 4 / 2; }
-
-/* `group_codes` of eight of the sixteen outputs. */
-static inline __attribute__((always_inline)) codes half_group_codes(int bits, const uint8_t *q, int i) {
-    if (bits == 8) return *(const codes *)(q + i * 4 * WIDTH);
-    codes low = *(const codes *)(q + i / 2 * 4 * WIDTH), high;
-    low = (i % 2 ? low >> 4 : low) & 0x0f0f0f0f;
-    if (bits == 4) return low;
-    if (bits == 5) {
-        high = *(const codes *)(q + QUADS / 2 * 4 * WIDTH);
-        return low | ((i < 4 ? high << (4 - i) : high >> (i - 4)) & 0x10101010);
-    }
-    high = *(const codes *)(q + (QUADS / 2 + i / 4) * 4 * WIDTH);
-    return low | ((i % 4 < 2 ? high << (4 - i % 4 * 2) : high >> (i % 4 * 2 - 4)) & 0x30303030);
-}
 
 /* Adds the products of eight pairs with the pair at x. */
 static inline __attribute__((always_inline)) __m256i add_products(__m256i sums, __m256i w, const int16_t *x) {
@@ -35,8 +20,6 @@ static inline __attribute__((always_inline)) __m256i add_products(__m256i sums, 
     return _mm256_add_epi32(sums, _mm256_madd_epi16(w, _mm256_set1_epi32(two)));
 #endif
 }
-
-static inline __attribute__((always_inline)) __m256 half_fp16(const uint16_t *from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
 
 /* What block_by_dots computes, for as many rows. */
 static inline __attribute__((always_inline)) void block_by_pairs(int bits, int rows, long G, const uint8_t *q, const uint16_t *scale,
@@ -58,7 +41,7 @@ static inline __attribute__((always_inline)) void block_by_pairs(int bits, int r
             for (int i = half * quads; i < (half + 1) * quads; i++)
 #pragma GCC unroll 2
                 for (int n = 0; n < 2; n++) {
-                    __m256i w = (__m256i)half_group_codes(bits, q + n * 32, i);
+                    __m256i w = (__m256i)lane_codes(bits, q + n * 32, i);
                     __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(w, 8);
 #pragma GCC unroll 4
                     for (int r = 0; r < rows; r++) {
@@ -69,8 +52,8 @@ static inline __attribute__((always_inline)) void block_by_pairs(int bits, int r
                 }
 #pragma GCC unroll 2
             for (int n = 0; n < 2; n++) {
-                __m256 d = half_fp16(scale + (bits == 6 ? 2 * g + half : g) * WIDTH + n * 8);
-                __m256 m = bits == 4 || bits == 5 ? half_fp16(minimum + g * WIDTH + n * 8) : (__m256)(d * (bits == 8 ? -128.0f : -32.0f));
+                __m256 d = (__m256)load_lanes_fp16(scale + (bits == 6 ? 2 * g + half : g) * WIDTH + n * 8);
+                __m256 m = bits == 4 || bits == 5 ? (__m256)load_lanes_fp16(minimum + g * WIDTH + n * 8) : (__m256)(d * (bits == 8 ? -128.0f : -32.0f));
 #pragma GCC unroll 4
                 for (int r = 0; r < rows; r++) {
                     long at = g * rows + r;
