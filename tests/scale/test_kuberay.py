@@ -21,6 +21,7 @@ from deployment import objects
 from fortwo.hub.catalog import Catalog
 from fortwo.scale.vllm.process import free_port
 
+pytest.importorskip("ray", reason="Ray is not installed here: make test-scale installs it and runs these tests")
 pytestmark = pytest.mark.slow
 
 START_SECONDS = 300
