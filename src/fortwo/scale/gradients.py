@@ -206,7 +206,7 @@ def check_memory(config: Json, spec: RunSpec, available: int, workers: int = 1) 
     found = fit(config, spec.weights, available)
     if found is None:
         return
-    needed, how = found.teach, "Every worker holds the whole base"
+    needed, how = found.train, "Every worker holds the whole base"
     hint = "Set FORTWO_SHARD=true, so that each holds a part of it, or FORTWO_WEIGHTS to a smaller format (bf16, nf4)"
     if spec.shard:
         whole = round(PER_PARAMETER[spec.weights] * _in_layers(config, found.parameters))

@@ -26,13 +26,14 @@ _DIMENSIONS = (
 
 @dataclass(frozen=True)
 class Fit:
-    """Bytes: serve, of a server with this base and one conversation; teach, at the peak of a job; memory, of the
-    machine. weight_format: in which the weights are held."""
+    """Bytes: serve, of a server with this base and one conversation; teach, at the peak of a job; train, of its steps
+    alone; memory, of the machine. weight_format: in which the weights are held."""
 
     parameters: int
     weight_format: str
     serve: int
     teach: int
+    train: int
     memory: int
 
     @property
@@ -92,7 +93,7 @@ def fit(config: Json, weights: str, memory: int, blocks: int = 0) -> Fit | None:
         replies=MAX_RUNNING * MIN_ROW_TOKENS,
     )
     serve = estimate.PROCESS + base.bytes + CONTEXT * base.kv_bytes_per_token
-    return Fit(shape.parameters, weight_format, round(serve), max(job.training, job.exam), memory)
+    return Fit(shape.parameters, weight_format, round(serve), max(job.training, job.exam), job.training, memory)
 
 
 def held_format(parameters: int, memory: int) -> str:
