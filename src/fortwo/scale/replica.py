@@ -117,7 +117,7 @@ class ReplicaState(ServingState):
         call = _call.get()
         try:
             target = await super().resolve(call.pin.ref)
-        except FortwoError:
+        except (FortwoError, OSError):  # a version that is deleted meanwhile loses its files first
             call.gone = not await run_in_threadpool(self._exists, call.pin.ref)
             raise
         call.pin.check(target.model.digest if target.adapter_key is None else target.adapter_key)
@@ -181,7 +181,7 @@ class Replica:
         error and this replica's log name."""
         log_context.request_id.set(request_id)  # of this task alone
         call = _Call(Pin(**pin))
-        with suppress(FortwoError):  # the route meets the same error, and words it as its API does
+        with suppress(FortwoError, OSError):  # the route meets the same error, and words it as its API does
             await self._hold(call.pin.ref)
         self._names[call.pin.digest] = call.pin.ref
         async for message in self._run(scope, body, call):
