@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def safetensors_file(header: object, data: bytes = bytes(8)) -> bytes:
@@ -42,3 +45,13 @@ DAMAGED = {
     "null tensor": safetensors_file({"a": None}),
     "metadata of numbers": safetensors_file({"__metadata__": {"a": 1}, "b": entry()}),
 }
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from fortwo.nn.config import DecoderConfig
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.records import AdapterVersion
-from tests.damaged import DAMAGED, entry, safetensors_file
+from tests.damaged import DAMAGED, entry, file_size_limit, safetensors_file
 
 LORA = LoraConfig(r=4, alpha=8)
 MANIFEST_IN = {"base_model": "tiny", "base_digest": "b" * 64, "dataset_digest": "d" * 64, "plan": {}, "report": None}
@@ -450,16 +448,6 @@ def test_a_full_disk_at_any_call_loses_nothing(tmp_path: Path) -> None:
         assert publish(store) in (2, 3)
     assert failures > 8
     assert set(calls) == {"fsync", "rename", "replace", "mkdir"}
-
-
-@contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_write_that_the_system_refuses_loses_nothing(store: AdapterStore) -> None:

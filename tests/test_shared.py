@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from fortwo.adapters.version_files import TENSORS
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, StorageFailed, Unavailable
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.records import AdapterVersion
+from tests.damaged import file_size_limit
 
 LORA = LoraConfig(r=4, alpha=8)
 MANIFEST_IN = {"base_model": "tiny", "base_digest": "b" * 64, "plan": {}, "report": None}
@@ -317,16 +316,6 @@ def test_missing_credentials(server: s3.S3, url: str, monkeypatch: pytest.Monkey
         RemoteStore(url)
     assert refused.value.code == "adapters_url_denied"
     assert "AWS_ACCESS_KEY_ID" in str(refused.value.hint)
-
-
-@contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_store_that_refuses_to_write_loses_nothing(tmp_path: Path) -> None:

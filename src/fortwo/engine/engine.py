@@ -41,8 +41,8 @@ T = TypeVar("T")
 
 CORES = min(torch.get_num_threads(), hardware.cores())  # read before an engine changes the number
 PROMPT_TOKENS = 2048  # prompt tokens computed in a turn when no reply is running
-DAMAGED = "Its weights, or those of its adapter, are damaged: fetch the base again, or take another version."
 PROMPT_TOKENS_WHILE_DECODING = 256  # the same while replies run; bounds how long they are held up
+DAMAGED = "Its weights, or those of its adapter, are damaged: fetch the base again, or take another version."
 TRIM_SECONDS = 20.0  # how often memory that a job freed is returned to the system, which takes half a second
 POLL_SECONDS = 0.05  # how often a job is advanced that waits although no request runs
 
