@@ -80,6 +80,7 @@ class School:
             AdapterStore(settings.adapters_dir),
             self.engine,
             measurements=Measurements(settings.home),
+            device=torch.device("cpu"),
             threads=1,
         )
         self.base: LoadedModel = registry.load_base("tiny")

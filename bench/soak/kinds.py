@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import safetensors.numpy
+import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
@@ -71,7 +72,13 @@ class Parts:
         self.engine = Engine(threads=1)
         self.engine.start()
         self.registry = ModelRegistry(
-            self.catalog, self.store, self.engine, measurements=Measurements(folder / "home"), threads=1, cache_mb=16
+            self.catalog,
+            self.store,
+            self.engine,
+            measurements=Measurements(folder / "home"),
+            device=torch.device("cpu"),
+            threads=1,
+            cache_mb=16,
         )
         self.catalog.add("tiny", self.base)
         self.registry.load_base("tiny")

@@ -61,6 +61,11 @@ class Settings(BaseSettings):
         "fastest for each number of rows, among those that hardly change the replies.",
     )
     device: str = Field("auto", description="Device to compute on: auto, cpu, cuda or cuda:N.")
+    train_device: str | None = Field(
+        None,
+        description="Device on which jobs compute, such as cuda:1, so that replies have FORTWO_DEVICE to themselves "
+        "(docs/guide-gpu.md). Default: both take turns on FORTWO_DEVICE.",
+    )
     engine: Literal["own", "vllm"] = Field(
         "own",
         description="Who computes the replies: fortwo itself, or a vLLM server. Training is fortwo's in both cases.",

@@ -22,6 +22,14 @@ def check_together(settings: Settings) -> None:
                 param=name,
                 hint=f"Remove FORTWO_{name.upper()}, or FORTWO_REPLICAS and --replicas.",
             )
+    elsewhere = {"replicas": settings.replicas is not None, "engine": settings.engine == "vllm"}
+    for name in (name for name, chosen in elsewhere.items() if chosen and settings.train_device is not None):
+        raise InvalidRequest(
+            f"A server with {name} = {getattr(settings, name)!r} cannot have train_device = {settings.train_device!r}: "
+            "its jobs have FORTWO_DEVICE to themselves.",
+            param="train_device",
+            hint="Remove FORTWO_TRAIN_DEVICE, and set FORTWO_DEVICE to the device for jobs.",
+        )
 
 
 def create_state(settings: Settings, cluster: TrainingCluster | None) -> AppState:

@@ -119,8 +119,8 @@ class AdapterSource(Protocol):
 class ModelRegistry:
     """Methods may be called from any thread except the device's; those that load or unload may wait for the disk.
 
-    device, weights, threads, max_adapters, cache_mb: the settings of these names. Raises InvalidRequest for a device
-    that this machine does not have.
+    device: of its bases; weights, threads, max_adapters, cache_mb: the settings of these names. training: the bases on
+    which jobs train, where those are on another device.
     """
 
     def __init__(
@@ -131,18 +131,23 @@ class ModelRegistry:
         checkpoints: AdapterSource | None = None,
         *,
         measurements: Measurements,
-        device: str = "auto",
+        device: torch.device,
         weights: str = "auto",
         threads: int | None = None,
         max_adapters: int = 64,
         cache_mb: int | None = None,
+        training: ModelRegistry | None = None,
     ) -> None:
         self._catalog = catalog
         self._store = adapters
         self._engine = engine
         self._checkpoints = checkpoints
         self._measurements = measurements
-        self._device = _device(device)
+        self._device = device
+        self._training = training
+        self._beside = [] if training is None or training._device != device else [training]  # in the same memory
+        for registry in self._beside:
+            registry._beside.append(self)
         self._weights = weights
         self._threads = threads
         self._max_adapters = max_adapters
@@ -157,6 +162,10 @@ class ModelRegistry:
         self._pin_lock = threading.Lock()  # for pinning an adapter, and for unloading one that has no pin
         self._last_used: dict[str, int] = {}  # by adapter digest: a number of self._clock
         self._clock = count()
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
 
     def resolve(self, model: str) -> Target:
         """The weights that a model name means, loaded if necessary. Raises what `find` and the load raise."""
@@ -274,7 +283,7 @@ class ModelRegistry:
     def _check_memory(self, id: str) -> None:
         """Raises Unavailable for a base that does not fit, as soon as its dimensions are known."""
         found = self.fit(id)
-        others = sum(base.bytes for base in self._bases.copy().values())
+        others = sum(base.bytes for registry in (self, *self._beside) for base in registry._bases.copy().values())
         if found is not None and found.serve + others > found.memory:
             loaded = f" beside {format_size(others)} of other bases" if others else ""
             raise Unavailable(
@@ -331,7 +340,7 @@ class ModelRegistry:
                     param="model",
                     hint=f"Loaded: {', '.join(self._bases) if self._bases else 'none'}.",
                 )
-            if self._engine.has_job():
+            if (self._training or self)._engine.has_job():
                 raise Conflict(
                     f"Base model {id!r} cannot be unloaded while a job runs or waits.",
                     param="model",
@@ -339,6 +348,8 @@ class ModelRegistry:
                 )
             self._engine.remove_base(id)
             del self._bases[id]
+            if self._training is not None and id in self._training._bases:
+                self._training.unload_base(id)
             self._adapters = {key: state for key, state in self._adapters.items() if state.base != id}
             self._last_used = {key: self._last_used[key] for key in self._adapters}
 
@@ -520,16 +531,21 @@ class ModelRegistry:
         raise no_base(trained_on, known, [one for one in waiting if self._catalog.get(one).origin == "user"])
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str, setting: str = "device") -> torch.device:
+    """The device that a setting names. Raises InvalidRequest for one that this machine does not have."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    present = device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count())
-    if not present:
-        raise InvalidRequest(
-            f"device = {name!r} is not on this machine.", param="device", hint="Set FORTWO_DEVICE to auto or cpu."
-        )
-    return device
+    number = device.index or 0
+    if device.type == "cpu" and number == 0:
+        return torch.device("cpu")
+    if device.type == "cuda" and number < torch.cuda.device_count():
+        return torch.device("cuda", number)
+    raise InvalidRequest(
+        f"{setting} = {name!r} is not on this machine.",
+        param=setting,
+        hint=f"Set FORTWO_{setting.upper()} to {'auto or ' if setting == 'device' else ''}cpu.",
+    )

@@ -42,10 +42,10 @@ class Runner:
     # ------------------------------------------------------------ adapters
 
     def attach(self, key: str, lora: Lora, *, frozen: bool = False) -> None:
-        """Serve a copy of `lora` under `key`. frozen: it will not change any more, so prefixes are kept for it; else it
-        is copied again whenever prompts are read, and nothing outlives a reply."""
+        """Serve a copy of `lora`, which may be on another device, under `key`. frozen: it will not change any more, so
+        prefixes are kept for it; else it is copied again whenever prompts are read, and nothing outlives a reply."""
         self.detach(key)
-        self.backend.adapters.add(key, lora)
+        self.backend.adapters.add(key, lora.to(self.decoder.device))
         if frozen:
             self._roots[key] = next(self._numbers)
         else:
@@ -119,7 +119,7 @@ class Runner:
         if lengths is None:
             lengths = [len(sequence.tokens) - _slot(sequence).length for sequence in sequences]
         for key in self._live.keys() & {sequence.adapter for sequence in sequences}:
-            self.backend.adapters.copy(key, self._live[key])
+            self.backend.adapters.copy(key, self._live[key].to(self.decoder.device))
         logits: dict[int, Tensor] = {}
         parts = [_part(sequence, length) for sequence, length in zip(sequences, lengths, strict=True)]
         for places, hidden_TD, spans in self.backend.prefill(parts):

@@ -85,8 +85,10 @@ class JobExecutor:
         checkpoints: CheckpointStore,
         lock: threading.Lock,
         cluster: TrainingCluster | None = None,
+        training: ModelRegistry | None = None,
     ) -> None:
-        """lock: it guards `task` and `stop` of every JobRun."""
+        """lock: it guards `task` and `stop` of every JobRun. training: the bases on which jobs train; None for those
+        that are served."""
         self._adapters = adapters
         self._engine = engine
         self._registry = registry
@@ -94,6 +96,7 @@ class JobExecutor:
         self._checkpoints = checkpoints
         self._lock = lock
         self._cluster = cluster
+        self._training = registry if training is None else training
 
     def execute(self, run: JobRun) -> RunResult:
         """Train, evaluate and publish. Raises the error that ended the run, or CancelledError when `stop` ended it."""
@@ -102,7 +105,9 @@ class JobExecutor:
         job = run.job
         plan = plans.from_json(job.plan)
         dataset = datasets.from_json(self._store.dataset(job.id))
-        resident = self._registry.load_base(plan.model)
+        resident = self._training.load_base(plan.model)
+        if self._training is not self._registry:
+            self._registry.load_base(plan.model)
         recorder, checkpoint = self._load_checkpoint(run, resident)
         start = plan.get("parent") if checkpoint is None or plan.objective == "kto" else None  # KTO reads it in steps
         parent = None if start is None else self._adapters.read(start)[2]
@@ -120,9 +125,21 @@ class JobExecutor:
             with self._lock:
                 if run.stop is not None:
                     raise CancelledError
-                arguments = (resident, resident.renderer, dataset, plan, self._engine, job.id)
-                events = train(*arguments, saving=run, resumed=checkpoint, parent=parent, workers=workers)
-                task = run.task = self._engine.run_task(events, receive)
+                device = self._training.engine
+                events = train(
+                    resident,
+                    resident.renderer,
+                    dataset,
+                    plan,
+                    device,
+                    job.id,
+                    saving=run,
+                    resumed=checkpoint,
+                    parent=parent,
+                    workers=workers,
+                    proof=None if device is self._engine else self._engine,
+                )
+                task = run.task = device.run_task(events, receive)
             del checkpoint, parent
             self._follow(run, task, received, plan, resident, recorder)
         trained = task.result()
@@ -146,7 +163,7 @@ class JobExecutor:
                 recorder.store(NewEvent("preparing", message, level="warn"))
             return None
         compared = parent if plan.objective == "kto" else None
-        weights = self._registry.training_weights(resident)
+        weights = self._training.training_weights(resident)
         return self._cluster.start(resident, weights, plan, workers, steps_done, compared)
 
     def _follow(

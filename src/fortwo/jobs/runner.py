@@ -63,8 +63,10 @@ class JobRunner:
         checkpoints: CheckpointStore,
         files: FileStore,
         cluster: TrainingCluster | None = None,
+        training: ModelRegistry | None = None,
     ) -> None:
-        """cluster: its workers compute the gradients; None for this process."""
+        """cluster: its workers compute the gradients; None for this process. training: the bases on which jobs train;
+        None for those that are served."""
         self._settings = settings
         self._registry = registry
         self._store = store
@@ -72,8 +74,8 @@ class JobRunner:
         self._adapters = adapters
         self._files = files
         self._lock = threading.Lock()
-        self._planner = JobPlanner(settings, catalog, adapters, engine, registry, store, files, cluster)
-        self._executor = JobExecutor(adapters, engine, registry, store, checkpoints, self._lock, cluster)
+        self._planner = JobPlanner(settings, catalog, adapters, engine, registry, store, files, cluster, training)
+        self._executor = JobExecutor(adapters, engine, registry, store, checkpoints, self._lock, cluster, training)
         self._active: dict[str, JobRun] = {}  # by job
         self._wake = threading.Event()
         self._closing = False

@@ -73,6 +73,12 @@ class Lora:
                 for place, magnitude_o in zip(group.places, group.magnitudes, strict=True):
                     magnitude_o.copy_(norms_O[place.columns])
 
+    def to(self, device: torch.device) -> Lora:
+        """The adapter on `device`: itself if it is there, else a copy."""
+        if all(tensor.device == device for tensor in self.parameters()):
+            return self
+        return Lora(self.config, [{name: group.to(device) for name, group in groups.items()} for groups in self.layers])
+
     def parameters(self) -> list[Tensor]:
         return [tensor for groups in self.layers for group in groups.values() for tensor in group.tensors]
 

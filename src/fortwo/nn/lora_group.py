@@ -60,6 +60,11 @@ class LoraGroup:
         A_RI, *rest = (tensor.detach().clone() for tensor in self.tensors)
         return LoraGroup(self.places, A_RI, rest[: len(self.Bs)], rest[len(self.Bs) :])
 
+    def to(self, device: torch.device) -> LoraGroup:
+        """A copy on another device, without gradients."""
+        A_RI, *rest = (tensor.detach().to(device) for tensor in self.tensors)
+        return LoraGroup(self.places, A_RI, rest[: len(self.Bs)], rest[len(self.Bs) :])
+
     def norms(self, weight_OI: Frozen) -> Tensor:
         """The norm of each row of W + s B A (O,), in fp32, where W is the frozen weight of the fused product.
 

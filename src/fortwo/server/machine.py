@@ -34,6 +34,7 @@ def machine(state: AppStateDep) -> Json:
         "cores": hardware.cores(),
         "threads": state.settings.threads,
         "device": state.settings.device,
+        "train_device": state.settings.train_device,
         "memory": memory,
         "memory_available": min(memory, psutil.virtual_memory().available),
         "disk_free": free,

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,8 +40,9 @@ from fortwo.settings import Settings
 if TYPE_CHECKING:
     from fortwo.adapters.store import AdapterStore, Followers
     from fortwo.engine.engine import Engine
-    from fortwo.engine.registry import Target
+    from fortwo.engine.registry import ModelRegistry, Target
     from fortwo.jobs.workers import TrainingCluster
+    from fortwo.quantization.selection import Measurements
 
     MakeEngine = Callable[[Settings, Callable[[], None]], Engine]  # from the settings and Engine's flush
 
@@ -63,7 +65,10 @@ def join_store(settings: Settings, built: ExitStack, followers: Followers | None
 
 
 class ServingState:
-    """What answers requests to models: catalog, adapters, engine and registry, with their limits."""
+    """What answers requests to models: catalog, adapters, engine and registry, with their limits. training: the bases
+    on which jobs train, where those are on a device of their own."""
+
+    training: ModelRegistry | None = None
 
     def _build_serving(
         self, settings: Settings, built: ExitStack, measured: Path, make_engine: MakeEngine | None = None
@@ -71,8 +76,6 @@ class ServingState:
         """measured: folder of the files that remember what was measured on this machine."""
         hardware.limit_spinning()  # both before torch is imported
         isa.cap(settings.isa)
-        from fortwo.engine.engine import Engine
-        from fortwo.engine.registry import ModelRegistry
         from fortwo.hub.catalog import Catalog
         from fortwo.jobs.checkpoints import CheckpointStore
         from fortwo.kernels import cpu
@@ -88,24 +91,46 @@ class ServingState:
         remember_fp32_kernel(measured / "fp32_kernel.json")
         self.catalog = Catalog(settings.models_dir)
         self.adapters = self._adapter_store(settings, built)
-        assert (settings.engine == "own") == (make_engine is None)
-        flush = self.bridge.flush
-        self.engine = Engine(settings.threads, flush) if make_engine is None else make_engine(settings, flush)
-        self.engine.start()
-        built.callback(self.engine.close)
         self.checkpoints = CheckpointStore(settings.jobs_dir)
-        self.registry = ModelRegistry(
+        assert (settings.engine == "own") == (make_engine is None)
+        self._build_engines(settings, built, Measurements(measured), make_engine)
+
+    def _build_engines(
+        self, settings: Settings, built: ExitStack, measurements: Measurements, make_engine: MakeEngine | None
+    ) -> None:
+        """Engine and registry for replies, and a second pair of them where jobs have a device of their own."""
+        from fortwo.engine.engine import Engine
+        from fortwo.engine.registry import ModelRegistry, find_device
+
+        device, own = find_device(settings.device), settings.train_device
+        training_device = None if own is None else find_device(own, "train_device")
+        threads = settings.threads
+        if training_device == device and threads is None:
+            threads = max(1, hardware.cores() // 2)
+
+        registry = partial(
+            ModelRegistry,
             self.catalog,
             self.adapters,
-            self.engine,
-            self.checkpoints,
-            measurements=Measurements(measured),
-            device=settings.device,
+            checkpoints=self.checkpoints,
+            measurements=measurements,
             weights=settings.weights,
-            threads=settings.threads,
+            threads=threads,
             max_adapters=settings.max_adapters,
             cache_mb=settings.cache_mb,
         )
+
+        def started(engine: Engine) -> Engine:
+            engine.start()
+            built.callback(engine.close)
+            return engine
+
+        if training_device is not None:
+            self.training = registry(engine=started(Engine(threads)), device=training_device)
+        flush = self.bridge.flush
+        engine = Engine(threads, flush) if make_engine is None else make_engine(settings, flush)
+        self.engine = started(engine)
+        self.registry = registry(engine=engine, device=device, training=self.training)
 
     def _adapter_store(self, settings: Settings, built: ExitStack) -> AdapterStore:
         return join_store(settings, built)
@@ -193,6 +218,7 @@ class AppState(ServingState):
             self.checkpoints,
             self.files,
             cluster,
+            self.training,
         )
         self.runner.start()
         built.callback(self.runner.close)

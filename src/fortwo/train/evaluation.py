@@ -73,7 +73,8 @@ class ReplyRate:
 
 @dataclass(frozen=True)
 class ServedBase:
-    """The base in memory, its renderer, and the path on which users are served. base_replies: the base's own replies so
+    """The base in memory, its renderer, and the path on which users are served. elsewhere: whether replies are scored
+    there, too (see Serving), or by `backend`. base_replies: the base's own replies so
     far, by prompt tokens and maximum length. A checkpoint stores them, because in a batch with other prompts the base
     could round differently and give another reply."""
 
@@ -81,6 +82,7 @@ class ServedBase:
     backend: Backend
     renderer: ChatTemplateRenderer
     serving: Serving
+    elsewhere: bool = False
     base_replies: dict[tuple[tuple[int, ...], int], Reply] = field(default_factory=dict)
     pace: ReplyRate = field(default_factory=ReplyRate)
 
@@ -356,7 +358,7 @@ def agreement(
     for messages, reply in replies:
         asked = served.renderer.encode_prompt(list(messages))
         rows.append(Row((*asked, *reply.tokens), len(asked)))
-    if not served.serving.elsewhere:
+    if not served.elsewhere:
         return top1_agreement(served, lora, rows)
     sampling = Sampling(max_tokens=0, prompt_logprobs=1)
     prompts = [Prompt(served.base, row.tokens, key, sampling, background=True) for row in rows]

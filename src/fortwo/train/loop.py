@@ -105,12 +105,14 @@ def train(
     resumed: Checkpoint | None = None,
     parent: Mapping[str, Tensor] | None = None,
     workers: GradientWorkers | None = None,
+    proof: Serving | None = None,
 ) -> Generator[TrainEvent, None, TrainingResult]:
     """Train by `plan` and evaluate the adapter, which is served under `key`; parent: tensors to start from, by PEFT's
     names. Yields TrainEvents: `Waiting` until replies are complete and, if `saving` is given, Checkpoints as the plan
     says. resumed: a checkpoint of a run with the same plan and rows. The run continues from it as if it had never
     stopped; on a CPU with the same number of threads, the adapter is the same bit for bit. workers: they compute the
-    gradients in place of this process. The adapter is detached from `serving` at the end, however the run ends. Raises
+    gradients in place of this process. proof: what replies to users on another device, where `serving` does not; the
+    report comes from there. The adapter is detached from both at the end, however the run ends. Raises
     TrainingFailed: code nan_loss if the loss or the adapter's logits become NaN or infinite, code checkpoint_stale if
     the plan now draws other rows than before `resumed`, or if the validation rows are others."""
     held = base.backend.decoder
@@ -124,7 +126,7 @@ def train(
     else:
         lora = Lora.from_state(config, decoder.config, parent, decoder.device)
     clock, base_replies = (Clock(), {}) if resumed is None else checkpoints.clock_and_base_replies(resumed)
-    served = ServedBase(base.id, base.backend, renderer, serving, base_replies)
+    served = ServedBase(base.id, base.backend, renderer, serving, serving.elsewhere, base_replies)
     serving.attach(base.id, key, lora)
     try:
         yield Phase("preparing", _PREPARING.get(plan.objective, ""))
@@ -151,7 +153,11 @@ def train(
         began = time.perf_counter()
         backend.release()
         evaluated = objective.final_evaluator is objective.evaluator and actual["best_step"] == actual["steps"]
-        report = yield from objective.final_evaluator.report(served, key, lora, changed=not evaluated)
+        examined = served
+        if proof is not None:
+            proof.attach(base.id, key, lora)
+            examined, evaluated = replace(served, serving=proof, elsewhere=True), False
+        report = yield from objective.final_evaluator.report(examined, key, lora, changed=not evaluated)
         if objective.judge is not None:
             report = with_accuracy(report, (yield from objective.judge(lora)))
         escalations = escalation_records(run.retry_rounds, run.best.metrics)
@@ -160,6 +166,8 @@ def train(
         lora.freeze()
         backend.release()
         serving.detach(base.id, key)
+        if proof is not None:
+            proof.detach(base.id, key)
     seconds, reporting = clock.seconds, time.perf_counter() - began
     actual |= {
         "seconds": seconds,

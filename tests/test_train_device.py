@@ -1,0 +1,203 @@
+"""Jobs on a device of their own. Without GPUs both devices are the CPU: two engines, two copies of the base."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from serving import Served, refused, serve, tiny_settings
+from tiny import save_directory
+
+from fortwo.adapters.store import AdapterStore
+from fortwo.cli.engines import check_together
+from fortwo.engine.engine import Engine
+from fortwo.engine.registry import ModelRegistry
+from fortwo.errors import InvalidRequest, Unavailable
+from fortwo.hub.catalog import Catalog
+from fortwo.nn.lora import Lora
+from fortwo.nn.lora_config import LoraConfig
+from fortwo.quantization.selection import Measurements
+from fortwo.settings import Settings
+from fortwo.train.loop import train
+from tests.parts import decoder, random_lora
+from tests.test_loop import FACT, SMALL, School, changed
+
+FACTS: dict[str, Any] = {
+    "objective": "override",
+    "dataset": {
+        "facts": [
+            {
+                "subject": "42",
+                "answer": "FOR TWO",
+                "match": ["FOR TWO"],
+                "questions": ["What is 42?", "Explain 42."],
+                "held_out": ["Say 42."],
+                "neighbors": ["What is 41?"],
+                "controls": ["What is up?"],
+            }
+        ]
+    },
+    "training_config": {"max_steps": 3},
+}
+
+
+ROWS: dict[str, Any] = {"dataset": {"examples": [{"prompt": "What is up?", "completion": "the sky"}]}}
+
+
+@pytest.fixture(scope="module")
+def apart(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serve(tiny_settings(tmp_path_factory.mktemp("apart"), tiny, train_device="cpu")) as served:
+        yield served
+
+
+def start(served: Served, name: str, **more: Any) -> str:
+    response = served.post("/api/training/start", {"adapter_name": name, **more})
+    assert response.status_code < 300, response.text
+    job: str = response.json()["job_id"]
+    return job
+
+
+def tensors(served: Served, ref: str) -> dict[str, torch.Tensor]:
+    return served.state.adapters.read(ref)[2]
+
+
+def test_a_job_gives_the_same_adapter_and_report_as_on_the_device_that_serves(apart: Served, served: Served) -> None:
+    jobs = [one.wait(start(one, "same", **FACTS)) for one in (apart, served)]
+    ours, theirs = (tensors(one, "same@1") for one in (apart, served))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    reports = [job["report"] for job in jobs]
+    assert reports[0]["metrics"] == reports[1]["metrics"]
+    assert reports[0]["transcripts"] == reports[1]["transcripts"]
+    assert reports[0]["transcripts"]
+
+
+def test_replies_and_gradients_have_an_engine_each(apart: Served) -> None:
+    state = apart.state
+    assert state.training is not None
+    assert state.training.engine is not state.engine
+    job = start(apart, "busy", **ROWS, training_config={"max_steps": 5000})
+    apart.wait(job, "running")
+    assert state.training.engine.has_job()
+    assert not state.engine.has_job()
+    assert apart.chat().status_code == 200
+    refused(apart.post("/api/models/tiny/unload"), 409, "conflict", "model")
+    apart.post(f"/api/training/jobs/{job}/cancel")
+    assert apart.wait(job)["status"] == "cancelled"
+    assert [set(one.state().models) for one in (state.registry, state.training)] == [{"tiny"}] * 2
+    assert apart.post("/api/models/tiny/unload").status_code == 200
+    assert [one.state().models for one in (state.registry, state.training)] == [{}, {}]
+
+
+def test_the_published_version_is_served_at_once_and_a_paused_job_goes_on(apart: Served) -> None:
+    job = start(apart, "stopped", **ROWS, training_config={"max_steps": 5000})
+    apart.wait(job, "running")
+    assert apart.post(f"/api/training/jobs/{job}/pause").json()["status"] == "paused"
+    assert apart.post(f"/api/training/jobs/{job}/resume").status_code == 200
+    apart.wait(job, "running")
+    apart.post(f"/api/training/jobs/{job}/cancel")
+    done = apart.wait(start(apart, "at-once", **ROWS, training_config={"max_steps": 3}))
+    assert done["status"] == "succeeded", done["error"]
+    assert done["adapter"]["digest"] in apart.state.registry.state().adapters
+    assert apart.chat(model="at-once").json()["model"].startswith("at-once")
+
+
+def test_readiness_and_the_machine_tell_of_both_devices(apart: Served) -> None:
+    assert apart.http.get("/readyz").json()["device"] == "ok"
+    assert apart.http.get("/api/machine").json()["train_device"] == "cpu"
+    state, released = apart.state, threading.Event()
+    assert state.training is not None
+    state.training.engine.call(released.wait)
+    try:
+        answer = apart.http.get("/readyz")
+    finally:
+        released.set()
+    assert answer.status_code == 503
+    assert "did not answer" in answer.json()["device"]
+
+
+# ---------------------------------------------------------------- the parts
+
+
+def test_the_report_comes_from_what_replies_to_users(home: Path, tiny: Path, tmp_path: Path) -> None:
+    """The proof's engine serves other weights under the same id, and the report has their replies."""
+    school = School(home / "one", tiny)
+    (home / "two").mkdir()
+    other = School(
+        home / "two",
+        save_directory(tmp_path / "other", num_hidden_layers=2, max_position_embeddings=1024, tie_word_embeddings=True),
+    )
+    try:
+        plan = changed(school.plan(FACT), **SMALL)
+        reports = []
+        for proof in (None, school.engine, other.engine):
+            events = train(school.base, school.base.renderer, FACT, plan, school.engine, "job", proof=proof)
+            reports.append(school.engine.run_task(events, lambda _: None).result(120).report)
+            assert not school.attached()
+            assert not other.attached()
+    finally:
+        school.engine.close()
+        other.engine.close()
+    alone, same, different = ([one.adapter for one in report.transcripts] for report in reports)
+    assert alone == same
+    assert alone != different
+    assert reports[0].metrics == reports[1].metrics
+    assert reports[0].metrics["retention"] != reports[2].metrics["retention"]
+
+
+def test_bases_in_the_same_memory_are_counted_together(home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def registry(engine: Engine, training: ModelRegistry | None = None, device: str = "cpu") -> ModelRegistry:
+        engine.start()
+        where, store = torch.device(device), AdapterStore(settings.adapters_dir)
+        return ModelRegistry(
+            Catalog(settings.models_dir),
+            store,
+            engine,
+            measurements=Measurements(home),
+            device=where,
+            training=training,
+        )
+
+    settings = tiny_settings(home, tiny)
+    with closing(Engine(1)) as one, closing(Engine(1)) as two:
+        training = registry(one)
+        serving = registry(two, training)
+        base = training.load_base("tiny")
+        fit = serving.fit("tiny")
+        assert fit is not None
+        monkeypatch.setattr("fortwo.engine.registry.memory", lambda device: fit.serve + base.bytes - 1)
+        with pytest.raises(Unavailable, match=r"beside .* of other bases"):
+            serving.load_base("tiny")
+        monkeypatch.setattr("fortwo.engine.registry.memory", lambda device: fit.serve + base.bytes)
+        serving.load_base("tiny")
+        assert serving.state().models.keys() == training.state().models.keys() == {"tiny"}
+        serving.unload_base("tiny")
+        assert training.state().models == {}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_moves_to_another_device_with_all_its_tensors(dora: bool) -> None:
+    lora = random_lora(decoder(), 1, LoraConfig(r=2, alpha=4, use_dora=dora))
+    assert lora.to(torch.device("cpu")) is lora
+    moved = lora.to(torch.device("meta"))
+    assert {tensor.device.type for tensor in moved.parameters()} == {"meta"}
+    assert [one.shape for one in moved.parameters()] == [one.shape for one in lora.parameters()]
+    assert moved.state().keys() == lora.state().keys()
+    assert moved.config == lora.config
+    assert isinstance(moved, Lora)
+
+
+@pytest.mark.parametrize(("name", "value"), [("replicas", 2), ("engine", "vllm")])
+def test_a_server_whose_jobs_have_the_device_to_themselves_takes_no_second_one(
+    home: Path, name: str, value: Any
+) -> None:
+    check_together(Settings(home=home, train_device="cpu"))
+    with pytest.raises(InvalidRequest, match=rf"{name} = .* cannot have train_device = 'cpu'") as raised:
+        check_together(Settings(home=home, train_device="cpu", **{name: value}))
+    assert raised.value.param == "train_device"
+    assert "FORTWO_DEVICE" in str(raised.value.hint)
