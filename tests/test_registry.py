@@ -20,7 +20,7 @@ from fortwo.engine import registry as module
 from fortwo.engine.base_choice import TrainedOn, choose_base
 from fortwo.engine.engine import Engine
 from fortwo.engine.networks import read_network
-from fortwo.engine.registry import ModelRegistry, RegistryState, find_device
+from fortwo.engine.registry import ModelRegistry, RegistryState
 from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable
 from fortwo.execution import autotuning as formats
 from fortwo.hub.catalog import Catalog
@@ -65,7 +65,7 @@ class Setup:
             self.store,
             self.engine,
             measurements=Measurements(home),
-            device=find_device(self.settings.device),
+            device=torch.device("cpu"),
             **self.settings.model_dump(include={"weights", "threads", "max_adapters", "cache_mb"}),
         )
 
@@ -293,23 +293,6 @@ def test_a_form_that_does_not_exist_is_refused_by_name(monkeypatch: pytest.Monke
     with pytest.raises(InvalidRequest, match="weights = 'int3'") as refused:
         load()
     assert refused.value.param == "weights"
-
-
-@pytest.mark.parametrize("device", ["cuda:99", "abacus", "cpu:1", "meta", ""])
-@pytest.mark.parametrize("setting", ["device", "train_device"])
-def test_a_device_that_is_not_there_is_refused_by_name(device: str, setting: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"{setting} = '{device}'") as refused:
-        find_device(device, setting)
-    assert refused.value.param == setting
-    assert f"FORTWO_{setting.upper()}" in (refused.value.hint or "")
-
-
-def test_a_gpu_is_named_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_device("cpu") == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    found = [find_device(name) for name in ("auto", "cuda", "cuda:0", "cuda:1")]
-    assert found == [torch.device("cuda", number) for number in (0, 0, 0, 1)]
 
 
 # ---------------------------------------------------------------- names

@@ -15,12 +15,14 @@ from tiny import save_directory
 
 from fortwo.adapters.store import AdapterStore
 from fortwo.cli.engines import check_together
+from fortwo.engine.devices import find_devices
 from fortwo.engine.engine import Engine
 from fortwo.engine.registry import ModelRegistry
-from fortwo.errors import InvalidRequest, Unavailable
+from fortwo.errors import Conflict, InvalidRequest, Unavailable
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
+from fortwo.prompts import Prompt, Sampling
 from fortwo.quantization.selection import Measurements
 from fortwo.settings import Settings
 from fortwo.train.loop import train
@@ -79,19 +81,21 @@ def test_a_job_gives_the_same_adapter_and_report_as_on_the_device_that_serves(ap
 
 def test_replies_and_gradients_have_an_engine_each(apart: Served) -> None:
     state = apart.state
-    assert state.training is not None
-    assert state.training.engine is not state.engine
+    trainer = state.registry.training_engine
+    assert trainer is not state.engine
     job = start(apart, "busy", **ROWS, training_config={"max_steps": 5000})
     apart.wait(job, "running")
-    assert state.training.engine.has_job()
+    assert trainer.has_job()
     assert not state.engine.has_job()
     assert apart.chat().status_code == 200
     refused(apart.post("/api/models/tiny/unload"), 409, "conflict", "model")
     apart.post(f"/api/training/jobs/{job}/cancel")
     assert apart.wait(job)["status"] == "cancelled"
-    assert [set(one.state().models) for one in (state.registry, state.training)] == [{"tiny"}] * 2
+    copy = state.registry.training_base("tiny")
+    assert copy is not state.registry.load_base("tiny")
     assert apart.post("/api/models/tiny/unload").status_code == 200
-    assert [one.state().models for one in (state.registry, state.training)] == [{}, {}]
+    assert state.registry.state().models == {}
+    assert state.registry.training_base("tiny") is not copy
 
 
 def test_the_published_version_is_served_at_once_and_a_paused_job_goes_on(apart: Served) -> None:
@@ -110,9 +114,8 @@ def test_the_published_version_is_served_at_once_and_a_paused_job_goes_on(apart:
 def test_readiness_and_the_machine_tell_of_both_devices(apart: Served) -> None:
     assert apart.http.get("/readyz").json()["device"] == "ok"
     assert apart.http.get("/api/machine").json()["train_device"] == "cpu"
-    state, released = apart.state, threading.Event()
-    assert state.training is not None
-    state.training.engine.call(released.wait)
+    released = threading.Event()
+    apart.state.registry.training_engine.call(released.wait)
     try:
         answer = apart.http.get("/readyz")
     finally:
@@ -150,34 +153,69 @@ def test_the_report_comes_from_what_replies_to_users(home: Path, tiny: Path, tmp
     assert reports[0].metrics["retention"] != reports[2].metrics["retention"]
 
 
-def test_bases_in_the_same_memory_are_counted_together(home: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def registry(engine: Engine, training: ModelRegistry | None = None, device: str = "cpu") -> ModelRegistry:
-        engine.start()
-        where, store = torch.device(device), AdapterStore(settings.adapters_dir)
-        return ModelRegistry(
-            Catalog(settings.models_dir),
-            store,
-            engine,
-            measurements=Measurements(home),
-            device=where,
-            training=training,
-        )
-
+@pytest.fixture
+def pair(home: Path, tiny: Path) -> Iterator[tuple[ModelRegistry, ModelRegistry]]:
+    """The bases that are served, and those on which jobs train."""
     settings = tiny_settings(home, tiny)
+
+    def registry(engine: Engine, training: ModelRegistry | None = None) -> ModelRegistry:
+        engine.start()
+        store, where = AdapterStore(settings.adapters_dir), torch.device("cpu")
+        folder, catalog = Measurements(home), Catalog(settings.models_dir)
+        return ModelRegistry(catalog, store, engine, measurements=folder, device=where, training=training)
+
     with closing(Engine(1)) as one, closing(Engine(1)) as two:
         training = registry(one)
-        serving = registry(two, training)
-        base = training.load_base("tiny")
-        fit = serving.fit("tiny")
-        assert fit is not None
-        monkeypatch.setattr("fortwo.engine.registry.memory", lambda device: fit.serve + base.bytes - 1)
-        with pytest.raises(Unavailable, match=r"beside .* of other bases"):
-            serving.load_base("tiny")
-        monkeypatch.setattr("fortwo.engine.registry.memory", lambda device: fit.serve + base.bytes)
-        serving.load_base("tiny")
-        assert serving.state().models.keys() == training.state().models.keys() == {"tiny"}
+        yield registry(two, training), training
+
+
+def test_bases_in_the_same_memory_are_counted_together(
+    pair: tuple[ModelRegistry, ModelRegistry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving, training = pair
+    base, fit = serving.load_base("tiny"), serving.fit("tiny")
+    assert fit is not None
+    monkeypatch.setattr("fortwo.engine.registry.memory", lambda device: fit.serve + base.bytes - 1)
+    with pytest.raises(Unavailable, match=r"beside .* of other bases"):
+        serving.training_base("tiny")
+    monkeypatch.setattr("fortwo.engine.registry.memory", lambda device: fit.serve + base.bytes)
+    assert serving.training_base("tiny") is training.load_base("tiny")
+
+
+def test_a_base_leaves_both_devices_or_none(pair: tuple[ModelRegistry, ModelRegistry]) -> None:
+    serving, training = pair
+    serving.training_base("tiny")
+    asked = Prompt("tiny", (1, 2, 3), None, Sampling(max_tokens=900, ignore_eos=True))
+    rest = serving.training_engine.submit(asked)  # what a job that was cancelled has left
+    with pytest.raises(Conflict, match="1 request"):
         serving.unload_base("tiny")
-        assert training.state().models == {}
+    assert serving.state().models.keys() == training.state().models.keys() == {"tiny"}
+    rest.cancel()
+    rest.wait(10)
+    serving.unload_base("tiny")
+    assert serving.state().models == training.state().models == {}
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus", "cpu:1", "meta", ""])
+def test_a_device_that_is_not_there_is_refused_by_name(device: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^device = '{device}'") as refused:
+        find_devices(device, None)
+    assert (refused.value.param, refused.value.hint) == ("device", "Set FORTWO_DEVICE to auto or cpu.")
+    with pytest.raises(InvalidRequest, match=f"^train_device = '{device}'") as refused:
+        find_devices("cpu", device)
+    assert (refused.value.param, refused.value.hint) == ("train_device", "Set FORTWO_TRAIN_DEVICE to cpu.")
+
+
+def test_a_gpu_is_named_with_its_number_and_serves_or_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = [find_devices(name, None) for name in ("auto", "cuda", "cuda:0", "cuda:1")]
+    assert found == [(torch.device("cuda", number), None) for number in (0, 0, 0, 1)]
+    assert find_devices("auto", "cuda:1") == (torch.device("cuda", 0), torch.device("cuda", 1))
+    assert find_devices("cpu", "cpu") == (torch.device("cpu"), torch.device("cpu"))
+    with pytest.raises(InvalidRequest, match="is the device that serves, too") as refused:
+        find_devices("auto", "cuda:0")
+    assert refused.value.param == "train_device"
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -27,7 +27,7 @@ from fortwo.engine.base_choice import TrainedOn, choose_base, no_base
 from fortwo.engine.engine import Engine
 from fortwo.engine.networks import read_network
 from fortwo.engine.runner import Runner
-from fortwo.errors import Conflict, InvalidAdapter, InvalidRequest, NotFound, Unavailable, UnsupportedModel
+from fortwo.errors import Conflict, InvalidAdapter, NotFound, Unavailable, UnsupportedModel
 from fortwo.execution.autotuning import all_blocks, alone, memory, prefers_blocks
 from fortwo.execution.backend import Backend, backend_for
 from fortwo.hub import weights
@@ -145,14 +145,15 @@ class ModelRegistry:
         self._measurements = measurements
         self._device = device
         self._training = training
-        self._beside = [] if training is None or training._device != device else [training]  # in the same memory
-        for registry in self._beside:
-            registry._beside.append(self)
+        self._sharing: list[ModelRegistry] = []  # the other one, if its bases are in the same memory
+        if training is not None and training._device == device:
+            self._sharing, training._sharing = [training], [self]
         self._weights = weights
         self._threads = threads
         self._max_adapters = max_adapters
         self._cache_bytes = memory(self._device) // 8 if cache_mb is None else cache_mb << 20
-        self._lock = threading.RLock()  # for loading and unloading; readers take the dicts as they are
+        # for loading and unloading, of both registries if there are two; readers take the dicts as they are
+        self._lock: threading.RLock = threading.RLock() if training is None else training._lock
         self._loading: Counter[str] = Counter()  # by id: threads that load it
         self.adapter_loads = 0  # since the start
         self._progress: dict[str, tuple[str, int, int]] = {}  # by id of a base that is prepared
@@ -162,10 +163,6 @@ class ModelRegistry:
         self._pin_lock = threading.Lock()  # for pinning an adapter, and for unloading one that has no pin
         self._last_used: dict[str, int] = {}  # by adapter digest: a number of self._clock
         self._clock = count()
-
-    @property
-    def engine(self) -> Engine:
-        return self._engine
 
     def resolve(self, model: str) -> Target:
         """The weights that a model name means, loaded if necessary. Raises what `find` and the load raise."""
@@ -255,6 +252,16 @@ class ModelRegistry:
             self._count_loading(id, -1)
             self._progress.pop(id, None)
 
+    def training_base(self, id: str) -> LoadedModel:
+        """The base on which jobs train, loaded if necessary: the one that is served, or its copy on their own device.
+        Raises what load_base raises."""
+        base = self.load_base(id)
+        return base if self._training is None else self._training.load_base(id)
+
+    @property
+    def training_engine(self) -> Engine:
+        return self._engine if self._training is None else self._training._engine
+
     def fit(self, id: str) -> Fit | None:
         """How the base fits into the memory of the device; None where its dimensions are not known yet."""
         return fit(self._catalog.config(id), self._weights, memory(self._device), self._blocks(id))
@@ -273,6 +280,8 @@ class ModelRegistry:
 
     def training_weights(self, base: LoadedModel) -> str:
         """The FORTWO_WEIGHTS with which another process trains on the same numbers as this one does on the base."""
+        if self._training is not None:
+            return self._training.training_weights(base)
         if self._weights != "auto":
             return self._weights
         if self._blocks(base.id):
@@ -283,7 +292,8 @@ class ModelRegistry:
     def _check_memory(self, id: str) -> None:
         """Raises Unavailable for a base that does not fit, as soon as its dimensions are known."""
         found = self.fit(id)
-        others = sum(base.bytes for registry in (self, *self._beside) for base in registry._bases.copy().values())
+        beside = [self, *self._sharing]
+        others = sum(base.bytes for registry in beside for base in registry._bases.copy().values())
         if found is not None and found.serve + others > found.memory:
             loaded = f" beside {format_size(others)} of other bases" if others else ""
             raise Unavailable(
@@ -340,16 +350,16 @@ class ModelRegistry:
                     param="model",
                     hint=f"Loaded: {', '.join(self._bases) if self._bases else 'none'}.",
                 )
-            if (self._training or self)._engine.has_job():
+            if self.training_engine.has_job():
                 raise Conflict(
                     f"Base model {id!r} cannot be unloaded while a job runs or waits.",
                     param="model",
                     hint="Wait for the job or cancel it.",
                 )
-            self._engine.remove_base(id)
-            del self._bases[id]
             if self._training is not None and id in self._training._bases:
                 self._training.unload_base(id)
+            self._engine.remove_base(id)
+            del self._bases[id]
             self._adapters = {key: state for key, state in self._adapters.items() if state.base != id}
             self._last_used = {key: self._last_used[key] for key in self._adapters}
 
@@ -529,23 +539,3 @@ class ModelRegistry:
             known[id] = (base.digest, base.weights_digest)
         waiting = sorted(infos.keys() - known.keys())
         raise no_base(trained_on, known, [one for one in waiting if self._catalog.get(one).origin == "user"])
-
-
-def find_device(name: str, setting: str = "device") -> torch.device:
-    """The device that a setting names. Raises InvalidRequest for one that this machine does not have."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    number = device.index or 0
-    if device.type == "cpu" and number == 0:
-        return torch.device("cpu")
-    if device.type == "cuda" and number < torch.cuda.device_count():
-        return torch.device("cuda", number)
-    raise InvalidRequest(
-        f"{setting} = {name!r} is not on this machine.",
-        param=setting,
-        hint=f"Set FORTWO_{setting.upper()} to {'auto or ' if setting == 'device' else ''}cpu.",
-    )

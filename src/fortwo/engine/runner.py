@@ -37,6 +37,8 @@ class Runner:
 
     def warm(self) -> None:
         """Do what the first request would have to wait for, on the thread that will run it."""
+        if self.decoder.device.type == "cuda":
+            torch.cuda.set_device(self.decoder.device)  # Triton's kernels and graphs go to the thread's own device
         self.backend.warm()
 
     # ------------------------------------------------------------ adapters

@@ -42,8 +42,6 @@ class CudaBackend(ReferenceBackend):
         self._recorded: Recorded | None = None
 
     def warm(self) -> None:
-        if self.decoder.device.index is not None:
-            torch.cuda.set_device(self.decoder.device)
         if self._graphs is not None:
             self._graphs.warm()
 

@@ -85,10 +85,8 @@ class JobExecutor:
         checkpoints: CheckpointStore,
         lock: threading.Lock,
         cluster: TrainingCluster | None = None,
-        training: ModelRegistry | None = None,
     ) -> None:
-        """lock: it guards `task` and `stop` of every JobRun. training: the bases on which jobs train; None for those
-        that are served."""
+        """lock: it guards `task` and `stop` of every JobRun."""
         self._adapters = adapters
         self._engine = engine
         self._registry = registry
@@ -96,7 +94,6 @@ class JobExecutor:
         self._checkpoints = checkpoints
         self._lock = lock
         self._cluster = cluster
-        self._training = registry if training is None else training
 
     def execute(self, run: JobRun) -> RunResult:
         """Train, evaluate and publish. Raises the error that ended the run, or CancelledError when `stop` ended it."""
@@ -105,9 +102,7 @@ class JobExecutor:
         job = run.job
         plan = plans.from_json(job.plan)
         dataset = datasets.from_json(self._store.dataset(job.id))
-        resident = self._training.load_base(plan.model)
-        if self._training is not self._registry:
-            self._registry.load_base(plan.model)
+        resident, device = self._registry.training_base(plan.model), self._registry.training_engine
         recorder, checkpoint = self._load_checkpoint(run, resident)
         start = plan.get("parent") if checkpoint is None or plan.objective == "kto" else None  # KTO reads it in steps
         parent = None if start is None else self._adapters.read(start)[2]
@@ -125,7 +120,6 @@ class JobExecutor:
             with self._lock:
                 if run.stop is not None:
                     raise CancelledError
-                device = self._training.engine
                 events = train(
                     resident,
                     resident.renderer,
@@ -163,7 +157,7 @@ class JobExecutor:
                 recorder.store(NewEvent("preparing", message, level="warn"))
             return None
         compared = parent if plan.objective == "kto" else None
-        weights = self._training.training_weights(resident)
+        weights = self._registry.training_weights(resident)
         return self._cluster.start(resident, weights, plan, workers, steps_done, compared)
 
     def _follow(

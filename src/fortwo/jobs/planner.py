@@ -46,13 +46,12 @@ class JobPlanner:
         store: JobStore,
         files: FileStore,
         cluster: TrainingCluster | None = None,
-        training: ModelRegistry | None = None,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
         self._adapters = adapters
         self._engine = engine
-        self._training = registry if training is None else training
+        self._registry = registry
         self._store = store
         self._files = files
         self._cluster = cluster
@@ -72,7 +71,7 @@ class JobPlanner:
             dataset = replace(dataset, parent_facts=parent.facts_to_keep(facts_of(dataset)))
         cache = resident.runner.cache
         base = plans.BaseFacts.of(resident.id, resident.decoder, cache.bound, cache.dtype.itemsize)
-        device = self._training.engine
+        device = self._registry.training_engine
         trial = self._trials.of(resident.digest, lambda: device.call(lambda: try_out(resident.backend)).result())
         machine = machine_of(trial, self._store.last_actual(resident.id))
 
@@ -93,14 +92,14 @@ class JobPlanner:
         return dataset, replace(plan, warnings=warnings, origins=self._files.origins(read))
 
     def _parent_and_base(self, request: TrainingRequest) -> tuple[Parent | None, LoadedModel]:
-        """The parent that the request names, if any, and the base, which must be the parent's own."""
+        """The parent that the request names, if any, and the base to train on, which must be the parent's own."""
         model = self._settings.default_model if request.model is None else request.model
         if request.parent is None:
-            return None, self._training.load_base(model)
+            return None, self._registry.training_base(model)
         version, parent = parents.resolve_parent(request.parent, self._adapters)
         if request.model is None:
-            return parent, self._training.base_of(TrainedOn.of(version))
-        resident = self._training.load_base(model)
+            return parent, self._registry.training_base(self._registry.base_of(TrainedOn.of(version)).id)
+        resident = self._registry.training_base(model)
         if not resident.taught(version):
             raise InvalidRequest(
                 f"parent = {version.id!r} was trained on {version.base_model!r} with digest {version.base_digest}; "

@@ -63,10 +63,8 @@ class JobRunner:
         checkpoints: CheckpointStore,
         files: FileStore,
         cluster: TrainingCluster | None = None,
-        training: ModelRegistry | None = None,
     ) -> None:
-        """cluster: its workers compute the gradients; None for this process. training: the bases on which jobs train;
-        None for those that are served."""
+        """cluster: its workers compute the gradients; None for this process."""
         self._settings = settings
         self._registry = registry
         self._store = store
@@ -74,8 +72,8 @@ class JobRunner:
         self._adapters = adapters
         self._files = files
         self._lock = threading.Lock()
-        self._planner = JobPlanner(settings, catalog, adapters, engine, registry, store, files, cluster, training)
-        self._executor = JobExecutor(adapters, engine, registry, store, checkpoints, self._lock, cluster, training)
+        self._planner = JobPlanner(settings, catalog, adapters, engine, registry, store, files, cluster)
+        self._executor = JobExecutor(adapters, engine, registry, store, checkpoints, self._lock, cluster)
         self._active: dict[str, JobRun] = {}  # by job
         self._wake = threading.Event()
         self._closing = False

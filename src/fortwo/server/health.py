@@ -55,8 +55,8 @@ async def _word(part: Awaitable[None]) -> str:
 
 async def _device(state: AppState) -> None:
     await asyncio.wrap_future(state.engine.ready())
-    if state.training is not None:
-        await asyncio.wrap_future(state.training.engine.ready())
+    if (training := state.registry.training_engine) is not state.engine:
+        await asyncio.wrap_future(training.ready())
 
 
 async def _queue(state: AppState) -> None:

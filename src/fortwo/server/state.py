@@ -40,7 +40,7 @@ from fortwo.settings import Settings
 if TYPE_CHECKING:
     from fortwo.adapters.store import AdapterStore, Followers
     from fortwo.engine.engine import Engine
-    from fortwo.engine.registry import ModelRegistry, Target
+    from fortwo.engine.registry import Target
     from fortwo.jobs.workers import TrainingCluster
     from fortwo.quantization.selection import Measurements
 
@@ -65,10 +65,7 @@ def join_store(settings: Settings, built: ExitStack, followers: Followers | None
 
 
 class ServingState:
-    """What answers requests to models: catalog, adapters, engine and registry, with their limits. training: the bases
-    on which jobs train, where those are on a device of their own."""
-
-    training: ModelRegistry | None = None
+    """What answers requests to models: catalog, adapters, engine and registry, with their limits."""
 
     def _build_serving(
         self, settings: Settings, built: ExitStack, measured: Path, make_engine: MakeEngine | None = None
@@ -99,15 +96,14 @@ class ServingState:
         self, settings: Settings, built: ExitStack, measurements: Measurements, make_engine: MakeEngine | None
     ) -> None:
         """Engine and registry for replies, and a second pair of them where jobs have a device of their own."""
+        from fortwo.engine.devices import find_devices
         from fortwo.engine.engine import Engine
-        from fortwo.engine.registry import ModelRegistry, find_device
+        from fortwo.engine.registry import ModelRegistry
 
-        device, own = find_device(settings.device), settings.train_device
-        training_device = None if own is None else find_device(own, "train_device")
+        device, training_device = find_devices(settings.device, settings.train_device)
         threads = settings.threads
         if training_device == device and threads is None:
             threads = max(1, hardware.cores() // 2)
-
         registry = partial(
             ModelRegistry,
             self.catalog,
@@ -125,12 +121,13 @@ class ServingState:
             built.callback(engine.close)
             return engine
 
+        training = None
         if training_device is not None:
-            self.training = registry(engine=started(Engine(threads)), device=training_device)
+            training = registry(engine=started(Engine(threads)), device=training_device)
         flush = self.bridge.flush
         engine = Engine(threads, flush) if make_engine is None else make_engine(settings, flush)
         self.engine = started(engine)
-        self.registry = registry(engine=engine, device=device, training=self.training)
+        self.registry = registry(engine=engine, device=device, training=training)
 
     def _adapter_store(self, settings: Settings, built: ExitStack) -> AdapterStore:
         return join_store(settings, built)
@@ -218,7 +215,6 @@ class AppState(ServingState):
             self.checkpoints,
             self.files,
             cluster,
-            self.training,
         )
         self.runner.start()
         built.callback(self.runner.close)

@@ -278,6 +278,11 @@ class Evaluator:
             found["retention"] = yield from agreement(served, key, lora, replies)
         return found | {"score": _score(found)}
 
+    def forget_replies(self) -> None:
+        """Ask base and adapter everything again from here on."""
+        self._base_replies.clear()
+        self._replies.clear()
+
     def ask_base(self, served: ServedBase) -> TrainEvents[None]:
         """Ask the base all questions that it has not answered yet."""
         yield from self._ask(served, None, self.questions, self._base_replies)

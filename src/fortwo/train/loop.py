@@ -41,7 +41,7 @@ from fortwo.train import checkpoints, objectives
 from fortwo.train.adamw import AdamW, AdamW8bit
 from fortwo.train.adapter import lora_config
 from fortwo.train.checkpoints import Clock, RunState
-from fortwo.train.evaluation import ServedBase, divergence_error
+from fortwo.train.evaluation import Evaluator, ServedBase, divergence_error
 from fortwo.train.losses import accumulate_gradients
 from fortwo.train.objectives import PreparedObjective
 from fortwo.train.options import EIGHT_BIT_OPTIMIZERS
@@ -112,7 +112,7 @@ def train(
     says. resumed: a checkpoint of a run with the same plan and rows. The run continues from it as if it had never
     stopped; on a CPU with the same number of threads, the adapter is the same bit for bit. workers: they compute the
     gradients in place of this process. proof: what replies to users on another device, where `serving` does not; the
-    report comes from there. The adapter is detached from both at the end, however the run ends. Raises
+    report comes from there. The adapter is detached at the end, however the run ends. Raises
     TrainingFailed: code nan_loss if the loss or the adapter's logits become NaN or infinite, code checkpoint_stale if
     the plan now draws other rows than before `resumed`, or if the validation rows are others."""
     held = base.backend.decoder
@@ -153,11 +153,11 @@ def train(
         began = time.perf_counter()
         backend.release()
         evaluated = objective.final_evaluator is objective.evaluator and actual["best_step"] == actual["steps"]
-        examined = served
-        if proof is not None:
-            proof.attach(base.id, key, lora)
-            examined, evaluated = replace(served, serving=proof, elsewhere=True), False
-        report = yield from objective.final_evaluator.report(examined, key, lora, changed=not evaluated)
+        if proof is None:
+            report = yield from objective.final_evaluator.report(served, key, lora, changed=not evaluated)
+        else:
+            users = ServedBase(base.id, base.backend, renderer, proof, elsewhere=True)
+            report = yield from _prove(objective.final_evaluator, users, key, lora)
         if objective.judge is not None:
             report = with_accuracy(report, (yield from objective.judge(lora)))
         escalations = escalation_records(run.retry_rounds, run.best.metrics)
@@ -166,8 +166,6 @@ def train(
         lora.freeze()
         backend.release()
         serving.detach(base.id, key)
-        if proof is not None:
-            proof.detach(base.id, key)
     seconds, reporting = clock.seconds, time.perf_counter() - began
     actual |= {
         "seconds": seconds,
@@ -183,6 +181,16 @@ def train(
         "peak_bytes": peak_memory_bytes(decoder.device),
     }
     return TrainingResult(lora, report, report.metrics, actual, metrics.targets_met(report.metrics, plan.targets))
+
+
+def _prove(evaluator: Evaluator, served: ServedBase, key: str, lora: Lora) -> TrainEvents[Report]:
+    """The report of base and adapter as they are served on another device than the one they were compared on so far."""
+    served.serving.attach(served.base, key, lora)
+    try:
+        evaluator.forget_replies()
+        return (yield from evaluator.report(served, key, lora))
+    finally:
+        served.serving.detach(served.base, key)
 
 
 def _prepare(

@@ -6,6 +6,7 @@ the same with torch. `fused` and `run` are for either kind, wherever the tensors
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ _TYPES = (torch.float32, torch.bfloat16)
 ENTRY = 17  # numbers of a fused product in an adapter's table: A's address, its ranks; three times: B's address, its
 # ranks, the first of them in A, first column and the one behind the last
 _PARTS = 8  # of the gradient of keys and values, side by side
+_recording = threading.Lock()  # torch records one graph at a time in a process
 _BLOCK = 1024  # outputs of a program where rows are long
 
 
@@ -45,9 +47,16 @@ def record(computed: Callable[[], Found], pool: Any) -> tuple[Found, Callable[[]
     """What `computed` gives, as a CUDA graph: it is there, always in the same place, once the second has been called.
     pool: of the memory that graphs share which are never played together."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    stream = _recording_stream(torch.cuda.current_device())
+    with _recording, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         found = computed()
     return found, graph.replay
+
+
+@cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """The stream on which the graphs of a device are recorded. By default torch has one for all devices."""
+    return torch.cuda.Stream(device)
 
 
 def run(kernel: str, on: Tensor, *arguments: Tensor | float | int | None) -> None:
