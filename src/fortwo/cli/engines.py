@@ -15,13 +15,12 @@ if TYPE_CHECKING:
 
 def check_together(settings: Settings) -> None:
     """Raises InvalidRequest for settings that do not go together. To be called before anything is started."""
-    for name, value in {"engine": settings.engine, "train": settings.train}.items():
-        if settings.replicas is not None and value != "own":
-            raise InvalidRequest(
-                f"A server with replicas = {settings.replicas} cannot have {name} = {value!r}",
-                param=name,
-                hint=f"Remove FORTWO_{name.upper()}, or FORTWO_REPLICAS and --replicas.",
-            )
+    if settings.replicas is not None and settings.engine != "own":
+        raise InvalidRequest(
+            f"A server with replicas = {settings.replicas} cannot have engine = {settings.engine!r}",
+            param="engine",
+            hint="Remove FORTWO_ENGINE, or FORTWO_REPLICAS and --replicas.",
+        )
     elsewhere = {"replicas": settings.replicas is not None, "engine": settings.engine == "vllm"}
     for name in (name for name, chosen in elsewhere.items() if chosen and settings.train_device is not None):
         raise InvalidRequest(
@@ -42,7 +41,7 @@ def create_state(settings: Settings, cluster: TrainingCluster | None) -> AppStat
     missing = f"replicas = {settings.replicas} needs the package ray with Serve, which is not installed."
     with needing_ray(missing, "replicas"):
         from fortwo.scale.replicated import create
-    return create(settings)
+    return create(settings, cluster)
 
 
 def _make_engine(settings: Settings) -> MakeEngine | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from fortwo.errors import InvalidRequest
@@ -40,6 +40,9 @@ class TrainingCluster(Protocol):
         """Start the workers of a run, without waiting for them. weights: ModelRegistry.training_weights of the base;
         steps_done: those before the checkpoint from which the run resumes; parent: the tensors of the adapter that KTO
         compares with, if there is one."""
+
+    def leave_room(self, taken: Callable[[], Mapping[str, float]]) -> None:
+        """taken: the numbers of the cluster's resources, such as CPU and GPU, that workers never get."""
 
     def close(self) -> None:
         """Leave the cluster."""

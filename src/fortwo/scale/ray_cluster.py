@@ -13,16 +13,18 @@ import ray
 import ray.exceptions
 
 from fortwo.errors import InvalidRequest, Unavailable
+from fortwo.settings import Settings
 
 CONNECT_SECONDS = 5.0
 
 
-def connect(address: str | None, object_store_bytes: int) -> bool:
-    """Connect this process to the cluster at `address` (HOST:PORT or auto), or start Ray for it on this machine, with
-    an object store of so many bytes; False if the process is connected already. Raises InvalidRequest for an address of
-    Ray's client, and Unavailable if there is no such cluster."""
+def connect(settings: Settings, object_store_bytes: int) -> bool:
+    """Connect this process to the cluster that the settings name, or start Ray for it on this machine, with an object
+    store of so many bytes; False if the process is connected already. Raises InvalidRequest for an address of Ray's
+    client, and Unavailable if there is no such cluster."""
     if ray.is_initialized():
         return False
+    address = settings.ray_address
     if address is not None and address.startswith("ray://"):
         raise InvalidRequest(
             f"FORTWO_RAY_ADDRESS = {address!r} is an address of Ray's client, which a server cannot use.",
@@ -30,6 +32,8 @@ def connect(address: str | None, object_store_bytes: int) -> bool:
             hint="Run the server on a machine that has joined the cluster (ray start --address=HOST:PORT), and set "
             "FORTWO_RAY_ADDRESS to HOST:PORT or auto.",
         )
+    if settings.replicas is not None:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # by default, replicas come after all other programs
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # fortwo sends nothing about its users anywhere
     own: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": object_store_bytes}
     on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray's handler would end the server without its shutdown

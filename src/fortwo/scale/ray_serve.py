@@ -40,6 +40,7 @@ HEALTH_SECONDS = 5
 STARTS = 3  # of a replica that ends while it starts
 POLL_SECONDS = 0.2
 DEPLOYMENT = "Replica"
+OF_THE_HEAD = ("api_key", "database_url", "replicas", "train", "jobs", "worker_cpus", "shard")  # no replica reads them
 
 
 class ReplicaRefused(Conflict):
@@ -60,8 +61,7 @@ class ReplicaSet:
         self._local = settings.ray_address is None
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         hardware.limit_spinning()  # a Ray that is started here hands its environment on
-        os.environ.setdefault("RAY_worker_niceness", "0")  # by default, replicas come after all other programs
-        self._connected = connect(settings.ray_address, OBJECT_STORE_BYTES)
+        self._connected = connect(settings, OBJECT_STORE_BYTES)
         self._deployed = False
         try:
             self._check_gpus()
@@ -76,6 +76,19 @@ class ReplicaSet:
             self.close()
             raise
 
+    @property
+    def _cpus(self) -> int:
+        """CPUs of Ray that a replica takes. On one machine the cores are shared by their threads."""
+        return 0 if self._local else int(self._arguments[0]["threads"])
+
+    @property
+    def _gpus(self) -> int:
+        return 1 if self._settings.device.startswith("cuda") else 0
+
+    def taken(self) -> dict[str, float]:
+        """Resources of the cluster that others cannot have."""
+        return {"CPU": self.wanted * self._cpus, "GPU": self.wanted * self._gpus}
+
     def _check_gpus(self) -> None:
         """Raises InvalidRequest when this machine has fewer GPUs than replicas; a cluster may still grow."""
         there = int(ray.cluster_resources().get("GPU", 0))
@@ -89,7 +102,6 @@ class ReplicaSet:
 
     def _deploy(self) -> None:
         """Tell Serve how many replicas there should be. Those that run stay as they are."""
-        threads = self._arguments[0]["threads"]
         version = hashlib.sha256(repr(self._arguments).encode()).hexdigest()
         deployment = serve.deployment(Replica).options(
             name=DEPLOYMENT,
@@ -99,10 +111,7 @@ class ReplicaSet:
             graceful_shutdown_wait_loop_s=POLL_SECONDS,
             health_check_period_s=HEALTH_SECONDS,
             max_constructor_retry_count=STARTS,
-            ray_actor_options={
-                "num_cpus": 0 if self._local else threads,
-                "num_gpus": 1 if self._settings.device.startswith("cuda") else 0,
-            },
+            ray_actor_options={"num_cpus": self._cpus, "num_gpus": self._gpus},
             version=version,  # else Serve would replace all replicas to change their number
             _internal=True,
         )
@@ -208,7 +217,7 @@ class ReplicaSet:
 
 def _arguments(settings: Settings, replicas: int) -> tuple[Json, str | None, dict[str, str]]:
     """Of each Replica."""
-    given = settings.model_dump(mode="json", exclude={"api_key", "database_url", "replicas"}, exclude_none=True)
+    given = settings.model_dump(mode="json", exclude=set(OF_THE_HEAD), exclude_none=True)
     threads = settings.threads or max(1, (os.cpu_count() or 1) // replicas)
     device = "cuda" if settings.device.startswith("cuda") else settings.device  # Ray gives each its own
     more = {"home": str(settings.home.absolute()), "threads": threads, "device": device}

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,12 @@ class RayTraining:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._connected = connect(settings.ray_address, STORE_BYTES)
+        self._connected = connect(settings, STORE_BYTES)
+        self._taken: Callable[[], Mapping[str, float]] = dict
+
+    def leave_room(self, taken: Callable[[], Mapping[str, float]]) -> None:
+        """As in TrainingCluster."""
+        self._taken = taken
 
     def close(self) -> None:
         """Leave the cluster, if this is what joined it; one that was started here ends."""
@@ -62,14 +67,21 @@ class RayTraining:
 
     def check(self, workers: int) -> None:
         """Raises InvalidRequest if the cluster has too few CPUs for so many workers."""
-        needed, there = workers * self._settings.worker_cpus, int(_resources().get("CPU", 0))
+        needed, there = workers * self._settings.worker_cpus, self._free("CPU")
         if needed > there:
             each = f", {self._settings.worker_cpus} for each (FORTWO_WORKER_CPUS)" if needed > workers else ""
+            most = there // self._settings.worker_cpus
             raise InvalidRequest(
-                f"workers = {workers} need {needed} CPUs{each}, and the Ray cluster has {there}.",
+                f"workers = {workers} need {needed} CPUs{each}, and the Ray cluster has {self._told(there)}.",
                 param="workers",
-                hint=f"Give at most {there // self._settings.worker_cpus} workers, or add nodes to the cluster.",
+                hint=f"{f'Give at most {most} workers, or add' if most else 'Add'} nodes to the cluster.",
             )
+
+    def _free(self, resource: str) -> int:
+        return max(0, int(_resources().get(resource, 0) - self._taken().get(resource, 0)))
+
+    def _told(self, free: int) -> str:
+        return f"{free} beside the replicas" if any(self._taken().values()) else f"{free}"
 
     def start(
         self,
@@ -98,10 +110,10 @@ class RayTraining:
             parent=parent,
         )
         gpu = base.decoder.device.type == "cuda"
-        if gpu and workers > (there := int(_resources().get("GPU", 0))):
+        if gpu and workers > (there := self._free("GPU")):
             raise InvalidRequest(
                 f"workers = {workers} need a GPU each, because this server computes on one, and the Ray cluster has "
-                f"{there}.",
+                f"{self._told(there)}.",
                 param="workers",
                 hint=f"Give at most {there} workers, add nodes with GPUs, or set FORTWO_DEVICE to cpu.",
             )

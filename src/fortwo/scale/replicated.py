@@ -149,7 +149,11 @@ def check_address(host: str, port: int) -> None:
             ) from None
 
 
-def create(settings: Settings) -> ReplicatedState:
-    """The head with its replicas, which are ready. Raises what check_address and ReplicatedState raise."""
+def create(settings: Settings, cluster: TrainingCluster | None = None) -> ReplicatedState:
+    """The head with its replicas, which are ready. cluster: whose workers compute the gradients of jobs. Raises what
+    check_address and ReplicatedState raise."""
     check_address(settings.host, settings.port)
-    return ReplicatedState(settings)
+    state = ReplicatedState(settings, cluster=cluster)
+    if cluster is not None:
+        cluster.leave_room(state.replicas.taken)
+    return state

@@ -174,14 +174,14 @@ class AppState(ServingState):
             check_api_key(None if api_key is None else keys.find(api_key))
             self.keyed = needs_key(settings.host, api_key, created=bool(keys.all()))
             self.key_usage = KeyUsage(keys)
+            if cluster is not None:
+                built.callback(cluster.close)
             self._build(settings, built, make_engine, cluster)
             self._closing = built.pop_all()
 
     def _build(
         self, settings: Settings, built: ExitStack, make_engine: MakeEngine | None, cluster: TrainingCluster | None
     ) -> None:
-        if cluster is not None:
-            built.callback(cluster.close)
         self._build_serving(settings, built, settings.home, make_engine)
         from fortwo.hub.datasets import HubDatasets
         from fortwo.jobs.files import FileStore
