@@ -167,7 +167,7 @@ class _Simulation:
         self._scheduler: Scheduler[_Request] = Scheduler(node.running)
         self._now = 0.0
         self._loader_free = 0.0  # adapters are loaded one after the other
-        self._loads: list[tuple[float, int]] = []  # a heap: when an adapter will be loaded, and which
+        self._loads: list[tuple[float, int]] = []  # a heap: when an adapter will be read, and which
         self._awaiting: dict[int, list[Outcome]] = {}  # requests by the adapter that is loaded for them
         self._loaded: dict[int, None] = {}  # adapters in memory, the one asked for least recently first
 
@@ -199,8 +199,9 @@ class _Simulation:
                 self._awaiting[adapter].append(outcome)
             else:
                 self._awaiting[adapter] = [outcome]
-                self._loader_free = max(self._loader_free, outcome.arrival.at) + self._node.costs.adapter_load
-                heapq.heappush(self._loads, (self._loader_free, adapter))
+                costs = self._node.costs
+                self._loader_free = max(self._loader_free, outcome.arrival.at) + costs.adapter_load
+                heapq.heappush(self._loads, (self._loader_free - costs.adapter_check, adapter))
 
     def _finish_loads(self) -> None:
         while self._loads and self._loads[0][0] <= self._now:

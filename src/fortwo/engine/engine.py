@@ -43,7 +43,6 @@ CORES = min(torch.get_num_threads(), hardware.cores())  # read before an engine 
 PROMPT_TOKENS = 2048  # prompt tokens computed in a turn when no reply is running
 PROMPT_TOKENS_WHILE_DECODING = 256  # the same while replies run; bounds how long they are held up
 DAMAGED = "Its weights, or those of its adapter, are damaged: fetch the base again, or take another version."
-TRIM_SECONDS = 20.0  # how often memory that a job freed is returned to the system, which takes half a second
 POLL_SECONDS = 0.05  # how often a job is advanced that waits although no request runs
 
 
@@ -175,7 +174,7 @@ class Engine:
         self._bases: dict[str, _Base] = {}
         self._tasks: deque[Task[Any]] = deque()
         self._share = FairShare()
-        self._trimmed = 0.0  # when freed memory was last returned to the system
+        self._holes = malloc_tuning.Holes()
         self._stalled = False  # the job waits although no request runs: advance it again after POLL_SECONDS
 
     # ------------------------------------------------------------ any thread
@@ -397,9 +396,10 @@ class Engine:
         self._tasks.rotate(-1)
         if task.done:
             self._tasks.pop()
-        if task.done or (task.waiting and not waited) or began - self._trimmed > TRIM_SECONDS:
-            malloc_tuning.trim()
-            self._trimmed = time.perf_counter()
+        if task.done or (task.waiting and not waited):
+            self._holes.close()
+        elif not task.waiting:
+            self._holes.after_step()
         self._stalled = bool(self._tasks) and all(one.waiting for one in self._tasks) and not self._busy
 
     def _stop(self) -> None:
