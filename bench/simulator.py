@@ -207,11 +207,12 @@ class _Simulation:
         while self._loads and self._loads[0][0] <= self._now:
             _, adapter = heapq.heappop(self._loads)
             waiting = self._awaiting.pop(adapter)
+            self._now += self._node.costs.adapter_check
+            self._loader_free = max(self._loader_free, self._now)
             if not self._evict():
                 for outcome in waiting:
                     outcome.refused = "every adapter in memory is in use"
                 continue
-            self._now += self._node.costs.adapter_check
             self._loaded[adapter] = None
             for outcome in waiting:
                 self._submit(outcome)

@@ -19,16 +19,18 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.used, self.holes, self.trims = 1 << 30, 0, 0
         self.freed = 0  # at the end of a step
+        self.scratch = 0  # what each step takes and frees before one looks
         monkeypatch.setattr(malloc_tuning, "trim", self.trim)
-        self.watched = Holes(lambda: self.used + self.freed + self.holes + PLAIN, lambda: self.used)
+        self.watched = Holes(lambda: self.used + self.freed + self.holes + self.scratch + PLAIN, lambda: self.used)
 
     def trim(self) -> None:
         self.trims += 1
-        self.holes = self.freed = 0
+        self.holes = self.freed = self.scratch = 0
 
     def step(self, times: int = 1) -> None:
         """Forward and backward, each with a look at what is free."""
         for _ in range(times):
+            self.scratch = 2 * LARGEST
             self.watched.after_step()
             self.used, self.freed = self.used - ACTIVATIONS, ACTIVATIONS
             self.watched.after_step()
@@ -53,7 +55,7 @@ def test_holes_are_returned_once_they_are_large(machine: Machine) -> None:
     machine.holes += 1
     machine.step(STEPS)
     assert (machine.trims, machine.holes) == (1, 0)
-    machine.step(STEPS)
+    machine.step(10 * STEPS)
     assert machine.trims == 1
 
 
@@ -66,12 +68,14 @@ def test_a_job_that_makes_way_leaves_nothing_and_the_next_one_starts_anew(machin
     assert machine.trims == 1
 
 
-def test_without_an_allocator_that_tells_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch)
-    watched = Holes(lambda: 0, lambda: None)
-    for _ in range(3 * STEPS):
+def test_where_nobody_tells_what_is_allocated_memory_is_returned_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, times = Machine(monkeypatch), iter(range(1000, 2000, 5))
+    watched = Holes(lambda: 0, lambda: None, lambda: next(times))
+    trims = []
+    for _ in range(12):
         watched.after_step()
-    assert machine.trims == 0
+        trims.append(machine.trims)
+    assert trims == [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3]
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library does not tell what is used")

@@ -230,12 +230,12 @@ def test_an_adapter_moves_to_another_device_with_all_its_tensors(dora: bool) -> 
     assert isinstance(moved, Lora)
 
 
-@pytest.mark.parametrize(("name", "value"), [("replicas", 2), ("engine", "vllm")])
-def test_a_server_whose_jobs_have_the_device_to_themselves_takes_no_second_one(
+@pytest.mark.parametrize(("name", "value"), [("replicas", 2), ("engine", "vllm"), ("train", "ray")])
+def test_a_server_beside_which_other_processes_compute_takes_no_second_device(
     home: Path, name: str, value: Any
 ) -> None:
     check_together(Settings(home=home, train_device="cpu"))
     with pytest.raises(InvalidRequest, match=rf"{name} = .* cannot have train_device = 'cpu'") as raised:
         check_together(Settings(home=home, train_device="cpu", **{name: value}))
     assert raised.value.param == "train_device"
-    assert "FORTWO_DEVICE" in str(raised.value.hint)
+    assert "FORTWO_TRAIN_DEVICE" in str(raised.value.hint)

@@ -21,13 +21,17 @@ def check_together(settings: Settings) -> None:
             param="engine",
             hint="Remove FORTWO_ENGINE, or FORTWO_REPLICAS and --replicas.",
         )
-    elsewhere = {"replicas": settings.replicas is not None, "engine": settings.engine == "vllm"}
-    for name in (name for name, chosen in elsewhere.items() if chosen and settings.train_device is not None):
+    others = {
+        "replicas": settings.replicas is not None,
+        "engine": settings.engine != "own",
+        "train": settings.train != "own",
+    }
+    for name in (name for name, chosen in others.items() if chosen and settings.train_device is not None):
         raise InvalidRequest(
             f"A server with {name} = {getattr(settings, name)!r} cannot have train_device = {settings.train_device!r}: "
-            "its jobs have FORTWO_DEVICE to themselves.",
+            "other processes than the server compute its replies or its gradients.",
             param="train_device",
-            hint="Remove FORTWO_TRAIN_DEVICE, and set FORTWO_DEVICE to the device for jobs.",
+            hint="Remove FORTWO_TRAIN_DEVICE.",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 from functools import cache
 from typing import ClassVar
@@ -10,6 +11,7 @@ from typing import ClassVar
 import psutil
 
 STEPS = 8  # micro-steps through which a hole has been free
+SECONDS = 20.0  # between two returns where nobody tells what is allocated
 LARGEST = 192 << 20  # bytes of holes that are kept
 _OPTIONS = ((-8, 1), (-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20))  # arenas, mmap and trim thresholds, padding
 
@@ -57,19 +59,27 @@ class Holes:
     less and less, so that after some minutes the holes between them may take half of the memory.
 
     What is free varies within a step; a hole is what stayed free through STEPS micro-steps. resident: bytes of memory
-    that the process has; used: bytes of it that are allocated, None where that is not known."""
+    that the process has; used: bytes of it that are allocated, None where that is not known: then all that is free is
+    returned now and then."""
 
     def __init__(
-        self, resident: Callable[[], int] = _resident_bytes, used: Callable[[], int | None] = _allocated_bytes
+        self,
+        resident: Callable[[], int] = _resident_bytes,
+        used: Callable[[], int | None] = _allocated_bytes,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._resident = resident
         self._used = used
         self._fewest: int | None = None  # free bytes since the holes were returned, when they were fewest
+        self._trimmed = 0.0  # when memory was last returned
         self._least, self._steps = 0, 0  # the fewest ones of the last steps, and how many these are
 
     def after_step(self) -> None:
         """Return the holes to the system if they are larger than LARGEST."""
         if (used := self._used()) is None:
+            if self._clock() - self._trimmed > SECONDS:
+                self.close()
             return
         free = self._resident() - used
         self._fewest = free if self._fewest is None else min(self._fewest, free)
@@ -77,14 +87,13 @@ class Holes:
         self._steps += 1
         if self._steps == STEPS:
             if self._least - self._fewest > LARGEST:
-                trim()
-                self._fewest = self._resident() - used
+                self.close()
             self._steps = 0
 
     def close(self) -> None:
-        """Return all free memory to the system, because the job makes way for other work."""
+        """Return all free memory to the system, also because the job makes way for other work."""
         trim()
-        self._fewest, self._steps = None, 0
+        self._fewest, self._steps, self._trimmed = None, 0, self._clock()
 
 
 @cache

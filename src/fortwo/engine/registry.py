@@ -11,7 +11,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal, Protocol
@@ -152,8 +152,7 @@ class ModelRegistry:
         self._threads = threads
         self._max_adapters = max_adapters
         self._cache_bytes = memory(self._device) // 8 if cache_mb is None else cache_mb << 20
-        # for loading and unloading, of both registries if there are two; readers take the dicts as they are
-        self._lock: threading.RLock = threading.RLock() if training is None else training._lock
+        self._lock = threading.RLock()  # for loading and unloading; readers take the dicts as they are
         self._loading: Counter[str] = Counter()  # by id: threads that load it
         self.adapter_loads = 0  # since the start
         self._progress: dict[str, tuple[str, int, int]] = {}  # by id of a base that is prepared
@@ -254,9 +253,22 @@ class ModelRegistry:
 
     def training_base(self, id: str) -> LoadedModel:
         """The base on which jobs train, loaded if necessary: the one that is served, or its copy on their own device.
-        Raises what load_base raises."""
+        Raises what load_base raises, and Conflict if the files have changed since the base was loaded."""
         base = self.load_base(id)
-        return base if self._training is None else self._training.load_base(id)
+        if self._training is None:
+            return base
+        copy = self._training.load_base(id)
+        if copy.digest != base.digest:
+            raise Conflict(
+                f"Base model {id!r} has changed on disk since it was loaded.",
+                param="model",
+                hint="Unload it and load it again.",
+            )
+        return copy
+
+    def _training_lock(self) -> AbstractContextManager[object]:
+        """Held besides the own lock, and after it, where both devices lose a base."""
+        return nullcontext() if self._training is None else self._training._lock
 
     @property
     def training_engine(self) -> Engine:
@@ -342,7 +354,7 @@ class ModelRegistry:
 
     def unload_base(self, id: str) -> None:
         """Drop a base and the adapters on it from memory. Raises Conflict while a request or a job uses it."""
-        with self._lock:
+        with self._lock, self._training_lock():
             if id not in self._bases:
                 self._catalog.get(id)
                 raise NotFound(
@@ -366,7 +378,7 @@ class ModelRegistry:
     def remove_base(self, id: str) -> None:
         """Drop a base from memory and remove it as Catalog.remove does. Raises Conflict while a request or a job uses
         it; then nothing is removed."""
-        with self._lock:
+        with self._lock, self._training_lock():
             self._catalog.check_removable(id)
             if id in self._bases:
                 self.unload_base(id)

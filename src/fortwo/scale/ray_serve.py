@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,8 @@ class ReplicaSet:
     def close(self) -> None:
         """Stop the replicas, and leave Ray. One that was started for them ends."""
         if self._deployed and not (self._local and self._connected):
-            serve.delete(self._name)
+            with suppress(TimeoutError):  # their last requests take longer than Serve waits here
+                serve.delete(self._name, _blocking=not self._local)
         if self._connected:
             ray.shutdown()
         self._deployed = self._connected = False

@@ -94,6 +94,7 @@ class RayTraining:
     ) -> RayWorkers:
         """Start the workers of a run; they load the base while the server prepares the run."""
         settings = self._settings
+        self.check(workers)  # again: replicas may have been added since the job was planned
         if settings.shard:
             check_shardable(weights, plan)
         spec = RunSpec(
@@ -115,7 +116,8 @@ class RayTraining:
                 f"workers = {workers} need a GPU each, because this server computes on one, and the Ray cluster has "
                 f"{self._told(there)}.",
                 param="workers",
-                hint=f"Give at most {there} workers, add nodes with GPUs, or set FORTWO_DEVICE to cpu.",
+                hint=f"{f'Give at most {there} workers, add' if there else 'Add'} nodes with GPUs, or set "
+                "FORTWO_DEVICE to cpu.",
             )
         return RayWorkers(spec, workers, steps_done, gpu)
 

@@ -5,6 +5,8 @@ Ray Train has connected the workers of a group by torch.distributed (gloo on CPU
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import ray
@@ -19,10 +21,14 @@ from fortwo.scale.exchange import Gradient
 from fortwo.scale.gradients import GradientWorker, RunSpec
 from fortwo.train.shares import Share
 
+NICENESS = 15  # Ray's default: whoever replies to users on the same cores goes first
+
 
 def train_loop(config: dict[str, Any]) -> None:
     """config: spec (RunSpec) and exchange (the actor). What another attempt would not mend is told to the exchange; any
     other exception lets Ray Train start the group again."""
+    if sys.platform != "win32":
+        os.nice(max(0, NICENESS - os.nice(0)))
     spec: RunSpec = config["spec"]
     exchange, device = config["exchange"], get_device()
     context = ray.train.get_context()

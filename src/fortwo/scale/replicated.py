@@ -45,6 +45,8 @@ class ReplicatedState(AppState):
     ) -> None:
         self.replicas = ReplicaSet(settings)
         built.callback(self.replicas.close)
+        if cluster is not None:
+            cluster.leave_room(self.replicas.taken)
         self._preparing = CapacityLimiter(1)
         super()._build(settings, built, make_engine, cluster)
         self._one_limit = self.admission.limit
@@ -153,7 +155,4 @@ def create(settings: Settings, cluster: TrainingCluster | None = None) -> Replic
     """The head with its replicas, which are ready. cluster: whose workers compute the gradients of jobs. Raises what
     check_address and ReplicatedState raise."""
     check_address(settings.host, settings.port)
-    state = ReplicatedState(settings, cluster=cluster)
-    if cluster is not None:
-        cluster.leave_room(state.replicas.taken)
-    return state
+    return ReplicatedState(settings, cluster=cluster)
