@@ -59,7 +59,6 @@ class Prompt:
     shown: frozenset[int] = frozenset()
 
 
-MAX_RUNNING = 96  # requests of one base that decode together
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 NON_FINITE_LOGITS = "the model's logits are not finite (nan or infinite)"  # Generation.error, caused by the weights
 

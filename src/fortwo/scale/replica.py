@@ -179,12 +179,14 @@ class Replica:
     async def answer(self, scope: Json, body: bytes, pin: Json, request_id: str | None) -> AsyncIterator[Any]:
         """A response: {status, headers}, then the parts of its body; or GONE alone. request_id: the head's, which an
         error and this replica's log name."""
-        log_context.request_id.set(request_id)  # of this task alone
         call = _Call(Pin(**pin))
+        context = contextvars.copy_context()  # Ray may run several requests in one
+        context.run(log_context.request_id.set, request_id)
+        context.run(_call.set, call)
         with suppress(FortwoError, OSError):  # the route meets the same error, and words it as its API does
-            await self._hold(call.pin.ref)
+            await asyncio.create_task(self._hold(call.pin.ref), context=context)
         self._names[call.pin.digest] = call.pin.ref
-        async for message in self._run(scope, body, call):
+        async for message in self._run(scope, body, context):
             if call.gone:
                 yield GONE
                 return
@@ -193,8 +195,8 @@ class Replica:
             elif message.get("body"):
                 yield bytes(message["body"])
 
-    async def _run(self, scope: Json, body: bytes, call: _Call) -> AsyncIterator[Message]:
-        """What the application sends. The client is there until the generator is closed."""
+    async def _run(self, scope: Json, body: bytes, context: contextvars.Context) -> AsyncIterator[Message]:
+        """What the application sends in this context. The client is there until the generator is closed."""
         sent: asyncio.Queue[Message | None] = asyncio.Queue()
         received = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -205,8 +207,6 @@ class Replica:
         async def send(message: Message) -> None:
             sent.put_nowait(message)
 
-        context = contextvars.copy_context()
-        context.run(_call.set, call)
         running = asyncio.create_task(self._application(scope, receive, send), context=context)
         running.add_done_callback(lambda _: sent.put_nowait(None))
         try:
