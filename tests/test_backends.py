@@ -55,7 +55,7 @@ def products_of(weight_format: str, adapted: bool) -> float:
     """The largest error of weights that are held in this format."""
     if weight_format == "fp32":
         return FP32_PRODUCTS
-    if weight_format in ("int8", "int4") and not cpu.widens():  # otherwise prompts are read in bf16
+    if weight_format in ("int8", "int4") and cpu.widening_rows() is None:  # otherwise prompts are read in bf16
         return INT8_ADAPTERS if adapted else INT16_PRODUCTS
     return BF16_PRODUCTS
 

@@ -21,7 +21,7 @@ from fortwo.kernels import cpu
 from fortwo.nn.decoder import Decoder
 from fortwo.nn.lora_config import LoraConfig
 from fortwo.quantization.formats import Frozen, HugePageArena, Weight, dense, quantize
-from fortwo.quantization.grouped import WIDE, Grouped
+from fortwo.quantization.grouped import Grouped
 from fortwo.quantization.selection import Choice
 from tests.parts import WITHOUT_TILES, Unfused, as_decoder, make_rows, random_lora
 from tests.tiny import tiny_model
@@ -88,7 +88,8 @@ def test_rows_without_an_adapter_are_the_plain_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "weight_format", "takes"), [(32, "bf16", True), (32, "int4", cpu.widens()), (16, "int4", False)]
+    ("head", "weight_format", "takes"),
+    [(32, "bf16", True), (32, "int4", cpu.widening_rows() is not None), (16, "int4", False)],
 )
 def test_other_weights_and_shapes_are_left_to_the_decoder(head: int, weight_format: str, takes: bool) -> None:
     tiny = as_decoder(tiny_model("llama", hidden_size=64, head_dim=head, intermediate_size=96))
@@ -96,7 +97,7 @@ def test_other_weights_and_shapes_are_left_to_the_decoder(head: int, weight_form
     assert not Prefill(tiny).takes
 
 
-@pytest.mark.skipif(not cpu.widens(), reason="weights in few bits are multiplied as bytes at this level")
+@pytest.mark.skipif(cpu.widening_rows() is None, reason="weights in few bits are multiplied as bytes at this level")
 @pytest.mark.parametrize("weight_format", ["int4", "int8"])
 def test_few_bits_are_made_bf16(weight_format: str) -> None:
     """The kernel multiplies with the very numbers that the format holds, rounded to bf16."""
@@ -120,7 +121,7 @@ def _in_bf16(weight: Frozen) -> Weight:
 def test_products_of_many_rows(bits: int, shape: tuple[int, int]) -> None:
     """In bf16: 1 % of the largest."""
     held = Grouped.of(torch.randn(shape, generator=torch.Generator().manual_seed(0)), bits, HugePageArena())
-    for rows in (WIDE, 32, 70):
+    for rows in (24, 32, 70):
         x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows))
         wanted = x @ held.dense().t()
         torch.testing.assert_close(held.product(x), wanted, atol=0.01 * float(wanted.abs().max()), rtol=0)

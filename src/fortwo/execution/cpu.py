@@ -24,7 +24,6 @@ from fortwo.kernels import operations
 from fortwo.nn.decoder import Decoder, Operations
 from fortwo.nn.lora import Lora
 from fortwo.nn.packing import Pack, PackedAttention, common_prefix
-from fortwo.quantization.grouped import WIDE
 
 
 class CpuBackend(ReferenceBackend):
@@ -65,8 +64,8 @@ class CpuBackend(ReferenceBackend):
 
     @torch.no_grad()
     def decode(self, parts: Sequence[Part]) -> Tensor:
-        """Of WIDE rows and more by the kernel of the prompts, where there is one."""
-        few = len(parts) < WIDE or not self._prefill.takes
+        """Of many rows by the kernel of the prompts, where there is one."""
+        few = len(parts) < self._prefill.fewest_rows or not self._prefill.takes
         steps = few and self._step.takes(len(parts))
         whole = (steps or self._prefill.takes) and within_window(parts, self.decoder.config)
         if not whole:
@@ -80,7 +79,8 @@ class CpuBackend(ReferenceBackend):
     @torch.no_grad()
     def prefill(self, parts: Sequence[Part]) -> Iterator[Computed]:
         """In one kernel all parts together; what those of a group that is alike begin with is computed once."""
-        if not self._prefill.takes or not within_window(parts, self.decoder.config):
+        few = sum(len(part.tokens) for part in parts) < self._prefill.fewest_tokens
+        if few or not self._prefill.takes or not within_window(parts, self.decoder.config):
             yield from super().prefill(parts)
             return
         pieces: list[Piece] = []

@@ -1,8 +1,8 @@
 """Prompts through all layers in one kernel (prefill.c), the adapters of each included; steps of many rows, too.
 
-Products are in bf16, on processors with AMX or AVX-512; on AMX whatever the weights are held in. What is
-carried from layer to layer is fp32. `decoder` computes the same from torch's operations, for everything else and for
-comparison. Shape suffixes as in `decoder`.
+Products are in bf16, on processors with AMX or AVX-512. Weights in 4 to 8 bits are made bf16 for them on AMX, and where
+AVX-512 has fast products of pairs. What is carried from layer to layer is fp32. `decoder` computes the same from
+torch's operations, for everything else and for comparison. Shape suffixes as in `decoder`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fortwo.quantization.tiles import PANEL
 
 WIDENED = ("int8", "gguf", "int4")  # formats of weights that the kernel makes bf16
 MANY = 512  # tokens
+TILES, PAIRS = (1, 24), (24, 64)  # the fewest tokens of prompts, and rows of a step, for which the kernel is faster
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,18 @@ class Piece:
 
 
 class Prefill:
-    """`takes` says whether there is a kernel for this decoder."""
+    """takes: whether there is a kernel for this decoder. fewest_tokens, fewest_rows: of prompts and of a step for which
+    it is faster than what else computes them."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._shape = Shape(decoder)
         weight = decoder.layers[0].qkv_OD
         weight_format = weight.choice.format_for(MANY) if isinstance(weight, Weight) else None
-        computed = weight_format == "bf16" or (weight_format in WIDENED and cpu.widens())
+        rows = cpu.widening_rows()
+        computed = weight_format == "bf16" or (weight_format in WIDENED and rows is not None)
+        widened_by_pairs = weight_format != "bf16" and rows == PAIRS[1]
+        self.fewest_tokens, self.fewest_rows = PAIRS if widened_by_pairs else TILES
         fits = computed and Step(decoder).laid and self.fits(decoder.config)
         self._layers = layers_of(decoder, weight_format) if weight_format is not None and fits else None
 

@@ -20,7 +20,6 @@ from fortwo.quantization.tiles import Memory
 
 GROUP, TILE = 32, 16
 QUADS = GROUP // 4
-WIDE = 24  # rows from which on AMX multiplies such weights as bf16
 MIDDLE = {6: 32, 8: 128}  # the code of zero, where a group has no minimum
 
 
@@ -30,8 +29,8 @@ class Grouped:
     bits; or w = scale * (q - 128), q of 8 bits; or w = scale * (q - 32), q of 6 bits, with a scale for each half of a
     group.
 
-    x is rounded to 16 bits in the same groups, sums are exact whole numbers; of WIDE rows and more both are rounded to
-    bf16 where there are tiles for that. Without kernels it is made dense for each product.
+    x is rounded to 16 bits in the same groups, sums are exact whole numbers; of many rows both are rounded to bf16
+    where that is faster (kernels.cpu.widening_rows). Without kernels it is made dense for each product.
     """
 
     bits: int
@@ -184,7 +183,8 @@ def _product(struct: tuple[Any, ...], outputs: int, x_TI: Tensor) -> Tensor:
     T = x_TI.shape[0]
     y_TO = x_TI.new_empty(T, outputs)
     kernels = cpu.kernels()
-    multiply = kernels.quantized_gemm_tiled if T >= WIDE and cpu.widens() else kernels.quantized_gemm
+    rows = cpu.widening_rows()
+    multiply = kernels.quantized_gemm if rows is None or rows > T else kernels.quantized_gemm_tiled
     multiply(cpu.ffi.new("quantized_weight *", struct), T, x_TI.contiguous(), y_TO)
     return y_TO
 

@@ -63,11 +63,11 @@ def multiplies_tiles() -> bool:
     return library is not None and _tiles(library)
 
 
-def widens() -> bool:
-    """Whether weights in 4 to 8 bits are multiplied by many rows faster as bf16: on AMX's tiles. AVX-512 multiplies
-    bytes faster than bf16."""
+def widening_rows() -> int | None:
+    """From how many rows on weights in 4 to 8 bits are multiplied faster as bf16: on AMX's tiles, and by AVX-512 where
+    its products of pairs are measured to be fast. None if they never are."""
     library = lib()
-    return library is not None and _tiles(library) and hasattr(library, "quantized_gemm_tiled")
+    return (library.widening_rows() or None) if library is not None and _tiles(library) else None
 
 
 @cache

@@ -101,6 +101,9 @@ void nf4_dense_bfloat16(long first, long blocks, const uint8_t *codes, const uin
 /* ---- Products in bf16 with sums in fp32, gemm_bf16.c */
 /* Whether the products by blocks can be used: not where the operating system keeps this process from AMX's tiles. */
 int tiles_allowed(void);
+/* From how many rows on weights in 4 to 8 bits are multiplied faster once they are made bf16: on AMX, and where AVX-512 has fast products of pairs. 0: they
+   never are. */
+long widening_rows(void);
 /* All panels of b (N, K), whose steps b_n from row to row and b_k from column to column are given; one of them is 1. */
 void pack_panels(long N, long K, const bf16 *b, long b_n, long b_k, bf16 *to);
 /* c (M, N) = a b' + a2 b2' (K2 = 0: without the second); c is bf16, or fp32 where `wide`, with c_row numbers from row to row. Steps of b that are both 0

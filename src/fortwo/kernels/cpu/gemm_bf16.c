@@ -118,8 +118,12 @@ int tiles_allowed(void) {
     if (allowed < 0) allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
     return allowed;
 }
+
+long widening_rows(void) { return tiles_allowed() ? 24 : 0; }
 #else
 int pairs_are_faster;
+static int pairs_are_much_faster; /* so that they gain over products of bytes, too */
+#define MUCH 0.7
 
 #ifdef __AVX512BF16__
 /* Seconds of some steps by one of the two products: the least of a few runs, since other load can only make a run slower. */
@@ -146,12 +150,18 @@ int tiles_allowed(void) {
     static int chosen;
     if (!chosen) {
 #ifdef __AVX512BF16__
-        double pairs = step_seconds(1);
-        pairs_are_faster = pairs < step_seconds(0);
+        double pairs = step_seconds(1), single = step_seconds(0);
+        pairs_are_faster = pairs < single;
+        pairs_are_much_faster = pairs < MUCH * single;
 #endif
         chosen = 1;
     }
     return 1;
+}
+
+long widening_rows(void) {
+    tiles_allowed();
+    return pairs_are_much_faster ? 64 : 0;
 }
 #endif
 

@@ -420,7 +420,6 @@ void prefill(long T, long R, const decoder_shape *s, const decoder_layer *layers
     free_strip_adapters(&all);
 }
 
-#ifdef AMX
 void quantized_gemm_tiled(const quantized_weight *w, long T, const float *x, float *y) {
     long I = w->I;
     long strips = (T + PANEL - 1) / PANEL;
@@ -438,5 +437,4 @@ void quantized_gemm_tiled(const quantized_weight *w, long T, const float *x, flo
     free(a);
     free_strip_adapters(&none);
 }
-#endif
 #endif
