@@ -182,6 +182,22 @@ def test_bases_in_the_same_memory_are_counted_together(
     assert serving.training_base("tiny") is training.load_base("tiny")
 
 
+def test_whether_a_job_fits_is_told_of_the_device_for_jobs(
+    pair: tuple[ModelRegistry, ModelRegistry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving, training = pair
+    monkeypatch.setattr(training, "_device", torch.device("meta"))  # has other memory than the CPU
+    sizes = {"cpu": 1 << 40, "meta": 1 << 10}
+    monkeypatch.setattr("fortwo.engine.registry.memory", lambda device: sizes[device.type])
+    both, alone = serving.fit("tiny"), training.fit("tiny")
+    assert both is not None
+    assert alone is not None
+    assert (both.memory, both.training_memory) == (1 << 40, 1 << 10)
+    assert (both.serving, both.teaching) == ("fits", "too large")
+    assert (both.teach, both.train) == (alone.teach, alone.train)
+    assert alone.training_memory is None
+
+
 def test_a_base_leaves_both_devices_or_none(pair: tuple[ModelRegistry, ModelRegistry]) -> None:
     serving, training = pair
     serving.training_base("tiny")

@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal, Protocol
 
@@ -275,8 +275,13 @@ class ModelRegistry:
         return self._engine if self._training is None else self._training._engine
 
     def fit(self, id: str) -> Fit | None:
-        """How the base fits into the memory of the device; None where its dimensions are not known yet."""
-        return fit(self._catalog.config(id), self._weights, memory(self._device), self._blocks(id))
+        """How the base fits into the memory of the device, and of the one for jobs; None where its dimensions are not
+        known yet."""
+        found = fit(self._catalog.config(id), self._weights, memory(self._device), self._blocks(id))
+        there = None if self._training is None else self._training.fit(id)
+        if found is None or there is None:
+            return found
+        return replace(found, teach=there.teach, train=there.train, training_memory=there.memory)
 
     def _blocks(self, id: str) -> int:
         """Bytes of the blocks that `auto` would hold of a base; 0 where it holds none, or that is not known yet."""

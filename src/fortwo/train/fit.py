@@ -27,7 +27,8 @@ _DIMENSIONS = (
 @dataclass(frozen=True)
 class Fit:
     """Bytes: serve, of a server with this base and one conversation; teach, at the peak of a job; train, of its steps
-    alone; memory, of the machine. weight_format: in which the weights are held."""
+    alone; memory, of the device that serves; training_memory, of the one for jobs, None if it is the same.
+    weight_format: in which the weights are held."""
 
     parameters: int
     weight_format: str
@@ -35,6 +36,7 @@ class Fit:
     teach: int
     train: int
     memory: int
+    training_memory: int | None = None
 
     @property
     def serving(self) -> Verdict:
@@ -42,7 +44,7 @@ class Fit:
 
     @property
     def teaching(self) -> Verdict:
-        return verdict(self.teach, self.memory)
+        return verdict(self.teach, self.memory if self.training_memory is None else self.training_memory)
 
 
 @dataclass(frozen=True)
