@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -29,22 +27,17 @@ ROWS = [{"prompt": f"What is {thing}?", "completion": "the sky"} for thing in ("
 
 
 @pytest.fixture(scope="module")
-def both(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def both(ray_folder: str, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server as `fortwo serve` builds it: the connection for training first, then the replicas."""
-    folder = tempfile.mkdtemp(prefix="ray")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_TMPDIR", folder)
-        environment.delenv("RAY_ADDRESS", raising=False)
-        settings = tiny_settings(tmp_path_factory.mktemp("both") / "home", tiny, replicas=1, train="ray")
-        Catalog(settings.models_dir).prepare("tiny")
-        cluster = RayTraining(settings)
-        try:
-            with serve(settings, grace=5, create=partial(create, cluster=cluster)) as server:
-                yield server
-            assert not ray.is_initialized()  # the server has left the cluster, after its replicas
-        finally:
-            cluster.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    settings = tiny_settings(tmp_path_factory.mktemp("both") / "home", tiny, replicas=1, train="ray")
+    Catalog(settings.models_dir).prepare("tiny")
+    cluster = RayTraining(settings)
+    try:
+        with serve(settings, grace=5, create=partial(create, cluster=cluster)) as server:
+            yield server
+        assert not ray.is_initialized()  # the server has left the cluster, after its replicas
+    finally:
+        cluster.close()
 
 
 def start(served: Served, name: str, workers: int, steps: int) -> Any:

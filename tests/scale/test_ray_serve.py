@@ -6,12 +6,10 @@ import contextvars
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -47,17 +45,12 @@ LONG = {"max_tokens": 900, "ignore_eos": True, "stream": True}
 
 
 @pytest.fixture(scope="module")
-def replicas(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server with two replicas. Ray's folder has a short name, because its sockets' names have a limit."""
-    folder = tempfile.mkdtemp(prefix="ray")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_TMPDIR", folder)
-        environment.delenv("RAY_ADDRESS", raising=False)
-        settings = tiny_settings(tmp_path_factory.mktemp("replicas") / "home", tiny, replicas=2)
-        Catalog(settings.models_dir).prepare("tiny")
-        with serve(settings, grace=5, create=create) as server:
-            yield server
-    shutil.rmtree(folder, ignore_errors=True)
+def replicas(ray_folder: str, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with two replicas."""
+    settings = tiny_settings(tmp_path_factory.mktemp("replicas") / "home", tiny, replicas=2)
+    Catalog(settings.models_dir).prepare("tiny")
+    with serve(settings, grace=5, create=create) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

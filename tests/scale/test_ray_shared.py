@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,18 +26,14 @@ pytestmark = pytest.mark.filterwarnings(*(f"ignore::{one}" for one in IGNORED))
 
 
 @pytest.fixture(scope="module")
-def replicas(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A head with two replicas. Ray's folder has a short name, because its sockets' names have a limit."""
-    folder = tempfile.mkdtemp(prefix="ray")
-    with pytest.MonkeyPatch.context() as environment, s3.running() as server:
-        environment.setenv("RAY_TMPDIR", folder)
-        environment.delenv("RAY_ADDRESS", raising=False)
+def replicas(ray_folder: str, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A head with two replicas."""
+    with s3.running() as server:
         home = tmp_path_factory.mktemp("shared") / "home"
         settings = tiny_settings(home, tiny, replicas=2, adapters_url=server.bucket())
         Catalog(settings.models_dir).prepare("tiny")
         with serve(settings, grace=5, create=create) as head:
             yield head
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(head: Served, seed: int, *, current: bool) -> AdapterVersion:

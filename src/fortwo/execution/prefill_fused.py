@@ -23,7 +23,7 @@ from fortwo.quantization.tiles import PANEL
 
 WIDENED = ("int8", "gguf", "int4")  # formats of weights that the kernel makes bf16
 MANY = 512  # tokens
-TILES, PAIRS = (1, 24), (24, 64)  # the fewest tokens of prompts, and rows of a step, for which the kernel is faster
+FEWEST = 24  # rows of a step for which the kernel is faster with tiles, or with weights that are held in bf16
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,11 @@ class Prefill:
         self._shape = Shape(decoder)
         weight = decoder.layers[0].qkv_OD
         weight_format = weight.choice.format_for(MANY) if isinstance(weight, Weight) else None
-        rows = cpu.widening_rows()
-        computed = weight_format == "bf16" or (weight_format in WIDENED and rows is not None)
-        widened_by_pairs = weight_format != "bf16" and rows == PAIRS[1]
-        self.fewest_tokens, self.fewest_rows = PAIRS if widened_by_pairs else TILES
+        widened = weight_format in WIDENED
+        rows = cpu.widening_rows() if widened else FEWEST
+        self.fewest_rows = FEWEST if rows is None else rows
+        self.fewest_tokens = 1 if self.fewest_rows <= FEWEST else FEWEST
+        computed = weight_format == "bf16" or (widened and rows is not None)
         fits = computed and Step(decoder).laid and self.fits(decoder.config)
         self._layers = layers_of(decoder, weight_format) if weight_format is not None and fits else None
 

@@ -74,9 +74,9 @@ class ReplyRate:
 @dataclass(frozen=True)
 class ServedBase:
     """The base in memory, its renderer, and the path on which users are served. elsewhere: whether replies are scored
-    there, too (see Serving), or by `backend`. base_replies: the base's own replies so
-    far, by prompt tokens and maximum length. A checkpoint stores them, because in a batch with other prompts the base
-    could round differently and give another reply."""
+    there, too (see Serving), or by `backend`. base_replies: the base's own replies so far, by prompt tokens and maximum
+    length. A checkpoint stores them, because in a batch with other prompts the base could round differently and give
+    another reply."""
 
     base: str
     backend: Backend
