@@ -139,6 +139,20 @@ def test_a_lost_connection_is_told_and_mends_itself(tab: Tab) -> None:
     expect(page.locator(".problem")).to_have_count(0)
 
 
+def test_a_prompt_that_is_sent_before_the_models_are_known_is_answered(tab: Tab) -> None:
+    held: list[Any] = []
+    tab.page.route("**/v1/models", lambda route: held.append(route))
+    with tab.page.expect_request("**/v1/models"):
+        page = tab.view("chat")
+    page.fill("#prompt", "hello")
+    page.keyboard.press("Enter")
+    expect(page.locator("#prompt")).to_have_value("hello")
+    expect(page.locator(".turn")).to_have_count(0)
+    held[0].continue_()
+    expect(page.locator(".reply")).to_contain_text("answered by tiny")
+    expect(page.locator("#prompt")).to_have_value("")
+
+
 def test_replies_are_shown_as_harmless_html(tab: Tab) -> None:
     page = tab.view("chat")
     said = "**bold** <img src='http://evil.test/x.png'><script>alert(1)</script> <a href='javascript:alert(1)'>x</a>"

@@ -264,20 +264,28 @@ function Surprise({tokens}) {
 
 function Composer({busy, ready, again}) {
   const [prompt, setPrompt] = useState('');
+  const [early, setEarly] = useState(false); // sent before the models were known
   const box = useRef(null);
-  const send = (event) => {
-    event.preventDefault();
+  const send = () => {
     const typed = box.current.value.trim(); // the state is a render behind a key that follows at once
+    setEarly(!ready);
     if (busy || !ready || !typed) return;
     ask(typed);
     box.current.value = '';
     setPrompt('');
   };
+  useEffect(() => {
+    if (ready && early) send();
+  }, [ready, early]);
+  const submit = (event) => {
+    event.preventDefault();
+    send();
+  };
   const keys = (event) => {
-    if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) send(event);
+    if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) submit(event);
   };
   return html`
-    <form class="composer card" onSubmit=${send}>
+    <form class="composer card" onSubmit=${submit}>
       <label class="hidden" for="prompt">${text.chat.prompt}</label>
       <textarea id="prompt" ref=${box} rows="2" placeholder=${text.chat.promptExample} aria-describedby="prompt-help" value=${prompt}
         onInput=${(event) => setPrompt(event.target.value)} onKeyDown=${keys} />
