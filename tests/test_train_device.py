@@ -226,10 +226,10 @@ def test_a_gpu_is_named_with_its_number_and_serves_or_trains(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     found = [find_devices(name, None) for name in ("auto", "cuda", "cuda:0", "cuda:1")]
-    assert found == [(torch.device("cuda", number), None) for number in (0, 0, 0, 1)]
-    assert find_devices("auto", "cuda:1") == (torch.device("cuda", 0), torch.device("cuda", 1))
-    assert find_devices("cpu", "cpu") == (torch.device("cpu"), torch.device("cpu"))
-    with pytest.raises(InvalidRequest, match="is the device that serves, too") as refused:
+    assert found == [([torch.device("cuda", number)], None) for number in (0, 0, 0, 1)]
+    assert find_devices("auto", "cuda:1") == ([torch.device("cuda", 0)], torch.device("cuda", 1))
+    assert find_devices("cpu", "cpu") == ([torch.device("cpu")], torch.device("cpu"))
+    with pytest.raises(InvalidRequest, match="is a device that serves, too") as refused:
         find_devices("auto", "cuda:0")
     assert refused.value.param == "train_device"
 

@@ -60,11 +60,15 @@ class Settings(BaseSettings):
         "numbers of a quantised GGUF file. auto is gguf for such a file; for others it measures which format is "
         "fastest for each number of rows, among those that hardly change the replies.",
     )
-    device: str = Field("auto", description="Device to compute on: auto, cpu, cuda or cuda:N.")
+    device: str = Field(
+        "auto",
+        description="Device to compute on: auto, cpu, cuda or cuda:N, or several GPUs, such as cuda:0,cuda:1, among "
+        "which replies are divided (docs/guide-gpu.md).",
+    )
     train_device: str | None = Field(
         None,
         description="Device on which jobs compute, such as cuda:1, so that replies have FORTWO_DEVICE to themselves "
-        "(docs/guide-gpu.md). Default: both take turns on FORTWO_DEVICE.",
+        "(docs/guide-gpu.md). Default: both take turns on FORTWO_DEVICE, on the first of several.",
     )
     engine: Literal["own", "vllm"] = Field(
         "own",

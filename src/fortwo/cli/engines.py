@@ -21,11 +21,15 @@ def check_together(settings: Settings) -> None:
             param="engine",
             hint="Remove FORTWO_ENGINE, or FORTWO_REPLICAS and --replicas.",
         )
-    others = {
-        "replicas": settings.replicas is not None,
-        "engine": settings.engine != "own",
-        "train": settings.train != "own",
-    }
+    elsewhere = {"replicas": settings.replicas is not None, "engine": settings.engine != "own"}
+    for name in (name for name, chosen in elsewhere.items() if chosen and "," in settings.device):
+        raise InvalidRequest(
+            f"A server with {name} = {getattr(settings, name)!r} cannot have device = {settings.device!r}: other "
+            "processes than the server compute its replies.",
+            param="device",
+            hint="Name one device in FORTWO_DEVICE.",
+        )
+    others = {**elsewhere, "train": settings.train != "own"}
     for name in (name for name, chosen in others.items() if chosen and settings.train_device is not None):
         raise InvalidRequest(
             f"A server with {name} = {getattr(settings, name)!r} cannot have train_device = {settings.train_device!r}: "

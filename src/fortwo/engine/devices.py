@@ -7,23 +7,31 @@ import torch
 from fortwo.errors import InvalidRequest
 
 
-def find_devices(device: str, train_device: str | None) -> tuple[torch.device, torch.device | None]:
-    """The devices that the settings of these names mean, the second one None where both are the same by default. Raises
-    InvalidRequest for one that this machine does not have, and for one GPU in both places."""
-    serving = _find_device(device, "device")
+def find_devices(device: str, train_device: str | None) -> tuple[list[torch.device], torch.device | None]:
+    """The devices that the settings of these names mean: those that reply, and the one for jobs, None where they share
+    the first one. device: names with commas between them. Raises InvalidRequest for one that this machine does not
+    have, and for a GPU that is named twice."""
+    serving = [_find_device(name.strip(), device, "device") for name in device.split(",")]
+    if repeated := [one for one in serving if one.type != "cpu" and serving.count(one) > 1]:
+        raise InvalidRequest(
+            f"device = {device!r} names {repeated[0]} twice.",
+            param="device",
+            hint="Name each GPU once.",
+        )
     if train_device is None:
         return serving, None
-    training = _find_device(train_device, "train_device")
-    if training == serving and serving.type != "cpu":
+    training = _find_device(train_device, train_device, "train_device")
+    if training in serving and training.type != "cpu":
         raise InvalidRequest(
-            f"train_device = {train_device!r} is the device that serves, too.",
+            f"train_device = {train_device!r} is a device that serves, too.",
             param="train_device",
-            hint="Name another GPU, or remove FORTWO_TRAIN_DEVICE: then chat and jobs take turns on this one.",
+            hint="Name another GPU, or remove FORTWO_TRAIN_DEVICE: then chat and jobs take turns on the first one.",
         )
     return serving, training
 
 
-def _find_device(name: str, setting: str) -> torch.device:
+def _find_device(name: str, value: str, setting: str) -> torch.device:
+    """The device of this name, which is the value of the setting, or a part of it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -36,7 +44,7 @@ def _find_device(name: str, setting: str) -> torch.device:
     if device.type == "cuda" and number < torch.cuda.device_count():
         return torch.device("cuda", number)
     raise InvalidRequest(
-        f"{setting} = {name!r} is not on this machine.",
+        f"{setting} = {value!r}{'' if name == value else f': {name!r}'} is not on this machine.",
         param=setting,
         hint=f"Set FORTWO_{setting.upper()} to {'auto or ' if setting == 'device' else ''}cpu.",
     )

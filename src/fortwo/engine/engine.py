@@ -162,7 +162,7 @@ class Engine:
     called on the device's thread after the deltas of a step have gone to all on_delta callbacks."""
 
     def __init__(self, threads: int | None = None, flush: Callable[[], None] = lambda: None) -> None:
-        self.statistics = EngineStatistics()
+        self._statistics = EngineStatistics()
         self._threads = CORES if threads is None else threads
         self._flush = flush
         self._ready = threading.Event()
@@ -187,6 +187,10 @@ class Engine:
     @property
     def elsewhere(self) -> bool:
         return False
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        return self._statistics
 
     def start(self) -> None:
         """Start the device's thread. From then on it alone computes with several CPU threads: if a second one did,
@@ -228,7 +232,7 @@ class Engine:
             if id in self._bases:
                 raise Conflict(f"Base model {id!r} is already served.", param="model")
             runner.warm()
-            self._bases[id] = _Base(id, runner, tokenizer, self.statistics)
+            self._bases[id] = _Base(id, runner, tokenizer, self._statistics)
 
         self.call(add).result()
 

@@ -10,8 +10,8 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal, Protocol
@@ -120,7 +120,8 @@ class ModelRegistry:
     """Methods may be called from any thread except the device's; those that load or unload may wait for the disk.
 
     device: of its bases; weights, threads, max_adapters, cache_mb: the settings of these names. training: the bases on
-    which jobs train, where those are on another device.
+    which jobs train, where those are on another device. copies: further devices that reply, each with its engine, of
+    which `engine` is the whole.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class ModelRegistry:
         max_adapters: int = 64,
         cache_mb: int | None = None,
         training: ModelRegistry | None = None,
+        copies: Sequence[tuple[Engine, torch.device]] = (),
     ) -> None:
         self._catalog = catalog
         self._store = adapters
@@ -145,6 +147,8 @@ class ModelRegistry:
         self._measurements = measurements
         self._device = device
         self._training = training
+        self._copies = copies
+        self._in_memory = 1 + sum(where == device for _, where in copies)  # how often each base is in its memory
         self._sharing: list[ModelRegistry] = []  # the other one, if its bases are in the same memory
         if training is not None and training._device == device:
             self._sharing, training._sharing = [training], [self]
@@ -277,7 +281,8 @@ class ModelRegistry:
     def fit(self, id: str) -> Fit | None:
         """How the base fits into the memory of the device, and of the one for jobs; None where its dimensions are not
         known yet."""
-        found = fit(self._catalog.config(id), self._weights, memory(self._device), self._blocks(id))
+        smallest = min(memory(device) for device in (self._device, *(device for _, device in self._copies)))
+        found = fit(self._catalog.config(id), self._weights, smallest, self._blocks(id))
         there = None if self._training is None else self._training.fit(id)
         if found is None or there is None:
             return found
@@ -310,11 +315,12 @@ class ModelRegistry:
         """Raises Unavailable for a base that does not fit, as soon as its dimensions are known."""
         found = self.fit(id)
         beside = [self, *self._sharing]
-        others = sum(base.bytes for registry in beside for base in registry._bases.copy().values())
-        if found is not None and found.serve + others > found.memory:
+        others = sum(base.bytes * one._in_memory for one in beside for base in one._bases.copy().values())
+        needed = 0 if found is None else found.serve * self._in_memory
+        if found is not None and needed + others > found.memory:
             loaded = f" beside {format_size(others)} of other bases" if others else ""
             raise Unavailable(
-                f"Base model {id!r} needs {format_size(found.serve)} of memory to be served in "
+                f"Base model {id!r} needs {format_size(needed)} of memory to be served in "
                 f"{found.weight_format}{loaded}; "
                 f"this machine has {format_size(found.memory)}.",
                 param="model",
@@ -339,23 +345,32 @@ class ModelRegistry:
 
     def _load(self, info: ModelInfo, renderer: ChatTemplateRenderer) -> LoadedModel:
         id = info.id
-        decoder = read_network(
-            info,
-            self._device,
-            self._weights,
-            self._threads,
-            self._measurements,
-            lambda measure: self._engine.call(measure).result(),
-        )
-        backend = backend_for(decoder)
-        runner = Runner(backend, self._cache_bytes)
-        base = LoadedModel(id, info.digest, info.weights_digest, backend, renderer, decoder.bytes, runner)
-        self._engine.add_base(id, base.runner, base.renderer)
+        backend, runner = self._read(info, self._engine, self._device)
+        base = LoadedModel(id, info.digest, info.weights_digest, backend, renderer, backend.decoder.bytes, runner)
+        with ExitStack() as undoing:
+            for engine, device in self._copies:
+                engine.add_base(id, self._read(info, engine, device)[1], renderer)
+                undoing.callback(engine.remove_base, id)
+            self._engine.add_base(id, runner, renderer)
+            undoing.pop_all()
         malloc_tuning.trim()
         for warning in renderer.warnings:
             log.warning("%s: %s %s", id, warning.message, warning.hint)
         self._bases[id] = base
         return base
+
+    def _read(self, info: ModelInfo, engine: Engine, device: torch.device) -> tuple[Backend, Runner]:
+        """The base's weights on a device."""
+        decoder = read_network(
+            info,
+            device,
+            self._weights,
+            self._threads,
+            self._measurements,
+            lambda measure: engine.call(measure).result(),
+        )
+        backend = backend_for(decoder)
+        return backend, Runner(backend, self._cache_bytes)
 
     def unload_base(self, id: str) -> None:
         """Drop a base and the adapters on it from memory. Raises Conflict while a request or a job uses it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 96)
@@ -21,6 +21,13 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
+    def __add__(self, other: Histogram) -> Histogram:
+        """Of both together; they have the same bounds."""
+        both = Histogram(self.bounds)
+        both.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
+        both.sum = self.sum + other.sum
+        return both
+
 
 @dataclass
 class EngineStatistics:
@@ -35,6 +42,11 @@ class EngineStatistics:
     batch_rows: Histogram = field(default_factory=lambda: Histogram(ROWS))
     first_token_seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
 
+    def __add__(self, other: EngineStatistics) -> EngineStatistics:
+        """Of both together."""
+        names = [field.name for field in fields(self)]
+        return EngineStatistics(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
 
 @dataclass(frozen=True)
 class BaseLoad:
@@ -45,3 +57,14 @@ class BaseLoad:
     waiting: int
     cache_tokens: int
     cache_limit: int | None
+
+    def __add__(self, other: BaseLoad) -> BaseLoad:
+        """Of the same base on two devices together."""
+        mine, theirs = self.cache_limit, other.cache_limit
+        return BaseLoad(
+            self.id,
+            self.running + other.running,
+            self.waiting + other.waiting,
+            self.cache_tokens + other.cache_tokens,
+            None if mine is None or theirs is None else mine + theirs,
+        )

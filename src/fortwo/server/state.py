@@ -96,14 +96,15 @@ class ServingState:
         self, settings: Settings, built: ExitStack, measurements: Measurements, make_engine: MakeEngine | None
     ) -> None:
         """Engine and registry for replies, and a second pair of them where jobs have a device of their own."""
+        from fortwo.engine.data_parallel import DataParallelEngine
         from fortwo.engine.devices import find_devices
         from fortwo.engine.engine import Engine
         from fortwo.engine.registry import ModelRegistry
 
-        device, training_device = find_devices(settings.device, settings.train_device)
-        threads = settings.threads
-        if training_device == device and threads is None:
-            threads = max(1, hardware.cores() // 2)
+        devices, training_device = find_devices(settings.device, settings.train_device)
+        threads, sharing = settings.threads, [*devices, training_device].count(devices[0])
+        if sharing > 1 and threads is None:
+            threads = max(1, hardware.cores() // sharing)
         registry = partial(
             ModelRegistry,
             self.catalog,
@@ -125,9 +126,14 @@ class ServingState:
         if training_device is not None:
             training = registry(engine=started(Engine(threads)), device=training_device)
         flush = self.bridge.flush
-        engine = Engine(threads, flush) if make_engine is None else make_engine(settings, flush)
+        others = [Engine(threads, flush) for _ in devices[1:]]
+        if make_engine is not None:
+            engine = make_engine(settings, flush)
+        else:
+            engine = DataParallelEngine(threads, flush, others) if others else Engine(threads, flush)
         self.engine = started(engine)
-        self.registry = registry(engine=engine, device=device, training=training)
+        copies = list(zip(others, devices[1:], strict=True))
+        self.registry = registry(engine=engine, device=devices[0], training=training, copies=copies)
 
     def _adapter_store(self, settings: Settings, built: ExitStack) -> AdapterStore:
         return join_store(settings, built)
