@@ -81,7 +81,8 @@ class ServingState:
 
         cpu.prepare()
         self.settings = settings
-        self.admission = Admission(MAX_RUNNING + settings.queue)
+        devices = settings.device.count(",") + 1
+        self.admission = Admission(devices * MAX_RUNNING + settings.queue)
         self.bridge = EventLoopBridge()
         self._load_limiter = CapacityLimiter(1)  # the registry loads one model at a time
         self._loads: dict[str, asyncio.Future[Target]] = {}
