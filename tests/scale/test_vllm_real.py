@@ -29,16 +29,19 @@ CONFIG = LoraConfig(r=8, alpha=16)
 NEAR = 1e-3  # nats; a smaller lead of a token is within the rounding of fp32
 
 
-@pytest.fixture(scope="module")
-def both(real_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, Served]]:
-    """A server on the vLLM that it starts, and one with its own engine; both have the same eight adapters."""
+@pytest.fixture(scope="module", params=["", " --data-parallel-size 2"], ids=["one", "two"])
+def both(
+    request: pytest.FixtureRequest, real_home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Served, Served]]:
+    """A server on the vLLM that it starts, of one engine or of two that share the requests, and a server with its own
+    engine; both have the same eight adapters."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         homes = [tmp_path_factory.mktemp(name) for name in ("through", "own")]
         for home in homes:
             (home / "models").symlink_to(real_home / "models")
-        command = f"{COMMAND} --dtype float32 --max-model-len 1024 --max-num-seqs 16 --max-lora-rank 16"
+        command = f"{COMMAND} --dtype float32 --max-model-len 1024 --max-num-seqs 16 --max-lora-rank 16{request.param}"
         common: dict[str, Any] = {"port": 0, "weights": "fp32"}
         vllm = Settings(home=homes[0], engine="vllm", vllm_command=command, **common)
         with (
