@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from fortwo.engine.devices import find_devices
 from fortwo.engine.engine import Engine
 from fortwo.engine.registry import ModelRegistry
 from fortwo.engine.statistics import BaseLoad, EngineStatistics
-from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from fortwo.errors import Conflict, FortwoError, InvalidRequest, NotFound, Unavailable
 from fortwo.hub.catalog import Catalog
 from fortwo.prompts import Prompt, Sampling
 from fortwo.quantization.selection import Measurements
+from fortwo.records import AdapterVersion
 from fortwo.server.openai.replies import FINGERPRINT
 from fortwo.settings import Settings
 from tests.parts import random_lora
@@ -107,7 +110,7 @@ def test_chat_goes_on_while_a_job_trains_and_a_new_version_is_served_by_both(two
         assert len({answer["choices"][0]["message"]["content"] for answer in answers}) == 1
 
 
-def test_readiness_asks_every_device_and_metrics_count_all(two: Served) -> None:
+def test_readiness_asks_every_device_and_metrics_count_all(two: Served, caplog: pytest.LogCaptureFixture) -> None:
     assert two.chat().status_code == 200
     assert two.http.get("/readyz").json()["device"] == "ok"
     released = threading.Event()
@@ -118,6 +121,8 @@ def test_readiness_asks_every_device_and_metrics_count_all(two: Served) -> None:
         released.set()
     assert answer.status_code == 503
     assert "did not answer" in answer.json()["device"]
+    assert two.http.get("/readyz").json()["device"] == "ok"
+    assert [record for record in caplog.records if record.exc_info] == []
     wanted = engine_of(two).statistics.generated_tokens
     assert wanted > engine_of(two).others[0].statistics.generated_tokens
     lines = two.http.get("/metrics").text.splitlines()
@@ -166,51 +171,130 @@ def pair(home: Path, tiny: Path) -> Iterator[tuple[ModelRegistry, DataParallelEn
         yield registry, engine
 
 
+def has(engine: Engine, adapter: str) -> bool:
+    return engine._base("tiny").runner.has(adapter)
+
+
+def version_of(key: str) -> AdapterVersion:
+    return AdapterVersion("one", 1, key, "", "tiny", "sha256:1", 0.0, True, {})
+
+
 def test_an_adapter_is_attached_to_every_device_or_to_none(
     pair: tuple[ModelRegistry, DataParallelEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry, engine = pair
-    base = registry.load_base("tiny")
-    lora = random_lora(base.decoder)  # type: ignore[arg-type]
-    engine.attach("tiny", "one", lora)
-    replies = [engine.submit(Prompt("tiny", (1, 2, 3), "one", Sampling(max_tokens=8))) for _ in range(4)]
-    assert len({reply.wait(30) for reply in replies}) == 1
+    lora = random_lora(registry.load_base("tiny").decoder)  # type: ignore[arg-type]
+    engine.attach("tiny", "one", lora, version=version_of("one"))
+    assert has(engine, "one")
+    assert has(engine.others[0], "one")
     asked = [engine.submit(Prompt("tiny", (1, 2, 3), "one", LONG)) for _ in range(2)]
     assert engine.count_requests("tiny", "one") == 2
+    assert engine.others[0].count_requests("tiny", "one") == 1
     engine.detach("tiny", "one")
     for reply in asked:
         reply.wait(30)
     assert [reply.finish_reason for reply in asked] == ["cancelled"] * 2
+    assert not has(engine, "one")
+    assert not has(engine.others[0], "one")
 
     def full(*_: Any, **__: Any) -> None:
         raise MemoryError("no room on the second device")
 
     monkeypatch.setattr(engine.others[0], "attach", full)
     with pytest.raises(MemoryError, match="second"):
-        engine.attach("tiny", "two", lora)
-    for _ in range(2):
-        with pytest.raises(NotFound, match="two"):
-            engine.submit(Prompt("tiny", (1, 2, 3), "two"))
-    assert engine.count_requests("tiny") == 0
+        engine.attach("tiny", "two", lora, version=version_of("two"))
+    assert not has(engine, "two")
 
 
-def test_a_base_that_does_not_fit_on_the_second_device_leaves_the_first(
+def test_what_a_job_asks_stays_on_the_first_device(pair: tuple[ModelRegistry, DataParallelEngine]) -> None:
+    registry, engine = pair
+    lora = random_lora(registry.load_base("tiny").decoder)  # type: ignore[arg-type]
+    engine.attach("tiny", "in training", lora)
+    assert not has(engine.others[0], "in training")
+    asked = [
+        engine.submit(Prompt("tiny", (1, 2, n), adapter, Sampling(max_tokens=4), background=True))
+        for n in range(4)
+        for adapter in (None, "in training")
+    ]
+    for reply in asked:
+        reply.wait(30)
+        assert reply.finish_reason in ("length", "stop")
+    assert all(load.running + load.waiting == 0 for load in engine.others[0].loads())
+
+
+def test_a_conversation_goes_on_where_its_beginning_is_kept(pair: tuple[ModelRegistry, DataParallelEngine]) -> None:
+    registry, engine = pair
+    registry.load_base("tiny")
+    blocker = engine.submit(Prompt("tiny", (9, 9, 9), None, LONG))
+    first = engine.submit(Prompt("tiny", tuple(range(40)), None, Sampling(max_tokens=2, ignore_eos=True)))
+    first.wait(30)
+    blocker.cancel()
+    blocker.wait(30)
+    turn = Prompt("tiny", (*range(40), *first.tokens, 7, 8), None, Sampling(max_tokens=2))
+    assert engine.others[0].unread(turn) < engine.unread(turn) == len(turn.tokens)
+    second = engine.submit(turn)
+    second.wait(30)
+    assert second.cached_tokens > 0
+
+
+def test_a_base_that_one_device_refuses_leaves_the_others(
     pair: tuple[ModelRegistry, DataParallelEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry, engine = pair
-    own, added = engine.add_base, threading.Event()
 
     def full(*_: Any) -> None:
-        assert added.is_set() is False
-        raise MemoryError("no room on the first device")
+        raise MemoryError("no room")
 
-    monkeypatch.setattr(engine, "add_base", full)
-    with pytest.raises(MemoryError, match="first"):
-        registry.load_base("tiny")
-    assert engine.loads() == []
-    monkeypatch.setattr(engine, "add_base", own)
+    for refusing in (engine, engine.others[0]):
+        with monkeypatch.context() as patch:
+            patch.setattr(refusing, "add_base", full)
+            with pytest.raises(MemoryError, match="no room"):
+                registry.load_base("tiny")
+        assert engine.loads() == []
     registry.load_base("tiny")
     assert len(engine.others[0].loads()) == 1
+
+
+def test_a_device_whose_replies_fail_gets_few_and_one_that_died_gets_none(
+    pair: tuple[ModelRegistry, DataParallelEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, engine = pair
+    registry.load_base("tiny")
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def ask(count: int) -> list[str | None]:
+        """How replies end while one more runs on the first device."""
+        other = engine.submit(Prompt("tiny", (9, 9, 9), None, LONG))
+        reasons = []
+        for n in range(count):
+            reply = engine.submit(Prompt("tiny", (1, 2, n), None, Sampling(max_tokens=2)))
+            with suppress(FortwoError):
+                reply.wait(30)
+            reasons.append(reply.finish_reason)
+        other.cancel()
+        other.wait(30)
+        return reasons
+
+    runner = engine.others[0]._base("tiny").runner
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "prefill", broken)
+        assert ask(6).count("error") <= 2
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "prefill", broken)
+        patch.setattr(runner, "release", broken)
+        rest = []
+        while not engine.others[0].failed:
+            rest.append(engine.submit(Prompt("tiny", (5, 5, 5), None, LONG)))
+            time.sleep(0.05)
+    for reply in rest:
+        reply.cancel()
+    assert rest[-1].finish_reason == "error"
+    assert "error" not in ask(4)
+    with pytest.raises(Unavailable, match="The device failed: RuntimeError: an illegal memory access") as raised:
+        engine.ready()
+    assert raised.value.hint == "Start the server again."
 
 
 def test_a_base_is_counted_as_often_as_it_is_in_memory(
@@ -226,35 +310,43 @@ def test_a_base_is_counted_as_often_as_it_is_in_memory(
     registry.load_base("tiny")
 
 
+@pytest.mark.parametrize("place", [0, 1])
 def test_a_base_stays_on_all_devices_while_a_request_enters(
-    pair: tuple[ModelRegistry, DataParallelEngine], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[ModelRegistry, DataParallelEngine], monkeypatch: pytest.MonkeyPatch, place: int
 ) -> None:
     """The request is counted before its engine has accepted it."""
     registry, engine = pair
     registry.load_base("tiny")
-    place = choose_device([0, 0], Prompt("tiny", (1, 2, 3)))
-    chosen = engine.others[0] if place else super(DataParallelEngine, engine)
-    submit, refusals = chosen.submit, []
+    entered, go_on = threading.Event(), threading.Event()
+    check = "fortwo.engine.engine._check_adapter"  # the first thing that submit does
 
-    def slow(*given: Any) -> Any:
-        with pytest.raises(Conflict) as raised:
+    def slow(*_: Any) -> None:
+        entered.set()
+        go_on.wait(30)
+
+    running = [engine.submit(Prompt("tiny", (9, 9, 9), None, LONG)) for _ in range(place)]
+    monkeypatch.setattr(check, slow)
+    with ThreadPoolExecutor(1) as pool:
+        entering = pool.submit(engine.submit, Prompt("tiny", (1, 2, 3), None, Sampling(max_tokens=4)))
+        assert entered.wait(30)
+        for reply in running:
+            reply.cancel()
+        go_on_soon = threading.Timer(0.5, go_on.set)
+        go_on_soon.start()
+        with pytest.raises(Conflict, match="cannot be removed"):
             engine.remove_base("tiny")
-        refusals.append(raised.value.message)
-        return submit(*given)
-
-    monkeypatch.setattr(engine.others[0] if place else Engine, "submit", lambda *given: slow(*given[1 - place :]))
-    assert engine.submit(Prompt("tiny", (1, 2, 3), None, Sampling(max_tokens=4))).wait(30) is not None
-    assert refusals == ["Base model 'tiny' cannot be removed: 1 request(s) use it."]
+        assert entering.result(30).wait(30) is not None
+        assert engine.others[0].count_requests("tiny") + engine.count_requests("tiny") == 0
 
 
-def test_the_device_with_the_fewest_requests_is_chosen_and_alike_prompts_meet() -> None:
-    prompts = [Prompt("base", tuple(range(n, n + 100)), None) for n in range(64)]
-    assert {choose_device([3, 1, 2], prompt) for prompt in prompts} == {1}
-    assert {choose_device([1, 0, 0], prompt) for prompt in prompts} == {1, 2}
-    assert {choose_device([0, 0, 0], prompt) for prompt in prompts} == {0, 1, 2}
-    for prompt in prompts:
-        later = Prompt("base", (*prompt.tokens, 7, 8, 9), None)
-        assert choose_device([2, 2, 2], later) == choose_device([2, 2, 2], prompt)
+def test_the_device_with_the_fewest_requests_is_chosen_and_else_the_one_that_has_less_to_read() -> None:
+    def never(place: int) -> int:
+        raise AssertionError(place)
+
+    assert choose_device([3, 1, 2], never) == 1
+    assert choose_device([1, 0, 0], [0, 9, 4].__getitem__) == 2
+    assert choose_device([2, 2, 2], [7, 7, 7].__getitem__) == 0
+    assert choose_device([math.inf, 5, math.inf], never) == 1
 
 
 def test_what_two_devices_counted_is_added() -> None:
@@ -274,7 +366,10 @@ def test_what_two_devices_counted_is_added() -> None:
 
 
 def test_devices_are_named_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    sizes = [80 << 30, 80 << 30, 80 << 30, 24 << 30]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    monkeypatch.setattr("fortwo.engine.devices.memory", lambda device: sizes[device.index])
     gpus = [torch.device("cuda", number) for number in range(3)]
     assert find_devices("cuda:0, cuda:1", "cuda:2") == (gpus[:2], gpus[2])
     assert find_devices("cuda:2,cuda:0", None) == ([gpus[2], gpus[0]], None)
@@ -282,6 +377,13 @@ def test_devices_are_named_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         find_devices("cuda:1,cuda:0,cuda:1", None)
     with pytest.raises(InvalidRequest, match="is a device that serves, too"):
         find_devices("cuda:0,cuda:1", "cuda:1")
+    for device, kinds in (
+        ("cuda:0,cuda:3", "NVIDIA X with 80.0 GiB, NVIDIA X with 24.0 GiB"),
+        ("cuda:0,cpu", "NVIDIA X with 80.0 GiB, the CPU"),
+    ):
+        with pytest.raises(InvalidRequest, match=f"names devices of different kinds: {kinds}"):
+            find_devices(device, None)
+    assert find_devices("cuda:0", "cuda:3") == (gpus[:1], torch.device("cuda", 3))
     for device, part in (("cuda:0,cuda:7", "cuda:7"), ("cuda:0,", ""), ("cuda:0,abacus", "abacus")):
         with pytest.raises(InvalidRequest) as raised:
             find_devices(device, None)

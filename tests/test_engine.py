@@ -308,6 +308,33 @@ def test_a_base_that_answers_is_not_removed(engine: Engine) -> None:
         engine.submit(prompt())
 
 
+def test_a_device_that_fails_ends_everything_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After some errors of a GPU every further operation fails, that of giving memory back as well."""
+    engine = Engine(threads=1)
+    engine.start()
+    runner = Runner(backend_for(DECODER))
+    engine.add_base("tiny", runner, Ascii())
+    replies = [engine.submit(long()) for _ in range(MAX_RUNNING + 3)]
+    task = engine.run_task(forever(threading.Event()), lambda event: None)
+    until(lambda: bool(replies[0].text))
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(runner, "step", broken)
+    monkeypatch.setattr(runner, "release", broken)
+    until(lambda: engine.failed)
+    until(lambda: all(reply.done for reply in replies))
+    assert {reply.finish_reason for reply in replies} == {"error"}
+    with pytest.raises(CancelledError):
+        task.result(10)
+    for refused in (lambda: engine.submit(prompt()), engine.ready, lambda: engine.call(int)):
+        with pytest.raises(Unavailable, match="The device failed: RuntimeError: CUDA error") as raised:
+            refused()
+        assert raised.value.hint == "Start the server again."
+    engine.close()
+
+
 def test_closing_ends_everything_with_a_reason() -> None:
     engine = Engine(threads=1)
     engine.start()

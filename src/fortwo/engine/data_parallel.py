@@ -1,11 +1,13 @@
 """Replies on several devices of one machine: each holds the bases and all adapters, and computes whole requests.
 
-One engine stands for all. It is itself the engine of the first device, on which jobs train unless they have a device of
-their own; each further device has an engine, and so a thread, as well. A request goes to the device with the fewest.
+One engine stands for all. It is itself the engine of the first device, and each further device has an engine, and so a
+thread, as well. A user's request goes to the device with the fewest. What a job asks stays on the first device, so that
+the same job gives the same adapter: batches of other sizes round differently.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -21,21 +23,28 @@ from fortwo.nn.lora import Lora
 from fortwo.prompts import Delta, Prompt
 from fortwo.records import AdapterVersion
 
-BEGINNING = 64  # tokens by which prompts count as alike
-
 
 @dataclass(eq=False)
 class _Requests:
     """Of one device. entering: prompts that are about to be accepted; replies: those that have not ended, and perhaps
-    some that have."""
+    some that have; failures: how many replies have failed since one succeeded."""
 
     entering: list[Prompt] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
+    failures: int = 0
 
     def prompts(self) -> list[Prompt]:
         """Of the requests that have not ended."""
-        self.replies = [reply for reply in self.replies if not reply.done]
-        return [*self.entering, *(reply.prompt for reply in self.replies)]
+        going_on = []
+        for reply in self.replies:
+            if not reply.done:
+                going_on.append(reply)
+            elif reply.finish_reason == "error":
+                self.failures += 1
+            elif reply.finish_reason != "cancelled":
+                self.failures = 0
+        self.replies = going_on
+        return [*self.entering, *(reply.prompt for reply in going_on)]
 
 
 class DataParallelEngine(Engine):
@@ -62,9 +71,9 @@ class DataParallelEngine(Engine):
             other.start()
 
     def close(self) -> None:
+        super().close()  # its jobs still use the others
         for other in self.others:
             other.close()
-        super().close()
 
     def remove_base(self, id: str) -> None:
         """Stop serving a base on every device. Raises Conflict while requests use it."""
@@ -84,10 +93,10 @@ class DataParallelEngine(Engine):
             self._removing.remove(id)
 
     def attach(self, base: str, key: str, lora: Lora, *, version: AdapterVersion | None = None) -> None:
-        """As Engine.attach, on every device or on none."""
+        """As Engine.attach, on every device or on none; an adapter in training on the first one alone."""
         try:
             super().attach(base, key, lora, version=version)
-            for other in self.others:
+            for other in self.others if version is not None else ():
                 other.attach(base, key, lora, version=version)
         except BaseException:
             self.detach(base, key)
@@ -118,7 +127,7 @@ class DataParallelEngine(Engine):
             with self._lock:
                 left.remove(done)
                 last = not left
-            if last:
+            if last and ready.set_running_or_notify_cancel():  # nobody may wait for it any more
                 ready.set_result(None)
 
         for turn in left.copy():
@@ -144,20 +153,26 @@ class DataParallelEngine(Engine):
         with self._lock:
             if prompt.base in self._removing:
                 raise NotFound(f"Base model {prompt.base!r} is not loaded.", param="model", hint="Load it first.")
-            counts = [len(requests.prompts()) for requests in self._requests]
+            counts: list[float] = [len(requests.prompts()) + requests.failures for requests in self._requests]
             counts[0] += len(self._tasks)
-            place = choose_device(counts, prompt)
+            for place, engine in enumerate((self, *self.others)):
+                counts[place] += math.inf if engine.failed else 0
+            place = 0 if prompt.background else choose_device(counts, lambda place: self._unread(place, prompt))
             self._requests[place].entering.append(prompt)
         return place
+
+    def _unread(self, place: int, prompt: Prompt) -> int:
+        return self.others[place - 1].unread(prompt) if place else self.unread(prompt)
 
     def _count(self, base: str, adapter: str | None) -> int:
         prompts = [prompt for requests in self._requests for prompt in requests.prompts()]
         return sum(prompt.base == base and adapter in (None, prompt.adapter) for prompt in prompts)
 
 
-def choose_device(requests: Sequence[int], prompt: Prompt) -> int:
-    """The place of the device that gets the prompt. requests: how many each device has. It is one that has the fewest:
-    among them always the same for prompts that begin alike, so that the turns of a conversation find what is known of
-    their beginning."""
-    first = hash((prompt.base, prompt.adapter, prompt.tokens[:BEGINNING])) % len(requests)
-    return min(range(len(requests)), key=lambda place: (requests[place], (place - first) % len(requests)))
+def choose_device(requests: Sequence[float], unread: Callable[[int], int]) -> int:
+    """The place of the device that gets a prompt: one that has the fewest requests, and of several such the one that
+    has to compute the fewest of its tokens. requests: how many each device has; a device whose replies fail, which is
+    soon done with them, counts those as well. unread: the tokens of the prompt that the device at a place has not kept
+    from earlier ones."""
+    fewest = [place for place, count in enumerate(requests) if count == min(requests)]
+    return fewest[0] if len(fewest) == 1 else min(fewest, key=unread)

@@ -5,18 +5,28 @@ from __future__ import annotations
 import torch
 
 from fortwo.errors import InvalidRequest
+from fortwo.execution.autotuning import memory
+from fortwo.train.estimate import format_size
 
 
 def find_devices(device: str, train_device: str | None) -> tuple[list[torch.device], torch.device | None]:
     """The devices that the settings of these names mean: those that reply, and the one for jobs, None where they share
     the first one. device: names with commas between them. Raises InvalidRequest for one that this machine does not
-    have, and for a GPU that is named twice."""
+    have, for a GPU that is named twice, and for devices of different kinds."""
     serving = [_find_device(name.strip(), device, "device") for name in device.split(",")]
     if repeated := [one for one in serving if one.type != "cpu" and serving.count(one) > 1]:
         raise InvalidRequest(
             f"device = {device!r} names {repeated[0]} twice.",
             param="device",
             hint="Name each GPU once.",
+        )
+    kinds = list(dict.fromkeys(map(_kind, serving))) if len(serving) > 1 else []
+    if len(kinds) > 1:
+        raise InvalidRequest(
+            f"device = {device!r} names devices of different kinds: {', '.join(kinds)}.",
+            param="device",
+            hint="Name devices of one kind, which hold the weights in the same format and so reply alike. Another one "
+            "can train (FORTWO_TRAIN_DEVICE).",
         )
     if train_device is None:
         return serving, None
@@ -48,3 +58,9 @@ def _find_device(name: str, value: str, setting: str) -> torch.device:
         param=setting,
         hint=f"Set FORTWO_{setting.upper()} to {'auto or ' if setting == 'device' else ''}cpu.",
     )
+
+
+def _kind(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "the CPU"
+    return f"{torch.cuda.get_device_name(device)} with {format_size(memory(device))}"

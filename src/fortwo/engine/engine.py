@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
+from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -84,8 +85,10 @@ class _Base:
         self.runner.release(request)
 
     def end(self, request: _Request, reason: FinishReason, error: str | None = None) -> None:
-        self.remove(request)
-        request.reply.end(reason, error)
+        try:
+            self.remove(request)
+        finally:
+            request.reply.end(reason, error)
 
     def decode(self) -> None:
         """Compute one token for every request whose prompt is computed."""
@@ -170,6 +173,7 @@ class Engine:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate = threading.Lock()  # held to accept a command or to close
         self._closed = False
+        self._failure: str | None = None  # why the device does not work any more
         self._stopping = False
         self._bases: dict[str, _Base] = {}
         self._tasks: deque[Task[Any]] = deque()
@@ -191,6 +195,11 @@ class Engine:
     @property
     def statistics(self) -> EngineStatistics:
         return self._statistics
+
+    @property
+    def failed(self) -> bool:
+        """Whether the device does not work any more."""
+        return self._failure is not None
 
     def start(self) -> None:
         """Start the device's thread. From then on it alone computes with several CPU threads: if a second one did,
@@ -284,6 +293,11 @@ class Engine:
             loads.append(BaseLoad(base.id, *counts, cache.tokens, cache.bound))
         return loads
 
+    def unread(self, prompt: Prompt) -> int:
+        """How many of a prompt's tokens would have to be computed now. Another thread may ask: nothing waits for the
+        device. Raises NotFound for a base that is not loaded."""
+        return self._base(prompt.base).runner.unread(Sequence(list(prompt.tokens), prompt.adapter))
+
     def ready(self) -> Future[None]:
         """Done once the device has had its turn; another engine's has more to wait for."""
         return self.call(lambda: None)
@@ -331,6 +345,8 @@ class Engine:
             command()
             return
         with self._gate:
+            if self._failure is not None:
+                raise Unavailable(f"The device failed: {self._failure}.", hint="Start the server again.")
             if self._closed:
                 raise Unavailable("The server is shutting down.", hint="Try again when it is back.")
             self._commands.put(command)
@@ -347,14 +363,18 @@ class Engine:
         torch.get_num_threads()  # a thread's first call copies the process's number; later it would undo the next line
         torch.set_num_threads(self._threads)
         self._ready.set()
-        while not self._stopping:
-            self._run_commands()
-            began = time.perf_counter()
-            self._serve()
-            self._share.requests_ran(time.perf_counter() - began)
-            self._advance_job()
-            self._flush()
-        self._end_all()
+        try:
+            while not self._stopping:
+                self._run_commands()
+                began = time.perf_counter()
+                self._serve()
+                self._share.requests_ran(time.perf_counter() - began)
+                self._advance_job()
+                self._flush()
+            self._end_all()
+        except Exception as error:
+            log.exception("The device failed. Nothing is computed any more until the server is started again.")
+            self._fail(f"{type(error).__name__}: {error}")
         self._flush()
 
     @property
@@ -408,6 +428,19 @@ class Engine:
 
     def _stop(self) -> None:
         self._stopping = True
+
+    def _fail(self, reason: str) -> None:
+        """End everything without the device, which does not work any more."""
+        with self._gate:
+            self._closed = True
+            self._failure = reason
+        with suppress(queue.Empty):
+            while True:
+                self._commands.get_nowait()()
+        for task in self._tasks:
+            task.end()
+        for request in (request for base in self._bases.values() for request in base.scheduler):
+            request.reply.end("error", reason)
 
     def _end_all(self) -> None:
         while self._tasks:

@@ -535,15 +535,17 @@ class ModelRegistry:
     def _unload_unused(self, key: str, base: str) -> int:
         """Unload an adapter unless requests use it or are about to. Returns how many do."""
 
-        def detach() -> int:
+        def forget() -> int:
             with self._pin_lock:
                 requests = self._pins[key] or self._engine.count_requests(base, key)
                 if not requests:
-                    self._engine.detach(base, key)
                     del self._adapters[key], self._last_used[key]
             return requests
 
-        return self._engine.call(detach).result()
+        requests = self._engine.call(forget).result()
+        if not requests:  # and from now on nobody can pin it
+            self._engine.detach(base, key)
+        return requests
 
     def _base_serving(self, version: AdapterVersion) -> LoadedModel | None:
         """The base that has this version attached and is still the one it was trained on."""

@@ -1,5 +1,5 @@
-"""Passes calls from the threads of devices to the event loop, all of a step at once: each crossing costs a write to a
-pipe, a wake-up and a wait for the interpreter's lock."""
+"""Passes calls from the threads of devices to the event loop, many at once: each crossing costs a write to a pipe, a
+wake-up and a wait for the interpreter's lock."""
 
 from __future__ import annotations
 

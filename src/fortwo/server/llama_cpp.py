@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 
 from fortwo.errors import FortwoError, InvalidRequest
 from fortwo.hub.template_files import choose_template
-from fortwo.prompts import MAX_RUNNING, Delta, Prompt
+from fortwo.prompts import Delta, Prompt
 from fortwo.records import Json
 from fortwo.server import sse
 from fortwo.server.errors import error_document, unexpected
@@ -58,7 +58,7 @@ async def props(
     info = state.catalog.model_info(target.model.id)
     return {
         "default_generation_settings": {"n_ctx": context, "params": CompletionRequest.defaults},
-        "total_slots": MAX_RUNNING,
+        "total_slots": state.running,
         "model_alias": target.name,
         "model_path": target.model.id,
         "modalities": {"vision": False, "audio": False},

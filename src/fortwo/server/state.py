@@ -81,8 +81,8 @@ class ServingState:
 
         cpu.prepare()
         self.settings = settings
-        devices = settings.device.count(",") + 1
-        self.admission = Admission(devices * MAX_RUNNING + settings.queue)
+        self.running = MAX_RUNNING * (settings.device.count(",") + 1)  # replies that are computed together
+        self.admission = Admission(self.running + settings.queue)
         self.bridge = EventLoopBridge()
         self._load_limiter = CapacityLimiter(1)  # the registry loads one model at a time
         self._loads: dict[str, asyncio.Future[Target]] = {}
