@@ -346,7 +346,7 @@ class Engine:
             return
         with self._gate:
             if self._failure is not None:
-                raise Unavailable(f"The device failed: {self._failure}.", hint="Start the server again.")
+                raise _failed(self._failure)
             if self._closed:
                 raise Unavailable("The server is shutting down.", hint="Try again when it is back.")
             self._commands.put(command)
@@ -438,9 +438,9 @@ class Engine:
             while True:
                 self._commands.get_nowait()()
         for task in self._tasks:
-            task.end()
+            task.end(_failed(reason))
         for request in (request for base in self._bases.values() for request in base.scheduler):
-            request.reply.end("error", reason)
+            request.reply.fail(_failed(reason))
 
     def _end_all(self) -> None:
         while self._tasks:
@@ -448,6 +448,10 @@ class Engine:
         for base in self._bases.values():
             for request in base.scheduler:
                 base.end(request, "cancelled")
+
+
+def _failed(reason: str) -> Unavailable:
+    return Unavailable(f"The device failed: {reason}.", hint="Start the server again.")
 
 
 def _check_adapter(base: _Base, key: str | None) -> None:

@@ -63,13 +63,13 @@ class Task(Generic[T]):
             self._close()
             self._outcome.set_exception(error)
 
-    def end(self) -> None:
-        """Cancel now: the generator's `finally` runs, then the waiter is notified."""
-        error = self._close()
-        if error is None:
+    def end(self, error: Exception | None = None) -> None:
+        """Cancel now, or fail with this error: the generator's `finally` runs, then the waiter is notified."""
+        raised = self._close()
+        if error is None and raised is None:
             self._outcome.cancel()
         else:
-            self._outcome.set_exception(error)
+            self._outcome.set_exception(error or raised)
 
     def _close(self) -> BaseException | None:
         try:
