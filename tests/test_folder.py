@@ -8,18 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from serving import Served
+from serving import Served, serve, tiny_settings
 from terminals import run
 
 from fortwo.cli.client import Client
 from fortwo.cli.folder import Folder, Lesson, lesson
 from fortwo.errors import NotFound, Unavailable
 from fortwo.records import Fact
+from fortwo.scale.vllm.process import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -170,3 +172,45 @@ def test_a_file_that_changes_is_taught_while_the_folder_is_watched(served: Serve
             watching.send_signal(signal.SIGINT)
     assert watching.returncode == 0
     assert current(served, "live") == (2, ["Avo is red.", "Bem is blue."], "live@1")
+
+
+def test_watching_outlives_the_server_and_follows_the_job_that_goes_on(
+    tiny: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    settings = tiny_settings(tmp_path / "served", tiny, resume=True).model_copy(update={"port": port})
+    monkeypatch.setenv("FORTWO_PORT", str(port))
+    folder, log, quick = tmp_path / "facts", tmp_path / "log", tmp_path / "quick.json"
+    folder.mkdir()
+    quick.write_text(json.dumps(QUICK))
+    file = folder / "away.json"
+    file.write_text(json.dumps([row("Avo", "red")]))
+
+    def until(text: str) -> None:
+        deadline = time.monotonic() + 120
+        while text not in log.read_text():
+            assert watching.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+
+    command = [sys.executable, "-m", "fortwo", "watch", str(folder), "--config", str(quick)]
+    with ExitStack() as ending:
+        written = ending.enter_context(log.open("w"))
+        with serve(settings):
+            watching = subprocess.Popen(command, env=os.environ, stdout=written, stderr=written)
+            ending.callback(watching.wait)
+            ending.callback(watching.kill)
+            until("The adapter is away@1.")
+            quick.write_text(json.dumps(QUICK | {"training_config": {"max_steps": 400, "save_steps": 5}}))
+            file.write_text(json.dumps([row("Avo", "red"), row("Bem", "blue")]))
+            until("Bem will be taught onto away@1.")
+            until("Step 5 is saved")
+        until("The file is taught when the server is back.")
+        with serve(settings) as again:
+            until("A job for away is under way. It is watched first.")
+            job = again.http.get("/api/training/jobs").json()["jobs"][0]
+            again.post(f"/api/training/jobs/{job['job_id']}/cancel")
+            until("The job was cancelled")
+            quick.write_text(json.dumps(QUICK))
+            until("The adapter is away@2.")
+            assert current(again, "away") == (2, ["Avo is red.", "Bem is blue."], "away@1")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fortwo.cli import live, views
-from fortwo.cli.client import Client, Refused
+from fortwo.cli.client import AT_REST, Client, Refused
 from fortwo.cli.requests import adapter_name, training_request
 from fortwo.cli.terminal import error_screen, print_json_line, screen
 from fortwo.errors import FortwoError, InvalidDataset, InvalidRequest, NotFound, Unavailable
@@ -20,6 +20,7 @@ from fortwo.records import Fact, Json
 
 SUFFIXES = (".json", ".jsonl")
 INTERVAL = 1.0  # seconds between two looks at the folder
+INTERRUPTED = "interrupted"  # code of the error of a job whose server stopped
 
 Stamp = tuple[int, int]  # a file's time of change and size
 
@@ -57,6 +58,8 @@ class Folder:
         self._as_json = as_json
         self._options = options
         self._seen: dict[Path, Stamp] = {}
+        self._answered = False  # whether a server has answered, so that one that does not is only away
+        self._away = False
 
     def teach_once(self) -> bool:
         """Teach what the files say now; whether every adapter knows it in the end."""
@@ -64,18 +67,32 @@ class Folder:
         return all(known)
 
     def watch(self) -> None:
-        """Teach each file that is new or has changed, once two looks found the same content. Never returns. Raises
-        NotFound when the folder is gone."""
+        """Teach each file that is new or has changed, once two looks found the same content, and again when a server
+        that was away is back. Never returns. Raises NotFound when the folder is gone, and Unavailable when no server
+        has ever answered."""
         changing: dict[Path, Stamp] = {}
         while True:
             for file in self._files():
                 if (stamp := _stamp(file)) is None or self._seen.get(file) == stamp:
                     continue
-                if changing.get(file) == stamp:
+                if changing.get(file) == stamp and self._try(file):
                     self._seen[file] = stamp
-                    self._teach(file)
                 changing[file] = stamp
             time.sleep(INTERVAL)
+
+    def _try(self, file: Path) -> bool:
+        """Teach what is new in a file; whether the server was there until the end."""
+        try:
+            self._teach(file)
+        except Unavailable as error:
+            if not self._answered:
+                raise
+            if not self._away:
+                self._tell(file, f"{error.message} The file is taught when the server is back.")
+            self._away = True
+            return False
+        self._answered, self._away = True, False
+        return True
 
     def _files(self) -> list[Path]:
         """The files of facts, by name. Raises NotFound if the folder is gone or cannot be read."""
@@ -91,12 +108,14 @@ class Folder:
 
     def _teach(self, file: Path) -> bool:
         """Teach what is new in a file; whether its adapter knows it now. What is wrong is told, and ends nothing.
-        Raises Unavailable when no server answers."""
+        Raises Unavailable when no server answers, or when it shuts down."""
         try:
             return self._teach_facts(file, self._name(file), _facts(file))
         except Unavailable:
             raise
         except FortwoError as error:
+            if isinstance(error, Refused) and error.code == Unavailable.code:
+                raise Unavailable(error.message, hint=error.hint) from None
             if self._as_json:
                 print_json_line({"file": str(file), **error.body()})
             else:
@@ -104,6 +123,9 @@ class Folder:
             return False
 
     def _teach_facts(self, file: Path, name: str, wanted: tuple[Fact, ...]) -> bool:
+        if (job_id := self._under_way(name)) is not None:
+            self._tell(file, f"A job for {name} is under way. It is watched first.")
+            live.watch(self._client, job_id, self._as_json)
         current = self._current(name)
         known = () if current is None else _known(current)
         if (new := lesson(wanted, known)) is None:
@@ -124,6 +146,8 @@ class Folder:
         job = live.watch(self._client, started["job_id"], self._as_json)
         if job["status"] == "succeeded":
             return True
+        if job["status"] == "failed" and job["error"]["code"] == INTERRUPTED:
+            raise Unavailable(job["error"]["message"], hint=job["error"]["hint"])
         stays = "No version is current." if current is None else f"{current['id']} stays current."
         self._tell(file, f"This was not proven. {stays}", current=current and current["id"], taught=[])
         return False
@@ -139,6 +163,12 @@ class Folder:
                 hint="Rename one of the files, or put the facts of both into one.",
             )
         return name
+
+    def _under_way(self, name: str) -> str | None:
+        """The job that teaches the adapter already, for example since the server was started again."""
+        jobs = self._client.get("/api/training/jobs")["jobs"]
+        active = (job for job in jobs if job["adapter_name"] == name and job["status"] not in AT_REST)
+        return next((job["job_id"] for job in active), None)
 
     def _current(self, name: str) -> Json | None:
         """The manifest of the adapter's current version, with its id; None if there is none."""
