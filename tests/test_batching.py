@@ -25,7 +25,7 @@ from fortwo.engine.sampling import Sampler
 from fortwo.execution.backend import backend_for
 from fortwo.nn.lora import Lora, Segment
 from fortwo.nn.packing import PackedAttention, pack
-from fortwo.prompts import Prompt, Sampling
+from fortwo.prompts import MAX_RUNNING, Prompt, Sampling
 from tests.test_engine import CONFIG, DECODER, Ascii, make_lora, prompt
 
 TOKEN_BYTES = 2 * 4 * CONFIG.layers * CONFIG.kv_heads * CONFIG.head_size
@@ -102,6 +102,16 @@ class Asked:
         )
 
 
+def add(base: _Base, request: _Request) -> None:
+    base.scheduler_of(request).add(request)
+
+
+def take_turn(base: _Base) -> None:
+    for scheduler in (base.users, base.background):
+        base.decode(scheduler)
+        base.prefill(scheduler)
+
+
 def serve(base: _Base, asked: Row[Asked]) -> list[_Request]:
     """Take turns until everything has ended, as the device's thread does."""
     requests = [one.request() for one in asked]
@@ -109,14 +119,13 @@ def serve(base: _Base, asked: Row[Asked]) -> list[_Request]:
     for turn in range(5000):
         for one, request in zip(asked, requests, strict=True):
             if one.turn == turn:
-                base.scheduler.add(request)
+                add(base, request)
             if one.cancelled is not None and one.turn + one.cancelled == turn and not request.reply.done:
                 base.end(request, "cancelled")
-        base.decode()
-        base.prefill()
+        take_turn(base)
         bound = base.runner.cache.bound
         assert bound is None or base.runner.cache.tokens <= bound
-        if turn > last and not len(base.scheduler):
+        if turn > last and not base.requests:
             break
     assert all(request.reply.done for request in requests), "somebody never ended"
     base.runner.cache.check_idle()
@@ -154,6 +163,7 @@ REQUESTS = st.builds(
     count=st.integers(1, LONGEST_REPLY),
     turn=st.integers(0, 30),
     cancelled=st.none() | st.none() | st.integers(1, 30),
+    background=st.booleans(),
 ) | st.builds(
     Asked,
     text=st.sampled_from([*TEXTS, "z"]),
@@ -195,25 +205,70 @@ def test_a_full_cache_preempts_the_newest_which_goes_on_where_it_was() -> None:
     assert preempted[0] is requests[2]
 
 
+def test_a_user_waits_neither_for_the_places_nor_for_the_prompts_of_a_job() -> None:
+    base = make_base()
+    job = [Asked(TEXTS[4], None, LONGEST_REPLY, background=True).request() for _ in range(2 * MAX_RUNNING)]
+    for request in job:
+        add(base, request)
+    while len(base.background.running) < MAX_RUNNING:
+        take_turn(base)
+    user = Asked(TEXTS[5], "a0", 2).request()
+    add(base, user)
+    take_turn(base)
+    assert user.reply.tokens == alone(TEXTS[5], "a0")[:1]
+    assert len(base.background.running) == MAX_RUNNING
+
+
+def test_a_turn_of_a_job_computes_prompts_or_tokens_of_replies_not_both() -> None:
+    engine, base = Engine(threads=1), make_base()  # its thread is not started
+    engine._bases["tiny"] = base
+    first, second = (Asked("hi", adapter, 5, background=True).request() for adapter in ("a0", "a1"))
+    counts = []
+    add(base, first)
+    engine._serve()
+    add(base, second)
+    for _ in range(3):
+        engine._serve()
+        counts.append((len(first.reply.tokens), len(second.reply.tokens)))
+    assert counts == [(2, 0), (2, 1), (3, 2)]
+
+
+def test_a_full_cache_preempts_what_a_job_asked_for_a_user_but_lets_one_go_on() -> None:
+    base = make_base(tokens=2 * 128)
+    job = [Asked(TEXTS[4], None, LONGEST_REPLY, background=True).request() for _ in range(2)]
+    for request in job:
+        add(base, request)
+    take_turn(base)
+    first, second = (Asked(TEXTS[4], adapter, 3).request() for adapter in ("a0", "a1"))
+    add(base, first)
+    add(base, second)
+    take_turn(base)
+    assert (base.users.running, list(base.users.waiting)) == ([first], [second])
+    assert (base.background.running, list(base.background.waiting)) == (job[:1], job[1:])
+    while base.requests:
+        take_turn(base)
+    for request in job:
+        assert request.reply.tokens == alone(TEXTS[4], None)
+    for request in (first, second):
+        assert request.reply.tokens == alone(TEXTS[4], request.adapter)[:3]
+
+
 def test_a_long_prompt_does_not_stop_the_replies_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PROMPT_TOKENS_WHILE_DECODING", 16)
     base = make_base()
     running, long = Asked("hi", None, LONGEST_REPLY).request(), Asked("y" * 130, "a0", 5).request()
-    base.scheduler.add(running)
-    base.decode()
-    base.prefill()
-    base.scheduler.add(long)
+    add(base, running)
+    take_turn(base)
+    add(base, long)
     before = len(running.reply.tokens)
     turns = 0
     while not long.reply.tokens:
-        base.decode()
-        base.prefill()
+        take_turn(base)
         turns += 1
     assert turns == 9  # 130 tokens, 16 at a time
     assert len(running.reply.tokens) == before + turns
-    while len(base.scheduler):
-        base.decode()
-        base.prefill()
+    while base.requests:
+        take_turn(base)
     assert long.reply.tokens == alone("y" * 130, "a0")[:5]
     assert running.reply.tokens == alone("hi", None)
 
@@ -263,8 +318,8 @@ def test_other_weights_under_the_same_key_find_nothing_of_the_old_ones() -> None
     asked = Asked(SYSTEM + "one", "a0", 5)
     serve(base, [asked])
     running = asked.request()
-    base.scheduler.add(running)
-    base.prefill()
+    add(base, running)
+    take_turn(base)
     other = LORAS["a1"]
     assert other is not None
     base.runner.attach("a0", other, frozen=True)
@@ -319,13 +374,12 @@ def test_a_prompt_that_is_read_in_parts_and_preempted_half_way_is_read_like_a_wh
     serve(base, [Asked(TEXTS[5], "a0", 3)])
     kept = base.runner.cache.prefixes.tokens
     request = asked.request()
-    base.scheduler.add(request)
-    base.prefill()
+    add(base, request)
+    take_turn(base)
     assert request.uncomputed == len(asked.text) - 50
     base.preempt(request)
     while not request.reply.done:
-        base.decode()
-        base.prefill()
+        take_turn(base)
     check([asked], [request])
     assert (request.reply.finish_reason, request.reply.tokens) == ("length", [])
     assert base.runner.cache.prefixes.tokens == kept > 0

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fortwo.engine.engine import Engine
+from fortwo.engine.generation import Reply
 from fortwo.engine.runner import Runner
 from fortwo.engine.scheduler import Sequence
 from fortwo.errors import Conflict, InvalidRequest, NotFound, Unavailable, UnsupportedModel
@@ -479,6 +480,26 @@ def test_a_job_that_waits_for_its_own_generations_gets_them(engine: Engine) -> N
     assert engine.run_task(job(), seen.append).result(10) == [alone(text, 12, make_lora(2)) for text in ("one", "two")]
     assert seen == []
     assert chat.wait(10) == alone("hello", CONTEXT - 10)
+
+
+def test_what_a_job_asks_is_answered_while_users_chat_without_a_break(engine: Engine) -> None:
+    chats: list[Reply] = []
+
+    def ask() -> None:
+        chats.append(engine.submit(prompt(), again))
+
+    def again(delta: Delta) -> None:
+        if delta.finish_reason not in (None, "cancelled") and not over.is_set():
+            ask()
+
+    over = threading.Event()
+    engine.call(lambda: [ask() for _ in range(3)]).result()
+    asked = Prompt("tiny", tuple(b"x" * 90), None, Sampling(max_tokens=20), background=True)
+    replies = [engine.submit(asked) for _ in range(8)]
+    assert {reply.wait(20) for reply in replies} == {alone("x" * 90, 20)}
+    assert len(chats) > 3
+    over.set()
+    assert {reply.wait(20) for reply in chats} == {alone("hello", 12)}
 
 
 def test_a_job_that_waits_for_nothing_is_asked_again_but_not_busily(engine: Engine) -> None:

@@ -112,12 +112,3 @@ def test_a_job_goes_on_at_once_when_nobody_asks() -> None:
     share.job_ran(10)
     assert share.job_may_run(requests=False)
     assert not share.job_may_run(requests=True)
-
-
-def test_what_a_job_asks_lets_everybody_else_pass() -> None:
-    scheduler = Scheduler[Sequence](1)
-    names = ["user", "job", "job too", "late user", "last job", "later user"]
-    for number, name in enumerate(names):
-        scheduler.add(Sequence([number], name, background="job" in name))
-    waiting = [sequence.adapter for sequence in scheduler.waiting]
-    assert waiting == ["user", "late user", "later user", "job", "job too", "last job"]

@@ -46,7 +46,8 @@ class Sampling:
 class Prompt:
     """A generation request. base: id of a loaded base model; adapter: the digest of a published version or the job id
     of one in training, None for the plain base. continues: the reply continues the prompt's text instead of starting an
-    answer. background: a job's own request, which lets all others go first and leaves nothing in the prefix cache.
+    answer. background: a job's own request. It gets the device for no longer than the others and leaves nothing in the
+    prefix cache.
     embed: Generation.embedding is wanted; max_tokens is 0. shown: control tokens that the reply's text shows."""
 
     base: str

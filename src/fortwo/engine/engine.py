@@ -1,9 +1,9 @@
 """The engine: the thread that owns the device and takes turns between requests and a job.
 
 A turn carries out what other threads asked for, runs one decode step for all running requests of each base and a part
-of the waiting prompts, and then one micro-step of the job, unless requests are owed time. Every accepted request ends,
-whatever happens. This module knows no HTTP, no files and no adapter names; the renderer makes text, the scheduler
-decides who is next.
+of the waiting prompts, for users' requests and, unless these are owed time, for those that jobs make themselves, and
+then one micro-step of the job, unless requests are owed time. Every accepted request ends, whatever happens. This
+module knows no HTTP, no files and no adapter names; the renderer makes text, the scheduler decides who is next.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 CORES = min(torch.get_num_threads(), hardware.cores())  # read before an engine changes the number
 PROMPT_TOKENS = 2048  # prompt tokens computed in a turn when no reply is running
-PROMPT_TOKENS_WHILE_DECODING = 256  # the same while replies run; bounds how long they are held up
+PROMPT_TOKENS_WHILE_DECODING = 256  # the same while replies run, and for a job's prompts; bounds how long others wait
 DAMAGED = "Its weights, or those of its adapter, are damaged: fetch the base again, or take another version."
 POLL_SECONDS = 0.05  # how often a job is advanced that waits although no request runs
 
@@ -58,11 +58,21 @@ class _Request(Sequence):
 
 @dataclass(eq=False)
 class _Base:
+    """users, background: the requests of users and those of jobs. They never share a turn."""
+
     id: str
     runner: Runner
     tokenizer: ReplyTokenizer
     statistics: EngineStatistics = field(default_factory=EngineStatistics)
-    scheduler: Scheduler[_Request] = field(default_factory=lambda: Scheduler(MAX_RUNNING))
+    users: Scheduler[_Request] = field(default_factory=lambda: Scheduler(MAX_RUNNING))
+    background: Scheduler[_Request] = field(default_factory=lambda: Scheduler(MAX_RUNNING))
+
+    @property
+    def requests(self) -> list[_Request]:
+        return [*self.users, *self.background]
+
+    def scheduler_of(self, request: _Request) -> Scheduler[_Request]:
+        return self.background if request.background else self.users
 
     def max_reply_tokens(self, prompt: Prompt) -> int:
         """How many tokens the reply may have at most. Raises InvalidRequest for a prompt that is empty or does not
@@ -81,7 +91,7 @@ class _Base:
         return min(left, prompt.sampling.max_tokens)
 
     def remove(self, request: _Request) -> None:
-        self.scheduler.remove(request)
+        self.scheduler_of(request).remove(request)
         self.runner.release(request)
 
     def end(self, request: _Request, reason: FinishReason, error: str | None = None) -> None:
@@ -90,12 +100,12 @@ class _Base:
         finally:
             request.reply.end(reason, error)
 
-    def decode(self) -> None:
-        """Compute one token for every request whose prompt is computed."""
-        for request in self.scheduler.decoding:  # oldest first
+    def decode(self, scheduler: Scheduler[_Request]) -> None:
+        """Compute one token for every request of the scheduler whose prompt is computed."""
+        for request in scheduler.decoding:  # oldest first
             while request.slot is not None and self._allocate(request, self.runner.extend) is False:
-                self.preempt(self.scheduler.running[-1])
-        if decoding := self.scheduler.decoding:
+                self.preempt((self.background.running or self.users.running)[-1])
+        if decoding := scheduler.decoding:
             self.statistics.batch_rows.observe(len(decoding))
             _advance(self, decoding, lambda: self.runner.step(decoding))
 
@@ -105,15 +115,18 @@ class _Base:
         request.context.run(log.info, full, len(request.tokens))
         self.statistics.preemptions += 1
         self.runner.release(request, keep=False)
-        self.scheduler.preempt(request)
+        self.scheduler_of(request).preempt(request)
 
-    def prefill(self) -> None:
-        """Compute a part of the prompts, and the first token of those that this completes."""
-        scheduler = self.scheduler
-        budget = PROMPT_TOKENS_WHILE_DECODING if scheduler.decoding else PROMPT_TOKENS
+    def prefill(self, scheduler: Scheduler[_Request]) -> None:
+        """Compute a part of the scheduler's prompts, and the first token of those that this completes."""
+        holds_up_others = scheduler is self.background or scheduler.decoding
+        budget = PROMPT_TOKENS_WHILE_DECODING if holds_up_others else PROMPT_TOKENS
         while scheduler.waiting and scheduler.admits(self.runner.unread(scheduler.waiting[0]), budget):
             request = scheduler.waiting[0]
             found = self._allocate(request, self.runner.open)
+            if found is False and scheduler is self.users and len(self.background.running) > 1:  # one goes on
+                self.preempt(self.background.running[-1])
+                continue
             if found is False:
                 break
             if found:
@@ -177,7 +190,9 @@ class Engine:
         self._stopping = False
         self._bases: dict[str, _Base] = {}
         self._tasks: deque[Task[Any]] = deque()
-        self._share = FairShare()
+        self._share = FairShare()  # of the jobs' micro-steps
+        self._background_share = FairShare()  # of the requests that jobs make themselves
+        self._background_prefills = False  # whether their last turn was of prompts, not of tokens of replies
         self._holes = malloc_tuning.Holes()
         self._stalled = False  # the job waits although no request runs: advance it again after POLL_SECONDS
 
@@ -249,7 +264,7 @@ class Engine:
         """Stop serving a base. Raises Conflict while requests use it."""
 
         def remove() -> None:
-            if count := len(self._base(id).scheduler):
+            if count := len(self._base(id).requests):
                 raise Conflict(
                     f"Base model {id!r} cannot be removed: {count} request(s) use it.",
                     param="model",
@@ -272,7 +287,7 @@ class Engine:
 
         def detach() -> None:
             served = self._base(base)
-            for request in served.scheduler:
+            for request in served.requests:
                 if request.adapter == key:
                     served.end(request, "cancelled")
             served.runner.detach(key)
@@ -282,15 +297,16 @@ class Engine:
     def count_requests(self, base: str, adapter: str | None = None) -> int:
         """How many requests run or wait on a base, or on one adapter of it."""
         served = self._base(base)
-        return self.call(lambda: sum(adapter in (None, request.adapter) for request in served.scheduler)).result()
+        return self.call(lambda: sum(adapter in (None, request.adapter) for request in served.requests)).result()
 
     def loads(self) -> list[BaseLoad]:
         """What each base does now, as another thread sees it: nothing waits for the device."""
         loads = []
         for base in list(self._bases.values()):
-            cache, scheduler = base.runner.cache, base.scheduler
-            counts = len(scheduler.running), len(scheduler.waiting)
-            loads.append(BaseLoad(base.id, *counts, cache.tokens, cache.bound))
+            cache, schedulers = base.runner.cache, (base.users, base.background)
+            running = sum(len(scheduler.running) for scheduler in schedulers)
+            waiting = sum(len(scheduler.waiting) for scheduler in schedulers)
+            loads.append(BaseLoad(base.id, running, waiting, cache.tokens, cache.bound))
         return loads
 
     def unread(self, prompt: Prompt) -> int:
@@ -328,7 +344,7 @@ class Engine:
             except (NotFound, Conflict) as error:  # unloaded since `submit` checked
                 reply.end("error", error.message)
             else:
-                base.scheduler.add(request)
+                base.scheduler_of(request).add(request)
 
         self._post(accept)
         return reply
@@ -379,7 +395,7 @@ class Engine:
 
     @property
     def _busy(self) -> bool:
-        return any(len(base.scheduler) for base in self._bases.values())
+        return any(base.requests for base in self._bases.values())
 
     def _run_commands(self) -> None:
         """Carry out the commands of other threads; if there is nothing else to do, wait for one."""
@@ -394,18 +410,40 @@ class Engine:
             return
 
     def _serve(self) -> None:
-        """Compute one token for every running request and a part of the prompts of the others."""
-        for base in list(self._bases.values()):
-            for request in base.scheduler:
+        """Take a turn for the requests of users, then one for those of jobs unless users' are owed device time."""
+        bases, share = list(self._bases.values()), self._background_share
+        for base in bases:
+            for request in base.requests:
                 if request.reply.cancel_requested:
                     base.end(request, "cancelled")
-            if len(base.scheduler):
-                base.decode()
-                self._flush()
-                base.prefill()
-            if not len(base.scheduler):
+        began = time.perf_counter()
+        self._serve_users(bases)
+        served = time.perf_counter()
+        share.requests_ran(served - began)
+        if share.job_may_run(requests=any(base.users.running for base in bases)):
+            self._serve_background(bases)
+            share.job_ran(time.perf_counter() - served)
+        for base in bases:
+            if not base.requests:
                 base.check_idle()
         self._flush()
+
+    def _serve_users(self, bases: list[_Base]) -> None:
+        """Compute one token for every running request and a part of the prompts of the others."""
+        for base in bases:
+            if len(base.users):
+                base.decode(base.users)
+                self._flush()
+                base.prefill(base.users)
+
+    def _serve_background(self, bases: list[_Base]) -> None:
+        """Do one of the two, in turn: a user who comes now does not wait for both."""
+        self._background_prefills = not self._background_prefills
+        for base in bases:
+            if self._background_prefills:
+                base.prefill(base.background)
+            else:
+                base.decode(base.background)
 
     def _advance_job(self) -> None:
         """Run one micro-step of the next job, unless requests are owed device time."""
@@ -439,14 +477,14 @@ class Engine:
                 self._commands.get_nowait()()
         for task in self._tasks:
             task.end(_failed(reason))
-        for request in (request for base in self._bases.values() for request in base.scheduler):
+        for request in (request for base in self._bases.values() for request in base.requests):
             request.reply.fail(_failed(reason))
 
     def _end_all(self) -> None:
         while self._tasks:
             self._tasks.popleft().end()
         for base in self._bases.values():
-            for request in base.scheduler:
+            for request in base.requests:
                 base.end(request, "cancelled")
 
 

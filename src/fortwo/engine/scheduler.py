@@ -45,8 +45,8 @@ S = TypeVar("S", bound=Sequence)
 
 
 class Scheduler(Generic[S]):
-    """The requests of one base: at most `limit` run, the others wait, first come first served, those of a job last.
-    A running request is first prefilled, in parts if its prompt is long, and then decodes."""
+    """Requests of one base: at most `limit` run, the others wait, first come first served. A running request is first
+    prefilled, in parts if its prompt is long, and then decodes."""
 
     def __init__(self, limit: int) -> None:
         self.running: list[S] = []
@@ -69,11 +69,8 @@ class Scheduler(Generic[S]):
         return [sequence for sequence in self.running if sequence.uncomputed > 1]
 
     def add(self, sequence: S) -> None:
-        """Queue a request behind those that came before it, but ahead of every background request."""
-        index = len(self.waiting)
-        while not sequence.background and index and self.waiting[index - 1].background:
-            index -= 1
-        self.waiting.insert(index, sequence)
+        """Queue a request behind those that came before it."""
+        self.waiting.append(sequence)
 
     def admits(self, uncomputed: int, budget: int) -> bool:
         """Whether the first waiting request, with so many tokens to compute, would get part of this turn's budget."""
@@ -118,7 +115,8 @@ def split_budget(uncomputed: Row[int], budget: int) -> list[int]:
 
 
 class FairShare:
-    """A job that held the device for t seconds lets running requests have it for as long before it continues."""
+    """A job that held the device for t seconds lets running requests have it for as long before it continues. What a
+    job does is a micro-step, or a turn of its own requests."""
 
     def __init__(self) -> None:
         self._owed = 0.0
