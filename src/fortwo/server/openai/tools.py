@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ModelWrapValidatorH
 from fortwo.data.json_schema import check_patterns
 from fortwo.data.messages import DEPTH, check_depth, writable, wrong
 from fortwo.data.row_formats import without_nulls
-from fortwo.data.tool_form import ToolForm
-from fortwo.data.tool_grammar import Function, ToolUse, grammar
+from fortwo.data.tool_function import Function
+from fortwo.data.tool_grammar import ToolUse, grammar
 from fortwo.errors import InvalidRequest, all_of
 from fortwo.records import Json, Message
 from fortwo.server.openai.parameters import Strict
@@ -183,12 +183,12 @@ def _refused_schemas(renderer: ChatTemplateRenderer, tools: Sequence[Tool]) -> I
                 )
             check_patterns(function.parameters, at)
             alone = ToolUse((function,), required=True)
-            form = ToolForm("{", '"', None, "}")
-            renderer.vocabulary.grammar_constraint(grammar(form, alone, lambda text: [text]), at)
+            vocabulary = renderer.vocabulary
+            vocabulary.grammar_constraint(grammar(renderer.tool_form, alone, vocabulary.split), at)
         except InvalidRequest as error:
             yield InvalidRequest(
                 error.message if at in error.message else f"{at} of {function.name!r}: {error.message}",
-                param=error.param,
+                param=at if error.param == "tools" else error.param,
                 hint=error.hint,
             )
 
