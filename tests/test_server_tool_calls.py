@@ -387,6 +387,19 @@ def test_the_choice_of_a_response(client: openai.OpenAI) -> None:
             "tools[0].function.parameters",
             "not",
         ),
+        (
+            {
+                "model": "glm",
+                "tools": [PING, tool("f", {"properties": {"a": {"type": "string", "pattern": "b"}}}, strict=True)],
+            },
+            "tools[1].function.parameters",
+            "pattern of 'a'",
+        ),
+        (
+            {"model": "glm", "tools": [tool("f", {"required": ["b"], "properties": {}})]},
+            "tools[0].function.parameters",
+            "'b'",
+        ),
         ({"tools": [PING], "ignore_eos": True}, "ignore_eos", "end"),
         ({"model": "llama", "tools": [PING], "response_format": {"type": "json_object"}}, "response_format", "tools"),
         (

@@ -38,8 +38,9 @@ def of(schema: Any, **more: Any) -> Function:
 # ---------------------------------------------------------------- what a template writes
 
 TEXTS = st.text(alphabet="ab1 <>/\"\\'\n\t{}[]:,.é", max_size=10)
+MARKS = st.sampled_from(["</parameter>", "</arg_value>", "<|sep|>end"])  # which a string within JSON may contain
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS | MARKS,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXTS, inner, max_size=2),
     max_leaves=4,
 )
@@ -138,6 +139,17 @@ def test_a_template_that_writes_values_as_python_does_gets_their_json(
 
 
 @pytest.mark.parametrize("family", SEPARATE)
+def test_reasoning_and_words_before_a_call_are_text(renderers: dict[str, ChatTemplateRenderer], family: str) -> None:
+    renderer = renderers[family]
+    words = "<think>\nIs it <b>?\n</think>\n\nI look."
+    tokens = [*renderer.encode_text(words + "\n"), *replied(renderer, ONE)]
+    assert accepts(renderer, ToolUse((WEATHER,)), tokens)
+    assert not accepts(renderer, ToolUse((WEATHER,), required=True), tokens)
+    parser = ToolCallParser(renderer.tool_form, (WEATHER,))
+    assert read(parser, [renderer.decode_with_control_tokens(tokens[:-1])]) == (words, ONE)
+
+
+@pytest.mark.parametrize("family", SEPARATE)
 @pytest.mark.parametrize(
     ("schema", "value"),
     [
@@ -159,6 +171,15 @@ def test_a_value_is_held_to_its_schema(
 ) -> None:
     assert not accepts(renderers[family], ToolUse((of(schema),)), replied(renderers[family], [("f", {"x": value})]))
     assert accepts(renderers[family], ToolUse((of({}),)), replied(renderers[family], [("f", {"x": value})]))
+
+
+@pytest.mark.parametrize("family", SEPARATE)
+def test_a_string_cannot_contain_what_ends_a_value(renderers: dict[str, ChatTemplateRenderer], family: str) -> None:
+    renderer = renderers[family]
+    _, mark = renderer.tool_form.value_end
+    for text, allowed in ((f"a{mark[:-1]} b", True), (f"a{mark} b", False)):
+        tokens = replied(renderer, [("weather", {"city": text})])
+        assert accepts(renderer, ToolUse((WEATHER,)), tokens) is allowed
 
 
 def test_arguments_come_in_the_order_of_the_schema_and_each_once(renderers: dict[str, ChatTemplateRenderer]) -> None:
@@ -225,6 +246,8 @@ def test_a_text_is_json_where_the_schema_allows_its_type_and_else_a_string(schem
         ({"type": "string", "pattern": "^a"}, {}, "pattern of 'x'"),
         ({"anyOf": [{"type": "string", "format": "date"}, {"type": "null"}]}, {}, "format of 'x'"),
         ({"$ref": "#/$defs/long"}, {}, "minLength of 'x'"),
+        ({"type": ["string", "integer"], "minimum": 3}, {}, "minimum of 'x'"),
+        ({"anyOf": [{"type": "string"}, {"enum": [1, 2]}]}, {}, "enum of 'x'"),
         ({"type": "string"}, {"patternProperties": {"a": {}}}, "patternProperties"),
         ({"type": "string"}, {"anyOf": [{}]}, "anyOf"),
     ],
@@ -240,8 +263,13 @@ def test_keywords_that_cannot_be_enforced_are_refused_where_a_function_is_strict
     assert refusal.value.hint
 
 
-def test_what_strings_have_beside_a_list_of_them_is_no_keyword_for_strings() -> None:
-    for schema in ({"enum": ["a"], "pattern": "a"}, {"type": "array", "items": {"type": "string", "pattern": "a"}}):
+def test_keywords_that_can_be_enforced_are_not_refused() -> None:
+    for schema in (
+        {"enum": ["a"], "pattern": "a"},
+        {"type": "array", "items": {"type": "string", "pattern": "a"}},
+        {"type": "integer", "minimum": 3},
+        {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1}, {"enum": [None]}]},
+    ):
         Function("f", {"properties": {"x": schema}}, strict=True).check_arguments()
 
 

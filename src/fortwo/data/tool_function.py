@@ -12,13 +12,16 @@ from fortwo.data.json_schema import WHITE_SPACE
 from fortwo.errors import InvalidRequest
 from fortwo.records import Json
 
-ANY_TYPE = frozenset({"string", "integer", "number", "boolean", "null", "array", "object"})
+STRUCTURES = frozenset({"array", "object"})
+ANY_TYPE = frozenset({"string", "integer", "number", "boolean", "null"}) | STRUCTURES
 
 _WHOLE = {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "patternProperties", "additionalProperties"}
 DEFINITIONS = ("$defs", "definitions")
 _NO_KEYWORDS = {"title", "description", "default", "examples", "deprecated", "$schema", "$id", "$comment"}
 _EACH = {"type", "properties", "required", "additionalProperties", *DEFINITIONS, *_NO_KEYWORDS}
 _OF_TEXTS = {"pattern", "format", "minLength", "maxLength", "not", "if"}
+_SCALARS = {"integer", "number", "boolean"}
+_OF_SCALARS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "enum", "const"}
 _DEPTH = 32  # of references and alternatives within each other
 
 
@@ -39,6 +42,11 @@ class Argument:
     @property
     def possible(self) -> bool:
         return bool(self.types - {"string"}) or ("string" in self.types and self.texts != ())
+
+    def may_be_structure(self, text: str) -> bool:
+        """Whether a value that begins with this text is an object or a list; a string does not begin like one where
+        those are allowed."""
+        return text.lstrip().startswith(("{", "[")) and bool(self.types & STRUCTURES)
 
     def value(self, text: str) -> str:
         """The JSON text of the value that stands as this text: JSON of a type that the argument may have, or else a
@@ -165,13 +173,16 @@ class Function:
             yield [referred]
 
     def _keywords(self, schema: Any, depth: int = 0) -> Iterator[str]:
-        """The keywords for strings that a schema has beside a list of them."""
-        if isinstance(schema, dict) and depth <= _DEPTH:
-            yield from sorted(schema.keys() & _OF_TEXTS)
-            for options in self._options(schema):
-                for option in options:
-                    if "string" in self._allowed(option)[0]:
-                        yield from self._keywords(option, depth + 1)
+        """What a schema of any string demands of strings, and of other values that are texts like them."""
+        if not isinstance(schema, dict) or depth > _DEPTH:
+            return
+        types, _ = self._allowed(schema)
+        of_texts = _OF_TEXTS if "string" in types else set()
+        of_scalars = _OF_SCALARS if types & _SCALARS else set()
+        yield from sorted(schema.keys() & (of_texts | of_scalars))
+        for options in self._options(schema):
+            for option in options:
+                yield from self._keywords(option, depth + 1)
 
     def _referred(self, schema: Json) -> Json | None:
         """The definition that a schema refers to; None if it refers to none."""

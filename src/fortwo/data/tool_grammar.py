@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from fortwo.data.json_schema import WHITE_SPACE
 from fortwo.data.tool_form import ID, SHORT_ID, SeparateArguments, ToolForm
-from fortwo.data.tool_function import DEFINITIONS, Argument, Function
+from fortwo.data.tool_function import DEFINITIONS, STRUCTURES, Argument, Function
 from fortwo.records import Json
 
 Split = Callable[[str], "list[str | int]"]
@@ -116,16 +116,18 @@ def _separate_calls(form: ToolForm, use: ToolUse, split: Split) -> tuple[str, li
     first, *others = split(mark)
     rest = " ".join(_piece(piece, form) for piece in others)
     lazy, end = ("[lazy]", _quoted(first)) if isinstance(first, str) else ("", _piece(first, form))
+    value = f"/{_ANY_TEXT}/" + ("" if lazy else f" & ~/{_ANY_TEXT}{form.pattern(mark)}{_ANY_TEXT}/")
     rules = [
         f"calls: {' | '.join(f'call_{number}' for number in range(len(use.functions)))}",
         f"after: {after}",
         f"none: {ends(form.separate.none_closing, form.separate.none_between)}",
         f"marked: {_sequence(white + mark, split, form)}",
         f"text: any_text {rest}",
-        f"any_text{lazy}: /{_ANY_TEXT}/ {end}",
+        f"any_text{lazy}: TEXT_VALUE {end}",
         f"plain_text: any_plain_text {rest}",
-        f"any_plain_text{lazy}: PLAIN {end}",
-        f"PLAIN: /{_ANY_TEXT}/ & ~/{_STRUCTURE}{_ANY_TEXT}/",
+        f"any_plain_text{lazy}: PLAIN_VALUE {end}",
+        f"TEXT_VALUE: {value}",
+        f"PLAIN_VALUE: {value} & ~/{_STRUCTURE}{_ANY_TEXT}/",
     ]
     for number, function in enumerate(use.functions):
         rules += _separate_call(f"call_{number}", function, form, form.separate, split)
@@ -164,7 +166,7 @@ def _separate_call(
 def _value(name: str, argument: Argument, function: Function) -> Iterator[str]:
     """The rules of a value and of the mark after it. A text that is JSON of another type which the argument may have
     counts as such, so only what begins like an object or a list has to be kept out of the texts there."""
-    structures, others = argument.types & {"array", "object"}, argument.types - {"string"}
+    structures, others = argument.types & STRUCTURES, argument.types - {"string"}
     options = []
     if "string" in argument.types:
         if argument.texts is None:

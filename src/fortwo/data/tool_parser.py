@@ -193,8 +193,11 @@ class _ArgumentReader:
         self._middle = form.separate.middle
         self._white, self._mark = form.value_end
         self._more = form.past_value(form.separate.between)
-        self._state: Literal["key", "value", "next"] = "key"
+        self._state: Literal["key", "value", "structure", "mark", "next"] = "key"
         self._key = ""
+        self._argument = ANY
+        self._structure = _ObjectReader()
+        self._value = ""
         self._keys: set[str] = set()
         self.done = False
 
@@ -206,10 +209,22 @@ class _ArgumentReader:
             match self._state:
                 case "key" if self._middle in text:
                     self._key, _, text = text.partition(self._middle)
+                    function = self._function
+                    self._argument = function.arguments.get(self._key) or function.others or ANY
                     self._state = "value"
+                case "value" if self._argument.may_be_structure(text):
+                    self._state, self._value, self._structure = "structure", "", _ObjectReader()
                 case "value" if self._mark in text:
                     value, _, text = text.partition(self._mark)
-                    added += self._argument(value.removesuffix(self._white))
+                    added += self._written(value.removesuffix(self._white))
+                    self._state = "next"
+                case "structure" if text:
+                    piece, text = self._structure.take(text)
+                    self._value += piece
+                    self._state = "mark" if self._structure.done else "structure"
+                case "mark" if self._mark in text:
+                    added += self._written(self._value)
+                    text = text.partition(self._mark)[2]
                     self._state = "next"
                 case "next" if text.startswith(self._more):
                     text = text.removeprefix(self._more)
@@ -221,11 +236,10 @@ class _ArgumentReader:
                     break
         return added, text
 
-    def _argument(self, value: str) -> str:
+    def _written(self, value: str) -> str:
         """The JSON text of an argument, after what stands before it; "" for one that was given before."""
         if self._key in self._keys:
             return ""
         before = ", " if self._keys else "{"
         self._keys.add(self._key)
-        argument = self._function.arguments.get(self._key) or self._function.others or ANY
-        return f"{before}{json.dumps(self._key, ensure_ascii=False)}: {argument.value(value)}"
+        return f"{before}{json.dumps(self._key, ensure_ascii=False)}: {self._argument.value(value)}"
