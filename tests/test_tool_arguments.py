@@ -135,6 +135,39 @@ def test_a_template_that_writes_values_as_python_does_gets_their_json(
     assert "<parameter=z>\nfalse\n</parameter>" in said
 
 
+VALUE = "value if value is string else value | tojson"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (VALUE, "value | tojson", "does not write a string as it stands"),
+        (VALUE, "value | trim if value is string else value | tojson", None),
+        (VALUE, "value | upper", "does not write the name or the value of an argument"),
+        (VALUE, "value or 'none'", "does not write a string as it stands"),
+        (VALUE, "'\"' + value + '\"' if value is string else value | tojson", "some values between other texts"),
+        ("</arg_value>", "", "where a value ends"),
+        ("</arg_key>\n<arg_value>", "", "between an argument's name and its value"),
+        ("'\n<arg_key>' + key", "key", "whether another argument follows"),
+        ("'\n<arg_key>' + key", "'\n<' ~ loop.index ~ '>' + key", "differently if there are others"),
+        ("</arg_value>", "</arg_value>{{ '\n' if not loop.last }}", None),
+        ("'\n<tool_call>' + call.function.name", "'\n' + call.function.name", "where a call begins"),
+        ("call.function.name }}", "call.function.name + call.id }}", "id of a call among the arguments"),
+        ("'\n<arg_key>' + key", "'_' + key", "where the name of the function ends"),
+        ("{{ '\n</tool_call>' }}", "", "whether another argument follows"),
+        ("'\n<arg_key>' + key", "('\n' if loop.first else '\n<arg_key>') + key", "whether a call has arguments"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(tmp_path: Path, old: str, new: str, reason: str | None) -> None:
+    assert TEMPLATES["glm"].count(old) == 1
+    renderer = ChatTemplateRenderer(save_tool_base(tmp_path, TEMPLATES["glm"].replace(old, new)))
+    if reason is None:
+        assert renderer.tool_form.separate
+    else:
+        with pytest.raises(InvalidRequest, match=reason):
+            _ = renderer.tool_form
+
+
 # ---------------------------------------------------------------- the grammar
 
 
@@ -171,6 +204,23 @@ def test_a_value_is_held_to_its_schema(
 ) -> None:
     assert not accepts(renderers[family], ToolUse((of(schema),)), replied(renderers[family], [("f", {"x": value})]))
     assert accepts(renderers[family], ToolUse((of({}),)), replied(renderers[family], [("f", {"x": value})]))
+
+
+@pytest.mark.parametrize(("family", "marker"), [("qwen coder", "<tool_call>\n"), ("minimax", "<calls>\n")])
+def test_a_reply_that_is_a_call_without_the_marker_is_one(
+    renderers: dict[str, ChatTemplateRenderer], family: str, marker: str
+) -> None:
+    renderer = renderers[family]
+    ping = Function("ping", {"properties": {}})
+    for calls in (ONE, [("ping", {}), *ONE]):
+        whole = renderer.decode_with_control_tokens(replied(renderer, calls)[:-1])
+        bare = whole.removeprefix(marker)
+        assert len(bare) < len(whole)
+        assert accepts(renderer, ToolUse((WEATHER, ping)), [*renderer.encode_text(bare), 2])
+        assert read(ToolCallParser(renderer.tool_form, (WEATHER, ping)), list(bare)) == ("", calls)
+    for text in (bare.replace("ping", "pong"), "It is " + bare.partition("\n")[0]):
+        assert accepts(renderer, ToolUse((WEATHER, ping)), [*renderer.encode_text(text.replace(marker, "")), 2])
+        assert read(ToolCallParser(renderer.tool_form, (WEATHER, ping)), [text.replace(marker, "")])[1] == []
 
 
 @pytest.mark.parametrize("family", SEPARATE)

@@ -174,8 +174,8 @@ def test_a_reply_without_calls_may_be_held_to_a_schema(renderers: dict[str, Chat
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (XML, "does not write the arguments of a call as a JSON object"),
-        (OWN_OBJECT, "does not write the arguments of a call as a JSON object"),
+        (XML, "one by one cannot be learned: it writes the name or the value of an argument more than once"),
+        (OWN_OBJECT, "one by one cannot be learned: it writes some values between other texts"),
         (CHANNELS, "writes more than the text of an answer"),
         (NOTHING_MARKS, "nothing in what it writes shows where a call begins"),
         (LEFT_OUT, "does not write the name of the function"),

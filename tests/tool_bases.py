@@ -90,9 +90,9 @@ LEFT_OUT = _template("nothing")
 OWN_OBJECT = _template(
     "{% set call = message.tool_calls[0].function %}call:{{ call.name }}{{ '{' }}"
     "{% if call.arguments is mapping %}"
-    "{% for key, value in call.arguments.items() %}{{ key }}:{{ "
-    '" + value + "'
-    " if value is string else value }}{% endfor %}"
+    "{% for key, value in call.arguments.items() %}{{ key }}:"
+    '{% if value is string %}"{{ value }}"{% else %}{{ value }}{% endif %}'
+    "{% if not loop.last %}, {% endif %}{% endfor %}"
     "{% else %}{{ call.arguments }}{% endif %}{{ '}' }}"
 )
 CHANNELS = TEMPLATES["hermes"].replace(

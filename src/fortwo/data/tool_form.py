@@ -27,7 +27,8 @@ SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
 _TOKENS = re.compile(r'\s+|[{}\[\],:"]|[^\s{}\[\],:"]+')
 _JSON_BEGINS = re.compile(r"\s*(\[\s*)?\{")
 _JSON_ENDS = re.compile(r"\s*\}(\s*\])?")
-_TAG = re.compile(r"\s*(\S*>|\S+)")
+_TAG = re.compile(r"\s*(\S*[>\]]|\S+)")
+_LAST_TAG = re.compile(r"[^\0]*[>\]]")
 
 
 def pattern(text: str) -> str:
@@ -70,6 +71,12 @@ def _are_apart(tokens: Sequence[str], before: int, after: int) -> bool:
     if right and before < 0:
         return tokens[after] in _BRACKETS + ","
     return right and tokens[after] in _BRACKETS and not tokens[before].isspace()
+
+
+def _beginning(*texts: str) -> str:
+    """What the texts have in common at their beginning."""
+    alike = itertools.takewhile(lambda signs: len(set(signs)) == 1, zip(*texts, strict=False))
+    return "".join(signs[0] for signs in alike)
 
 
 def tag(text: str) -> str:
@@ -134,9 +141,12 @@ class ToolForm:
 
     @cached_property
     def bare(self) -> tuple[ToolForm, ...]:
-        """The JSON of a call without its marker, alone and in a block of Markdown: so small models write it as a whole
-        reply. Empty where a call is no JSON by itself, or has no marker anyway."""
+        """How calls without their marker begin: so small models write them as a whole reply. Those with JSON are one
+        call, alone and in a block of Markdown; of others only the opening is left out. Empty where nothing shows what
+        a call is without its marker, or it has none anyway."""
         rest = self.opening.removeprefix(self.marker).lstrip()
+        if self.separate is not None:
+            return (ToolForm(rest, self.name_end, None, ""),) if rest and self.name_end and ID not in rest else ()
         closers = _JSON_ENDS.match(self.closing)
         if not self.marker or not _JSON_BEGINS.match(rest) or closers is None or ID in rest + self.closing:
             return ()
@@ -150,11 +160,17 @@ class ToolForm:
     def value_end(self) -> tuple[str, str]:
         """What ends each value of separate arguments: white space, and the text that no string can contain."""
         assert self.separate is not None
-        after = [self.separate.between, self.closing, *([] if self.between is None else [self.between])]
-        alike = itertools.takewhile(lambda signs: len(set(signs)) == 1, zip(*after, strict=False))
-        shared = "".join(signs[0] for signs in alike).partition(ID)[0]
-        mark = tag(shared)
+        shared = _beginning(self.separate.between, self.closing, self.between or self.closing).partition(ID)[0]
+        mark = tag(shared).rstrip("<[{(")
         return shared[: shared.find(mark)], mark
+
+    @cached_property
+    def name_end(self) -> str:
+        """The tag that ends the name of a function whether separate arguments follow it or not; "" if there is none."""
+        assert self.separate is not None
+        none = self.separate.none_closing
+        found = _LAST_TAG.match(_beginning(self.middle, none, self.separate.none_between or none))
+        return found[0] if found else ""
 
     def past_value(self, text: str) -> str:
         """What follows the end of a value in a text that begins with it."""

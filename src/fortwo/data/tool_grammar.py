@@ -113,6 +113,7 @@ def _separate_calls(form: ToolForm, use: ToolUse, split: Split) -> tuple[str, li
         return f"({_sequence(closing, split, form) or _EMPTY}{more})"
 
     after = ends(form.past_value(form.closing), form.past_value(form.between or ""))
+    nones = form.separate.none_closing, form.separate.none_between
     first, *others = split(mark)
     rest = " ".join(_piece(piece, form) for piece in others)
     lazy, end = ("[lazy]", _quoted(first)) if isinstance(first, str) else ("", _piece(first, form))
@@ -120,7 +121,7 @@ def _separate_calls(form: ToolForm, use: ToolUse, split: Split) -> tuple[str, li
     rules = [
         f"calls: {' | '.join(f'call_{number}' for number in range(len(use.functions)))}",
         f"after: {after}",
-        f"none: {ends(form.separate.none_closing, form.separate.none_between)}",
+        f"none: {ends(*(text.removeprefix(form.name_end) for text in nones))}",
         f"marked: {_sequence(white + mark, split, form)}",
         f"text: any_text {rest}",
         f"any_text{lazy}: TEXT_VALUE {end}",
@@ -139,7 +140,8 @@ def _separate_call(
 ) -> Iterator[str]:
     """The rules of a call, from the name of the function on."""
     function.check_arguments()
-    head, middle = _sequence(form.middle, split, form), _sequence(separate.middle, split, form)
+    head = _sequence(form.middle.removeprefix(form.name_end), split, form)
+    middle = _sequence(separate.middle, split, form)
     more = _sequence(form.past_value(separate.between), split, form)
     arguments = [(key, one) for key, one in function.arguments.items() if one.possible]
     others = function.others if function.others and function.others.possible else None
@@ -160,7 +162,8 @@ def _separate_call(
         starts += [f"{head} {name}_other"] * may_be_none
     yield f"{name}_then_{last}: after{'' if others is None else f' | {more} {name}_other'}"
     starts += ["none"] * may_be_none
-    yield f"{name}: {_quoted(function.name)} ({' | '.join(starts)})"
+    yield f"{name}: {_quoted(function.name)} {_sequence(form.name_end, split, form)} {name}_arguments"
+    yield f"{name}_arguments: {' | '.join(starts)}"
 
 
 def _value(name: str, argument: Argument, function: Function) -> Iterator[str]:

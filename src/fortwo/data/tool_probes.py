@@ -36,7 +36,8 @@ _TOOLS = [
     for name, arguments in zip(_NAMES, _ARGUMENTS, strict=True)
     for key in arguments
 ]
-_STRINGS = ('He said "no",\n<b>yes</b> \\ {0} & more', "17", "true", "")
+_THIRD: Json = {"probe_key_three": "probe value three"}
+_STRINGS = ('He said "no",\n<b>yes</b> \\ {0} & more', "17", "true", "[1]", '{"a": null}', "")
 _VALUES: tuple[Any, ...] = (17, -2.5, True, False, None, ["probe item", {"probe": None}], {"probe": [1, False]}, [], {})
 _ASKED: Json = {"role": "user", "content": "Hello"}
 
@@ -189,11 +190,12 @@ def _written(turn: Callable[[list[Json]], str], ids: Sequence[str], *arguments: 
 
 
 def _separate(written: Callable[..., str], short_ids: bool) -> ToolForm:
+    """The form. written: gives the turn that calls functions with these arguments. Raises UnknownForm."""
     (name, _), (first, second) = _NAMES, _ARGUMENTS
-    opening, head, middle, between, again, closing = _around(
-        written(first | second), name, *_spoken(first), *_spoken(second)
-    )
-    if again != middle or _around(written(first), name, *_spoken(first)) != [opening, head, middle, closing]:
+    opening, head, middle, closing = _around(written(first), name, *_spoken(first))
+    three = _around(written(first | second | _THIRD), name, *_spoken(first | second | _THIRD))
+    between = three[3]
+    if three != [opening, head, middle, between, middle, between, middle, closing]:
         raise UnknownForm("it writes an argument differently if there are others")
     none_opening, none_closing = _around(written({}), name)
     if none_opening != opening:
@@ -202,15 +204,8 @@ def _separate(written: Callable[..., str], short_ids: bool) -> ToolForm:
     calls = _between_separate(written, (opening, head, middle, closing, none_closing))
     lead, opening = _opening(opening)
     separate = SeparateArguments(middle, between, calls[1] if calls else "", none_closing, as_text)
-    form = ToolForm(
-        opening,
-        head,
-        calls and calls[0],
-        closing,
-        short_ids=short_ids,
-        lead=lead,
-        separate=separate,
-    )
+    between_calls = calls[0] if calls else None
+    form = ToolForm(opening, head, between_calls, closing, short_ids=short_ids, lead=lead, separate=separate)
     _check_signs(form, separate)
     return form
 
@@ -236,8 +231,11 @@ def _around(text: str, *parts: str) -> list[str]:
 
 
 def _needs_text(written: Callable[..., str], around: tuple[str, str, str]) -> bool:
-    """Whether the template writes a value that is no string otherwise than as JSON, but writes its JSON text as it is.
-    Raises UnknownForm if it writes neither, changes strings, or writes values of some types between other texts."""
+    """Whether the template has to get values that are no strings as JSON text, because it writes them otherwise.
+
+    around: what stands before the key, between key and value, and after the value. Raises UnknownForm if it changes
+    strings, or writes values of some types between other texts.
+    """
     ((key, _),) = _ARGUMENTS[0].items()
     head, middle, closing = around
     before, after = head + key + middle, closing
@@ -245,16 +243,12 @@ def _needs_text(written: Callable[..., str], around: tuple[str, str, str]) -> bo
     def value(given: Any) -> str:
         text = written({key: given})
         if not (text.startswith(before) and text.endswith(after) and len(text) >= len(before + after)):
-            raise UnknownForm("it writes values of other types than strings between other texts, or leaves them out")
+            raise UnknownForm("it writes some values between other texts than others, or leaves them out")
         return text[len(before) : len(text) - len(after)]
 
     if any(value(text) != text for text in _STRINGS):
         raise UnknownForm("it does not write a string as it stands")
-    if all(_is_json(value(one), one) for one in _VALUES):
-        return False
-    if any(value(text) != text for text in map(json.dumps, _VALUES)):
-        raise UnknownForm("it writes a value neither as a string nor as JSON")
-    return True
+    return not all(_is_json(value(one), one) for one in _VALUES)
 
 
 def _is_json(text: str, value: Any) -> bool:
@@ -288,6 +282,8 @@ def _check_signs(form: ToolForm, one: SeparateArguments) -> None:
     """Raises UnknownForm where a reader could not tell the parts of a call from each other."""
     if not form.value_end[1]:
         raise UnknownForm("nothing in what it writes shows where a value ends")
+    if any(ID in text for text in (form.middle, one.middle, one.between)):
+        raise UnknownForm("it writes the id of a call among the arguments")
     if not one.middle:
         raise UnknownForm("nothing stands between an argument's name and its value")
     ends = [form.closing] if form.between is None else [form.closing, form.between]
