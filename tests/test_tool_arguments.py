@@ -188,6 +188,7 @@ def test_reasoning_and_words_before_a_call_are_text(renderers: dict[str, ChatTem
     [
         ({"enum": ["Bonn", "Rome"]}, "Oslo"),
         ({"const": "Bonn"}, "Rome"),
+        ({"enum": ["1", 2]}, "1"),  # it would be read as a number
         ({"type": "integer"}, "x"),
         ({"type": "integer"}, 1.5),
         ({"type": "integer", "minimum": 3}, 2),
@@ -382,6 +383,16 @@ def test_a_call_that_is_cut_off_is_not_complete() -> None:
         arguments = "".join(part.arguments for part in parts if isinstance(part, CallDelta))
         assert '{"x": "Bonn"}'.startswith(arguments)
         assert parser.finished is (arguments == '{"x": "Bonn"}')
+
+
+def test_a_string_within_json_may_contain_what_ends_a_value() -> None:
+    function = Function("f", {"properties": {"x": {"type": "array"}, "y": {"type": "string"}}})
+    value = '[{"a": "}</parameter>"}]'
+    whole = f"<call>\n<function=f>\n<parameter=x>\n{value}\n</parameter>\n<parameter=y>\n[\n</parameter>\n</function>"
+    for pieces in ([whole], list(whole)):
+        parser = ToolCallParser(TAGS, (function,))
+        assert read(parser, pieces) == ("", [("f", {"x": json.loads(value), "y": "["})])
+        assert parser.finished
 
 
 def test_an_argument_that_is_given_twice_counts_once() -> None:
