@@ -400,6 +400,8 @@ def test_the_choice_of_a_response(client: openai.OpenAI) -> None:
             "tools[0].function.parameters",
             "'b'",
         ),
+        ({"model": "glm", "tools": [tool("f", {"properties": {"a": 1}})]}, "tools[0].function.parameters", "of 'f'"),
+        ({"model": "glm", "tools": [tool("f", {"required": "a"})]}, "tools[0].function.parameters", "required"),
         ({"tools": [PING], "ignore_eos": True}, "ignore_eos", "end"),
         ({"model": "llama", "tools": [PING], "response_format": {"type": "json_object"}}, "response_format", "tools"),
         (

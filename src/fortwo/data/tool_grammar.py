@@ -66,8 +66,8 @@ def _calls(form: ToolForm, use: ToolUse, split: Split) -> tuple[str, list[str]]:
 
 
 def _free_start(form: ToolForm, use: ToolUse, body: str, split: Split) -> list[str]:
-    """The rules of a reply that may be text, and may have text before its calls. A reply that begins like the bare JSON
-    of a call of an offered function is one."""
+    """The rules of a reply that may be text, and may have text before its calls. A reply that begins like a call of
+    an offered function without its marker is one."""
     text = f"/{_ANY_TEXT}/"
     if not form.marker:
         return [

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ModelWrapValidatorH
 from fortwo.data.json_schema import check_patterns
 from fortwo.data.messages import DEPTH, check_depth, writable, wrong
 from fortwo.data.row_formats import without_nulls
+from fortwo.data.tool_form import ToolForm
 from fortwo.data.tool_function import Function
 from fortwo.data.tool_grammar import ToolUse, grammar
 from fortwo.errors import InvalidRequest, all_of
@@ -183,8 +184,11 @@ def _refused_schemas(renderer: ChatTemplateRenderer, tools: Sequence[Tool]) -> I
                 )
             check_patterns(function.parameters, at)
             alone = ToolUse((function,), required=True)
-            vocabulary = renderer.vocabulary
-            vocabulary.grammar_constraint(grammar(renderer.tool_form, alone, vocabulary.split), at)
+            form, vocabulary = renderer.tool_form, renderer.vocabulary
+            as_whole = ToolForm("{", '"', None, "}")
+            vocabulary.grammar_constraint(grammar(as_whole, alone, lambda text: [text]), at)
+            if form.separate is not None:
+                vocabulary.grammar_constraint(grammar(form, alone, vocabulary.split), at)
         except InvalidRequest as error:
             yield InvalidRequest(
                 error.message if at in error.message else f"{at} of {function.name!r}: {error.message}",
