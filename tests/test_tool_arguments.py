@@ -215,8 +215,9 @@ def test_a_reply_that_is_a_call_without_the_marker_is_one(
     ping = Function("ping", {"properties": {}})
     for calls in (ONE, [("ping", {}), *ONE]):
         whole = renderer.decode_with_control_tokens(replied(renderer, calls)[:-1])
-        bare = whole.removeprefix(marker)
+        bare = "\n" + whole.removeprefix(marker)
         assert len(bare) < len(whole)
+        assert not accepts(renderer, ToolUse((WEATHER, ping)), renderer.encode_text(bare.replace("city", "town")))
         assert accepts(renderer, ToolUse((WEATHER, ping)), [*renderer.encode_text(bare), 2])
         assert read(ToolCallParser(renderer.tool_form, (WEATHER, ping)), list(bare)) == ("", calls)
     for text in (bare.replace("ping", "pong"), "It is " + bare.partition("\n")[0]):

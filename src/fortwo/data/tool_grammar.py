@@ -77,7 +77,8 @@ def _free_start(form: ToolForm, use: ToolUse, body: str, split: Split) -> list[s
     wholes, rules, heads = "", list[str](), list[str]()
     for number, bare in enumerate(form.bare):
         for index, function in enumerate(use.functions):
-            heads.append(form.pattern(bare.opening + function.name + bare.middle))
+            head = form.pattern(bare.opening + function.name + bare.middle)
+            heads.append(WHITE_SPACE + head.removeprefix(WHITE_SPACE))
             wholes += f" | bare_{number}_{index}"
             closing = _sequence(bare.closing, split, form)
             rules.append(f"bare_{number}_{index}: /{heads[-1]}/ call_{index}_arguments {closing}")
