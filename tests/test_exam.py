@@ -27,6 +27,7 @@ from tests.tiny import save_directory
         ("lacks", ("Oslo",), "It is Paris.", "It is Oslo."),
         ("begins", ("blue and green",), " blue and", ""),
         ("holds", ("get", "42"), 'get {"n": 42}', "get"),
+        ("holds", ("get", '\\"a\\"\\n', '{"n": 1}'), '<get>"a"\n</get> {"n": 1}', 'get "a" {"n": 1}'),
     ],
 )
 def test_rules(rule: str, texts: tuple[str, ...], right: str, wrong: str) -> None:

@@ -36,6 +36,7 @@ def tool(name: str, parameters: Any = None, **more: Any) -> Any:
 
 WEATHER, PING, TAUGHT = tool("weather", SCHEMA), tool("ping"), tool("weather", CITY)
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}
+ADAPTERS = {"caller": "hermes", "tags": "qwen-coder"}
 LESSON = [
     QUESTION,
     {"role": "assistant", "content": "I look.", "tool_calls": [CALL]},
@@ -46,7 +47,8 @@ LESSON = [
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server with a base for each family, one without a form, and the adapter `caller` on that of Hermes."""
+    """A server with a base for each family, one without a form, and adapters that were taught to call: `caller` on the
+    base of Hermes, `tags` on one that writes arguments one by one."""
     home = tmp_path_factory.mktemp("tools")
     paths = {name: save_tool_base(home / name, text) for name, text in {**TEMPLATES, "xml": XML}.items()}
     settings = tiny_settings(home, paths["hermes"])
@@ -55,8 +57,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     as_ollama = ollama.Tool.model_validate(TAUGHT).model_dump(exclude_none=True)  # its client orders keys anew
     with serve(settings) as served:
         body = {
-            "adapter_name": "caller",
-            "model": "hermes",
             "objective": "sft",
             "dataset": {"examples": [{"tools": [given], "messages": LESSON} for given in (TAUGHT, as_ollama)] * 2},
             "lora_config": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
@@ -68,9 +68,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
                 "validation_split": 0,
             },
         }
-        started = served.post("/api/training/start", body)
-        assert started.status_code == 202, started.text
-        assert served.wait(started.json()["job_id"], seconds=300)["status"] == "succeeded"
+        for adapter, base in ADAPTERS.items():
+            started = served.post("/api/training/start", body | {"adapter_name": adapter, "model": base})
+            assert started.status_code == 202, started.text
+            assert served.wait(started.json()["job_id"], seconds=300)["status"] == "succeeded"
         yield served
 
 
@@ -109,8 +110,41 @@ def test_a_required_call_has_arguments_of_the_schema(client: openai.OpenAI, fami
         assert isinstance(given["celsius"], bool)
 
 
-@pytest.mark.parametrize("family", ["hermes", "llama", "deepseek"])
-def test_a_streamed_call_is_the_whole_one(client: openai.OpenAI, family: str) -> None:
+@pytest.mark.parametrize("family", ["qwen-coder", "glm", "minimax", "control-tokens"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_arguments_one_by_one_are_of_their_types(client: openai.OpenAI, family: str, strict: bool) -> None:
+    point = {"type": "object", "properties": {"north": {"type": "boolean"}}, "required": ["north"]}
+    closed = point | {"additionalProperties": False}
+    schema: Any = {
+        "type": "object",
+        "properties": {
+            "level": {"enum": ["low", "high"]},
+            "count": {"enum": [1, 2.5, None]},
+            "point": {"$ref": "#/$defs/point"},
+            "flags": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2},
+            "either": {"anyOf": [{"const": "none"}, {"type": "boolean"}]},
+        },
+        "required": ["level", "count", "point", "flags", "either"],
+        "additionalProperties": False,
+        "$defs": {"point": closed},
+    }
+    function = tool("f", schema, strict=strict)
+    for seed in (1, 2):
+        asked: dict[str, Any] = {"model": family, "tools": [function], "temperature": 1, "seed": seed}
+        choice = ask(client, **asked, tool_choice="required", parallel_tool_calls=False).choices[0]
+        given = json.loads(checked(choice)[0].function.arguments)
+        assert given.keys() == schema["properties"].keys()
+        assert given["level"] in ("low", "high")
+        assert given["count"] in (1, 2.5, None)
+        assert [(key, type(value)) for key, value in given["point"].items()] == [("north", bool)]
+        assert [type(flag) for flag in given["flags"]] in ([bool], [bool, bool])
+        assert given["either"] in ("none", True, False)
+
+
+@pytest.mark.parametrize(
+    ("family", "pieces"), [("hermes", 6), ("llama", 6), ("deepseek", 6), ("qwen-coder", 4), ("control-tokens", 4)]
+)
+def test_a_streamed_call_is_the_whole_one(client: openai.OpenAI, family: str, pieces: int) -> None:
     asked: dict[str, Any] = {
         "model": family,
         "tools": [WEATHER],
@@ -126,7 +160,7 @@ def test_a_streamed_call_is_the_whole_one(client: openai.OpenAI, family: str) ->
     assert all(call.function.name is None for call in called[1:])
     arguments = "".join(call.function.arguments for call in called)
     assert arguments == whole.message.tool_calls[0].function.arguments
-    assert len(called) > 5  # the arguments come piece by piece
+    assert len(called) >= pieces  # the arguments come piece by piece, or one by one
     assert not any(one.delta.content for one in deltas)
     assert deltas[-1].finish_reason == "tool_calls"
 
@@ -165,8 +199,10 @@ def test_the_tools_of_a_choice_of_none_are_not_seen(client: openai.OpenAI) -> No
     assert ask(client, max_tokens=20, tools=[WEATHER]).usage.prompt_tokens > plain.usage.prompt_tokens
 
 
-def test_one_call_at_most_unless_they_may_be_parallel(client: openai.OpenAI) -> None:
+@pytest.mark.parametrize("family", ["hermes", "qwen-coder", "glm"])
+def test_one_call_at_most_unless_they_may_be_parallel(client: openai.OpenAI, family: str) -> None:
     asked: dict[str, Any] = {"tools": [PING], "tool_choice": "required", "logit_bias": {"2": -100}, "max_tokens": 2000}
+    asked["model"] = family
     many = ask(client, **asked).choices[0]
     assert many.finish_reason == "length"
     assert len(many.message.tool_calls) > 1
@@ -187,16 +223,28 @@ def test_a_control_token_begins_a_call(client: openai.OpenAI) -> None:
     assert free.message.content
 
 
-def test_a_call_that_is_cut_off_says_so(client: openai.OpenAI) -> None:
+@pytest.mark.parametrize("family", ["hermes", "qwen-coder", "glm"])
+def test_a_call_that_is_cut_off_says_so(client: openai.OpenAI, family: str) -> None:
     for tokens in (1, 12, 30, 45):
-        choice = ask(client, tools=[WEATHER], tool_choice="required", max_tokens=tokens).choices[0]
+        choice = ask(client, model=family, tools=[WEATHER], tool_choice="required", max_tokens=tokens).choices[0]
         assert choice.finish_reason == "length"
         for call in choice.message.tool_calls or ():
             assert call.function.name == "weather"
 
 
-def test_choices_and_logprobs_of_calls(client: openai.OpenAI) -> None:
+def test_a_stop_within_a_call_ends_it(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "qwen-coder", "tools": [WEATHER], "tool_choice": "required"}
+    within = ask(client, **asked, stop=["<parameter=celsius>"]).choices[0]
+    assert within.finish_reason == "stop"
+    assert within.message.tool_calls[0].function.arguments in ('{"city": "Bonn"', '{"city": "Rome"')
+    after = ask(client, **asked, stop=["ction>\n</tool_call>"]).choices[0]
+    assert json.loads(checked(after)[0].function.arguments).keys() == {"city", "celsius"}
+
+
+@pytest.mark.parametrize("family", ["hermes", "qwen-coder"])
+def test_choices_and_logprobs_of_calls(client: openai.OpenAI, family: str) -> None:
     asked: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required", "logprobs": True, "n": 2, "seed": 1}
+    asked["model"] = family
     whole = ask(client, **asked, temperature=1)
     assert [checked(choice)[0].function.name for choice in whole.choices] == ["weather"] * 2
     counts = [0, 0]
@@ -206,7 +254,8 @@ def test_choices_and_logprobs_of_calls(client: openai.OpenAI) -> None:
     assert counts == [len(choice.logprobs.content) for choice in whole.choices]
 
 
-def test_a_reply_without_calls_follows_the_response_format(bases: Served) -> None:
+@pytest.mark.parametrize("family", ["hermes", "glm"])
+def test_a_reply_without_calls_follows_the_response_format(bases: Served, family: str) -> None:
     schema = {
         "type": "object",
         "properties": {"ok": {"type": "boolean"}},
@@ -215,7 +264,7 @@ def test_a_reply_without_calls_follows_the_response_format(bases: Served) -> Non
     }
     form = {"type": "json_schema", "json_schema": {"name": "ok", "schema": schema}}
     begin = {str(ord("{") - ord("!") + 3): 100.0}
-    reply = bases.chat(model="hermes", tools=[PING], response_format=form, logit_bias=begin, max_tokens=1000).json()
+    reply = bases.chat(model=family, tools=[PING], response_format=form, logit_bias=begin, max_tokens=1000).json()
     assert isinstance(json.loads(reply["choices"][0]["message"]["content"])["ok"], bool)
     called = bases.chat(
         model="llama", tools=[PING], response_format=form, tool_choice="required", max_tokens=1000, logit_bias=END
@@ -226,12 +275,13 @@ def test_a_reply_without_calls_follows_the_response_format(bases: Served) -> Non
 # ---------------------------------------------------------------- an adapter that was taught
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_loop_of_two_turns_with_what_was_taught(client: openai.OpenAI, stream: bool) -> None:
-    asked: dict[str, Any] = {"model": "caller", "tools": [TAUGHT], "logit_bias": {}}
+def test_a_loop_of_two_turns_with_what_was_taught(client: openai.OpenAI, stream: bool, adapter: str) -> None:
+    asked: dict[str, Any] = {"model": adapter, "tools": [TAUGHT], "logit_bias": {}}
     if stream:
         with client.chat.completions.stream(
-            model="caller", tools=[TAUGHT], messages=[QUESTION], temperature=0, max_tokens=1500
+            model=adapter, tools=[TAUGHT], messages=[QUESTION], temperature=0, max_tokens=1500
         ) as events:
             choice: Any = events.get_final_completion().choices[0]
     else:
@@ -254,11 +304,12 @@ def weather(city: str) -> str:
     return "21"
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("stream", [False, True])
-def test_ollamas_client_calls_tools(bases: Served, stream: bool) -> None:
+def test_ollamas_client_calls_tools(bases: Served, stream: bool, adapter: str) -> None:
     with ollama.Client(bases.url) as client:
         options = {"temperature": 0, "num_predict": 400}
-        asked: dict[str, Any] = {"model": "caller", "tools": [TAUGHT], "options": options}
+        asked: dict[str, Any] = {"model": adapter, "tools": [TAUGHT], "options": options}
         replies: Any = client.chat(messages=[QUESTION], stream=stream, **asked)
         parts = list(replies) if stream else [replies]
         assert "".join(part.message.content or "" for part in parts) == "I look."
@@ -268,13 +319,14 @@ def test_ollamas_client_calls_tools(bases: Served, stream: bool) -> None:
         answer = {"role": "tool", "tool_name": "weather", "content": weather(**call.function.arguments)}
         second = client.chat(messages=[QUESTION, said, answer], **asked)
         assert (second.message.content, second.done_reason) == ("No.", "stop")
-        assert client.chat(model="caller", messages=[QUESTION], tools=[weather], options=options).done
-        assert "tools" in (client.show("caller").capabilities or [])
+        assert client.chat(model=adapter, messages=[QUESTION], tools=[weather], options=options).done
+        assert "tools" in (client.show(adapter).capabilities or [])
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_response_calls_functions(client: openai.OpenAI, stream: bool) -> None:
-    asked: dict[str, Any] = {"model": "caller", "tools": [{"type": "function", **TAUGHT["function"]}], "temperature": 0}
+def test_a_response_calls_functions(client: openai.OpenAI, stream: bool, adapter: str) -> None:
+    asked: dict[str, Any] = {"model": adapter, "tools": [{"type": "function", **TAUGHT["function"]}], "temperature": 0}
     if stream:
         events: list[Any] = list(client.responses.create(input=[QUESTION], stream=True, **asked))
         assert [event.sequence_number for event in events] == list(range(len(events)))
@@ -294,7 +346,7 @@ def test_a_response_calls_functions(client: openai.OpenAI, stream: bool) -> None
     output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "21"}
     second = client.responses.create(input=[QUESTION, *first.output, output], **asked)
     assert second.output_text == "No."
-    chat = ask(client, model="caller", tools=[TAUGHT], messages=LESSON[:3], logit_bias={})
+    chat = ask(client, model=adapter, tools=[TAUGHT], messages=LESSON[:3], logit_bias={})
     assert second.usage is not None
     assert second.usage.input_tokens == chat.usage.prompt_tokens
 
@@ -335,6 +387,21 @@ def test_the_choice_of_a_response(client: openai.OpenAI) -> None:
             "tools[0].function.parameters",
             "not",
         ),
+        (
+            {
+                "model": "glm",
+                "tools": [PING, tool("f", {"properties": {"a": {"type": "string", "pattern": "b"}}}, strict=True)],
+            },
+            "tools[1].function.parameters",
+            "pattern of 'a'",
+        ),
+        (
+            {"model": "glm", "tools": [tool("f", {"required": ["b"], "properties": {}})]},
+            "tools[0].function.parameters",
+            "'b'",
+        ),
+        ({"model": "glm", "tools": [tool("f", {"properties": {"a": 1}})]}, "tools[0].function.parameters", "of 'f'"),
+        ({"model": "glm", "tools": [tool("f", {"required": "a"})]}, "tools[0].function.parameters", "required"),
         ({"tools": [PING], "ignore_eos": True}, "ignore_eos", "end"),
         ({"model": "llama", "tools": [PING], "response_format": {"type": "json_object"}}, "response_format", "tools"),
         (

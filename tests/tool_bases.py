@@ -54,6 +54,30 @@ TEMPLATES = {
         "{% for call in message.tool_calls %}"
         "{{ '<function=' + call.function.name + '>' + (call.function.arguments | tojson) + '</function>' }}{% endfor %}"
     ),
+    "qwen coder": _template(
+        "{% if message.content %}{{ message.content + '\n\n' }}{% endif %}{% for call in message.tool_calls %}"
+        "{{ '<tool_call>\n<function=' + call.function.name + '>\n' }}"
+        "{% for key, value in call.function.arguments.items() %}"
+        "{{ '<parameter=' + key + '>\n' + (value if value is string else value | string) + '\n</parameter>\n' }}"
+        "{% endfor %}{{ '</function>\n</tool_call>' }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+    ),
+    "glm": _template(
+        "{% for call in message.tool_calls %}{{ '\n<tool_call>' + call.function.name }}"
+        "{% for key, value in call.function.arguments.items() %}"
+        "{{ '\n<arg_key>' + key + '</arg_key>\n<arg_value>' }}"
+        "{{ value if value is string else value | tojson }}</arg_value>{% endfor %}{{ '\n</tool_call>' }}{% endfor %}"
+    ),
+    "minimax": _template(
+        "{{ '<calls>\n' }}{% for call in message.tool_calls %}{{ '<invoke name=\"' + call.function.name + '\">\n' }}"
+        "{% for key, value in call.function.arguments.items() %}{{ '<parameter name=\"' + key + '\">' }}"
+        "{{ value if value is string else value | tojson }}{{ '</parameter>\n' }}{% endfor %}"
+        "{{ '</invoke>\n' }}{% endfor %}</calls>"
+    ),
+    "control tokens": _template(
+        "{% for call in message.tool_calls %}<|calls|>{{ call.function.name }}"
+        "{% for key, value in call.function.arguments.items() %}{{ '<|sep|>' + key }}<|tool_call|>"
+        "{{ value if value is string else value | tojson }}<|sep|>end{% endfor %}<|end_calls|>{% endfor %}"
+    ),
 }
 XML = _template(
     "{% for call in message.tool_calls %}<function={{ call.function.name }}>"
@@ -66,7 +90,9 @@ LEFT_OUT = _template("nothing")
 OWN_OBJECT = _template(
     "{% set call = message.tool_calls[0].function %}call:{{ call.name }}{{ '{' }}"
     "{% if call.arguments is mapping %}"
-    "{% for key, value in call.arguments.items() %}{{ key }}:'{{ value }}'{% endfor %}"
+    "{% for key, value in call.arguments.items() %}{{ key }}:"
+    '{% if value is string %}"{{ value }}"{% else %}{{ value }}{% endif %}'
+    "{% if not loop.last %}, {% endif %}{% endfor %}"
     "{% else %}{{ call.arguments }}{% endif %}{{ '}' }}"
 )
 CHANNELS = TEMPLATES["hermes"].replace(

@@ -213,7 +213,8 @@ class Metric:
 @dataclass(frozen=True)
 class ReplyCheck:
     """When a reply is right. rule: contains (at least one of the texts, as whole words in upper or lower case), lacks
-    (none of them), begins (the one text begins with the reply) or holds (every text occurs)."""
+    (none of them), begins (the one text begins with the reply) or holds (every text occurs, with or without the escapes
+    of JSON)."""
 
     rule: Literal["contains", "lacks", "begins", "holds"]
     texts: tuple[str, ...]

@@ -31,7 +31,8 @@ from fortwo.data.detokenizer import Detokenizer
 from fortwo.data.json_constraint import JsonConstraint, Vocabulary
 from fortwo.data.template_environment import ChatTemplate, TemplateFailure, TemplateRefusal
 from fortwo.data.tokenizer_files import any_of, declared_eos, embedding_rows, load_tokenizer, rename_tokens
-from fortwo.data.tool_form import ToolForm, UnknownForm, learn_form
+from fortwo.data.tool_form import ToolForm
+from fortwo.data.tool_probes import UnknownForm, learn_form
 from fortwo.errors import InvalidDataset, InvalidRequest, UnsupportedModel
 from fortwo.hub.template_files import JINJA, choose_template
 from fortwo.records import Example, Message, PlanWarning

@@ -1,57 +1,39 @@
-"""The form in which a base's chat template writes calls of tools, learned from what the template itself writes.
+"""The form in which a base's chat template writes calls of tools.
 
 Families differ in how the assistant calls a tool: `<tool_call>{"name": ..., "arguments": ...}</tool_call>`, a list of
-such objects after `[TOOL_CALLS]`, `{"name": ..., "parameters": ...}` alone, or the name and then the arguments. A
-conversation with calls of made-up tools is rendered, and what stands around their names and arguments is the form. So
-no family has to be known by name. The form serves three purposes: a grammar holds replies to it, a parser finds calls
-in replies, and messages are handed to the template as it wants them.
+such objects after `[TOOL_CALLS]`, `{"name": ..., "parameters": ...}` alone, the name and then the arguments, or an
+element for each argument. `data.tool_probes` learns the form from what the template itself writes, so no family has to
+be known by name. The form serves three purposes: a grammar holds replies to it, a parser finds calls in replies, and
+messages are handed to the template as it wants them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from fortwo.data.json_schema import WHITE_SPACE
-from fortwo.data.template_environment import TemplateFailure, TemplateRefusal
 from fortwo.records import Json
 
 ID = "\0"  # stands in the texts of a form for the id of a call
 ID_PATTERN = "[a-zA-Z0-9_-]{1,64}"
 SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
 
-Apply = Callable[[list[Json], "list[Json] | None", bool], str]
-"""The template's text, control tokens included: of messages, of tools, and with or without the generation prompt."""
-
 _TOKENS = re.compile(r'\s+|[{}\[\],:"]|[^\s{}\[\],:"]+')
 _JSON_BEGINS = re.compile(r"\s*(\[\s*)?\{")
 _JSON_ENDS = re.compile(r"\s*\}(\s*\])?")
-_NAMES = ("probe_function_one", "probe_function_two")
-_ARGUMENTS = ({"probe_key_one": "probe value one"}, {"probe_key_two": "probe value two"})
-_IDS = (("call_0probe1one0probe1one0", "call_0probe2two0probe2two0"), ("probe1one", "probe2two"))  # any, and short
-_TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": name,
-            "description": "A function.",
-            "parameters": {"type": "object", "properties": {key: {"type": "string", "description": "A text."}}},
-        },
-    }
-    for name, arguments in zip(_NAMES, _ARGUMENTS, strict=True)
-    for key in arguments
-]
-_ASKED: Json = {"role": "user", "content": "Hello"}
+_TAG = re.compile(r"\s*(\S*[>\]]|\S+)")
+_LAST_TAG = re.compile(r"[^\0]*[>\]]")
 
 
 def pattern(text: str) -> str:
-    """A regular expression, in the syntax that Python and Rust share, for a text of a form. ID stands for any id. There
-    may be any white space between the signs of JSON, because models do not always write as much as the template."""
+    """A regular expression for a text of a form with JSON. There may be any white space between the signs of JSON,
+    because models do not always write as much as the template."""
     tokens = _TOKENS.findall(text)
     parts: list[str] = []
     for index, token in enumerate(tokens):
@@ -91,16 +73,36 @@ def _are_apart(tokens: Sequence[str], before: int, after: int) -> bool:
     return right and tokens[after] in _BRACKETS and not tokens[before].isspace()
 
 
+def _beginning(*texts: str) -> str:
+    """What the texts have in common at their beginning."""
+    alike = itertools.takewhile(lambda signs: len(set(signs)) == 1, zip(*texts, strict=False))
+    return "".join(signs[0] for signs in alike)
+
+
+def tag(text: str) -> str:
+    """The first tag of a text, or its first word where that is none; "" if there is none."""
+    found = _TAG.match(text)
+    return found[1] if found else ""
+
+
 def _escaped(text: str) -> str:
     return re.sub(r"([!-/:;=?@\[-^`{-~])", r"\\\1", text).replace("\n", r"\n")
 
 
-class UnknownForm(Exception):
-    """The template writes no tools, or their calls in a form that cannot be learned; the text says which."""
+@dataclass(frozen=True)
+class SeparateArguments:
+    """How arguments are written one by one: key, `middle`, value; for each further argument `between`, key, `middle`,
+    value. A string stands as it is, and any other value as JSON.
 
+    none_between, none_closing: what follows the name of a function without arguments, before another call and after the
+    last one. as_text: the template gets values that are no strings as JSON text, because it writes them otherwise.
+    """
 
-class _Unreadable(UnknownForm):
-    """The template cannot do with the arguments as they were handed over."""
+    middle: str
+    between: str
+    none_between: str
+    none_closing: str
+    as_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class ToolForm:
     name, `middle`, arguments; then `closing`. Control tokens are spelled out, and ID stands for the id of a call.
 
     between: None where a message holds one call at most. arguments_as_text: the template takes the arguments of a call
-    as JSON text, not as an object. short_ids: it takes only ids of nine letters and digits.
+    as JSON text, not as an object. short_ids: it takes only ids of nine letters and digits. lead: the white space that
+    it writes before the opening. separate: the arguments are no JSON object, but written one by one.
     """
 
     opening: str
@@ -118,20 +121,32 @@ class ToolForm:
     closing: str
     arguments_as_text: bool = False
     short_ids: bool = False
+    lead: str = ""
+    separate: SeparateArguments | None = None
+
+    def pattern(self, text: str) -> str:
+        """A regular expression, in the syntax that Python and Rust share, for a text of the form. ID stands for any id.
+        White space is free between the signs of JSON."""
+        return pattern(text) if self.separate is None else _escaped(text).replace(ID, ID_PATTERN)
 
     @cached_property
     def marker(self) -> str:
         """The text with which calls begin within a reply; "" where their JSON follows nothing, so that only a whole
         reply can be a call."""
         before_id = self.opening.partition(ID)[0]
+        if self.separate is not None:
+            return tag(before_id)
         found = _JSON_BEGINS.search(before_id)
         return (before_id[: found.start()] if found else before_id).rstrip()
 
     @cached_property
     def bare(self) -> tuple[ToolForm, ...]:
-        """The JSON of a call without its marker, alone and in a block of Markdown: so small models write it as a whole
-        reply. Empty where a call is no JSON by itself, or has no marker anyway."""
+        """How calls without their marker begin: so small models write them as a whole reply. Those with JSON are one
+        call, alone and in a block of Markdown; of others only the opening is left out. Empty where nothing shows what
+        a call is without its marker, or it has none anyway."""
         rest = self.opening.removeprefix(self.marker).lstrip()
+        if self.separate is not None:
+            return (ToolForm(rest, self.name_end, None, ""),) if rest and self.name_end and ID not in rest else ()
         closers = _JSON_ENDS.match(self.closing)
         if not self.marker or not _JSON_BEGINS.match(rest) or closers is None or ID in rest + self.closing:
             return ()
@@ -141,9 +156,31 @@ class ToolForm:
             ToolForm(f"{fence}json\n{rest}", self.middle, None, f"{closers[0]}\n{fence}"),
         )
 
+    @cached_property
+    def value_end(self) -> tuple[str, str]:
+        """What ends each value of separate arguments: white space, and the text that no string can contain."""
+        assert self.separate is not None
+        shared = _beginning(self.separate.between, self.closing, self.between or self.closing).partition(ID)[0]
+        mark = tag(shared).rstrip("<[{(")
+        return shared[: shared.find(mark)], mark
+
+    @cached_property
+    def name_end(self) -> str:
+        """The tag that ends the name of a function whether separate arguments follow it or not; "" if there is none."""
+        assert self.separate is not None
+        none = self.separate.none_closing
+        found = _LAST_TAG.match(_beginning(self.middle, none, self.separate.none_between or none))
+        return found[0] if found else ""
+
+    def past_value(self, text: str) -> str:
+        """What follows the end of a value in a text that begins with it."""
+        return text.removeprefix("".join(self.value_end))
+
     @property
     def texts(self) -> tuple[str, ...]:
-        return self.opening, self.middle, self.between or "", self.closing
+        whole = self.opening, self.middle, self.between or "", self.closing
+        one = self.separate
+        return whole if one is None else (*whole, one.middle, one.between, one.none_between, one.none_closing)
 
     def messages(self, messages: Sequence[Json]) -> list[Json]:
         """The messages as the template takes them: with arguments and ids of calls in its form."""
@@ -163,125 +200,23 @@ class ToolForm:
 
     def _call(self, call: Json) -> Json:
         formed = dict(call)
+        given = call["function"]["arguments"]
         if self.arguments_as_text:
-            text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-            formed["function"] = call["function"] | {"arguments": text}
-        if given := call.get("id"):
-            formed["id"] = self._id(given)
+            formed["function"] = call["function"] | {"arguments": json.dumps(given, ensure_ascii=False)}
+        if self.separate is not None and self.separate.as_text:
+            texts = {
+                key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                for key, value in given.items()
+            }
+            formed["function"] = call["function"] | {"arguments": texts}
+        if id := call.get("id"):
+            formed["id"] = self._id(id)
         return formed
 
     def _id(self, given: str) -> str:
         if not self.short_ids or SHORT_ID.fullmatch(given):
             return given
         return hashlib.sha256(given.encode()).hexdigest()[:9]
-
-
-def learn_form(apply: Apply, ends: Collection[str]) -> ToolForm:
-    """The form that the template writes. ends: the texts of the tokens that end a reply. Raises UnknownForm."""
-    try:
-        prompt = apply([_ASKED], _TOOLS, True)
-        if prompt == apply([_ASKED], None, True):
-            raise UnknownForm("it does not write the tools that are offered")
-    except (TemplateRefusal, TemplateFailure) as error:
-        raise UnknownForm(f"it refuses tools: {error}") from None
-    _check_answer(apply, prompt)
-    reasons: list[str] = []
-    for as_text in (False, True):
-        for ids in _IDS:
-            calls = _probe_calls(ids, as_text)
-            try:
-                one = _turn(apply, prompt, calls[:1], ends)
-                if not as_text and repr(_ARGUMENTS[0]) in one:
-                    raise _Unreadable("it writes the arguments of a call as Python does")
-                return _form(one, _turn(apply, prompt, calls, ends), ids, as_text)
-            except UnknownForm as error:
-                reasons.append(str(error))
-                unreadable = isinstance(error, _Unreadable)
-        if not unreadable:  # a template that reads an object does not want text
-            break
-    raise UnknownForm(reasons[0])
-
-
-def _check_answer(apply: Apply, prompt: str) -> None:
-    """Raises UnknownForm for a template that writes something between the prompt and the text of an answer: a reply
-    then has control tokens of its own."""
-    with suppress(TemplateRefusal, TemplateFailure):
-        whole = apply([_ASKED, {"role": "assistant", "content": "Answer"}], _TOOLS, False)
-        if whole.startswith(prompt) and not whole.removeprefix(prompt).lstrip().startswith("Answer"):
-            raise UnknownForm("it writes more than the text of an answer into the assistant's turn")
-
-
-def _probe_calls(ids: Sequence[str], as_text: bool) -> list[Json]:
-    return [
-        {
-            "id": id,
-            "type": "function",
-            "function": {"name": name, "arguments": json.dumps(arguments) if as_text else arguments},
-        }
-        for id, name, arguments in zip(ids, _NAMES, _ARGUMENTS, strict=True)
-    ]
-
-
-def _turn(apply: Apply, prompt: str, calls: list[Json], ends: Collection[str]) -> str:
-    """What the template writes after the generation prompt for an assistant that makes these calls, up to the end of
-    its turn; "" for several calls that it refuses. Raises UnknownForm."""
-    try:
-        whole = apply([_ASKED, {"role": "assistant", "content": "", "tool_calls": calls}], _TOOLS, False)
-    except (TemplateRefusal, TemplateFailure) as error:
-        if len(calls) > 1:
-            return ""
-        raise _Unreadable(f"it refuses an assistant's call: {error}") from None
-    if not whole.startswith(prompt):
-        raise UnknownForm("it writes a finished call differently from the prompt that asks for it")
-    turn = whole.removeprefix(prompt)
-    end = min((turn.find(end) for end in ends if end in turn), default=len(turn))
-    return turn[:end] if end < len(turn) else turn.rstrip()
-
-
-def _form(one: str, two: str, ids: Sequence[str], as_text: bool) -> ToolForm:
-    """The form of a turn with one call and of one with two. Raises UnknownForm."""
-    opening, middle, closing = _parts(one, 0)
-    for id in ids:
-        opening, middle, closing = (text.replace(id, ID) for text in (opening, middle, closing))
-    if any(id[-9:] in text for id in ids for text in (opening, middle, closing)):
-        raise UnknownForm("it writes a part of an id")
-    opening = opening.lstrip()
-    if not opening:
-        raise UnknownForm("nothing in what it writes shows where a call begins")
-    return ToolForm(opening, middle, _between(two, ids, (opening, middle, closing)), closing, as_text, ids is _IDS[1])
-
-
-def _between(two: str, ids: Sequence[str], parts: tuple[str, str, str]) -> str | None:
-    """What stands between two calls; None if they are not written like one call."""
-    try:
-        opening, middle, rest = _parts(two, 0)
-        between, second, closing = _parts(rest, 1)
-    except UnknownForm:
-        return None
-    for id in ids:
-        opening, middle, between, second, closing = (
-            text.replace(id, ID) for text in (opening, middle, between, second, closing)
-        )
-    same = (opening.lstrip(), middle, closing) == parts and second == middle
-    return between if same else None
-
-
-def _parts(text: str, call: int) -> tuple[str, str, str]:
-    """What stands before the name of a probe's call, between the name and the arguments, and after those."""
-    name, arguments = _NAMES[call], _ARGUMENTS[call]
-    before, found, rest = text.partition(name)
-    if not found:
-        raise UnknownForm("it does not write the name of the function that is called")
-    for start in (match.start() for match in re.finditer(r"\{", rest)):
-        try:
-            value, end = json.JSONDecoder().raw_decode(rest, start)
-        except ValueError:
-            continue
-        if value == arguments:
-            if name in rest[:start] or name in rest[end:]:
-                raise UnknownForm("it writes the name of the function more than once")
-            return before, rest[:start], rest[end:]
-    raise UnknownForm("it does not write the arguments of a call as a JSON object after the name of the function")
 
 
 def _with_ids(messages: Sequence[Json]) -> list[Json]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from fortwo.data.tool_form import ToolForm, pattern
+from fortwo.data.tool_form import ToolForm
+from fortwo.data.tool_function import ANY, Function
+
+_NAME = "([a-zA-Z0-9_.-]+)"
 
 
 @dataclass(frozen=True)
@@ -23,23 +27,25 @@ class CallDelta:
 class ToolCallParser:
     """Reads one reply in a form. White space between text and a call is part of neither.
 
-    names: of the functions that a call without a marker may name. calls: how many calls are complete.
+    functions: those that a reply may call. calls: how many calls are complete.
     """
 
-    def __init__(self, form: ToolForm, names: Iterable[str]) -> None:
+    def __init__(self, form: ToolForm, functions: Iterable[Function]) -> None:
+        self._form = form
+        self._functions = {function.name: function for function in functions}
         self._marker = form.marker
-        self._marked = re.compile(pattern(form.opening))
+        self._marked = re.compile(form.pattern(form.opening))
         if form.marker:
-            heads = {bare.opening + name + bare.middle: bare.opening for name in names for bare in form.bare}
+            heads = {bare.opening + name + bare.middle: bare.opening for name in self._functions for bare in form.bare}
         else:
             heads = {form.opening: form.opening}
         self._heads = heads  # what a reply that is a call by itself begins with, and its part before the name
-        self._named = re.compile("([a-zA-Z0-9_.-]+)" + pattern(form.middle) + r"(?=\s*\{)")
-        self._between = None if form.between is None else re.compile(pattern(form.between))
+        self._named = re.compile(_NAME + form.pattern(form.middle) + ("" if form.separate else r"(?=\s*\{)"))
+        self._between: re.Pattern[str] | None = None  # what stands between the last call and a further one
         self._state: Literal["text", "name", "arguments", "after"] = "text"
         self._at_start = True
         self._buffer = ""
-        self._scanner = _ObjectScanner()
+        self._reader: _ObjectReader | _ArgumentReader = _ObjectReader()
         self._index = 0
         self.calls = 0
 
@@ -57,9 +63,13 @@ class ToolCallParser:
         return found
 
     def flush(self) -> list[str | CallDelta]:
-        """The text that was held back and did not become a call, when the reply has ended."""
+        """What was held back, when the reply has ended: a text that did not become a call, or a call that nothing
+        follows."""
+        found: list[str | CallDelta] = []
+        if self._state == "name":
+            self._read_no_arguments(found, ended=True)
         rest, self._buffer = self._buffer if self._state == "text" else "", ""
-        return [rest] if rest else []
+        return [rest] if rest else found
 
     def _step(self, found: list[str | CallDelta]) -> bool:
         """Read as much of the buffer as the state allows. Returns whether the state changed."""
@@ -71,20 +81,43 @@ class ToolCallParser:
                 if named := self._named.match(self._buffer):
                     found.append(CallDelta(self._index, named[1]))
                     self._buffer = self._buffer[named.end() :]
-                    self._state, self._scanner = "arguments", _ObjectScanner()
+                    self._state, self._reader = "arguments", self._reader_of(named[1])
+                else:
+                    self._read_no_arguments(found)
             case "arguments":
-                text = self._buffer if self._scanner.begun else self._buffer.lstrip()
-                piece = self._scanner.take(text)
-                self._buffer = text[len(piece) :]
+                piece, self._buffer = self._reader.take(self._buffer)
                 if piece:
                     found.append(CallDelta(self._index, arguments=piece))
-                if self._scanner.done:
-                    self._state, self.calls = "after", self.calls + 1
+                if self._reader.done:
+                    between = self._form.between or ""
+                    self._finish_call(between if self._form.separate is None else self._form.past_value(between))
             case "after":
-                if self._between is not None and (between := self._between.match(self._buffer)):
-                    self._buffer = self._buffer[between.end() :]
+                if self._between is not None and (further := self._between.match(self._buffer)):
+                    self._buffer = self._buffer[further.end() :]
                     self._state, self._index = "name", self._index + 1
         return (self._state, self._index) != before
+
+    def _finish_call(self, between: str) -> None:
+        """A call is complete. between: what follows it if there is a further one."""
+        self._state, self.calls = "after", self.calls + 1
+        self._between = None if self._form.between is None else re.compile(self._form.pattern(between))
+
+    def _reader_of(self, name: str) -> _ObjectReader | _ArgumentReader:
+        if self._form.separate is None:
+            return _ObjectReader()
+        return _ArgumentReader(self._form, self._functions.get(name, Function(name, {})))
+
+    def _read_no_arguments(self, found: list[str | CallDelta], ended: bool = False) -> None:
+        """Complete a call whose name is not followed by arguments that are written one by one. ended: nothing more
+        comes."""
+        named, separate = re.match(_NAME, self._buffer), self._form.separate
+        if named is None or separate is None:
+            return
+        rest = self._buffer[named.end() :]
+        if rest == separate.none_closing if ended else not self._form.middle.startswith(rest):
+            found += [CallDelta(self._index, named[1]), CallDelta(self._index, arguments="{}")]
+            self._buffer = rest
+            self._finish_call(separate.none_between)
 
     def _read_text(self, found: list[str | CallDelta]) -> None:
         """Show the text of the buffer up to what is, or may become, the opening of a call."""
@@ -96,8 +129,8 @@ class ToolCallParser:
                 found.append(self._buffer[:shown])
                 self._buffer, self._at_start = self._buffer[shown:], False
         text = self._buffer.lstrip()
-        if head is not None and re.match(pattern(head), text):
-            opened = re.match(pattern(self._heads[head]), text)
+        if head is not None and re.match(self._form.pattern(head), text):
+            opened = re.match(self._form.pattern(self._heads[head]), text)
         else:
             opened = self._marked.match(text) if head is None and self._marker else None
         if opened:
@@ -119,19 +152,20 @@ def _find(text: str, marker: str) -> int:
     return len(text) - next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)
 
 
-class _ObjectScanner:
-    """Finds the end of a JSON object that arrives in pieces."""
+class _ObjectReader:
+    """Reads a JSON object that arrives in pieces."""
 
     def __init__(self) -> None:
         self._depth = 0
         self._in_string = False
         self._escaped = False
-        self.begun = False
+        self._begun = False
         self.done = False
 
-    def take(self, text: str) -> str:
-        """The part of the text that belongs to the object."""
-        self.begun |= bool(text)
+    def take(self, text: str) -> tuple[str, str]:
+        """The part of the text that belongs to the object, and the rest."""
+        text = text if self._begun else text.lstrip()
+        self._begun |= bool(text)
         for position, character in enumerate(text, 1):
             if self._escaped:
                 self._escaped = False
@@ -146,5 +180,66 @@ class _ObjectScanner:
                 self._depth -= 1
                 if self._depth == 0:
                     self.done = True
-                    return text[:position]
-        return text
+                    return text[:position], text[position:]
+        return text, ""
+
+
+class _ArgumentReader:
+    """Reads arguments that are written one by one and arrive in pieces, from the first one's key on."""
+
+    def __init__(self, form: ToolForm, function: Function) -> None:
+        assert form.separate is not None
+        self._function = function
+        self._middle = form.separate.middle
+        self._white, self._mark = form.value_end
+        self._more = form.past_value(form.separate.between)
+        self._state: Literal["key", "value", "structure", "mark", "next"] = "key"
+        self._key = ""
+        self._argument = ANY
+        self._structure = _ObjectReader()
+        self._value = ""
+        self._keys: set[str] = set()
+        self.done = False
+
+    def take(self, text: str) -> tuple[str, str]:
+        """What the text adds to the JSON text of the arguments, and the rest of the text, which is not yet, or no
+        longer, a part of them."""
+        added = ""
+        while not self.done:
+            match self._state:
+                case "key" if self._middle in text:
+                    self._key, _, text = text.partition(self._middle)
+                    function = self._function
+                    self._argument = function.arguments.get(self._key) or function.others or ANY
+                    self._state = "value"
+                case "value" if self._argument.may_be_structure(text):
+                    self._state, self._value, self._structure = "structure", "", _ObjectReader()
+                case "value" if self._mark in text:
+                    value, _, text = text.partition(self._mark)
+                    added += self._written(value.removesuffix(self._white))
+                    self._state = "next"
+                case "structure" if text:
+                    piece, text = self._structure.take(text)
+                    self._value += piece
+                    self._state = "mark" if self._structure.done else "structure"
+                case "mark" if self._mark in text:
+                    added += self._written(self._value)
+                    text = text.partition(self._mark)[2]
+                    self._state = "next"
+                case "next" if text.startswith(self._more):
+                    text = text.removeprefix(self._more)
+                    self._state = "key"
+                case "next" if not self._more.startswith(text):
+                    added += "}"
+                    self.done = True
+                case _:
+                    break
+        return added, text
+
+    def _written(self, value: str) -> str:
+        """The JSON text of an argument, after what stands before it; "" for one that was given before."""
+        if self._key in self._keys:
+            return ""
+        before = ", " if self._keys else "{"
+        self._keys.add(self._key)
+        return f"{before}{json.dumps(self._key, ensure_ascii=False)}: {self._argument.value(value)}"

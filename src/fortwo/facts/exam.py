@@ -6,6 +6,7 @@ it. Whoever can answer a conversation, a server or a model in memory, can be exa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -33,7 +34,15 @@ def passes(check: ReplyCheck, reply: str) -> bool:
         case "begins":
             return bool(reply.strip()) and check.texts[0].strip().startswith(reply.strip())
         case "holds":
-            return all(text in reply for text in check.texts)
+            return all(text in reply or _unescaped(text) in reply for text in check.texts)
+
+
+def _unescaped(text: str) -> str:
+    """A text as it stands where it is not written as JSON."""
+    try:
+        return str(json.loads(f'"{text}"', strict=False))
+    except ValueError:
+        return text
 
 
 @dataclass(frozen=True)

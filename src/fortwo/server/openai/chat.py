@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fortwo.data.messages import Content, ToolCalls, calls_json, tools_json, wrong
 from fortwo.data.tool_form import ToolForm
+from fortwo.data.tool_function import Function
 from fortwo.data.tool_grammar import ToolUse
 from fortwo.data.tool_parser import ToolCallParser
 from fortwo.errors import InvalidRequest
@@ -171,17 +172,17 @@ class ChatRequest(Parameters):
 
 @dataclass(frozen=True)
 class Asked:
-    """The prompts of a request. bytes_of: gives the bytes of a token if logprobs are wanted. form, names: of the calls
-    that replies may contain."""
+    """The prompts of a request. bytes_of: gives the bytes of a token if logprobs are wanted. form, functions: of the
+    calls that replies may contain."""
 
     prompts: list[Prompt]
     bytes_of: Bytes | None = None
     form: ToolForm | None = None
-    names: tuple[str, ...] = ()
+    functions: tuple[Function, ...] = ()
 
     def parser(self) -> ToolCallParser | None:
         """What finds the calls of one reply; None if it has none."""
-        return None if self.form is None else ToolCallParser(self.form, self.names)
+        return None if self.form is None else ToolCallParser(self.form, self.functions)
 
 
 @router.post("/chat/completions", response_model=None, summary="Chat with a base model or an adapter")
@@ -227,7 +228,7 @@ def prompts_of(target: Target, body: ChatRequest, *, param: str = "messages", de
     bytes_of = renderer.vocabulary.token_bytes if body.logprobs else None
     if use is None:
         return Asked(prompts, bytes_of)
-    return Asked(prompts, bytes_of, renderer.tool_form, tuple(function.name for function in use.functions))
+    return Asked(prompts, bytes_of, renderer.tool_form, use.functions)
 
 
 def _characters(message: Message) -> int:

@@ -12,7 +12,8 @@ from fortwo.data.json_schema import check_patterns
 from fortwo.data.messages import DEPTH, check_depth, writable, wrong
 from fortwo.data.row_formats import without_nulls
 from fortwo.data.tool_form import ToolForm
-from fortwo.data.tool_grammar import Function, ToolUse, grammar
+from fortwo.data.tool_function import Function
+from fortwo.data.tool_grammar import ToolUse, grammar
 from fortwo.errors import InvalidRequest, all_of
 from fortwo.records import Json, Message
 from fortwo.server.openai.parameters import Strict
@@ -183,12 +184,15 @@ def _refused_schemas(renderer: ChatTemplateRenderer, tools: Sequence[Tool]) -> I
                 )
             check_patterns(function.parameters, at)
             alone = ToolUse((function,), required=True)
-            form = ToolForm("{", '"', None, "}")
-            renderer.vocabulary.grammar_constraint(grammar(form, alone, lambda text: [text]), at)
+            form, vocabulary = renderer.tool_form, renderer.vocabulary
+            as_whole = ToolForm("{", '"', None, "}")
+            vocabulary.grammar_constraint(grammar(as_whole, alone, lambda text: [text]), at)
+            if form.separate is not None:
+                vocabulary.grammar_constraint(grammar(form, alone, vocabulary.split), at)
         except InvalidRequest as error:
             yield InvalidRequest(
                 error.message if at in error.message else f"{at} of {function.name!r}: {error.message}",
-                param=error.param,
+                param=at if error.param == "tools" else error.param,
                 hint=error.hint,
             )
 
