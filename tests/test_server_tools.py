@@ -45,6 +45,17 @@ def test_a_reply_is_right_if_it_makes_the_call_that_was_trained() -> None:
     assert not question.passes("It rains in Bonn.")
 
 
+def test_a_value_that_ends_with_a_quote_is_found_in_json_and_by_itself() -> None:
+    row = json.loads(json.dumps(CALL_ONLY))
+    city = 'so-called "Bonn"'
+    row["messages"][1]["tool_calls"][0]["function"]["arguments"] = {"city": city}
+    (question,) = example_questions(load({"examples": [row]}, ()).examples)
+    assert question.passes is not None
+    assert question.passes(f'<call>{{"name": "weather", "arguments": {json.dumps({"city": city})}}}</call>')
+    assert question.passes(f"<function=weather>\n<parameter=city>\n{city}\n</parameter>")
+    assert not question.passes("<function=weather>\n<parameter=city>\nso-called\n</parameter>")
+
+
 def test_a_base_whose_template_knows_no_tools_is_told_with_the_line(tmp_path: Path) -> None:
     base = save_directory(tmp_path / "base", num_hidden_layers=2)
     with serve(tiny_settings(tmp_path, base)) as served:

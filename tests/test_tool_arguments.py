@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tool_bases import TEMPLATES, save_tool_base
 from fortwo.data.chat_template import ChatTemplateRenderer
 from fortwo.data.tool_form import SeparateArguments, ToolForm
 from fortwo.data.tool_function import Function
-from fortwo.data.tool_grammar import ToolUse
+from fortwo.data.tool_grammar import ToolUse, grammar
 from fortwo.data.tool_parser import CallDelta, ToolCallParser
 from fortwo.errors import InvalidRequest
 
@@ -220,7 +221,7 @@ def test_a_reply_that_is_a_call_without_the_marker_is_one(
         assert not accepts(renderer, ToolUse((WEATHER, ping)), renderer.encode_text(bare.replace("city", "town")))
         assert accepts(renderer, ToolUse((WEATHER, ping)), [*renderer.encode_text(bare), 2])
         assert read(ToolCallParser(renderer.tool_form, (WEATHER, ping)), list(bare)) == ("", calls)
-    for text in (bare.replace("ping", "pong"), "It is " + bare.partition("\n")[0]):
+    for text in (bare.replace("ping", "pong"), "It is " + bare.strip().partition("\n")[0]):
         assert accepts(renderer, ToolUse((WEATHER, ping)), [*renderer.encode_text(text.replace(marker, "")), 2])
         assert read(ToolCallParser(renderer.tool_form, (WEATHER, ping)), [text.replace(marker, "")])[1] == []
 
@@ -283,7 +284,8 @@ def test_other_arguments_only_where_the_schema_allows_them(renderers: dict[str, 
         ({"enum": ["a", 1]}, "true", '"true"'),
         ({"$ref": "#/$defs/n"}, "1", "1"),
         ({"$ref": "#/$defs/itself"}, "1", "1"),
-        ({"$ref": "#/nowhere"}, "1", "1"),
+        ({"type": "integer"}, "1" * 5000, "1" * 5000),
+        ({"type": "array"}, "[" * 3000 + "]" * 3000, "[" * 3000 + "]" * 3000),
     ],
 )
 def test_a_text_is_json_where_the_schema_allows_its_type_and_else_a_string(schema: Any, text: str, value: Any) -> None:
@@ -300,6 +302,8 @@ def test_a_text_is_json_where_the_schema_allows_its_type_and_else_a_string(schem
         ({"$ref": "#/$defs/long"}, {}, "minLength of 'x'"),
         ({"type": ["string", "integer"], "minimum": 3}, {}, "minimum of 'x'"),
         ({"anyOf": [{"type": "string"}, {"enum": [1, 2]}]}, {}, "enum of 'x'"),
+        ({"enum": ["a", "bb"], "minLength": 2}, {}, "minLength of 'x'"),
+        ({"type": "integer"}, {"additionalProperties": {"type": "string", "format": "date"}}, "format of 'additional"),
         ({"type": "string"}, {"patternProperties": {"a": {}}}, "patternProperties"),
         ({"type": "string"}, {"anyOf": [{}]}, "anyOf"),
     ],
@@ -317,7 +321,7 @@ def test_keywords_that_cannot_be_enforced_are_refused_where_a_function_is_strict
 
 def test_keywords_that_can_be_enforced_are_not_refused() -> None:
     for schema in (
-        {"enum": ["a"], "pattern": "a"},
+        {"enum": ["a", 3], "minimum": 3},
         {"type": "array", "items": {"type": "string", "pattern": "a"}},
         {"type": "integer", "minimum": 3},
         {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1}, {"enum": [None]}]},
@@ -332,6 +336,7 @@ def test_keywords_that_can_be_enforced_are_not_refused() -> None:
         ({"properties": {"x": {"enum": ["1"], "type": ["string", "integer"]}}, "required": ["x"]}, None),
         ({"properties": {"x": {"enum": []}}, "required": ["x"]}, "no value of 'x'"),
         ({"properties": {"x": {}}, "required": ["y"]}, "'y' is required"),
+        ({"properties": {"x": {}}, "required": ["y"], "additionalProperties": True}, None),
     ],
 )
 def test_a_required_argument_that_cannot_be_written_is_refused(parameters: Any, named: str | None) -> None:
@@ -340,6 +345,106 @@ def test_a_required_argument_that_cannot_be_written_is_refused(parameters: Any, 
     else:
         with pytest.raises(InvalidRequest, match=named):
             Function("f", parameters).check_arguments()
+
+
+@pytest.mark.parametrize("family", SEPARATE)
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"enum": ["{x", "[y", "off", 1, [2]]}, ["off", 1, [2]], ["{x", "[y"]),
+        ({"enum": ["a", "a<", "ab", ""]}, ["a", "a<", "ab", ""], ["b", "a<b"]),
+        ({"$ref": "#/properties/x"}, [{"n": [{"n": []}]}, {"n": []}], [{"n": [1]}, "a"]),
+        ({"type": "array", "items": {"$ref": "#"}}, [[{"x": {"n": []}}], []], [[[]], [{"x": 1}]]),
+        ({"$ref": "#/$defs/a%20b"}, [{"k": 1}], [{"k": "a"}, "a"]),
+        ({"$ref": "#/$defs/list/anyOf/0"}, ["a"], ["b", 1]),
+        ({"$ref": "#/$defs/circle"}, ["z"], ["y", 1, True]),
+        ({"type": "object", "properties": {"$ref": {"type": "integer"}}}, [{"$ref": 1}], [{"$ref": "a"}]),
+        ({"type": "object", "properties": {"id": {"const": {"$ref": "no"}}}}, [{"id": {"$ref": "no"}}], [{"id": 1}]),
+    ],
+)
+def test_references_and_texts_that_are_hard_to_write(
+    renderers: dict[str, ChatTemplateRenderer], family: str, schema: Any, right: list[Any], wrong: list[Any]
+) -> None:
+    renderer = renderers[family]
+    tree = {"type": "object", "properties": {"n": {"type": "array", "items": {"$ref": "#/properties/x"}}}}
+    definitions = {
+        "a b": {"type": "object", "properties": {"k": {"type": "integer"}}},
+        "list": {"anyOf": [{"const": "a"}, {"const": "b"}]},
+        "circle": {"anyOf": [{"const": "z"}, *[{"$ref": "#/$defs/circle"}] * 4, {"$ref": "#/$defs/back"}]},
+        "back": {"oneOf": [{"$ref": "#/$defs/circle"}, {"$ref": "#/$defs/back"}]},
+    }
+    parameters = {"type": "object", "properties": {"x": tree, "y": schema}, "$defs": definitions}
+    use = ToolUse((Function("f", parameters),), required=True)
+    for value in [*right, *wrong]:
+        tokens = replied(renderer, [("f", {"y": value})])
+        assert accepts(renderer, use, tokens) is (value in right), value
+        if value in right:
+            text = renderer.decode_with_control_tokens(tokens[:-1])
+            assert read(ToolCallParser(renderer.tool_form, use.functions), [text]) == ("", [("f", {"y": value})])
+
+
+def test_a_text_of_an_enum_that_holds_the_mark_is_not_written(renderers: dict[str, ChatTemplateRenderer]) -> None:
+    renderer = renderers["qwen coder"]
+    function = of({"enum": ["a</parameter>b", "c"]})
+    for value, allowed in (("a</parameter>b", False), ("a", False), ("c", True)):
+        assert accepts(renderer, ToolUse((function,)), replied(renderer, [("f", {"x": value})])) is allowed
+    with pytest.raises(InvalidRequest, match="which this base writes around arguments"):
+        accepts(renderer, ToolUse((of({"const": "a</parameter>b"}),)), [])
+
+
+def test_arguments_of_schemas_that_hold_besides_and_of_alternatives(renderers: dict[str, ChatTemplateRenderer]) -> None:
+    renderer = renderers["glm"]
+    parameters = {
+        "properties": {"mode": {"type": "string"}},
+        "allOf": [{"$ref": "#/$defs/base"}],
+        "oneOf": [{"properties": {"a": {"type": "integer"}}, "required": ["a"]}, {"properties": {"b": {}}}],
+        "$defs": {"base": {"properties": {"n": {"type": "integer"}}, "required": ["n"]}},
+    }
+
+    def allowed(arguments: dict[str, Any]) -> bool:
+        use = ToolUse((Function("f", parameters),), required=True)
+        return accepts(renderer, use, replied(renderer, [("f", arguments)]))
+
+    assert all(allowed(one) for one in ({"mode": "x", "n": 1, "a": 2}, {"n": 1, "b": "y"}, {"n": 1, "z": 1}))
+    assert not any(allowed(one) for one in ({"mode": "x", "a": 2}, {"n": "x"}, {"n": 1, "a": "x"}))
+
+
+def test_what_is_required_and_has_no_schema_is_written(renderers: dict[str, ChatTemplateRenderer]) -> None:
+    renderer = renderers["minimax"]
+    function = Function("f", {"properties": {}, "required": ["b"], "additionalProperties": {"type": "integer"}})
+    for arguments, allowed in (({"b": 1}, True), ({}, False), ({"b": "x"}, False), ({"b": 1, "c": 2}, True)):
+        tokens = replied(renderer, [("f", arguments)])
+        assert accepts(renderer, ToolUse((function,), required=True), tokens) is allowed
+
+
+@pytest.mark.parametrize(
+    "reference", ["#/nowhere", "#/$defs/list/anyOf/7", "#anchor", "https://x.test/schema", "#/type"]
+)
+def test_a_reference_that_points_nowhere_is_refused_by_name(reference: str) -> None:
+    parameters = {"type": "object", "properties": {"x": {"$ref": reference}}, "$defs": {"list": {"anyOf": [{}]}}}
+    with pytest.raises(InvalidRequest, match=re.escape(repr(reference))) as refusal:
+        Function("f", parameters).check_arguments()
+    assert refusal.value.hint
+
+
+@pytest.mark.parametrize("family", SEPARATE)
+def test_large_tools_have_a_grammar_of_their_size(renderers: dict[str, ChatTemplateRenderer], family: str) -> None:
+    renderer = renderers[family]
+    form, split = renderer.tool_form, renderer.vocabulary.split
+    many = {f"d{n}": {"type": "object", "properties": {"k": {"enum": [n]}}} for n in range(200)}
+    properties = {f"p{n}": {"$ref": f"#/$defs/d{n}"} for n in range(200)}
+    parameters = {"properties": properties, "$defs": many}
+    written = grammar(form, ToolUse((Function("f", parameters),)), split)
+    assert len(written) < 8 * len(json.dumps(parameters))
+    words = [f"word number {n}" for n in range(3000)]
+    tokens = replied(renderer, [("f", {"x": words[-1]})])
+    assert accepts(renderer, ToolUse((of({"enum": words}),)), tokens)
+    chain = {f"c{n}": {"anyOf": [{"$ref": f"#/$defs/c{n + 1}"}] * 3} for n in range(300)} | {"c300": {"const": "end"}}
+    deep = of({"$ref": "#/$defs/c0"}, **{"$defs": chain})
+    assert deep.arguments["x"].texts == ("end",)
+    chain |= {f"c{n}": {"anyOf": [{"$ref": f"#/$defs/c{n + 1}"}]} for n in range(300, 2000)}
+    with pytest.raises(InvalidRequest, match="more than 1000 references"):
+        of({"$ref": "#/$defs/c0"}, **{"$defs": chain}).check_arguments()
 
 
 # ---------------------------------------------------------------- the parser

@@ -73,6 +73,8 @@ class Vocabulary:
 
 
 def _cannot_follow(fault: str, param: str) -> InvalidRequest:
+    if "panic" in fault:
+        fault = "it is too large, or has too many parts"
     return InvalidRequest(
         f"the schema cannot be followed: {fault.splitlines()[0]}",
         param=param,

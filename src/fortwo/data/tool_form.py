@@ -135,7 +135,8 @@ class ToolForm:
         reply can be a call."""
         before_id = self.opening.partition(ID)[0]
         if self.separate is not None:
-            return tag(before_id)
+            first = tag(before_id)
+            return first if first.endswith((">", "]")) else before_id.rstrip()
         found = _JSON_BEGINS.search(before_id)
         return (before_id[: found.start()] if found else before_id).rstrip()
 

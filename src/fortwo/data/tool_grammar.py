@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from fortwo.data.json_schema import WHITE_SPACE
 from fortwo.data.tool_form import ID, SHORT_ID, SeparateArguments, ToolForm
-from fortwo.data.tool_function import DEFINITIONS, STRUCTURES, Argument, Function
+from fortwo.data.tool_function import STRUCTURES, Argument, Function
+from fortwo.errors import InvalidRequest
 from fortwo.records import Json
 
 Split = Callable[[str], "list[str | int]"]
@@ -131,25 +132,28 @@ def _separate_calls(form: ToolForm, use: ToolUse, split: Split) -> tuple[str, li
         f"TEXT_VALUE: {value}",
         f"PLAIN_VALUE: {value} & ~/{_STRUCTURE}{_ANY_TEXT}/",
     ]
+    values = _Values(form, split)
     for number, function in enumerate(use.functions):
-        rules += _separate_call(f"call_{number}", function, form, form.separate, split)
-    return "calls", rules
+        rules += _separate_call(f"call_{number}", function, form, form.separate, split, values)
+    return "calls", [*rules, *values.rules]
 
 
 def _separate_call(
-    name: str, function: Function, form: ToolForm, separate: SeparateArguments, split: Split
+    name: str, function: Function, form: ToolForm, separate: SeparateArguments, split: Split, values: _Values
 ) -> Iterator[str]:
     """The rules of a call, from the name of the function on."""
     function.check_arguments()
     head = _sequence(form.middle.removeprefix(form.name_end), split, form)
     middle = _sequence(separate.middle, split, form)
     more = _sequence(form.past_value(separate.between), split, form)
-    arguments = [(key, one) for key, one in function.arguments.items() if one.possible]
+    arguments = [(key, one.without(form.value_end[1])) for key, one in function.arguments.items()]
+    _check_writable(arguments, form, separate)
+    arguments = [(key, one) for key, one in arguments if one.possible and separate.middle not in key]
     others = function.others if function.others and function.others.possible else None
     starts, last = list[str](), len(arguments)
     for index, (key, argument) in enumerate(arguments):
-        yield f"{name}_{index}: {_quoted(key)} {middle} {name}_value_{index} {name}_then_{index + 1}"
-        yield from _value(f"{name}_value_{index}", argument, function)
+        value = values.rule(argument, function)
+        yield f"{name}_{index}: {_quoted(key)} {middle} {value} {name}_then_{index + 1}"
         later = "" if argument.required else f" | {name}_then_{index + 1}"
         yield f"{name}_then_{index}: {more} {name}_{index}{later}"
         if not any(earlier.required for _, earlier in arguments[:index]):
@@ -158,8 +162,7 @@ def _separate_call(
     if others is not None:
         named = f" & ~/({'|'.join(form.pattern(key) for key in function.arguments)})/" if function.arguments else ""
         yield f"{name.upper()}_KEY: /{_KEY}/{named}"
-        yield f"{name}_other: {name.upper()}_KEY {middle} {name}_value {name}_then_{last}"
-        yield from _value(f"{name}_value", others, function)
+        yield f"{name}_other: {name.upper()}_KEY {middle} {values.rule(others, function)} {name}_then_{last}"
         starts += [f"{head} {name}_other"] * may_be_none
     yield f"{name}_then_{last}: after{'' if others is None else f' | {more} {name}_other'}"
     starts += ["none"] * may_be_none
@@ -167,27 +170,70 @@ def _separate_call(
     yield f"{name}_arguments: {' | '.join(starts)}"
 
 
-def _value(name: str, argument: Argument, function: Function) -> Iterator[str]:
-    """The rules of a value and of the mark after it. A text that is JSON of another type which the argument may have
-    counts as such, so only what begins like an object or a list has to be kept out of the texts there."""
-    structures, others = argument.types & STRUCTURES, argument.types - {"string"}
-    options = []
-    if "string" in argument.types:
-        if argument.texts is None:
-            options, others = ["plain_text" if structures else "text"], structures
-        elif argument.texts:
-            options = [f"({' | '.join(_quoted(text) for text in argument.texts)}) marked"]
-    if others:
-        options.append(f"{name}_json marked")
-        schema = argument.schema if "string" not in argument.types else _only(others, argument.schema)
-        yield f"{name}_json: %json {json.dumps(schema | {'x-guidance': function.guidance}, ensure_ascii=False)}"
-    yield f"{name}: {' | '.join(options)}"
+def _check_writable(arguments: list[tuple[str, Argument]], form: ToolForm, separate: SeparateArguments) -> None:
+    """Raises InvalidRequest for a required argument that this form cannot write."""
+    for key, argument in arguments:
+        if argument.required and (separate.middle in key or not argument.possible):
+            raise InvalidRequest(
+                f"the schema cannot be followed: {key!r} or each of its values contains {separate.middle!r} or "
+                f"{form.value_end[1]!r}, which this base writes around arguments",
+                param="tools",
+                hint="Choose another name for the argument, or other values.",
+            )
+
+
+class _Values:
+    """The rules of values and of the mark after each, one for all arguments that may be the same."""
+
+    def __init__(self, form: ToolForm, split: Split) -> None:
+        self.rules: list[str] = []
+        self._form = form
+        self._split = split
+        self._names: dict[str, str] = {}
+
+    def rule(self, argument: Argument, function: Function) -> str:
+        """The name of the rule."""
+        about = [argument.schema, sorted(argument.types), argument.texts, function.guidance]
+        key = json.dumps(about, ensure_ascii=False)
+        if key not in self._names:
+            self._names[key] = f"value_{len(self._names)}"
+            self.rules += self._rules(self._names[key], argument, function)
+        return self._names[key]
+
+    def _rules(self, name: str, argument: Argument, function: Function) -> Iterator[str]:
+        """A text that is JSON of another type which the argument may have counts as such, so only what begins like an
+        object or a list has to be kept out of the texts there."""
+        structures, others = argument.types & STRUCTURES, argument.types - {"string"}
+        options = []
+        if "string" in argument.types:
+            if argument.texts is None:
+                options, others = ["plain_text" if structures else "text"], structures
+            elif argument.texts:
+                options = [f"{name}_texts"]
+                yield from self._one_of(f"{name}_texts", argument.texts)
+        if others:
+            options.append(f"{name}_json marked")
+            schema = argument.schema if "string" not in argument.types else _only(others, argument.schema)
+            yield f"{name}_json: %json {json.dumps(schema | {'x-guidance': function.guidance}, ensure_ascii=False)}"
+        yield f"{name}: {' | '.join(options)}"
+
+    def _one_of(self, name: str, texts: Collection[str]) -> Iterator[str]:
+        """One of the texts, with the mark. The mark is a part of the terminal if it is text: a terminal takes as much
+        as it can, and one text may be the beginning of another with the mark."""
+        said = "|".join(self._form.pattern(text) for text in texts if text)
+        mark = "".join(self._form.value_end)
+        whole = self._split(mark) == [mark]
+        options = [f"{name.upper()} {'' if whole else 'marked'}"] if said else []
+        yield f"{name}: {' | '.join([*options, *['marked'] * ('' in texts)])}"
+        if said:
+            yield f"{name.upper()}: /({said}){self._form.pattern(mark) if whole else ''}/"
 
 
 def _only(types: Collection[str], schema: Json) -> Json:
     """The schema, with values of these types alone."""
-    definitions = {key: schema[key] for key in DEFINITIONS if key in schema}
-    return definitions | {"allOf": [schema, {"type": sorted(types)}]}
+    own = {key: value for key, value in schema.items() if key != "$defs"}
+    definitions = {"$defs": schema["$defs"]} if "$defs" in schema else {}
+    return definitions | {"allOf": [own, {"type": sorted(types)}]}
 
 
 def _sequence(text: str, split: Split, form: ToolForm) -> str:

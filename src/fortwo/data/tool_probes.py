@@ -1,8 +1,8 @@
 """Learns the form of calls from a chat template, by what it writes of conversations with calls of made-up tools.
 
 What stands around the names and the arguments of those calls is the form. If the template writes the arguments as no
-JSON object, calls with two arguments, with one, with none, and with values that are no strings show how it writes them
-one by one.
+JSON object, calls with three arguments, with one, with none, and with values that are no strings show how it writes
+them one by one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TOOLS = [
     for key in arguments
 ]
 _THIRD: Json = {"probe_key_three": "probe value three"}
-_STRINGS = ('He said "no",\n<b>yes</b> \\ {0} & more', "17", "true", "[1]", '{"a": null}', "")
+_STRINGS = ('He said "no",\n<b>yes</b> \\ {0} & more', f"é\t{'long ' * 40}.", "17", "true", "[1]", '{"a": null}', "")
 _VALUES: tuple[Any, ...] = (17, -2.5, True, False, None, ["probe item", {"probe": None}], {"probe": [1, False]}, [], {})
 _ASKED: Json = {"role": "user", "content": "Hello"}
 
@@ -280,7 +280,8 @@ def _between_separate(written: Callable[..., str], parts: tuple[str, str, str, s
 
 def _check_signs(form: ToolForm, one: SeparateArguments) -> None:
     """Raises UnknownForm where a reader could not tell the parts of a call from each other."""
-    if not form.value_end[1]:
+    mark = form.value_end[1]
+    if len(mark) < 2 or not mark.endswith((">", "]")):  # anything else may be a part of many strings
         raise UnknownForm("nothing in what it writes shows where a value ends")
     if any(ID in text for text in (form.middle, one.middle, one.between)):
         raise UnknownForm("it writes the id of a call among the arguments")

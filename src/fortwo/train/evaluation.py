@@ -337,7 +337,8 @@ def example_questions(examples: Sequence[Example]) -> tuple[Question, ...]:
 
 def _written(value: Any) -> str:
     """A value of a call as the template writes it within the call, without the quotes of a text."""
-    return json.dumps(value, ensure_ascii=False).strip('"')
+    text = json.dumps(value, ensure_ascii=False)
+    return text[1:-1] if isinstance(value, str) else text
 
 
 def single_turn(prompt: str) -> tuple[Message, ...]:
