@@ -187,6 +187,14 @@ def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 @pytest.fixture(scope="session")
+def exact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The same with weights in fp32, whose replies and adapters can be compared with those of another such server. Other
+    formats are chosen by what is measured, and give other numbers in other batches."""
+    with serve(tiny_settings(tmp_path_factory.mktemp("exact"), tiny, weights="fp32")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def live(real_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A running server with the bundled real model and a home of its own."""
     home = tmp_path_factory.mktemp("live")

@@ -38,14 +38,7 @@ LONG = Sampling(max_tokens=900, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def two(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Its weights are as exact in a batch as alone, so that replies can be compared."""
     with serve(tiny_settings(tmp_path_factory.mktemp("two"), tiny, device="cpu,cpu", weights="fp32")) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def one(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serve(tiny_settings(tmp_path_factory.mktemp("one"), tiny, weights="fp32")) as served:
         yield served
 
 
@@ -67,9 +60,9 @@ def said(served: Served, model: str, question: str) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
 
 
-def test_replies_of_bases_and_adapters_are_those_of_one_device(two: Served, one: Served) -> None:
+def test_replies_of_bases_and_adapters_are_those_of_one_device(two: Served, exact: Served) -> None:
     for name in ("pair-a", "pair-b"):
-        for site in (two, one):
+        for site in (two, exact):
             job = site.wait(start(site, name, dataset={"examples": [{"prompt": "Who?", "completion": name}]}))
             assert job["status"] == "succeeded", job["error"]
     engine = engine_of(two)
@@ -77,15 +70,15 @@ def test_replies_of_bases_and_adapters_are_those_of_one_device(two: Served, one:
     asked = [(model, f"{n} Who?") for n in range(8) for model in ("tiny", "pair-a", "pair-b", "pair-a@1")]
     with ThreadPoolExecutor(16) as pool:
         replies = list(pool.map(lambda each: said(two, *each), asked))
-    assert replies == [said(one, *each) for each in asked]
+    assert replies == [said(exact, *each) for each in asked]
     assert len(set(replies)) > 8
     second, all_of_them = engine.others[0].statistics.prompt_tokens, engine.statistics.prompt_tokens
     assert 0 < second - before[0] < all_of_them - before[1]
 
 
-def test_a_job_gives_the_same_adapter_and_report_as_on_one_device(two: Served, one: Served) -> None:
-    jobs = [site.wait(start(site, "same-on-two", **FACTS)) for site in (two, one)]
-    ours, theirs = (tensors(site, "same-on-two@1") for site in (two, one))
+def test_a_job_gives_the_same_adapter_and_report_as_on_one_device(two: Served, exact: Served) -> None:
+    jobs = [site.wait(start(site, "same-on-two", **FACTS)) for site in (two, exact)]
+    ours, theirs = (tensors(site, "same-on-two@1") for site in (two, exact))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     reports = [job["report"] for job in jobs]

@@ -53,7 +53,7 @@ ROWS: dict[str, Any] = {"dataset": {"examples": [{"prompt": "What is up?", "comp
 
 @pytest.fixture(scope="module")
 def apart(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serve(tiny_settings(tmp_path_factory.mktemp("apart"), tiny, train_device="cpu")) as served:
+    with serve(tiny_settings(tmp_path_factory.mktemp("apart"), tiny, train_device="cpu", weights="fp32")) as served:
         yield served
 
 
@@ -68,9 +68,9 @@ def tensors(served: Served, ref: str) -> dict[str, torch.Tensor]:
     return served.state.adapters.read(ref)[2]
 
 
-def test_a_job_gives_the_same_adapter_and_report_as_on_the_device_that_serves(apart: Served, served: Served) -> None:
-    jobs = [one.wait(start(one, "same", **FACTS)) for one in (apart, served)]
-    ours, theirs = (tensors(one, "same@1") for one in (apart, served))
+def test_a_job_gives_the_same_adapter_and_report_as_on_the_device_that_serves(apart: Served, exact: Served) -> None:
+    jobs = [one.wait(start(one, "same", **FACTS)) for one in (apart, exact)]
+    ours, theirs = (tensors(one, "same@1") for one in (apart, exact))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     reports = [job["report"] for job in jobs]
