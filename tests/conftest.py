@@ -188,8 +188,8 @@ def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 @pytest.fixture(scope="session")
 def exact(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The same with weights in fp32, whose replies and adapters can be compared with those of another such server. Other
-    formats are chosen by what is measured, and give other numbers in other batches."""
+    """The same with weights in fp32, whose replies and adapters can be compared with those of another such server.
+    Other formats are chosen by what is measured, and give other numbers in other batches."""
     with serve(tiny_settings(tmp_path_factory.mktemp("exact"), tiny, weights="fp32")) as server:
         yield server
 
