@@ -19,6 +19,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 SECONDS = 120  # that the browser may take
 WIDTH = 1040
 TALLEST = 16_000  # pixels that Chromium draws in one picture
+TRIES = 3  # to measure the page: on a busy machine Chromium may print it before its script has run
 _JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # It notes how tall the page is, and how much of the window is not page.
 _MEASURE = """<script>document.documentElement.dataset.size =
@@ -76,12 +77,7 @@ def _draw(browser: str, page: str, kind: str) -> bytes:
         if kind == "pdf":
             _run(browser, folder, "--no-pdf-header-footer", f"--print-to-pdf={target}", source.as_uri())
         else:
-            measured = Path(folder, "measured.html")
-            measured.write_text(page.replace("</body>", f"{_MEASURE}</body>"), "utf-8")
-            size = f"--window-size={WIDTH},1000"
-            found = re.search(r'data-size="(\d+),(\d+)"', _run(browser, folder, size, "--dump-dom", measured.as_uri()))
-            height = int(found[1]) + int(found[2]) if found else TALLEST + 1
-            if height > TALLEST:
+            if (height := _height(browser, page, folder)) > TALLEST:
                 raise InvalidRequest(
                     f"The report is taller than the {TALLEST:,} pixels that one picture can have.",
                     param="png",
@@ -94,6 +90,21 @@ def _draw(browser: str, page: str, kind: str) -> bytes:
             raise Unavailable(
                 f"{browser} wrote no {kind}.", hint="Write the report with --html and open it in a browser."
             ) from None
+
+
+def _height(browser: str, page: str, folder: str) -> int:
+    """How tall a window is that shows the whole page. Raises Unavailable if the browser does not say so."""
+    measured = Path(folder, "measured.html")
+    measured.write_text(page.replace("</body>", f"{_MEASURE}</body>"), "utf-8")
+    size = f"--window-size={WIDTH},1000"
+    for _ in range(TRIES):
+        printed = _run(browser, folder, size, "--dump-dom", measured.as_uri())
+        if found := re.search(r'data-size="(\d+),(\d+)"', printed):
+            return int(found[1]) + int(found[2])
+    raise Unavailable(
+        f"{browser} did not say how tall the report is.",
+        hint="Try again, or write the report with --pdf or --html.",
+    )
 
 
 def _run(browser: str, profile: str, *options: str) -> str:
