@@ -103,17 +103,21 @@ def test_chat_goes_on_while_a_job_trains_and_a_new_version_is_served_by_both(two
         assert len({answer["choices"][0]["message"]["content"] for answer in answers}) == 1
 
 
-def test_readiness_asks_every_device_and_metrics_count_all(two: Served, caplog: pytest.LogCaptureFixture) -> None:
+def test_readiness_asks_every_device_and_metrics_count_all(
+    two: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert two.chat().status_code == 200
     assert two.http.get("/readyz").json()["device"] == "ok"
     released = threading.Event()
     engine_of(two).others[0].call(released.wait)
+    monkeypatch.setattr("fortwo.server.health.READY_SECONDS", 1.0)
     try:
         answer = two.http.get("/readyz")
     finally:
         released.set()
     assert answer.status_code == 503
     assert "did not answer" in answer.json()["device"]
+    monkeypatch.undo()
     assert two.http.get("/readyz").json()["device"] == "ok"
     assert [record for record in caplog.records if record.exc_info] == []
     wanted = engine_of(two).statistics.generated_tokens

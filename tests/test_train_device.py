@@ -111,10 +111,11 @@ def test_the_published_version_is_served_at_once_and_a_paused_job_goes_on(apart:
     assert apart.chat(model="at-once").json()["model"].startswith("at-once")
 
 
-def test_readiness_and_the_machine_tell_of_both_devices(apart: Served) -> None:
+def test_readiness_and_the_machine_tell_of_both_devices(apart: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     assert apart.http.get("/readyz").json()["device"] == "ok"
     assert apart.http.get("/api/machine").json()["train_device"] == "cpu"
     released = threading.Event()
+    monkeypatch.setattr("fortwo.server.health.READY_SECONDS", 1.0)
     apart.state.registry.training_engine.call(released.wait)
     try:
         answer = apart.http.get("/readyz")
