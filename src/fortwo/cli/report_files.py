@@ -19,11 +19,10 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 SECONDS = 120  # that the browser may take
 WIDTH = 1040
 TALLEST = 16_000  # pixels that Chromium draws in one picture
-TRIES = 3  # to measure the page: on a busy machine Chromium may print it before its script has run
 _JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-# It notes how tall the page is, and how much of the window is not page.
+# It notes how tall the page is, and how much of the window shows it. outerHeight may still be 0 then.
 _MEASURE = """<script>document.documentElement.dataset.size =
-[document.documentElement.scrollHeight, outerHeight - innerHeight].join()</script>"""
+[document.documentElement.scrollHeight, innerHeight].join()</script>"""
 
 
 def is_job_id(name: str) -> bool:
@@ -96,11 +95,11 @@ def _height(browser: str, page: str, folder: str) -> int:
     """How tall a window is that shows the whole page. Raises Unavailable if the browser does not say so."""
     measured = Path(folder, "measured.html")
     measured.write_text(page.replace("</body>", f"{_MEASURE}</body>"), "utf-8")
-    size = f"--window-size={WIDTH},1000"
-    for _ in range(TRIES):
-        printed = _run(browser, folder, size, "--dump-dom", measured.as_uri())
-        if found := re.search(r'data-size="(\d+),(\d+)"', printed):
-            return int(found[1]) + int(found[2])
+    window = 1000
+    size = f"--window-size={WIDTH},{window}"
+    printed = _run(browser, folder, size, "--dump-dom", measured.as_uri())
+    if found := re.search(r'data-size="(\d+),(\d+)"', printed):
+        return int(found[1]) + window - int(found[2])
     raise Unavailable(
         f"{browser} did not say how tall the report is.",
         hint="Try again, or write the report with --pdf or --html.",
