@@ -31,7 +31,7 @@ from fortwo.records import AdapterVersion
 from fortwo.server.openai.replies import FINGERPRINT
 from fortwo.settings import Settings
 from tests.parts import random_lora
-from tests.test_train_device import FACTS, ROWS, start, tensors
+from tests.test_train_device import ROWS, check_the_same_job, start
 
 LONG = Sampling(max_tokens=900, ignore_eos=True)
 
@@ -77,14 +77,7 @@ def test_replies_of_bases_and_adapters_are_those_of_one_device(two: Served, exac
 
 
 def test_a_job_gives_the_same_adapter_and_report_as_on_one_device(two: Served, exact: Served) -> None:
-    jobs = [site.wait(start(site, "same-on-two", **FACTS)) for site in (two, exact)]
-    ours, theirs = (tensors(site, "same-on-two@1") for site in (two, exact))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    reports = [job["report"] for job in jobs]
-    assert reports[0]["transcripts"]
-    assert reports[0]["transcripts"] == reports[1]["transcripts"]
-    assert reports[0]["metrics"] == reports[1]["metrics"]
+    check_the_same_job(two, exact, "same-on-two")
 
 
 def test_chat_goes_on_while_a_job_trains_and_a_new_version_is_served_by_both(two: Served) -> None:

@@ -68,15 +68,20 @@ def tensors(served: Served, ref: str) -> dict[str, torch.Tensor]:
     return served.state.adapters.read(ref)[2]
 
 
-def test_a_job_gives_the_same_adapter_and_report_as_on_the_device_that_serves(apart: Served, exact: Served) -> None:
-    jobs = [one.wait(start(one, "same", **FACTS)) for one in (apart, exact)]
-    ours, theirs = (tensors(one, "same@1") for one in (apart, exact))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+def check_the_same_job(ours: Served, theirs: Served, name: str) -> None:
+    """Both servers make the same adapter, with the same report, of one job."""
+    jobs = [site.wait(start(site, name, **FACTS)) for site in (ours, theirs)]
+    mine, other = (tensors(site, f"{name}@1") for site in (ours, theirs))
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[key], other[key]) for key in mine)
     reports = [job["report"] for job in jobs]
     assert reports[0]["metrics"] == reports[1]["metrics"]
     assert reports[0]["transcripts"] == reports[1]["transcripts"]
     assert reports[0]["transcripts"]
+
+
+def test_a_job_gives_the_same_adapter_and_report_as_on_the_device_that_serves(apart: Served, exact: Served) -> None:
+    check_the_same_job(apart, exact, "same")
 
 
 def test_replies_and_gradients_have_an_engine_each(apart: Served) -> None:

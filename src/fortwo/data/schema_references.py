@@ -46,9 +46,6 @@ class References:
         names: dict[str, str] = {}
         left: list[str] = []
 
-        def part(value: Any) -> Any:
-            return {key: rewritten(key, one) for key, one in value.items()} if isinstance(value, dict) else value
-
         def rewritten(key: str, value: Any) -> Any:
             if key == "$ref" and isinstance(value, str):
                 if value not in names:
@@ -62,8 +59,9 @@ class References:
             return whole(value) if key in _PARTS else value
 
         def whole(value: Any) -> Any:
-            found = part(value)
-            return {key: found[key] for key in found if key not in _FOUND_BY} if isinstance(found, dict) else found
+            if not isinstance(value, dict):
+                return value
+            return {key: rewritten(key, one) for key, one in value.items() if key not in _FOUND_BY}
 
         alone = whole(schema) if isinstance(schema, dict) else {}
         definitions: Json = {}

@@ -17,13 +17,13 @@ STRUCTURES = frozenset({"array", "object"})
 ANY_TYPE = frozenset({"string", "integer", "number", "boolean", "null"}) | STRUCTURES
 
 _WHOLE = {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "patternProperties", "additionalProperties"}
-DEFINITIONS = ("$defs", "definitions")
+_DEFINITIONS = ("$defs", "definitions")
 _NO_KEYWORDS = {"title", "description", "default", "examples", "deprecated", "$schema", "$id", "$comment"}
-_EACH = {"type", "properties", "required", "additionalProperties", *DEFINITIONS, *_NO_KEYWORDS}
+_EACH = {"type", "properties", "required", "additionalProperties", *_DEFINITIONS, *_NO_KEYWORDS}
 _OF_TEXTS = {"pattern", "format", "minLength", "maxLength", "not", "if"}
 _SCALARS = {"integer", "number", "boolean"}
 _OF_SCALARS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "enum", "const"}
-_OPEN = {"allOf", "anyOf", "oneOf", "not", "if", "patternProperties"}  # beside which arguments may have no name
+_OPEN = _WHOLE - {"$ref", "additionalProperties"}  # beside which arguments may have no name
 _REFERENCES = 1000  # among the alternatives of an argument
 
 Allowed = tuple[frozenset[str], "tuple[str, ...] | None"]
@@ -242,8 +242,8 @@ class Function:
             types &= frozenset().union(*(kinds for kinds, _ in allowed))
             of_strings = [words for kinds, words in allowed if "string" in kinds]
             if None not in of_strings:
-                said = tuple(dict.fromkeys(text for words in of_strings for text in words or ()))
-                texts = said if texts is None else tuple(text for text in texts if text in set(said))
+                said = dict.fromkeys(text for words in of_strings for text in words or ())
+                texts = tuple(said) if texts is None else tuple(text for text in texts if text in said)
         return types, texts
 
     def _keywords(self, schema: Any) -> Iterator[str]:

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 
-from fortwo.engine.engine import Engine
+from fortwo.engine.engine import Engine, in_use, not_loaded
 from fortwo.engine.generation import Reply
 from fortwo.engine.statistics import BaseLoad, EngineStatistics
-from fortwo.errors import Conflict, NotFound
 from fortwo.nn.lora import Lora
 from fortwo.prompts import Delta, Prompt
 from fortwo.records import AdapterVersion
@@ -79,11 +78,7 @@ class DataParallelEngine(Engine):
         """Stop serving a base on every device. Raises Conflict while requests use it."""
         with self._lock:
             if count := self._count(id, None):
-                raise Conflict(
-                    f"Base model {id!r} cannot be removed: {count} request(s) use it.",
-                    param="model",
-                    hint="Try again when they are done.",
-                )
+                raise in_use(id, count)
             self._removing.add(id)
         try:
             super().remove_base(id)
@@ -152,7 +147,7 @@ class DataParallelEngine(Engine):
         """The place of the device that gets the prompt; it counts as one of its requests from now on."""
         with self._lock:
             if prompt.base in self._removing:
-                raise NotFound(f"Base model {prompt.base!r} is not loaded.", param="model", hint="Load it first.")
+                raise not_loaded(prompt.base)
             counts: list[float] = [len(requests.prompts()) + requests.failures for requests in self._requests]
             counts[0] += len(self._tasks)
             for place, engine in enumerate((self, *self.others)):

@@ -265,11 +265,7 @@ class Engine:
 
         def remove() -> None:
             if count := len(self._base(id).requests):
-                raise Conflict(
-                    f"Base model {id!r} cannot be removed: {count} request(s) use it.",
-                    param="model",
-                    hint="Try again when they are done.",
-                )
+                raise in_use(id, count)
             del self._bases[id]
 
         self.call(remove).result()
@@ -369,7 +365,7 @@ class Engine:
 
     def _base(self, id: str) -> _Base:
         if id not in self._bases:
-            raise NotFound(f"Base model {id!r} is not loaded.", param="model", hint="Load it first.")
+            raise not_loaded(id)
         return self._bases[id]
 
     # ------------------------------------------------------------ the device's thread
@@ -486,6 +482,18 @@ class Engine:
         for base in self._bases.values():
             for request in base.requests:
                 base.end(request, "cancelled")
+
+
+def in_use(base: str, requests: int) -> Conflict:
+    return Conflict(
+        f"Base model {base!r} cannot be removed: {requests} request(s) use it.",
+        param="model",
+        hint="Try again when they are done.",
+    )
+
+
+def not_loaded(base: str) -> NotFound:
+    return NotFound(f"Base model {base!r} is not loaded.", param="model", hint="Load it first.")
 
 
 def _failed(reason: str) -> Unavailable:

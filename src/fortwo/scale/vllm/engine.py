@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 from fortwo import disk
 from fortwo.adapters.version_files import CONFIG
 from fortwo.data.chat_template import ChatTemplateRenderer
-from fortwo.engine.engine import Engine, compile_constraint
+from fortwo.engine.engine import Engine, compile_constraint, in_use
 from fortwo.engine.generation import Reply, ReplyTokenizer
 from fortwo.engine.runner import Runner
 from fortwo.engine.statistics import BaseLoad
-from fortwo.errors import Conflict, FortwoError, InvalidRequest, NotFound, Unavailable
+from fortwo.errors import FortwoError, InvalidRequest, NotFound, Unavailable
 from fortwo.hub.catalog import Catalog
 from fortwo.nn.lora import Lora
 from fortwo.nn.lora_config import LoraConfig
@@ -129,11 +129,7 @@ class VllmEngine(Engine):
 
     def remove_base(self, id: str) -> None:
         if count := self.count_requests(id):
-            raise Conflict(
-                f"Base model {id!r} cannot be removed: {count} request(s) use it.",
-                param="model",
-                hint="Try again when they are done.",
-            )
+            raise in_use(id, count)
         super().remove_base(id)
 
     def check_lora(self, name: str, config: LoraConfig) -> None:
